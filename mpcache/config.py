@@ -1,0 +1,81 @@
+"""What `mpcache collect` can be told: one frozen dataclass, from which the options are derived."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """A collection: which model reads which dataset, and what of it is kept."""
+
+    model: str
+    "Hugging Face model id, or a local folder"
+    dataset: str
+    "Hugging Face dataset id, or a local .jsonl, .parquet, .txt, arrow folder or tokenised .bin"
+    hookpoints: tuple[str, ...]
+    "module paths inside the base model, `*` for one segment, `:input` or `:output` for one side"
+    rows: int = 10_000_000
+    "rows wanted (one row is one token), rounded up to whole parts"
+    ctx_len: int = 1024
+    "tokens in a sequence"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    "storage dtype of activations"
+    model_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    "computation dtype of the model"
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    "compression of activation chunks (with bit shuffle); every codec is lossless"
+    seed: int = 0
+    "seed of the order of documents and of the rows in a part"
+    revision: str = "main"
+    "revision of a Hugging Face model"
+    dataset_revision: str = "main"
+    "revision of a Hugging Face dataset"
+    dataset_config: str | None = None
+    "configuration of a Hugging Face dataset"
+    split: str = "train"
+    "split of the dataset that is read"
+    text_column: str = "text"
+    "column that holds the documents"
+    streaming: bool = False
+    "stream a Hugging Face dataset instead of downloading it; order is a seeded buffer shuffle"
+    bos: Literal["none", "document", "sequence"] = "none"
+    "where the tokenizer's begin token (BOS or CLS) goes: nowhere, before each document, first in each sequence"
+    eos: bool = True
+    "end each document with the tokenizer's end token (EOS or SEP)"
+    cross_document_attention: bool = True
+    "let tokens of one sequence attend to an earlier document in it"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    "attention implementation of the model"
+    trust_remote_code: bool = False
+    "run model code that comes with the model"
+    device: str = "auto"
+    "torch device of the model; auto takes the first GPU, else the CPU"
+    batch_sequences: int = 16
+    "sequences in a forward pass"
+    part_rows: int = 65_536
+    "rows in a part, the unit of commit and retry; a multiple of ctx_len"
+    chunk_rows: int = 2048
+    "rows in a chunk, the unit of read; divides part_rows"
+    validation_every: int = 10
+    "every n-th part is held out for validation"
+
+    def __post_init__(self) -> None:
+        if not self.hookpoints:
+            raise ValueError("hookpoints is empty; name at least one, for instance layers.10.mlp")
+        for name in ("rows", "ctx_len", "batch_sequences", "part_rows", "chunk_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.part_rows % self.ctx_len:
+            raise ValueError(
+                f"part_rows must be a multiple of ctx_len, got part_rows={self.part_rows}, "
+                f"ctx_len={self.ctx_len}; use {-(-self.part_rows // self.ctx_len) * self.ctx_len}"
+            )
+        if self.part_rows % self.chunk_rows:
+            raise ValueError(
+                f"chunk_rows must divide part_rows, got chunk_rows={self.chunk_rows}, "
+                f"part_rows={self.part_rows}"
+            )
+        if self.validation_every < 2:
+            raise ValueError(f"validation_every must be at least 2, got {self.validation_every}")
