@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Codec = Literal["none", "lz4", "zstd"]
 Split = Literal["train", "validation"]
 
 
@@ -24,7 +25,7 @@ class CollectConfig:
     "storage dtype of activations"
     model_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     "computation dtype of the model"
-    codec: Literal["none", "lz4", "zstd"] = "none"
+    codec: Codec = "none"
     "compression of activation chunks (with bit shuffle); every codec is lossless"
     seed: int = 0
     "seed of the order of documents and of the rows in a part"

@@ -1,0 +1,94 @@
+"""Norms, moments and checks of captured rows, in blocks that stay in the processor's cache.
+
+Shapes: R rows, W width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+_BLOCK_ROWS = 2048
+_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and centred second moment (variance, divided by the count) per dimension, float64."""
+
+    rows: int
+    mean_W: Float64[Tensor, " W"]
+    variance_W: Float64[Tensor, " W"]
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Moments of both sets of rows together (Chan, Golub & LeVeque 1979, eq. 2.1)."""
+        rows = self.rows + other.rows
+        if not rows:
+            return self
+        share = other.rows / rows
+        delta_W = other.mean_W - self.mean_W
+        variance_W = (1 - share) * self.variance_W + share * other.variance_W
+        variance_W = variance_W + delta_W.square() * (share * (1 - share))
+        return Moments(rows, self.mean_W + share * delta_W, variance_W)
+
+
+def no_moments(width: int) -> Moments:
+    """Moments of no rows: the start of a merge."""
+    zeros_W = torch.zeros(width, dtype=torch.float64)
+    return Moments(0, zeros_W, zeros_W)
+
+
+def _blocks(x_RW: Float[Tensor, "R W"]) -> tuple[Tensor, ...]:
+    return torch.split(x_RW, _BLOCK_ROWS)
+
+
+def row_norms(x_RW: Float[Tensor, "R W"]) -> Float32[Tensor, " R"]:
+    """Euclidean norm of each row; not finite where a value is not, or where float32 overflows."""
+    return torch.cat([torch.linalg.vector_norm(b.float(), dim=1) for b in _blocks(x_RW)])
+
+
+def moments(x_RW: Float[Tensor, "R W"]) -> Moments:
+    """Moments over the rows that are finite throughout."""
+    total = no_moments(x_RW.shape[1])
+    if nonfinite_count(x_RW):
+        x_RW = x_RW[x_RW.isfinite().all(dim=1)]
+    for block_RW in _blocks(x_RW):
+        total = total.merged(_block_moments(block_RW.double()))
+    return total
+
+
+def _block_moments(x_RW: Float64[Tensor, "R W"]) -> Moments:
+    rows = len(x_RW)
+    # a product with a row of 1/rows sums over rows several times faster than .mean(0)
+    weights_1R = torch.full((1, rows), 1 / rows, dtype=torch.float64)
+    mean_W = (weights_1R @ x_RW)[0]
+    x_RW = x_RW - mean_W
+    return Moments(rows, mean_W, (weights_1R @ x_RW.square_())[0])
+
+
+def largest_magnitude(x_RW: Float[Tensor, "R W"]) -> float:
+    """Largest absolute value, infinity or NaN included.
+
+    Compares bit patterns: without its sign bit a float orders as an integer, and every non-finite
+    value lies above the finite ones, so one integer maximum also tells whether all are finite.
+    """
+    if not x_RW.numel():
+        return 0.0
+    integer = _INTEGERS[x_RW.dtype]
+    bits = (x_RW.view(integer) & torch.iinfo(integer).max).max()
+    return float(bits.view(x_RW.dtype))
+
+
+def nonfinite_count(x_RW: Float[Tensor, "R W"]) -> int:
+    """How many values are infinite or not a number."""
+    largest = torch.tensor(largest_magnitude(x_RW))
+    return 0 if largest.isfinite() else int((~x_RW.isfinite()).sum())
+
+
+def largest_finite(x_RW: Float[Tensor, "R W"]) -> float:
+    """Largest absolute value among the finite ones."""
+    largest = largest_magnitude(x_RW)
+    if torch.tensor(largest).isfinite():
+        return largest
+    return largest_magnitude(torch.where(x_RW.isfinite(), x_RW, torch.zeros_like(x_RW)))

@@ -1,0 +1,88 @@
+"""Files of a store on a local or shared file system: written whole, synced, found again.
+
+Zarr's LocalStore renames atomically but does not sync, so a power cut can leave a renamed but empty
+file; every object is therefore synced here, with its folders, before anything vouches for it.
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+_TEMPORARY = ".partial"  # the suffix of Zarr's own temporary files, so one rule finds both
+
+
+def put_new(path: Path, data: bytes) -> bool:
+    """Write a file that must not exist yet, all or nothing; False if somebody else's is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _write_temporary(path, data)
+    try:
+        os.link(temporary, path)  # unlike a rename, fails where the name is taken
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a file over what is there, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_temporary(path, data).replace(path)
+    sync_folder(path.parent)
+
+
+def _write_temporary(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def sync(path: Path, top: Path) -> None:
+    """Force a file, and the folders between it and `top`, to the disk."""
+    _fsync(path, os.O_RDONLY)
+    for folder in path.parents:
+        sync_folder(folder)
+        if folder == top:
+            return
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to the disk."""
+    _fsync(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is the rest of an interrupted write, of ours or of Zarr's."""
+    return path.name.endswith(_TEMPORARY)
+
+
+def files_below(top: Path) -> Iterator[Path]:
+    """All files of a folder and its subfolders, in a stable order; none if there is no folder."""
+    for folder, subfolders, names in os.walk(top):
+        subfolders.sort()
+        for name in sorted(names):
+            yield Path(folder, name)

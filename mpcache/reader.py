@@ -1,0 +1,275 @@
+"""Read a store: only what is marked, and nothing that differs from its mark.
+
+Zarr reads a missing object as zeros, so existence and size are checked against the mark before
+every read; Zarr's own `crc32c` then checks each chunk.
+"""
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from jaxtyping import Float, Int64
+from torch import Tensor
+from zarr.storage import LocalStore
+
+from mpcache.config import Split
+from mpcache.format import (
+    GROUP,
+    MARKS,
+    POSITION,
+    TOKENS,
+    ArraySpec,
+    DamagedStoreError,
+    Layout,
+    acts,
+    hookpoint_of,
+    mark_path,
+    marked_array,
+    read_store_file,
+    specs,
+    unseal,
+)
+from mpcache.moments import Moments, no_moments
+from mpcache.objects import files_below
+
+__all__ = ["DamagedStoreError", "Part", "Store", "open_store"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A committed part: its number, how many rows it really has, and its split."""
+
+    number: int
+    rows: int
+    split: Split
+
+
+class Store:
+    """A store opened for reading. Threads may share it; it does not see later commits."""
+
+    def __init__(self, path: Path) -> None:
+        content = read_store_file(path)
+        self.path = path
+        self.fingerprint: str = content["fingerprint"]
+        self.identity: dict[str, Any] = content["identity"]
+        self.provenance: dict[str, Any] = content["provenance"]
+        self.layout = Layout(**content["layout"])
+        self._marks = _marked_parts(path)
+        self._lock = threading.Lock()
+
+    @property
+    def ctx_len(self) -> int:
+        return self.layout.ctx_len
+
+    @property
+    def part_rows(self) -> int:
+        return self.layout.part_rows
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.layout.chunk_rows
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of all arrays that have a committed part, tokens and rows included."""
+        return tuple(self._marks)
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Hookpoints with a committed part."""
+        return tuple(
+            dict.fromkeys(hookpoint_of(a)[0] for a in self._marks if a.startswith("acts/"))
+        )
+
+    def sides(self, hookpoint: str) -> tuple[str, ...]:
+        """Collected sides of a hookpoint."""
+        found = tuple(s for s in ("input", "output") if acts(hookpoint, s) in self._marks)
+        if not found:
+            raise ValueError(
+                f"{self.path} has no hookpoint {hookpoint!r}; "
+                f"it has {', '.join(self.hookpoints) or 'none'}"
+            )
+        return found
+
+    def width(self, hookpoint: str, side: str) -> int:
+        """Dimensions of one side of a hookpoint."""
+        array = self._acts(hookpoint, side)
+        return int(self.mark(min(self._marks[array]), array)["width"])
+
+    def numbers(self, array: str) -> tuple[int, ...]:
+        """Committed parts of an array, in order."""
+        return tuple(sorted(self._marks.get(array, ())))
+
+    def parts(self, sides: Sequence[tuple[str, str]], split: Split) -> tuple[Part, ...]:
+        """Parts of a split that are committed for all the named sides, in order."""
+        arrays = [self._acts(*side) for side in sides]
+        common = set.intersection(*(self._marks[a] for a in [*arrays, POSITION]))
+        wanted = [n for n in sorted(common) if self.layout.split_of(n) == split]
+        return tuple(Part(n, int(self.mark(n, arrays[0])["rows"]), split) for n in wanted)
+
+    @functools.cache  # noqa: B019  a store lives as long as its reader, and marks never change
+    def mark(self, part: int, array: str) -> dict[str, Any]:
+        """Commit mark of one array's part."""
+        name = mark_path(part, array)
+        content = unseal((self.path / name).read_bytes(), str(self.path / name))
+        if (content["part"], content["array"]) != (part, array):
+            raise DamagedStoreError(
+                f"{self.path / name} is the mark of another part; repair the store"
+            )
+        return content
+
+    def read_chunk(
+        self, hookpoint: str, side: str, part: int, chunk: int
+    ) -> Float[Tensor, "rows width"]:
+        """Rows of one chunk that are real, in the storage dtype."""
+        values = self._read_rows(self._acts(hookpoint, side), part, chunk)
+        return torch.from_numpy(values).view(getattr(torch, self.layout.dtype))
+
+    def read_positions(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
+        """Position in its sequence of each row of one chunk."""
+        return torch.from_numpy(self._read_rows(POSITION, part, chunk).astype(np.int64))
+
+    def read_tokens(self, part: int) -> np.ndarray:
+        """Token ids `[sequences, ctx_len]` of a part."""
+        (spec,) = specs(TOKENS, self.layout)
+        rows = int(self.mark(part, TOKENS)["rows"]) // self.ctx_len
+        return self.read_object(TOKENS, spec, part, 0, rows)
+
+    def read_part(self, array: str, part: int) -> dict[str, np.ndarray]:
+        """All that one mark committed, as stored (bfloat16 as its 16 bits), by array name."""
+        mark = self.mark(part, array)
+        values = {}
+        for spec in specs(array, self.layout, int(mark.get("width", 0))):
+            real = committed_length(spec, array, int(mark["rows"]), self.ctx_len)
+            values[spec.name] = self.read_object(array, spec, part, 0, real)
+        return values
+
+    def moments(self, hookpoint: str, side: str, split: Split) -> tuple[Tensor, Tensor]:
+        """Mean and variance per dimension, float64, over the finite committed rows of a split."""
+        array = self._acts(hookpoint, side)
+        _, _, spec = specs(array, self.layout, self.width(hookpoint, side))
+        total = no_moments(self.width(hookpoint, side))
+        for part in self.numbers(array):
+            if self.layout.split_of(part) == split:
+                mean, variance = torch.from_numpy(self.read_object(array, spec, part, 0, 1)[0])
+                total = total.merged(Moments(self.mark(part, array)["finite_rows"], mean, variance))
+        return total.mean_W, total.variance_W
+
+    def nonfinite(self, hookpoint: str, side: str) -> int:
+        """Values of one side that are infinite or not a number, in all committed parts."""
+        array = self._acts(hookpoint, side)
+        return sum(int(self.mark(part, array)["nonfinite"]) for part in self.numbers(array))
+
+    def _acts(self, hookpoint: str, side: str) -> str:
+        if side not in self.sides(hookpoint):
+            raise ValueError(
+                f"{self.path} has no {side} of {hookpoint}, "
+                f"only its {' and '.join(self.sides(hookpoint))}; "
+                f"collect it with --hookpoints {hookpoint}:{side}"
+            )
+        return acts(hookpoint, side)
+
+    def _read_rows(self, array: str, part: int, chunk: int) -> np.ndarray:
+        mark = self.mark(part, array)
+        spec = specs(array, self.layout, int(mark.get("width", 0)))[0]
+        start = chunk * self.chunk_rows
+        stop = min(start + self.chunk_rows, int(mark["rows"]))
+        return self.read_object(array, spec, part, start, stop)
+
+    def read_object(
+        self, array: str, spec: ArraySpec, part: int, start: int, stop: int
+    ) -> np.ndarray:
+        """Entries `start` to `stop` of one part of one Zarr array, checked against the mark."""
+        name = spec.object_path(part)
+        self._check_size(name, self.mark(part, array)["objects"][name]["bytes"])
+        first = part * spec.part_shape[0]
+        try:
+            values = np.asarray(self._zarr(spec)[first + start : first + stop])
+        except Exception as error:  # Zarr and its codecs raise many types on damaged bytes
+            raise DamagedStoreError(f"{self.path / name} is damaged: {error}") from error
+        if len(values) != stop - start:
+            raise DamagedStoreError(f"{self.path / spec.metadata_path} claims too few rows")
+        return values
+
+    def _check_size(self, name: str, size: int) -> None:
+        try:
+            found = (self.path / name).stat().st_size
+        except FileNotFoundError:
+            raise DamagedStoreError(
+                f"{self.path / name} is missing, though it was committed"
+            ) from None
+        if found != size:
+            raise DamagedStoreError(f"{self.path / name} has {found} bytes, committed were {size}")
+
+    def _zarr(self, spec: ArraySpec) -> Any:
+        with self._lock:  # functools.cache alone would open an array once per thread
+            return self._opened(spec)
+
+    @functools.cache  # noqa: B019  as above
+    def _opened(self, spec: ArraySpec) -> Any:
+        check_metadata(self.path, spec)
+        return zarr.open_array(
+            LocalStore(self.path / GROUP, read_only=True), path=spec.name, mode="r"
+        )
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a store for reading.
+
+    Raises:
+        ValueError: there is no store, or it has an unknown format version.
+        DamagedStoreError: `store.json` is not what was written.
+    """
+    return Store(Path(path))
+
+
+def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> int:
+    """Entries along the first axis that a mark of `rows` rows vouches for."""
+    if spec.name.startswith("moments/"):
+        return 1
+    return rows // ctx_len if array == TOKENS else rows
+
+
+def check_metadata(path: Path, spec: ArraySpec) -> int:
+    """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
+    file = path / spec.metadata_path
+    try:
+        data = file.read_bytes()
+        found = json.loads(data)
+        parts, rest = divmod(found["shape"][0], spec.part_shape[0])
+        implied = json.loads(spec.metadata(parts)[spec.metadata_path])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedStoreError(f"{file} is damaged or missing: {error}") from error
+    # spelled again as Zarr spells it: a changed blank would otherwise go unseen
+    spellings = {json.dumps(found, indent=indent).encode() for indent in (None, 2)}
+    if rest or found != implied or data not in spellings:
+        raise DamagedStoreError(f"{file} is damaged: it is not what {path} needs")
+    return int(parts)
+
+
+def _marked_parts(path: Path) -> dict[str, set[int]]:
+    marks: dict[str, set[int]] = {}
+    for part, array in marked(path):
+        marks.setdefault(array, set()).add(part)
+    return {array: marks[array] for array in sorted(marks, key=_natural)}
+
+
+def _natural(array: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(s) if s.isdecimal() else -1, s) for s in re.split(r"(\d+)", array)]
+
+
+def marked(path: Path) -> Iterable[tuple[int, str]]:
+    """Part and array of every mark there is, by its file's name alone."""
+    for file in files_below(path / MARKS):
+        relative = file.relative_to(path)
+        if file.suffix == ".json" and relative.parts[1].isdecimal():
+            yield marked_array(PurePosixPath(relative))

@@ -1,0 +1,153 @@
+"""Commit one array's part: write its objects, sync them, read them back, then create its mark."""
+
+import datetime
+import hashlib
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from jaxtyping import Float
+from torch import Tensor
+from zarr.storage import LocalStore
+
+from mpcache.format import (
+    GROUP,
+    POSITION,
+    SEQUENCE,
+    TOKENS,
+    ArraySpec,
+    DamagedStoreError,
+    Layout,
+    mark_path,
+    seal,
+    specs,
+)
+from mpcache.moments import largest_finite, moments, nonfinite_count, row_norms
+from mpcache.objects import digest_file, put_new, replace, sync
+
+_INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
+
+
+class Writer:
+    """Writes parts of one store. Parts are independent; one writer may serve several threads."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path = path
+        self.layout = layout
+
+    def grow(self, array: str, parts: int, width: int = 0) -> None:
+        """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
+        for spec in specs(array, self.layout, width):
+            for name, data in spec.metadata(parts).items():
+                if put_new(self.path / name, data) or name != spec.metadata_path:
+                    continue
+                if zarr.open_array(_group(self.path), path=spec.name, mode="r").shape[0] < (
+                    parts * spec.part_shape[0]
+                ):
+                    replace(self.path / name, data)
+
+    def commit_tokens(self, part: int, tokens: np.ndarray, progress: Mapping[str, Any]) -> None:
+        """Commit the tokens `[sequences, ctx_len]` of a part, with where the next one starts."""
+        (spec,) = specs(TOKENS, self.layout)
+        self._commit(part, TOKENS, tokens.size, {spec: tokens}, progress)
+
+    def commit_rows(self, part: int, token_of_row: np.ndarray) -> None:
+        """Commit which token each row of a part is, given as its place in the part."""
+        sequence, position = np.divmod(token_of_row, self.layout.ctx_len)
+        sequence += part * self.layout.part_sequences
+        for array, values in ((SEQUENCE, sequence), (POSITION, position)):
+            (spec,) = specs(array, self.layout)
+            self._commit(part, array, len(values), {spec: values.astype(np.uint32)}, {})
+
+    def commit_acts(self, part: int, array: str, x_RW: Float[Tensor, "R W"]) -> None:
+        """Commit one side of a hookpoint, rows in the order of the part, in the storage dtype."""
+        rows, width = x_RW.shape
+        found = moments(x_RW)
+        stored = x_RW.view(_INTEGER_VIEW.get(x_RW.dtype, x_RW.dtype)).numpy()
+        norms = row_norms(x_RW).numpy()
+        both = torch.stack([found.mean_W, found.variance_W])[None].numpy()
+        values = dict(zip(specs(array, self.layout, width), (stored, norms, both), strict=True))
+        checks = {
+            "width": width,
+            "finite_rows": found.rows,
+            "largest": largest_finite(x_RW),
+            "nonfinite": nonfinite_count(x_RW),
+        }
+        self._commit(part, array, rows, values, checks)
+
+    def _commit(
+        self,
+        part: int,
+        array: str,
+        rows: int,
+        values: dict[ArraySpec, np.ndarray],
+        more: Mapping[str, Any],
+    ) -> None:
+        mark = self.path / mark_path(part, array)
+        if mark.exists():
+            return  # somebody was faster; what is marked is never written again
+        content = {
+            "array": array,
+            "part": part,
+            "rows": rows,
+            "split": self.layout.split_of(part),
+            "objects": {
+                spec.object_path(part): self._write(spec, part, data)
+                for spec, data in values.items()
+            },
+            "host": socket.gethostname(),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **more,
+        }
+        put_new(mark, seal(content))
+        sync(mark, self.path)
+
+    def _write(self, spec: ArraySpec, part: int, data: np.ndarray) -> dict[str, Any]:
+        """Write one object, sync it, and describe what a fresh read finds."""
+        array = open_for_writing(self.path, spec)
+        rows = spec.part_shape[0]
+        start = part * rows
+        array[start : start + rows] = _padded(data, rows)
+        file = self.path / spec.object_path(part)
+        sync(file, self.path)
+        if not np.array_equal(as_bits(array[start : start + len(data)]), as_bits(data)):
+            raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": digest_file(file),
+            "values_sha256": values_digest(data),
+        }
+
+
+def _group(path: Path) -> LocalStore:
+    return LocalStore(path / GROUP)
+
+
+def open_for_writing(path: Path, spec: ArraySpec) -> Any:
+    """An array that also writes chunks of nothing but zeros, which Zarr would leave out."""
+    return zarr.open_array(
+        _group(path), path=spec.name, mode="r+", config={"write_empty_chunks": True}
+    )
+
+
+def as_bits(values: np.ndarray) -> np.ndarray:
+    """The values as unsigned integers, so that NaN equals itself."""
+    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+
+
+def values_digest(values: np.ndarray) -> str:
+    """SHA-256 of decoded values: little-endian, C order, without padding."""
+    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(little.data.cast("B")).hexdigest()
+
+
+def _padded(data: np.ndarray, rows: int) -> np.ndarray:
+    if len(data) == rows:
+        return data
+    whole = np.zeros((rows, *data.shape[1:]), data.dtype)
+    whole[: len(data)] = data
+    return whole
