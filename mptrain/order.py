@@ -1,0 +1,157 @@
+"""The order in which an epoch reads a split: shuffled chunks, mixed a window at a time.
+
+Pure arithmetic on sizes: the same on every machine and with every version of NumPy, of which only
+streams with a stability promise are used (SeedSequence, Philox; see NEP 19).
+"""
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+# Each round leaves an index where it is or sends it to a uniform place, by a fair coin: after 64
+# rounds a place's probability is uniform to 2^-64, for any n.
+ROUNDS = 64
+
+
+def epoch_order(
+    part_sizes: Sequence[int], chunk_rows: int, *, seed: int, epoch: int, window: int
+) -> "EpochOrder":
+    """A permutation of all rows of parts with `part_sizes` rows; `window` is in chunks."""
+    for name, value, least in (
+        ("chunk_rows", chunk_rows, 1),
+        ("window", window, 1),
+        ("seed", seed, 0),
+        ("epoch", epoch, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if sum(part_sizes) < 1:
+        raise ValueError(f"there are no rows to order: {len(part_sizes)} parts, all empty")
+    return EpochOrder(part_sizes, chunk_rows, (seed, epoch), window)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk to read."""
+
+    part: int
+    "index of its part in `part_sizes`"
+    chunk: int
+    "number of the chunk in its part"
+    rows: int
+    "rows in it; fewer than `chunk_rows` only at the end of a part"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A window of chunks whose rows are mixed."""
+
+    chunks: tuple[Chunk, ...]
+    key: tuple[int, int, int]
+    "seed, epoch and number of the group"
+
+    @property
+    def rows(self) -> int:
+        return sum(chunk.rows for chunk in self.chunks)
+
+    def permutation(self) -> Integers:
+        """Row `i` of the group's order is row `permutation()[i]` of its chunks laid end to end."""
+        seed, *place = self.key
+        noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))
+        # a stable sort of random words: ties are as good as impossible, and do no harm
+        return np.argsort(noise.random_raw(self.rows), kind="stable")
+
+
+class EpochOrder:
+    """Groups of chunks in the order of reading; O(parts) memory, O(window) for one group."""
+
+    def __init__(
+        self, part_sizes: Sequence[int], chunk_rows: int, key: tuple[int, int], window: int
+    ) -> None:
+        self._sizes = np.asarray(part_sizes, dtype=np.int64)
+        self._chunk_rows, self._key, self._window = chunk_rows, key, window
+        chunks = -(-self._sizes // chunk_rows)
+        self._first = np.concatenate([[0], np.cumsum(chunks)])  # chunks before each part
+        self._shuffle = Shuffle(int(self._first[-1]), key)
+        self._find_short(chunks * chunk_rows - self._sizes)
+        self.groups = -(-int(self._first[-1]) // window)
+
+    def _find_short(self, missing: Integers) -> None:
+        """Where the short last chunks came to lie: what a seek must leave out of its count."""
+        short = missing > 0
+        places = self._shuffle.inverse(self._first[1:][short] - 1)
+        sort = np.argsort(places)
+        self._short_places = places[sort]
+        self._missing = np.concatenate([[0], np.cumsum(missing[short][sort])])
+
+    def __len__(self) -> int:
+        """Rows in the epoch."""
+        return int(self._sizes.sum())
+
+    def start(self, group: int) -> int:
+        """Rows before the group."""
+        place = min(group * self._window, int(self._first[-1]))
+        short = np.searchsorted(self._short_places, place)
+        return place * self._chunk_rows - int(self._missing[short])
+
+    def locate(self, offset: int) -> tuple[int, int]:
+        """The group that holds row `offset` of the epoch, and the rows of the group before it."""
+        if not 0 <= offset < len(self):
+            raise ValueError(f"offset must be in [0, {len(self)}), got {offset}")
+        group = bisect.bisect_right(range(self.groups), offset, key=self.start) - 1
+        return group, offset - self.start(group)
+
+    def group(self, group: int) -> Group:
+        """The chunks of a group, in the order in which they are laid end to end."""
+        if not 0 <= group < self.groups:
+            raise IndexError(f"group must be in [0, {self.groups}), got {group}")
+        end = min((group + 1) * self._window, int(self._first[-1]))
+        chunk = self._shuffle(np.arange(group * self._window, end))
+        part = np.searchsorted(self._first, chunk, side="right") - 1
+        number = chunk - self._first[part]
+        rows = np.minimum(self._chunk_rows, self._sizes[part] - number * self._chunk_rows)
+        triples = zip(part.tolist(), number.tolist(), rows.tolist(), strict=True)
+        return Group(tuple(Chunk(*triple) for triple in triples), (*self._key, group))
+
+
+class Shuffle:
+    """A permutation of `range(n)` computed index by index, without a table.
+
+    Swap-or-not (Hoang, Morris and Rogaway, CRYPTO 2012): each round is its own inverse, and any
+    `n` will do, where a Feistel network would have to walk cycles and is poor for small `n`.
+    """
+
+    def __init__(self, n: int, key: tuple[int, int]) -> None:
+        seed, epoch = key
+        words = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(
+            2 * ROUNDS, np.uint64
+        )
+        self._n = np.uint64(n)
+        self._rounds = list(zip(words[:ROUNDS] % self._n, words[ROUNDS:], strict=True))
+
+    def __call__(self, index: Integers) -> Integers:
+        return self._swap(index, self._rounds)
+
+    def inverse(self, image: Integers) -> Integers:
+        return self._swap(image, reversed(self._rounds))
+
+    def _swap(self, index: Integers, rounds: Iterable[tuple[np.uint64, np.uint64]]) -> Integers:
+        x = index.astype(np.uint64)
+        for shift, key in rounds:
+            partner = (shift + self._n - x) % self._n
+            coin = _mixed(np.maximum(x, partner) ^ key) >> np.uint64(63)
+            x = np.where(coin == 1, partner, x)
+        return x.astype(np.int64)
+
+
+def _mixed(x: Words) -> Words:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); it wraps around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
