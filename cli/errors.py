@@ -1,0 +1,42 @@
+"""How a command ends: one line for what a person can mend, a traceback for our faults.
+
+0 done · 2 the user's mistake · 1 anything else · 130 interrupted.
+"""
+
+import functools
+import traceback
+from collections.abc import Callable
+
+import typer
+
+_OURS = {"mpcache", "mptrain", "cli"}
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Run a command with the exit codes above."""
+
+    @functools.wraps(command)
+    def run(**values: object) -> None:
+        try:
+            command(**values)
+        except KeyboardInterrupt as interrupt:
+            _end(str(interrupt) or "interrupted", 130)
+        except ValueError as error:
+            if not _raised_by_us(error):
+                raise  # a fault of ours or of a library; the traceback is what helps
+            _end(f"error: {error}", 2)
+        except OSError as error:
+            _end(f"error: {error}", 1)
+
+    return run
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether a line of ours raised the error, rather than a library that we called."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(last.f_globals.get("__name__", "")).split(".")[0] in _OURS
+
+
+def _end(message: str, code: int) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(code) from None

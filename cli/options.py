@@ -1,0 +1,170 @@
+"""Command-line options from a config dataclass, and the config back from the options.
+
+Typer knows functions, not dataclasses: a command's signature is built here from the fields' types,
+defaults and docs, so that no default and no help text is written twice.
+"""
+
+import ast
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+import typer
+
+_FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def from_config(
+    config_type: type, arguments: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make `function(config, own options...)` a command whose options are the config's fields.
+
+    Fields named in `arguments` become positional arguments; the rest become options.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        fields = _parameters(config_type, arguments)
+        own = [
+            p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in list(inspect.signature(function).parameters.values())[1:]
+        ]
+        _refuse_twins(fields, own)
+
+        def command(**values: Any) -> None:
+            chosen = {p.name: values.pop(p.name) for p in fields}
+            function(_build(config_type, chosen), **values)
+
+        positional = [p for p in fields if p.name in arguments]
+        options = [p for p in fields if p.name not in arguments]
+        parameters = [*positional, *own, *options]
+        command.__name__ = function.__name__
+        command.__doc__ = function.__doc__
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def field_docs(config_type: type) -> dict[str, str]:
+    """The literal under each field of a dataclass."""
+    (definition,) = ast.parse(inspect.getsource(config_type)).body
+    assert isinstance(definition, ast.ClassDef)
+    docs = {}
+    for field, doc in zip(definition.body, definition.body[1:], strict=False):
+        match field, doc:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(text))
+            ):
+                docs[name] = text
+    return docs
+
+
+def count(text: str) -> int:
+    """A whole number that may end in k, M, G or B: 200k, 1.5M."""
+    suffix = text[-1:] if text[-1:] in _FACTORS else ""
+    try:
+        value = float(text.removesuffix(suffix).replace("_", "")) * _FACTORS[suffix]
+    except ValueError:
+        value = 0.5
+    if not value.is_integer():
+        raise typer.BadParameter(f"takes a whole number such as 4096, 200k or 10M, got {text!r}")
+    return int(value)
+
+
+def _parameters(config_type: type, arguments: Sequence[str]) -> list[inspect.Parameter]:
+    docs, hints = field_docs(config_type), typing.get_type_hints(config_type)
+    return [
+        _parameter(field, hints[field.name], docs[field.name], field.name in arguments)
+        for field in dataclasses.fields(config_type)
+    ]
+
+
+def _parameter(
+    field: "dataclasses.Field[Any]", hint: Any, doc: str, positional: bool
+) -> inspect.Parameter:
+    required = field.default is dataclasses.MISSING
+    element, several = _element(hint), typing.get_origin(hint) is tuple
+    info = typer.Argument if positional else typer.Option
+    annotation: Any
+    if element is bool:
+        annotation, default = Annotated[bool, info(help=doc)], field.default
+    else:
+        # Typer would run a default through the parser, so it is only shown, and filled in later
+        shown = "" if required or field.default is None else f" [default: {_shown(field.default)}]"
+        metavar = field.name.upper() if positional else _metavar(element, several)
+        told = info(help=doc + shown, parser=_parser(element, several), metavar=metavar)
+        annotation, default = Annotated[list[str] if several else str, told], None
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else default,
+        annotation=annotation,
+    )
+
+
+def _element(hint: Any) -> Any:
+    """The type of one value: of `tuple[int, ...]` int, of `float | None` float."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return typing.get_args(hint)[0] if origin is tuple else hint
+
+
+def _parser(element: Any, several: bool) -> Callable[[str], Any]:
+    one = _one_parser(element)
+    return (
+        (lambda text: tuple(one(t.strip()) for t in text.split(",") if t.strip()))
+        if several
+        else one
+    )
+
+
+def _one_parser(element: Any) -> Callable[[str], Any]:
+    if typing.get_origin(element) is Literal:
+        return lambda text: _choice(text, typing.get_args(element))
+    parsers: dict[Any, Callable[[str], Any]] = {int: count, float: _number, str: str}
+    return parsers[element]
+
+
+def _choice(text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise typer.BadParameter(f"takes one of {', '.join(choices)}, got {text!r}")
+    return text
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"takes a number, got {text!r}") from None
+
+
+def _metavar(element: Any, several: bool) -> str:
+    if typing.get_origin(element) is Literal:
+        name = "|".join(typing.get_args(element))
+    else:
+        name = {int: "COUNT", float: "NUMBER", str: "TEXT"}[element]
+    return f"{name},..." if several else name
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _refuse_twins(fields: Sequence[inspect.Parameter], own: Sequence[inspect.Parameter]) -> None:
+    twins = {p.name for p in fields} & {p.name for p in own}
+    assert not twins, f"options defined twice: {sorted(twins)}"
+
+
+def _build(config_type: type, chosen: dict[str, Any]) -> Any:
+    given = {}
+    for name, value in chosen.items():
+        if isinstance(value, list):  # --k 16,32 --k 64 arrives as [(16, 32), (64,)]
+            value = tuple(x for group in value for x in group)
+        if value is not None and value != ():
+            given[name] = value
+    return config_type(**given)
