@@ -1,0 +1,292 @@
+"""The loader hands over every row once an epoch, restarts bit for bit, and cleans up."""
+
+import gc
+import threading
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpcache.reader import DamagedStoreError, Part, Store
+from mptrain.loader import Batch, Loader, kept_rows, window_chunks
+
+IN, OUT = ("layers.0", "input"), ("layers.0", "output")
+WIDTHS = {IN: 3, OUT: 5}
+CPU = torch.device("cpu")
+
+
+@dataclass(eq=False)
+class FakeStore(Store):
+    """Rows that spell their number, on two sides; `before_read` may fail or wait."""
+
+    sizes: tuple[int, ...]
+    chunk: int = 4
+    dtype: str = "float32"
+    before_read: object = staticmethod(lambda part, chunk: None)
+    reads: list[tuple[int, int]] = field(default_factory=list)
+    path: str = "fake"
+
+    def __post_init__(self):
+        self.layout = SimpleNamespace(dtype=self.dtype)
+
+    @property
+    def chunk_rows(self):
+        return self.chunk
+
+    def width(self, hookpoint, side):
+        return WIDTHS[hookpoint, side]
+
+    def parts(self, sides, split):
+        # every other number, as validation parts lie between
+        return tuple(Part(2 * i, rows, split) for i, rows in enumerate(self.sizes))
+
+    def _numbers(self, part, chunk):
+        rows = range(self.sizes[part // 2])[chunk * self.chunk :][: self.chunk]
+        return torch.tensor([sum(self.sizes[: part // 2]) + row for row in rows])
+
+    def read_chunk(self, hookpoint, side, part, chunk):
+        self.before_read(part, chunk)
+        self.reads.append((part, chunk))
+        width = WIDTHS[hookpoint, side]
+        rows = self._numbers(part, chunk)[:, None] * 10 + torch.arange(width)
+        return rows.to(getattr(torch, self.dtype))
+
+    def read_positions(self, part, chunk):
+        return self._numbers(part, chunk) % 7
+
+
+def make(store, *, batch_rows=5, seed=0, window=2, device=CPU, threads=3):
+    itemsize = getattr(torch, store.dtype).itemsize
+    window_bytes = 2 * window * store.chunk_rows * sum(WIDTHS.values()) * itemsize
+    return Loader(
+        store, [IN, OUT], "train", batch_rows=batch_rows, seed=seed,
+        window_bytes=window_bytes, device=device, threads=threads,
+    )  # fmt: skip
+
+
+def numbers(batch: Batch) -> list[int]:
+    """The rows of a batch, after a check that all sides hold the same ones."""
+    found = batch.values[OUT][:, 0] / 10
+    for side, values in batch.values.items():
+        expected = found[:, None] * 10 + torch.arange(WIDTHS[side])
+        torch.testing.assert_close(values, expected, rtol=0, atol=0)
+    torch.testing.assert_close(batch.positions_B, found.long() % 7)
+    return [int(number) for number in found]
+
+
+def first_numbers(loader, rows, offset=0):
+    batches = islice(loader.batches(offset), -(-rows // loader.batch_rows))
+    return [number for batch in batches for number in numbers(batch)][:rows]
+
+
+stores = st.builds(
+    FakeStore,
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple),
+    chunk=st.integers(1, 10),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(stores, st.integers(1, 50), st.integers(1, 6))
+def test_every_epoch_holds_every_row_once(store, batch_rows, window):
+    with make(store, batch_rows=batch_rows, window=window) as loader:
+        seen = first_numbers(loader, 2 * loader.rows)
+    assert sorted(seen[: loader.rows]) == list(range(sum(store.sizes)))
+    assert sorted(seen[loader.rows :]) == list(range(sum(store.sizes)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(stores, st.integers(1, 9), st.integers(0, 60))
+def test_a_restart_gives_the_next_batch(store, batch_rows, offset):
+    with make(store, batch_rows=batch_rows) as loader:
+        whole = first_numbers(loader, offset + 3 * batch_rows)
+    with make(store, batch_rows=batch_rows) as loader:
+        again = list(islice(loader.batches(offset), 3))
+    assert [number for batch in again for number in numbers(batch)] == whole[offset:]
+    assert [batch.offset for batch in again] == [offset + i * batch_rows for i in range(3)]
+    assert [batch.rows for batch in again] == [batch_rows] * 3
+
+
+@settings(deadline=None, max_examples=20)
+@given(stores, st.integers(1, 9), st.integers(1, 9))
+def test_the_order_of_rows_does_not_depend_on_the_batch_size(store, some, others):
+    with make(store, batch_rows=some) as a, make(store, batch_rows=others) as b:
+        assert first_numbers(a, 40) == first_numbers(b, 40)
+
+
+def test_epochs_and_seeds_differ():
+    store = FakeStore((20, 20))
+    with make(store, seed=0) as a, make(store, seed=1) as b:
+        one, other = first_numbers(a, 80), first_numbers(b, 80)
+    assert len({tuple(rows) for rows in (one[:40], one[40:], other[:40], other[40:])}) == 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(stores, st.integers(1, 20), st.integers(1, 50))
+def test_one_pass_is_a_prefix_of_one_order(store, batch_rows, max_rows):
+    def rows(batch_rows, max_rows, **options):
+        with make(store, batch_rows=batch_rows, **options) as loader:
+            batches = list(loader.one_pass(max_rows))
+        assert all(batch.rows == batch_rows for batch in batches[:-1])
+        return [number for batch in batches for number in numbers(batch)]
+
+    whole = rows(3, None)
+    assert sorted(whole) == list(range(sum(store.sizes)))
+    assert rows(batch_rows, max_rows, seed=5, window=3) == whole[:max_rows]
+
+
+def test_one_pass_reads_little_more_than_it_needs():
+    store = FakeStore((100, 100))
+    with make(store, batch_rows=8, window=20) as loader:
+        assert sum(batch.rows for batch in loader.one_pass(16)) == 16
+    assert len(set(store.reads)) == 4
+
+
+def test_one_pass_takes_rows_from_many_parts():
+    store = FakeStore((40,) * 10)
+    with make(store, batch_rows=8) as loader:
+        seen = [n for batch in loader.one_pass(80) for n in numbers(batch)]
+    assert len({n // 40 for n in seen}) >= 6
+
+
+def test_half_precision_arrives_as_float32():
+    with make(FakeStore((8,), dtype="bfloat16")) as loader:
+        batch = next(loader.batches())
+    assert {values.dtype for values in batch.values.values()} == {torch.float32}
+
+
+def test_kept_rows():
+    batch = Batch(
+        offset=0,
+        positions_B=torch.tensor([0, 1, 2, 3]),
+        values={IN: torch.tensor([[1.0], [1], [torch.nan], [1]]),
+                OUT: torch.tensor([[1.0], [1], [1], [torch.inf]])},
+    )  # fmt: skip
+    assert kept_rows(batch, skip_positions=0).tolist() == [True] * 4
+    assert kept_rows(batch, skip_positions=1).tolist() == [False, True, True, True]
+    assert kept_rows(batch, skip_positions=1, finite=[IN]).tolist() == [False, True, False, True]
+    assert kept_rows(batch, skip_positions=0, finite=[IN, OUT]).tolist() == [True] * 2 + [False] * 2
+
+
+def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
+    def fail(part, chunk):
+        if (part, chunk) == bad:
+            raise DamagedStoreError("part 0 chunk 1 is damaged")
+
+    with make(FakeStore((40,)), batch_rows=8) as loader:
+        groups = [loader._order(seed=0, epoch=0, window=2).group(g) for g in range(5)]
+    bad = (0, groups[3].chunks[0].chunk)
+    began = time.perf_counter()
+    with make(FakeStore((40,), before_read=fail), batch_rows=8) as loader:
+        batches = loader.batches()
+        assert sum(next(batches).rows for _ in range(3)) == groups[3].rows * 3
+        with pytest.raises(DamagedStoreError, match="part 0 chunk 1"):
+            next(batches)
+    assert time.perf_counter() - began < 5
+
+
+def test_the_next_window_is_read_while_one_is_consumed():
+    store = FakeStore((40,))
+    with make(store, batch_rows=8) as loader:
+        next(loader.batches())
+        deadline = time.perf_counter() + 5
+        while len(set(store.reads)) < 4 and time.perf_counter() < deadline:
+            time.sleep(0.01)
+    assert len(set(store.reads)) >= 4
+
+
+def test_chunks_are_read_concurrently():
+    barrier = threading.Barrier(3, timeout=5)  # breaks unless three reads run at once
+    store = FakeStore((24,), before_read=lambda part, chunk: barrier.wait())
+    with make(store, batch_rows=12, window=3, threads=3) as loader:
+        assert next(loader.batches()).rows == 12
+
+
+def test_waiting_is_measured():
+    store = FakeStore((4,), before_read=lambda part, chunk: time.sleep(0.05))
+    with make(store, batch_rows=4, window=1) as loader:
+        next(loader.batches())
+        assert 0.05 <= loader.wait_seconds < 5
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_threads_end_whatever_ends_the_loop(error):
+    before = threading.active_count()
+    store = FakeStore((400,), before_read=lambda part, chunk: time.sleep(0.01))
+
+    def consume():
+        with make(store, batch_rows=8, window=20) as loader:
+            for _ in loader.batches():
+                if error:
+                    raise error
+                break
+
+    if error:
+        with pytest.raises(error):
+            consume()
+    else:
+        consume()
+    assert threading.active_count() == before
+    assert len(store.reads) < 150  # queued reads were dropped
+
+
+def test_an_abandoned_stream_stops_reading():
+    store = FakeStore((4000,), before_read=lambda part, chunk: time.sleep(0.002))
+    with make(store, batch_rows=8, window=300) as loader:
+        next(loader.batches())
+        assert next(loader.one_pass(8)).rows == 8
+        time.sleep(0.05)
+        stopped = len(store.reads)
+        time.sleep(0.05)
+        assert len(store.reads) - stopped <= 3
+
+
+def test_memory_stays_within_the_bound():
+    store = FakeStore((4096,) * 4, chunk=64)
+    window, batch_rows, threads = 8, 128, 3
+    row_bytes = sum(WIDTHS.values()) * 4 + 8  # with the position
+    bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
+    with make(store, batch_rows=batch_rows, window=window, threads=threads) as loader:
+        outside = live_bytes()
+        for batch in islice(loader.batches(), 40):
+            # order and permutation of two windows are eight bytes a row each
+            assert live_bytes() - outside <= bound + 4 * window * 64 * 8, batch.offset
+
+
+def live_bytes() -> int:
+    tensors = [item for item in gc.get_objects() if type(item) is torch.Tensor]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def test_order_digest_tells_orders_apart():
+    def digest(sizes=(8, 8), **options):
+        with make(FakeStore(sizes), **options) as loader:
+            return loader.order_digest
+
+    assert digest() == digest(batch_rows=3)
+    assert len({digest(), digest(seed=1), digest(window=3), digest(sizes=(8, 9))}) == 4
+
+
+def test_messages_name_the_remedy():
+    with pytest.raises(ValueError, match="has no train rows of"):
+        make(FakeStore(()))
+    with pytest.raises(ValueError, match="got 255; use at least 256"):
+        window_chunks(FakeStore((8,)), [IN, OUT], 255)
+    assert [window_chunks(FakeStore((8,)), [IN, OUT], n) for n in (256, 511, 512)] == [1, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_the_same_on_a_gpu():
+    store = FakeStore((40, 13), dtype="bfloat16")
+    with make(store) as here, make(store, device=torch.device("cuda")) as there:
+        for a, b in islice(zip(here.batches(), there.batches(), strict=True), 30):
+            assert b.positions_B.is_cuda
+            torch.testing.assert_close(b.values[OUT].cpu(), a.values[OUT], rtol=0, atol=0)
+            torch.testing.assert_close(b.positions_B.cpu(), a.positions_B, rtol=0, atol=0)
