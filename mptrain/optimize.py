@@ -1,0 +1,116 @@
+"""Optimizers of one coder, with their schedule and their state as named tensors."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mptrain.coder import Coder
+from mptrain.config import CoderConfig
+
+_COUNTER = "steps_done"
+
+
+def lr_factor(step: int, steps: int, warmup_share: float) -> float:
+    """Share of the peak learning rate at train step `step` of `steps`, counted from 0.
+
+    Rises linearly over the first `warmup_share` of the steps, is 1 once, falls linearly to 0.
+    """
+    warmup = min(round(warmup_share * steps), steps - 1)
+    rise = (step + 1) / (warmup + 1)
+    fall = (steps - step) / (steps - warmup)
+    return max(0.0, min(rise, fall))
+
+
+def peak_lr(config: CoderConfig, latents: int) -> float:
+    """The config's `lr`, or the rules of sparsify: 2e-3 (muon), `2e-4 / sqrt(M / 2^14)` (adam)."""
+    if config.lr is not None:
+        return config.lr
+    return 2e-3 if config.optimizer == "muon" else 2e-4 / math.sqrt(latents / 2**14)
+
+
+def make_optimizers(coder: Coder, config: CoderConfig, steps: int) -> "Optimizers":
+    """What trains `coder` for `steps` train steps.
+
+    adam: Adam on everything. muon: Muon (Jordan 2024; RMS matched to AdamW, Liu et al. 2025,
+    arXiv 2502.16982, sec. 2.2; weight decay 0.1) on matrices, Adam on vectors. Muon's
+    Newton-Schulz iterations run on the short side of a matrix, torch transposes a tall one:
+    `20 D^2 M` bfloat16 operations a train step for `[M, D]`, as many as scoring `10 D` rows once.
+    """
+    lr = peak_lr(config, coder.latents)
+    if config.optimizer == "adam":
+        return Optimizers(coder, [_adam(list(coder.parameters()), lr)], config, steps)
+    matrices = [p for p in coder.parameters() if p.ndim == 2]
+    vectors = [p for p in coder.parameters() if p.ndim == 1]
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return Optimizers(coder, [muon, _adam(vectors, lr)], config, steps)
+
+
+class Optimizers:
+    """Steps all optimizers of a coder along one schedule."""
+
+    def __init__(
+        self,
+        coder: Coder,
+        optimizers: list[torch.optim.Optimizer],
+        config: CoderConfig,
+        steps: int,
+    ) -> None:
+        self.steps_done = 0
+        self._peak_lr = peak_lr(config, coder.latents)
+        self._steps = steps
+        self._warmup_share = config.warmup_share
+        self._optimizers = optimizers
+        self._parameters = dict(coder.named_parameters())
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next train step."""
+        return self._peak_lr * lr_factor(self.steps_done, self._steps, self._warmup_share)
+
+    def step_(self) -> None:
+        """Update every parameter from its gradient, and drop the gradients."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """`<parameter>.<moment>` and `steps_done`: the live tensors, not copies."""
+        moments = {
+            f"{name}.{key}": tensor
+            for name, parameter in self._parameters.items()
+            for key, tensor in self._owner(parameter).state.get(parameter, {}).items()
+        }
+        return {_COUNTER: torch.tensor(self.steps_done), **moments}
+
+    def load_state_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue bit for bit from what `state_tensors` gave, copied; ValueError for another coder."""
+        self.steps_done = int(tensors[_COUNTER])
+        for parameter in self._parameters.values():
+            self._owner(parameter).state.pop(parameter, None)
+        for full_name in tensors.keys() - {_COUNTER}:
+            name, _, key = full_name.rpartition(".")
+            if name not in self._parameters:
+                raise ValueError(
+                    f"optimizer state is of another coder: it holds {full_name}, "
+                    f"the coder has {', '.join(self._parameters)}"
+                )
+            parameter = self._parameters[name]
+            tensor = tensors[full_name].to(parameter.device, copy=True)
+            self._owner(parameter).state[parameter][key] = tensor
+
+    def _owner(self, parameter: Tensor) -> torch.optim.Optimizer:
+        return next(
+            optimizer
+            for optimizer in self._optimizers
+            if any(parameter is p for group in optimizer.param_groups for p in group["params"])
+        )
+
+
+def _adam(parameters: list[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    # one fused pass over parameter, gradient and moments, also on a CPU
+    return torch.optim.Adam(parameters, lr, fused=True)

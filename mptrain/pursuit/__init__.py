@@ -1,0 +1,1 @@
+"""Matching pursuit: `select` chooses atoms and values, `pursue` adds the backward pass."""

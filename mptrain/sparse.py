@@ -1,0 +1,83 @@
+"""Products with sparse codes, without ever making them dense.
+
+B rows in a batch, D input width, E target width, M latents, K code entries a row. A code is
+(indices, values); index -1 with value 0 is an unused entry, an index may occur twice in a row.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def sparse_decode(
+    idx_BK: Int64[Tensor, "batch steps"],
+    val_BK: Float[Tensor, "batch steps"],
+    V_ME: Float[Tensor, "latents target"],
+) -> Float[Tensor, "batch target"]:
+    """`y_b = sum_k val_bk V[idx_bk]`, with gradients for values and decoder."""
+    # torch does not annotate `apply`
+    y_BE: Tensor = _SparseDecode.apply(idx_BK, val_BK, V_ME)  # type: ignore[no-untyped-call]
+    return y_BE
+
+
+def latent_sums(
+    idx_BK: Int64[Tensor, "batch steps"],
+    val_BK: Float[Tensor, "batch steps"],
+    x_BD: Float[Tensor, "batch input"],
+    latents: int,
+) -> Float[Tensor, "{latents} input"]:
+    """`sum_bk [idx_bk = m] val_bk x_b` for each latent `m`: the transpose of `sparse_decode`.
+
+    Sorts the entries by latent and sums each latent's rows: one order of summation on every device.
+    """
+    latent, order = idx_BK.clamp_min(0).flatten().sort(stable=True)
+    offset_M = torch.searchsorted(latent, torch.arange(latents, device=latent.device))
+    row = order.div(idx_BK.shape[1], rounding_mode="floor")
+    return F.embedding_bag(
+        row, x_BD, offset_M, per_sample_weights=val_BK.flatten()[order], mode="sum"
+    )
+
+
+def active_latents(
+    idx_BK: Int64[Tensor, "batch steps"], val_BK: Float[Tensor, "batch steps"]
+) -> Int64[Tensor, " batch"]:
+    """Distinct latents with a non-zero value in each row; their mean is L0."""
+    used_BK = idx_BK.masked_fill(val_BK == 0, -1).sort(dim=1).values
+    first_BK = torch.ones_like(used_BK, dtype=torch.bool)
+    first_BK[:, 1:] = used_BK[:, 1:] != used_BK[:, :-1]
+    return (first_BK & (used_BK >= 0)).sum(1)
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
+        ctx.save_for_backward(idx_BK, val_BK, V_ME)
+        return weighted_rows(idx_BK, val_BK, V_ME)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_BE: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        idx_BK, val_BK, V_ME = ctx.saved_tensors
+        dy_BE, dval_BK, dV_ME = dy_BE.contiguous(), None, None
+        if ctx.needs_input_grad[1]:
+            dval_BK = _values_gradient(idx_BK, val_BK, V_ME, dy_BE)
+        if ctx.needs_input_grad[2]:
+            dV_ME = latent_sums(idx_BK, val_BK, dy_BE, V_ME.shape[0])
+        return None, dval_BK, dV_ME
+
+
+def weighted_rows(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
+    """The product of `sparse_decode`, differentiable by torch's own, slower rule."""
+    return F.embedding_bag(idx_BK.clamp_min(0), V_ME, per_sample_weights=val_BK, mode="sum")
+
+
+def _values_gradient(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor, dy_BE: Tensor) -> Tensor:
+    """`<V[idx_bk], dy_b>`, by torch's rule, which alone does not gather `[B, K, E]` first."""
+    with torch.enable_grad():
+        val_BK = val_BK.detach().requires_grad_()
+        y_BE = weighted_rows(idx_BK, val_BK, V_ME.detach())
+    (dval_BK,) = torch.autograd.grad(y_BE, val_BK, dy_BE)
+    return dval_BK.masked_fill_(idx_BK < 0, 0)

@@ -1,0 +1,96 @@
+"""TopK encoder and its auxiliary loss for dead latents (Gao et al. 2024, arXiv 2406.04093).
+
+B rows in a batch, D input width, E target width, M latents, K active latents a row;
+lower-case b: rows of one micro-batch.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mptrain.sparse import latent_sums, sparse_decode, weighted_rows
+
+_CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of pre-activations
+_GPU_ELEMENTS = 1 << 28
+
+
+def topk_encode(
+    x_BD: Float[Tensor, "batch input"],
+    b_D: Float[Tensor, " input"],
+    encoder_MD: Float[Tensor, "latents input"],
+    bias_M: Float[Tensor, " latents"],
+    k: int,
+) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"]]:
+    """The `k` largest of `relu((x - b) encoder^T + bias)` (sec. 2.3), in no promised order.
+
+    An entry that relu made 0 has index -1. Pre-activations are transient; the backward pass
+    keeps indices, values and references to the arguments, and touches only chosen latents.
+    """
+    # torch does not annotate `apply`
+    idx_BK, val_BK = _TopK.apply(  # type: ignore[no-untyped-call]
+        x_BD, b_D, encoder_MD, bias_M, k
+    )
+    return idx_BK, val_BK
+
+
+def predict_error(
+    x_BD: Float[Tensor, "batch input"],
+    b_D: Float[Tensor, " input"],
+    encoder_MD: Float[Tensor, "latents input"],
+    bias_M: Float[Tensor, " latents"],
+    decoder_ME: Float[Tensor, "latents target"],
+    dead_M: Bool[Tensor, " latents"],
+) -> tuple[Float[Tensor, "batch target"], float] | None:
+    """AuxK (app. A.2): what the dead latents alone make of `y - y_hat`, and the loss' scale.
+
+    The strongest `k_aux = D / 2` dead latents predict, without a bias. With fewer dead than that,
+    all of them, and the loss is scaled by dead / `k_aux`, as sparsify does. None: nothing is dead.
+    """
+    dead = dead_M.nonzero()[:, 0]
+    if len(dead) == 0:
+        return None
+    k_aux = max(1, round(x_BD.shape[1] / 2))
+    idx_BK, val_BK = topk_encode(x_BD, b_D, encoder_MD[dead], bias_M[dead], min(k_aux, len(dead)))
+    return sparse_decode(idx_BK, val_BK, decoder_ME[dead]), min(len(dead) / k_aux, 1.0)
+
+
+class _TopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BD: Tensor, b_D: Tensor, encoder_MD: Tensor, bias_M: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
+        idx_BK, val_BK = _largest(x_BD, b_D, encoder_MD, bias_M, k)
+        ctx.save_for_backward(idx_BK, val_BK, x_BD, b_D, encoder_MD)
+        ctx.mark_non_differentiable(idx_BK)
+        return idx_BK, val_BK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, _didx: None, dval_BK: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+        idx_BK, val_BK, x_BD, b_D, encoder_MD = ctx.saved_tensors
+        dval_BK = dval_BK.masked_fill(val_BK <= 0, 0)
+        dencoder_MD = latent_sums(idx_BK, dval_BK, x_BD - b_D, encoder_MD.shape[0])
+        dbias_M = encoder_MD.new_zeros(encoder_MD.shape[0])
+        dbias_M.index_add_(0, idx_BK.clamp_min(0).flatten(), dval_BK.flatten())
+        dx_BD = weighted_rows(idx_BK, dval_BK, encoder_MD) if ctx.needs_input_grad[0] else None
+        # the sum over rows of -dL/dx, without making dL/dx
+        db_D = -(dbias_M @ encoder_MD)
+        return dx_BD, db_D, dencoder_MD, dbias_M, None
+
+
+def _largest(
+    x_BD: Tensor, b_D: Tensor, encoder_MD: Tensor, bias_M: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    elements = _CPU_ELEMENTS if x_BD.device.type == "cpu" else _GPU_ELEMENTS
+    rows = max(1, elements // encoder_MD.shape[0])
+    parts = [
+        torch.addmm(bias_M, x_bD - b_D, encoder_MD.T).topk(k, sorted=False)
+        for x_bD in torch.split(x_BD, rows)
+    ]
+    val_BK = torch.cat([part.values for part in parts]).clamp_min_(0)
+    idx_BK = torch.cat([part.indices for part in parts]).masked_fill_(val_BK <= 0, -1)
+    return idx_BK, val_BK
