@@ -49,7 +49,8 @@ def kept_rows(
 
 def window_chunks(store: Store, sides: Sequence[Side], window_bytes: int) -> int:
     """Chunks in half a window of `window_bytes`: one half is handed over, one is being read."""
-    chunk = store.chunk_rows * sum(store.width(*side) for side in sides) * _dtype(store).itemsize
+    row = sum(store.width(*side) for side in sides) * _dtype(store).itemsize
+    chunk = store.chunk_rows * (row + 16)  # each row has a position and a place in the order
     if window_bytes < 2 * chunk:
         raise ValueError(
             f"window_bytes must hold two chunks of {_spelled(sides)}, got {window_bytes}; "
