@@ -1,0 +1,256 @@
+"""MODEL -> the base model, its tokenizer, and what identifies them; tokens -> the model's inputs.
+
+B: sequences in a forward pass. L: tokens in a sequence.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mpcache.config import CollectConfig
+from mpcache.documents import explained, first_line
+from mpcache.tokens import Specials, position_ids
+
+Separation = Literal["none", "positions", "mask"]
+
+# what differs between two copies of the same weights: where they lie, who wrote them, how they run
+VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+LIBRARIES = ("mpcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes the first GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise ValueError(
+            f"device must be a torch device here, got {name} ({first_line(error)}); use auto"
+        ) from error
+    return torch.device(name)
+
+
+def load_tokenizer(config: CollectConfig) -> PreTrainedTokenizerBase:
+    """Raises ValueError where there is none, or a slow one, ConnectionError without the Hub."""
+    source = model_source(config)
+    with explained(f"tokenizer of {config.model}", config.revision):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer must be a fast one, got {type(tokenizer).__name__} in {config.model}; "
+            "convert it to tokenizer.json"
+        )
+    return tokenizer
+
+
+def load_model(config: CollectConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model (no head) on its device, frozen, and its tokenizer.
+
+    Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
+    """
+    device, tokenizer = resolve_device(config.device), load_tokenizer(config)
+    with explained(f"model {config.model}", config.revision):
+        architecture = AutoConfig.from_pretrained(
+            model_source(config),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    check_architecture(architecture, config)
+    model, missing = load_weights(architecture, config)
+    if any(key.startswith("pooler.") for key in missing):
+        # encoders trained without a pooler get a random one, which no run could reproduce
+        model.register_module("pooler", None)
+    if missing := {key for key in missing if not key.startswith("pooler.")}:
+        raise ValueError(
+            f"the weights of {config.model} must fill {type(model).__name__}, got none for "
+            f"{', '.join(sorted(missing)[:3])}; use another checkpoint"
+        )
+    model.train(False).requires_grad_(False)
+    return model.to(device), tokenizer  # type: ignore[arg-type]  # hidden by a decorator
+
+
+def model_source(config: CollectConfig) -> str:
+    """A folder here, else a Hub id."""
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"a model folder must hold config.json, got {path}; check the path")
+        return str(path)
+    if config.model.startswith((".", "/", "~")):
+        raise ValueError(f"model must exist, got {config.model}; check the path")
+    return config.model
+
+
+def check_architecture(architecture: PreTrainedConfig, config: CollectConfig) -> None:
+    if architecture.is_encoder_decoder:
+        raise ValueError(
+            f"a model must be a decoder or an encoder, got the encoder-decoder "
+            f"{architecture.model_type}; use another"
+        )
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < config.ctx_len:
+        raise ValueError(
+            f"ctx_len must not exceed the model's {positions} positions, got {config.ctx_len}; "
+            f"use {positions}"
+        )
+
+
+def load_weights(
+    architecture: PreTrainedConfig, config: CollectConfig
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model and the names of weights that the checkpoint lacks."""
+    with explained(f"model {config.model}", config.revision), quiet_load_report():
+        try:
+            model, info = AutoModel.from_pretrained(
+                model_source(config),
+                config=architecture,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=getattr(torch, config.model_dtype),
+                attn_implementation=config.attention,
+                output_loading_info=True,
+            )
+        except ImportError as error:  # flash_attention_2 that is not installed
+            raise ValueError(f"{first_line(error)}; use attention=sdpa") from error
+    return model, set(info["missing_keys"])
+
+
+@contextmanager
+def quiet_load_report() -> Iterator[None]:
+    """Hides the table of weights a base model leaves unused; missing ones are checked."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+# --- identity ---
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """sha256 of the architecture and the weights as computed with, however they are stored."""
+    digest = hashlib.sha256()
+    settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what turns text into tokens; not of padding and truncation, which calls change."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"padding": None, "truncation": None}
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([state, specials], sort_keys=True).encode()).hexdigest()
+
+
+def model_provenance(model: PreTrainedModel, config: CollectConfig) -> dict[str, str | None]:
+    """Where the model comes from and what computes it; `model_revision` is None for a folder."""
+    is_folder = Path(config.model).expanduser().is_dir()
+    return {
+        "model": Path(config.model).expanduser().resolve().name if is_folder else config.model,
+        "model_revision": None if is_folder else getattr(model.config, "_commit_hash", None),
+        "model_class": type(model).__name__,
+        "attention": model.config._attn_implementation,
+        **{f"{library}_version": library_version(library) for library in LIBRARIES},
+    }
+
+
+def library_version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+# --- inputs ---
+
+
+def model_inputs(
+    tokens_BL: UInt[np.ndarray, "B L"],
+    specials: Specials,
+    separation: Separation,
+    model: PreTrainedModel,
+) -> dict[str, Tensor]:
+    """What a forward pass over stored tokens is given: a pure function of them."""
+    inputs = {"input_ids": torch.from_numpy(tokens_BL.astype(np.int64))}
+    if separation != "none":
+        positions_BL = position_ids(tokens_BL, specials)
+        inputs["position_ids"] = torch.from_numpy(positions_BL)
+        if separation == "mask":
+            inputs["attention_mask"] = document_mask(positions_BL, model.dtype)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def document_mask(positions_BL: Int64[np.ndarray, "B L"], dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, L, L] with which tokens see their own document, both ways."""
+    document_BL = torch.from_numpy((positions_BL == 0).cumsum(axis=1))
+    is_other = document_BL[:, None, :, None] != document_BL[:, None, None, :]
+    return torch.zeros(is_other.shape, dtype=dtype).masked_fill_(is_other, torch.finfo(dtype).min)
+
+
+def find_separation(model: PreTrainedModel, cross_document_attention: bool) -> Separation:
+    """What keeps the documents of a sequence apart in this model, found by trying.
+
+    Restarting positions do in a causal model that builds its mask by them; an encoder needs a mask,
+    which would also undo a sliding window. Raises ValueError where nothing does.
+    """
+    if cross_document_attention:
+        return "none"
+    has_window = getattr(model.config.get_text_config(), "sliding_window", None) or hasattr(
+        model.config, "local_attention"
+    )
+    ways: tuple[Separation, ...] = ("positions",) if has_window else ("positions", "mask")
+    for way in ways:
+        if keeps_documents_apart(model, way):
+            return way
+    raise ValueError(
+        f"{type(model).__name__} cannot keep the documents of a sequence apart; "
+        "turn cross_document_attention on"
+    )
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel, separation: Separation) -> bool:
+    """Whether a document after another one gets the activations that it gets alone."""
+    end = 3  # any token will do as the end
+    tokens_BL = np.array([[11, 12, 13, 14, end, 21, 22, 23, 24, 25]], np.uint16)
+    tokens_BL %= model.config.get_text_config().vocab_size
+    specials = Specials(begin=None, begins="document", end=end)
+    try:
+        packed = model(**model_inputs(tokens_BL, specials, separation, model))[0][0, 5:].float()
+    except (TypeError, ValueError, RuntimeError):  # takes no positions, or no such mask
+        return False
+    alone = model(**model_inputs(tokens_BL[:, 5:], specials, "none", model))[0][0].float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # a leak changes it by its own size
+    return bool((packed - alone).norm() <= tolerance * alone.norm())
