@@ -15,8 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mpcache.reader import Store
+from mpcache.reader import Store, open_store
 from mptrain.order import EpochOrder, Group, epoch_order
+
+# the rest of mptrain opens stores through this module: the one edge between the packages
+__all__ = ["Batch", "Loader", "Side", "Store", "kept_rows", "open_store", "window_chunks"]
 
 Side = tuple[str, str]
 

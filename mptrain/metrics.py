@@ -1,0 +1,94 @@
+"""The lines of a run's `metrics.jsonl`: written while it trains, read back by plots and reports."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One coder at one log step."""
+
+    coder: str
+    "name of the coder"
+    step: int
+    "train steps done"
+    rows: int
+    "rows read for training since the run began, filtered ones included"
+    train_seconds: float
+    "time in this coder's own train steps since the run began; neither waiting nor validation"
+    wait_seconds: float
+    "time the run waited for data since it began"
+    fvu: float
+    "fraction of variance unexplained on the train batch, before its update"
+    validation_fvu: float | None = None
+    "fraction of variance unexplained on the validation rows; None: not evaluated at this step"
+    l0: float
+    "latents with a non-zero value, mean over the rows of the train batch"
+    dead_share: float
+    "share of the latents that are dead"
+    lr: float
+    "learning rate of the step"
+    rows_per_second: float
+    "`rows` by `train_seconds`"
+    peak_memory_bytes: int
+    "largest memory in use so far: of the GPU if there is one, else of the process"
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a line, in one write."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records. A last line without its end is one that a crash or a running write tore.
+
+    Raises:
+        ValueError: another line is no record.
+    """
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop what is later than `step`, and a torn line, so that a continued run repeats no line.
+
+    A crash in between leaves the file as it was or as it should be. No file is no line.
+    """
+    if not path.exists():
+        return
+    kept = [record for record in read_records(path) if record.step <= step]
+    shorter = path.with_name(path.name + ".rewind")
+    with shorter.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, kept))
+        file.flush()
+        os.fsync(file.fileno())
+    shorter.replace(path)
+
+
+# JSON has no NaN or infinity; null would hide that a run diverged
+NONFINITE = ("nan", "inf", "-inf")
+
+
+def json_value(value: str | float | int | None) -> str | float | int | None:
+    """The value as JSON can hold it."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(record: Record) -> str:
+    values = {name: json_value(value) for name, value in asdict(record).items()}
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _record(line: bytes, place: str) -> Record:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        values |= {name: float(value) for name, value in values.items() if value in NONFINITE}
+        return Record(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        wanted = ", ".join(field.name for field in fields(Record))
+        raise ValueError(f"{place} is not a record of {wanted}: {error}") from error
