@@ -178,10 +178,15 @@ def unseal(data: bytes, name: str) -> Sealed:
     return content
 
 
+def is_store(path: Path) -> bool:
+    """Whether a store was made there."""
+    return (path / STORE_FILE).exists()
+
+
 def read_store_file(path: Path) -> Sealed:
     """Content of `store.json`; refuses what is no store and an unknown format version."""
     file = path / STORE_FILE
-    if not file.is_file():
+    if not is_store(path):
         raise ValueError(
             f"{path} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
         )

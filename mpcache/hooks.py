@@ -3,7 +3,6 @@
 B: sequences in a forward pass. L: tokens in a sequence.
 """
 
-import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from mpcache.model import forward_options
 
 SideName = Literal["input", "output"]
 
@@ -123,9 +124,7 @@ class Capture:
         self._times: Counter[Side] = Counter()
         self._shape: tuple[int, ...] = PROBE
         self._is_probe = False
-        takes = inspect.signature(model.forward).parameters
-        # without a cache, restarting position ids alone tell documents apart (see model.py)
-        self._options = {"use_cache": False} if "use_cache" in takes else {}
+        self._options = forward_options(model)
 
     def __enter__(self) -> "Capture":
         modules = dict(self.model.named_modules())

@@ -4,6 +4,7 @@ B: sequences in a forward pass. L: tokens in a sequence.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -212,6 +213,12 @@ def model_inputs(
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
+def forward_options(model: nn.Module) -> dict[str, bool]:
+    """No cache, where a model knows one: beside one, restarting positions would make no mask."""
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
+
+
 def document_mask(positions_BL: Int64[np.ndarray, "B L"], dtype: torch.dtype) -> Tensor:
     """Additive mask [B, 1, L, L] with which tokens see their own document, both ways."""
     document_BL = torch.from_numpy((positions_BL == 0).cumsum(axis=1))
@@ -247,10 +254,12 @@ def keeps_documents_apart(model: PreTrainedModel, separation: Separation) -> boo
     tokens_BL = np.array([[11, 12, 13, 14, end, 21, 22, 23, 24, 25]], np.uint16)
     tokens_BL %= model.config.get_text_config().vocab_size
     specials = Specials(begin=None, begins="document", end=end)
+    options, inputs = forward_options(model), model_inputs(tokens_BL, specials, separation, model)
     try:
-        packed = model(**model_inputs(tokens_BL, specials, separation, model))[0][0, 5:].float()
+        packed = model(**inputs, **options)[0][0, 5:].float()
     except (TypeError, ValueError, RuntimeError):  # takes no positions, or no such mask
         return False
-    alone = model(**model_inputs(tokens_BL[:, 5:], specials, "none", model))[0][0].float()
+    inputs = model_inputs(tokens_BL[:, 5:], specials, "none", model)
+    alone = model(**inputs, **options)[0][0].float()
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # a leak changes it by its own size
     return bool((packed - alone).norm() <= tolerance * alone.norm())

@@ -152,13 +152,15 @@ class Store:
             values[spec.name] = self.read_object(array, spec, part, 0, real)
         return values
 
-    def moments(self, hookpoint: str, side: str, split: Split) -> tuple[Tensor, Tensor]:
-        """Mean and variance per dimension, float64, over the finite committed rows of a split."""
+    def moments(
+        self, hookpoint: str, side: str, split: Split | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance per dimension, float64, over finite committed rows (of a split)."""
         array = self._acts(hookpoint, side)
         _, _, spec = specs(array, self.layout, self.width(hookpoint, side))
         total = no_moments(self.width(hookpoint, side))
         for part in self.numbers(array):
-            if self.layout.split_of(part) == split:
+            if split in (None, self.layout.split_of(part)):
                 mean, variance = torch.from_numpy(self.read_object(array, spec, part, 0, 1)[0])
                 total = total.merged(Moments(self.mark(part, array)["finite_rows"], mean, variance))
         return total.mean_W, total.variance_W

@@ -21,6 +21,8 @@ from mptrain.order import EpochOrder, Group, epoch_order
 # the rest of mptrain opens stores through this module: the one edge between the packages
 __all__ = ["Batch", "Loader", "Side", "Store", "kept_rows", "open_store", "window_chunks"]
 
+__all__ = ["Batch", "Loader", "Side", "Store", "kept_rows", "open_store"]
+
 Side = tuple[str, str]
 
 

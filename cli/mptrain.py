@@ -1,0 +1,86 @@
+"""`mptrain`: train coders from a store, evaluate and draw them. Stages are imported when run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli.errors import guarded
+from cli.options import count, from_config
+from cli.tables import print_json, print_table
+from mptrain.config import FitConfig
+
+app = typer.Typer(
+    help="Train matching-pursuit and TopK coders from a store of activations.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+_RESULTS = (
+    "coder",
+    "fvu",
+    "fvu_all",
+    "l0",
+    "dead_share",
+    "rows_trained",
+    "rows_per_second",
+    "train_seconds",
+)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+@app.command()
+@guarded
+@from_config(FitConfig, arguments=("store",))
+def fit(config: FitConfig, json: Json = False) -> None:
+    """Train one coder, or a grid of them in one pass over the store."""
+    from mptrain.fit import fit as run
+
+    try:
+        results = run(config, quiet=False)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; the same command goes on from the last state in {config.run}/state"
+        ) from None
+    if json:
+        return print_json(results)
+    print_table(_RESULTS, [{**result, **result["validation"]} for result in results])
+    return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
+
+
+@app.command(name="eval")
+@guarded
+def evaluate(
+    *,
+    coder: Annotated[Path, typer.Argument(metavar="CODER", help="folder RUN/coders/NAME")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
+    k: Annotated[list[int] | None, typer.Option(help="evaluate at this K too; repeatable")] = None,
+    rows: Annotated[int | None, typer.Option(parser=count, help="rows [default: all]")] = None,
+    json: Json = False,
+) -> None:
+    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K."""
+    from mptrain.evaluate import evaluate_coder
+
+    found = [dataclasses.asdict(one) for one in evaluate_coder(coder, store, k or (), rows)]
+    return print_json(found) if json else print_table(tuple(found[0]), found)
+
+
+@app.command()
+@guarded
+def plot(
+    *,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
+    out: Annotated[Path, typer.Option(help="folder of the figures")] = Path("figures"),
+) -> None:
+    """FVU over run time, a panel for each hookpoint, kind and k: mp red, topk blue."""
+    from mptrain.plot import plot_runs
+
+    for file in plot_runs(runs, out):
+        typer.echo(file)

@@ -1,0 +1,282 @@
+"""Fill a store, or what is missing of it: tokens first, then one forward pass a part.
+
+While the model reads a part, the part before it is written, so that at most two parts of rows are
+in memory: 2 x part_rows x (sum of widths) x bytes of a value, and one array's part read back.
+"""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mpcache.config import CollectConfig
+from mpcache.documents import Documents, open_documents, token_dtype
+from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, is_store, specs
+from mpcache.forward import Pass, capture_part
+from mpcache.hooks import Capture, Side, resolve, widths
+from mpcache.identity import identify, layout_of, open_place
+from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.reader import Store, check_metadata, open_store
+from mpcache.tokens import (
+    FIRST_PARTS,
+    Cursor,
+    PartTokens,
+    following,
+    iter_parts,
+    row_permutation,
+    special_tokens,
+)
+from mpcache.writer import Writer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a collection did and what the store has now."""
+
+    store: str
+    parts: int
+    "parts that hold all wanted hookpoints"
+    rows: int
+    forward_rows: int
+    "rows that the model had to read"
+    bytes: int
+    "bytes of the wanted arrays on disk"
+    nonfinite: int
+    seconds: float
+    "of forward passes and writing, without loading and tokenising"
+
+
+def collect(config: CollectConfig, path: Path, *, quiet: bool = True) -> Summary:
+    """Collect into a new store, or complete and extend the one there.
+
+    Raises:
+        ValueError: the user's mistake; nothing was written.
+        OSError: disk or network; what was committed stays.
+        KeyboardInterrupt: as it comes; what was committed stays.
+    """
+    model, tokenizer = load_model(config)
+    documents = open_documents(config, tokenizer)
+    return Collection(config, path, model, tokenizer, documents, quiet).run()
+
+
+class Collection:
+    """One collection with its model in memory; nothing is written before `run`."""
+
+    def __init__(
+        self,
+        config: CollectConfig,
+        path: Path,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Documents,
+        quiet: bool = True,
+    ) -> None:
+        self.config, self.path, self.quiet = config, path, quiet
+        self.model, self.tokenizer, self.documents = model, tokenizer, documents
+        self.sides = resolve(config.hookpoints, model)
+        self.widths = widths(model, self.sides)
+        self.layout = layout_of(config, token_dtype(tokenizer).name)
+        self.identity = self.identify()
+        self.writer = Writer(path, self.layout)
+        self.bytes_written = 0
+        # both splits want at least one part, whatever --rows says
+        self.wanted_parts = max(2, -(-config.rows // config.part_rows))
+
+    def run(self) -> Summary:
+        """Write what is missing."""
+        self.write_tokens()
+        store = open_store(self.path)
+        self.grow_acts(store)
+        missing = {part: self.missing_sides(store, part) for part in self.parts(store)}
+        started = time.monotonic()
+        forward_rows = self.write_activations(store, {p: s for p, s in missing.items() if s})
+        return self.summary(forward_rows, time.monotonic() - started)
+
+    def array(self, side: Side) -> str:
+        return acts(side.hookpoint, side.side)
+
+    def parts(self, store: Store) -> tuple[int, ...]:
+        """Wanted parts that the dataset has."""
+        return tuple(part for part in store.numbers(TOKENS) if part < self.wanted_parts)
+
+    def missing_sides(self, store: Store, part: int) -> tuple[Side, ...]:
+        return tuple(s for s in self.sides if part not in store.numbers(self.array(s)))
+
+    def identify(self) -> dict[str, Any]:
+        digests = {
+            "model_digest": model_digest(self.model),
+            "tokenizer_digest": tokenizer_digest(self.tokenizer),
+            "dataset_digest": self.documents.digest,
+        }
+        return identify(self.config, digests, str(self.model.config._attn_implementation))
+
+    def write_tokens(self) -> None:
+        """Commit tokens and rows of all wanted parts that lack them."""
+        store = None
+        if is_store(self.path):
+            self.open_place()
+            store = open_store(self.path)
+        parts = self.new_parts(store)
+        # an unusable dataset shows in its first parts: before the store is made
+        ahead = list(itertools.islice(parts, 2))
+        self.open_place()
+        for array in (TOKENS, SEQUENCE, POSITION):
+            self.writer.grow(array, self.wanted_parts)
+        with self.bar("tokens", self.wanted_parts, "part") as bar:
+            for one in itertools.chain(ahead, parts):
+                self.commit_tokens(one)
+                bar.update()
+
+    def open_place(self) -> None:
+        provenance = {
+            "model": model_provenance(self.model, self.config),
+            "dataset": self.documents.provenance,
+        }
+        open_place(self.path, self.config, self.identity, self.layout, provenance)
+
+    def grow_acts(self, store: Store) -> None:
+        """Let all arrays span as many parts as the tokens do, also those not asked for now."""
+        parts = check_metadata(self.path, specs(TOKENS, self.layout)[0])
+        there = {a: store.width(*hookpoint_of(a)) for a in store.arrays if a.startswith("acts/")}
+        for array, width in {
+            **there,
+            **{self.array(s): self.widths[s] for s in self.sides},
+        }.items():
+            self.writer.grow(array, parts, width)
+
+    def new_parts(self, store: Store | None) -> Iterator[PartTokens]:
+        """Parts whose tokens are not committed, tokenised from where each split left off."""
+        cursors = self.cursors(store) if store else FIRST_PARTS
+        cursors = {part: cursor for part, cursor in cursors.items() if part < self.wanted_parts}
+        if not cursors:
+            return iter(())
+        found = iter_parts(self.documents, self.tokenizer, self.config, cursors)
+        return itertools.takewhile(lambda one: one.part < self.wanted_parts, found)
+
+    def cursors(self, store: Store) -> dict[int, Cursor]:
+        """First part without rows of each split that goes on, and where it starts."""
+        done = set(store.numbers(TOKENS)) & set(store.numbers(SEQUENCE))
+        done &= set(store.numbers(POSITION))
+        cursors = {}
+        for part, cursor in FIRST_PARTS.items():
+            while part in done:
+                mark = store.mark(part, TOKENS)
+                part, cursor = following(part, self.config.validation_every), mark["next_cursor"]
+                if mark["last"]:
+                    break
+            else:
+                cursors[part] = Cursor(*cursor)
+        return cursors
+
+    def commit_tokens(self, one: PartTokens) -> None:
+        progress = {"cursor": list(one.cursor), "next_cursor": list(one.next_cursor)}
+        self.writer.commit_tokens(one.part, one.tokens, {**progress, "last": one.last})
+        self.writer.commit_rows(one.part, self.token_of_row(one.part, one.tokens.size))
+
+    def token_of_row(self, part: int, rows: int) -> np.ndarray:
+        return row_permutation(self.config.seed, part, rows)
+
+    def write_activations(self, store: Store, missing: dict[int, tuple[Side, ...]]) -> int:
+        """Run the model over parts and commit their missing sides; gives the rows it read."""
+        rows = {part: int(store.mark(part, TOKENS)["rows"]) for part in missing}
+        if not rows:
+            return 0
+        with self.bar("collect", sum(rows.values()), "row") as bar, Background() as background:
+            for sides, parts in itertools.groupby(missing, key=missing.__getitem__):
+                with Capture(self.model, sides) as capture:
+                    for part in parts:
+                        buffers = self.capture(capture, store, part, sides, bar)
+                        background.submit(functools.partial(self.commit, part, buffers, bar))
+        return sum(rows.values())
+
+    def capture(
+        self, capture: Capture, store: Store, part: int, sides: tuple[Side, ...], bar: "tqdm[None]"
+    ) -> dict[Side, Tensor]:
+        tokens = store.read_tokens(part)
+        dtype = getattr(torch, self.config.dtype)
+        buffers = {s: torch.empty(tokens.size, self.widths[s], dtype=dtype) for s in sides}
+        order = self.token_of_row(part, tokens.size)
+        capture_part(capture, tokens, order, buffers, self.how(), bar.update)
+        return buffers
+
+    def how(self) -> Pass:
+        separate = None
+        if not self.config.cross_document_attention:
+            separate = special_tokens(self.tokenizer, self.config)
+        return Pass(
+            batch_sequences=self.config.batch_sequences,
+            separate=separate,
+            device=next(self.model.parameters()).device,
+        )
+
+    def commit(self, part: int, buffers: dict[Side, Tensor], bar: "tqdm[None]") -> None:
+        """Commit the rows of a part; runs beside the next forward pass."""
+        for side, x_RW in buffers.items():
+            self.writer.commit_acts(part, self.array(side), x_RW)
+        self.bytes_written += sum(x.numel() * x.element_size() for x in buffers.values())
+        bar.set_postfix_str(f"{self.bytes_written / 1e9:.2f} GB committed", refresh=False)
+
+    def bar(self, name: str, total: int, unit: str) -> "tqdm[None]":
+        return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=self.quiet)
+
+    def summary(self, forward_rows: int, seconds: float) -> Summary:
+        store = open_store(self.path)
+        arrays = [self.array(side) for side in self.sides]
+        whole = [p for p in self.parts(store) if not self.missing_sides(store, p)]
+        marks = [store.mark(part, array) for array in arrays for part in whole]
+        return Summary(
+            store=str(self.path),
+            parts=len(whole),
+            rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in whole),
+            forward_rows=forward_rows,
+            bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
+            nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
+            seconds=seconds,
+        )
+
+
+class Background:
+    """Runs one piece of work at a time beside the caller: the bound on memory.
+
+    Leaving waits for the work in hand, also when the model failed or Ctrl-C came: what was computed
+    is not thrown away.
+    """
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self.pending: Future[None] | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Start the work when the one before is done; raises what that one raised."""
+        self.wait()
+        self.pending = self.pool.submit(work)
+
+    def wait(self) -> None:
+        """Until the work in hand is done; raises what it raised."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "Background":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.pool.shutdown(wait=True)
+        if error is None:
+            self.wait()

@@ -1,0 +1,112 @@
+"""What determines the rows of a store, and the check that a store and a command agree on it."""
+
+import errno
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpcache.config import CollectConfig
+from mpcache.format import (
+    FORMAT_VERSION,
+    STORE_FILE,
+    Layout,
+    canonical,
+    digest,
+    is_store,
+    read_store_file,
+    seal,
+)
+from mpcache.objects import files_below, is_temporary, put_new
+
+# of the config; neither hookpoints nor storage dtype, so that both can differ for the same rows
+_DETERMINING = (
+    "model_dtype",
+    "ctx_len",
+    "part_rows",
+    "batch_sequences",
+    "bos",
+    "eos",
+    "cross_document_attention",
+    "dataset_config",
+    "split",
+    "text_column",
+    "streaming",
+    "validation_every",
+    "seed",
+)
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> dict[str, Any]:
+    """Everything that determines the rows; `digests` are those of model, tokenizer and dataset."""
+    chosen = {name: getattr(config, name) for name in _DETERMINING}
+    return {**chosen, **digests, "attention": attention}
+
+
+def layout_of(config: CollectConfig, token_dtype: str) -> Layout:
+    """How a store of this config cuts its rows."""
+    return Layout(
+        ctx_len=config.ctx_len,
+        part_rows=config.part_rows,
+        chunk_rows=config.chunk_rows,
+        validation_every=config.validation_every,
+        dtype=config.dtype,
+        codec=config.codec,
+        token_dtype=token_dtype,
+    )
+
+
+def open_place(
+    path: Path, config: CollectConfig, identity: dict[str, Any], layout: Layout,
+    provenance: dict[str, Any],
+) -> None:  # fmt: skip
+    """Make the store, or check that the one there holds the same rows in the same layout."""
+    content = {
+        "format": "mpcache",
+        "format_version": FORMAT_VERSION,
+        "fingerprint": digest(identity),
+        "identity": identity,
+        "layout": asdict(layout),
+        "config": asdict(config),
+        "provenance": provenance,
+    }
+    if not is_store(path):
+        _refuse_other_content(path)
+        _make(path, seal(content))
+    found = read_store_file(path)
+    for key in ("identity", "layout"):
+        _refuse_difference(path, found[key], as_stored(content[key]))
+
+
+def as_stored(content: Any) -> Any:
+    """Content as it reads back from JSON, so that tuples compare as lists."""
+    return json.loads(canonical(content))
+
+
+def _make(path: Path, data: bytes) -> None:
+    try:
+        put_new(path / STORE_FILE, data)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise ValueError(
+            f"cannot write in {path}: {error.strerror}; name a place that you may write to"
+        ) from None
+
+
+def _refuse_other_content(path: Path) -> None:
+    if path.is_file() or any(not is_temporary(file) for file in files_below(path)):
+        raise ValueError(f"{path} exists and is no store; name a new or empty folder")
+
+
+def _refuse_difference(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    different = [key for key in wanted if stored.get(key) != wanted[key]]
+    if different:
+        told = "; ".join(
+            f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different
+        )
+        raise ValueError(
+            f"{path} was made from another model or with other settings ({told}); "
+            "use its settings, or name another store"
+        )

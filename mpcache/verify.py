@@ -1,0 +1,197 @@
+"""Check every byte of a store against its marks, and its marks against themselves."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dask
+from tqdm import tqdm
+
+from mpcache.format import (
+    GROUP,
+    POSITION,
+    SEQUENCE,
+    STORE_FILE,
+    TOKENS,
+    ArraySpec,
+    DamagedStoreError,
+    digest,
+    mark_path,
+    read_store_file,
+    specs,
+)
+from mpcache.objects import digest_file, files_below, is_temporary
+from mpcache.reader import Store, check_metadata, committed_length, open_store
+from mpcache.writer import values_digest
+
+Fault = Literal["missing", "truncated", "changed", "uncommitted", "foreign", "leftover"]
+_HARMLESS = {"uncommitted", "foreign", "leftover"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing in a store that is not as it should be."""
+
+    fault: Fault
+    path: str
+    told: str
+
+    @property
+    def damaging(self) -> bool:
+        """Whether committed data is affected; the rest of an interrupted run is not damage."""
+        return self.fault not in _HARMLESS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found."""
+
+    marks: int
+    objects: int
+    bytes: int
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def intact(self) -> bool:
+        return not any(finding.damaging for finding in self.findings)
+
+
+def verify(path: Path, *, quiet: bool = True) -> Verdict:
+    """Check a store; memory stays under one part of one array per thread.
+
+    Raises:
+        ValueError: there is no store, or its format version is unknown.
+    """
+    try:
+        content = read_store_file(path)
+    except DamagedStoreError as error:
+        return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, str(error)),))
+    if content["fingerprint"] != digest(content["identity"]):
+        return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, "fingerprint of other content"),))
+    store = open_store(path)
+    marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
+    with tqdm(total=len(marks), desc="verify", unit="mark", disable=quiet) as bar:
+        tasks = [dask.delayed(_checked)(store, part, array, bar) for part, array in marks]
+        checked: tuple[_Checked, ...] = dask.compute(*tasks, scheduler="threads")
+    known = {name for one in checked for name in one.objects} | {STORE_FILE}
+    findings = [finding for one in checked for finding in one.findings]
+    findings += _metadata_findings(store, known)
+    findings += _incomplete_parts(store)
+    findings += _strays(path, known)
+    return Verdict(
+        len(marks),
+        sum(len(c.objects) for c in checked),
+        sum(c.bytes for c in checked),
+        tuple(findings),
+    )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    objects: tuple[str, ...]
+    bytes: int
+    findings: tuple[Finding, ...]
+
+
+def _checked(store: Store, part: int, array: str, bar: "tqdm[Any]") -> _Checked:
+    bar.update()
+    name = mark_path(part, array)
+    try:
+        mark = store.mark(part, array)
+    except DamagedStoreError as error:
+        return _Checked((), 0, (Finding("changed", name, str(error)),))
+    if mark["split"] != store.layout.split_of(part):
+        return _Checked((), 0, (Finding("changed", name, "names the wrong split"),))
+    specs_of = specs(array, store.layout, int(mark.get("width", 0)))
+    findings = [f for spec in specs_of if (f := _object_finding(store, part, array, spec))]
+    return _Checked(
+        tuple(mark["objects"]), sum(o["bytes"] for o in mark["objects"].values()), tuple(findings)
+    )
+
+
+def _object_finding(store: Store, part: int, array: str, spec: ArraySpec) -> Finding | None:
+    mark, name = store.mark(part, array), spec.object_path(part)
+    committed = mark["objects"][name]
+    file = store.path / name
+    if not file.is_file():
+        return Finding("missing", name, "committed, but not there")
+    size = file.stat().st_size
+    if size != committed["bytes"]:
+        fault: Fault = "truncated" if size < committed["bytes"] else "changed"
+        return Finding(fault, name, f"{size} bytes, committed were {committed['bytes']}")
+    if digest_file(file) != committed["sha256"]:
+        return Finding("changed", name, "its bytes differ from what was committed")
+    length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
+    try:
+        values = store.read_object(array, spec, part, 0, length)
+    except DamagedStoreError as error:
+        return Finding("changed", name, str(error))
+    if values_digest(values) != committed["values_sha256"]:
+        return Finding("changed", name, "decodes to other values than were committed")
+    return None
+
+
+def _metadata_findings(store: Store, known: set[str]) -> Iterator[Finding]:
+    """Faults of `zarr.json` files; all arrays of a store span the same number of parts."""
+    spans: dict[str, int] = {}
+    for spec in _all_specs(store):
+        try:
+            spans[spec.metadata_path] = check_metadata(store.path, spec)
+        except DamagedStoreError as error:
+            yield Finding("changed", spec.metadata_path, str(error))
+        for name, data in spec.metadata(1).items():
+            if name not in known and name != spec.metadata_path:
+                yield from _group_findings(store.path, name, data)
+            known.add(name)
+    usual = max(spans.values(), key=list(spans.values()).count, default=0)
+    for name, span in spans.items():
+        if span != usual:
+            yield Finding(
+                "changed", name, f"spans {span} parts, other arrays {usual}; collect again"
+            )
+
+
+def _all_specs(store: Store) -> Iterator[ArraySpec]:
+    for array in store.arrays:
+        try:
+            width = int(store.mark(store.numbers(array)[0], array).get("width", 0))
+        except DamagedStoreError:
+            continue  # already found: its mark is damaged
+        yield from specs(array, store.layout, width)
+
+
+def _group_findings(path: Path, name: str, implied: bytes) -> Iterator[Finding]:
+    file = path / name
+    if not file.is_file():
+        yield Finding("missing", name, "group metadata")
+    elif file.read_bytes() != implied:
+        yield Finding("changed", name, "group metadata differs from what Zarr writes")
+
+
+def _incomplete_parts(store: Store) -> Iterator[Finding]:
+    """Activations without the tokens or rows that say what they are."""
+    for array in store.arrays:
+        for needed in (TOKENS, SEQUENCE, POSITION):
+            for part in sorted(set(store.numbers(array)) - set(store.numbers(needed))):
+                yield Finding("missing", mark_path(part, needed), f"{array} has this part")
+
+
+def _strays(path: Path, known: set[str]) -> Iterator[Finding]:
+    """Files that no mark vouches for."""
+    for file in files_below(path):
+        name = file.relative_to(path).as_posix()
+        if is_temporary(file):
+            yield Finding("leftover", name, "rest of an interrupted write; may be deleted")
+        elif name not in known and not _is_mark(name):
+            yield Finding(*_stray_kind(name))
+
+
+def _is_mark(name: str) -> bool:
+    return name.startswith("marks/") and name.endswith(".json")
+
+
+def _stray_kind(name: str) -> tuple[Fault, str, str]:
+    if name.startswith(f"{GROUP}/"):
+        return "uncommitted", name, "written but not committed; collect again commits it anew"
+    return "foreign", name, "not part of a store"

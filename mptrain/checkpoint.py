@@ -1,0 +1,117 @@
+"""Coders and run states on disk: JSON and safetensors, written aside and renamed; no pickle."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mptrain.coder import Coder
+from mptrain.config import CoderConfig
+
+CODER_FORMAT = 1
+_PARTIAL = ".partial"
+
+
+def save_coder(folder: Path, coder: Coder, more: Mapping[str, Any]) -> None:
+    """Write `coder.json` and `coder.safetensors`; `more` is kept in the JSON under `trained`."""
+    about = {
+        "format": "mptrain-coder",
+        "format_version": CODER_FORMAT,
+        "config": asdict(coder.config),
+        "input_width": len(coder.b_D),
+        "target_width": len(coder.output_bias_E),
+        "trained": dict(more),
+    }
+    tensors = {name: p.detach() for name, p in coder.named_parameters()}
+    _write_folder(folder, {"coder.json": about}, {"coder.safetensors": tensors})
+
+
+def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
+    """Read what `save_coder` wrote: the coder, on the CPU, and how it was trained.
+
+    Raises:
+        ValueError: the folder holds no coder, a damaged one, or one of an unknown format version.
+    """
+    try:
+        about = json.loads((folder / "coder.json").read_bytes())
+        if about["format_version"] != CODER_FORMAT:
+            raise ValueError(
+                f"{folder} has coder format {about['format_version']}, this mptrain reads "
+                f"{CODER_FORMAT}; use the mptrain that made it"
+            )
+        coder = Coder(CoderConfig(**about["config"]), about["input_width"], about["target_width"])
+        coder.load_state_dict(load_file(folder / "coder.safetensors"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
+    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds a damaged coder: {error}") from None
+    return coder, about["trained"]
+
+
+def save_state(
+    run: Path, step: int, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Keep the state of a run after `step` train steps, then drop the state before it."""
+    folder = run / "state" / str(step)
+    _write_folder(folder, {"state.json": {**about, "step": step}}, {"state.safetensors": tensors})
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def load_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The last state that was kept whole; None where there is none."""
+    steps = [int(f.name) for f in (run / "state").glob("*") if f.name.isdecimal()]
+    if not steps:
+        return None
+    folder = run / "state" / str(max(steps))
+    about: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    return about, load_file(folder / "state.safetensors")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + _PARTIAL)
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    _sync(partial)
+    partial.replace(path)
+
+
+def _write_folder(
+    folder: Path, texts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Make a folder under a temporary name, sync it, and rename it into place."""
+    partial = folder.with_name(folder.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, content in texts.items():
+        (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+        _sync(partial / name)
+    for name, named in tensors.items():
+        save_file({k: t.detach().cpu().contiguous() for k, t in named.items()}, partial / name)
+        _sync(partial / name)
+    if folder.exists():  # only a coder is replaced; a state has a name of its own
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,300 @@
+"""Train a grid of coders in one pass over a store; the same command goes on where it stopped."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mptrain.checkpoint import load_state, save_coder, save_state, write_json
+from mptrain.coder import Coder
+from mptrain.config import CoderConfig, FitConfig
+from mptrain.evaluate import Evaluation, evaluate, sides_of
+from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
+from mptrain.metrics import Record, append, rewind
+from mptrain.optimize import make_optimizers
+from mptrain.runs import Run, open_run
+from mptrain.train_step import Learner, StepResult
+
+
+@dataclass(kw_only=True)
+class Trainee:
+    """One coder of the grid with what its training has cost so far."""
+
+    config: CoderConfig
+    learner: Learner
+    train_seconds: float = 0.0
+    diverged: bool = False
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return sides_of(self.config)
+
+
+def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
+    """Train, evaluate and save every coder of the grid; gives a row of results for each.
+
+    Raises:
+        ValueError: the user's mistake, or non-finite values in the store.
+        DamagedStoreError (an OSError): the store's bytes are not what was committed.
+    """
+    store = open_store(config.store)
+    device = resolve_device(config.device)
+    grid = config.coders()
+    sides = tuple(dict.fromkeys(side for one in grid for side in sides_of(one)))
+    _refuse_nonfinite(config, store, sides)
+    trainees = [make_trainee(one, config, store, device) for one in grid]
+    with (
+        _loader(config, store, sides, "train", device) as train,
+        _loader(config, store, sides, "validation", device) as validation,
+    ):
+        run = open_run(config, store.fingerprint, train.order_digest)
+        return Fitting(config, run, trainees, train, validation, quiet).fit()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device named; auto takes the first GPU, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_steps(config: FitConfig) -> int:
+    """Whole batches in the rows to train on."""
+    return config.rows // config.batch_rows
+
+
+def make_trainee(
+    config: CoderConfig, run: FitConfig, store: Store, device: torch.device
+) -> Trainee:
+    """A coder at its start: biases at the means of the train split, atoms drawn by its seed."""
+    (input_side, target_side) = sides_of(config)
+    input_mean_D, _ = store.moments(*input_side, "train")
+    target_mean_E, target_variance_E = store.moments(*target_side, "train")
+    coder = Coder(config, len(input_mean_D), len(target_mean_E))
+    coder.initialise_(
+        input_mean_D.float(), target_mean_E.float(), torch.Generator().manual_seed(config.seed)
+    )
+    coder.to(device)
+    optimizers = make_optimizers(coder, config, train_steps(run))
+    return Trainee(
+        config=config, learner=Learner(coder, optimizers, float(target_variance_E.sum()))
+    )
+
+
+class Fitting:
+    """The loop over batches: train every coder, and at intervals log, validate and save."""
+
+    def __init__(
+        self,
+        config: FitConfig,
+        run: Run,
+        trainees: Sequence[Trainee],
+        train: Loader,
+        validation: Loader,
+        quiet: bool,
+    ) -> None:
+        self.config, self.run, self.quiet = config, run, quiet
+        self.trainees, self.train, self.validation = trainees, train, validation
+        self.device = train.device
+        self.steps = train_steps(config)
+        self.waited_before = 0.0  # in earlier calls of this run
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Train to the last step, then evaluate on the whole validation split and save."""
+        start = self._continue()
+        batches = self.train.batches(start * self.config.batch_rows)
+        with tqdm(
+            total=self.steps * self.config.batch_rows,
+            initial=start * self.config.batch_rows,
+            desc=f"fit {len(self.trainees)} coders",
+            unit="row",
+            unit_scale=True,
+            disable=self.quiet,
+        ) as bar:
+            for step in range(start + 1, self.steps + 1):
+                self._train_and_observe(step, next(batches), bar)
+        return self._finish()
+
+    def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[None]") -> None:
+        results = self._train(batch)
+        bar.update(batch.rows)
+        evaluations: list[Evaluation | None] = [None] * len(self.trainees)
+        if step % self.config.eval_every == 0 or step == self.steps:
+            evaluations = [*self._evaluate(self.config.eval_rows)]
+        if step % self.config.log_every == 0 or evaluations[0] is not None:
+            self._log(step, results, evaluations, bar)
+        if step % self.config.save_every == 0 or step == self.steps:
+            self._save(step)
+
+    def _train(self, batch: Batch) -> list[StepResult | None]:
+        return [
+            None if trainee.diverged else self._train_one(trainee, *rows)
+            for trainee, rows in zip(self.trainees, self._rows_of_each(batch), strict=True)
+        ]
+
+    def _rows_of_each(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Input and target rows of each coder, filtered once for coders with the same sides."""
+        filtered: dict[tuple[Side, Side], tuple[Tensor, Tensor]] = {}
+        for trainee in self.trainees:
+            if trainee.sides not in filtered:
+                filtered[trainee.sides] = self._filtered(batch, *trainee.sides)
+        return [filtered[trainee.sides] for trainee in self.trainees]
+
+    def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
+        finite = (source, target) if self.config.allow_nonfinite else ()
+        kept_B = kept_rows(batch, skip_positions=self.config.skip_positions, finite=finite)
+        x_BD = batch.values[source][kept_B]
+        return x_BD, x_BD if target == source else batch.values[target][kept_B]
+
+    def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
+        self._synchronise()
+        began = time.perf_counter()
+        result = trainee.learner.step(x_BD, y_BE)
+        trainee.diverged = not bool(result.loss.isfinite())
+        self._synchronise()
+        trainee.train_seconds += time.perf_counter() - began
+        return result
+
+    def _evaluate(self, max_rows: int | None) -> list[Evaluation]:
+        return evaluate(
+            [(trainee.learner.coder, trainee.config.k) for trainee in self.trainees],
+            self.validation.one_pass(max_rows),
+            skip_positions=self.config.skip_positions,
+            finite_only=self.config.allow_nonfinite,
+        )
+
+    def _log(
+        self,
+        step: int,
+        results: Sequence[StepResult | None],
+        evaluations: Sequence[Evaluation | None],
+        bar: "tqdm[None]",
+    ) -> None:
+        for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
+            if result is not None:
+                append(self.run.metrics, self._record(step, trainee, result, evaluation))
+        fvus = [float(result.fvu) for result in results if result is not None]
+        if fvus:
+            bar.set_postfix_str(
+                f"FVU {min(fvus):.3f} to {max(fvus):.3f}, wait {self._wait_share():.0%}"
+            )
+
+    def _record(
+        self, step: int, trainee: Trainee, result: StepResult, evaluation: Evaluation | None
+    ) -> Record:
+        rows = step * self.config.batch_rows
+        return Record(
+            coder=trainee.config.name,
+            step=step,
+            rows=rows,
+            train_seconds=trainee.train_seconds,
+            wait_seconds=self.waited_before + self.train.wait_seconds,
+            fvu=float(result.fvu),
+            validation_fvu=None if evaluation is None else evaluation.fvu,
+            l0=float(result.l0),
+            dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
+            lr=trainee.learner.optimizers.lr,
+            rows_per_second=rows / trainee.train_seconds,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+        )
+
+    def _wait_share(self) -> float:
+        waited = self.waited_before + self.train.wait_seconds
+        return waited / (waited + sum(trainee.train_seconds for trainee in self.trainees))
+
+    def _save(self, step: int) -> None:
+        about = {
+            "waited": self.waited_before + self.train.wait_seconds,
+            "train_seconds": {t.config.name: t.train_seconds for t in self.trainees},
+            "diverged": [t.config.name for t in self.trainees if t.diverged],
+        }
+        tensors = {
+            f"{trainee.config.name}/{name}": tensor
+            for trainee in self.trainees
+            for name, tensor in trainee.learner.state_tensors().items()
+        }
+        save_state(self.run.folder, step, about, tensors)
+
+    def _continue(self) -> int:
+        """Load the last state of the run, if there is one; gives the step it was taken after."""
+        found = load_state(self.run.folder)
+        about, tensors = found or ({"step": 0}, {})
+        rewind(self.run.metrics, about["step"])
+        if found:
+            self.waited_before = about["waited"]
+            for trainee in self.trainees:
+                self._continue_one(trainee, about, tensors)
+        return int(about["step"])
+
+    def _continue_one(
+        self, trainee: Trainee, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        prefix = f"{trainee.config.name}/"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        trainee.learner.load_state_tensors_(own)
+        trainee.train_seconds = about["train_seconds"][trainee.config.name]
+        trainee.diverged = trainee.config.name in about["diverged"]
+
+    def _finish(self) -> list[dict[str, Any]]:
+        results = []
+        for trainee, evaluation in zip(self.trainees, self._evaluate(None), strict=True):
+            result = self._result(trainee, evaluation)
+            results.append(result)
+            if not trainee.diverged:
+                folder = self.run.folder / "coders" / trainee.config.name
+                save_coder(folder, trainee.learner.coder, {**self.run.provenance, **result})
+        write_json(self.run.folder / "results.json", results)
+        return results
+
+    def _result(self, trainee: Trainee, evaluation: Evaluation) -> dict[str, Any]:
+        rows = self.steps * self.config.batch_rows
+        return {
+            "coder": trainee.config.name,
+            "diverged": trainee.diverged,
+            "rows_trained": rows,
+            "train_seconds": trainee.train_seconds,
+            "rows_per_second": rows / trainee.train_seconds,
+            "validation": asdict(evaluation),
+        }
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocations on a GPU, of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _loader(
+    config: FitConfig, store: Store, sides: Sequence[Side], split: str, device: torch.device
+) -> Loader:
+    return Loader(
+        store,
+        sides,
+        split,
+        batch_rows=config.batch_rows,
+        seed=config.order_seed,
+        window_bytes=config.window_bytes,
+        device=device,
+    )
+
+
+def _refuse_nonfinite(config: FitConfig, store: Store, sides: Sequence[Side]) -> None:
+    bad = {":".join(side): count for side in sides if (count := store.nonfinite(*side))}
+    if bad and not config.allow_nonfinite:
+        told = ", ".join(f"{count} in {side}" for side, count in bad.items())
+        raise ValueError(
+            f"{config.store} holds non-finite values ({told}); "
+            "collect with another --model-dtype or --dtype, or leave such rows out with "
+            "--allow-nonfinite"
+        )

@@ -1,0 +1,63 @@
+"""The folder of a run: what it was started with, and whether a later command may go on with it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mptrain.checkpoint import write_json
+from mptrain.config import FitConfig
+
+# where a run lives and what it is computed on may change between its commands
+_FREE = {"run", "store", "device"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder and the provenance that its coders carry."""
+
+    folder: Path
+    provenance: dict[str, Any]
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+
+def open_run(config: FitConfig, fingerprint: str, order_digest: str) -> Run:
+    """Make the run, or check that the one there was started with the same config and rows.
+
+    Raises:
+        ValueError: the folder holds another run, or something that is no run; says what differs.
+    """
+    folder = Path(config.run)
+    provenance = {"store_fingerprint": fingerprint, "order_digest": order_digest}
+    filters = {
+        "skip_positions": config.skip_positions,
+        "allow_nonfinite": config.allow_nonfinite,
+    }
+    started = {
+        "fit": asdict(config),
+        "coders": [{"name": one.name, **asdict(one)} for one in config.coders()],
+        **provenance,
+    }
+    file = folder / "config.json"
+    if file.exists():
+        _refuse_difference(file, json.loads(json.dumps(started)))
+    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no run; name a new or empty folder")
+    else:
+        write_json(file, started)
+    return Run(folder, {**provenance, **filters})
+
+
+def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
+    stored = json.loads(file.read_bytes())
+    pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted["fit"].items() if n not in _FREE]
+    pairs += [(n, stored[n], wanted[n]) for n in ("store_fingerprint", "order_digest")]
+    different = [f"{name}: {old} there, {new} asked" for name, old, new in pairs if old != new]
+    if different:
+        raise ValueError(
+            f"{file.parent} is a run with another config ({'; '.join(different)}); "
+            "use its config, or name another run"
+        )

@@ -1,0 +1,200 @@
+"""Loading is silent and identified; documents of a sequence stay apart where a model can do it."""
+
+import importlib.metadata
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from models import save_tiny, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+
+from mpcache.config import CollectConfig
+from mpcache.documents import hub_error
+from mpcache.hooks import Capture, resolve
+from mpcache.model import (
+    find_separation,
+    load_model,
+    model_digest,
+    model_inputs,
+    model_provenance,
+    resolve_device,
+    tokenizer_digest,
+)
+from mpcache.tokens import Specials
+
+
+def make_config(model, **changes) -> CollectConfig:
+    usual = {"dataset": "x.txt", "hookpoints": ("layers.1",), "ctx_len": 16, "device": "cpu"}
+    return CollectConfig(model=str(model), **(usual | changes))
+
+
+def test_loads_the_base_model_of_a_language_model(tmp_path, caplog, recwarn):
+    head = AutoModelForCausalLM.from_config(tiny_model().config)
+    head.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        model, tokenizer = load_model(make_config(tmp_path))
+    assert not caplog.records
+    assert not [w for w in recwarn if "deprecat" not in str(w.message)]
+    assert type(model).__name__ == "LlamaModel"
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert tokenizer("ab", add_special_tokens=False)["input_ids"]
+
+
+def test_a_pooler_without_weights_is_left_out(tmp_path):
+    config = BertConfig(vocab_size=260, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    digests = {model_digest(load_model(make_config(tmp_path))[0]) for _ in range(2)}
+    assert len(digests) == 1
+
+
+def test_missing_weights_are_refused(tmp_path):
+    save_tiny(tmp_path, layers=2)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(ValueError, match=r"must fill LlamaModel, got none for layers\.2"):
+        load_model(make_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/no/such"}, "model must exist, got /no/such; check the path"),
+        ({"ctx_len": 128, "part_rows": 65536}, "must not exceed the model's 64 positions, got 128"),
+        ({"device": "cuda:99"}, "device must be a torch device here, got cuda:99"),
+        ({"device": "gpu"}, "device must be a torch device here, got gpu"),
+        ({"attention": "flash_attention_2"}, "use attention=sdpa"),
+    ],
+)
+def test_refuses_in_one_line(tmp_path, changes, message):
+    config = make_config(**({"model": save_tiny(tmp_path)} | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold config\.json"):
+        load_model(make_config(tmp_path))
+
+
+def test_a_lost_hub_is_no_mistake_of_the_user():
+    """In a process of its own: the Hub client reads HF_HUB_OFFLINE when it is imported."""
+    code = """
+from mpcache.config import CollectConfig
+from mpcache.model import load_model
+try:
+    load_model(CollectConfig(model="no/such", dataset="x.txt", hookpoints=("a",), device="cpu"))
+except ConnectionError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("the Hub cannot be reached for tokenizer of no/such")
+
+
+def test_an_error_that_is_not_the_hubs_stays_itself():
+    full = OSError(28, "No space left on device")
+    assert hub_error(full, "model m", "main") is full
+
+
+def test_resolve_device():
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --- identity ---
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_digest_is_of_weights_not_of_files(tmp_path, dtype):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="4KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    for folder in ("whole", "cut"):
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    configs = [make_config(tmp_path / name, model_dtype=dtype) for name in ("whole", "cut")]
+    digests = {model_digest(load_model(config)[0]) for config in configs}
+    assert len(digests) == 1
+    assert digests != {model_digest(tiny_model(seed=1).to(getattr(torch, dtype)))}
+
+
+def test_digest_sees_the_architecture():
+    one, two = tiny_model(), tiny_model()
+    two.config.rms_norm_eps = 1e-3
+    assert model_digest(one) != model_digest(two)
+
+
+def test_tokenizer_digest_ignores_calls_and_sees_tokens():
+    tokenizer = tiny_tokenizer()
+    digest = tokenizer_digest(tokenizer)
+    tokenizer("ab", truncation=True, max_length=1)
+    assert tokenizer_digest(tokenizer) == digest == tokenizer_digest(tiny_tokenizer())
+    assert digest != tokenizer_digest(tiny_tokenizer(bos=None))
+    tokenizer.add_tokens(["word"])
+    assert tokenizer_digest(tokenizer) != digest
+
+
+def test_provenance(tmp_path):
+    config = make_config(save_tiny(tmp_path / "name"), attention="eager")
+    provenance = model_provenance(load_model(config)[0], config)
+    assert provenance["model"] == "name"
+    assert provenance["model_revision"] is None
+    assert provenance["attention"] == "eager"
+    assert provenance["torch_version"] == importlib.metadata.version("torch")
+
+
+# --- documents of a sequence ---
+
+END = Specials(begin=None, begins="document", end=257)
+PACKED = np.array([[*range(20, 30), 257, *range(40, 49), 257, 7, 8, 9]], np.uint16)
+DOCUMENTS = [slice(0, 11), slice(11, 21), slice(21, 24)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("name", "pattern", "separation"),
+    [
+        ("llama", "layers.*", "positions"),
+        ("gpt2", "h.*", "positions"),
+        ("neox", "layers.*", "positions"),
+        ("bert", "encoder.layer.*", "mask"),
+    ],
+)
+def test_a_packed_document_is_as_alone(name, pattern, separation, attention):
+    model = tiny_model(name)
+    model.set_attn_implementation(attention)
+    assert find_separation(model, cross_document_attention=False) == separation
+    with Capture(model, resolve([pattern], model)) as hooks:
+        packed = hooks.run(model_inputs(PACKED, END, separation, model))
+        together = hooks.run(model_inputs(PACKED, END, "none", model))
+        for document in DOCUMENTS:
+            alone = hooks.run(model_inputs(PACKED[:, document], END, "none", model))
+            for side, value in alone.items():
+                torch.testing.assert_close(packed[side][:, document], value, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(together[side], packed[side], atol=1e-2)
+
+
+def test_refuses_where_documents_cannot_be_kept_apart():
+    with pytest.raises(ValueError, match="ModernBertModel cannot keep the documents"):
+        find_separation(tiny_model("modernbert"), cross_document_attention=False)
+
+
+def test_asks_nothing_where_documents_may_mix():
+    model = tiny_model()
+    assert find_separation(model, cross_document_attention=True) == "none"
+    assert list(model_inputs(PACKED, END, "none", model)) == ["input_ids"]
