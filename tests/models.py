@@ -1,5 +1,8 @@
 """Tiny language models and a tiny tokenizer, the same in every process, for tests of any stage."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,3 +77,16 @@ def save_tiny(folder: Path, name: str = "llama", seed: int = 0, **sizes: int) ->
     tiny_model(name, seed, **sizes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def transformers_log() -> Iterator[list[logging.LogRecord]]:
+    """What transformers says meanwhile: its logger does not propagate, so caplog is blind to it."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger("transformers")
+    handler.emit = records.append
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)

@@ -1,19 +1,26 @@
 """Loading is silent and identified; documents of a sequence stay apart where a model can do it."""
 
 import importlib.metadata
-import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from models import save_tiny, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
 from mpcache.config import CollectConfig
-from mpcache.documents import hub_error
+from mpcache.documents import explained, hub_error
 from mpcache.hooks import Capture, resolve
 from mpcache.model import (
     find_separation,
@@ -32,14 +39,15 @@ def make_config(model, **changes) -> CollectConfig:
     return CollectConfig(model=str(model), **(usual | changes))
 
 
-def test_loads_the_base_model_of_a_language_model(tmp_path, caplog, recwarn):
+def test_loads_the_base_model_of_a_language_model(tmp_path):
     head = AutoModelForCausalLM.from_config(tiny_model().config)
     head.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING):
+    with transformers_log() as records:
         model, tokenizer = load_model(make_config(tmp_path))
-    assert not caplog.records
-    assert not [w for w in recwarn if "deprecat" not in str(w.message)]
+        assert not records
+        AutoModel.from_pretrained(tmp_path)
+        assert "lm_head" in records[0].getMessage()
     assert type(model).__name__ == "LlamaModel"
     assert model.dtype == torch.bfloat16
     assert not model.training
@@ -105,6 +113,27 @@ except ConnectionError as error:
         check=True,
     )
     assert done.stdout.startswith("the Hub cannot be reached for tokenizer of no/such")
+
+
+def hub_says(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
+    return kind("no", response=SimpleNamespace(headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (hub_says(RepositoryNotFoundError), ValueError, "m is neither a path here nor on the Hub"),
+        (hub_says(GatedRepoError), ValueError, "m is gated; accept its terms"),
+        (hub_says(RevisionNotFoundError), ValueError, "revision must exist in m, got main"),
+        (hub_says(RemoteEntryNotFoundError), ValueError, "m cannot be opened: no"),
+        (hub_says(HfHubHTTPError), ConnectionError, "cannot be reached for m"),
+        (TimeoutError("slow"), ConnectionError, "cannot be reached for m"),
+        (ValueError("Unknown split\nlong story"), ValueError, "m cannot be opened: Unknown split$"),
+    ],
+)
+def test_errors_of_the_hub_are_explained(error, kind, message):
+    with pytest.raises(kind, match=message), explained("m", "main"):
+        raise error
 
 
 def test_an_error_that_is_not_the_hubs_stays_itself():
