@@ -156,8 +156,9 @@ def draw(curves: Sequence[Curve], title: str | None) -> Figure:
         ax.set_xlabel(f"train time of the coder ({unit})")
     for ax in axes[::columns]:
         ax.set_ylabel("FVU on validation rows")
-    if max(_spread(curves, panel) for panel in panels) >= LOG_FROM:
-        for ax in axes:
+    spreads = [_spread([c for c in curves if c.panel == panel]) for panel in panels]
+    for ax, spread in zip(axes, spreads, strict=True):
+        if spread and max(spreads) >= LOG_FROM:
             _log_y(ax)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -204,10 +205,10 @@ def _log_y(ax: Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _spread(curves: Sequence[Curve], panel: Panel) -> float:
-    """Largest by smallest FVU of a panel; 1 where no logarithm could be drawn."""
-    fvus = [fvu for curve in curves if curve.panel == panel for _, fvu in curve.finite()]
-    return max(fvus) / min(fvus) if fvus and min(fvus) > 0 else 1.0
+def _spread(curves: Sequence[Curve]) -> float:
+    """Largest by smallest FVU; 0 where there is no logarithm to draw."""
+    fvus = [fvu for curve in curves for _, fvu in curve.finite()]
+    return max(fvus) / min(fvus) if fvus and min(fvus) > 0 else 0.0
 
 
 def _time_unit(curves: Sequence[Curve]) -> tuple[str, float]:
