@@ -88,7 +88,7 @@ class Optimizers:
         return {_COUNTER: torch.tensor(self.steps_done), **moments}
 
     def load_state_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue bit for bit from what `state_tensors` gave, copied; ValueError for another coder."""
+        """Continue bit for bit from what `state_tensors` gave; ValueError for another coder."""
         self.steps_done = int(tensors[_COUNTER])
         for parameter in self._parameters.values():
             self._owner(parameter).state.pop(parameter, None)

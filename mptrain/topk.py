@@ -69,7 +69,7 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, _didx: None, dval_BK: Tensor
+        ctx: Any, _didx: Tensor, dval_BK: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
         idx_BK, val_BK, x_BD, b_D, encoder_MD = ctx.saved_tensors
         dval_BK = dval_BK.masked_fill(val_BK <= 0, 0)

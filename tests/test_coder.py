@@ -1,0 +1,175 @@
+"""Coders of every kind and architecture, and what their predictions are measured by."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mptrain.coder import Coder
+from mptrain.config import Arch, CoderConfig, Kind
+from mptrain.loss import Fvu, batch_fvu, reconstruction_loss
+
+KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
+ARCHS: tuple[Arch, ...] = ("mp", "topk")
+ALL = list(itertools.product(KINDS, ARCHS))
+
+
+def make_coder(kind: Kind, arch: Arch, D: int = 6, E: int = 4, k: int = 3) -> Coder:
+    config = CoderConfig(hookpoint="h", kind=kind, arch=arch, k=k, expansion=3)
+    coder = Coder(config, D, D if kind == "sae" else E)
+    generator = torch.Generator().manual_seed(0)
+    width = D if kind == "sae" else E
+    coder.initialise_(torch.full((D,), 0.5), torch.full((width,), 0.25), generator)
+    return coder
+
+
+def randomised(coder: Coder) -> Coder:
+    """The coder with every parameter moved off its start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    coder.normalise_()
+    return coder
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "names"),
+    [
+        ("sae", "mp", "b_D W_MD"),
+        ("transcoder", "mp", "b_D c_E W_MD V_ME"),
+        ("skip-transcoder", "mp", "b_D c_E W_MD V_ME S_ED"),
+        ("sae", "topk", "b_D encoder_MD encoder_bias_M V_ME"),
+        ("transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME"),
+        ("skip-transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME S_ED"),
+    ],
+)
+def test_parameters(kind: Kind, arch: Arch, names: str):
+    assert [name for name, _ in make_coder(kind, arch).named_parameters()] == names.split()
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_start(kind: Kind, arch: Arch):
+    coder, x_BD = make_coder(kind, arch), torch.randn(5, 6)
+    first_MD = coder.W_MD if coder.W_MD is not None else coder.encoder_MD
+    assert first_MD is not None
+    torch.testing.assert_close(first_MD.norm(dim=1), torch.ones(18))
+    assert (coder.b_D == 0.5).all()
+    if kind == "sae":
+        assert torch.equal(coder.decoder_ME, first_MD)
+    else:
+        assert torch.equal(coder(x_BD), torch.full((5, 4), 0.25)), "at first, the mean target"
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_prediction_is_the_stated_sum(kind: Kind, arch: Arch):
+    coder, x_BD = randomised(make_coder(kind, arch)), torch.randn(7, 6)
+    code = coder.encode(x_BD)
+    y_BE = reference.dense(code.idx_BK, code.val_BK, coder.latents) @ coder.decoder_ME
+    y_BE = y_BE + coder.output_bias_E
+    if coder.S_ED is not None:
+        y_BE = y_BE + x_BD @ coder.S_ED.T
+    torch.testing.assert_close(coder.decode(code, x_BD), y_BE, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(coder(x_BD), y_BE, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_every_parameter_learns(kind: Kind, arch: Arch):
+    coder, x_BD = randomised(make_coder(kind, arch)), torch.randn(7, 6)
+    coder(x_BD).square().sum().backward()
+    for name, parameter in coder.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad != 0).any(), name
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_bfloat16_rows_are_computed_in_float32(kind: Kind, arch: Arch):
+    coder, x_BD = randomised(make_coder(kind, arch)), torch.randn(7, 6).bfloat16()
+    y_BE = coder(x_BD)
+    assert y_BE.dtype == torch.float32
+    torch.testing.assert_close(y_BE, coder(x_BD.float()))
+    y_BE.sum().backward()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_more_entries_at_inference(arch: Arch):
+    coder, x_BD = make_coder("sae", arch), torch.randn(7, 6)
+    assert coder.encode(x_BD, k=5).idx_BK.shape == (7, 5)
+    with pytest.raises(ValueError, match=r"got k=19, latents=18"):
+        coder.encode(x_BD, k=19)
+
+
+def test_refuses_more_entries_than_latents_and_an_sae_of_two_widths():
+    config = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=9, expansion=2)
+    with pytest.raises(ValueError, match=r"got k=9, latents=8 .*use a smaller k"):
+        Coder(config, 4, 4)
+    with pytest.raises(ValueError, match="input_width=8, target_width=4; use a transcoder"):
+        Coder(config, 8, 4)
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_unit_norm(kind: Kind, arch: Arch):
+    coder = randomised(make_coder(kind, arch))
+    coder(torch.randn(7, 6)).square().sum().backward()
+    coder.project_gradient_()
+    expected = {("sae", "topk"): ("V_ME",)}.get((kind, arch), ("W_MD",) if arch == "mp" else ())
+    assert coder.unit_norm == expected
+    for name in coder.unit_norm:
+        rows = coder.get_parameter(name)
+        assert rows.grad is not None
+        assert (rows.grad * rows).sum(1).abs().max() < 1e-5
+        with torch.no_grad():
+            rows.mul_(3.7)
+        coder.normalise_()
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)), atol=3e-7, rtol=0)
+
+
+def test_the_seed_decides_the_start():
+    def first(seed: int) -> Tensor:
+        coder = make_coder("sae", "mp")
+        coder.initialise_(torch.zeros(6), torch.zeros(6), torch.Generator().manual_seed(seed))
+        return coder.decoder_ME.detach().clone()
+
+    assert torch.equal(first(0), first(0))
+    assert not torch.equal(first(0), first(1))
+
+
+def test_tolerance_and_backend_reach_the_pursuit():
+    x_BD = torch.randn(50, 6)
+    coder = make_coder("sae", "mp")
+    loose = Coder(replace(coder.config, tolerance=0.9, backend="direct"), 6, 6)
+    loose.load_state_dict(coder.state_dict())
+    assert (loose.encode(x_BD).idx_BK == -1).any()
+    assert (coder.encode(x_BD).idx_BK >= 0).all()
+
+
+def test_loss_is_a_share_of_the_variance():
+    y_BE = torch.randn(1000, 3)
+    variance = float(y_BE.var(0, correction=0).sum())
+    loss = reconstruction_loss(y_BE, y_BE.mean(0).expand_as(y_BE), variance)
+    assert float(loss) == pytest.approx(1)
+    assert float(batch_fvu(y_BE, y_BE.mean(0).expand_as(y_BE))) == pytest.approx(1)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([0.0, 1e6]))
+@settings(max_examples=50, deadline=None)
+def test_fvu_does_not_depend_on_batches(batches: list[int], offset: float):
+    rng = np.random.default_rng(len(batches))
+    y_BE = rng.normal(size=(sum(batches) + 1, 3)) + offset
+    y_hat_BE = y_BE + 0.1 * rng.normal(size=y_BE.shape)
+    fvu = Fvu()
+    ends = np.cumsum([*batches, 1])[:-1]
+    for y, y_hat in zip(np.split(y_BE, ends), np.split(y_hat_BE, ends), strict=True):
+        fvu.add_(torch.from_numpy(y), torch.from_numpy(y_hat))
+    assert fvu.rows == len(y_BE)
+    assert fvu.value == pytest.approx(reference.fvu(y_BE, y_hat_BE), rel=1e-6)
+
+
+def test_fvu_without_rows_is_no_number():
+    assert np.isnan(Fvu().value)

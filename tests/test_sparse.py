@@ -1,0 +1,115 @@
+"""Products with sparse codes and the TopK encoder, against dense ones."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mptrain import topk as topk_module
+from mptrain.sparse import active_latents, latent_sums, sparse_decode
+from mptrain.topk import predict_error, topk_encode
+
+
+def code(seed: int, B: int, K: int, M: int) -> tuple[Tensor, Tensor]:
+    """Random code with repeated latents and unused entries."""
+    generator = torch.Generator().manual_seed(seed)
+    idx_BK = torch.randint(-1, M, (B, K), generator=generator)
+    val_BK = torch.rand(B, K, generator=generator, dtype=torch.float64)
+    return idx_BK, val_BK.masked_fill(idx_BK < 0, 0)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_decode_and_its_gradients_equal_dense(seed: int, B: int, K: int, M: int):
+    idx_BK, val_BK = code(seed, B, K, M)
+    V_ME = torch.randn(M, 3, dtype=torch.float64, requires_grad=True)
+    weight_BE = torch.randn(B, 3, dtype=torch.float64)
+    val_BK.requires_grad_()
+    y_BE = sparse_decode(idx_BK, val_BK, V_ME)
+    ours = torch.autograd.grad((y_BE * weight_BE).sum(), (val_BK, V_ME))
+    dense_BE = reference.dense(idx_BK, val_BK, M) @ V_ME
+    plain = torch.autograd.grad((dense_BE * weight_BE).sum(), (val_BK, V_ME))
+    torch.testing.assert_close(y_BE, dense_BE)
+    torch.testing.assert_close(ours[0], plain[0].masked_fill(idx_BK < 0, 0))
+    torch.testing.assert_close(ours[1], plain[1])
+    sums_ME = latent_sums(idx_BK, val_BK.detach(), weight_BE, M)
+    torch.testing.assert_close(sums_ME, plain[1])
+
+
+def test_decode_takes_an_expanded_gradient():
+    idx_BK, val_BK = code(0, 4, 3, 5)
+    V_ME = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    sparse_decode(idx_BK, val_BK, V_ME).sum().backward()
+    assert V_ME.grad is not None
+    torch.testing.assert_close(V_ME.grad[:, 0], reference.dense(idx_BK, val_BK, 5).sum(0))
+
+
+def test_active_latents_are_distinct_and_not_zero():
+    idx_BK = torch.tensor([[3, 3, 1, -1], [-1, -1, -1, -1], [0, 1, 2, 3], [2, 0, 2, 0]])
+    val_BK = torch.tensor([[1.0, 2, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0]])
+    assert active_latents(idx_BK, val_BK).tolist() == [2, 0, 4, 1]
+
+
+def encoder(seed: int, B: int, D: int, M: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, D), (D,), (M, D), (M,))
+    x, b, W, bias = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return x, b, W, bias
+
+
+@given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 4), st.integers(1, 9), st.data())
+@settings(max_examples=100, deadline=None)
+def test_topk_equals_reference(seed: int, B: int, D: int, M: int, data: st.DataObject):
+    k = data.draw(st.integers(1, M))
+    arguments = encoder(seed, B, D, M)
+    idx_BK, val_BK = topk_encode(*arguments, k)
+    assert ((idx_BK >= 0) == (val_BK > 0)).all()
+    ours = reference.dense(idx_BK, val_BK, M)
+    np.testing.assert_allclose(ours, reference.topk(*(t.numpy() for t in arguments), k), atol=1e-12)
+
+
+def test_topk_gradcheck():
+    arguments = tuple(t.requires_grad_() for t in encoder(1, 4, 3, 7))
+    assert torch.autograd.gradcheck(lambda *a: topk_encode(*a, 4)[1], arguments)
+
+
+def test_topk_microbatch_does_not_matter(monkeypatch: pytest.MonkeyPatch):
+    arguments = encoder(2, 11, 3, 7)
+    whole = topk_encode(*arguments, 3)
+    monkeypatch.setattr(topk_module, "_CPU_ELEMENTS", 3 * 7)
+    for a, b in zip(whole, topk_encode(*arguments, 3), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_topk_keeps_no_preactivations():
+    B, D, M = 64, 16, 1024
+    arguments = tuple(t.float().requires_grad_() for t in encoder(0, B, D, M))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        topk_encode(*arguments, 8)
+    assert all(t.numel() < B * M for t in kept)
+
+
+def test_nothing_dead_predicts_no_error():
+    x, b, W, bias = encoder(0, 4, 6, 9)
+    assert predict_error(x, b, W, bias, W, torch.zeros(9, dtype=torch.bool)) is None
+
+
+def test_error_is_predicted_by_dead_latents_alone():
+    x, b, W, bias = (t.requires_grad_() for t in encoder(0, 4, 6, 9))
+    V_ME = W.detach().clone().requires_grad_()
+    dead_M = torch.tensor([True, True, *[False] * 7])
+    predicted = predict_error(x, b, W, bias, V_ME, dead_M)
+    assert predicted is not None
+    error_hat_BE, scale = predicted
+    assert scale == pytest.approx(2 / 3), "two dead latents of k_aux = 3"
+    code_BM = torch.relu((x - b) @ W.T + bias) * dead_M
+    torch.testing.assert_close(error_hat_BE, code_BM @ V_ME)
+    error_hat_BE.square().sum().backward()
+    for gradient in (W.grad, bias.grad, V_ME.grad):
+        assert gradient is not None
+        assert (gradient[~dead_M] == 0).all()
+        assert (gradient[dead_M] != 0).any()

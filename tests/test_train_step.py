@@ -1,0 +1,187 @@
+"""Train steps: what they reduce, keep, count and continue."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mptrain.coder import Coder
+from mptrain.config import Arch, CoderConfig, Kind, Optimizer
+from mptrain.optimize import make_optimizers
+from mptrain.train_step import Learner
+
+D, STEPS = 12, 100
+KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
+ARCHS: tuple[Arch, ...] = ("mp", "topk")
+BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
+
+
+def planted(rows: int, seed: int) -> Tensor:
+    """Sums of three of 24 fixed directions, off centre: an input of D and a target of D - 2."""
+    directions = torch.randn(24, 2 * D - 2, generator=torch.Generator().manual_seed(7))
+    directions /= directions.norm(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.rand(rows, 24, generator=generator).topk(3).indices
+    return directions[active].sum(1) * 2 + 3
+
+
+def rows_of(config: CoderConfig, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    both = planted(rows, seed)
+    return both[:, :D], both[:, :D] if config.kind == "sae" else both[:, D:]
+
+
+def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
+    x_BD, y_BE = rows_of(config, 2000, 0)
+    coder = Coder(config, D, y_BE.shape[1])
+    generator = torch.Generator().manual_seed(config.seed)
+    coder.initialise_(x_BD.mean(0), y_BE.mean(0), generator)
+    total_variance = float(y_BE.var(0).sum())
+    return Learner(coder, make_optimizers(coder, config, steps), total_variance)
+
+
+def train_(learner: Learner, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        x_BD, y_BE = rows_of(learner.coder.config, 64, step + 1)
+        losses.append(float(learner.step(x_BD, y_BE).loss))
+    return losses
+
+
+def copied(learner: Learner) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
+
+
+GRID = [
+    replace(BASE, kind=kind, arch=arch, optimizer=optimizer, lr=lr)
+    for kind, arch, (optimizer, lr) in itertools.product(
+        KINDS, ARCHS, (("adam", 1e-2), ("muon", 5e-2))
+    )
+]
+
+
+@pytest.mark.parametrize("config", GRID, ids=lambda config: config.name)
+def test_training_reduces_the_loss_and_keeps_unit_norm(config: CoderConfig):
+    learner = make_learner(config)
+    losses = train_(learner, 0, 3)
+    for name in learner.coder.unit_norm:
+        norm_M = learner.coder.get_parameter(name).norm(dim=1)
+        torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
+    losses += train_(learner, 3, STEPS)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert all(parameter.grad is None for parameter in learner.coder.parameters())
+
+
+@pytest.mark.parametrize("config", GRID, ids=lambda config: config.name)
+def test_continues_bit_for_bit(config: CoderConfig):
+    config = replace(config, dead_rows=200)
+    whole, first, second = (make_learner(config) for _ in range(3))
+    losses = train_(whole, 0, 12)
+    train_(first, 0, 7)
+    second.load_state_tensors_(copied(first))
+    assert train_(second, 7, 12) == losses[7:]
+    for name, tensor in second.state_tensors().items():
+        assert torch.equal(tensor, whole.state_tensors()[name]), name
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_observers_do_not_act(arch: Arch):
+    plain, observed = make_learner(replace(BASE, arch=arch)), make_learner(replace(BASE, arch=arch))
+    for step in range(4):
+        x_BD, _ = rows_of(BASE, 64, step)
+        plain.step(x_BD, x_BD)
+        result = observed.step(x_BD, x_BD)
+        float(result.fvu), float(result.l0), float(observed.dead_share(10)), copied(observed)
+        with torch.no_grad():
+            observed.coder(x_BD)
+    for name, tensor in plain.state_tensors().items():
+        assert torch.equal(tensor, observed.state_tensors()[name]), name
+
+
+def test_counts_rows_since_a_latent_fired():
+    learner = make_learner(BASE)
+    x_BD, _ = rows_of(BASE, 5, 1)
+    result = learner.step(x_BD, x_BD)
+    fired = set(result.code.idx_BK[result.code.val_BK > 0].tolist())
+    expected = [0 if latent in fired else 5 for latent in range(3 * D)]
+    assert learner.rows_since_fired_M.tolist() == expected
+    assert float(learner.dead_share(5)) == pytest.approx(1 - len(fired) / (3 * D))
+    assert float(learner.dead_share(6)) == 0
+    assert float(result.l0) == sum(len(set(row.tolist())) for row in result.code.idx_BK) / 5
+
+
+def test_a_row_without_code_fires_nothing():
+    learner = make_learner(BASE)
+    at_bias_BD = learner.coder.b_D.detach().expand(4, D).clone()
+    learner.step(at_bias_BD, at_bias_BD + 1)
+    assert (learner.rows_since_fired_M == 4).all()
+
+
+def test_a_non_finite_loss_shows():
+    for config in (BASE, replace(BASE, arch="topk"), replace(BASE, kind="transcoder")):
+        learner = make_learner(config)
+        x_BD, y_BE = rows_of(config, 8, 0)
+        x_BD[3, 4] = torch.nan
+        assert not learner.step(x_BD, y_BE).loss.isfinite()
+
+
+def test_refuses_a_target_that_does_not_vary():
+    learner = make_learner(BASE)
+    with pytest.raises(ValueError, match="total_variance must be positive, got 0"):
+        Learner(learner.coder, learner.optimizers, 0.0)
+
+
+def test_auxk_revives_dead_latents():
+    """Latents whose bias keeps them silent come back with the auxiliary loss, not without."""
+    silent = {}
+    for alpha in (0.0, BASE.auxk_alpha):
+        config = replace(
+            BASE, arch="topk", optimizer="adam", lr=1e-2, auxk_alpha=alpha, dead_rows=128
+        )
+        learner = make_learner(config, steps=300)
+        assert learner.coder.encoder_bias_M is not None
+        with torch.no_grad():
+            learner.coder.encoder_bias_M[::2] = -1.0
+        train_(learner, 0, 240)
+        shares = [train_(learner, s, s + 20) and learner.dead_share(128) for s in (240, 260, 280)]
+        silent[alpha] = float(sum(shares))
+    assert silent[BASE.auxk_alpha] < 0.6 * silent[0.0]
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        (BASE, {"kind": "transcoder"}),
+        (replace(BASE, kind="transcoder"), {"kind": "skip-transcoder"}),
+        (BASE, {"arch": "topk"}),
+        (BASE, {"k": 4}),
+        (BASE, {"expansion": 4}),
+        (BASE, {"seed": 1}),
+        (BASE, {"optimizer": "adam"}),
+        (BASE, {"lr": 2e-2}),
+        (BASE, {"warmup_share": 0.5}),
+        (BASE, {"tolerance": 0.5}),
+        (replace(BASE, arch="topk", dead_rows=1), {"auxk_alpha": 0.0}),
+        (replace(BASE, arch="topk", dead_rows=1), {"dead_rows": 1000}),
+    ],
+    ids=lambda value: value.name if isinstance(value, CoderConfig) else str(value),
+)
+def test_every_field_changes_the_training(base: CoderConfig, change: dict[str, object]):
+    """But `hookpoint`, which names data, and `backend`, which must change nothing but time."""
+    a, b = make_learner(base), make_learner(replace(base, **change))
+    assert train_(a, 0, 6) != train_(b, 0, 6)
+
+
+def test_backend_changes_only_rounding():
+    direct = train_(make_learner(replace(BASE, backend="direct")), 0, 20)
+    gram = train_(make_learner(replace(BASE, backend="gram")), 0, 20)
+    assert direct == pytest.approx(gram, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_companions_do_not_matter(optimizer: Optimizer):
+    alone, first, second = (make_learner(replace(BASE, optimizer=optimizer)) for _ in range(3))
+    losses = train_(alone, 0, 5)
+    together = [train_(first, s, s + 1) + train_(second, s, s + 1) for s in range(5)]
+    assert [pair[0] for pair in together] == losses
