@@ -12,7 +12,7 @@ from torch import Tensor
 from mptrain.config import Backend
 from mptrain.pursuit.select import select
 
-_ELEMENTS = 1 << 17  # of one [b, D] matrix going back; four of them stay in a CPU's L2 cache
+_ELEMENTS = 1 << 16  # of one [b, D] matrix going back; four of them stay in a CPU's L2 cache
 
 
 def pursue(
