@@ -16,17 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
 from mpcache.documents import Documents, open_documents, token_dtype
 from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, is_store, specs
-from mpcache.forward import Pass, capture_part
+from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.identity import identify, layout_of, open_place
-from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.model import (
+    find_separation,
+    load_model,
+    model_digest,
+    model_provenance,
+    tokenizer_digest,
+)
 from mpcache.reader import Store, check_metadata, open_store
 from mpcache.tokens import (
     FIRST_PARTS,
@@ -77,7 +83,7 @@ class Collection:
         self,
         config: CollectConfig,
         path: Path,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         documents: Documents,
         quiet: bool = True,
@@ -87,6 +93,12 @@ class Collection:
         self.sides = resolve(config.hookpoints, model)
         self.widths = widths(model, self.sides)
         self.layout = layout_of(config, token_dtype(tokenizer).name)
+        self.reading = Reading(
+            model,
+            special_tokens(tokenizer, config),
+            find_separation(model, config.cross_document_attention),
+            config.batch_sequences,
+        )
         self.identity = self.identify()
         self.writer = Writer(path, self.layout)
         self.bytes_written = 0
@@ -157,17 +169,23 @@ class Collection:
 
     def new_parts(self, store: Store | None) -> Iterator[PartTokens]:
         """Parts whose tokens are not committed, tokenised from where each split left off."""
-        cursors = self.cursors(store) if store else FIRST_PARTS
+        done = self.tokenised(store) if store else set()
+        cursors = self.cursors(store, done) if store else FIRST_PARTS
         cursors = {part: cursor for part, cursor in cursors.items() if part < self.wanted_parts}
         if not cursors:
             return iter(())
         found = iter_parts(self.documents, self.tokenizer, self.config, cursors)
-        return itertools.takewhile(lambda one: one.part < self.wanted_parts, found)
+        # the count keeps from tokenising one part too many, where no split ends before
+        missing = self.wanted_parts - sum(part < self.wanted_parts for part in done)
+        wanted = itertools.islice(found, missing)
+        return itertools.takewhile(lambda one: one.part < self.wanted_parts, wanted)
 
-    def cursors(self, store: Store) -> dict[int, Cursor]:
-        """First part without rows of each split that goes on, and where it starts."""
-        done = set(store.numbers(TOKENS)) & set(store.numbers(SEQUENCE))
-        done &= set(store.numbers(POSITION))
+    def tokenised(self, store: Store) -> set[int]:
+        """Parts whose tokens and rows are all committed."""
+        return set.intersection(*(set(store.numbers(a)) for a in (TOKENS, SEQUENCE, POSITION)))
+
+    def cursors(self, store: Store, done: set[int]) -> dict[int, Cursor]:
+        """First part of each split that is not tokenised, unless the split ended before it."""
         cursors = {}
         for part, cursor in FIRST_PARTS.items():
             while part in done:
@@ -201,33 +219,23 @@ class Collection:
         return sum(rows.values())
 
     def capture(
-        self, capture: Capture, store: Store, part: int, sides: tuple[Side, ...], bar: "tqdm[None]"
+        self, capture: Capture, store: Store, part: int, sides: tuple[Side, ...], bar: "tqdm[Any]"
     ) -> dict[Side, Tensor]:
         tokens = store.read_tokens(part)
         dtype = getattr(torch, self.config.dtype)
         buffers = {s: torch.empty(tokens.size, self.widths[s], dtype=dtype) for s in sides}
         order = self.token_of_row(part, tokens.size)
-        capture_part(capture, tokens, order, buffers, self.how(), bar.update)
+        capture_part(capture, self.reading.batches(tokens), order, buffers, bar.update)
         return buffers
 
-    def how(self) -> Pass:
-        separate = None
-        if not self.config.cross_document_attention:
-            separate = special_tokens(self.tokenizer, self.config)
-        return Pass(
-            batch_sequences=self.config.batch_sequences,
-            separate=separate,
-            device=next(self.model.parameters()).device,
-        )
-
-    def commit(self, part: int, buffers: dict[Side, Tensor], bar: "tqdm[None]") -> None:
+    def commit(self, part: int, buffers: dict[Side, Tensor], bar: "tqdm[Any]") -> None:
         """Commit the rows of a part; runs beside the next forward pass."""
         for side, x_RW in buffers.items():
             self.writer.commit_acts(part, self.array(side), x_RW)
         self.bytes_written += sum(x.numel() * x.element_size() for x in buffers.values())
         bar.set_postfix_str(f"{self.bytes_written / 1e9:.2f} GB committed", refresh=False)
 
-    def bar(self, name: str, total: int, unit: str) -> "tqdm[None]":
+    def bar(self, name: str, total: int, unit: str) -> "tqdm[Any]":
         return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=self.quiet)
 
     def summary(self, forward_rows: int, seconds: float) -> Summary:

@@ -7,6 +7,11 @@ Codec = Literal["none", "lz4", "zstd"]
 Split = Literal["train", "validation"]
 
 
+def split_of(number: int, validation_every: int) -> Split:
+    """The split of a part, or of the document at a place: every n-th is validation, 1 the first."""
+    return "validation" if number % validation_every == 1 else "train"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """A collection: which model reads which dataset, and what of it is kept."""
@@ -42,7 +47,7 @@ class CollectConfig:
     streaming: bool = False
     "stream a Hugging Face dataset instead of downloading it; order is a seeded buffer shuffle"
     bos: Literal["none", "document", "sequence"] = "none"
-    "where the tokenizer's begin token (BOS or CLS) goes: nowhere, before each document, first in each sequence"
+    "what the tokenizer's begin token (BOS or CLS) begins"
     eos: bool = True
     "end each document with the tokenizer's end token (EOS or SEP)"
     cross_document_attention: bool = True

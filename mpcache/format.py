@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from mpcache.config import Codec, Split
+from mpcache.config import Codec, Split, split_of
 
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
@@ -54,8 +54,7 @@ class Layout:
         return self.part_rows // self.ctx_len
 
     def split_of(self, part: int) -> Split:
-        """Every n-th part is validation; the first of them is part 1, so two parts hold both."""
-        return "validation" if part % self.validation_every == 1 else "train"
+        return split_of(part, self.validation_every)
 
 
 @dataclass(frozen=True, kw_only=True)

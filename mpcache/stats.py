@@ -1,4 +1,4 @@
-"""What a store holds: progress and provenance (`info`), and the statistics of its rows (`stats`)."""
+"""What a store holds: progress and provenance (`info`), statistics of its rows (`stats`)."""
 
 from dataclasses import dataclass
 from pathlib import Path

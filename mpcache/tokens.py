@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt
 from transformers import PreTrainedTokenizerBase
 
-from mpcache.config import CollectConfig, Split
+from mpcache.config import CollectConfig, Split, split_of
 from mpcache.documents import Document, Documents, Tokens, end_token, permutation, token_dtype
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
@@ -54,11 +54,6 @@ class Specials:
     "what `begin` begins"
     end: int | None
     "ends each document"
-
-
-def split_of(number: int, validation_every: int) -> Split:
-    """The split of a part, or of the document at a place."""
-    return "validation" if number % validation_every == 1 else "train"
 
 
 def following(part: int, validation_every: int) -> int:

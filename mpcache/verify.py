@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import dask
+from dask.base import compute
+from dask.delayed import delayed
 from tqdm import tqdm
 
 from mpcache.format import (
@@ -72,8 +73,8 @@ def verify(path: Path, *, quiet: bool = True) -> Verdict:
     store = open_store(path)
     marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     with tqdm(total=len(marks), desc="verify", unit="mark", disable=quiet) as bar:
-        tasks = [dask.delayed(_checked)(store, part, array, bar) for part, array in marks]
-        checked: tuple[_Checked, ...] = dask.compute(*tasks, scheduler="threads")
+        tasks = [delayed(_checked)(store, part, array, bar) for part, array in marks]
+        checked: tuple[_Checked, ...] = compute(*tasks, scheduler="threads")
     known = {name for one in checked for name in one.objects} | {STORE_FILE}
     findings = [finding for one in checked for finding in one.findings]
     findings += _metadata_findings(store, known)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class Fitting:
                 self._train_and_observe(step, next(batches), bar)
         return self._finish()
 
-    def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[None]") -> None:
+    def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
         results = self._train(batch)
         bar.update(batch.rows)
         evaluations: list[Evaluation | None] = [None] * len(self.trainees)
@@ -172,7 +172,7 @@ class Fitting:
         step: int,
         results: Sequence[StepResult | None],
         evaluations: Sequence[Evaluation | None],
-        bar: "tqdm[None]",
+        bar: "tqdm[Any]",
     ) -> None:
         for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
             if result is not None:
@@ -276,7 +276,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _loader(
-    config: FitConfig, store: Store, sides: Sequence[Side], split: str, device: torch.device
+    config: FitConfig,
+    store: Store,
+    sides: Sequence[Side],
+    split: Literal["train", "validation"],
+    device: torch.device,
 ) -> Loader:
     return Loader(
         store,
