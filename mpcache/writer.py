@@ -129,9 +129,8 @@ def _group(path: Path) -> LocalStore:
 
 def open_for_writing(path: Path, spec: ArraySpec) -> Any:
     """An array that also writes chunks of nothing but zeros, which Zarr would leave out."""
-    return zarr.open_array(
-        _group(path), path=spec.name, mode="r+", config={"write_empty_chunks": True}
-    )
+    array = zarr.open_array(_group(path), path=spec.name, mode="r+")
+    return array.with_config({"write_empty_chunks": True})  # open_array drops such a config
 
 
 def as_bits(values: np.ndarray) -> np.ndarray:

@@ -174,9 +174,10 @@ def test_an_exhausted_dataset_ends_short_and_stays_so(tmp_path: Path) -> None:
 def test_zeros_are_stored_and_a_missing_object_is_not_read_as_zeros(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     model = AutoModel.from_pretrained(tmp_path / "model")
-    model.layers[0].mlp.down_proj.weight.zero_()
-    model.layers[0].self_attn.o_proj.weight.zero_()
-    model.embed_tokens.weight.zero_()
+    with torch.no_grad():
+        model.layers[0].mlp.down_proj.weight.zero_()
+        model.layers[0].self_attn.o_proj.weight.zero_()
+        model.embed_tokens.weight.zero_()
     model.save_pretrained(tmp_path / "model")
     collect(config, tmp_path / "store")
     store = open_store(tmp_path / "store")

@@ -1,0 +1,148 @@
+"""A collection that is killed, interrupted or out of disk loses nothing that was committed."""
+
+import errno
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zarr.storage._local
+from stores import files_of, marks_of, small_config
+
+from mpcache import collect as collect_stage
+from mpcache import objects, writer
+from mpcache.collect import collect
+from mpcache.config import CollectConfig
+from mpcache.verify import verify
+
+ROWS = {"rows": 1200, "codec": "zstd"}
+
+
+class Killer:
+    """Kills its own process, by SIGKILL, at the n-th of the moments it is put into."""
+
+    def __init__(self, moment: int, log: Path) -> None:
+        self.left, self.log = moment, log
+
+    def reach(self, name: str) -> bool:
+        """Whether this is the moment."""
+        self.left -= 1
+        return self.left == 0
+
+    def kill(self, name: str) -> None:
+        with self.log.open("a") as file:
+            file.write(name + "\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            if self.reach(name):
+                self.kill(name)
+            return function(*args, **kwargs)
+
+        return killed
+
+    def within(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Leaves half of the bytes in a temporary file, as a write that is cut does."""
+
+        def killed(path: Path, value: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.reach(name):
+                data = value if isinstance(value, bytes) else value.to_bytes()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_name(f"{path.name}.cut.partial").write_bytes(data[: len(data) // 2])
+                self.kill(name)
+            return function(path, value, *args, **kwargs)
+
+        return killed
+
+
+def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Path) -> None:
+    """Runs in a process of its own."""
+    killer = Killer(moment, log)
+    local = zarr.storage._local
+    local._put = killer.within("write of an object", local._put)
+    objects._write_temporary = killer.within("write of a mark", objects._write_temporary)
+    writer.sync = killer.before("sync", writer.sync)
+    writer.digest_file = killer.before("read back", writer.digest_file)
+    collect_stage.capture_part = killer.before("forward pass", collect_stage.capture_part)
+    collect(config, path)
+
+
+def run(config: CollectConfig, path: Path, moment: int, log: Path) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mpcache.collect"])
+    process = context.Process(target=collect_until_killed, args=(config, path, moment, log))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.slow
+def test_killed_ten_times_equals_never_killed(tmp_path: Path) -> None:
+    config, log = small_config(tmp_path, **ROWS), tmp_path / "log"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    collect(config, whole)
+    draw = random.Random(2)
+    for _ in range(10):
+        assert run(config, killed, draw.randrange(1, 45), log) == -signal.SIGKILL
+        assert not killed.exists() or not (killed / "store.json").exists() or verify(killed).intact
+    assert run(config, killed, 0, log) == 0
+    moments = log.read_text().splitlines()
+    assert len(moments) == 10
+    assert sum(name.startswith("write") for name in moments) >= 3, moments
+    assert marks_of(killed) == marks_of(whole)
+    finished = {name: data for name, data in files_of(killed).items() if ".partial" not in name}
+    assert finished == files_of(whole)
+    assert verify(killed).intact
+
+
+def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, **ROWS)
+    capture, calls = collect_stage.capture_part, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        capture(*args)
+
+    monkeypatch.setattr(collect_stage, "capture_part", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(config, tmp_path / "store")
+    done = [name for name in marks_of(tmp_path / "store") if "layers.0" in name]
+    assert len(done) == 3  # what the model had read was committed before the command ended
+    summary = collect(config, tmp_path / "store")
+    assert summary.forward_rows == summary.rows - 3 * 192
+    collect(config, tmp_path / "whole")
+    assert marks_of(tmp_path / "store") == marks_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fails_at", [2, 9, 31])
+def test_full_disk_keeps_what_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    config = small_config(tmp_path, **ROWS)
+    put, calls = zarr.storage._local._put, 0
+
+    def full(*args: Any, **kwargs: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls >= fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return put(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.storage._local, "_put", full)
+        with pytest.raises(OSError, match="No space left"):
+            collect(config, tmp_path / "store")
+    assert verify(tmp_path / "store").intact
+    collect(config, tmp_path / "store")
+    collect(config, tmp_path / "whole")
+    assert marks_of(tmp_path / "store") == marks_of(tmp_path / "whole")
