@@ -126,5 +126,20 @@ def stats(*, store: StorePath, json: Json = False) -> None:
     return print_table(tuple(found[0]) if found else (), found)
 
 
+@app.command()
+@guarded
+@from_config(CollectConfig, arguments=("model", "dataset"))
+def bench(
+    config: CollectConfig,
+    repeats: Annotated[int, typer.Option(help="pairs of runs, one more warms up")] = 5,
+    json: Json = False,
+) -> None:
+    """Rows a second of a collection, as a share of the bare truncated forward pass."""
+    from mpcache.bench import bench as run
+
+    found = dataclasses.asdict(run(config, repeats))
+    return print_json(found) if json else print_table(tuple(found), [found])
+
+
 def _pairs(content: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in content.items() if value is not None)

@@ -1,0 +1,120 @@
+"""Throughput of a collection as a share of its own limit: the bare truncated forward pass."""
+
+import contextlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+from mpcache.collect import Collection
+from mpcache.config import CollectConfig
+from mpcache.documents import open_documents
+from mpcache.model import load_model
+from mpcache.reader import open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Rows a second, the medians over `repeats` alternating runs."""
+
+    rows: int
+    arrays: int
+    bytes_per_row: int
+    forward_rows_per_second: float
+    "the model alone, up to the deepest hookpoint, nothing captured"
+    collect_rows_per_second: float
+    "the same with capture, write, sync, read back and marks"
+    ratio: float
+    "collect over forward, the median of the pairs"
+    ratios: tuple[float, ...]
+    hardware: str
+
+
+class _Reached(Exception):
+    """The deepest hookpoint was reached."""
+
+
+def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
+    """Alternate both on `config.rows` rows in temporary stores; the first pair only warms up."""
+    model, tokenizer = load_model(config)
+    documents = open_documents(config, tokenizer)
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(repeats + 1):
+            path = Path(folder) / str(number)
+            collection = Collection(config, path, model, tokenizer, documents)
+            rows = _prepare(collection)
+            pairs.append((_forward_seconds(collection), _collect_seconds(collection)))
+    del pairs[0]
+    ratios = [forward / collect for forward, collect in pairs]
+    widths = collection.widths.values()
+    return Measurement(
+        rows=rows,
+        arrays=len(widths),
+        bytes_per_row=sum(widths) * getattr(torch, config.dtype).itemsize,
+        forward_rows_per_second=rows / median(forward for forward, _ in pairs),
+        collect_rows_per_second=rows / median(collect for _, collect in pairs),
+        ratio=median(ratios),
+        ratios=tuple(ratios),
+        hardware=hardware(model.device),
+    )
+
+
+def _prepare(collection: Collection) -> int:
+    """Everything before the first forward pass; gives the rows to read."""
+    collection.write_tokens()
+    store = open_store(collection.path)
+    collection.grow_acts(store)
+    return sum(int(store.mark(p, "tokens")["rows"]) for p in collection.parts(store))
+
+
+def _forward_seconds(collection: Collection) -> float:
+    store = open_store(collection.path)
+    began = time.perf_counter()
+    with _stop_after(collection.model, collection.sides[-1].hookpoint), torch.no_grad():
+        for part in collection.parts(store):
+            for inputs in collection.reading.batches(store.read_tokens(part)):
+                with contextlib.suppress(_Reached):
+                    collection.model(**inputs, use_cache=False)
+    return time.perf_counter() - began
+
+
+def _collect_seconds(collection: Collection) -> float:
+    store = open_store(collection.path)
+    missing = {part: collection.sides for part in collection.parts(store)}
+    began = time.perf_counter()
+    collection.write_activations(store, missing)
+    return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def _stop_after(model: nn.Module, hookpoint: str) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    handle = model.get_submodule(hookpoint).register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def hardware(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {_features()}"
+
+
+def _features() -> str:
+    """The CPU's capabilities that decide matrix products."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return " ".join(f for f in wanted if f" {f}" in flags) or "flags unknown"
