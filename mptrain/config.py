@@ -111,8 +111,8 @@ class FitConfig:
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
     order_seed: int = 0
     "seed of the order in which rows are read"
-    window_bytes: int = 1 << 30
-    "bytes of rows mixed in memory"
+    window_rows: int = 65_536
+    "rows mixed in memory; two such windows are held, each row_bytes x window_rows"
     log_every: int = 10
     "train steps between lines of metrics.jsonl"
     eval_every: int = 100
@@ -130,7 +130,7 @@ class FitConfig:
         positive = (
             "rows",
             "batch_rows",
-            "window_bytes",
+            "window_rows",
             "log_every",
             "eval_every",
             "eval_rows",
@@ -141,7 +141,8 @@ class FitConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rows < self.batch_rows:
             raise ValueError(
-                f"rows must be at least batch_rows, got rows={self.rows}, batch_rows={self.batch_rows}"
+                f"rows must be at least batch_rows, got rows={self.rows}, "
+                f"batch_rows={self.batch_rows}"
             )
         self.coders()
 

@@ -70,7 +70,7 @@ def evaluate_coder(
     sides = tuple(dict.fromkeys(sides_of(coder.config)))
     with Loader(
         open_store(store_path), sides, "validation", batch_rows=_BATCH_ROWS, seed=0,
-        window_bytes=1 << 30, device=coder.b_D.device,
+        device=coder.b_D.device,
     ) as loader:  # fmt: skip
         return evaluate(
             [(coder, k) for k in dict.fromkeys([coder.config.k, *other_k])],

@@ -288,7 +288,7 @@ def _loader(
         split,
         batch_rows=config.batch_rows,
         seed=config.order_seed,
-        window_bytes=config.window_bytes,
+        window_rows=config.window_rows,
         device=device,
     )
 

@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcache.reader import DamagedStoreError, Part, Store
-from mptrain.loader import Batch, Loader, kept_rows, window_chunks
+from mptrain.loader import Batch, Loader, kept_rows
+from mptrain.order import epoch_order
+from mptrain.windows import Source
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
-WIDTHS = {IN: 3, OUT: 5}
+WIDE = ("layers.1", "output")
+WIDTHS = {IN: 3, OUT: 5, WIDE: 40}
 CPU = torch.device("cpu")
 
 
@@ -60,12 +63,10 @@ class FakeStore(Store):
         return self._numbers(part, chunk) % 7
 
 
-def make(store, *, batch_rows=5, seed=0, window=2, device=CPU, threads=3):
-    itemsize = getattr(torch, store.dtype).itemsize
-    window_bytes = 2 * window * store.chunk_rows * (sum(WIDTHS.values()) * itemsize + 16)
+def make(store, *, sides=(IN, OUT), batch_rows=5, seed=0, window=2, device=CPU, threads=3):
     return Loader(
-        store, [IN, OUT], "train", batch_rows=batch_rows, seed=seed,
-        window_bytes=window_bytes, device=device, threads=threads,
+        store, sides, "train", batch_rows=batch_rows, seed=seed,
+        window_rows=window * store.chunk_rows, device=device, threads=threads,
     )  # fmt: skip
 
 
@@ -117,6 +118,19 @@ def test_a_restart_gives_the_next_batch(store, batch_rows, offset):
 def test_the_order_of_rows_does_not_depend_on_the_batch_size(store, some, others):
     with make(store, batch_rows=some) as a, make(store, batch_rows=others) as b:
         assert first_numbers(a, 40) == first_numbers(b, 40)
+
+
+@settings(deadline=None, max_examples=20)
+@given(stores, st.permutations([IN, OUT, WIDE]), st.integers(1, 3), st.integers(0, 40))
+def test_rows_of_a_side_do_not_depend_on_other_sides(store, sides, others, offset):
+    with make(store, sides=sides[:1]) as alone, make(store, sides=sides[: 1 + others]) as beside:
+        assert alone.order_digest == beside.order_digest
+        streams = alone.batches(offset), beside.batches(offset)
+        passes = alone.one_pass(), beside.one_pass()
+        pairs = [*islice(zip(*streams, strict=True), 9), *zip(*passes, strict=True)]
+    for a, b in pairs:
+        assert torch.equal(a.positions_B, b.positions_B)
+        assert torch.equal(a.values[sides[0]], b.values[sides[0]])
 
 
 def test_epochs_and_seeds_differ():
@@ -178,13 +192,12 @@ def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
         if (part, chunk) == bad:
             raise DamagedStoreError("part 0 chunk 1 is damaged")
 
-    with make(FakeStore((40,)), batch_rows=8) as loader:
-        groups = [loader._order(seed=0, epoch=0, window=2).group(g) for g in range(5)]
-    bad = (0, groups[3].chunks[0].chunk)
+    order = epoch_order([40], 4, seed=0, epoch=0, window=2)
+    bad = (0, order.group(3).chunks[0].chunk)
     began = time.perf_counter()
     with make(FakeStore((40,), before_read=fail), batch_rows=8) as loader:
         batches = loader.batches()
-        assert sum(next(batches).rows for _ in range(3)) == groups[3].rows * 3
+        assert sum(next(batches).rows for _ in range(3)) == order.start(3)
         with pytest.raises(DamagedStoreError, match="part 0 chunk 1"):
             next(batches)
     assert time.perf_counter() - began < 5
@@ -205,6 +218,7 @@ def test_chunks_are_read_concurrently():
     store = FakeStore((24,), before_read=lambda part, chunk: barrier.wait())
     with make(store, batch_rows=12, window=3, threads=3) as loader:
         assert next(loader.batches()).rows == 12
+        barrier.abort()  # else a read of what nobody asked for waits in vain for two more
 
 
 def test_waiting_is_measured():
@@ -246,21 +260,21 @@ def test_an_abandoned_stream_stops_reading():
         assert len(store.reads) - stopped <= 3
 
 
-def test_memory_stays_within_the_bound():
+def test_memory_stays_within_the_bound(monkeypatch):
     store = FakeStore((4096,) * 4, chunk=64)
     window, batch_rows, threads = 8, 128, 3
-    row_bytes = sum(WIDTHS.values()) * 4 + 16  # with position and order
+    row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 16  # with position and order
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
     seen: list[int] = []
+    allocate, outside = Source.empty, live_bytes()
+
+    def weigh(self, rows, *, pinned):
+        allocated = allocate(self, rows, pinned=pinned)
+        seen.append(live_bytes() - outside)
+        return allocated
+
+    monkeypatch.setattr(Source, "empty", weigh)  # memory peaks where something was just allocated
     with make(store, batch_rows=batch_rows, window=window, threads=threads) as loader:
-        allocate, outside = loader._empty, live_bytes()
-
-        def weigh(rows, *, pinned):
-            rows = allocate(rows, pinned=pinned)
-            seen.append(live_bytes() - outside)
-            return rows
-
-        loader._empty = weigh  # memory peaks where a window or a batch has just been allocated
         for batch in islice(loader.batches(), 40):
             assert batch.rows == batch_rows
     assert len(seen) > 40
@@ -283,11 +297,17 @@ def test_order_digest_tells_orders_apart():
 
 
 def test_messages_name_the_remedy():
-    with pytest.raises(ValueError, match="has no train rows of"):
+    with pytest.raises(ValueError, match=r"no train rows of layers\.0:input, layers\.0:output; "):
         make(FakeStore(()))
-    with pytest.raises(ValueError, match="got 383; use at least 384"):
-        window_chunks(FakeStore((8,)), [IN, OUT], 383)
-    assert [window_chunks(FakeStore((8,)), [IN, OUT], n) for n in (384, 767, 768)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize(("window_rows", "chunks"), [(1, 1), (4, 1), (7, 1), (8, 2)])
+def test_a_window_holds_whole_chunks_and_at_least_one(window_rows, chunks):
+    with Loader(
+        FakeStore((8,), chunk=4), [OUT], "train",
+        batch_rows=1, seed=0, window_rows=window_rows, device=CPU,
+    ) as loader:  # fmt: skip
+        assert loader.window == chunks
 
 
 @pytest.mark.gpu
