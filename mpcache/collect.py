@@ -21,19 +21,20 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
-from mpcache.documents import Documents, open_documents, token_dtype
+from mpcache.documents import Documents, open_documents
 from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, is_store, specs
 from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.identity import identify, layout_of, open_place
+from mpcache.inputs import find_separation
 from mpcache.model import (
-    find_separation,
     load_model,
     model_digest,
     model_provenance,
     tokenizer_digest,
 )
 from mpcache.reader import Store, check_metadata, open_store
+from mpcache.tokenised import token_dtype
 from mpcache.tokens import (
     FIRST_PARTS,
     Cursor,

@@ -6,38 +6,26 @@ order: the same config gives the same document at the same place, on any machine
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from jaxtyping import Int64, UInt
+from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
+from mpcache.hub import first_line, load_hub, resolve_commit
+from mpcache.tokenised import Indices, Tokens, token_source
 
-Tokens = UInt[np.ndarray, " _"]
 Document = str | Tokens
-Fetch = Callable[[Int64[np.ndarray, " _"]], Sequence[Document]]
+Fetch = Callable[[Indices], Sequence[Document]]
 
 FETCH_DOCUMENTS = 64  # documents read at once; enough to hide the cost of a random arrow read
 SHUFFLE_BUFFER = 10_000  # documents; of a streamed dataset, part of what defines its order
-SCAN_TOKENS = 1 << 24  # tokens of a .bin looked at at once, so that a file larger than memory opens
 FILE_KINDS = {".jsonl": "json", ".parquet": "parquet"}
 LOCAL_SUFFIXES = (*FILE_KINDS, ".txt", ".bin")
 
@@ -182,59 +170,6 @@ def text_of(value: object, config: CollectConfig) -> str:
     return value
 
 
-# --- tokenised .bin ---
-
-
-def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends a document: EOS, else SEP."""
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if isinstance(token, int):
-            return token
-    return None
-
-
-def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
-    """Smallest unsigned integer that holds every token id; ids may leave gaps, so not by count."""
-    return np.dtype(np.min_scalar_type(max(tokenizer.get_vocab().values())))
-
-
-def token_source(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Fetch]:
-    """Documents of a flat little-endian stream (uint16, uint32 if ids need it), ends stripped."""
-    dtype = np.promote_types(token_dtype(tokenizer), np.uint16).newbyteorder("<")
-    size = path.stat().st_size
-    if not size or size % dtype.itemsize:
-        raise ValueError(
-            f"a tokenised .bin must hold {dtype.name} tokens, got {size} bytes in {path.name}; "
-            "write it anew"
-        )
-    stream = np.memmap(path, dtype=dtype, mode="r")
-    bounds = document_bounds(stream, path, tokenizer)
-    return len(bounds) - 1, lambda indices: [
-        stream[bounds[i] : bounds[i + 1] - 1].astype(dtype.newbyteorder("=")) for i in indices
-    ]
-
-
-def document_bounds(
-    stream: UInt[np.ndarray, " n"], path: Path, tokenizer: PreTrainedTokenizerBase
-) -> Int64[np.ndarray, " bounds"]:
-    """Where documents start, and one past the last one's end token."""
-    end, largest = end_token(tokenizer), max(tokenizer.get_vocab().values())
-    found = [np.zeros(1, np.int64)]
-    for start in range(0, len(stream), SCAN_TOKENS):
-        piece = stream[start : start + SCAN_TOKENS]
-        if piece.max() > largest:
-            raise ValueError(
-                f"tokens must be at most {largest} for this tokenizer, got {piece.max()} "
-                f"in {path.name}; tokenise it with the model's own"
-            )
-        found.append(np.flatnonzero(piece == end) + start + 1)
-    bounds = np.concatenate(found)
-    if len(bounds) == 1:
-        raise ValueError(f"documents in {path.name} must end with token {end}, got no such token")
-    # the file may stop amid a document: as if its end token came next
-    return bounds if bounds[-1] == len(stream) else np.append(bounds, len(stream) + 1)
-
-
 # --- Hub ---
 
 
@@ -254,25 +189,6 @@ def open_hub(config: CollectConfig) -> Documents:
     )
 
 
-def resolve_commit(config: CollectConfig) -> str:
-    """The commit that a revision means now; a full commit hash is one, online or not."""
-    if re.fullmatch(r"[0-9a-f]{40}", config.dataset_revision):
-        return config.dataset_revision
-    with explained(f"dataset {config.dataset}", config.dataset_revision):
-        return str(HfApi().dataset_info(config.dataset, revision=config.dataset_revision).sha)
-
-
-def load_hub(config: CollectConfig, commit: str) -> datasets.Dataset | datasets.IterableDataset:
-    with explained(f"dataset {config.dataset}", commit):
-        return datasets.load_dataset(
-            config.dataset,
-            config.dataset_config,
-            split=config.split,
-            revision=commit,
-            streaming=config.streaming,
-        )
-
-
 def hub_order(
     table: datasets.Dataset | datasets.IterableDataset, config: CollectConfig
 ) -> Callable[[int], Iterator[Document]]:
@@ -286,63 +202,6 @@ def hub_order(
     if not count:
         raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
     return partial(permuted, fetch, count, config.seed)
-
-
-@contextmanager
-def explained(thing: str, revision: str) -> Iterator[None]:
-    """Errors of opening a thing of the Hub, in one line: ValueError for the user's mistake,
-    ConnectionError for a lost server. What is neither, such as a full disk, passes as it is.
-    """
-    try:
-        yield
-    except Exception as error:  # the Hub client's errors share no other base
-        if (explanation := hub_error(error, thing, revision)) is error:
-            raise
-        raise explanation from error
-
-
-def hub_error(error: Exception, thing: str, revision: str) -> Exception:
-    """What `error` means to the user; itself where it is not about the Hub or the thing."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and isinstance(cause, Exception):
-        chain.append(cause)
-
-    def caused_by(*kinds: type[Exception]) -> bool:
-        return any(isinstance(one, kinds) for one in chain)
-
-    if caused_by(GatedRepoError):
-        return ValueError(f"{thing} is gated; accept its terms on the Hub, then `hf auth login`")
-    if caused_by(RevisionNotFoundError):
-        return ValueError(f"revision must exist in {thing}, got {revision}; look it up on the Hub")
-    if caused_by(RepositoryNotFoundError):
-        return ValueError(
-            f"{thing} is neither a path here nor on the Hub; check its name, "
-            "or `hf auth login` if it is private"
-        )
-    if caused_by(ConnectionError, LocalEntryNotFoundError, TimeoutError) or is_network(chain):
-        return ConnectionError(
-            f"the Hub cannot be reached for {thing}, which is not in the local cache; "
-            "check the connection (and HF_HUB_OFFLINE), or give a local path"
-        )
-    if isinstance(error, OSError) and error.errno is not None:
-        return error
-    if isinstance(error, ValueError | OSError) or caused_by(RemoteEntryNotFoundError):
-        return ValueError(f"{thing} cannot be opened: {first_line(error)}")
-    return error
-
-
-def is_network(chain: list[Exception]) -> bool:
-    # by module: the Hub client changed its HTTP library twice, and its errors with it
-    libraries = ("requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")
-    return any(
-        isinstance(one, HfHubHTTPError) or type(one).__module__.split(".")[0] in libraries
-        for one in chain
-        if not isinstance(one, RemoteEntryNotFoundError)
-    )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- orders ---

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpcache.hooks import Capture, Side
-from mpcache.model import Separation, model_inputs
+from mpcache.inputs import Separation, model_inputs
 from mpcache.tokens import Specials
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mpcache.model import forward_options
+from mpcache.inputs import forward_options
 
 SideName = Literal["input", "output"]
 

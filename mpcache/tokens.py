@@ -17,7 +17,8 @@ from jaxtyping import Bool, Int64, UInt
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, Split, split_of
-from mpcache.documents import Document, Documents, Tokens, end_token, permutation, token_dtype
+from mpcache.documents import Document, Documents, permutation
+from mpcache.tokenised import Tokens, end_token, token_dtype
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
 

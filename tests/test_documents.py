@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_tokenizer
 
+from models import tiny_tokenizer
 from mpcache.config import CollectConfig
 from mpcache.documents import (
     SHUFFLE_BUFFER,
@@ -20,8 +20,8 @@ from mpcache.documents import (
     hub_order,
     open_documents,
     permutation,
-    token_dtype,
 )
+from mpcache.tokenised import token_dtype
 
 TEXTS = [f"document {i} é\n" + "x" * (i % 5) for i in range(150)]
 TOKENIZER = tiny_tokenizer()

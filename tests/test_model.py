@@ -16,17 +16,22 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    BertConfig,
+    RobertaConfig,
+)
 
+from models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
 from mpcache.config import CollectConfig
-from mpcache.documents import explained, hub_error
 from mpcache.hooks import Capture, resolve
+from mpcache.hub import explained, hub_error
+from mpcache.inputs import find_separation, model_inputs
 from mpcache.model import (
-    find_separation,
     load_model,
     model_digest,
-    model_inputs,
     model_provenance,
     resolve_device,
     tokenizer_digest,
@@ -88,6 +93,25 @@ def test_refuses_in_one_line(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load_model(config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+def test_positions_that_start_after_the_padding_token(tmp_path, padding):
+    """RoBERTa and its kin have padding_idx + 1 positions fewer than their table has rows."""
+    architecture = RobertaConfig(
+        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=padding,
+    )  # fmt: skip
+    AutoModel.from_config(architecture).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    usable = 63 - padding
+    sizes = {"part_rows": usable * (usable + 1), "chunk_rows": usable}
+    model, _ = load_model(make_config(tmp_path, ctx_len=usable, **sizes))
+    assert model(torch.full((1, usable), 7))[0].shape == (1, usable, 16)
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        model(torch.full((1, usable + 1), 7))
+    with pytest.raises(ValueError, match=f"the model's {usable} positions, got {usable + 1}; use"):
+        load_model(make_config(tmp_path, ctx_len=usable + 1, **sizes))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny_tokenizer, transformers_log
 
+from models import tiny_tokenizer, transformers_log
 from mpcache.config import CollectConfig
 from mpcache.documents import Documents, permutation
 from mpcache.tokens import (
