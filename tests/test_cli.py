@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_tiny, tiny_tokenizer
-from stores import small_config, small_store, write_corpus
 from transformers import AutoModel
 from typer.testing import CliRunner
 
 from cli.mpcache import app as mpcache
 from cli.mptrain import app as mptrain
+from models import save_tiny, tiny_tokenizer
+from stores import small_config, small_store, write_corpus
 
 COLLECT = ("--rows", "600", "--ctx-len", "16", "--part-rows", "192", "--chunk-rows", "32")
 COLLECT += ("--validation-every", "4", "--model-dtype", "float32")

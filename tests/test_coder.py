@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from mptrain.coder import Coder
 from mptrain.config import Arch, CoderConfig, Kind
 from mptrain.loss import Fvu, batch_fvu, reconstruction_loss

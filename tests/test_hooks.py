@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import tiny_model
 from torch import nn
 
+from models import tiny_model
 from mpcache.hooks import Capture, Side, resolve, widths
 
 TOKENS = torch.randint(0, 250, (3, 7), generator=torch.Generator().manual_seed(0))

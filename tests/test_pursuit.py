@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from mptrain.config import Backend
 from mptrain.pursuit import pursue as pursue_module
 from mptrain.pursuit import select as select_module

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import reference
 from mptrain import topk as topk_module
 from mptrain.sparse import active_latents, latent_sums, sparse_decode
 from mptrain.topk import predict_error, topk_encode
