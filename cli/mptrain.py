@@ -51,7 +51,11 @@ def fit(config: FitConfig, json: Json = False) -> None:
         ) from None
     if json:
         return print_json(results)
-    print_table(_RESULTS, [{**result, **result["validation"]} for result in results])
+    trained = [result for result in results if not result["diverged"]]
+    print_table(_RESULTS, [{**result, **result["validation"]} for result in trained])
+    for result in results:
+        if result["diverged"]:
+            typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
     return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
 
 
@@ -77,10 +81,11 @@ def evaluate(
 def plot(
     *,
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
-    out: Annotated[Path, typer.Option(help="folder of the figures")] = Path("figures"),
+    out: Annotated[Path, typer.Option(help="files of the figure, without ending")] = Path("fvu"),
+    title: Annotated[str | None, typer.Option(help="title of the figure")] = None,
 ) -> None:
     """FVU over run time, a panel for each hookpoint, kind and k: mp red, topk blue."""
     from mptrain.plot import plot_runs
 
-    for file in plot_runs(runs, out):
+    for file in plot_runs(runs, out, title=title):
         typer.echo(file)

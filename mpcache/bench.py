@@ -88,7 +88,7 @@ def _forward_seconds(collection: Collection) -> float:
 
 def _collect_seconds(collection: Collection) -> float:
     store = open_store(collection.path)
-    missing = {part: collection.sides for part in collection.parts(store)}
+    missing = dict.fromkeys(collection.parts(store), collection.sides)
     began = time.perf_counter()
     collection.write_activations(store, missing)
     return time.perf_counter() - began

@@ -27,6 +27,8 @@ class Trainee:
     config: CoderConfig
     learner: Learner
     train_seconds: float = 0.0
+    lr: float = 0.0
+    "learning rate of the last train step"
     diverged: bool = False
 
     @property
@@ -123,9 +125,10 @@ class Fitting:
         results = self._train(batch)
         bar.update(batch.rows)
         evaluations: list[Evaluation | None] = [None] * len(self.trainees)
-        if step % self.config.eval_every == 0 or step == self.steps:
-            evaluations = [*self._evaluate(self.config.eval_rows)]
-        if step % self.config.log_every == 0 or evaluations[0] is not None:
+        is_evaluated = step % self.config.eval_every == 0 or step == self.steps
+        if is_evaluated:
+            evaluations = self._evaluate(self.config.eval_rows)
+        if is_evaluated or step % self.config.log_every == 0:
             self._log(step, results, evaluations, bar)
         if step % self.config.save_every == 0 or step == self.steps:
             self._save(step)
@@ -153,19 +156,24 @@ class Fitting:
     def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
         self._synchronise()
         began = time.perf_counter()
+        trainee.lr = trainee.learner.optimizers.lr
         result = trainee.learner.step(x_BD, y_BE)
         trainee.diverged = not bool(result.loss.isfinite())
         self._synchronise()
         trainee.train_seconds += time.perf_counter() - began
         return result
 
-    def _evaluate(self, max_rows: int | None) -> list[Evaluation]:
-        return evaluate(
-            [(trainee.learner.coder, trainee.config.k) for trainee in self.trainees],
+    def _evaluate(self, max_rows: int | None) -> list[Evaluation | None]:
+        """Of every coder on the same held-out rows; None for those that diverged."""
+        healthy = [trainee for trainee in self.trainees if not trainee.diverged]
+        found = evaluate(
+            [(trainee.learner.coder, trainee.config.k) for trainee in healthy],
             self.validation.one_pass(max_rows),
             skip_positions=self.config.skip_positions,
             finite_only=self.config.allow_nonfinite,
         )
+        evaluations = iter(found)
+        return [None if trainee.diverged else next(evaluations) for trainee in self.trainees]
 
     def _log(
         self,
@@ -197,7 +205,7 @@ class Fitting:
             validation_fvu=None if evaluation is None else evaluation.fvu,
             l0=float(result.l0),
             dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
-            lr=trainee.learner.optimizers.lr,
+            lr=trainee.lr,
             rows_per_second=rows / trainee.train_seconds,
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
@@ -250,7 +258,7 @@ class Fitting:
         write_json(self.run.folder / "results.json", results)
         return results
 
-    def _result(self, trainee: Trainee, evaluation: Evaluation) -> dict[str, Any]:
+    def _result(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
         rows = self.steps * self.config.batch_rows
         return {
             "coder": trainee.config.name,
@@ -258,7 +266,7 @@ class Fitting:
             "rows_trained": rows,
             "train_seconds": trainee.train_seconds,
             "rows_per_second": rows / trainee.train_seconds,
-            "validation": asdict(evaluation),
+            "validation": None if evaluation is None else asdict(evaluation),
         }
 
     def _synchronise(self) -> None:

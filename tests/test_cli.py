@@ -179,9 +179,10 @@ def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
         assert own == pytest.approx(result["validation"])  # batches are of another size
         assert (own["k"], other["k"]) == (3, 1)
         assert other["fvu"] > own["fvu"]
-    plotted = CliRunner().invoke(mptrain, ["plot", str(run), "--out", str(tmp_path / "figures")])
+    plotted = CliRunner().invoke(mptrain, ["plot", str(run), "--out", str(tmp_path / "fvu")])
     assert plotted.exit_code == 0, plotted.output
-    assert {f.suffix for f in (tmp_path / "figures").iterdir()} == {".png", ".svg", ".csv", ".json"}
+    suffixes = {f.suffix for f in tmp_path.glob("fvu.*")}
+    assert suffixes == {".png", ".svg", ".csv", ".json"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+# Two commands set everything up: `make demo` and `make test`. Both are safe to run again.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+RESIDUAL := layers.3,layers.5
+MLP := layers.3.mlp,layers.5.mlp
+FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
+       --eval-rows 8192 --dead-rows 50k --save-every 50
+
+.PHONY: install demo test quick format clean
+install: .venv/installed
+
+# Without a GPU the CPU build of torch comes first: an open range would take the CUDA packages.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/mpcache collect data/model data/corpus/train.parquet $(DEMO)/store \
+	    --hookpoints $(RESIDUAL),$(MLP) --rows 320k --ctx-len 256 --part-rows 16384 --batch-sequences 16
+	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sae --hookpoints $(RESIDUAL),$(MLP) --kind sae $(FIT)
+	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sst --hookpoints $(MLP) --kind skip-transcoder $(FIT)
+	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu
+
+test: install
+	$(BIN)/ruff format --check -q .
+	$(BIN)/ruff check -q .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+quick: install
+	$(BIN)/pytest -m 'not slow'
+
+format: install
+	$(BIN)/ruff format -q .
+	$(BIN)/ruff check -q --fix .
+
+clean:
+	rm -rf .venv $(DEMO)
