@@ -62,7 +62,7 @@ class CollectConfig:
     "sequences in a forward pass"
     part_rows: int = 65_536
     "rows in a part, the unit of commit and retry; a multiple of ctx_len"
-    chunk_rows: int = 2048
+    chunk_rows: int = 1024
     "rows in a chunk, the unit of read; divides part_rows"
     validation_every: int = 10
     "every n-th part is held out for validation"

@@ -66,6 +66,11 @@ class Store:
         self._lock = threading.Lock()
 
     @property
+    def source(self) -> str:
+        """Model and dataset, in words."""
+        return f"{self.provenance['model']['model']} on {self.provenance['dataset']['dataset']}"
+
+    @property
     def ctx_len(self) -> int:
         return self.layout.ctx_len
 

@@ -53,7 +53,7 @@ def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
         _loader(config, store, sides, "train", device) as train,
         _loader(config, store, sides, "validation", device) as validation,
     ):
-        run = open_run(config, store.fingerprint, train.order_digest)
+        run = open_run(config, store.source, store.fingerprint, train.order_digest)
         return Fitting(config, run, trainees, train, validation, quiet).fit()
 
 

@@ -64,6 +64,8 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
         ValueError: a run is no run, or one of its coders has not been validated.
     """
     curves = [curve for run in runs for curve in read_curves(run)]
+    if title is None:
+        title = "; ".join(dict.fromkeys(_config(run)["source"] for run in runs))
     if not curves:
         raise ValueError("there is nothing to plot; name at least one run")
     stem = out.with_suffix("") if out.suffix in (".png", ".svg", ".csv", ".json") else out
@@ -80,11 +82,18 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
 def read_curves(run: Path) -> list[Curve]:
     """The curves of a run, in the order of its config."""
     try:
-        coders = json.loads((run / "config.json").read_bytes())["coders"]
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run that has been trained: no {error.filename}") from error
-    return [_curve(run, coder, records) for coder in coders]
+    return [_curve(run, coder, records) for coder in _config(run)["coders"]]
+
+
+def _config(run: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((run / "config.json").read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{run} is no run: no {error.filename}") from error
+    return content
 
 
 def _curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> Curve:

@@ -24,7 +24,7 @@ class Run:
         return self.folder / "metrics.jsonl"
 
 
-def open_run(config: FitConfig, fingerprint: str, order_digest: str) -> Run:
+def open_run(config: FitConfig, source: str, fingerprint: str, order_digest: str) -> Run:
     """Make the run, or check that the one there was started with the same config and rows.
 
     Raises:
@@ -38,6 +38,7 @@ def open_run(config: FitConfig, fingerprint: str, order_digest: str) -> Run:
     }
     started = {
         "fit": asdict(config),
+        "source": source,
         "coders": [{"name": one.name, **asdict(one)} for one in config.coders()],
         **provenance,
     }

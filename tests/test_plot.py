@@ -28,7 +28,9 @@ def make_run(folder, coders, fvus=(0.9, None, 0.5, 0.4), seconds=1.0):
     """A run with a record per entry of `fvus`, None where there was no validation."""
     folder.mkdir()
     named = [{"name": one.name, **asdict(one)} for one in coders]
-    (folder / "config.json").write_text(json.dumps({"fit": {}, "coders": named}))
+    (folder / "config.json").write_text(
+        json.dumps({"fit": {}, "source": "m on d", "coders": named})
+    )
     (folder / "metrics.jsonl").touch()
     for step, fvu in enumerate(fvus):
         for one in coders:
@@ -175,7 +177,7 @@ def test_a_coder_without_validation_is_named(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run that has been trained: no .*config\.json"):
+    with pytest.raises(ValueError, match=r"is no run: no .*config\.json"):
         plot_runs([tmp_path], tmp_path / "figure")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_runs([], tmp_path / "figure")
