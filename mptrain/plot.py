@@ -81,11 +81,12 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
 
 def read_curves(run: Path) -> list[Curve]:
     """The curves of a run, in the order of its config."""
+    coders = _config(run)["coders"]
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run that has been trained: no {error.filename}") from error
-    return [_curve(run, coder, records) for coder in _config(run)["coders"]]
+    return [_curve(run, coder, records) for coder in coders]
 
 
 def _config(run: Path) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from models import save_tiny
 from mpcache.collect import Summary, collect
 from mpcache.config import CollectConfig
-from models import save_tiny
 
 HOOKPOINTS = ("layers.0", "layers.1.mlp")
 SIDES = (("layers.0", "output"), ("layers.1.mlp", "input"), ("layers.1.mlp", "output"))

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import zarr.storage._local
-from stores import files_of, marks_of, small_config
 
 from mpcache import collect as collect_stage
 from mpcache import objects, writer
 from mpcache.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.verify import verify
+from stores import files_of, marks_of, small_config
 
 ROWS = {"rows": 1200, "codec": "zstd"}
 

@@ -11,12 +11,12 @@ import torch
 import zarr
 from transformers import AutoModel
 
+from golden import sums
 from mpcache.collect import collect
 from mpcache.format import FORMAT_VERSION, canonical, seal, unseal
 from mpcache.reader import DamagedStoreError, open_store
 from mpcache.stats import info, stats
 from mpcache.verify import verify
-from golden import sums
 from stores import SIDES, files_of, marks_of, small_config, small_store
 
 PROJECT = Path(__file__).parent.parent
