@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mptrain.config import CoderConfig
 from mptrain.pursuit.pursue import pursue
+from mptrain.pursuit.search import Search
 from mptrain.sparse import sparse_decode
 from mptrain.topk import predict_error, topk_encode
 
@@ -84,8 +85,7 @@ class Coder(nn.Module):
         """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`."""
         k = self.config.k if k is None else self._checked_k(k)
         if self.W_MD is not None:
-            config = self.config
-            return Code(*pursue(x_BD - self.b_D, self.W_MD, k, config.tolerance, config.backend))
+            return Code(*pursue(x_BD - self.b_D, self.W_MD, k, self.config.tolerance, self.search))
         return Code(*topk_encode(x_BD, self.b_D, *self._encoder(), k), residual_BD=None)
 
     def decode(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
@@ -154,6 +154,17 @@ class Coder(nn.Module):
         assert self.encoder_MD is not None
         assert self.encoder_bias_M is not None
         return self.encoder_MD, self.encoder_bias_M
+
+    @property
+    def search(self) -> Search:
+        """How an mp coder finds its atoms."""
+        config = self.config
+        return Search(
+            backend=config.backend,
+            shortlist_size=config.shortlist_size,
+            shortlist_refresh=config.shortlist_refresh,
+            shortlist_dtype=config.shortlist_dtype,
+        )
 
     def _checked_k(self, k: int) -> int:
         if k > self.latents:

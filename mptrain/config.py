@@ -7,7 +7,8 @@ from typing import Literal
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Arch = Literal["mp", "topk"]
 Optimizer = Literal["adam", "muon"]
-Backend = Literal["direct", "gram"]
+Backend = Literal["auto", "direct", "gram", "shortlist"]
+ScoreDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,14 @@ class CoderConfig:
     "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
     warmup_share: float = 0.02
     "share of the train steps in which the learning rate rises linearly"
-    backend: Backend = "gram"
-    "how mp finds its atoms: direct computes every score anew, gram updates them (exact)"
+    backend: Backend = "auto"
+    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
+    shortlist_size: int = 64
+    "shortlist: best atoms of each row that are looked at between two full searches"
+    shortlist_refresh: int = 4
+    "shortlist: pursuit steps from one search of all atoms to the next"
+    shortlist_dtype: ScoreDtype = "float32"
+    "shortlist: dtype of the full search; bfloat16 is fast with AMX, and re-scored in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     auxk_alpha: float = 0.03125
@@ -42,7 +49,7 @@ class CoderConfig:
     "a latent that did not fire for this many rows is dead"
 
     def __post_init__(self) -> None:
-        for name in ("k", "expansion", "dead_rows"):
+        for name in ("k", "expansion", "dead_rows", "shortlist_size", "shortlist_refresh"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.tolerance < 1:
@@ -99,8 +106,14 @@ class FitConfig:
     "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
     warmup_share: float = 0.02
     "share of the train steps in which the learning rate rises linearly"
-    backend: Backend = "gram"
-    "how mp finds its atoms: direct computes every score anew, gram updates them (exact)"
+    backend: Backend = "auto"
+    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
+    shortlist_size: int = 64
+    "shortlist: best atoms of each row that are looked at between two full searches"
+    shortlist_refresh: int = 4
+    "shortlist: pursuit steps from one search of all atoms to the next"
+    shortlist_dtype: ScoreDtype = "float32"
+    "shortlist: dtype of the full search; bfloat16 is fast with AMX, and re-scored in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     auxk_alpha: float = 0.03125
@@ -153,6 +166,9 @@ class FitConfig:
             "lr",
             "warmup_share",
             "backend",
+            "shortlist_size",
+            "shortlist_refresh",
+            "shortlist_dtype",
             "tolerance",
             "auxk_alpha",
             "dead_rows",

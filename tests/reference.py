@@ -53,6 +53,17 @@ def pursue_with_graph(
     return torch.stack(idx, 1), torch.stack(val, 1), r_BD
 
 
+def follow(x_BD: Tensor, W_MD: Tensor, idx_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and last residual of a pursuit whose choice of atoms is given, by autograd."""
+    r_BD, val = x_BD, []
+    for step in range(idx_BK.shape[1]):
+        w_BD = W_MD[idx_BK[:, step].clamp_min(0)]
+        a_B = ((r_BD * w_BD).sum(1)).masked_fill(idx_BK[:, step] < 0, 0)
+        r_BD = r_BD - a_B[:, None] * w_BD
+        val.append(a_B)
+    return torch.stack(val, 1), r_BD
+
+
 def dense(idx_BK: Tensor, val_BK: Tensor, latents: int) -> Tensor:
     """The code as `[B, M]`; entries that name the same latent add."""
     code_BM = val_BK.new_zeros(len(idx_BK), latents + 1)

@@ -16,6 +16,7 @@ D, STEPS = 12, 100
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 ARCHS: tuple[Arch, ...] = ("mp", "topk")
 BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
+SHORT = replace(BASE, backend="shortlist", shortlist_size=2, shortlist_refresh=3)
 
 
 def planted(rows: int, seed: int) -> Tensor:
@@ -162,13 +163,16 @@ def test_auxk_revives_dead_latents():
         (BASE, {"lr": 2e-2}),
         (BASE, {"warmup_share": 0.5}),
         (BASE, {"tolerance": 0.5}),
+        (SHORT, {"shortlist_size": 30}),
+        (SHORT, {"shortlist_refresh": 1}),
+        (SHORT, {"shortlist_dtype": "bfloat16"}),
         (replace(BASE, arch="topk", dead_rows=1), {"auxk_alpha": 0.0}),
         (replace(BASE, arch="topk", dead_rows=1), {"dead_rows": 1000}),
     ],
     ids=lambda value: value.name if isinstance(value, CoderConfig) else str(value),
 )
 def test_every_field_changes_the_training(base: CoderConfig, change: dict[str, object]):
-    """But `hookpoint`, which names data, and `backend`, which must change nothing but time."""
+    """But `hookpoint`, which names data, and `backend`, which must change little but time."""
     a, b = make_learner(base), make_learner(replace(base, **change))
     assert train_(a, 0, 6) != train_(b, 0, 6)
 
@@ -177,6 +181,10 @@ def test_backend_changes_only_rounding():
     direct = train_(make_learner(replace(BASE, backend="direct")), 0, 20)
     gram = train_(make_learner(replace(BASE, backend="gram")), 0, 20)
     assert direct == pytest.approx(gram, rel=1e-3)
+    auto = train_(make_learner(BASE), 0, 20)
+    assert auto == gram, "as many latents as these call for gram"
+    shortlist = train_(make_learner(replace(BASE, backend="shortlist")), 0, 20)
+    assert direct == pytest.approx(shortlist, rel=1e-3), "a list of all latents"
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.config import Backend
+from mptrain.pursuit.search import Search
 from mptrain.pursuit.select import select
 
 _ELEMENTS = 1 << 16  # of one [b, D] matrix going back; four of them stay in a CPU's L2 cache
@@ -20,7 +20,7 @@ def pursue(
     W_MD: Float[Tensor, "latents input"],
     k: int,
     tolerance: float,
-    backend: Backend,
+    search: Search,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
     """`select` with gradients: indices, values and last residual of `x`, an input minus its bias.
 
@@ -30,7 +30,7 @@ def pursue(
     """
     # torch does not annotate `apply`
     idx_BK, val_BK, residual_BD = _Pursuit.apply(  # type: ignore[no-untyped-call]
-        x_BD, W_MD, k, tolerance, backend
+        x_BD, W_MD, k, tolerance, search
     )
     return idx_BK, val_BK, residual_BD
 
@@ -38,9 +38,9 @@ def pursue(
 class _Pursuit(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, W_MD: Tensor, k: int, tolerance: float, backend: Backend
+        ctx: Any, x_BD: Tensor, W_MD: Tensor, k: int, tolerance: float, search: Search
     ) -> tuple[Tensor, Tensor, Tensor]:
-        idx_BK, val_BK, residual_BD = select(x_BD, W_MD, k, tolerance, backend)
+        idx_BK, val_BK, residual_BD = select(x_BD, W_MD, k, tolerance, search)
         ctx.save_for_backward(idx_BK, val_BK, residual_BD, W_MD)
         ctx.mark_non_differentiable(idx_BK)
         ctx.set_materialize_grads(False)
