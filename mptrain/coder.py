@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from mptrain.auxk import error_by_encoder, error_by_residual
 from mptrain.config import CoderConfig
 from mptrain.pursuit.pursue import pursue
 from mptrain.pursuit.search import Search
 from mptrain.sparse import sparse_decode
-from mptrain.topk import predict_error, topk_encode
+from mptrain.topk import topk_encode
 
 
 class Code(NamedTuple):
@@ -103,10 +104,20 @@ class Coder(nn.Module):
         return self.predict(self.encode(x_BD), x_BD)
 
     def predict_error(
-        self, x_BD: Float[Tensor, "batch input"], dead_M: Bool[Tensor, " latents"]
+        self,
+        code: Code,
+        x_BD: Float[Tensor, "batch input"],
+        dead_M: Bool[Tensor, " latents"],
     ) -> tuple[Float[Tensor, "batch out"], float] | None:
-        """`mptrain.topk.predict_error` with this topk coder's parameters."""
-        return predict_error(x_BD, self.b_D, *self._encoder(), self.decoder_ME, dead_M)
+        """What the dead latents alone make of the error of `predict`, and the loss' scale.
+
+        None where nothing is dead. The code's residual is taken as given.
+        """
+        if self.W_MD is not None:
+            assert code.residual_BD is not None
+            residual_BD = code.residual_BD.detach()
+            return error_by_residual(residual_BD, self.W_MD, self.decoder_ME, dead_M)
+        return error_by_encoder(x_BD, self.b_D, *self._encoder(), self.decoder_ME, dead_M)
 
     @torch.no_grad()
     def initialise_(

@@ -44,7 +44,7 @@ class CoderConfig:
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents of topk (0: off)"
+    "weight of the auxiliary loss that revives dead latents (0: off)"
     dead_rows: int = 10_000_000
     "a latent that did not fire for this many rows is dead"
 
@@ -117,7 +117,7 @@ class FitConfig:
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents of topk (0: off)"
+    "weight of the auxiliary loss that revives dead latents (0: off)"
     dead_rows: int = 10_000_000
     "a latent that did not fire for this many rows is dead"
     skip_positions: int = 1

@@ -1,16 +1,16 @@
-"""TopK encoder and its auxiliary loss for dead latents (Gao et al. 2024, arXiv 2406.04093).
+"""TopK encoder (Gao et al. 2024, arXiv 2406.04093).
 
-B rows in a batch, D input width, E target width, M latents, K active latents a row;
+B rows in a batch, D input width, M latents, K active latents a row;
 lower-case b: rows of one micro-batch.
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.sparse import latent_sums, sparse_decode, weighted_rows
+from mptrain.sparse import latent_sums, weighted_rows
 
 _CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of pre-activations
 _GPU_ELEMENTS = 1 << 28
@@ -33,27 +33,6 @@ def topk_encode(
         x_BD, b_D, encoder_MD, bias_M, k
     )
     return idx_BK, val_BK
-
-
-def predict_error(
-    x_BD: Float[Tensor, "batch input"],
-    b_D: Float[Tensor, " input"],
-    encoder_MD: Float[Tensor, "latents input"],
-    bias_M: Float[Tensor, " latents"],
-    decoder_ME: Float[Tensor, "latents target"],
-    dead_M: Bool[Tensor, " latents"],
-) -> tuple[Float[Tensor, "batch target"], float] | None:
-    """AuxK (app. A.2): what the dead latents alone make of `y - y_hat`, and the loss' scale.
-
-    The strongest `k_aux = D / 2` dead latents predict, without a bias. With fewer dead than that,
-    all of them, and the loss is scaled by dead / `k_aux`, as sparsify does. None: nothing is dead.
-    """
-    dead = dead_M.nonzero()[:, 0]
-    if len(dead) == 0:
-        return None
-    k_aux = max(1, round(x_BD.shape[1] / 2))
-    idx_BK, val_BK = topk_encode(x_BD, b_D, encoder_MD[dead], bias_M[dead], min(k_aux, len(dead)))
-    return sparse_decode(idx_BK, val_BK, decoder_ME[dead]), min(len(dead) / k_aux, 1.0)
 
 
 class _TopK(torch.autograd.Function):

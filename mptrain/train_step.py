@@ -53,12 +53,12 @@ class Learner:
     ) -> StepResult:
         """Update coder, optimizers and counters once; for an SAE `y` is `x`.
 
-        Waits for no device, but for a topk coder with an auxiliary loss, which counts the dead.
+        Waits for no device but in the auxiliary loss, which counts the dead.
         """
         code = self.coder.encode(x_BD)
         y_hat_BE = self.coder.predict(code, x_BD)
         loss = reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
-        loss = loss + self._auxiliary_loss(x_BD, (y_BE - y_hat_BE).detach())
+        loss = loss + self._auxiliary_loss(code, x_BD, (y_BE - y_hat_BE).detach())
         # torch does not annotate `backward`
         loss.backward()  # type: ignore[no-untyped-call]
         self.coder.project_gradient_()
@@ -91,11 +91,11 @@ class Learner:
         self.coder.load_state_dict(_under("coder.", tensors))
         self.optimizers.load_state_tensors_(_under("optimizer.", tensors))
 
-    def _auxiliary_loss(self, x_BD: Tensor, error_BE: Tensor) -> Tensor | float:
+    def _auxiliary_loss(self, code: Code, x_BD: Tensor, error_BE: Tensor) -> Tensor | float:
         config = self.coder.config
-        if config.arch != "topk" or config.auxk_alpha == 0:
+        if config.auxk_alpha == 0:
             return 0.0
-        predicted = self.coder.predict_error(x_BD, self.dead_M(config.dead_rows))
+        predicted = self.coder.predict_error(code, x_BD, self.dead_M(config.dead_rows))
         if predicted is None:
             return 0.0
         error_hat_BE, scale = predicted

@@ -128,7 +128,9 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
         {"kind": ("transcoder",)},
         {"tolerance": 0.9, "arch": ("mp",)},
         {"auxk_alpha": 0.0, "dead_rows": 1, "arch": ("topk",)},
+        {"auxk_alpha": 0.0, "dead_rows": 1, "arch": ("mp",)},
         {"dead_rows": 1, "arch": ("topk",)},
+        {"backend": "shortlist", "shortlist_size": 2, "arch": ("mp",)},
     ],
     ids=str,
 )

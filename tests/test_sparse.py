@@ -10,7 +10,7 @@ from torch import Tensor
 import reference
 from mptrain import topk as topk_module
 from mptrain.sparse import active_latents, latent_sums, sparse_decode
-from mptrain.topk import predict_error, topk_encode
+from mptrain.topk import topk_encode
 
 
 def code(seed: int, B: int, K: int, M: int) -> tuple[Tensor, Tensor]:
@@ -91,25 +91,3 @@ def test_topk_keeps_no_preactivations():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         topk_encode(*arguments, 8)
     assert all(t.numel() < B * M for t in kept)
-
-
-def test_nothing_dead_predicts_no_error():
-    x, b, W, bias = encoder(0, 4, 6, 9)
-    assert predict_error(x, b, W, bias, W, torch.zeros(9, dtype=torch.bool)) is None
-
-
-def test_error_is_predicted_by_dead_latents_alone():
-    x, b, W, bias = (t.requires_grad_() for t in encoder(0, 4, 6, 9))
-    V_ME = W.detach().clone().requires_grad_()
-    dead_M = torch.tensor([True, True, *[False] * 7])
-    predicted = predict_error(x, b, W, bias, V_ME, dead_M)
-    assert predicted is not None
-    error_hat_BE, scale = predicted
-    assert scale == pytest.approx(2 / 3), "two dead latents of k_aux = 3"
-    code_BM = torch.relu((x - b) @ W.T + bias) * dead_M
-    torch.testing.assert_close(error_hat_BE, code_BM @ V_ME)
-    error_hat_BE.square().sum().backward()
-    for gradient in (W.grad, bias.grad, V_ME.grad):
-        assert gradient is not None
-        assert (gradient[~dead_M] == 0).all()
-        assert (gradient[dead_M] != 0).any()

@@ -1,1 +1,1 @@
-"""Matching pursuit: `select` chooses atoms and values, `pursue` adds the backward pass."""
+"""Matching pursuit: `search` plans it, `atoms` finds atoms, `select` codes, `pursue` goes back."""
