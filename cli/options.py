@@ -39,6 +39,7 @@ def from_config(
 
         positional = [p for p in fields if p.name in arguments]
         options = [p for p in fields if p.name not in arguments]
+        options.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # required ones first
         parameters = [*positional, *own, *options]
         command.__name__ = function.__name__
         command.__doc__ = function.__doc__
@@ -50,7 +51,14 @@ def from_config(
 
 
 def field_docs(config_type: type) -> dict[str, str]:
-    """The literal under each field of a dataclass."""
+    """The literal under each field of a dataclass, and of those that it extends."""
+    docs: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(config_type.__mro__)):
+        docs |= _own_field_docs(base)
+    return docs
+
+
+def _own_field_docs(config_type: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(config_type)).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}

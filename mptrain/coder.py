@@ -86,13 +86,22 @@ class Coder(nn.Module):
         """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`."""
         k = self.config.k if k is None else self._checked_k(k)
         if self.W_MD is not None:
-            return Code(*pursue(x_BD - self.b_D, self.W_MD, k, self.config.tolerance, self.search))
+            config = self.config
+            pursued = pursue(
+                x_BD - self.b_D, self.W_MD, k, config.tolerance, self.search, config.detach
+            )
+            return Code(*pursued)
         return Code(*topk_encode(x_BD, self.b_D, *self._encoder(), k), residual_BD=None)
 
     def decode(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
         """`c + sum_k val_k v_k (+ S x)`; without a skip `x` does not matter."""
-        y_BE = sparse_decode(code.idx_BK, code.val_BK, self.decoder_ME) + self.output_bias_E
-        return y_BE if self.S_ED is None else y_BE + x_BD.to(y_BE.dtype) @ self.S_ED.T
+        return sparse_decode(code.idx_BK, code.val_BK, self.decoder_ME) + self.decode_nothing(x_BD)
+
+    def decode_nothing(self, x_BD: Float[Tensor, "batch input"]) -> Tensor:
+        """`c (+ S x)`, what is predicted without a code: `[E]`, or `[B, E]` with a skip."""
+        if self.S_ED is None:
+            return self.output_bias_E
+        return self.output_bias_E + x_BD.to(self.S_ED.dtype) @ self.S_ED.T
 
     def predict(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
         """`decode` of a code that `encode` made of `x`; for an mp SAE the free `x - residual`."""

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import MISSING, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Arch = Literal["mp", "topk"]
@@ -10,23 +10,16 @@ Optimizer = Literal["adam", "muon"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
 
+# fields of a recipe that are not for every coder
+_SHORTLIST = {"shortlist_size", "shortlist_refresh", "shortlist_dtype"}
+_MP = {"backend", "tolerance", "detach", "per_step_loss"} | _SHORTLIST
+_MP_TRANSCODER = {"input_loss"}
+
 
 @dataclass(frozen=True, kw_only=True)
-class CoderConfig:
-    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
+class Recipe:
+    """How coders are trained: what all coders of a run share, as far as it is for them."""
 
-    hookpoint: str
-    "hookpoint whose rows it codes"
-    kind: Kind
-    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
-    arch: Arch
-    "mp: matching pursuit; topk: the K largest pre-activations of a linear encoder"
-    k: int
-    "pursuit steps (mp) or active latents (topk) per row"
-    expansion: int
-    "latents per dimension of the input"
-    seed: int = 0
-    "seed of the initial weights"
     optimizer: Optimizer = "muon"
     "muon: for matrices, with Adam for vectors; adam: for all"
     lr: float | None = None
@@ -43,10 +36,34 @@ class CoderConfig:
     "shortlist: dtype of the full search; bfloat16 is fast with AMX, and re-scored in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
+    detach: bool = False
+    "mp: no gradient from a pursuit step to those before it"
+    per_step_loss: bool = False
+    "mp: the loss is the mean over all prefixes of the pursuit, not that of its end"
+    input_loss: float = 0.0
+    "mp transcoder: weight of the loss of the input that its pursuit leaves, as share of variance"
     auxk_alpha: float = 0.03125
     "weight of the auxiliary loss that revives dead latents (0: off)"
     dead_rows: int = 10_000_000
     "a latent that did not fire for this many rows is dead"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderConfig(Recipe):
+    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
+
+    hookpoint: str
+    "hookpoint whose rows it codes"
+    kind: Kind
+    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
+    arch: Arch
+    "mp: matching pursuit; topk: the K largest pre-activations of a linear encoder"
+    k: int
+    "pursuit steps (mp) or active latents (topk) per row"
+    expansion: int
+    "latents per dimension of the input"
+    seed: int = 0
+    "seed of the initial weights"
 
     def __post_init__(self) -> None:
         for name in ("k", "expansion", "dead_rows", "shortlist_size", "shortlist_refresh"):
@@ -54,6 +71,11 @@ class CoderConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
+        for name in sorted(_SHORTLIST):
+            if self.backend != "shortlist" and getattr(self, name) != getattr(Recipe, name):
+                raise ValueError(f"{name} is for backend shortlist, got backend {self.backend}")
+        if self.input_loss < 0:
+            raise ValueError(f"input_loss must not be negative, got {self.input_loss}")
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share must be in [0, 1], got {self.warmup_share}")
 
@@ -65,9 +87,7 @@ class CoderConfig:
         )
         named = {"hookpoint", "kind", "arch", "k", "expansion", "seed"}
         rest = [
-            f"{f.name.replace('_', '-')}{getattr(self, f.name):g}"
-            if isinstance(getattr(self, f.name), float)
-            else f"{f.name.replace('_', '-')}{getattr(self, f.name)}"
+            _named(f.name, getattr(self, f.name))
             for f in fields(self)
             if f.name not in named
             and f.default is not MISSING
@@ -77,7 +97,7 @@ class CoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class FitConfig(Recipe):
     """A run: the grid of coders trained in one pass over a store."""
 
     store: str
@@ -100,26 +120,6 @@ class FitConfig:
     "rows to train on; more than the store has means further epochs, differently shuffled"
     batch_rows: int = 8192
     "rows in a train step"
-    optimizer: Optimizer = "muon"
-    "muon: for matrices, with Adam for vectors; adam: for all"
-    lr: float | None = None
-    "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
-    warmup_share: float = 0.02
-    "share of the train steps in which the learning rate rises linearly"
-    backend: Backend = "auto"
-    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
-    shortlist_size: int = 64
-    "shortlist: best atoms of each row that are looked at between two full searches"
-    shortlist_refresh: int = 4
-    "shortlist: pursuit steps from one search of all atoms to the next"
-    shortlist_dtype: ScoreDtype = "float32"
-    "shortlist: dtype of the full search; bfloat16 is fast with AMX, and re-scored in float32"
-    tolerance: float = 0.0
-    "mp stops a row when its residual norm is at most this share of the first one"
-    auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents (0: off)"
-    dead_rows: int = 10_000_000
-    "a latent that did not fire for this many rows is dead"
     skip_positions: int = 1
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
     order_seed: int = 0
@@ -157,22 +157,11 @@ class FitConfig:
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}"
             )
+        self._refuse_useless()
         self.coders()
 
     def coders(self) -> tuple[CoderConfig, ...]:
         """The grid: the product of all fields that take several values."""
-        shared = (
-            "optimizer",
-            "lr",
-            "warmup_share",
-            "backend",
-            "shortlist_size",
-            "shortlist_refresh",
-            "shortlist_dtype",
-            "tolerance",
-            "auxk_alpha",
-            "dead_rows",
-        )
         grid = itertools.product(
             self.hookpoints, self.kind, self.k, self.expansion, self.seed, self.arch
         )
@@ -184,7 +173,39 @@ class FitConfig:
                 k=k,
                 expansion=expansion,
                 seed=seed,
-                **{name: getattr(self, name) for name in shared},
+                **self._recipe(kind, arch),
             )
             for hookpoint, kind, k, expansion, seed, arch in grid
         )
+
+    def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
+        """The fields of the recipe that are for such a coder; the others keep their defaults."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(Recipe) if _is_for(f.name, kind, arch)
+        }
+
+    def _refuse_useless(self) -> None:
+        """Refuse what was set and is for none of the coders."""
+        pairs = list(itertools.product(self.kind, self.arch))
+        for field in fields(Recipe):
+            is_set = getattr(self, field.name) != field.default
+            if is_set and not any(_is_for(field.name, *pair) for pair in pairs):
+                raise ValueError(
+                    f"{field.name} has no effect on kind {','.join(self.kind)} with arch "
+                    f"{','.join(self.arch)}; leave it out, or train an mp "
+                    f"{'transcoder' if field.name in _MP_TRANSCODER else 'coder'} too"
+                )
+
+
+def _is_for(name: str, kind: Kind, arch: Arch) -> bool:
+    if name in _MP_TRANSCODER:
+        return arch == "mp" and kind != "sae"
+    return arch == "mp" or name not in _MP
+
+
+def _named(name: str, value: object) -> str:
+    """A field in a coder's name: `tolerance0.1`; of a switch, its name."""
+    dashed = name.replace("_", "-")
+    if value is True:
+        return dashed
+    return f"{dashed}{value:g}" if isinstance(value, float) else f"{dashed}{value}"

@@ -74,7 +74,7 @@ def make_trainee(
 ) -> Trainee:
     """A coder at its start: biases at the means of the train split, atoms drawn by its seed."""
     (input_side, target_side) = sides_of(config)
-    input_mean_D, _ = store.moments(*input_side, "train")
+    input_mean_D, input_variance_D = store.moments(*input_side, "train")
     target_mean_E, target_variance_E = store.moments(*target_side, "train")
     coder = Coder(config, len(input_mean_D), len(target_mean_E))
     coder.initialise_(
@@ -82,9 +82,8 @@ def make_trainee(
     )
     coder.to(device)
     optimizers = make_optimizers(coder, config, train_steps(run))
-    return Trainee(
-        config=config, learner=Learner(coder, optimizers, float(target_variance_E.sum()))
-    )
+    variances = float(target_variance_E.sum()), float(input_variance_D.sum())
+    return Trainee(config=config, learner=Learner(coder, optimizers, *variances))
 
 
 class Fitting:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mptrain.coder import Code, Coder
 from mptrain.loss import batch_fvu, reconstruction_loss
 from mptrain.optimize import Optimizers
+from mptrain.prefix import prefix_squares
 from mptrain.sparse import active_latents
 
 
@@ -35,7 +36,14 @@ class StepResult(NamedTuple):
 class Learner:
     """A coder, its optimizers, and for how many rows each latent has not fired."""
 
-    def __init__(self, coder: Coder, optimizers: Optimizers, total_variance: float) -> None:
+    def __init__(
+        self,
+        coder: Coder,
+        optimizers: Optimizers,
+        total_variance: float,
+        input_variance: float | None = None,
+    ) -> None:
+        """`input_variance`: for a coder with an input loss, the input's total variance."""
         if not total_variance > 0:
             raise ValueError(
                 f"total_variance must be positive, got {total_variance}; "
@@ -44,6 +52,8 @@ class Learner:
         self.coder = coder
         self.optimizers = optimizers
         self.total_variance = total_variance
+        assert coder.config.input_loss == 0 or input_variance
+        self.input_variance = input_variance
         self.rows_since_fired_M = torch.zeros(
             coder.latents, dtype=torch.int64, device=coder.b_D.device
         )
@@ -57,7 +67,7 @@ class Learner:
         """
         code = self.coder.encode(x_BD)
         y_hat_BE = self.coder.predict(code, x_BD)
-        loss = reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
+        loss = self._prediction_loss(code, x_BD, y_BE, y_hat_BE) + self._input_loss(code)
         loss = loss + self._auxiliary_loss(code, x_BD, (y_BE - y_hat_BE).detach())
         # torch does not annotate `backward`
         loss.backward()  # type: ignore[no-untyped-call]
@@ -90,6 +100,22 @@ class Learner:
         self.rows_since_fired_M.copy_(tensors["rows_since_fired_M"])
         self.coder.load_state_dict(_under("coder.", tensors))
         self.optimizers.load_state_tensors_(_under("optimizer.", tensors))
+
+    def _prediction_loss(self, code: Code, x_BD: Tensor, y_BE: Tensor, y_hat_BE: Tensor) -> Tensor:
+        if not self.coder.config.per_step_loss:
+            return reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
+        error_BE = y_BE - self.coder.decode_nothing(x_BD)
+        squares_B = prefix_squares(code.idx_BK, code.val_BK, self.coder.decoder_ME, error_BE)
+        return squares_B.sum() / (code.idx_BK.numel() * self.total_variance)
+
+    def _input_loss(self, code: Code) -> Tensor | float:
+        """What the pursuit leaves of the input, on the scale of `reconstruction_loss`."""
+        weight = self.coder.config.input_loss
+        if weight == 0:
+            return 0.0
+        assert code.residual_BD is not None
+        assert self.input_variance is not None
+        return weight * code.residual_BD.square().sum() / (len(code.idx_BK) * self.input_variance)
 
     def _auxiliary_loss(self, code: Code, x_BD: Tensor, error_BE: Tensor) -> Tensor | float:
         config = self.coder.config

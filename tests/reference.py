@@ -53,15 +53,18 @@ def pursue_with_graph(
     return torch.stack(idx, 1), torch.stack(val, 1), r_BD
 
 
-def follow(x_BD: Tensor, W_MD: Tensor, idx_BK: Tensor) -> tuple[Tensor, Tensor]:
+def follow(
+    x_BD: Tensor, W_MD: Tensor, idx_BK: Tensor, detach: bool = False
+) -> tuple[Tensor, Tensor]:
     """Values and last residual of a pursuit whose choice of atoms is given, by autograd."""
-    r_BD, val = x_BD, []
+    taken_BD, val = torch.zeros_like(x_BD), []
     for step in range(idx_BK.shape[1]):
         w_BD = W_MD[idx_BK[:, step].clamp_min(0)]
-        a_B = ((r_BD * w_BD).sum(1)).masked_fill(idx_BK[:, step] < 0, 0)
-        r_BD = r_BD - a_B[:, None] * w_BD
+        r_BD = x_BD - (taken_BD.detach() if detach else taken_BD)
+        a_B = (r_BD * w_BD).sum(1).masked_fill(idx_BK[:, step] < 0, 0)
+        taken_BD = taken_BD + a_B[:, None] * w_BD
         val.append(a_B)
-    return torch.stack(val, 1), r_BD
+    return torch.stack(val, 1), x_BD - taken_BD
 
 
 def dense(idx_BK: Tensor, val_BK: Tensor, latents: int) -> Tensor:

@@ -250,15 +250,19 @@ def test_gradients_equal_autograd(sizes: dict[str, int], k: int, tolerance: floa
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
-@given(sizes, st.integers(1, 9), st.sampled_from(EVERY))
+@given(sizes, st.integers(1, 9), st.sampled_from(EVERY), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_gradients_hold_the_choice_fixed(sizes: dict[str, int], k: int, search: Search):
+def test_gradients_hold_the_choice_fixed(
+    sizes: dict[str, int], k: int, search: Search, detach: bool
+):
     x_BD, W_MD = (t.requires_grad_() for t in problem(**sizes))
-    idx_BK, val_BK, residual_BD = pursue(x_BD, W_MD, k, 0.0, search)
+    idx_BK, val_BK, residual_BD = pursue(x_BD, W_MD, k, 0.0, search, detach)
     assume(((val_BK == 0) | (val_BK > NOISE)).all())
-    followed = reference.follow(x_BD, W_MD, idx_BK)
-    ours = torch.autograd.grad(val_BK.square().sum() + residual_BD.sum(), (x_BD, W_MD))
-    plain = torch.autograd.grad(followed[0].square().sum() + followed[1].sum(), (x_BD, W_MD))
+    followed = reference.follow(x_BD, W_MD, idx_BK, detach)
+    ours, plain = (
+        torch.autograd.grad(val.square().sum() + r.pow(3).sum(), (x_BD, W_MD))
+        for val, r in ((val_BK, residual_BD), followed)
+    )
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from mptrain import prefix as prefix_module
 from mptrain import topk as topk_module
+from mptrain.prefix import prefix_squares
 from mptrain.sparse import active_latents, latent_sums, sparse_decode
 from mptrain.topk import topk_encode
 
@@ -91,3 +93,33 @@ def test_topk_keeps_no_preactivations():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         topk_encode(*arguments, 8)
     assert all(t.numel() < B * M for t in kept)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_prefix_squares_and_their_gradients_equal_autograd(seed: int, B: int, K: int, M: int):
+    idx_BK, val_BK = code(seed, B, K, M)
+    generator = torch.Generator().manual_seed(seed)
+    error_BE = torch.randn(B, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    V_ME = torch.randn(M, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    val_BK.requires_grad_()
+    plain_B = torch.zeros(B, dtype=torch.float64)
+    for t in range(1, K + 1):
+        y_BE = reference.dense(idx_BK[:, :t], val_BK[:, :t], M) @ V_ME
+        plain_B = plain_B + (error_BE - y_BE).square().sum(1)
+    ours_B = prefix_squares(idx_BK, val_BK, V_ME, error_BE)
+    torch.testing.assert_close(ours_B, plain_B)
+    ours, plain = (
+        torch.autograd.grad(squares.square().sum(), (val_BK, V_ME, error_BE))
+        for squares in (ours_B, plain_B)
+    )
+    torch.testing.assert_close(ours[0], plain[0].masked_fill(idx_BK < 0, 0))
+    torch.testing.assert_close(ours[1:], plain[1:])
+
+
+def test_prefix_microbatch_does_not_matter(monkeypatch: pytest.MonkeyPatch):
+    idx_BK, val_BK = code(0, 11, 3, 7)
+    V_ME, error_BE = torch.randn(7, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
+    whole_B = prefix_squares(idx_BK, val_BK, V_ME, error_BE)
+    monkeypatch.setattr(prefix_module, "_ELEMENTS", 3 * 4)
+    torch.testing.assert_close(prefix_squares(idx_BK, val_BK, V_ME, error_BE), whole_B)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mptrain.coder import Coder
 from mptrain.config import Arch, CoderConfig, Kind, Optimizer
+from mptrain.loss import reconstruction_loss
 from mptrain.optimize import make_optimizers
 from mptrain.train_step import Learner
 
@@ -16,6 +17,7 @@ D, STEPS = 12, 100
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 ARCHS: tuple[Arch, ...] = ("mp", "topk")
 BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
+TRANSCODER = replace(BASE, kind="transcoder")
 SHORT = replace(BASE, backend="shortlist", shortlist_size=2, shortlist_refresh=3)
 
 
@@ -38,8 +40,8 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
     coder = Coder(config, D, y_BE.shape[1])
     generator = torch.Generator().manual_seed(config.seed)
     coder.initialise_(x_BD.mean(0), y_BE.mean(0), generator)
-    total_variance = float(y_BE.var(0).sum())
-    return Learner(coder, make_optimizers(coder, config, steps), total_variance)
+    variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
+    return Learner(coder, make_optimizers(coder, config, steps), *variances)
 
 
 def train_(learner: Learner, first: int, last: int) -> list[float]:
@@ -127,6 +129,35 @@ def test_a_non_finite_loss_shows():
         assert not learner.step(x_BD, y_BE).loss.isfinite()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_per_step_loss_is_the_mean_over_coders_of_fewer_steps(kind: Kind):
+    """A pursuit's prefix is the pursuit of a smaller K."""
+    config = replace(BASE, kind=kind, per_step_loss=True)
+    learner = make_learner(config)
+    train_(learner, 0, 5)
+    x_BD, y_BE = rows_of(config, 64, 9)
+    with torch.no_grad():
+        predictions = [learner.coder.decode(learner.coder.encode(x_BD, k), x_BD) for k in (1, 2, 3)]
+        losses = [reconstruction_loss(y_BE, y, learner.total_variance) for y in predictions]
+    assert float(learner.step(x_BD, y_BE).loss) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+
+
+def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
+    """At its start a transcoder's code has no effect, so only this loss moves the dictionary."""
+    losses = {}
+    for weight in (0.0, 0.5):
+        learner = make_learner(replace(TRANSCODER, input_loss=weight, optimizer="adam"))
+        assert learner.coder.W_MD is not None
+        before_MD = learner.coder.W_MD.detach().clone()
+        losses[weight] = train_(learner, 0, 1)[0]
+        assert torch.allclose(before_MD, learner.coder.W_MD, atol=1e-6) == (weight == 0)
+    x_BD, _ = rows_of(TRANSCODER, 64, 1)
+    residual_BD = make_learner(TRANSCODER).coder.encode(x_BD).residual_BD
+    assert residual_BD is not None
+    left = residual_BD.detach().square().sum() / 64 / learner.input_variance
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * float(left), rel=1e-4)
+
+
 def test_refuses_a_target_that_does_not_vary():
     learner = make_learner(BASE)
     with pytest.raises(ValueError, match="total_variance must be positive, got 0"):
@@ -169,7 +200,7 @@ def silence_half_(coder: Coder) -> None:
     ("base", "change"),
     [
         (BASE, {"kind": "transcoder"}),
-        (replace(BASE, kind="transcoder"), {"kind": "skip-transcoder"}),
+        (TRANSCODER, {"kind": "skip-transcoder"}),
         (BASE, {"arch": "topk"}),
         (BASE, {"k": 4}),
         (BASE, {"expansion": 4}),
@@ -178,6 +209,11 @@ def silence_half_(coder: Coder) -> None:
         (BASE, {"lr": 2e-2}),
         (BASE, {"warmup_share": 0.5}),
         (BASE, {"tolerance": 0.5}),
+        (BASE, {"detach": True}),
+        (TRANSCODER, {"detach": True}),
+        (BASE, {"per_step_loss": True}),
+        (TRANSCODER, {"per_step_loss": True}),
+        (TRANSCODER, {"input_loss": 1.0}),
         (SHORT, {"shortlist_size": 30}),
         (SHORT, {"shortlist_refresh": 1}),
         (SHORT, {"shortlist_dtype": "bfloat16"}),
