@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mptrain.auxk import error_by_encoder, error_by_residual
 from mptrain.config import CoderConfig
 from mptrain.pursuit.pursue import pursue
+from mptrain.pursuit.refit import pursue_refit
 from mptrain.pursuit.search import Search
 from mptrain.sparse import sparse_decode
 from mptrain.topk import topk_encode
@@ -23,7 +24,7 @@ class Code(NamedTuple):
     idx_BK: Tensor
     "int64 latents, in the order of the pursuit for mp; -1: unused"
     val_BK: Tensor
-    "values, positive where used and 0 where not"
+    "values, positive where used (omp: not 0) and 0 where not"
     residual_BD: Tensor | None
     "what the pursuit left of the input (mp only)"
 
@@ -86,11 +87,7 @@ class Coder(nn.Module):
         """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`."""
         k = self.config.k if k is None else self._checked_k(k)
         if self.W_MD is not None:
-            config = self.config
-            pursued = pursue(
-                x_BD - self.b_D, self.W_MD, k, config.tolerance, self.search, config.detach
-            )
-            return Code(*pursued)
+            return Code(*self._pursue(x_BD - self.b_D, self.W_MD, k))
         return Code(*topk_encode(x_BD, self.b_D, *self._encoder(), k), residual_BD=None)
 
     def decode(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
@@ -169,6 +166,12 @@ class Coder(nn.Module):
             assert rows.grad is not None
             along_M1 = torch.linalg.vecdot(rows.grad, rows)[:, None]
             rows.grad.addcmul_(rows, along_M1, value=-1)
+
+    def _pursue(self, x_BD: Tensor, W_MD: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        if config.codes == "mp":
+            return pursue(x_BD, W_MD, k, config.tolerance, self.search, config.detach)
+        return pursue_refit(x_BD, W_MD, k, config.tolerance, config.codes)
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         assert self.encoder_MD is not None

@@ -9,10 +9,11 @@ Arch = Literal["mp", "topk"]
 Optimizer = Literal["adam", "muon"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
+Codes = Literal["mp", "gp", "omp"]
 
 # fields of a recipe that are not for every coder
 _SHORTLIST = {"shortlist_size", "shortlist_refresh", "shortlist_dtype"}
-_MP = {"backend", "tolerance", "detach", "per_step_loss"} | _SHORTLIST
+_MP = {"codes", "backend", "tolerance", "detach", "per_step_loss"} | _SHORTLIST
 _MP_TRANSCODER = {"input_loss"}
 
 
@@ -26,6 +27,8 @@ class Recipe:
     "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
     warmup_share: float = 0.02
     "share of the train steps in which the learning rate rises linearly"
+    codes: Codes = "mp"
+    "mp values: as steps left them; gp, omp: all fitted anew at each step, by gradient or exactly"
     backend: Backend = "auto"
     "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
     shortlist_size: int = 64
@@ -74,10 +77,20 @@ class CoderConfig(Recipe):
         for name in sorted(_SHORTLIST):
             if self.backend != "shortlist" and getattr(self, name) != getattr(Recipe, name):
                 raise ValueError(f"{name} is for backend shortlist, got backend {self.backend}")
+        self._refuse_with_refit()
         if self.input_loss < 0:
             raise ValueError(f"input_loss must not be negative, got {self.input_loss}")
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share must be in [0, 1], got {self.warmup_share}")
+
+    def _refuse_with_refit(self) -> None:
+        if self.codes == "mp":
+            return
+        if self.backend not in ("auto", "direct"):
+            raise ValueError(f"codes {self.codes} needs backend direct, got {self.backend}")
+        for name in ("detach", "per_step_loss"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is for codes mp, got codes {self.codes}")
 
     @property
     def name(self) -> str:

@@ -67,6 +67,31 @@ def follow(
     return torch.stack(val, 1), x_BD - taken_BD
 
 
+def pursue_refit(
+    x_BD: Array, W_MD: Array, k: int, tolerance: float, codes: str
+) -> tuple[Array, Array]:
+    """Dense codes and residuals of gradient pursuit (gp) or orthogonal matching pursuit (omp)."""
+    code_BM, residual_BD = np.zeros((len(x_BD), len(W_MD))), x_BD.astype(np.float64).copy()
+    for x_D, code_M, r_D in zip(x_BD, code_BM, residual_BD, strict=True):
+        support: list[int] = []
+        for _ in range(k):
+            score_M = W_MD @ r_D
+            atom = int(score_M.argmax())
+            if score_M[atom] <= 1e-9 or np.linalg.norm(r_D) <= tolerance * np.linalg.norm(x_D):
+                break
+            support += [atom] if atom not in support else []
+            W_SD = W_MD[support]
+            if codes == "omp":
+                code_M[support] = np.linalg.lstsq(W_SD.T, x_D, rcond=None)[0]
+            else:
+                g_S = W_SD @ r_D
+                c_D = g_S @ W_SD
+                step = c_D @ r_D / (c_D @ c_D)
+                code_M[support] = np.maximum(code_M[support] + step * g_S, 0)
+            r_D[:] = x_D - code_M[support] @ W_SD
+    return code_BM, residual_BD
+
+
 def dense(idx_BK: Tensor, val_BK: Tensor, latents: int) -> Tensor:
     """The code as `[B, M]`; entries that name the same latent add."""
     code_BM = val_BK.new_zeros(len(idx_BK), latents + 1)

@@ -62,6 +62,7 @@ GRID = [
         KINDS, ARCHS, (("adam", 1e-2), ("muon", 5e-2))
     )
 ]
+GRID += [replace(BASE, kind=kind, codes=codes) for kind in KINDS for codes in ("gp", "omp")]
 
 
 @pytest.mark.parametrize("config", GRID, ids=lambda config: config.name)
@@ -209,6 +210,9 @@ def silence_half_(coder: Coder) -> None:
         (BASE, {"lr": 2e-2}),
         (BASE, {"warmup_share": 0.5}),
         (BASE, {"tolerance": 0.5}),
+        (BASE, {"codes": "gp"}),
+        (BASE, {"codes": "omp"}),
+        (TRANSCODER, {"codes": "omp"}),
         (BASE, {"detach": True}),
         (TRANSCODER, {"detach": True}),
         (BASE, {"per_step_loss": True}),

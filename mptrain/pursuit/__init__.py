@@ -1,1 +1,2 @@
-"""Matching pursuit: `search` plans it, `atoms` finds atoms, `select` codes, `pursue` goes back."""
+"""Matching pursuit. `search` chooses a back end, `atoms` finds atoms with it, `select` codes rows,
+`pursue` adds the way back; `refit` is for pursuits that fit all values anew at every step."""
