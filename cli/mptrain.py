@@ -9,7 +9,7 @@ import typer
 from cli.errors import guarded
 from cli.options import count, from_config
 from cli.tables import print_json, print_table
-from mptrain.config import FitConfig
+from mptrain.config import BenchConfig, FitConfig
 
 app = typer.Typer(
     help="Train matching-pursuit and TopK coders from a store of activations.",
@@ -89,3 +89,22 @@ def plot(
 
     for file in plot_runs(runs, out, title=title):
         typer.echo(file)
+
+
+@app.command()
+@guarded
+@from_config(BenchConfig)
+def bench(config: BenchConfig, json: Json = False) -> None:
+    """Time, memory and agreement of the pursuit's back ends on this machine."""
+    from mpcache.hardware import hardware
+    from mptrain.bench import bench as run
+    from mptrain.fit import resolve_device
+
+    found = [dataclasses.asdict(one) for one in run(config)]
+    machine = hardware(resolve_device(config.device))
+    if json:
+        return print_json(
+            {"hardware": machine, "bench": dataclasses.asdict(config), "methods": found}
+        )
+    print_table(tuple(found[0]), found)
+    return typer.echo(f"{machine}; ratios to direct")

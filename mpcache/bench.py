@@ -1,8 +1,6 @@
 """Throughput of a collection as a share of its own limit: the bare truncated forward pass."""
 
 import contextlib
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ from torch import nn
 from mpcache.collect import Collection
 from mpcache.config import CollectConfig
 from mpcache.documents import open_documents
+from mpcache.hardware import hardware
 from mpcache.model import load_model
 from mpcache.reader import open_store
 
@@ -104,17 +103,3 @@ def _stop_after(model: nn.Module, hookpoint: str) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def hardware(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {_features()}"
-
-
-def _features() -> str:
-    """The CPU's capabilities that decide matrix products."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return " ".join(f for f in wanted if f" {f}" in flags) or "flags unknown"

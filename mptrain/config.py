@@ -210,6 +210,50 @@ class FitConfig(Recipe):
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What `mptrain bench` times: random unit-norm atoms and rows made of them, or real ones."""
+
+    rows: int = 2048
+    "rows coded at once"
+    width: int = 576
+    "their width"
+    latents: int = 9216
+    "atoms; a multiple of the width"
+    k: int = 64
+    "pursuit steps"
+    active: int | None = None
+    "atoms that each planted row is made of; None: as many as pursuit steps"
+    noise: float = 0.05
+    "Gaussian noise of planted rows, as share of their root mean square"
+    coder: str | None = None
+    "folder of a trained mp coder whose dictionary to use, instead of a random one"
+    store: str | None = None
+    "store whose held-out rows to use with that coder, instead of planted ones"
+    shortlist_size: int = Recipe.shortlist_size
+    "shortlist: best atoms of each row that are looked at between two full searches"
+    shortlist_refresh: int = Recipe.shortlist_refresh
+    "shortlist: pursuit steps from one search of all atoms to the next"
+    repeats: int = 3
+    "rounds over all methods, after one that only warms up"
+    seed: int = 0
+    "seed of atoms and rows"
+    device: str = "auto"
+    "torch device; auto takes the first GPU, else the CPU"
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "width", "latents", "k", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.latents % self.width:
+            raise ValueError(
+                f"width must divide latents, got width={self.width}, latents={self.latents}; "
+                f"use {self.latents // self.width * self.width or self.width} latents"
+            )
+        if (self.coder is None) != (self.store is None):
+            raise ValueError("coder and store go together; give both, or neither")
+
+
 def _is_for(name: str, kind: Kind, arch: Arch) -> bool:
     if name in _MP_TRANSCODER:
         return arch == "mp" and kind != "sae"
