@@ -29,7 +29,7 @@ def save_coder(folder: Path, coder: Coder, more: Mapping[str, Any]) -> None:
         "target_width": len(coder.output_bias_E),
         "trained": dict(more),
     }
-    tensors = {name: p.detach() for name, p in coder.named_parameters()}
+    tensors = coder.state_dict()
     _write_folder(folder, {"coder.json": about}, {"coder.safetensors": tensors})
 
 

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from mptrain.auxk import error_by_encoder, error_by_residual
 from mptrain.config import CoderConfig
+from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
 from mptrain.pursuit.refit import pursue_refit
 from mptrain.pursuit.search import Search
 from mptrain.sparse import sparse_decode
 from mptrain.topk import topk_encode
+
+_Pursued = tuple[Tensor, Tensor, Tensor]
+_FOLLOW = 0.01  # share of a batch in the running threshold
 
 
 class Code(NamedTuple):
@@ -36,10 +40,11 @@ class Coder(nn.Module):
     |---|---|---|
     | `b_D` input bias | all | mean input |
     | `c_E` output bias | transcoders; an SAE's is `b_D` | mean target |
-    | `W_MD` dictionary, unit norm | mp | Gaussian directions |
+    | `W_MD` dictionary, unit norm | mp, batch-mp | Gaussian directions |
     | `encoder_MD`, `encoder_bias_M` | topk | Gaussian directions, 0 |
-    | `V_ME` decoder, unit norm | topk SAE; the mp SAE's is `W_MD` | the encoder |
+    | `V_ME` decoder, unit norm | topk SAE; an mp SAE's is `W_MD` | the encoder |
     | `V_ME` decoder, free norm | transcoders | 0 |
+    | `threshold`, not trained but followed | batch-mp | 0: all steps |
     | `S_ED` linear skip (Paulo et al. 2025, arXiv 2501.18823) | skip-transcoder | 0 |
 
     A new coder holds zeros: call `initialise_`, or load its state.
@@ -48,7 +53,11 @@ class Coder(nn.Module):
     def __init__(self, config: CoderConfig, input_width: int, target_width: int) -> None:
         super().__init__()
         D, E, M = input_width, target_width, config.expansion * input_width
-        sae, mp, skip = config.kind == "sae", config.arch == "mp", config.kind == "skip-transcoder"
+        sae, mp, skip = (
+            config.kind == "sae",
+            config.arch != "topk",
+            config.kind == "skip-transcoder",
+        )
         if sae and D != E:
             raise ValueError(
                 f"an sae codes rows of one width, got input_width={D}, target_width={E}; "
@@ -64,11 +73,13 @@ class Coder(nn.Module):
         self.encoder_bias_M = None if mp else _zeros(M)
         self.V_ME = None if sae and mp else _zeros(M, E)
         self.S_ED = _zeros(E, D) if skip else None
+        self.threshold: Tensor | None
+        self.register_buffer("threshold", torch.zeros(()) if config.arch == "batch-mp" else None)
 
     @property
     def unit_norm(self) -> tuple[str, ...]:
         """Names of the parameters whose rows are kept at unit norm."""
-        if self.config.arch == "mp":
+        if self.W_MD is not None:
             return ("W_MD",)
         return ("V_ME",) if self.config.kind == "sae" else ()
 
@@ -83,9 +94,18 @@ class Coder(nn.Module):
     def output_bias_E(self) -> Tensor:
         return self.b_D if self.c_E is None else self.c_E
 
-    def encode(self, x_BD: Float[Tensor, "batch input"], k: int | None = None) -> Code:
-        """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`."""
+    def encode(
+        self, x_BD: Float[Tensor, "batch input"], k: int | None = None, *, over_batch: bool = False
+    ) -> Code:
+        """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`.
+
+        batch-mp has up to `2 k` entries a row, those above its `threshold`; with `over_batch`, or
+        a `k` that is not its own, the strongest of these rows instead, `k` a row on average.
+        """
+        over_batch = over_batch or k not in (None, self.config.k)
         k = self.config.k if k is None else self._checked_k(k)
+        if self.threshold is not None:
+            return Code(*self._pursue_batch(x_BD - self.b_D, k, over_batch))
         if self.W_MD is not None:
             return Code(*self._pursue(x_BD - self.b_D, self.W_MD, k))
         return Code(*topk_encode(x_BD, self.b_D, *self._encoder(), k), residual_BD=None)
@@ -159,6 +179,15 @@ class Coder(nn.Module):
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
 
     @torch.no_grad()
+    def follow_threshold_(self, code: Code) -> None:
+        """Move the threshold of batch-mp towards what was the smallest value kept in a batch."""
+        if self.threshold is None:
+            return
+        smallest = code.val_BK.masked_fill(code.val_BK <= 0, torch.inf).min()
+        followed = torch.where(self.threshold > 0, self.threshold.lerp(smallest, _FOLLOW), smallest)
+        self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
+
+    @torch.no_grad()
     def project_gradient_(self) -> None:
         """Remove from the gradient of each unit-norm row its component along the row."""
         for name in self.unit_norm:
@@ -167,11 +196,18 @@ class Coder(nn.Module):
             along_M1 = torch.linalg.vecdot(rows.grad, rows)[:, None]
             rows.grad.addcmul_(rows, along_M1, value=-1)
 
-    def _pursue(self, x_BD: Tensor, W_MD: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _pursue(self, x_BD: Tensor, W_MD: Tensor, k: int) -> _Pursued:
         config = self.config
         if config.codes == "mp":
             return pursue(x_BD, W_MD, k, config.tolerance, self.search, config.detach)
         return pursue_refit(x_BD, W_MD, k, config.tolerance, config.codes)
+
+    def _pursue_batch(self, x_BD: Tensor, k: int, over_batch: bool) -> _Pursued:
+        config = self.config
+        assert self.W_MD is not None
+        assert self.threshold is not None
+        cut = Cut(k if over_batch else None, self.threshold)
+        return pursue(x_BD, self.W_MD, 2 * k, config.tolerance, self.search, config.detach, cut)
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         assert self.encoder_MD is not None

@@ -5,7 +5,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
-Arch = Literal["mp", "topk"]
+Arch = Literal["mp", "batch-mp", "topk"]
 Optimizer = Literal["adam", "muon"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
@@ -60,7 +60,7 @@ class CoderConfig(Recipe):
     kind: Kind
     "sae: output from itself; transcoder: output from input, skip- adds a linear path"
     arch: Arch
-    "mp: matching pursuit; topk: the K largest pre-activations of a linear encoder"
+    "mp: matching pursuit; batch-: K steps a row on average; topk: linear encoder, K largest"
     k: int
     "pursuit steps (mp) or active latents (topk) per row"
     expansion: int
@@ -88,6 +88,8 @@ class CoderConfig(Recipe):
             return
         if self.backend not in ("auto", "direct"):
             raise ValueError(f"codes {self.codes} needs backend direct, got {self.backend}")
+        if self.arch != "mp":
+            raise ValueError(f"codes {self.codes} is for arch mp, got arch {self.arch}")
         for name in ("detach", "per_step_loss"):
             if getattr(self, name):
                 raise ValueError(f"{name} is for codes mp, got codes {self.codes}")
@@ -255,9 +257,11 @@ class BenchConfig:
 
 
 def _is_for(name: str, kind: Kind, arch: Arch) -> bool:
+    if arch == "batch-mp" and name == "codes":
+        return False
     if name in _MP_TRANSCODER:
-        return arch == "mp" and kind != "sae"
-    return arch == "mp" or name not in _MP
+        return arch != "topk" and kind != "sae"
+    return arch != "topk" or name not in _MP
 
 
 def _named(name: str, value: object) -> str:

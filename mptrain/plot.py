@@ -18,7 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from mptrain.config import CoderConfig
 from mptrain.metrics import Record, json_value, read_records
 
-ARCHS = {"mp": ("#c8202f", "matching pursuit (MP)"), "topk": ("#1f5fa8", "plain (TopK)")}
+ARCHS = {
+    "mp": ("#c8202f", "matching pursuit (MP)"),
+    "batch-mp": ("#d98b1e", "batch MP"),
+    "topk": ("#1f5fa8", "plain (TopK)"),
+}
 STYLES = ("-", "--", ":", "-.")
 # settings that panels, colours and thin lines show already
 SHOWN = ("hookpoint", "kind", "arch", "k", "seed")

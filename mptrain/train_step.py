@@ -65,7 +65,7 @@ class Learner:
 
         Waits for no device but in the auxiliary loss, which counts the dead.
         """
-        code = self.coder.encode(x_BD)
+        code = self.coder.encode(x_BD, over_batch=True)
         y_hat_BE = self.coder.predict(code, x_BD)
         loss = self._prediction_loss(code, x_BD, y_BE, y_hat_BE) + self._input_loss(code)
         loss = loss + self._auxiliary_loss(code, x_BD, (y_BE - y_hat_BE).detach())
@@ -74,6 +74,7 @@ class Learner:
         self.coder.project_gradient_()
         self.optimizers.step_()
         self.coder.normalise_()
+        self.coder.follow_threshold_(code)
         self._count_fired_(code)
         residual_BD = None if code.residual_BD is None else code.residual_BD.detach()
         code = Code(code.idx_BK, code.val_BK.detach(), residual_BD)
@@ -91,7 +92,7 @@ class Learner:
         """All that changes in training, by name: the live tensors, not copies."""
         return {
             "rows_since_fired_M": self.rows_since_fired_M,
-            **{f"coder.{name}": p.detach() for name, p in self.coder.named_parameters()},
+            **{f"coder.{name}": tensor for name, tensor in self.coder.state_dict().items()},
             **{f"optimizer.{name}": t for name, t in self.optimizers.state_tensors().items()},
         }
 

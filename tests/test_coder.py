@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from mptrain.coder import Coder
+from mptrain.coder import Code, Coder
 from mptrain.config import Arch, CoderConfig, Kind
 from mptrain.loss import Fvu, batch_fvu, reconstruction_loss
+from mptrain.pursuit.cut import Cut
+from mptrain.pursuit.pursue import pursue
 
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
-ARCHS: tuple[Arch, ...] = ("mp", "topk")
+ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk")
 ALL = list(itertools.product(KINDS, ARCHS))
 
 
@@ -45,6 +47,8 @@ def randomised(coder: Coder) -> Coder:
         ("sae", "mp", "b_D W_MD"),
         ("transcoder", "mp", "b_D c_E W_MD V_ME"),
         ("skip-transcoder", "mp", "b_D c_E W_MD V_ME S_ED"),
+        ("sae", "batch-mp", "b_D W_MD"),
+        ("transcoder", "batch-mp", "b_D c_E W_MD V_ME"),
         ("sae", "topk", "b_D encoder_MD encoder_bias_M V_ME"),
         ("transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME"),
         ("skip-transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME S_ED"),
@@ -100,7 +104,8 @@ def test_bfloat16_rows_are_computed_in_float32(kind: Kind, arch: Arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_more_entries_at_inference(arch: Arch):
     coder, x_BD = make_coder("sae", arch), torch.randn(7, 6)
-    assert coder.encode(x_BD, k=5).idx_BK.shape == (7, 5)
+    entries = 10 if arch == "batch-mp" else 5
+    assert coder.encode(x_BD, k=5).idx_BK.shape == (7, entries)
     with pytest.raises(ValueError, match=r"got k=19, latents=18"):
         coder.encode(x_BD, k=19)
 
@@ -118,7 +123,7 @@ def test_unit_norm(kind: Kind, arch: Arch):
     coder = randomised(make_coder(kind, arch))
     coder(torch.randn(7, 6)).square().sum().backward()
     coder.project_gradient_()
-    expected = {("sae", "topk"): ("V_ME",)}.get((kind, arch), ("W_MD",) if arch == "mp" else ())
+    expected = {("sae", "topk"): ("V_ME",)}.get((kind, arch), ("W_MD",) if arch != "topk" else ())
     assert coder.unit_norm == expected
     for name in coder.unit_norm:
         rows = coder.get_parameter(name)
@@ -173,3 +178,50 @@ def test_fvu_does_not_depend_on_batches(batches: list[int], offset: float):
 
 def test_fvu_without_rows_is_no_number():
     assert np.isnan(Fvu().value)
+
+
+def test_batch_mp_keeps_k_steps_on_average_and_the_strongest():
+    """As a pursuit of twice as many steps, each row cut at one threshold for all of them."""
+    coder, x_BD = randomised(make_coder("sae", "batch-mp")), torch.randn(50, 6)
+    x_BD[:25] *= 5
+    idx_BK, val_BK, residual_BD = coder.encode(x_BD, over_batch=True)
+    steps_B = (idx_BK >= 0).sum(1)
+    assert steps_B.sum() == 50 * 3
+    assert steps_B[:25].sum() > 2 * steps_B[25:].sum(), "rows with larger values get more"
+    whole = reference.pursue(
+        (x_BD - coder.b_D).detach().numpy(), coder.decoder_ME.detach().numpy(), 6, 0.0
+    )
+    lowest_BK = np.minimum.accumulate(whole.val_BK, 1)
+    least = np.sort(lowest_BK.flatten())[-150]
+    expected_BK = np.where(lowest_BK >= least, whole.val_BK, 0)
+    np.testing.assert_allclose(val_BK.detach(), expected_BK, atol=1e-5)
+    prediction_BD = coder.decode(Code(idx_BK, val_BK, None), x_BD)
+    torch.testing.assert_close(prediction_BD, x_BD - residual_BD, atol=1e-5, rtol=1e-5)
+
+
+def test_batch_mp_codes_rows_alone_once_it_has_a_threshold():
+    coder, x_BD = randomised(make_coder("sae", "batch-mp")), torch.randn(50, 6)
+    assert (coder.encode(x_BD).idx_BK >= 0).all(), "none yet: no step is cut"
+    code = coder.encode(x_BD, over_batch=True)
+    coder.follow_threshold_(code)
+    threshold = coder.threshold
+    assert threshold is not None
+    assert threshold == code.val_BK[code.val_BK > 0].min()
+    torch.testing.assert_close(coder.encode(x_BD).val_BK, code.val_BK)
+    torch.testing.assert_close(coder.encode(x_BD[:7]).val_BK, code.val_BK[:7])
+    first = float(threshold)
+    coder.follow_threshold_(coder.encode(3 * x_BD, over_batch=True))
+    assert first < float(threshold) < 1.1 * first, "later batches move it slowly"
+
+
+@pytest.mark.parametrize("output", [1, 2])
+def test_batch_mp_gradcheck(output: int):
+    generator = torch.Generator().manual_seed(3)
+    x_BD = torch.randn(3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    W_MD = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    W_MD = (W_MD / W_MD.norm(dim=1, keepdim=True)).requires_grad_()
+    coder = make_coder("sae", "batch-mp")
+    cut = Cut(2, torch.zeros(()))
+    assert torch.autograd.gradcheck(
+        lambda x, W: pursue(x, W, 4, 0.0, coder.search, False, cut)[output], (x_BD, W_MD)
+    )

@@ -30,6 +30,7 @@ def test_the_grid_gives_each_coder_what_is_for_it():
         ({"input_loss": 0.1}, "input_loss has no effect on kind sae .* an mp transcoder too"),
         ({"shortlist_size": 8}, "shortlist_size is for backend shortlist, got backend auto"),
         ({"codes": "omp", "backend": "gram"}, "codes omp needs backend direct, got gram"),
+        ({"codes": "gp", "arch": ("batch-mp",)}, "codes has no effect on .* arch batch-mp"),
         ({"codes": "gp", "detach": True}, "detach is for codes mp, got codes gp"),
         ({"codes": "gp", "per_step_loss": True}, "per_step_loss is for codes mp"),
         ({"input_loss": -1.0, "kind": ("transcoder",)}, "input_loss must not be negative"),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mptrain import fit as fit_stage
 from mptrain.checkpoint import load_coder
 from mptrain.config import FitConfig
+from mptrain.evaluate import evaluate_coder
 from mptrain.fit import fit
 from mptrain.metrics import Record, read_records
 from stores import small_store
@@ -194,6 +195,17 @@ def test_training_explains_more_and_atoms_keep_unit_norm(store: str, tmp_path: P
         for unit in coder.unit_norm:
             norms = coder.get_parameter(unit).norm(dim=1)
             torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_a_saved_batch_mp_coder_keeps_its_threshold(store: str, tmp_path: Path) -> None:
+    (result,) = fit(config(store, tmp_path / "run", arch=("batch-mp",), kind=("sae",)))
+    coder, _ = load_coder(tmp_path / "run" / "coders" / result["coder"])
+    assert coder.threshold is not None
+    assert coder.threshold > 0
+    assert 1 < result["validation"]["l0"] < 6, "near k = 3, and not all of 2 k steps"
+    assert evaluate_coder(tmp_path / "run/coders" / result["coder"], Path(store), ())[0].l0 == (
+        pytest.approx(result["validation"]["l0"], rel=1e-3)
+    )
 
 
 def test_damaged_and_foreign_coders_are_refused(store: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mptrain.train_step import Learner
 
 D, STEPS = 12, 100
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
-ARCHS: tuple[Arch, ...] = ("mp", "topk")
+ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk")
 BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
 TRANSCODER = replace(BASE, kind="transcoder")
 SHORT = replace(BASE, backend="shortlist", shortlist_size=2, shortlist_refresh=3)
@@ -203,6 +203,9 @@ def silence_half_(coder: Coder) -> None:
         (BASE, {"kind": "transcoder"}),
         (TRANSCODER, {"kind": "skip-transcoder"}),
         (BASE, {"arch": "topk"}),
+        (BASE, {"arch": "batch-mp"}),
+        (replace(BASE, arch="batch-mp"), {"detach": True}),
+        (replace(BASE, arch="batch-mp"), {"k": 4}),
         (BASE, {"k": 4}),
         (BASE, {"expansion": 4}),
         (BASE, {"seed": 1}),

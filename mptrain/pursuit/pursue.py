@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mptrain.pursuit.cut import Cut, cut_
 from mptrain.pursuit.search import Search
 from mptrain.pursuit.select import select
 
@@ -22,17 +23,19 @@ def pursue(
     tolerance: float,
     search: Search,
     detach: bool = False,
+    cut: Cut | None = None,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
     """`select` with gradients: indices, values and last residual of `x`, an input minus its bias.
 
     Gradients flow through every coefficient and residual, with the choice of atoms held fixed;
     with `detach`, not from a step into those before it: what they took from `x` counts as given.
+    With `cut`, rows end where it says.
     Kept for the backward pass: indices, values and the last residual (`B (12 K + 4 D)` bytes in
     float32) and a reference to `W`, instead of autograd's `K B D` or `K B M` numbers.
     """
     # torch does not annotate `apply`
     idx_BK, val_BK, residual_BD = _Pursuit.apply(  # type: ignore[no-untyped-call]
-        x_BD, W_MD, k, tolerance, search, detach
+        x_BD, W_MD, k, tolerance, search, detach, cut
     )
     return idx_BK, val_BK, residual_BD
 
@@ -47,8 +50,11 @@ class _Pursuit(torch.autograd.Function):
         tolerance: float,
         search: Search,
         detach: bool,
+        cut: Cut | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         idx_BK, val_BK, residual_BD = select(x_BD, W_MD, k, tolerance, search)
+        if cut is not None:
+            cut_(idx_BK, val_BK, residual_BD, W_MD, cut)
         ctx.save_for_backward(idx_BK, val_BK, residual_BD, W_MD)
         ctx.mark_non_differentiable(idx_BK)
         ctx.set_materialize_grads(False)
@@ -59,7 +65,7 @@ class _Pursuit(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, _didx: None, dval_BK: Tensor | None, dresidual_BD: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         idx_BK, val_BK, residual_BD, W_MD = ctx.saved_tensors
         dval_BK = torch.zeros_like(val_BK) if dval_BK is None else dval_BK
         g_BD = torch.zeros_like(residual_BD) if dresidual_BD is None else dresidual_BD.clone()
@@ -69,7 +75,7 @@ class _Pursuit(torch.autograd.Function):
         parts = (torch.split(t, rows) for t in (idx_BK, val_BK, dval_BK, residual_BD, g_BD, dx_BD))
         for idx_bK, val_bK, dval_bK, residual_bD, g_bD, dx_bD in zip(*parts, strict=True):
             _reverse_rows_(dx_bD, dW_MD, W_MD, idx_bK, val_bK, dval_bK, residual_bD.clone(), g_bD)
-        return dx_BD, dW_MD, None, None, None, None
+        return dx_BD, dW_MD, None, None, None, None, None
 
 
 def _reverse_rows_(
