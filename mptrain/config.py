@@ -43,6 +43,8 @@ class Recipe:
     "mp: no gradient from a pursuit step to those before it"
     per_step_loss: bool = False
     "mp: the loss is the mean over all prefixes of the pursuit, not that of its end"
+    nested: bool = False
+    "the loss is the mean over predictions by the first 1/16, 1/4, 1/2 and all of the latents"
     input_loss: float = 0.0
     "mp transcoder: weight of the loss of the input that its pursuit leaves, as share of variance"
     auxk_alpha: float = 0.03125
@@ -78,6 +80,8 @@ class CoderConfig(Recipe):
             if self.backend != "shortlist" and getattr(self, name) != getattr(Recipe, name):
                 raise ValueError(f"{name} is for backend shortlist, got backend {self.backend}")
         self._refuse_with_refit()
+        if self.nested and self.per_step_loss:
+            raise ValueError("nested and per_step_loss each replace the loss; use one of them")
         if self.input_loss < 0:
             raise ValueError(f"input_loss must not be negative, got {self.input_loss}")
         if not 0 <= self.warmup_share <= 1:

@@ -16,6 +16,8 @@ from mptrain.optimize import Optimizers
 from mptrain.prefix import prefix_squares
 from mptrain.sparse import active_latents
 
+NESTED_SHARES = (1 / 16, 1 / 4, 1 / 2, 1.0)  # of the latents, in the loss of a nested dictionary
+
 
 class StepResult(NamedTuple):
     """What one train step saw, before its update. Reading a tensor waits for the device."""
@@ -103,11 +105,23 @@ class Learner:
         self.optimizers.load_state_tensors_(_under("optimizer.", tensors))
 
     def _prediction_loss(self, code: Code, x_BD: Tensor, y_BE: Tensor, y_hat_BE: Tensor) -> Tensor:
+        if self.coder.config.nested:
+            return self._nested_loss(code, x_BD, y_BE)
         if not self.coder.config.per_step_loss:
             return reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
         error_BE = y_BE - self.coder.decode_nothing(x_BD)
         squares_B = prefix_squares(code.idx_BK, code.val_BK, self.coder.decoder_ME, error_BE)
         return squares_B.sum() / (code.idx_BK.numel() * self.total_variance)
+
+    def _nested_loss(self, code: Code, x_BD: Tensor, y_BE: Tensor) -> Tensor:
+        """Mean over prefixes of the dictionary (Bussmann et al. 2025, arXiv 2503.17547)."""
+        losses = []
+        for share in NESTED_SHARES:
+            is_in_BK = code.idx_BK < max(1, round(share * self.coder.latents))
+            part = Code(code.idx_BK, code.val_BK * is_in_BK, None)
+            y_hat_BE = self.coder.decode(part, x_BD)
+            losses.append(reconstruction_loss(y_BE, y_hat_BE, self.total_variance))
+        return torch.stack(losses).mean()
 
     def _input_loss(self, code: Code) -> Tensor | float:
         """What the pursuit leaves of the input, on the scale of `reconstruction_loss`."""

@@ -33,6 +33,7 @@ def test_the_grid_gives_each_coder_what_is_for_it():
         ({"codes": "gp", "arch": ("batch-mp",)}, "codes has no effect on .* arch batch-mp"),
         ({"codes": "gp", "detach": True}, "detach is for codes mp, got codes gp"),
         ({"codes": "gp", "per_step_loss": True}, "per_step_loss is for codes mp"),
+        ({"nested": True, "per_step_loss": True}, "each replace the loss; use one"),
         ({"input_loss": -1.0, "kind": ("transcoder",)}, "input_loss must not be negative"),
     ],
 )

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mptrain.coder import Coder
+import reference
+from mptrain.coder import Code, Coder
 from mptrain.config import Arch, CoderConfig, Kind, Optimizer
-from mptrain.loss import reconstruction_loss
+from mptrain.loss import batch_fvu, reconstruction_loss
 from mptrain.optimize import make_optimizers
 from mptrain.train_step import Learner
 
@@ -143,6 +144,40 @@ def test_per_step_loss_is_the_mean_over_coders_of_fewer_steps(kind: Kind):
     assert float(learner.step(x_BD, y_BE).loss) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nested_loss_is_the_mean_over_first_latents(kind: Kind, arch: Arch):
+    config = replace(BASE, kind=kind, arch=arch, nested=True)
+    learner = make_learner(config)
+    train_(learner, 0, 5)
+    x_BD, y_BE = rows_of(config, 64, 9)
+    losses = []
+    with torch.no_grad():
+        code = learner.coder.encode(x_BD, over_batch=True)
+        code_BM = reference.dense(code.idx_BK, code.val_BK, 3 * D)
+        base_BE = learner.coder.decode_nothing(x_BD)
+        for latents in (2, 9, 18, 36):
+            y_hat_BE = code_BM[:, :latents] @ learner.coder.decoder_ME[:latents] + base_BE
+            losses.append(float(reconstruction_loss(y_BE, y_hat_BE, learner.total_variance)))
+    assert losses[0] > losses[-1]
+    expected = pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert float(learner.step(x_BD, y_BE).loss) == expected
+
+
+def test_nested_training_puts_what_matters_first():
+    """The first quarter of the latents predicts better than a quarter trained among equals."""
+    left = {}
+    for nested in (False, True):
+        learner = make_learner(replace(BASE, nested=nested, optimizer="adam", lr=1e-2))
+        train_(learner, 0, STEPS)
+        x_BD, _ = rows_of(BASE, 500, 9999)
+        with torch.no_grad():
+            code = learner.coder.encode(x_BD)
+            first = Code(code.idx_BK, code.val_BK * (code.idx_BK < 9), None)
+            left[nested] = float(batch_fvu(x_BD, learner.coder.decode(first, x_BD)))
+    assert left[True] < 0.9 * left[False]
+
+
 def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
     """At its start a transcoder's code has no effect, so only this loss moves the dictionary."""
     losses = {}
@@ -218,6 +253,8 @@ def silence_half_(coder: Coder) -> None:
         (TRANSCODER, {"codes": "omp"}),
         (BASE, {"detach": True}),
         (TRANSCODER, {"detach": True}),
+        (BASE, {"nested": True}),
+        (replace(BASE, arch="topk"), {"nested": True}),
         (BASE, {"per_step_loss": True}),
         (TRANSCODER, {"per_step_loss": True}),
         (TRANSCODER, {"input_loss": 1.0}),
