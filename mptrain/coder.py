@@ -10,15 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mptrain.auxk import error_by_encoder, error_by_residual
-from mptrain.config import CoderConfig
+from mptrain.config import PURSUITS, CoderConfig
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
 from mptrain.pursuit.refit import pursue_refit
 from mptrain.pursuit.search import Search
-from mptrain.sparse import sparse_decode
+from mptrain.sparse import sparse_decode, strongest
 from mptrain.topk import topk_encode
 
-_Pursued = tuple[Tensor, Tensor, Tensor]
 _FOLLOW = 0.01  # share of a batch in the running threshold
 
 
@@ -41,10 +40,10 @@ class Coder(nn.Module):
     | `b_D` input bias | all | mean input |
     | `c_E` output bias | transcoders; an SAE's is `b_D` | mean target |
     | `W_MD` dictionary, unit norm | mp, batch-mp | Gaussian directions |
-    | `encoder_MD`, `encoder_bias_M` | topk | Gaussian directions, 0 |
-    | `V_ME` decoder, unit norm | topk SAE; an mp SAE's is `W_MD` | the encoder |
+    | `encoder_MD`, `encoder_bias_M` | the others | Gaussian directions, 0 |
+    | `V_ME` decoder, unit norm | their SAE; an mp SAE's is `W_MD` | the encoder |
     | `V_ME` decoder, free norm | transcoders | 0 |
-    | `threshold`, not trained but followed | batch-mp | 0: all steps |
+    | `threshold`, not trained but followed | batch- | 0: no entry is dropped |
     | `S_ED` linear skip (Paulo et al. 2025, arXiv 2501.18823) | skip-transcoder | 0 |
 
     A new coder holds zeros: call `initialise_`, or load its state.
@@ -53,11 +52,8 @@ class Coder(nn.Module):
     def __init__(self, config: CoderConfig, input_width: int, target_width: int) -> None:
         super().__init__()
         D, E, M = input_width, target_width, config.expansion * input_width
-        sae, mp, skip = (
-            config.kind == "sae",
-            config.arch != "topk",
-            config.kind == "skip-transcoder",
-        )
+        sae, skip = config.kind == "sae", config.kind == "skip-transcoder"
+        mp, batch = config.arch in PURSUITS, config.arch.startswith("batch-")
         if sae and D != E:
             raise ValueError(
                 f"an sae codes rows of one width, got input_width={D}, target_width={E}; "
@@ -74,7 +70,7 @@ class Coder(nn.Module):
         self.V_ME = None if sae and mp else _zeros(M, E)
         self.S_ED = _zeros(E, D) if skip else None
         self.threshold: Tensor | None
-        self.register_buffer("threshold", torch.zeros(()) if config.arch == "batch-mp" else None)
+        self.register_buffer("threshold", torch.zeros(()) if batch else None)
 
     @property
     def unit_norm(self) -> tuple[str, ...]:
@@ -99,16 +95,15 @@ class Coder(nn.Module):
     ) -> Code:
         """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`.
 
-        batch-mp has up to `2 k` entries a row, those above its `threshold`; with `over_batch`, or
-        a `k` that is not its own, the strongest of these rows instead, `k` a row on average.
+        batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`, those above `threshold`;
+        with `over_batch`, or a `k` that is not their own, the strongest of all these rows instead,
+        `k` a row on average.
         """
         over_batch = over_batch or k not in (None, self.config.k)
         k = self.config.k if k is None else self._checked_k(k)
-        if self.threshold is not None:
-            return Code(*self._pursue_batch(x_BD - self.b_D, k, over_batch))
         if self.W_MD is not None:
-            return Code(*self._pursue(x_BD - self.b_D, self.W_MD, k))
-        return Code(*topk_encode(x_BD, self.b_D, *self._encoder(), k), residual_BD=None)
+            return Code(*self._pursue(x_BD - self.b_D, self.W_MD, k, over_batch))
+        return Code(*self._encode_linearly(x_BD, k, over_batch), residual_BD=None)
 
     def decode(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
         """`c + sum_k val_k v_k (+ S x)`; without a skip `x` does not matter."""
@@ -180,7 +175,7 @@ class Coder(nn.Module):
 
     @torch.no_grad()
     def follow_threshold_(self, code: Code) -> None:
-        """Move the threshold of batch-mp towards what was the smallest value kept in a batch."""
+        """Move the threshold of batch- towards what was the smallest value kept in a batch."""
         if self.threshold is None:
             return
         smallest = code.val_BK.masked_fill(code.val_BK <= 0, torch.inf).min()
@@ -196,18 +191,26 @@ class Coder(nn.Module):
             along_M1 = torch.linalg.vecdot(rows.grad, rows)[:, None]
             rows.grad.addcmul_(rows, along_M1, value=-1)
 
-    def _pursue(self, x_BD: Tensor, W_MD: Tensor, k: int) -> _Pursued:
+    def _pursue(
+        self, x_BD: Tensor, W_MD: Tensor, k: int, over_batch: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        if config.codes == "mp":
-            return pursue(x_BD, W_MD, k, config.tolerance, self.search, config.detach)
-        return pursue_refit(x_BD, W_MD, k, config.tolerance, config.codes)
+        if config.codes != "mp":
+            return pursue_refit(x_BD, W_MD, k, config.tolerance, config.codes)
+        cut = None
+        if self.threshold is not None:
+            k, cut = 2 * k, Cut(k if over_batch else None, self.threshold)
+        return pursue(x_BD, W_MD, k, config.tolerance, self.search, config.detach, cut)
 
-    def _pursue_batch(self, x_BD: Tensor, k: int, over_batch: bool) -> _Pursued:
-        config = self.config
-        assert self.W_MD is not None
-        assert self.threshold is not None
-        cut = Cut(k if over_batch else None, self.threshold)
-        return pursue(x_BD, self.W_MD, 2 * k, config.tolerance, self.search, config.detach, cut)
+    def _encode_linearly(self, x_BD: Tensor, k: int, over_batch: bool) -> tuple[Tensor, Tensor]:
+        if self.threshold is None:
+            grouped = self.config.arch == "groupmax"
+            return topk_encode(x_BD, self.b_D, *self._encoder(), k, grouped)
+        most = min(4 * k, self.latents)
+        idx_BK, val_BK = topk_encode(x_BD, self.b_D, *self._encoder(), most)
+        threshold = strongest(val_BK.detach(), k) if over_batch else self.threshold
+        dropped_BK = val_BK < threshold
+        return idx_BK.masked_fill(dropped_BK, -1), val_BK.masked_fill(dropped_BK, 0)
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
         assert self.encoder_MD is not None
@@ -230,6 +233,11 @@ class Coder(nn.Module):
             raise ValueError(
                 f"k must be at most the number of latents, got k={k}, latents={self.latents} "
                 f"(expansion {self.config.expansion}); use a smaller k or a larger expansion"
+            )
+        if self.config.arch == "groupmax" and self.latents % k:
+            raise ValueError(
+                f"k must divide the number of latents for groupmax, got k={k}, "
+                f"latents={self.latents}"
             )
         return k
 

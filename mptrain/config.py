@@ -5,11 +5,13 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
-Arch = Literal["mp", "batch-mp", "topk"]
+Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
 Optimizer = Literal["adam", "muon"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
 Codes = Literal["mp", "gp", "omp"]
+
+PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
 
 # fields of a recipe that are not for every coder
 _SHORTLIST = {"shortlist_size", "shortlist_refresh", "shortlist_dtype"}
@@ -62,7 +64,7 @@ class CoderConfig(Recipe):
     kind: Kind
     "sae: output from itself; transcoder: output from input, skip- adds a linear path"
     arch: Arch
-    "mp: matching pursuit; batch-: K steps a row on average; topk: linear encoder, K largest"
+    "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
     k: int
     "pursuit steps (mp) or active latents (topk) per row"
     expansion: int
@@ -261,11 +263,11 @@ class BenchConfig:
 
 
 def _is_for(name: str, kind: Kind, arch: Arch) -> bool:
-    if arch == "batch-mp" and name == "codes":
-        return False
+    if name == "codes":
+        return arch == "mp"
     if name in _MP_TRANSCODER:
-        return arch != "topk" and kind != "sae"
-    return arch != "topk" or name not in _MP
+        return arch in PURSUITS and kind != "sae"
+    return arch in PURSUITS or name not in _MP
 
 
 def _named(name: str, value: object) -> str:

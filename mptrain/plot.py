@@ -22,6 +22,8 @@ ARCHS = {
     "mp": ("#c8202f", "matching pursuit (MP)"),
     "batch-mp": ("#d98b1e", "batch MP"),
     "topk": ("#1f5fa8", "plain (TopK)"),
+    "batch-topk": ("#3a9d8f", "BatchTopK"),
+    "groupmax": ("#7a5195", "GroupMax"),
 }
 STYLES = ("-", "--", ":", "-.")
 # settings that panels, colours and thin lines show already

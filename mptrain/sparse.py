@@ -51,6 +51,12 @@ def active_latents(
     return (first_BK & (used_BK >= 0)).sum(1)
 
 
+def strongest(val_BK: Tensor, mean: int) -> Tensor:
+    """The threshold above which rows have `mean` values on average; all are kept if fewer."""
+    kept = min(mean * len(val_BK), val_BK.numel())
+    return val_BK.flatten().topk(kept, sorted=False).values.min()
+
+
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:

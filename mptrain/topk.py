@@ -1,4 +1,4 @@
-"""TopK encoder (Gao et al. 2024, arXiv 2406.04093).
+"""TopK encoder (Gao et al. 2024, arXiv 2406.04093), and GroupMax: the largest of each group.
 
 B rows in a batch, D input width, M latents, K active latents a row;
 lower-case b: rows of one micro-batch.
@@ -22,15 +22,17 @@ def topk_encode(
     encoder_MD: Float[Tensor, "latents input"],
     bias_M: Float[Tensor, " latents"],
     k: int,
+    grouped: bool = False,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"]]:
     """The `k` largest of `relu((x - b) encoder^T + bias)` (sec. 2.3), in no promised order.
 
+    With `grouped`, the largest of each of `k` groups of as many neighbouring latents instead.
     An entry that relu made 0 has index -1. Pre-activations are transient; the backward pass
     keeps indices, values and references to the arguments, and touches only chosen latents.
     """
     # torch does not annotate `apply`
     idx_BK, val_BK = _TopK.apply(  # type: ignore[no-untyped-call]
-        x_BD, b_D, encoder_MD, bias_M, k
+        x_BD, b_D, encoder_MD, bias_M, k, grouped
     )
     return idx_BK, val_BK
 
@@ -38,9 +40,15 @@ def topk_encode(
 class _TopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, b_D: Tensor, encoder_MD: Tensor, bias_M: Tensor, k: int
+        ctx: Any,
+        x_BD: Tensor,
+        b_D: Tensor,
+        encoder_MD: Tensor,
+        bias_M: Tensor,
+        k: int,
+        grouped: bool,
     ) -> tuple[Tensor, Tensor]:
-        idx_BK, val_BK = _largest(x_BD, b_D, encoder_MD, bias_M, k)
+        idx_BK, val_BK = _largest(x_BD, b_D, encoder_MD, bias_M, k, grouped)
         ctx.save_for_backward(idx_BK, val_BK, x_BD, b_D, encoder_MD)
         ctx.mark_non_differentiable(idx_BK)
         return idx_BK, val_BK
@@ -49,7 +57,7 @@ class _TopK(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, _didx: Tensor, dval_BK: Tensor
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, None, None]:
         idx_BK, val_BK, x_BD, b_D, encoder_MD = ctx.saved_tensors
         dval_BK = dval_BK.masked_fill(val_BK <= 0, 0)
         dencoder_MD = latent_sums(idx_BK, dval_BK, x_BD - b_D, encoder_MD.shape[0])
@@ -58,18 +66,29 @@ class _TopK(torch.autograd.Function):
         dx_BD = weighted_rows(idx_BK, dval_BK, encoder_MD) if ctx.needs_input_grad[0] else None
         # the sum over rows of -dL/dx, without making dL/dx
         db_D = -(dbias_M @ encoder_MD)
-        return dx_BD, db_D, dencoder_MD, dbias_M, None
+        return dx_BD, db_D, dencoder_MD, dbias_M, None, None
 
 
 def _largest(
-    x_BD: Tensor, b_D: Tensor, encoder_MD: Tensor, bias_M: Tensor, k: int
+    x_BD: Tensor, b_D: Tensor, encoder_MD: Tensor, bias_M: Tensor, k: int, grouped: bool
 ) -> tuple[Tensor, Tensor]:
     elements = _CPU_ELEMENTS if x_BD.device.type == "cpu" else _GPU_ELEMENTS
     rows = max(1, elements // encoder_MD.shape[0])
+    choose = _group_maxima if grouped else _top
     parts = [
-        torch.addmm(bias_M, x_bD - b_D, encoder_MD.T).topk(k, sorted=False)
-        for x_bD in torch.split(x_BD, rows)
+        choose(torch.addmm(bias_M, x_bD - b_D, encoder_MD.T), k) for x_bD in torch.split(x_BD, rows)
     ]
-    val_BK = torch.cat([part.values for part in parts]).clamp_min_(0)
-    idx_BK = torch.cat([part.indices for part in parts]).masked_fill_(val_BK <= 0, -1)
+    val_BK = torch.cat([val_bK for val_bK, _ in parts]).clamp_min_(0)
+    idx_BK = torch.cat([idx_bK for _, idx_bK in parts]).masked_fill_(val_BK <= 0, -1)
     return idx_BK, val_BK
+
+
+def _top(pre_bM: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    largest = pre_bM.topk(k, sorted=False)
+    return largest.values, largest.indices
+
+
+def _group_maxima(pre_bM: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    size = pre_bM.shape[1] // k
+    largest = pre_bM.unflatten(1, (k, size)).max(2)
+    return largest.values, largest.indices + size * torch.arange(k, device=pre_bM.device)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import reference
 from mptrain.coder import Code, Coder
-from mptrain.config import Arch, CoderConfig, Kind
+from mptrain.config import PURSUITS, Arch, CoderConfig, Kind
 from mptrain.loss import Fvu, batch_fvu, reconstruction_loss
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
 
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
-ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk")
+ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk", "batch-topk", "groupmax")
 ALL = list(itertools.product(KINDS, ARCHS))
 
 
@@ -50,6 +50,8 @@ def randomised(coder: Coder) -> Coder:
         ("sae", "batch-mp", "b_D W_MD"),
         ("transcoder", "batch-mp", "b_D c_E W_MD V_ME"),
         ("sae", "topk", "b_D encoder_MD encoder_bias_M V_ME"),
+        ("sae", "batch-topk", "b_D encoder_MD encoder_bias_M V_ME"),
+        ("sae", "groupmax", "b_D encoder_MD encoder_bias_M V_ME"),
         ("transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME"),
         ("skip-transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME S_ED"),
     ],
@@ -104,8 +106,8 @@ def test_bfloat16_rows_are_computed_in_float32(kind: Kind, arch: Arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_more_entries_at_inference(arch: Arch):
     coder, x_BD = make_coder("sae", arch), torch.randn(7, 6)
-    entries = 10 if arch == "batch-mp" else 5
-    assert coder.encode(x_BD, k=5).idx_BK.shape == (7, entries)
+    entries = {"batch-mp": 12, "batch-topk": 18}.get(arch, 6)
+    assert coder.encode(x_BD, k=6).idx_BK.shape == (7, entries)
     with pytest.raises(ValueError, match=r"got k=19, latents=18"):
         coder.encode(x_BD, k=19)
 
@@ -123,7 +125,8 @@ def test_unit_norm(kind: Kind, arch: Arch):
     coder = randomised(make_coder(kind, arch))
     coder(torch.randn(7, 6)).square().sum().backward()
     coder.project_gradient_()
-    expected = {("sae", "topk"): ("V_ME",)}.get((kind, arch), ("W_MD",) if arch != "topk" else ())
+    linear = ("V_ME",) if kind == "sae" else ()
+    expected = ("W_MD",) if arch in PURSUITS else linear
     assert coder.unit_norm == expected
     for name in coder.unit_norm:
         rows = coder.get_parameter(name)
@@ -178,6 +181,35 @@ def test_fvu_does_not_depend_on_batches(batches: list[int], offset: float):
 
 def test_fvu_without_rows_is_no_number():
     assert np.isnan(Fvu().value)
+
+
+def linear_code(coder: Coder, x_BD: Tensor) -> Tensor:
+    assert coder.encoder_MD is not None
+    return torch.relu((x_BD - coder.b_D) @ coder.encoder_MD.T + coder.encoder_bias_M)
+
+
+def test_groupmax_keeps_the_largest_of_each_group():
+    coder, x_BD = randomised(make_coder("sae", "groupmax")), torch.randn(7, 6)
+    code = coder.encode(x_BD)
+    pre_Bkg = linear_code(coder, x_BD).unflatten(1, (3, 6))
+    expected_BM = (pre_Bkg * (pre_Bkg == pre_Bkg.amax(2, keepdim=True))).flatten(1)
+    code_BM = reference.dense(code.idx_BK, code.val_BK, 18)
+    torch.testing.assert_close(code_BM, expected_BM)
+    with pytest.raises(ValueError, match=r"k must divide .* groupmax, got k=4, latents=18"):
+        coder.encode(x_BD, k=4)
+
+
+def test_batch_topk_keeps_k_on_average_and_the_strongest():
+    coder, x_BD = randomised(make_coder("sae", "batch-topk")), torch.randn(50, 6)
+    x_BD[:25] *= 2
+    code = coder.encode(x_BD, over_batch=True)
+    pre_BM = linear_code(coder, x_BD)
+    least = pre_BM.flatten().topk(150).values.min()
+    code_BM = reference.dense(code.idx_BK, code.val_BK, 18)
+    torch.testing.assert_close(code_BM, pre_BM * (pre_BM >= least))
+    assert len(set((code.idx_BK >= 0).sum(1).tolist())) > 1
+    coder.follow_threshold_(code)
+    torch.testing.assert_close(coder.encode(x_BD[:7]).val_BK, code.val_BK[:7])
 
 
 def test_batch_mp_keeps_k_steps_on_average_and_the_strongest():

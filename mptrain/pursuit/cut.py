@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mptrain.sparse import weighted_rows
+from mptrain.sparse import strongest, weighted_rows
 
 
 class Cut(NamedTuple):
@@ -28,8 +28,7 @@ def cut_(idx_BK: Tensor, val_BK: Tensor, residual_BD: Tensor, W_MD: Tensor, cut:
     lowest_BK = val_BK.cummin(1).values
     threshold = cut.threshold
     if cut.mean_steps is not None:
-        kept = min(cut.mean_steps * len(val_BK), lowest_BK.numel())
-        threshold = lowest_BK.flatten().topk(kept, sorted=False).values.min()
+        threshold = strongest(lowest_BK, cut.mean_steps)
     dropped_BK = lowest_BK < threshold
     residual_BD += weighted_rows(idx_BK, val_BK * dropped_BK, W_MD)
     idx_BK.masked_fill_(dropped_BK, -1)
