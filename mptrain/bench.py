@@ -6,6 +6,7 @@ B rows in a batch, D input width, M latents, K pursuit steps.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -50,17 +51,16 @@ def bench(config: BenchConfig) -> list[Measurement]:
     x_BD, coder = make_tensors(config)
     methods = {**_coders(config, coder), "bare products": coder, "topk": _topk(coder)}
     encoders: dict[str, Callable[[], object]] = {
-        name: (lambda one=one: _encode(one, x_BD)) for name, one in methods.items()
+        name: partial(_encode, one, x_BD) for name, one in methods.items()
     }
-    encoders["bare products"] = lambda: _bare_products(x_BD - coder.b_D, coder)
-    trainings = {
-        name: (lambda one=one: _forward_backward(one, x_BD))
+    encoders["bare products"] = partial(_bare_products, x_BD - coder.b_D, coder)
+    trainings: dict[str, Callable[[], object]] = {
+        name: partial(_forward_backward, one, x_BD)
         for name, one in methods.items()
         if name != "bare products"
     }
-    encode, train = (
-        _seconds(calls, config.repeats, x_BD.device) for calls in (encoders, trainings)
-    )
+    encode = _seconds(encoders, config.repeats, x_BD.device)
+    train = _seconds(trainings, config.repeats, x_BD.device)
     exact = _encode(coder, x_BD)
     return [_measurement(name, one, x_BD, exact, encode, train) for name, one in methods.items()]
 
@@ -118,11 +118,11 @@ def _stored(folder: Path, store: Path, config: BenchConfig) -> tuple[Tensor, Cod
 
 def _plain(config: CoderConfig, changes: dict[str, object]) -> CoderConfig:
     kept = {name: getattr(config, name) for name in ("hookpoint", "arch", "expansion")}
-    return CoderConfig(**{**kept, **changes})  # type: ignore[arg-type]  # names checked there
+    return CoderConfig(**{**kept, **changes})
 
 
 def _coders(config: BenchConfig, direct: Coder) -> dict[str, Coder]:
-    short = {
+    short: dict[str, str | int] = {
         "backend": "shortlist",
         "shortlist_size": config.shortlist_size,
         "shortlist_refresh": config.shortlist_refresh,

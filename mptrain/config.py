@@ -38,7 +38,7 @@ class Recipe:
     shortlist_refresh: int = 4
     "shortlist: pursuit steps from one search of all atoms to the next"
     shortlist_dtype: ScoreDtype = "float32"
-    "shortlist: dtype of the full search; bfloat16 is fast with AMX, and re-scored in float32"
+    "shortlist: dtype of the full search; bfloat16 (for AMX, many latents) is re-scored in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     detach: bool = False

@@ -150,7 +150,7 @@ def largest(score_bM: Tensor, size: int) -> Tensor:
     if score_bM.shape[1] < 2 * size * _GROUP:
         return score_bM.topk(size, sorted=False).indices
     score_bM = F.pad(score_bM, (0, -score_bM.shape[1] % _GROUP), value=-torch.inf)
-    score_bgN = score_bM.unflatten(1, (_GROUP, -1))  # a group's latents are N apart
+    score_bgN = score_bM.view(len(score_bM), _GROUP, -1)  # a group's latents are N apart
     group_bS = score_bgN.amax(1).topk(size, sorted=False).indices
     in_groups_bgS = score_bgN.gather(2, group_bS[:, None].expand(-1, _GROUP, -1))
     place_bS = in_groups_bgS.flatten(1).topk(size, sorted=False).indices
@@ -170,7 +170,7 @@ def _products(W_MD: Tensor, atom_bS: Tensor, r_bD: Tensor) -> tuple[Tensor, Tens
     for atom_nS, r_nD, products_nTT in zip(
         *(torch.split(t, rows) for t in (atom_bS, r_bD, products_bTT)), strict=True
     ):
-        w_nSD = W_MD.index_select(0, atom_nS.flatten()).unflatten(0, atom_nS.shape)
+        w_nSD = W_MD.index_select(0, atom_nS.flatten()).view(*atom_nS.shape, -1)
         all_nTD = torch.cat([w_nSD, r_nD[:, None]], 1)
         torch.bmm(all_nTD, all_nTD.transpose(1, 2), out=products_nTT)
     return products_bTT[:, :S, :S], products_bTT[:, S, :S].contiguous()

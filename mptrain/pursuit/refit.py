@@ -129,14 +129,16 @@ def _goes_on(w_bD: Tensor, r_bD: Tensor, floor_b: Tensor) -> Tensor:
     """Whether each row takes one more step; written so that a NaN goes on, and shows."""
     a_b, norm_b = (w_bD * r_bD).sum(1), torch.linalg.vector_norm(r_bD, dim=1)
     rounding = 100 * torch.finfo(r_bD.dtype).eps
-    return ~((a_b <= rounding * norm_b) | (norm_b <= floor_b))
+    stops_b: Tensor = (a_b <= rounding * norm_b) | (norm_b <= floor_b)
+    return ~stops_b
 
 
 def _leaves_span(G_bKK: Tensor, products_bK: Tensor, w_bD: Tensor) -> Tensor:
     """Whether an atom's part outside the span of the support is more than rounding."""
     inside_b = (products_bK * _least_squares(G_bKK, products_bK)).sum(1)
     norm_b = w_bD.square().sum(1)
-    return ~(norm_b - inside_b <= torch.finfo(w_bD.dtype).eps ** 0.6 * norm_b)
+    is_inside_b: Tensor = norm_b - inside_b <= torch.finfo(w_bD.dtype).eps ** 0.6 * norm_b
+    return ~is_inside_b
 
 
 def _fit_again(x_bD: Tensor, w_bKD: Tensor, idx_bK: Tensor, codes: Refit) -> tuple[Tensor, Tensor]:
@@ -178,7 +180,7 @@ def _is_first(idx_bK: Tensor) -> Tensor:
 
 def _atoms(W_MD: Tensor, idx_bK: Tensor) -> Tensor:
     flat = W_MD.detach().index_select(0, idx_bK.clamp_min(0).flatten())
-    return flat.unflatten(0, idx_bK.shape)
+    return flat.view(*idx_bK.shape, -1)
 
 
 def _rows(W_MD: Tensor, k: int) -> int:

@@ -16,7 +16,7 @@ Finder = Direct | Gram | Shortlist
 _GRAM_BYTES = 1 << 30  # largest Gram matrix, in float32, that is made unasked
 # Elements of one [b, M] score matrix. On a CPU those who go through it several times a step want it
 # in the L2 cache, those who multiply matrices want more rows. A GPU wants enough rows to fill it.
-_CPU_ELEMENTS = {"direct": 1 << 21, "gram": 1 << 18, "shortlist": 1 << 20}
+_CPU_ELEMENTS = {"direct": 1 << 21, "gram": 1 << 18, "shortlist": 1 << 21}
 _GPU_ELEMENTS = 1 << 28
 
 
