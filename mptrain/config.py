@@ -111,7 +111,7 @@ class FitConfig:
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
     order_seed: int = 0
     "seed of the order in which rows are read"
-    window_rows: int = 65_536
+    window_rows: int = 131_072
     "rows mixed in memory; two such windows are held, each row_bytes x window_rows"
     log_every: int = 10
     "train steps between lines of metrics.jsonl"

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpcache.config import CollectConfig
+from mptrain.config import FitConfig
 from mptrain.order import EpochOrder, Shuffle, epoch_order
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
@@ -113,12 +115,11 @@ def test_inverse_undoes_the_shuffle(n, key, data):
     np.testing.assert_array_equal(shuffle.inverse(image), index)
 
 
-# 153 parts are 10 M rows; a window of 65,536 rows in chunks of 2048 gives 0.49 of the ideal
-@pytest.mark.parametrize(
-    ("parts", "chunk_rows", "window_rows"), [(153, 2048, 131_072), (153, 512, 65_536)]
-)
-def test_a_batch_mixes_sequences(parts, chunk_rows, window_rows):
-    part_rows, ctx_len, batch_rows = 65_536, 1024, 4096
+@pytest.mark.parametrize("batch_rows", [4096, FitConfig.batch_rows])
+def test_a_batch_of_default_sizes_mixes_sequences(batch_rows):
+    """153 parts are 10 M rows."""
+    parts, part_rows, chunk_rows = 153, CollectConfig.part_rows, CollectConfig.chunk_rows
+    ctx_len, window_rows = CollectConfig.ctx_len, FitConfig.window_rows
     window = window_rows // chunk_rows
     order = epoch_order([part_rows] * parts, chunk_rows, seed=0, epoch=0, window=window)
     noise = np.random.default_rng(0)
