@@ -111,9 +111,13 @@ class Writer:
         array = open_for_writing(self.path, spec)
         rows = spec.part_shape[0]
         start = part * rows
-        array[start : start + rows] = _padded(data, rows)
         file = self.path / spec.object_path(part)
-        sync(file, self.path)
+        try:
+            array[start : start + rows] = _padded(data, rows)
+            sync(file, self.path)
+        except OSError as error:
+            error.filename = error.filename or str(file)  # a full disk does not say where
+            raise
         if not np.array_equal(as_bits(array[start : start + len(data)]), as_bits(data)):
             raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
         return {

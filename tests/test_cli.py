@@ -1,6 +1,8 @@
 """Both command lines: wrong input gets one clear line and exit code 2, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import zarr.storage._local
 from transformers import AutoModel
 from typer.testing import CliRunner
 
 from cli.mpcache import app as mpcache
 from cli.mptrain import app as mptrain
 from models import save_tiny, tiny_tokenizer
+from mpcache import collect as collect_stage
 from stores import small_config, small_store, write_corpus
 
 COLLECT = ("--rows", "600", "--ctx-len", "16", "--part-rows", "192", "--chunk-rows", "32")
@@ -183,6 +187,42 @@ def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
     assert plotted.exit_code == 0, plotted.output
     suffixes = {f.suffix for f in tmp_path.glob("fvu.*")}
     assert suffixes == {".png", ".svg", ".csv", ".json"}
+
+
+def test_a_full_disk_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zarr.storage._local, "_put", full)
+    result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
+    assert result.exit_code == 1
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "No space left on device" in told
+    assert "arrays.zarr/tokens/c/0/0" in told
+
+
+def test_ctrl_c_says_how_to_go_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_stage, "capture_part", interrupted)
+    result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    monkeypatch.undo()
+    assert collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0").exit_code == 0
+
+
+def test_bench_measures_both(place: Path) -> None:
+    arguments = ["bench", str(place / "model"), str(place / "corpus.jsonl"), *COLLECT]
+    options = ["--hookpoints", "layers.0,layers.1.mlp", "--repeats", "1", "--json"]
+    found = json.loads(CliRunner().invoke(mpcache, [*arguments, *options]).stdout)
+    assert (found["arrays"], found["bytes_per_row"], found["rows"]) == (3, 3 * 16 * 2, 768)
+    assert found["ratio"] > 0
 
 
 @pytest.mark.parametrize(
