@@ -1,6 +1,7 @@
 """`mptrain`: train coders from a store, evaluate and draw them. Stages are imported when run."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -67,13 +68,44 @@ def evaluate(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
     k: Annotated[list[int] | None, typer.Option(help="evaluate at this K too; repeatable")] = None,
     rows: Annotated[int | None, typer.Option(parser=count, help="rows [default: all]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the store's model: also the cross-entropy it keeps")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="revision of a Hugging Face model")] = "main",
+    device: Annotated[str, typer.Option(help="torch device of the model")] = "auto",
     json: Json = False,
 ) -> None:
-    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K."""
+    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K.
+
+    With --model, the coder is spliced into the language model: cross-entropy and KL.
+    """
     from mptrain.evaluate import evaluate_coder
 
     found = [dataclasses.asdict(one) for one in evaluate_coder(coder, store, k or (), rows)]
-    return print_json(found) if json else print_table(tuple(found[0]), found)
+    kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
+    if json:
+        return print_json({"rows": found, "model": kept[0] if kept else None})
+    print_table(tuple(found[0]), found)
+    for one in kept:
+        print_table(tuple(one), [one])
+    return None
+
+
+def _spliced(folder: Path, store: Path, model: str, revision: str, device: str) -> dict[str, float]:
+    """The language model and the coder meet here only: neither package knows the other's."""
+    from mpcache.splice import SplicedModel
+    from mptrain.checkpoint import load_coder
+    from mptrain.recovered import recovered
+
+    coder, trained = load_coder(folder)
+    spliced = SplicedModel(store, model, revision, device)
+    coder.to(spliced.model.device)
+    hookpoint = coder.config.hookpoint
+    batches = (
+        (inputs["input_ids"], functools.partial(spliced.logits, inputs, hookpoint))
+        for inputs in spliced.batches()
+    )
+    return dataclasses.asdict(recovered(coder, batches, trained["skip_positions"]))
 
 
 @app.command()

@@ -60,6 +60,7 @@ class Store:
         self.path = path
         self.fingerprint: str = content["fingerprint"]
         self.identity: dict[str, Any] = content["identity"]
+        self.config: dict[str, Any] = content["config"]
         self.provenance: dict[str, Any] = content["provenance"]
         self.layout = Layout(**content["layout"])
         self._marks = _marked_parts(path)

@@ -179,7 +179,7 @@ def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
     for result in results:
         coder = str(run / "coders" / result["coder"])
         evaluated = CliRunner().invoke(mptrain, ["eval", coder, store, "--k", "1", "--json"])
-        own, other = json.loads(evaluated.stdout)
+        own, other = json.loads(evaluated.stdout)["rows"]
         assert own == pytest.approx(result["validation"])  # batches are of another size
         assert (own["k"], other["k"]) == (3, 1)
         assert other["fvu"] > own["fvu"]
