@@ -30,7 +30,7 @@ class Recovered:
     ce_zero: float
     "the hookpoint's output replaced by zeros"
     ce_recovered: float | None
-    "(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1 if nothing is lost; None if zeros cost nothing"
+    "(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1: nothing lost; None: zeros cost nothing"
     kl: float
     "divergence of the spliced model's next-token distribution from the clean one's"
 
