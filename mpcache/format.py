@@ -93,7 +93,25 @@ class ArraySpec:
             fill_value=0,
             attributes=dict(self.attributes),
         )
-        return {f"{GROUP}/{key}": value.to_bytes() for key, value in memory._store_dict.items()}
+        files = {f"{GROUP}/{key}": value.to_bytes() for key, value in memory._store_dict.items()}
+        return {**files, self.metadata_path: files.pop(self.metadata_path)}  # groups come first
+
+
+def check_metadata(path: Path, spec: ArraySpec) -> int:
+    """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
+    file = path / spec.metadata_path
+    try:
+        data = file.read_bytes()
+        found = json.loads(data)
+        parts, rest = divmod(found["shape"][0], spec.part_shape[0])
+        implied = json.loads(spec.metadata(parts)[spec.metadata_path])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedStoreError(f"{file} is damaged or missing: {error}") from error
+    # spelled again as Zarr spells it: a changed blank would otherwise go unseen
+    spellings = {json.dumps(found, indent=indent).encode() for indent in (None, 2)}
+    if rest or found != implied or data not in spellings:
+        raise DamagedStoreError(f"{file} is damaged: it is not what {path} needs")
+    return int(parts)
 
 
 def _compressors(codec: Codec) -> list[BloscCodec]:

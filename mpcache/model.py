@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
-from mpcache.hub import explained, first_line
+from mpcache.hub import explained, first_line, names_a_place
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -96,7 +96,7 @@ def model_source(config: CollectConfig) -> str:
         if not (path / "config.json").exists():
             raise ValueError(f"a model folder must hold config.json, got {path}; check the path")
         return str(path)
-    if config.model.startswith((".", "/", "~")):
+    if names_a_place(config.model):
         raise ValueError(f"model must exist, got {config.model}; check the path")
     return config.model
 

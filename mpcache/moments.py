@@ -1,4 +1,4 @@
-"""Norms, moments and checks of captured rows, in blocks that stay in the processor's cache.
+"""Norms, moments and checks of captured rows, in pieces that stay in the processor's cache.
 
 Shapes: R rows, W width.
 """
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-_BLOCK_ROWS = 2048
+_PIECE_ROWS = 2048
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -39,13 +39,13 @@ def no_moments(width: int) -> Moments:
     return Moments(0, zeros_W, zeros_W)
 
 
-def _blocks(x_RW: Float[Tensor, "R W"]) -> tuple[Tensor, ...]:
-    return torch.split(x_RW, _BLOCK_ROWS)
+def _pieces(x_RW: Float[Tensor, "R W"]) -> tuple[Tensor, ...]:
+    return torch.split(x_RW, _PIECE_ROWS)
 
 
 def row_norms(x_RW: Float[Tensor, "R W"]) -> Float32[Tensor, " R"]:
     """Euclidean norm of each row; not finite where a value is not, or where float32 overflows."""
-    return torch.cat([torch.linalg.vector_norm(b.float(), dim=1) for b in _blocks(x_RW)])
+    return torch.cat([torch.linalg.vector_norm(p.float(), dim=1) for p in _pieces(x_RW)])
 
 
 def moments(x_RW: Float[Tensor, "R W"]) -> Moments:
@@ -53,12 +53,14 @@ def moments(x_RW: Float[Tensor, "R W"]) -> Moments:
     total = no_moments(x_RW.shape[1])
     if nonfinite_count(x_RW):
         x_RW = x_RW[x_RW.isfinite().all(dim=1)]
-    for block_RW in _blocks(x_RW):
-        total = total.merged(_block_moments(block_RW.double()))
+    if not len(x_RW):
+        return total
+    for piece_RW in _pieces(x_RW):
+        total = total.merged(_piece_moments(piece_RW.double()))
     return total
 
 
-def _block_moments(x_RW: Float64[Tensor, "R W"]) -> Moments:
+def _piece_moments(x_RW: Float64[Tensor, "R W"]) -> Moments:
     rows = len(x_RW)
     # a product with a row of 1/rows sums over rows several times faster than .mean(0)
     weights_1R = torch.full((1, rows), 1 / rows, dtype=torch.float64)

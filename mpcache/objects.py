@@ -15,6 +15,8 @@ _TEMPORARY = ".partial"  # the suffix of Zarr's own temporary files, so one rule
 
 def put_new(path: Path, data: bytes) -> bool:
     """Write a file that must not exist yet, all or nothing; False if somebody else's is there."""
+    if path.exists():  # spares a write, also where nothing can be written; the link decides
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _write_temporary(path, data)
     try:

@@ -28,7 +28,7 @@ Replace = Callable[[Tensor, Tensor], Tensor]
 class SplicedModel:
     """A causal language model and the tokens of a store's validation split."""
 
-    def __init__(self, store: Path, model: str, revision: str, device: str) -> None:
+    def __init__(self, store: Path, model: str, revision: str | None, device: str) -> None:
         """Load the model.
 
         Raises:
@@ -36,18 +36,25 @@ class SplicedModel:
         """
         self.store = open_store(store)
         stored = {**self.store.config, "hookpoints": tuple(self.store.config["hookpoints"])}
-        config = replace(CollectConfig(**stored), model=model, revision=revision, device=device)
+        config = replace(
+            CollectConfig(**stored),
+            model=model,
+            revision=revision or stored["revision"],
+            trust_remote_code=False,  # the store may be somebody else's: its word is not enough
+            device=device,
+        )
         self.model, tokenizer = load_model(config, with_head=True)
         base = self.model.base_model
         assert isinstance(base, PreTrainedModel)
         if model_digest(base) != self.store.identity["model_digest"]:
             raise ValueError(
-                f"{store} was made from another model than {model}; "
-                f"name {self.store.provenance['model']['model']}"
+                f"{store} was made from another model than {model}; name "
+                f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
             )
         separation = find_separation(base, config.cross_document_attention)
         specials = special_tokens(tokenizer, config)
-        self.reading = Reading(self.model, specials, separation, config.batch_sequences)
+        # one sequence at a time: logits of a large vocabulary are what memory goes to
+        self.reading = Reading(self.model, specials, separation, batch_sequences=1)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """The model's arguments for all committed validation tokens."""

@@ -17,13 +17,14 @@ from mpcache.format import (
     TOKENS,
     ArraySpec,
     DamagedStoreError,
+    check_metadata,
     digest,
     mark_path,
     read_store_file,
     specs,
 )
 from mpcache.objects import digest_file, files_below, is_temporary
-from mpcache.reader import Store, check_metadata, committed_length, open_store
+from mpcache.reader import Store, committed_length, open_store
 from mpcache.writer import values_digest
 
 Fault = Literal["missing", "truncated", "changed", "uncommitted", "foreign", "leftover"]

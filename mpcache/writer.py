@@ -22,9 +22,11 @@ from mpcache.format import (
     ArraySpec,
     DamagedStoreError,
     Layout,
+    check_metadata,
     mark_path,
     seal,
     specs,
+    unseal,
 )
 from mpcache.moments import largest_finite, moments, nonfinite_count, row_norms
 from mpcache.objects import digest_file, put_new, replace, sync
@@ -42,13 +44,10 @@ class Writer:
     def grow(self, array: str, parts: int, width: int = 0) -> None:
         """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
         for spec in specs(array, self.layout, width):
-            for name, data in spec.metadata(parts).items():
-                if put_new(self.path / name, data) or name != spec.metadata_path:
-                    continue
-                if zarr.open_array(_group(self.path), path=spec.name, mode="r").shape[0] < (
-                    parts * spec.part_shape[0]
-                ):
-                    replace(self.path / name, data)
+            files = spec.metadata(parts)
+            is_new = [put_new(self.path / name, data) for name, data in files.items()]
+            if not is_new[-1] and check_metadata(self.path, spec) < parts:
+                replace(self.path / spec.metadata_path, files[spec.metadata_path])
 
     def commit_tokens(self, part: int, tokens: np.ndarray, progress: Mapping[str, Any]) -> None:
         """Commit the tokens `[sequences, ctx_len]` of a part, with where the next one starts."""
@@ -103,8 +102,17 @@ class Writer:
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **more,
         }
-        put_new(mark, seal(content))
+        if not put_new(mark, seal(content)):
+            self._refuse_other_values(mark, content["objects"])
         sync(mark, self.path)
+
+    def _refuse_other_values(self, mark: Path, objects: Any) -> None:
+        """Somebody marked this part while we wrote it: harmless if both wrote the same."""
+        if unseal(mark.read_bytes(), str(mark))["objects"] != objects:
+            raise DamagedStoreError(
+                f"another collection committed other values to {mark} at the same time; "
+                "run mpcache verify, delete the marks that it names, and collect again with one"
+            )
 
     def _write(self, spec: ArraySpec, part: int, data: np.ndarray) -> dict[str, Any]:
         """Write one object, sync it, and describe what a fresh read finds."""
