@@ -53,7 +53,7 @@ class Coder(nn.Module):
             )
         self.config = config
         self.latents = M
-        self._checked_k(config.k)
+        self.checked_k(config.k)
         self.b_D = _zeros(D)
         self.c_E = None if sae else _zeros(E)
         self.W_MD = _zeros(M, D) if mp else None
@@ -81,8 +81,8 @@ class Coder(nn.Module):
         return self.b_D if self.c_E is None else self.c_E
 
     def encode(self, x_BD: Float[Tensor, "batch input"], k: int | None = None) -> Code:
-        """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`."""
-        k = self.config.k if k is None else self._checked_k(k)
+        """Codes with `k` entries a row (None: as trained). Raises ValueError unless 0 < k <= M."""
+        k = self.config.k if k is None else self.checked_k(k)
         if self.W_MD is not None:
             config = self.config
             return Code(*pursue(x_BD - self.b_D, self.W_MD, k, config.tolerance, config.backend))
@@ -155,7 +155,10 @@ class Coder(nn.Module):
         assert self.encoder_bias_M is not None
         return self.encoder_MD, self.encoder_bias_M
 
-    def _checked_k(self, k: int) -> int:
+    def checked_k(self, k: int) -> int:
+        """`k`, where this coder can be run with it; else ValueError."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
         if k > self.latents:
             raise ValueError(
                 f"k must be at most the number of latents, got k={k}, latents={self.latents} "

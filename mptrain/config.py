@@ -1,6 +1,7 @@
 """What `mptrain fit` can be told, and the config of one coder."""
 
 import itertools
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Literal
 
@@ -8,24 +9,24 @@ Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Arch = Literal["mp", "topk"]
 Optimizer = Literal["adam", "muon"]
 Backend = Literal["direct", "gram"]
+_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed")
+_LEAST = {
+    "rows": 1,
+    "batch_rows": 1,
+    "skip_positions": 0,
+    "order_seed": 0,
+    "window_rows": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "eval_rows": 1,
+    "save_every": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoderConfig:
-    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
+class Training:
+    """How a coder is trained; all coders of a run share it."""
 
-    hookpoint: str
-    "hookpoint whose rows it codes"
-    kind: Kind
-    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
-    arch: Arch
-    "mp: matching pursuit; topk: the K largest pre-activations of a linear encoder"
-    k: int
-    "pursuit steps (mp) or active latents (topk) per row"
-    expansion: int
-    "latents per dimension of the input"
-    seed: int = 0
-    "seed of the initial weights"
     optimizer: Optimizer = "muon"
     "muon: for matrices, with Adam for vectors; adam: for all"
     lr: float | None = None
@@ -42,13 +43,40 @@ class CoderConfig:
     "a latent that did not fire for this many rows is dead"
 
     def __post_init__(self) -> None:
-        for name in ("k", "expansion", "dead_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dead_rows < 1:
+            raise ValueError(f"dead_rows must be at least 1, got {self.dead_rows}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.auxk_alpha < math.inf:
+            raise ValueError(f"auxk_alpha must be at least 0 and finite, got {self.auxk_alpha}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
         if not 0 <= self.warmup_share <= 1:
             raise ValueError(f"warmup_share must be in [0, 1], got {self.warmup_share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderConfig(Training):
+    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
+
+    hookpoint: str
+    "hookpoint whose rows it codes"
+    kind: Kind
+    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
+    arch: Arch
+    "mp: matching pursuit; topk: the K largest pre-activations of a linear encoder"
+    k: int
+    "pursuit steps (mp) or active latents (topk) per row"
+    expansion: int
+    "latents per dimension of the input"
+    seed: int = 0
+    "seed of the initial weights"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k", "expansion"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def name(self) -> str:
@@ -70,7 +98,7 @@ class CoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class FitConfig(Training):
     """A run: the grid of coders trained in one pass over a store."""
 
     store: str
@@ -93,20 +121,6 @@ class FitConfig:
     "rows to train on; more than the store has means further epochs, differently shuffled"
     batch_rows: int = 8192
     "rows in a train step"
-    optimizer: Optimizer = "muon"
-    "muon: for matrices, with Adam for vectors; adam: for all"
-    lr: float | None = None
-    "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
-    warmup_share: float = 0.02
-    "share of the train steps in which the learning rate rises linearly"
-    backend: Backend = "gram"
-    "how mp finds its atoms: direct computes every score anew, gram updates them (exact)"
-    tolerance: float = 0.0
-    "mp stops a row when its residual norm is at most this share of the first one"
-    auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents of topk (0: off)"
-    dead_rows: int = 10_000_000
-    "a latent that did not fire for this many rows is dead"
     skip_positions: int = 1
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
     order_seed: int = 0
@@ -118,27 +132,21 @@ class FitConfig:
     eval_every: int = 100
     "train steps between validations"
     eval_rows: int = 65_536
-    "rows of the validation split used at intervals; the last validation uses all"
-    save_every: int = 1000
-    "train steps between checkpoints"
+    "rows of the validation split used for metrics.jsonl; results.json is of all"
+    save_every: int = 200
+    "train steps between saved states, from which an interrupted run goes on"
     allow_nonfinite: bool = False
     "train on a store that holds non-finite values; rows with such values are left out"
     device: str = "auto"
     "torch device; auto takes the first GPU, else the CPU"
 
     def __post_init__(self) -> None:
-        positive = (
-            "rows",
-            "batch_rows",
-            "window_rows",
-            "log_every",
-            "eval_every",
-            "eval_rows",
-            "save_every",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__()
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in _LISTS:
+            _refuse_empty_or_twice(name, getattr(self, name))
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
@@ -148,15 +156,7 @@ class FitConfig:
 
     def coders(self) -> tuple[CoderConfig, ...]:
         """The grid: the product of all fields that take several values."""
-        shared = (
-            "optimizer",
-            "lr",
-            "warmup_share",
-            "backend",
-            "tolerance",
-            "auxk_alpha",
-            "dead_rows",
-        )
+        shared = {field.name: getattr(self, field.name) for field in fields(Training)}
         grid = itertools.product(
             self.hookpoints, self.kind, self.k, self.expansion, self.seed, self.arch
         )
@@ -168,7 +168,15 @@ class FitConfig:
                 k=k,
                 expansion=expansion,
                 seed=seed,
-                **{name: getattr(self, name) for name in shared},
+                **shared,
             )
             for hookpoint, kind, k, expansion, seed, arch in grid
         )
+
+
+def _refuse_empty_or_twice(name: str, values: tuple[object, ...]) -> None:
+    if not values:
+        raise ValueError(f"{name} is empty; name at least one value")
+    if len(set(values)) < len(values):
+        told = ",".join(map(str, values))
+        raise ValueError(f"{name} must name each value once, got {told}")

@@ -173,3 +173,24 @@ def test_fvu_does_not_depend_on_batches(batches: list[int], offset: float):
 
 def test_fvu_without_rows_is_no_number():
     assert np.isnan(Fvu().value)
+
+
+def test_no_rows_change_no_fvu() -> None:
+    fvu, rows = Fvu(), torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    fvu.add_(rows[:0], rows[:0])
+    fvu.add_(rows, rows + 1)
+    before = fvu.value
+    fvu.add_(rows[:0], rows[:0])
+    assert (fvu.value, fvu.rows) == (before, 2)
+    assert np.isfinite(before)
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_no_rows_have_no_codes(kind: Kind, arch: Arch) -> None:
+    coder = make_coder(kind, arch)
+    empty = torch.zeros(0, 6)
+    code = coder.encode(empty)
+    assert code.idx_BK.shape == (0, 3)
+    assert len(coder.predict(code, empty)) == 0
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        coder.encode(empty, 0)
