@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from mpcache.config import Codec, Split, split_of
@@ -67,6 +69,16 @@ class ArraySpec:
     chunk: int
     codec: Codec = "none"
     attributes: tuple[tuple[str, str], ...] = field(default=())
+
+    def encode(self, values: np.ndarray) -> bytes:
+        """The object that holds one part, `part_shape` values, as Zarr's codecs make it."""
+        from_bytes = default_buffer_prototype().buffer.from_bytes
+        files = {name: from_bytes(data) for name, data in self.metadata(1).items()}
+        memory = MemoryStore(files)
+        array = zarr.open_array(memory, path=f"{GROUP}/{self.name}", mode="r+")
+        # else Zarr leaves out what is all zeros; open_array itself drops such a config
+        array.with_config({"write_empty_chunks": True})[:] = values
+        return memory._store_dict[self.object_path(0)].to_bytes()
 
     def object_path(self, part: int) -> str:
         """Path in the store of the object that holds a part."""
@@ -150,7 +162,7 @@ def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
             codec=layout.codec,
             attributes=(("logical_dtype", layout.dtype),),
         ),
-        ArraySpec(name=f"norms/{place}", dtype="float32", part_shape=(rows,), chunk=chunk),
+        ArraySpec(name=f"norms/{place}", dtype="float32", part_shape=(rows,), chunk=rows),
         ArraySpec(name=f"moments/{place}", dtype="float64", part_shape=(1, 2, width), chunk=1),
     )
 

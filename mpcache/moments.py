@@ -3,13 +3,14 @@
 Shapes: R rows, W width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
-_PIECE_ROWS = 2048
+_PIECE_ROWS = 256
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -48,25 +49,28 @@ def row_norms(x_RW: Float[Tensor, "R W"]) -> Float32[Tensor, " R"]:
     return torch.cat([torch.linalg.vector_norm(p.float(), dim=1) for p in _pieces(x_RW)])
 
 
-def moments(x_RW: Float[Tensor, "R W"]) -> Moments:
-    """Moments over the rows that are finite throughout."""
-    total = no_moments(x_RW.shape[1])
-    if nonfinite_count(x_RW):
+def moments(x_RW: Float[Tensor, "R W"], nonfinite: int) -> Moments:
+    """Moments over the rows that are finite throughout; `nonfinite` counts the other values."""
+    if nonfinite:
         x_RW = x_RW[x_RW.isfinite().all(dim=1)]
     if not len(x_RW):
-        return total
-    for piece_RW in _pieces(x_RW):
-        total = total.merged(_piece_moments(piece_RW.double()))
-    return total
+        return no_moments(x_RW.shape[1])
+    buffer_RW = torch.empty(_PIECE_ROWS, x_RW.shape[1], dtype=torch.float64)
+    pieces = [_piece_moments_(buffer_RW[: len(p)].copy_(p)) for p in _pieces(x_RW)]
+    share_P = torch.tensor([piece.rows for piece in pieces], dtype=torch.float64) / len(x_RW)
+    mean_PW = torch.stack([piece.mean_W for piece in pieces])
+    mean_W = share_P @ mean_PW
+    within_PW = torch.stack([piece.variance_W for piece in pieces])
+    return Moments(len(x_RW), mean_W, share_P @ (within_PW + (mean_PW - mean_W).square()))
 
 
-def _piece_moments(x_RW: Float64[Tensor, "R W"]) -> Moments:
+def _piece_moments_(x_RW: Float64[Tensor, "R W"]) -> Moments:
+    """Moments of a few rows, which are overwritten."""
     rows = len(x_RW)
     # a product with a row of 1/rows sums over rows several times faster than .mean(0)
     weights_1R = torch.full((1, rows), 1 / rows, dtype=torch.float64)
     mean_W = (weights_1R @ x_RW)[0]
-    x_RW = x_RW - mean_W
-    return Moments(rows, mean_W, (weights_1R @ x_RW.square_())[0])
+    return Moments(rows, mean_W, (weights_1R @ x_RW.sub_(mean_W).square_())[0])
 
 
 def largest_magnitude(x_RW: Float[Tensor, "R W"]) -> float:
@@ -82,15 +86,11 @@ def largest_magnitude(x_RW: Float[Tensor, "R W"]) -> float:
     return float(bits.view(x_RW.dtype))
 
 
-def nonfinite_count(x_RW: Float[Tensor, "R W"]) -> int:
-    """How many values are infinite or not a number."""
-    largest = torch.tensor(largest_magnitude(x_RW))
-    return 0 if largest.isfinite() else int((~x_RW.isfinite()).sum())
-
-
-def largest_finite(x_RW: Float[Tensor, "R W"]) -> float:
-    """Largest absolute value among the finite ones."""
+def magnitudes(x_RW: Float[Tensor, "R W"]) -> tuple[float, int]:
+    """Largest finite absolute value, and how many values are infinite or not a number."""
     largest = largest_magnitude(x_RW)
-    if torch.tensor(largest).isfinite():
-        return largest
-    return largest_magnitude(torch.where(x_RW.isfinite(), x_RW, torch.zeros_like(x_RW)))
+    if math.isfinite(largest):
+        return largest, 0
+    is_finite = x_RW.isfinite()
+    finite_RW = torch.where(is_finite, x_RW, torch.zeros_like(x_RW))
+    return largest_magnitude(finite_RW), int((~is_finite).sum())

@@ -1,7 +1,6 @@
 """Commit one array's part: write its objects, sync them, read them back, then create its mark."""
 
 import datetime
-import hashlib
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
-from zarr.storage import LocalStore
 
 from mpcache.format import (
     GROUP,
@@ -28,8 +26,8 @@ from mpcache.format import (
     specs,
     unseal,
 )
-from mpcache.moments import largest_finite, moments, nonfinite_count, row_norms
-from mpcache.objects import digest_file, put_new, replace, sync
+from mpcache.moments import magnitudes, moments, row_norms
+from mpcache.objects import put_new, replace, sync_folders
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
 
@@ -65,7 +63,8 @@ class Writer:
     def commit_acts(self, part: int, array: str, x_RW: Float[Tensor, "R W"]) -> None:
         """Commit one side of a hookpoint, rows in the order of the part, in the storage dtype."""
         rows, width = x_RW.shape
-        found = moments(x_RW)
+        largest, nonfinite = magnitudes(x_RW)
+        found = moments(x_RW, nonfinite)
         stored = x_RW.view(_INTEGER_VIEW.get(x_RW.dtype, x_RW.dtype)).numpy()
         norms = row_norms(x_RW).numpy()
         both = torch.stack([found.mean_W, found.variance_W])[None].numpy()
@@ -73,8 +72,8 @@ class Writer:
         checks = {
             "width": width,
             "finite_rows": found.rows,
-            "largest": largest_finite(x_RW),
-            "nonfinite": nonfinite_count(x_RW),
+            "largest": largest,
+            "nonfinite": nonfinite,
         }
         self._commit(part, array, rows, values, checks)
 
@@ -104,7 +103,7 @@ class Writer:
         }
         if not put_new(mark, seal(content)):
             self._refuse_other_values(mark, content["objects"])
-        sync(mark, self.path)
+        sync_folders(mark.parent, self.path)
 
     def _refuse_other_values(self, mark: Path, objects: Any) -> None:
         """Somebody marked this part while we wrote it: harmless if both wrote the same."""
@@ -116,44 +115,28 @@ class Writer:
 
     def _write(self, spec: ArraySpec, part: int, data: np.ndarray) -> dict[str, Any]:
         """Write one object, sync it, and describe what a fresh read finds."""
-        array = open_for_writing(self.path, spec)
-        rows = spec.part_shape[0]
-        start = part * rows
         file = self.path / spec.object_path(part)
+        encoded = spec.encode(_padded(data, spec.part_shape[0]))
         try:
-            array[start : start + rows] = _padded(data, rows)
-            sync(file, self.path)
+            replace(file, encoded)
+            sync_folders(file.parent.parent, self.path / GROUP / spec.name)
         except OSError as error:
             error.filename = error.filename or str(file)  # a full disk does not say where
             raise
-        if not np.array_equal(as_bits(array[start : start + len(data)]), as_bits(data)):
+        found = file.read_bytes()
+        if found != encoded:
             raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
         return {
-            "bytes": file.stat().st_size,
-            "sha256": digest_file(file),
-            "values_sha256": values_digest(data),
+            "bytes": len(found),
+            "xxh3_128": xxhash.xxh3_128(found).hexdigest(),
+            "values_xxh3_128": values_digest(data),
         }
 
 
-def _group(path: Path) -> LocalStore:
-    return LocalStore(path / GROUP)
-
-
-def open_for_writing(path: Path, spec: ArraySpec) -> Any:
-    """An array that also writes chunks of nothing but zeros, which Zarr would leave out."""
-    array = zarr.open_array(_group(path), path=spec.name, mode="r+")
-    return array.with_config({"write_empty_chunks": True})  # open_array drops such a config
-
-
-def as_bits(values: np.ndarray) -> np.ndarray:
-    """The values as unsigned integers, so that NaN equals itself."""
-    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
-
-
 def values_digest(values: np.ndarray) -> str:
-    """SHA-256 of decoded values: little-endian, C order, without padding."""
+    """XXH3 of decoded values: little-endian, C order, without padding."""
     little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
-    return hashlib.sha256(little.data.cast("B")).hexdigest()
+    return xxhash.xxh3_128(little.data.cast("B")).hexdigest()
 
 
 def _padded(data: np.ndarray, rows: int) -> np.ndarray:

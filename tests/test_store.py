@@ -219,7 +219,9 @@ def test_a_late_writer_withdraws_or_says_so(tmp_path: Path) -> None:
     content = unseal(committed, "mark")
     mark.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "_write", lambda *_: {"bytes": 1, "sha256": "", "values_sha256": ""})
+        patch.setattr(
+            Writer, "_write", lambda *_: {"bytes": 1, "xxh3_128": "", "values_xxh3_128": ""}
+        )
         patch.setattr("mpcache.writer.put_new", marked_meanwhile)
         with pytest.raises(DamagedStoreError, match="another collection committed other values"):
             late.commit_acts(0, "acts/layers.0/output", rows)
