@@ -6,6 +6,9 @@ in memory: 2 x part_rows x (sum of widths) x bytes of a value, and one array's p
 
 import functools
 import itertools
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -279,7 +282,7 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self.pool = ThreadPoolExecutor(1, "commit", initializer=yield_to_others)
         self.pending: Future[None] | None = None
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -305,3 +308,14 @@ class Background:
         self.pool.shutdown(wait=True)
         if error is None:
             self.wait()
+
+
+def yield_to_others() -> None:
+    """Give the calling thread, and threads it starts, only the processor time that others leave.
+
+    A forward pass that shares its cores with a writer waits for the slower of its threads at every
+    operation. When the model waits for the writer, the writer has all cores.
+    """
+    torch.set_num_threads(1)  # of this thread: its pieces are small
+    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -11,14 +11,16 @@ has two companions, `norms/...` and `moments/...`, that are committed by the sam
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import google_crc32c
+import numcodecs
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from mpcache.config import Codec, Split, split_of
@@ -30,6 +32,7 @@ MARKS = "marks"
 TOKENS = "tokens"
 SEQUENCE = "rows/sequence"
 POSITION = "rows/position"
+_CHECKSUM_BYTES = 4
 ZARR_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 
 Sealed = dict[str, Any]
@@ -70,15 +73,31 @@ class ArraySpec:
     codec: Codec = "none"
     attributes: tuple[tuple[str, str], ...] = field(default=())
 
-    def encode(self, values: np.ndarray) -> bytes:
-        """The object that holds one part, `part_shape` values, as Zarr's codecs make it."""
-        from_bytes = default_buffer_prototype().buffer.from_bytes
-        files = {name: from_bytes(data) for name, data in self.metadata(1).items()}
-        memory = MemoryStore(files)
-        array = zarr.open_array(memory, path=f"{GROUP}/{self.name}", mode="r+")
-        # else Zarr leaves out what is all zeros; open_array itself drops such a config
-        array.with_config({"write_empty_chunks": True})[:] = values
-        return memory._store_dict[self.object_path(0)].to_bytes()
+    def encode(self, values: np.ndarray) -> Iterator[bytes]:
+        """The object that holds one part, `part_shape` values, byte for byte as Zarr writes it.
+
+        Comes in pieces that stay in the processor's cache, and is made in the caller's thread
+        alone: several times faster than through Zarr. Never leaves out what is all zeros.
+        """
+        ends = [0]
+        for piece in np.split(values, range(self.chunk, self.part_shape[0], self.chunk)):
+            data = self._encode_chunk(piece)
+            ends.append(ends[-1] + len(data) + _CHECKSUM_BYTES)
+            yield data
+            yield crc32c(data)
+        if self.chunk < self.part_shape[0]:  # a shard ends with the index of its chunks
+            spans = np.stack([ends[:-1], np.diff(ends)], axis=1)
+            index = spans.astype("<u8").tobytes()
+            yield index
+            yield crc32c(index)
+
+    def _encode_chunk(self, values: np.ndarray) -> bytes:
+        little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+        if self.codec == "none":
+            return little.tobytes()
+        # bit shuffle gathers the exponent bits of neighbouring values: that is what compresses here
+        blosc = numcodecs.Blosc(self.codec, clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
+        return bytes(blosc.encode(little))
 
     def object_path(self, part: int) -> str:
         """Path in the store of the object that holds a part."""
@@ -126,10 +145,14 @@ def check_metadata(path: Path, spec: ArraySpec) -> int:
     return int(parts)
 
 
+def crc32c(data: bytes) -> bytes:
+    """The checksum that Zarr's `crc32c` codec puts behind data."""
+    return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
+
+
 def _compressors(codec: Codec) -> list[BloscCodec]:
     if codec == "none":
         return []
-    # bit shuffle gathers the exponent bits of neighbouring values, which is what compresses here
     return [BloscCodec(cname=codec, clevel=1, shuffle="bitshuffle")]
 
 

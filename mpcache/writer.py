@@ -2,7 +2,7 @@
 
 import datetime
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from mpcache.format import (
     specs,
     unseal,
 )
-from mpcache.moments import magnitudes, moments, row_norms
-from mpcache.objects import put_new, replace, sync_folders
+from mpcache.moments import measure
+from mpcache.objects import digest_file, put_new, replace, sync_folders
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
 
@@ -45,7 +45,7 @@ class Writer:
             files = spec.metadata(parts)
             is_new = [put_new(self.path / name, data) for name, data in files.items()]
             if not is_new[-1] and check_metadata(self.path, spec) < parts:
-                replace(self.path / spec.metadata_path, files[spec.metadata_path])
+                replace(self.path / spec.metadata_path, [files[spec.metadata_path]])
 
     def commit_tokens(self, part: int, tokens: np.ndarray, progress: Mapping[str, Any]) -> None:
         """Commit the tokens `[sequences, ctx_len]` of a part, with where the next one starts."""
@@ -63,17 +63,16 @@ class Writer:
     def commit_acts(self, part: int, array: str, x_RW: Float[Tensor, "R W"]) -> None:
         """Commit one side of a hookpoint, rows in the order of the part, in the storage dtype."""
         rows, width = x_RW.shape
-        largest, nonfinite = magnitudes(x_RW)
-        found = moments(x_RW, nonfinite)
+        found = measure(x_RW)
         stored = x_RW.view(_INTEGER_VIEW.get(x_RW.dtype, x_RW.dtype)).numpy()
-        norms = row_norms(x_RW).numpy()
-        both = torch.stack([found.mean_W, found.variance_W])[None].numpy()
-        values = dict(zip(specs(array, self.layout, width), (stored, norms, both), strict=True))
+        both = torch.stack([found.moments.mean_W, found.moments.variance_W])[None].numpy()
+        arrays = (stored, found.norms_R.numpy(), both)
+        values = dict(zip(specs(array, self.layout, width), arrays, strict=True))
         checks = {
             "width": width,
-            "finite_rows": found.rows,
-            "largest": largest,
-            "nonfinite": nonfinite,
+            "finite_rows": found.moments.rows,
+            "largest": found.largest,
+            "nonfinite": found.nonfinite,
         }
         self._commit(part, array, rows, values, checks)
 
@@ -116,21 +115,27 @@ class Writer:
     def _write(self, spec: ArraySpec, part: int, data: np.ndarray) -> dict[str, Any]:
         """Write one object, sync it, and describe what a fresh read finds."""
         file = self.path / spec.object_path(part)
-        encoded = spec.encode(_padded(data, spec.part_shape[0]))
+        written = xxhash.xxh3_128()
+        pieces = spec.encode(_padded(data, spec.part_shape[0]))
         try:
-            replace(file, encoded)
+            replace(file, _digested(pieces, written))
             sync_folders(file.parent.parent, self.path / GROUP / spec.name)
         except OSError as error:
             error.filename = error.filename or str(file)  # a full disk does not say where
             raise
-        found = file.read_bytes()
-        if found != encoded:
+        if (found := digest_file(file)) != written.hexdigest():
             raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
         return {
-            "bytes": len(found),
-            "xxh3_128": xxhash.xxh3_128(found).hexdigest(),
+            "bytes": file.stat().st_size,
+            "xxh3_128": found,
             "values_xxh3_128": values_digest(data),
         }
+
+
+def _digested(pieces: Iterator[bytes], digest: xxhash.xxh3_128) -> Iterator[bytes]:
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
 
 
 def values_digest(values: np.ndarray) -> str:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,12 @@ class Killer:
     def within(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Leaves half of the bytes in a temporary file, as a write that is cut does."""
 
-        def killed(path: Path, value: bytes) -> Any:
+        def killed(path: Path, pieces: Iterable[bytes]) -> Any:
             if self.reach(name):
-                path.with_name(f"{path.name}.cut.partial").write_bytes(value[: len(value) // 2])
+                data = b"".join(pieces)
+                path.with_name(f"{path.name}.cut.partial").write_bytes(data[: len(data) // 2])
                 self.kill(name)
-            return function(path, value)
+            return function(path, pieces)
 
         return killed
 
