@@ -52,7 +52,9 @@ def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
             path = Path(folder) / str(number)
             collection = Collection(config, path, model, tokenizer, documents)
             rows = _prepare(collection)
-            pairs.append((_forward_seconds(collection), _collect_seconds(collection)))
+            before, seconds = _forward_seconds(collection), _collect_seconds(collection)
+            # the model alone before and after, so that a machine that slows down favours neither
+            pairs.append(((before + _forward_seconds(collection)) / 2, seconds))
     del pairs[0]
     ratios = [forward / collect for forward, collect in pairs]
     widths = collection.widths.values()
