@@ -25,7 +25,8 @@ demo: install
 	    --hookpoints $(RESIDUAL),$(MLP) --rows 320k --ctx-len 256 --part-rows 16384 --batch-sequences 16
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sae --hookpoints $(RESIDUAL),$(MLP) --kind sae $(FIT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sst --hookpoints $(MLP) --kind skip-transcoder $(FIT)
-	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu
+	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
+	    --title 'demo language model: 2048 latents, 256 000 rows, Muon'
 
 test: install
 	$(BIN)/ruff format --check -q .
