@@ -1,6 +1,7 @@
 # Two commands set everything up: `make demo` and `make test`. Both are safe to run again.
 PYTHON ?= python3
 BIN := .venv/bin
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 DEMO := demo
 RESIDUAL := layers.3,layers.5
 MLP := layers.3.mlp,layers.5.mlp
@@ -10,11 +11,12 @@ FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-
 .PHONY: install demo test quick format clean
 install: .venv/installed
 
-# Without a GPU the CPU build of torch comes first: an open range would take the CUDA packages.
+# Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
+# find one (TORCH='torch==2.13.0 ...' passes further pip options); an open range would not.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install -q $$(grep '^torch==' constraints.txt)
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -23,7 +25,8 @@ demo: install
 	    --hookpoints $(RESIDUAL),$(MLP) --rows 320k --ctx-len 256 --part-rows 16384 --batch-sequences 16
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sae --hookpoints $(RESIDUAL),$(MLP) --kind sae $(FIT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sst --hookpoints $(MLP) --kind skip-transcoder $(FIT)
-	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu
+	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
+	    --title 'demo language model: 2048 latents, 256 000 rows, Muon'
 
 test: install
 	$(BIN)/ruff format --check -q .

@@ -3,12 +3,15 @@
 0 done · 2 the user's mistake · 1 anything else · 130 interrupted.
 """
 
+import errno
 import functools
 import traceback
 from collections.abc import Callable
 
 import typer
 
+# what is wrong with the place that was named, not with the disk or the network
+_PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 _OURS = {"mpcache", "mptrain", "cli"}
 
 
@@ -26,6 +29,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise  # a fault of ours or of a library; the traceback is what helps
             _end(f"error: {error}", 2)
         except OSError as error:
+            if error.errno in _PLACES:
+                _end(f"error: cannot use {error.filename}: {error.strerror}; name another place", 2)
             _end(f"error: {error}", 1)
 
     return run

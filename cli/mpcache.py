@@ -58,6 +58,8 @@ def collect(config: CollectConfig, store: StorePath, json: Json = False) -> None
         f"{done.store}: {done.rows:,} rows in {done.parts} parts, {done.bytes / 1e9:.2f} GB, "
         f"{done.forward_rows:,} rows collected now in {done.seconds:.0f} s"
     )
+    if done.exhausted:
+        typer.echo(f"the dataset ended before the {config.rows:,} rows wanted", err=True)
     if done.nonfinite:
         typer.echo(
             f"warning: {done.nonfinite:,} values are not finite; see mpcache stats", err=True

@@ -1,13 +1,14 @@
 """`mptrain`: train coders from a store, evaluate and draw them. Stages are imported when run."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cli.errors import guarded
-from cli.options import count, from_config
+from cli.options import count, counts, from_config
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig
 
@@ -46,9 +47,7 @@ def fit(config: FitConfig, json: Json = False) -> None:
     try:
         results = run(config, quiet=False)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted; the same command goes on from the last state in {config.run}/state"
-        ) from None
+        raise KeyboardInterrupt(_how_to_go_on(Path(config.run))) from None
     if json:
         return print_json(results)
     trained = [result for result in results if not result["diverged"]]
@@ -59,21 +58,64 @@ def fit(config: FitConfig, json: Json = False) -> None:
     return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
 
 
+def _how_to_go_on(run: Path) -> str:
+    from mptrain.checkpoint import last_step
+
+    step = last_step(run)
+    if step is None:
+        return "interrupted before a state was saved; the same command starts anew"
+    return f"interrupted; the same command goes on after train step {step}, saved in {run}/state"
+
+
 @app.command(name="eval")
 @guarded
 def evaluate(
     *,
     coder: Annotated[Path, typer.Argument(metavar="CODER", help="folder RUN/coders/NAME")],
     store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
-    k: Annotated[list[int] | None, typer.Option(help="evaluate at this K too; repeatable")] = None,
+    k: Annotated[
+        list[str] | None, typer.Option(help="evaluate at these K too", metavar="COUNT,..")
+    ] = None,
     rows: Annotated[int | None, typer.Option(parser=count, help="rows [default: all]")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the store's model: also the cross-entropy it keeps")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="revision of a Hugging Face model")] = "main",
+    device: Annotated[str, typer.Option(help="torch device of coder and model")] = "auto",
     json: Json = False,
 ) -> None:
-    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K."""
+    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K.
+
+    With --model, the coder is spliced into the language model: cross-entropy and KL.
+    """
     from mptrain.evaluate import evaluate_coder
 
-    found = [dataclasses.asdict(one) for one in evaluate_coder(coder, store, k or (), rows)]
-    return print_json(found) if json else print_table(tuple(found[0]), found)
+    evaluations = evaluate_coder(coder, store, counts(k or ()), rows, device)
+    found = [dataclasses.asdict(one) for one in evaluations]
+    kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
+    if json:
+        return print_json({"rows": found, "model": kept[0] if kept else None})
+    print_table(tuple(found[0]), found)
+    for one in kept:
+        print_table(tuple(one), [one])
+    return None
+
+
+def _spliced(folder: Path, store: Path, model: str, revision: str, device: str) -> dict[str, float]:
+    """The language model and the coder meet here only: neither package knows the other's."""
+    from mpcache.splice import SplicedModel
+    from mptrain.checkpoint import load_coder
+    from mptrain.recovered import recovered
+
+    coder, trained = load_coder(folder)
+    spliced = SplicedModel(store, model, revision, device)
+    coder.to(spliced.model.device)
+    hookpoint = coder.config.hookpoint
+    batches = (
+        (inputs["input_ids"], functools.partial(spliced.logits, inputs, hookpoint))
+        for inputs in spliced.batches()
+    )
+    return dataclasses.asdict(recovered(coder, batches, trained["skip_positions"]))
 
 
 @app.command()
@@ -85,10 +127,13 @@ def plot(
     title: Annotated[str | None, typer.Option(help="title of the figure")] = None,
 ) -> None:
     """FVU over run time, a panel for each hookpoint, kind and k: mp red, topk blue."""
-    from mptrain.plot import plot_runs
+    from mptrain.plot import plot_runs, read_curves
 
     for file in plot_runs(runs, out, title=title):
         typer.echo(file)
+    for curve in (curve for run in runs for curve in read_curves(run)):
+        if curve.diverged:
+            typer.echo(f"warning: {curve.coder.name} in {curve.run} diverged", err=True)
 
 
 @app.command()
@@ -97,8 +142,8 @@ def plot(
 def bench(config: BenchConfig, json: Json = False) -> None:
     """Time, memory and agreement of the pursuit's back ends on this machine."""
     from mpcache.hardware import hardware
+    from mptrain.batches import resolve_device
     from mptrain.bench import bench as run
-    from mptrain.fit import resolve_device
 
     found = [dataclasses.asdict(one) for one in run(config)]
     machine = hardware(resolve_device(config.device))

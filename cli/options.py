@@ -51,14 +51,12 @@ def from_config(
 
 
 def field_docs(config_type: type) -> dict[str, str]:
-    """The literal under each field of a dataclass, and of those that it extends."""
-    docs: dict[str, str] = {}
-    for base in filter(dataclasses.is_dataclass, reversed(config_type.__mro__)):
-        docs |= _own_field_docs(base)
-    return docs
+    """The literal under each field of a dataclass: its own fields first, then inherited ones."""
+    classes = [one for one in config_type.__mro__ if dataclasses.is_dataclass(one)]
+    return {name: doc for one in classes for name, doc in _own_docs(one).items()}
 
 
-def _own_field_docs(config_type: type) -> dict[str, str]:
+def _own_docs(config_type: type) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(config_type)).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}
@@ -83,11 +81,18 @@ def count(text: str) -> int:
     return int(value)
 
 
+def counts(texts: Sequence[str]) -> list[int]:
+    """The whole numbers of an option that takes several: `a,b`, or the option repeated."""
+    parse = _parser(int, several=True)
+    return [number for text in texts for number in parse(text)]
+
+
 def _parameters(config_type: type, arguments: Sequence[str]) -> list[inspect.Parameter]:
     docs, hints = field_docs(config_type), typing.get_type_hints(config_type)
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    assert docs.keys() == fields.keys(), f"no doc: {fields.keys() ^ docs.keys()}"
     return [
-        _parameter(field, hints[field.name], docs[field.name], field.name in arguments)
-        for field in dataclasses.fields(config_type)
+        _parameter(fields[name], hints[name], doc, name in arguments) for name, doc in docs.items()
     ]
 
 
@@ -171,8 +176,9 @@ def _refuse_twins(fields: Sequence[inspect.Parameter], own: Sequence[inspect.Par
 def _build(config_type: type, chosen: dict[str, Any]) -> Any:
     given = {}
     for name, value in chosen.items():
+        if value is None or value == []:
+            continue  # not given; an empty list that was given is for the config to judge
         if isinstance(value, list):  # --k 16,32 --k 64 arrives as [(16, 32), (64,)]
             value = tuple(x for group in value for x in group)
-        if value is not None and value != ():
-            given[name] = value
+        given[name] = value
     return config_type(**given)

@@ -9,6 +9,7 @@ passed, so that a run on a shared machine still ends on time with a decayed lear
 import argparse
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -275,6 +276,13 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def copy_tokenizer(work: Path, folder: Path) -> None:
+    """Copied, as saving a loaded tokenizer would write down where it was loaded from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(work / name, folder / name)
+
+
 def saved_model_losses(folder: Path, held_out: np.ndarray) -> dict[str, float]:
     types = {"model_bfloat16": torch.bfloat16, "model_float32": torch.float32}
     return {
@@ -312,7 +320,7 @@ def main() -> None:
     log.info("tokens: %s", {name: len(stream) for name, stream in streams.items()})
     model = new_model()
     progress = train(model, streams, options.work, options.minutes, not options.no_compile)
-    tokenizer.save_pretrained(options.out)
+    copy_tokenizer(options.work, options.out)
     model.to(torch.bfloat16).save_pretrained(options.out)
     results = report(options.out, streams, progress, model.num_parameters())
     (options.out / "losses.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -15,6 +15,7 @@ from mpcache.collect import Collection
 from mpcache.config import CollectConfig
 from mpcache.documents import open_documents
 from mpcache.hardware import hardware
+from mpcache.hooks import Side
 from mpcache.model import load_model
 from mpcache.reader import open_store
 
@@ -50,7 +51,9 @@ def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
             path = Path(folder) / str(number)
             collection = Collection(config, path, model, tokenizer, documents)
             rows = _prepare(collection)
-            pairs.append((_forward_seconds(collection), _collect_seconds(collection)))
+            before, seconds = _forward_seconds(collection), _collect_seconds(collection)
+            # the model alone before and after, so that a machine that slows down favours neither
+            pairs.append(((before + _forward_seconds(collection)) / 2, seconds))
     del pairs[0]
     ratios = [forward / collect for forward, collect in pairs]
     widths = collection.widths.values()
@@ -70,14 +73,13 @@ def _prepare(collection: Collection) -> int:
     """Everything before the first forward pass; gives the rows to read."""
     collection.write_tokens()
     store = open_store(collection.path)
-    collection.grow_acts(store)
     return sum(int(store.mark(p, "tokens")["rows"]) for p in collection.parts(store))
 
 
 def _forward_seconds(collection: Collection) -> float:
     store = open_store(collection.path)
     began = time.perf_counter()
-    with _stop_after(collection.model, collection.sides[-1].hookpoint), torch.no_grad():
+    with _stop_at(collection.model, collection.sides[-1]), torch.no_grad():
         for part in collection.parts(store):
             for inputs in collection.reading.batches(store.read_tokens(part)):
                 with contextlib.suppress(_Reached):
@@ -94,11 +96,14 @@ def _collect_seconds(collection: Collection) -> float:
 
 
 @contextlib.contextmanager
-def _stop_after(model: nn.Module, hookpoint: str) -> Iterator[None]:
+def _stop_at(model: nn.Module, side: Side) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _Reached
 
-    handle = model.get_submodule(hookpoint).register_forward_hook(stop)
+    module = model.get_submodule(side.hookpoint)
+    is_input = side.side == "input"
+    register = module.register_forward_pre_hook if is_input else module.register_forward_hook
+    handle = register(stop)
     try:
         yield
     finally:

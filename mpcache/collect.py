@@ -6,6 +6,9 @@ in memory: 2 x part_rows x (sum of widths) x bytes of a value, and one array's p
 
 import functools
 import itertools
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +23,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mpcache.config import CollectConfig
+from mpcache.config import CollectConfig, split_of
 from mpcache.documents import Documents, open_documents
-from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, is_store, specs
+from mpcache.format import (
+    POSITION,
+    SEQUENCE,
+    TOKENS,
+    acts,
+    check_metadata,
+    hookpoint_of,
+    is_store,
+    specs,
+)
 from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.identity import identify, layout_of, open_place
@@ -33,7 +45,7 @@ from mpcache.model import (
     model_provenance,
     tokenizer_digest,
 )
-from mpcache.reader import Store, check_metadata, open_store
+from mpcache.reader import Store, open_store
 from mpcache.tokenised import token_dtype
 from mpcache.tokens import (
     FIRST_PARTS,
@@ -55,6 +67,8 @@ class Summary:
     parts: int
     "parts that hold all wanted hookpoints"
     rows: int
+    exhausted: bool
+    "the dataset ended before the rows wanted"
     forward_rows: int
     "rows that the model had to read"
     bytes: int
@@ -110,7 +124,6 @@ class Collection:
         """Write what is missing."""
         self.write_tokens()
         store = open_store(self.path)
-        self.grow_acts(store)
         missing = {part: self.missing_sides(store, part) for part in self.parts(store)}
         started = time.monotonic()
         forward_rows = self.write_activations(store, {p: s for p, s in missing.items() if s})
@@ -144,9 +157,9 @@ class Collection:
         # an unusable dataset shows in its first parts: before the store is made
         ahead = list(itertools.islice(parts, 2))
         self.open_place()
-        for array in (TOKENS, SEQUENCE, POSITION):
-            self.writer.grow(array, self.wanted_parts)
-        with self.bar("tokens", self.wanted_parts, "part") as bar:
+        self.grow(store)
+        todo = self.wanted_parts - (len(self.parts(store)) if store else 0)
+        with self.bar("tokens", todo, "part", not ahead) as bar:
             for one in itertools.chain(ahead, parts):
                 self.commit_tokens(one)
                 bar.update()
@@ -158,35 +171,39 @@ class Collection:
         }
         open_place(self.path, self.config, self.identity, self.layout, provenance)
 
-    def grow_acts(self, store: Store) -> None:
-        """Let all arrays span as many parts as the tokens do, also those not asked for now."""
-        parts = check_metadata(self.path, specs(TOKENS, self.layout)[0])
-        there = {a: store.width(*hookpoint_of(a)) for a in store.arrays if a.startswith("acts/")}
-        for array, width in {
-            **there,
-            **{self.array(s): self.widths[s] for s in self.sides},
-        }.items():
-            self.writer.grow(array, parts, width)
+    def grow(self, store: Store | None) -> None:
+        """Let all arrays span the same parts: those wanted, also arrays not asked for now.
+
+        All at once and before any work, so that a stopped extension leaves no array behind.
+        """
+        (tokens,) = specs(TOKENS, self.layout)
+        there = check_metadata(self.path, tokens) if store and store.numbers(TOKENS) else 0
+        arrays = {TOKENS: 0, SEQUENCE: 0, POSITION: 0}
+        for array in store.arrays if store else ():
+            if array.startswith("acts/"):
+                arrays[array] = store.width(*hookpoint_of(array)) if store else 0
+        arrays |= {self.array(side): self.widths[side] for side in self.sides}
+        for array, width in arrays.items():
+            self.writer.grow(array, max(there, self.wanted_parts), width)
 
     def new_parts(self, store: Store | None) -> Iterator[PartTokens]:
         """Parts whose tokens are not committed, tokenised from where each split left off."""
-        done = self.tokenised(store) if store else set()
-        cursors = self.cursors(store, done) if store else FIRST_PARTS
+        cursors = self.cursors(store) if store else FIRST_PARTS
         cursors = {part: cursor for part, cursor in cursors.items() if part < self.wanted_parts}
         if not cursors:
             return iter(())
         found = iter_parts(self.documents, self.tokenizer, self.config, cursors)
-        # the count keeps from tokenising one part too many, where no split ends before
-        missing = self.wanted_parts - sum(part < self.wanted_parts for part in done)
-        wanted = itertools.islice(found, missing)
+        # a count, not a condition: looking at one part more would tokenise it
+        every = self.config.validation_every
+        first = {split_of(part, every): part for part in cursors}
+        count = sum(p >= first.get(split_of(p, every), p + 1) for p in range(self.wanted_parts))
+        wanted = itertools.islice(found, count)
         return itertools.takewhile(lambda one: one.part < self.wanted_parts, wanted)
 
-    def tokenised(self, store: Store) -> set[int]:
-        """Parts whose tokens and rows are all committed."""
-        return set.intersection(*(set(store.numbers(a)) for a in (TOKENS, SEQUENCE, POSITION)))
-
-    def cursors(self, store: Store, done: set[int]) -> dict[int, Cursor]:
-        """First part of each split that is not tokenised, unless the split ended before it."""
+    def cursors(self, store: Store) -> dict[int, Cursor]:
+        """First part of each split whose tokens or rows are missing, unless the split ended."""
+        arrays = (TOKENS, SEQUENCE, POSITION)
+        done = set.intersection(*(set(store.numbers(array)) for array in arrays))
         cursors = {}
         for part, cursor in FIRST_PARTS.items():
             while part in done:
@@ -236,8 +253,9 @@ class Collection:
         self.bytes_written += sum(x.numel() * x.element_size() for x in buffers.values())
         bar.set_postfix_str(f"{self.bytes_written / 1e9:.2f} GB committed", refresh=False)
 
-    def bar(self, name: str, total: int, unit: str) -> "tqdm[Any]":
-        return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=self.quiet)
+    def bar(self, name: str, total: int, unit: str, idle: bool = False) -> "tqdm[Any]":
+        hidden = self.quiet or idle
+        return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=hidden)
 
     def summary(self, forward_rows: int, seconds: float) -> Summary:
         store = open_store(self.path)
@@ -248,6 +266,7 @@ class Collection:
             store=str(self.path),
             parts=len(whole),
             rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in whole),
+            exhausted=len(self.parts(store)) < self.wanted_parts,
             forward_rows=forward_rows,
             bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
             nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
@@ -263,7 +282,7 @@ class Background:
     """
 
     def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self.pool = ThreadPoolExecutor(1, "commit", initializer=yield_to_others)
         self.pending: Future[None] | None = None
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -289,3 +308,14 @@ class Background:
         self.pool.shutdown(wait=True)
         if error is None:
             self.wait()
+
+
+def yield_to_others() -> None:
+    """Give the calling thread, and threads it starts, only the processor time that others leave.
+
+    A forward pass that shares its cores with a writer waits for the slower of its threads at every
+    operation. When the model waits for the writer, the writer has all cores.
+    """
+    torch.set_num_threads(1)  # of this thread: its pieces are small
+    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

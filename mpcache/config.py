@@ -19,7 +19,7 @@ class CollectConfig:
     model: str
     "Hugging Face model id, or a local folder"
     dataset: str
-    "Hugging Face dataset id, or a local .jsonl, .parquet, .txt, arrow folder or tokenised .bin"
+    "Hugging Face dataset id, or local .jsonl, .parquet, .txt, arrow folder, tokenised .bin"
     hookpoints: tuple[str, ...]
     "module paths inside the base model, `*` for one segment, `:input` or `:output` for one side"
     rows: int = 10_000_000

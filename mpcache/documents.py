@@ -6,6 +6,7 @@ order: the same config gives the same document at the same place, on any machine
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
-from mpcache.hub import first_line, load_hub, resolve_commit
+from mpcache.hub import first_line, load_hub, names_a_place, resolve_commit
 from mpcache.tokenised import Indices, Tokens, token_source
 
 Document = str | Tokens
@@ -52,7 +53,7 @@ def open_documents(config: CollectConfig, tokenizer: PreTrainedTokenizerBase) ->
     path = Path(config.dataset).expanduser()
     if path.exists():
         return open_local(path, config, tokenizer)
-    if path.suffix in LOCAL_SUFFIXES or config.dataset.startswith((".", "/", "~")):
+    if path.suffix in LOCAL_SUFFIXES or names_a_place(config.dataset):
         raise ValueError(f"dataset must exist, got {config.dataset}; check the path")
     return open_hub(config)
 
@@ -92,6 +93,9 @@ def local_source(
     """How many documents there are, and what fetches them by index."""
     if path.suffix == ".bin":
         return token_source(path, tokenizer)
+    if path.suffix == ".txt":
+        paragraphs = re.split(r"\n\s*\n", read_text(path).strip())
+        return len(paragraphs), lambda indices: [paragraphs[i] for i in indices]
     if (texts := text_files(path)) is not None:
         return len(texts), lambda indices: [read_text(texts[i]) for i in indices]
     if path.is_dir():
@@ -115,10 +119,10 @@ def split_folder(path: Path, split: str) -> Path:
 
 
 def text_files(path: Path) -> list[Path] | None:
-    """The .txt files of a path, by name; None for an arrow folder or another file."""
-    if path.is_file():
-        return [path] if path.suffix == ".txt" else None
-    return None if (path / "state.json").exists() else sorted(path.rglob("*.txt"))
+    """The .txt files of a folder, by name: a document each; None for what is no such folder."""
+    if path.is_file() or (path / "state.json").exists():
+        return None
+    return sorted(path.rglob("*.txt"))
 
 
 def read_text(path: Path) -> str:
@@ -226,12 +230,18 @@ def streamed(
 # --- digests ---
 
 
+def arrow_files(path: Path) -> list[Path]:
+    """The files of an arrow folder's table; not the caches that `datasets` leaves beside them."""
+    state = json.loads((path / "state.json").read_text())
+    return [path / one["filename"] for one in state["_data_files"]]
+
+
 def digest_path(path: Path) -> str:
     """sha256 of a file's bytes, or of a folder's relative names and bytes."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for one in text_files(path) or sorted(one for one in path.rglob("*") if one.is_file()):
+    for one in text_files(path) or arrow_files(path):
         digest.update(f"{one.relative_to(path).as_posix()}\0{digest_path(one)}\0".encode())
     return digest.hexdigest()

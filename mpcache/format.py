@@ -11,10 +11,14 @@ has two companions, `norms/...` and `moments/...`, that are committed by the sam
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import google_crc32c
+import numcodecs
+import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
@@ -28,6 +32,7 @@ MARKS = "marks"
 TOKENS = "tokens"
 SEQUENCE = "rows/sequence"
 POSITION = "rows/position"
+_CHECKSUM_BYTES = 4
 ZARR_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 
 Sealed = dict[str, Any]
@@ -68,6 +73,32 @@ class ArraySpec:
     codec: Codec = "none"
     attributes: tuple[tuple[str, str], ...] = field(default=())
 
+    def encode(self, values: np.ndarray) -> Iterator[bytes]:
+        """The object that holds one part, `part_shape` values, byte for byte as Zarr writes it.
+
+        Comes in pieces that stay in the processor's cache, and is made in the caller's thread
+        alone: several times faster than through Zarr. Never leaves out what is all zeros.
+        """
+        ends = [0]
+        for piece in np.split(values, range(self.chunk, self.part_shape[0], self.chunk)):
+            data = self._encode_chunk(piece)
+            ends.append(ends[-1] + len(data) + _CHECKSUM_BYTES)
+            yield data
+            yield crc32c(data)
+        if self.chunk < self.part_shape[0]:  # a shard ends with the index of its chunks
+            spans = np.stack([ends[:-1], np.diff(ends)], axis=1)
+            index = spans.astype("<u8").tobytes()
+            yield index
+            yield crc32c(index)
+
+    def _encode_chunk(self, values: np.ndarray) -> bytes:
+        little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+        if self.codec == "none":
+            return little.tobytes()
+        # bit shuffle gathers the exponent bits of neighbouring values: that is what compresses here
+        blosc = numcodecs.Blosc(self.codec, clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
+        return bytes(blosc.encode(little))
+
     def object_path(self, part: int) -> str:
         """Path in the store of the object that holds a part."""
         indices = [part, *[0] * (len(self.part_shape) - 1)]
@@ -93,13 +124,35 @@ class ArraySpec:
             fill_value=0,
             attributes=dict(self.attributes),
         )
-        return {f"{GROUP}/{key}": value.to_bytes() for key, value in memory._store_dict.items()}
+        files = {f"{GROUP}/{key}": value.to_bytes() for key, value in memory._store_dict.items()}
+        return {**files, self.metadata_path: files.pop(self.metadata_path)}  # groups come first
+
+
+def check_metadata(path: Path, spec: ArraySpec) -> int:
+    """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
+    file = path / spec.metadata_path
+    try:
+        data = file.read_bytes()
+        found = json.loads(data)
+        parts, rest = divmod(found["shape"][0], spec.part_shape[0])
+        implied = json.loads(spec.metadata(parts)[spec.metadata_path])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DamagedStoreError(f"{file} is damaged or missing: {error}") from error
+    # spelled again as Zarr spells it: a changed blank would otherwise go unseen
+    spellings = {json.dumps(found, indent=indent).encode() for indent in (None, 2)}
+    if rest or found != implied or data not in spellings:
+        raise DamagedStoreError(f"{file} is damaged: it is not what {path} needs")
+    return int(parts)
+
+
+def crc32c(data: bytes) -> bytes:
+    """The checksum that Zarr's `crc32c` codec puts behind data."""
+    return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _compressors(codec: Codec) -> list[BloscCodec]:
     if codec == "none":
         return []
-    # bit shuffle gathers the exponent bits of neighbouring values, which is what compresses here
     return [BloscCodec(cname=codec, clevel=1, shuffle="bitshuffle")]
 
 
@@ -132,7 +185,7 @@ def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
             codec=layout.codec,
             attributes=(("logical_dtype", layout.dtype),),
         ),
-        ArraySpec(name=f"norms/{place}", dtype="float32", part_shape=(rows,), chunk=chunk),
+        ArraySpec(name=f"norms/{place}", dtype="float32", part_shape=(rows,), chunk=rows),
         ArraySpec(name=f"moments/{place}", dtype="float64", part_shape=(1, 2, width), chunk=1),
     )
 

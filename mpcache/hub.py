@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import datasets
 from huggingface_hub import HfApi
@@ -16,6 +17,12 @@ from huggingface_hub.errors import (
 )
 
 from mpcache.config import CollectConfig
+
+
+def names_a_place(name: str) -> bool:
+    """Whether a name that is no path here was meant as one, rather than as a Hub id."""
+    parts = Path(name).parts
+    return name.startswith((".", "/", "~")) or (len(parts) > 1 and Path(parts[0]).is_dir())
 
 
 def resolve_commit(config: CollectConfig) -> str:

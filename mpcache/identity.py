@@ -1,6 +1,5 @@
 """What determines the rows of a store, and the check that a store and a command agree on it."""
 
-import errno
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +34,6 @@ _DETERMINING = (
     "validation_every",
     "seed",
 )
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def open_place(
     }
     if not is_store(path):
         _refuse_other_content(path)
-        _make(path, seal(content))
+        put_new(path / STORE_FILE, seal(content))
     found = read_store_file(path)
     for key in ("identity", "layout"):
         _refuse_difference(path, found[key], as_stored(content[key]))
@@ -82,17 +80,6 @@ def open_place(
 def as_stored(content: Any) -> Any:
     """Content as it reads back from JSON, so that tuples compare as lists."""
     return json.loads(canonical(content))
-
-
-def _make(path: Path, data: bytes) -> None:
-    try:
-        put_new(path / STORE_FILE, data)
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise ValueError(
-            f"cannot write in {path}: {error.strerror}; name a place that you may write to"
-        ) from None
 
 
 def _refuse_other_content(path: Path) -> None:

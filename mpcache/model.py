@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
-from mpcache.hub import explained, first_line
+from mpcache.hub import explained, first_line, names_a_place
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -55,8 +57,12 @@ def load_tokenizer(config: CollectConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: CollectConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model (no head) on its device, frozen, and its tokenizer.
+def load_model(
+    config: CollectConfig, *, with_head: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model, or the causal language model around it, and its tokenizer.
+
+    The model is on its device and frozen.
 
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
@@ -68,7 +74,7 @@ def load_model(config: CollectConfig) -> tuple[PreTrainedModel, PreTrainedTokeni
             trust_remote_code=config.trust_remote_code,
         )
     check_architecture(architecture, config)
-    model, missing = load_weights(architecture, config)
+    model, missing = load_weights(architecture, config, with_head)
     if (positions := usable_positions(model)) is not None:
         check_positions(positions, config)
     if any(key.startswith("pooler.") for key in missing):
@@ -90,7 +96,7 @@ def model_source(config: CollectConfig) -> str:
         if not (path / "config.json").exists():
             raise ValueError(f"a model folder must hold config.json, got {path}; check the path")
         return str(path)
-    if config.model.startswith((".", "/", "~")):
+    if names_a_place(config.model):
         raise ValueError(f"model must exist, got {config.model}; check the path")
     return config.model
 
@@ -131,12 +137,13 @@ def usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def load_weights(
-    architecture: PreTrainedConfig, config: CollectConfig
+    architecture: PreTrainedConfig, config: CollectConfig, with_head: bool
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of weights that the checkpoint lacks."""
+    loader: Any = AutoModelForCausalLM if with_head else AutoModel  # hidden by a decorator
     with explained(f"model {config.model}", config.revision), quiet_load_report():
         try:
-            model, info = AutoModel.from_pretrained(
+            model, info = loader.from_pretrained(
                 model_source(config),
                 config=architecture,
                 revision=config.revision,

@@ -5,7 +5,6 @@ every read; Zarr's own `crc32c` then checks each chunk.
 """
 
 import functools
-import json
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -30,6 +29,7 @@ from mpcache.format import (
     DamagedStoreError,
     Layout,
     acts,
+    check_metadata,
     hookpoint_of,
     mark_path,
     marked_array,
@@ -60,6 +60,7 @@ class Store:
         self.path = path
         self.fingerprint: str = content["fingerprint"]
         self.identity: dict[str, Any] = content["identity"]
+        self.config: dict[str, Any] = content["config"]
         self.provenance: dict[str, Any] = content["provenance"]
         self.layout = Layout(**content["layout"])
         self._marks = _marked_parts(path)
@@ -243,23 +244,6 @@ def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> in
     if spec.name.startswith("moments/"):
         return 1
     return rows // ctx_len if array == TOKENS else rows
-
-
-def check_metadata(path: Path, spec: ArraySpec) -> int:
-    """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
-    file = path / spec.metadata_path
-    try:
-        data = file.read_bytes()
-        found = json.loads(data)
-        parts, rest = divmod(found["shape"][0], spec.part_shape[0])
-        implied = json.loads(spec.metadata(parts)[spec.metadata_path])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise DamagedStoreError(f"{file} is damaged or missing: {error}") from error
-    # spelled again as Zarr spells it: a changed blank would otherwise go unseen
-    spellings = {json.dumps(found, indent=indent).encode() for indent in (None, 2)}
-    if rest or found != implied or data not in spellings:
-        raise DamagedStoreError(f"{file} is damaged: it is not what {path} needs")
-    return int(parts)
 
 
 def _marked_parts(path: Path) -> dict[str, set[int]]:

@@ -26,9 +26,10 @@ class SideStats:
     "Euclidean norm of the mean row"
     variance: float
     "variance summed over dimensions"
-    norm_median: float
-    norm_99: float
-    norm_largest: float
+    norm_median: float | None
+    "of rows with a finite norm; None: there are none"
+    norm_99: float | None
+    norm_largest: float | None
     largest: float
     "largest finite magnitude of a value"
     outlier_dimensions: tuple[int, ...]
@@ -106,7 +107,9 @@ def _outliers(mean_W: Tensor, variance_W: Tensor) -> tuple[int, ...]:
     return tuple(torch.nonzero(rms_W > _OUTLIER * rms_W.median()).flatten().tolist())
 
 
-def _norm_quantiles(store: Store, array: str, shares: tuple[float, ...]) -> tuple[float, ...]:
+def _norm_quantiles(
+    store: Store, array: str, shares: tuple[float, ...]
+) -> tuple[float | None, ...]:
     """Quantiles of the rows' finite norms, rounded to bfloat16 (1 in 256).
 
     A histogram over the upper 16 bits of a float32 has 65 536 bins of equal relative width, so that
@@ -120,6 +123,7 @@ def _norm_quantiles(store: Store, array: str, shares: tuple[float, ...]) -> tupl
         bins = norms[np.isfinite(norms)].view(np.uint32) >> 16
         counts += np.bincount(bins, minlength=len(counts))
     below = np.cumsum(counts)
+    if not below[-1]:
+        return (None,) * len(shares)
     found = np.searchsorted(below, [max(1, share * below[-1]) for share in shares])
-    edges = found.clip(max=len(counts) - 1).astype(np.uint32) << 16
-    return tuple(float(v) for v in edges.astype(np.uint32).view(np.float32))
+    return tuple(float(v) for v in (found.astype(np.uint32) << 16).view(np.float32))

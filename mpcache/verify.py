@@ -17,13 +17,14 @@ from mpcache.format import (
     TOKENS,
     ArraySpec,
     DamagedStoreError,
+    check_metadata,
     digest,
     mark_path,
     read_store_file,
     specs,
 )
 from mpcache.objects import digest_file, files_below, is_temporary
-from mpcache.reader import Store, check_metadata, committed_length, open_store
+from mpcache.reader import Store, committed_length, open_store
 from mpcache.writer import values_digest
 
 Fault = Literal["missing", "truncated", "changed", "uncommitted", "foreign", "leftover"]
@@ -121,14 +122,14 @@ def _object_finding(store: Store, part: int, array: str, spec: ArraySpec) -> Fin
     if size != committed["bytes"]:
         fault: Fault = "truncated" if size < committed["bytes"] else "changed"
         return Finding(fault, name, f"{size} bytes, committed were {committed['bytes']}")
-    if digest_file(file) != committed["sha256"]:
+    if digest_file(file) != committed["xxh3_128"]:
         return Finding("changed", name, "its bytes differ from what was committed")
     length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
     try:
         values = store.read_object(array, spec, part, 0, length)
     except DamagedStoreError as error:
         return Finding("changed", name, str(error))
-    if values_digest(values) != committed["values_sha256"]:
+    if values_digest(values) != committed["values_xxh3_128"]:
         return Finding("changed", name, "decodes to other values than were committed")
     return None
 

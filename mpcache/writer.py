@@ -1,18 +1,16 @@
 """Commit one array's part: write its objects, sync them, read them back, then create its mark."""
 
 import datetime
-import hashlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zarr
+import xxhash
 from jaxtyping import Float
 from torch import Tensor
-from zarr.storage import LocalStore
 
 from mpcache.format import (
     GROUP,
@@ -22,12 +20,14 @@ from mpcache.format import (
     ArraySpec,
     DamagedStoreError,
     Layout,
+    check_metadata,
     mark_path,
     seal,
     specs,
+    unseal,
 )
-from mpcache.moments import largest_finite, moments, nonfinite_count, row_norms
-from mpcache.objects import digest_file, put_new, replace, sync
+from mpcache.moments import measure
+from mpcache.objects import digest_file, put_new, replace, sync_folders
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
 
@@ -42,13 +42,10 @@ class Writer:
     def grow(self, array: str, parts: int, width: int = 0) -> None:
         """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
         for spec in specs(array, self.layout, width):
-            for name, data in spec.metadata(parts).items():
-                if put_new(self.path / name, data) or name != spec.metadata_path:
-                    continue
-                if zarr.open_array(_group(self.path), path=spec.name, mode="r").shape[0] < (
-                    parts * spec.part_shape[0]
-                ):
-                    replace(self.path / name, data)
+            files = spec.metadata(parts)
+            is_new = [put_new(self.path / name, data) for name, data in files.items()]
+            if not is_new[-1] and check_metadata(self.path, spec) < parts:
+                replace(self.path / spec.metadata_path, [files[spec.metadata_path]])
 
     def commit_tokens(self, part: int, tokens: np.ndarray, progress: Mapping[str, Any]) -> None:
         """Commit the tokens `[sequences, ctx_len]` of a part, with where the next one starts."""
@@ -66,16 +63,16 @@ class Writer:
     def commit_acts(self, part: int, array: str, x_RW: Float[Tensor, "R W"]) -> None:
         """Commit one side of a hookpoint, rows in the order of the part, in the storage dtype."""
         rows, width = x_RW.shape
-        found = moments(x_RW)
+        found = measure(x_RW)
         stored = x_RW.view(_INTEGER_VIEW.get(x_RW.dtype, x_RW.dtype)).numpy()
-        norms = row_norms(x_RW).numpy()
-        both = torch.stack([found.mean_W, found.variance_W])[None].numpy()
-        values = dict(zip(specs(array, self.layout, width), (stored, norms, both), strict=True))
+        both = torch.stack([found.moments.mean_W, found.moments.variance_W])[None].numpy()
+        arrays = (stored, found.norms_R.numpy(), both)
+        values = dict(zip(specs(array, self.layout, width), arrays, strict=True))
         checks = {
             "width": width,
-            "finite_rows": found.rows,
-            "largest": largest_finite(x_RW),
-            "nonfinite": nonfinite_count(x_RW),
+            "finite_rows": found.moments.rows,
+            "largest": found.largest,
+            "nonfinite": found.nonfinite,
         }
         self._commit(part, array, rows, values, checks)
 
@@ -103,45 +100,48 @@ class Writer:
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **more,
         }
-        put_new(mark, seal(content))
-        sync(mark, self.path)
+        if not put_new(mark, seal(content)):
+            self._refuse_other_values(mark, content["objects"])
+        sync_folders(mark.parent, self.path)
+
+    def _refuse_other_values(self, mark: Path, objects: Any) -> None:
+        """Somebody marked this part while we wrote it: harmless if both wrote the same."""
+        if unseal(mark.read_bytes(), str(mark))["objects"] != objects:
+            raise DamagedStoreError(
+                f"another collection committed other values to {mark} at the same time; "
+                "run mpcache verify, delete the marks that it names, and collect again with one"
+            )
 
     def _write(self, spec: ArraySpec, part: int, data: np.ndarray) -> dict[str, Any]:
         """Write one object, sync it, and describe what a fresh read finds."""
-        array = open_for_writing(self.path, spec)
-        rows = spec.part_shape[0]
-        start = part * rows
-        array[start : start + rows] = _padded(data, rows)
         file = self.path / spec.object_path(part)
-        sync(file, self.path)
-        if not np.array_equal(as_bits(array[start : start + len(data)]), as_bits(data)):
+        written = xxhash.xxh3_128()
+        pieces = spec.encode(_padded(data, spec.part_shape[0]))
+        try:
+            replace(file, _digested(pieces, written))
+            sync_folders(file.parent.parent, self.path / GROUP / spec.name)
+        except OSError as error:
+            error.filename = error.filename or str(file)  # a full disk does not say where
+            raise
+        if (found := digest_file(file)) != written.hexdigest():
             raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
         return {
             "bytes": file.stat().st_size,
-            "sha256": digest_file(file),
-            "values_sha256": values_digest(data),
+            "xxh3_128": found,
+            "values_xxh3_128": values_digest(data),
         }
 
 
-def _group(path: Path) -> LocalStore:
-    return LocalStore(path / GROUP)
-
-
-def open_for_writing(path: Path, spec: ArraySpec) -> Any:
-    """An array that also writes chunks of nothing but zeros, which Zarr would leave out."""
-    array = zarr.open_array(_group(path), path=spec.name, mode="r+")
-    return array.with_config({"write_empty_chunks": True})  # open_array drops such a config
-
-
-def as_bits(values: np.ndarray) -> np.ndarray:
-    """The values as unsigned integers, so that NaN equals itself."""
-    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+def _digested(pieces: Iterator[bytes], digest: xxhash.xxh3_128) -> Iterator[bytes]:
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
 
 
 def values_digest(values: np.ndarray) -> str:
-    """SHA-256 of decoded values: little-endian, C order, without padding."""
+    """XXH3 of decoded values: little-endian, C order, without padding."""
     little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
-    return hashlib.sha256(little.data.cast("B")).hexdigest()
+    return xxhash.xxh3_128(little.data.cast("B")).hexdigest()
 
 
 def _padded(data: np.ndarray, rows: int) -> np.ndarray:

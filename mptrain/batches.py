@@ -29,6 +29,21 @@ class Batch:
         return len(self.positions_B)
 
 
+def resolve_device(name: str) -> torch.device:
+    """The device named; auto takes the first GPU, else the CPU. ValueError: there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()  # its name may be right, and no such device be here
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"device must be one of this machine, got {name!r} ({told}); use auto or cpu"
+        ) from None
+    return device
+
+
 def kept_rows(
     batch: Batch, *, skip_positions: int, finite: Sequence[Side] = ()
 ) -> Bool[Tensor, " B"]:

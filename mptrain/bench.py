@@ -13,11 +13,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Code, Coder
 from mptrain.config import BenchConfig, CoderConfig
 from mptrain.evaluate import sides_of
-from mptrain.fit import resolve_device
 from mptrain.loader import Loader, open_store
 from mptrain.loss import batch_fvu, reconstruction_loss
 from mptrain.pursuit.atoms import argmax

@@ -68,21 +68,33 @@ def save_state(
 
 def load_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The last state that was kept whole; None where there is none."""
-    steps = [int(f.name) for f in (run / "state").glob("*") if f.name.isdecimal()]
-    if not steps:
+    step = last_step(run)
+    if step is None:
         return None
-    folder = run / "state" / str(max(steps))
+    folder = run / "state" / str(step)
     about: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
     return about, load_file(folder / "state.safetensors")
+
+
+def last_step(run: Path) -> int | None:
+    """The train step after which the last whole state was kept; None where there is none."""
+    states = (run / "state").glob("*")
+    return max((int(f.name) for f in states if f.name.isdecimal()), default=None)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a write that was cut short left this behind."""
+    return path.name.endswith(_PARTIAL)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + _PARTIAL)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(_json(content))
     _sync(partial)
     partial.replace(path)
+    _sync(path.parent)
 
 
 def _write_folder(
@@ -93,11 +105,12 @@ def _write_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, content in texts.items():
-        (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+        (partial / name).write_text(_json(content))
         _sync(partial / name)
     for name, named in tensors.items():
         save_file({k: t.detach().cpu().contiguous() for k, t in named.items()}, partial / name)
         _sync(partial / name)
+    _sync(partial)  # the names of its files, before its own
     if folder.exists():  # only a coder is replaced; a state has a name of its own
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -107,6 +120,10 @@ def _write_folder(
     else:
         partial.rename(folder)
     _sync(folder.parent)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def _sync(path: Path) -> None:

@@ -61,7 +61,7 @@ class Coder(nn.Module):
             )
         self.config = config
         self.latents = M
-        self._checked_k(config.k)
+        self.checked_k(config.k)
         self.b_D = _zeros(D)
         self.c_E = None if sae else _zeros(E)
         self.W_MD = _zeros(M, D) if mp else None
@@ -93,14 +93,14 @@ class Coder(nn.Module):
     def encode(
         self, x_BD: Float[Tensor, "batch input"], k: int | None = None, *, over_batch: bool = False
     ) -> Code:
-        """Codes with `k` entries a row (None: as trained). Raises ValueError where `k > M`.
+        """Codes with `k` entries a row (None: as trained). Raises ValueError unless 0 < k <= M.
 
         batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`, those above `threshold`;
         with `over_batch`, or a `k` that is not their own, the strongest of all these rows instead,
         `k` a row on average.
         """
         over_batch = over_batch or k not in (None, self.config.k)
-        k = self.config.k if k is None else self._checked_k(k)
+        k = self.config.k if k is None else self.checked_k(k)
         if self.W_MD is not None:
             return Code(*self._pursue(x_BD - self.b_D, self.W_MD, k, over_batch))
         return Code(*self._encode_linearly(x_BD, k, over_batch), residual_BD=None)
@@ -228,7 +228,10 @@ class Coder(nn.Module):
             shortlist_dtype=config.shortlist_dtype,
         )
 
-    def _checked_k(self, k: int) -> int:
+    def checked_k(self, k: int) -> int:
+        """`k`, where this coder can be run with it; else ValueError."""
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
         if k > self.latents:
             raise ValueError(
                 f"k must be at most the number of latents, got k={k}, latents={self.latents} "

@@ -1,6 +1,7 @@
 """What `mptrain fit` can be told, and the config of one coder."""
 
 import itertools
+import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
@@ -10,6 +11,19 @@ Optimizer = Literal["adam", "muon"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
 Codes = Literal["mp", "gp", "omp"]
+
+_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed")
+_LEAST = {
+    "rows": 1,
+    "batch_rows": 1,
+    "skip_positions": 0,
+    "order_seed": 0,
+    "window_rows": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "eval_rows": 1,
+    "save_every": 1,
+}
 
 PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
 
@@ -76,6 +90,10 @@ class CoderConfig(Recipe):
         for name in ("k", "expansion", "dead_rows", "shortlist_size", "shortlist_refresh"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.auxk_alpha < math.inf:
+            raise ValueError(f"auxk_alpha must be at least 0 and finite, got {self.auxk_alpha}")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
         for name in sorted(_SHORTLIST):
@@ -145,34 +163,27 @@ class FitConfig(Recipe):
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
     order_seed: int = 0
     "seed of the order in which rows are read"
-    window_rows: int = 65_536
+    window_rows: int = 131_072
     "rows mixed in memory; two such windows are held, each row_bytes x window_rows"
     log_every: int = 10
     "train steps between lines of metrics.jsonl"
     eval_every: int = 100
     "train steps between validations"
     eval_rows: int = 65_536
-    "rows of the validation split used at intervals; the last validation uses all"
-    save_every: int = 1000
-    "train steps between checkpoints"
+    "rows of the validation split used for metrics.jsonl; results.json is of all"
+    save_every: int = 200
+    "train steps between saved states, from which an interrupted run goes on"
     allow_nonfinite: bool = False
     "train on a store that holds non-finite values; rows with such values are left out"
     device: str = "auto"
     "torch device; auto takes the first GPU, else the CPU"
 
     def __post_init__(self) -> None:
-        positive = (
-            "rows",
-            "batch_rows",
-            "window_rows",
-            "log_every",
-            "eval_every",
-            "eval_rows",
-            "save_every",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in _LISTS:
+            _refuse_empty_or_twice(name, getattr(self, name))
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
@@ -276,3 +287,11 @@ def _named(name: str, value: object) -> str:
     if value is True:
         return dashed
     return f"{dashed}{value:g}" if isinstance(value, float) else f"{dashed}{value}"
+
+
+def _refuse_empty_or_twice(name: str, values: tuple[object, ...]) -> None:
+    if not values:
+        raise ValueError(f"{name} is empty; name at least one value")
+    if len(set(values)) < len(values):
+        told = ",".join(map(str, values))
+        raise ValueError(f"{name} must name each value once, got {told}")

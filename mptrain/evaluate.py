@@ -3,18 +3,21 @@
 B rows in a batch, D input width, E target width, M latents.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
 from mptrain.config import CoderConfig
-from mptrain.loader import Batch, Loader, Side, kept_rows, open_store
+from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
 from mptrain.loss import Fvu
 from mptrain.sparse import active_latents
 
@@ -36,6 +39,11 @@ class Evaluation:
     "mean number of distinct latents with a non-zero value"
     dead_share: float
     "share of latents that fired in none of these rows"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
+        return all(map(math.isfinite, asdict(self).values()))
 
 
 def sides_of(config: CoderConfig) -> tuple[Side, Side]:
@@ -60,23 +68,51 @@ def evaluate(
 
 
 def evaluate_coder(
-    folder: Path, store_path: Path, other_k: Sequence[int], rows: int | None = None
+    folder: Path,
+    store_path: Path,
+    other_k: Sequence[int],
+    rows: int | None = None,
+    device: str = "auto",
 ) -> list[Evaluation]:
     """Evaluate a saved coder on held-out rows, at its own K and at others.
 
-    Filters are those it was trained with. Raises ValueError for what is no coder or no store.
+    Filters are those it was trained with. The store must have the fingerprint of the one it was
+    trained on: another dataset or seed may hold train rows among its held-out ones.
+
+    Raises:
+        ValueError: no coder, no store or not one for this coder, or a `k` or `rows` below 1.
     """
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    place = resolve_device(device)
     coder, trained = load_coder(folder)
+    store = open_store(store_path)
+    _refuse_other_rows(coder, trained, store)
     sides = tuple(dict.fromkeys(sides_of(coder.config)))
-    with Loader(
-        open_store(store_path), sides, "validation", batch_rows=_BATCH_ROWS, seed=0,
-        device=coder.b_D.device,
-    ) as loader:  # fmt: skip
+    ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
+    coder.to(place)
+    with Loader(store, sides, "validation", batch_rows=_BATCH_ROWS, seed=0, device=place) as loader:
         return evaluate(
-            [(coder, k) for k in dict.fromkeys([coder.config.k, *other_k])],
+            [(coder, k) for k in ks],
             loader.one_pass(rows),
             skip_positions=trained["skip_positions"],
             finite_only=trained["allow_nonfinite"],
+        )
+
+
+def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -> None:
+    own = (len(coder.b_D), len(coder.output_bias_E))
+    for name, width, side in zip(("input", "target"), own, sides_of(coder.config), strict=True):
+        if width != store.width(*side):
+            raise ValueError(
+                f"the coder's {name} has width {width}, {':'.join(side)} of {store.path} has "
+                f"{store.width(*side)}; evaluate on the store it was trained on"
+            )
+    if trained["store_fingerprint"] != store.fingerprint:
+        raise ValueError(
+            f"{store.path} has fingerprint {store.fingerprint}, the coder was trained on "
+            f"{trained['store_fingerprint']}; evaluate on the store it was trained on, or one of "
+            "the same fingerprint"
         )
 
 
@@ -108,8 +144,6 @@ class _Tally:
         idx_BK: Tensor,
         val_BK: Tensor,
     ) -> None:
-        if not len(y_BE):
-            return
         self.kept.add_(y_BE, y_hat_BE)
         self.active += float(active_latents(idx_BK, val_BK).double().sum())
         self.fired_M[idx_BK.flatten() + 1] = True  # place 0 takes the -1 of unused entries

@@ -1,7 +1,12 @@
 """Train a grid of coders in one pass over a store; the same command goes on where it stopped."""
 
+import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_state, save_coder, save_state, write_json
 from mptrain.coder import Coder
 from mptrain.config import CoderConfig, FitConfig
@@ -18,6 +24,8 @@ from mptrain.metrics import Record, append, rewind
 from mptrain.optimize import make_optimizers
 from mptrain.runs import Run, open_run
 from mptrain.train_step import Learner, StepResult
+
+_SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 
 
 @dataclass(kw_only=True)
@@ -35,11 +43,16 @@ class Trainee:
     def sides(self) -> tuple[Side, Side]:
         return sides_of(self.config)
 
+    def rows_per_second(self, rows: int) -> float:
+        """Of this many rows read; 0 where no batch had a row to train on."""
+        return rows / self.train_seconds if self.train_seconds else 0.0
+
 
 def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     """Train, evaluate and save every coder of the grid; gives a row of results for each.
 
     Raises:
+        KeyboardInterrupt: on Ctrl-C; in training, the step in hand is ended and the state saved.
         ValueError: the user's mistake, or non-finite values in the store.
         DamagedStoreError (an OSError): the store's bytes are not what was committed.
     """
@@ -47,6 +60,8 @@ def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     device = resolve_device(config.device)
     grid = config.coders()
     sides = tuple(dict.fromkeys(side for one in grid for side in sides_of(one)))
+    _refuse_skipping_all(config, store)
+    _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
     trainees = [make_trainee(one, config, store, device) for one in grid]
     with (
@@ -55,13 +70,6 @@ def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     ):
         run = open_run(config, store.source, store.fingerprint, train.order_digest)
         return Fitting(config, run, trainees, train, validation, quiet).fit()
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device named; auto takes the first GPU, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train_steps(config: FitConfig) -> int:
@@ -108,16 +116,24 @@ class Fitting:
         """Train to the last step, then evaluate on the whole validation split and save."""
         start = self._continue()
         batches = self.train.batches(start * self.config.batch_rows)
-        with tqdm(
-            total=self.steps * self.config.batch_rows,
-            initial=start * self.config.batch_rows,
-            desc=f"fit {len(self.trainees)} coders",
-            unit="row",
-            unit_scale=True,
-            disable=self.quiet,
-        ) as bar:
+        with (
+            held_interrupt() as interrupted,
+            tqdm(
+                total=self.steps * self.config.batch_rows,
+                initial=start * self.config.batch_rows,
+                desc=f"fit {len(self.trainees)} coders",
+                unit="row",
+                unit_scale=True,
+                disable=self.quiet,
+            ) as bar,
+        ):
             for step in range(start + 1, self.steps + 1):
                 self._train_and_observe(step, next(batches), bar)
+                stops = interrupted()
+                if stops or step % self.config.save_every == 0 or step == self.steps:
+                    self._save(step)
+                if stops:
+                    raise KeyboardInterrupt
         return self._finish()
 
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
@@ -127,10 +143,10 @@ class Fitting:
         is_evaluated = step % self.config.eval_every == 0 or step == self.steps
         if is_evaluated:
             evaluations = self._evaluate(self.config.eval_rows)
-        if is_evaluated or step % self.config.log_every == 0:
-            self._log(step, results, evaluations, bar)
-        if step % self.config.save_every == 0 or step == self.steps:
-            self._save(step)
+        is_due = is_evaluated or step % self.config.log_every == 0
+        self._log(step, is_due, results, evaluations)
+        if is_due:
+            self._show(results, bar)
 
     def _train(self, batch: Batch) -> list[StepResult | None]:
         return [
@@ -153,9 +169,11 @@ class Fitting:
         return x_BD, x_BD if target == source else batch.values[target][kept_B]
 
     def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
+        trainee.lr = trainee.learner.optimizers.lr
+        if not len(x_BD):
+            return None  # the mean over no rows would be NaN
         self._synchronise()
         began = time.perf_counter()
-        trainee.lr = trainee.learner.optimizers.lr
         result = trainee.learner.step(x_BD, y_BE)
         trainee.diverged = not bool(result.loss.isfinite())
         self._synchronise()
@@ -177,13 +195,17 @@ class Fitting:
     def _log(
         self,
         step: int,
+        is_due: bool,
         results: Sequence[StepResult | None],
         evaluations: Sequence[Evaluation | None],
-        bar: "tqdm[Any]",
     ) -> None:
+        """A record of each coder where one is due, and a last one of those that diverge here."""
         for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
-            if result is not None:
+            just_diverged = trainee.diverged and result is not None
+            if just_diverged or (is_due and not trainee.diverged):
                 append(self.run.metrics, self._record(step, trainee, result, evaluation))
+
+    def _show(self, results: Sequence[StepResult | None], bar: "tqdm[Any]") -> None:
         fvus = [float(result.fvu) for result in results if result is not None]
         if fvus:
             bar.set_postfix_str(
@@ -191,21 +213,22 @@ class Fitting:
             )
 
     def _record(
-        self, step: int, trainee: Trainee, result: StepResult, evaluation: Evaluation | None
+        self, step: int, trainee: Trainee, result: StepResult | None, evaluation: Evaluation | None
     ) -> Record:
         rows = step * self.config.batch_rows
+        validation_fvu = None if evaluation is None else evaluation.fvu
         return Record(
             coder=trainee.config.name,
             step=step,
             rows=rows,
             train_seconds=trainee.train_seconds,
             wait_seconds=self.waited_before + self.train.wait_seconds,
-            fvu=float(result.fvu),
-            validation_fvu=None if evaluation is None else evaluation.fvu,
-            l0=float(result.l0),
+            fvu=math.nan if result is None else float(result.fvu),
+            validation_fvu=math.nan if trainee.diverged else validation_fvu,
+            l0=math.nan if result is None else float(result.l0),
             dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
             lr=trainee.lr,
-            rows_per_second=rows / trainee.train_seconds,
+            rows_per_second=trainee.rows_per_second(rows),
             peak_memory_bytes=peak_memory_bytes(self.device),
         )
 
@@ -249,6 +272,8 @@ class Fitting:
     def _finish(self) -> list[dict[str, Any]]:
         results = []
         for trainee, evaluation in zip(self.trainees, self._evaluate(None), strict=True):
+            if evaluation is not None and not evaluation.is_finite:
+                trainee.diverged, evaluation = True, None  # in its last update
             result = self._result(trainee, evaluation)
             results.append(result)
             if not trainee.diverged:
@@ -264,7 +289,7 @@ class Fitting:
             "diverged": trainee.diverged,
             "rows_trained": rows,
             "train_seconds": trainee.train_seconds,
-            "rows_per_second": rows / trainee.train_seconds,
+            "rows_per_second": trainee.rows_per_second(rows),
             "validation": None if evaluation is None else asdict(evaluation),
         }
 
@@ -279,7 +304,31 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def held_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold back a first Ctrl-C, and tell whether it came; a second one interrupts at once."""
+    came = False
+
+    def hold(*_: object) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    # only the main thread gets Ctrl-C, and a handler that someone else has set is theirs
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _loader(
@@ -298,6 +347,38 @@ def _loader(
         window_rows=config.window_rows,
         device=device,
     )
+
+
+def _refuse_skipping_all(config: FitConfig, store: Store) -> None:
+    if config.skip_positions >= store.ctx_len:
+        raise ValueError(
+            "skip_positions must be less than ctx_len, got "
+            f"skip_positions={config.skip_positions}, ctx_len={store.ctx_len}; use fewer"
+        )
+
+
+def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
+    """Common parts alone would make a coder's rows depend on its companions."""
+    found = {
+        side: {p.number for split in _SPLITS for p in store.parts([side], split)} for side in sides
+    }
+    everything = set[int]().union(*found.values())
+    if any(parts != everything for parts in found.values()):
+        told = "; ".join(
+            f"{':'.join(side)} has parts {_ranges(parts)}" for side, parts in found.items()
+        )
+        raise ValueError(
+            f"the sides in {store.path} have different parts ({told}); "
+            "collect the missing parts, or fit the sides in separate runs"
+        )
+
+
+def _ranges(numbers: set[int]) -> str:
+    """Ascending numbers as runs: 0-6, 8."""
+    starts = sorted(n for n in numbers if n - 1 not in numbers)
+    ends = sorted(n for n in numbers if n + 1 not in numbers)
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs) or "none"
 
 
 def _refuse_nonfinite(config: FitConfig, store: Store, sides: Sequence[Side]) -> None:

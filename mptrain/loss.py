@@ -47,6 +47,8 @@ class Fvu:
     ) -> None:
         """Count these rows in. Waits for no device."""
         y_BE, rows = y_BE.double(), y_BE.shape[0]
+        if not rows:
+            return
         mean_E = y_BE.mean(0)
         if self._mean_E is None:
             self._mean_E = torch.zeros_like(mean_E)

@@ -1,8 +1,11 @@
 """The lines of a run's `metrics.jsonl`: written while it trains, read back by plots and reports."""
 
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,9 @@ class Record:
     wait_seconds: float
     "time the run waited for data since it began"
     fvu: float
-    "fraction of variance unexplained on the train batch, before its update"
+    "fraction of variance unexplained on the train batch, before its update; NaN: it had no rows"
     validation_fvu: float | None = None
-    "fraction of variance unexplained on the validation rows; None: not evaluated at this step"
+    "fraction of variance unexplained on the validation rows; None: not evaluated; NaN: diverged"
     l0: float
     "latents with a non-zero value, mean over the rows of the train batch"
     dead_share: float
@@ -36,6 +39,22 @@ class Record:
     "`rows` by `train_seconds`"
     peak_memory_bytes: int
     "largest memory in use so far: of the GPU if there is one, else of the process"
+
+
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+@contextmanager
+def writing_in(place: Path) -> Iterator[None]:
+    """Turn errors of a place that cannot be written into ValueError, the user's mistake."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise ValueError(
+            f"cannot write in {place}: {error.strerror}; name a place that you may write to"
+        ) from None
 
 
 def append(path: Path, record: Record) -> None:

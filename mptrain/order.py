@@ -49,19 +49,19 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Group:
-    """A window of chunks whose rows are mixed."""
+class Window:
+    """Chunks whose rows are mixed."""
 
     chunks: tuple[Chunk, ...]
     key: tuple[int, int, int]
-    "seed, epoch and number of the group"
+    "seed, epoch and number of the window"
 
     @property
     def rows(self) -> int:
         return sum(chunk.rows for chunk in self.chunks)
 
     def permutation(self) -> Integers:
-        """Row `i` of the group's order is row `permutation()[i]` of its chunks laid end to end."""
+        """Row `i` of the window's order is row `permutation()[i]` of its chunks laid end to end."""
         seed, *place = self.key
         noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))
         # a stable sort of random words: ties are as good as impossible, and do no harm
@@ -69,7 +69,7 @@ class Group:
 
 
 class EpochOrder:
-    """Groups of chunks in the order of reading; O(parts) memory, O(window) for one group."""
+    """Windows in the order of reading; O(parts) memory, O(window) for one of them."""
 
     def __init__(
         self, part_sizes: Sequence[int], chunk_rows: int, key: tuple[int, int], window: int
@@ -80,7 +80,7 @@ class EpochOrder:
         self._first = np.concatenate([[0], np.cumsum(chunks)])  # chunks before each part
         self._shuffle = Shuffle(int(self._first[-1]), key)
         self._find_short(chunks * chunk_rows - self._sizes)
-        self.groups = -(-int(self._first[-1]) // window)
+        self.windows = -(-int(self._first[-1]) // window)
 
     def _find_short(self, missing: Integers) -> None:
         """Where the short last chunks came to lie: what a seek must leave out of its count."""
@@ -94,30 +94,30 @@ class EpochOrder:
         """Rows in the epoch."""
         return int(self._sizes.sum())
 
-    def start(self, group: int) -> int:
-        """Rows before the group."""
-        place = min(group * self._window, int(self._first[-1]))
+    def start(self, number: int) -> int:
+        """Rows before the window of that number."""
+        place = min(number * self._window, int(self._first[-1]))
         short = np.searchsorted(self._short_places, place)
         return place * self._chunk_rows - int(self._missing[short])
 
     def locate(self, offset: int) -> tuple[int, int]:
-        """The group that holds row `offset` of the epoch, and the rows of the group before it."""
+        """Number of the window that holds row `offset` of the epoch, and its rows before that."""
         if not 0 <= offset < len(self):
             raise ValueError(f"offset must be in [0, {len(self)}), got {offset}")
-        group = bisect.bisect_right(range(self.groups), offset, key=self.start) - 1
-        return group, offset - self.start(group)
+        number = bisect.bisect_right(range(self.windows), offset, key=self.start) - 1
+        return number, offset - self.start(number)
 
-    def group(self, group: int) -> Group:
-        """The chunks of a group, in the order in which they are laid end to end."""
-        if not 0 <= group < self.groups:
-            raise IndexError(f"group must be in [0, {self.groups}), got {group}")
-        end = min((group + 1) * self._window, int(self._first[-1]))
-        chunk = self._shuffle(np.arange(group * self._window, end))
+    def window(self, number: int) -> Window:
+        """The chunks of a window, in the order in which they are laid end to end."""
+        if not 0 <= number < self.windows:
+            raise IndexError(f"window must be in [0, {self.windows}), got {number}")
+        end = min((number + 1) * self._window, int(self._first[-1]))
+        chunk = self._shuffle(np.arange(number * self._window, end))
         part = np.searchsorted(self._first, chunk, side="right") - 1
-        number = chunk - self._first[part]
-        rows = np.minimum(self._chunk_rows, self._sizes[part] - number * self._chunk_rows)
-        triples = zip(part.tolist(), number.tolist(), rows.tolist(), strict=True)
-        return Group(tuple(Chunk(*triple) for triple in triples), (*self._key, group))
+        in_part = chunk - self._first[part]
+        rows = np.minimum(self._chunk_rows, self._sizes[part] - in_part * self._chunk_rows)
+        triples = zip(part.tolist(), in_part.tolist(), rows.tolist(), strict=True)
+        return Window(tuple(Chunk(*triple) for triple in triples), (*self._key, number))
 
 
 class Shuffle:

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mptrain.config import CoderConfig
-from mptrain.metrics import Record, json_value, read_records
+from mptrain.metrics import Record, json_value, read_records, writing_in
 
 ARCHS = {
     "mp": ("#c8202f", "matching pursuit (MP)"),
@@ -56,6 +56,11 @@ class Curve:
     def panel(self) -> Panel:
         return (self.coder.hookpoint, self.coder.kind, self.coder.k)
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its last validation is not finite; it is drawn until then."""
+        return not math.isfinite(float(self.records[-1].validation_fvu or 0))
+
     def finite(self) -> list[tuple[float, float]]:
         """(train seconds, FVU) of the validations that can be drawn."""
         pairs = [(r.train_seconds, float(r.validation_fvu or 0)) for r in self.records]
@@ -67,7 +72,8 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
     hookpoint, kind and k. Writes `out` with the endings png, svg, csv and json; gives their paths.
 
     Raises:
-        ValueError: a run is no run, or one of its coders has not been validated.
+        ValueError: a run is no run, one of its coders has not been validated, or `out` cannot be
+            written.
     """
     curves = [curve for run in runs for curve in read_curves(run)]
     if title is None:
@@ -75,13 +81,13 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
     if not curves:
         raise ValueError("there is nothing to plot; name at least one run")
     stem = out.with_suffix("") if out.suffix in (".png", ".svg", ".csv", ".json") else out
-    stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{end}") for end in ("png", "svg", "csv", "json")]
-    with matplotlib.rc_context(RC):
+    with writing_in(stem.parent), matplotlib.rc_context(RC):
+        stem.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(curves, title)
         figure.savefig(paths[0], dpi=DPI)
         figure.savefig(paths[1], metadata={"Date": None})
-    write_table(curves, *paths[2:])
+        write_table(curves, *paths[2:])
     return paths
 
 

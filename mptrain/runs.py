@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mptrain.checkpoint import write_json
+from mptrain.checkpoint import is_partial, write_json
 from mptrain.config import FitConfig
+from mptrain.metrics import writing_in
 
 # where a run lives and what it is computed on may change between its commands
 _FREE = {"run", "store", "device"}
@@ -28,7 +29,8 @@ def open_run(config: FitConfig, source: str, fingerprint: str, order_digest: str
     """Make the run, or check that the one there was started with the same config and rows.
 
     Raises:
-        ValueError: the folder holds another run, or something that is no run; says what differs.
+        ValueError: the folder holds another run, or something that is no run, or cannot be written;
+            says what differs.
     """
     folder = Path(config.run)
     provenance = {"store_fingerprint": fingerprint, "order_digest": order_digest}
@@ -45,20 +47,26 @@ def open_run(config: FitConfig, source: str, fingerprint: str, order_digest: str
     file = folder / "config.json"
     if file.exists():
         _refuse_difference(file, json.loads(json.dumps(started)))
-    elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
         raise ValueError(f"{folder} exists and is no run; name a new or empty folder")
     else:
-        write_json(file, started)
+        with writing_in(folder):
+            write_json(file, started)
     return Run(folder, {**provenance, **filters})
 
 
 def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
     stored = json.loads(file.read_bytes())
     pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted["fit"].items() if n not in _FREE]
-    pairs += [(n, stored[n], wanted[n]) for n in ("store_fingerprint", "order_digest")]
+    pairs += [("store_fingerprint", stored["store_fingerprint"], wanted["store_fingerprint"])]
     different = [f"{name}: {old} there, {new} asked" for name, old, new in pairs if old != new]
     if different:
         raise ValueError(
             f"{file.parent} is a run with another config ({'; '.join(different)}); "
             "use its config, or name another run"
+        )
+    if stored["order_digest"] != wanted["order_digest"]:
+        raise ValueError(
+            f"{file.parent} cannot go on: the store has other parts than when the run began; "
+            "name another run"
         )

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from mptrain.order import Chunk, Group, epoch_order
+from mptrain.order import Chunk, Window, epoch_order
 
 Side = tuple[str, str]
 
@@ -24,9 +24,9 @@ Side = tuple[str, str]
 class Plan:
     """A window before it is read: chunks to lay end to end, and their rows in order."""
 
-    group: Group
+    window: Window
     order_N: Int[Tensor, " N"]
-    "rows to hand over; all of the group's, or fewer where a stream starts or ends"
+    "rows to hand over; all of the window's, or fewer where a stream starts or ends"
 
 
 def endless_plans(
@@ -37,9 +37,9 @@ def endless_plans(
     while True:
         order = epoch_order(part_sizes, chunk_rows, seed=seed, epoch=epoch, window=window)
         first, skip = order.locate(within)
-        for number in range(first, order.groups):
-            group = order.group(number)
-            yield Plan(group, torch.from_numpy(group.permutation())[skip:])
+        for number in range(first, order.windows):
+            coming = order.window(number)
+            yield Plan(coming, torch.from_numpy(coming.permutation())[skip:])
             skip = 0
         epoch, within = epoch + 1, 0
 
@@ -49,12 +49,12 @@ def one_pass_plans(
 ) -> Iterator[Plan]:
     """The first `rows` rows of one order of chunks, the same for all windows."""
     order = epoch_order(part_sizes, chunk_rows, seed=0, epoch=0, window=window)
-    for number in range(order.groups):
+    for number in range(order.windows):
         rest = rows - order.start(number)
         if rest <= 0:
             return
-        group = order.group(number)
-        yield Plan(group, torch.arange(min(rest, group.rows)))
+        coming = order.window(number)
+        yield Plan(coming, torch.arange(min(rest, coming.rows)))
 
 
 # --- reading ---
@@ -121,9 +121,9 @@ def _start(
     plan: Plan, source: Source, readers: Executor
 ) -> tuple[Rows, Int[Tensor, " N"], list[Future[None]]]:
     """Allocate a window and have it filled by the reading threads."""
-    window, at = source.empty(plan.group.rows, pinned=False), 0
+    window, at = source.empty(plan.window.rows, pinned=False), 0
     jobs: list[tuple[Tensor, Callable[[], Tensor]]] = []
-    for chunk in plan.group.chunks:
+    for chunk in plan.window.chunks:
         here = slice(at, at + chunk.rows)
         jobs.append((window.positions_N[here], partial(source.read_positions, chunk)))
         for side, values in window.values.items():

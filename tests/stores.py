@@ -27,6 +27,7 @@ def small_config(folder: Path, **changes: object) -> CollectConfig:
     """A config over a tiny model and corpus that it makes in `folder`."""
     if not (folder / "model").exists():
         save_tiny(folder / "model")
+    if not (folder / "corpus.jsonl").exists():
         write_corpus(folder / "corpus.jsonl")
     settings: dict[str, object] = {
         "model": str(folder / "model"),

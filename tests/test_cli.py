@@ -1,9 +1,13 @@
 """Both command lines: wrong input gets one clear line and exit code 2, and nothing is written."""
 
+import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,11 @@ from typer.testing import CliRunner
 
 from cli.mpcache import app as mpcache
 from cli.mptrain import app as mptrain
+from cli.options import field_docs
 from models import save_tiny, tiny_tokenizer
+from mpcache import collect as collect_stage
+from mptrain import fit as fit_stage
+from mptrain.config import FitConfig
 from stores import small_config, small_store, write_corpus
 
 COLLECT = ("--rows", "600", "--ctx-len", "16", "--part-rows", "192", "--chunk-rows", "32")
@@ -108,7 +116,7 @@ def test_unknown_format_version(place: Path, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(place: Path) -> None:
     below_a_file = str(place / "corpus.jsonl" / "store")
-    assert "cannot write" in one_line(collect(place, below_a_file, "--hookpoints", "layers.0"))
+    assert "Not a directory" in one_line(collect(place, below_a_file, "--hookpoints", "layers.0"))
 
 
 def test_a_folder_that_is_no_store_stays_as_it_is(place: Path, tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
     for result in results:
         coder = str(run / "coders" / result["coder"])
         evaluated = CliRunner().invoke(mptrain, ["eval", coder, store, "--k", "1", "--json"])
-        own, other = json.loads(evaluated.stdout)
+        own, other = json.loads(evaluated.stdout)["rows"]
         assert own == pytest.approx(result["validation"])  # batches are of another size
         assert (own["k"], other["k"]) == (3, 1)
         assert other["fvu"] > own["fvu"]
@@ -183,6 +191,42 @@ def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
     assert plotted.exit_code == 0, plotted.output
     suffixes = {f.suffix for f in tmp_path.glob("fvu.*")}
     assert suffixes == {".png", ".svg", ".csv", ".json"}
+
+
+def test_a_full_disk_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
+    assert result.exit_code == 1
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "No space left on device" in told
+    assert str(tmp_path / "new") in told
+
+
+def test_ctrl_c_says_how_to_go_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect_stage, "capture_part", interrupted)
+    result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    monkeypatch.undo()
+    assert collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0").exit_code == 0
+
+
+def test_bench_measures_both(place: Path) -> None:
+    arguments = ["bench", str(place / "model"), str(place / "corpus.jsonl"), *COLLECT]
+    options = ["--hookpoints", "layers.0,layers.1.mlp", "--repeats", "1", "--json"]
+    found = json.loads(CliRunner().invoke(mpcache, [*arguments, *options]).stdout)
+    assert (found["arrays"], found["bytes_per_row"], found["rows"]) == (3, 3 * 16 * 2, 768)
+    assert found["ratio"] > 0
 
 
 @pytest.mark.parametrize(
@@ -220,3 +264,79 @@ def test_fit_stops_on_a_flipped_byte(place: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "acts/layers.0/output/c/0/0 is damaged" in result.stderr
     assert not (tmp_path / "run" / "coders").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--hookpoints", ","), "hookpoints is empty"),
+        (("--hookpoints", "layers.0", "--k", ","), "k is empty"),
+        (("--hookpoints", "layers.0,layers.0"), "must name each value once"),
+        (("--hookpoints", "layers.0", "--device", "foo"), "use auto or cpu"),
+        (("--hookpoints", "layers.0", "--lr", "nan"), "lr must be positive"),
+        (("--hookpoints", "layers.0", "--skip-positions", "16"), "skip_positions=16, ctx_len=16"),
+    ],
+)
+def test_settings_that_cannot_be_fitted(
+    place: Path, tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
+    if "--k" in options:
+        fit = [*fit[:4], *FIT[2:], *options]
+    assert told in one_line(CliRunner().invoke(mptrain, fit))
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_hookpoints_to_collect(place: Path, tmp_path: Path) -> None:
+    told = one_line(collect(place, str(tmp_path / "new"), "--hookpoints", ","))
+    assert "hookpoints is empty" in told
+
+
+def test_runs_and_figures_below_a_file(place: Path, tmp_path: Path) -> None:
+    below = str(place / "corpus.jsonl" / "run")
+    fit = ["fit", str(place / "store"), "--hookpoints", "layers.0", *FIT]
+    assert "cannot write in" in one_line(CliRunner().invoke(mptrain, [*fit, "--run", below]))
+    assert CliRunner().invoke(mptrain, [*fit, "--run", str(tmp_path / "run")]).exit_code == 0
+    plot = ["plot", str(tmp_path / "run"), "--out", below]
+    assert "cannot write in" in one_line(CliRunner().invoke(mptrain, plot))
+
+
+def test_eval_takes_lists_and_refuses_nothing_to_do(place: Path, tmp_path: Path) -> None:
+    store, run = str(place / "store"), str(tmp_path / "run")
+    fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", "--arch", "mp", *FIT]
+    fitted = CliRunner().invoke(mptrain, [*fit, "--json"])
+    name = json.loads(fitted.stdout)[0]["coder"]
+    evaluate = ["eval", f"{run}/coders/{name}", store]
+    found = CliRunner().invoke(mptrain, [*evaluate, "--k", "1,2", "--k", "4", "--json"])
+    assert [row["k"] for row in json.loads(found.stdout)["rows"]] == [3, 1, 2, 4]
+    for options, told in [
+        (("--rows", "0"), "rows must be at least 1, got 0"),
+        (("--k", "0"), "k must be at least 1, got 0"),
+        (("--device", "foo"), "use auto or cpu"),
+    ]:
+        assert told in one_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
+
+
+def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presses = 0
+
+    def pressed(*_: object) -> list[None]:
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        return [None, None]
+
+    monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
+    fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
+    for times, told in ((2, "starts anew"), (1, "goes on after train step 1")):
+        presses = times
+        result = CliRunner().invoke(mptrain, [*fit, *FIT])
+        assert result.exit_code == 130
+        assert told in result.stderr
+
+
+def test_every_field_has_its_own_or_an_inherited_doc() -> None:
+    docs = field_docs(FitConfig)
+    assert list(docs)[:3] == ["store", "run", "hookpoints"]
+    assert {"optimizer", "dead_rows"} <= docs.keys() == {f.name for f in fields(FitConfig)}

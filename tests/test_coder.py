@@ -257,3 +257,25 @@ def test_batch_mp_gradcheck(output: int):
     assert torch.autograd.gradcheck(
         lambda x, W: pursue(x, W, 4, 0.0, coder.search, False, cut)[output], (x_BD, W_MD)
     )
+
+
+def test_no_rows_change_no_fvu() -> None:
+    fvu, rows = Fvu(), torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    fvu.add_(rows[:0], rows[:0])
+    fvu.add_(rows, rows + 1)
+    before = fvu.value
+    fvu.add_(rows[:0], rows[:0])
+    assert (fvu.value, fvu.rows) == (before, 2)
+    assert np.isfinite(before)
+
+
+@pytest.mark.parametrize(("kind", "arch"), ALL)
+def test_no_rows_have_no_codes(kind: Kind, arch: Arch) -> None:
+    coder = make_coder(kind, arch)
+    empty = torch.zeros(0, 6)
+    code = coder.encode(empty)
+    entries = {"batch-mp": 6, "batch-topk": 12}.get(arch, 3)  # before they are cut
+    assert code.idx_BK.shape == (0, entries)
+    assert len(coder.predict(code, empty)) == 0
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        coder.encode(empty, 0)

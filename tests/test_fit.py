@@ -2,6 +2,13 @@
 
 import dataclasses
 import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mptrain import checkpoint
 from mptrain import fit as fit_stage
-from mptrain.checkpoint import load_coder
+from mptrain.checkpoint import load_coder, write_json
 from mptrain.config import FitConfig
-from mptrain.evaluate import evaluate_coder
+from mptrain.evaluate import Evaluation, evaluate_coder
 from mptrain.fit import fit
 from mptrain.metrics import Record, read_records
 from stores import small_store
@@ -141,12 +149,10 @@ def test_every_option_changes_the_coders(
     base = {"arch": changes.get("arch", ("mp", "topk"))}
     if "auxk_alpha" in changes:
         base["dead_rows"] = 1
-    fit(config(store, tmp_path / "base", **base))
-    fit(config(store, tmp_path / "other", **{**base, **changes}))
-    first = sorted(weights(tmp_path / "base").items())
-    second = sorted(weights(tmp_path / "other").items())
-    unequal = [a for (_, a), (_, b) in zip(first, second, strict=False) if not torch.equal(a, b)]
-    assert unequal or len(first) != len(second)
+    first = fit(config(store, tmp_path / "base", **base))
+    second = fit(config(store, tmp_path / "other", **{**base, **changes}))
+    fvus = [{result["validation"]["fvu"] for result in results} for results in (first, second)]
+    assert fvus[0].isdisjoint(fvus[1])
 
 
 def test_back_ends_agree_but_are_named_apart(store: str, tmp_path: Path) -> None:
@@ -221,3 +227,233 @@ def test_damaged_and_foreign_coders_are_refused(store: str, tmp_path: Path) -> N
     (folder / "coder.json").write_text(json.dumps({**about, "format_version": 3}))
     with pytest.raises(ValueError, match="coder format 3"):
         load_coder(folder)
+
+
+@pytest.mark.parametrize("stops_at", [1, 7, 10, 24])
+def test_ctrl_c_ends_the_step_and_keeps_its_state(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int
+) -> None:
+    train, calls = fit_stage.Fitting._train, 0
+
+    def pressed(self: fit_stage.Fitting, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stops_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train(self, batch)
+
+    fit(config(store, tmp_path / "whole"))
+    monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "broken"))
+    assert [f.name for f in (tmp_path / "broken/state").iterdir()] == [str(stops_at)]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    fit(config(store, tmp_path / "broken"))
+    assert calls == 24
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert lasting(tmp_path / "whole") == lasting(tmp_path / "broken")
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "run"))
+    assert not (tmp_path / "run/state").exists()
+
+
+def killing(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """Kills its own process at the n-th call, halfway between what is around it."""
+    left = call
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return killed
+
+
+def fit_until_killed(config: FitConfig, step: int, saved: int) -> None:
+    """Runs in a process of its own; 0 is never."""
+    fit_stage.Fitting._train_one = killing(fit_stage.Fitting._train_one, step)  # type: ignore[method-assign]
+    # between state.json and state.safetensors
+    checkpoint.save_file = killing(checkpoint.save_file, saved)
+    fit(config)
+
+
+@pytest.mark.slow
+def test_killed_three_times_equals_never_killed(store: str, tmp_path: Path) -> None:
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(1)
+    context.set_forkserver_preload(["mptrain.fit"])
+    killed = config(store, tmp_path / "killed", rows=64 * 40, save_every=4)
+    moments = [(draw.randrange(20, 50), 0), (0, draw.randrange(2, 4)), (draw.randrange(20, 50), 0)]
+    for moment in [*moments, (0, 0)]:
+        process = context.Process(target=fit_until_killed, args=(killed, *moment))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if any(moment) else 0)
+        if moment[1]:
+            left = {f.name for f in tmp_path.glob("killed/state/*.partial/*")}
+            assert left == {"state.json"}
+    fit(dataclasses.replace(killed, run=str(tmp_path / "whole")))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert lasting(tmp_path / "whole") == lasting(tmp_path / "killed")
+
+
+def test_a_run_whose_first_write_was_cut_can_begin(store: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json.partial").write_text("{")
+    fit(config(store, tmp_path / "run", rows=64))
+
+
+def test_a_batch_without_rows_is_no_divergence(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, calls = fit_stage.kept_rows, 0
+
+    def none_at_first(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        kept_B = keep(*args, **kwargs)
+        return kept_B & (calls > 2)  # two pairs of sides
+
+    monkeypatch.setattr(fit_stage, "kept_rows", none_at_first)
+    results = fit(config(store, tmp_path / "run", log_every=1))
+    assert not any(result["diverged"] for result in results)
+    assert all(math.isnan(r.fvu) for r in lasting(tmp_path / "run") if r.step == 1)
+    assert all(math.isfinite(r.fvu) for r in lasting(tmp_path / "run") if r.step == 2)
+
+
+def test_a_final_fvu_that_is_no_number_is_a_divergence(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = fit_stage.evaluate
+
+    def spoilt(*args: Any, **kwargs: Any) -> list[Evaluation]:
+        first, *rest = evaluate(*args, **kwargs)
+        return [dataclasses.replace(first, fvu=math.inf), *rest]
+
+    monkeypatch.setattr(fit_stage, "evaluate", spoilt)
+    results = fit(config(store, tmp_path / "run"))
+    assert [r["diverged"] for r in results] == [True, False, False, False]
+    assert len(list((tmp_path / "run/coders").iterdir())) == 3
+    json.loads((tmp_path / "run/results.json").read_text(), parse_constant=pytest.fail)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "bad.json", math.nan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"skip_positions": -1}, "skip_positions must be at least 0, got -1"),
+        ({"order_seed": -1}, "order_seed must be at least 0, got -1"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"auxk_alpha": -0.5}, "auxk_alpha must be at least 0 and finite, got -0.5"),
+        ({"hookpoints": ()}, "hookpoints is empty"),
+        ({"kind": ()}, "kind is empty"),
+        ({"arch": ()}, "arch is empty"),
+        ({"k": ()}, "k is empty"),
+        ({"expansion": ()}, "expansion is empty"),
+        ({"seed": ()}, "seed is empty"),
+        ({"k": (16, 16)}, "k must name each value once, got 16,16"),
+        ({"hookpoints": ("a", "b", "a")}, "hookpoints must name each value once, got a,b,a"),
+    ],
+    ids=str,
+)
+def test_configs_that_cannot_be(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        config("store", Path("run"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"skip_positions": 16}, "skip_positions=16, ctx_len=16"),
+        ({"device": "foo"}, "device must be one of this machine, got 'foo'"),
+        ({"device": "cuda:99"}, "use auto or cpu"),
+        ({"device": "meta"}, "use auto or cpu"),
+    ],
+    ids=str,
+)
+def test_fits_that_cannot_be_write_nothing(
+    store: str, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told) as error:
+        fit(config(store, tmp_path / "run", **changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sides_of_different_extent_are_refused(tmp_path: Path) -> None:
+    store = str(small_store(tmp_path, hookpoints=("layers.0",), rows=700)[0])
+    small_store(tmp_path, hookpoints=("layers.1.mlp",), rows=300)
+    both = {"hookpoints": ("layers.0", "layers.1.mlp"), "kind": ("sae",), "rows": 64}
+    with pytest.raises(
+        ValueError, match=r"layers\.0:output has parts 0-\d+; layers\.1\.mlp:output"
+    ):
+        fit(config(store, tmp_path / "run", **both))
+    assert not (tmp_path / "run").exists()
+    fit(config(store, tmp_path / "run", **both | {"hookpoints": ("layers.0",)}))
+
+
+def test_a_store_that_grew_ends_the_run_in_words(tmp_path: Path) -> None:
+    store = str(small_store(tmp_path, rows=300)[0])
+    fit(config(store, tmp_path / "run", rows=64))
+    small_store(tmp_path, rows=1500)
+    with pytest.raises(ValueError, match="other parts than when the run began") as error:
+        fit(config(store, tmp_path / "run", rows=64))
+    assert "order_digest" not in str(error.value)
+    with pytest.raises(ValueError, match=r"lr: None there, 0\.5 asked"):
+        fit(config(store, tmp_path / "run", rows=64, lr=0.5))
+
+
+def test_a_coder_is_evaluated_on_its_own_store_only(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64, kind=("sae",), arch=("mp",)))
+    (folder,) = (tmp_path / "run" / "coders").iterdir()
+    other = small_store(tmp_path, seed=5)[0]
+    with pytest.raises(ValueError, match="or one of the same fingerprint"):
+        evaluate_coder(folder, other, [])
+    about = json.loads((folder / "coder.json").read_text())
+    tensors = load_file(folder / "coder.safetensors")
+    for name, wanted in [("rows", "rows must be at least 1, got 0"), ("k", "k must be at least 1")]:
+        options = {"rows": 0, "other_k": []} if name == "rows" else {"other_k": [0]}
+        with pytest.raises(ValueError, match=wanted):
+            evaluate_coder(folder, Path(store), **options)
+    about["input_width"] = about["target_width"] = 8
+    (folder / "coder.json").write_text(json.dumps(about))
+    narrow = {n: t[:16, :8] if t.ndim == 2 else t[:8] for n, t in tensors.items()}
+    checkpoint.save_file(
+        {n: t.contiguous() for n, t in narrow.items()}, folder / "coder.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"input has width 8, layers\.1\.mlp:output of"):
+        evaluate_coder(folder, Path(store), [])
+
+
+def test_memory_is_in_bytes_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, found = torch.device("cpu"), {}
+    for platform in ("linux", "darwin"):
+        monkeypatch.setattr(sys, "platform", platform)
+        found[platform] = fit_stage.peak_memory_bytes(cpu)
+    assert found["linux"] > 512 * found["darwin"]
+
+
+def test_folders_are_synced_before_and_after_their_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path.name))
+    write_json(tmp_path / "run" / "a.json", 1)
+    assert synced == ["a.json.partial", "run"]
+    synced.clear()
+    checkpoint.save_state(tmp_path / "run", 3, {}, {"x": torch.zeros(1)})
+    assert synced == ["state.json", "state.safetensors", "3.partial", "state"]

@@ -193,7 +193,7 @@ def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
             raise DamagedStoreError("part 0 chunk 1 is damaged")
 
     order = epoch_order([40], 4, seed=0, epoch=0, window=2)
-    bad = (0, order.group(3).chunks[0].chunk)
+    bad = (0, order.window(3).chunks[0].chunk)
     began = time.perf_counter()
     with make(FakeStore((40,), before_read=fail), batch_rows=8) as loader:
         batches = loader.batches()

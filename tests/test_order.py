@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpcache.config import CollectConfig
+from mptrain.config import FitConfig
 from mptrain.order import EpochOrder, Shuffle, epoch_order
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)
@@ -17,16 +19,16 @@ def make(shape: tuple[list[int], int, int], key: tuple[int, int]) -> EpochOrder:
     return epoch_order(part_sizes, chunk_rows, seed=key[0], epoch=key[1], window=window)
 
 
-def rows_of_group(order: EpochOrder, number: int, chunk_rows: int) -> list[tuple[int, int]]:
+def rows_of_window(order: EpochOrder, number: int, chunk_rows: int) -> list[tuple[int, int]]:
     """(part, row in the part) in the order of reading."""
-    group = order.group(number)
-    laid = [(c.part, c.chunk * chunk_rows + row) for c in group.chunks for row in range(c.rows)]
-    assert group.rows == len(laid)
-    return [laid[i] for i in group.permutation()]
+    window = order.window(number)
+    laid = [(c.part, c.chunk * chunk_rows + row) for c in window.chunks for row in range(c.rows)]
+    assert window.rows == len(laid)
+    return [laid[i] for i in window.permutation()]
 
 
 def rows_of(order: EpochOrder, chunk_rows: int) -> list[tuple[int, int]]:
-    return [row for g in range(order.groups) for row in rows_of_group(order, g, chunk_rows)]
+    return [row for g in range(order.windows) for row in rows_of_window(order, g, chunk_rows)]
 
 
 @given(shapes, keys)
@@ -41,19 +43,19 @@ def test_is_a_permutation_of_all_rows(shape, key):
 def test_a_seek_equals_iteration(shape, key, data):
     order = make(shape, key)
     offset = data.draw(st.integers(0, len(order) - 1))
-    group, within = order.locate(offset)
+    window, within = order.locate(offset)
     assert (
-        rows_of_group(order, group, shape[1])[within:]
-        == (rows_of(order, shape[1])[offset : order.start(group + 1)])
+        rows_of_window(order, window, shape[1])[within:]
+        == (rows_of(order, shape[1])[offset : order.start(window + 1)])
     )
     assert order.start(0) == 0
-    assert order.start(order.groups) == len(order)
+    assert order.start(order.windows) == len(order)
 
 
 @given(shapes, keys)
-def test_a_group_holds_window_chunks_but_for_the_last(shape, key):
+def test_a_window_holds_so_many_chunks_but_for_the_last(shape, key):
     order = make(shape, key)
-    counts = [len(order.group(g).chunks) for g in range(order.groups)]
+    counts = [len(order.window(g).chunks) for g in range(order.windows)]
     assert set(counts[:-1]) <= {shape[2]}
     assert 1 <= counts[-1] <= shape[2]
 
@@ -61,8 +63,8 @@ def test_a_group_holds_window_chunks_but_for_the_last(shape, key):
 @given(shapes, keys)
 def test_the_order_of_chunks_does_not_depend_on_the_window(shape, key):
     whole, order = make((shape[0], shape[1], 1000), key), make(shape, key)
-    chunks = [c for g in range(order.groups) for c in order.group(g).chunks]
-    assert tuple(chunks) == whole.group(0).chunks
+    chunks = [c for g in range(order.windows) for c in order.window(g).chunks]
+    assert tuple(chunks) == whole.window(0).chunks
 
 
 @pytest.mark.parametrize(("window", "chunk_rows"), [(1, 3), (4, 5), (1000, 1)])
@@ -113,12 +115,11 @@ def test_inverse_undoes_the_shuffle(n, key, data):
     np.testing.assert_array_equal(shuffle.inverse(image), index)
 
 
-# 153 parts are 10 M rows; a window of 65,536 rows in chunks of 2048 gives 0.49 of the ideal
-@pytest.mark.parametrize(
-    ("parts", "chunk_rows", "window_rows"), [(153, 2048, 131_072), (153, 512, 65_536)]
-)
-def test_a_batch_mixes_sequences(parts, chunk_rows, window_rows):
-    part_rows, ctx_len, batch_rows = 65_536, 1024, 4096
+@pytest.mark.parametrize("batch_rows", [4096, FitConfig.batch_rows])
+def test_a_batch_of_default_sizes_mixes_sequences(batch_rows):
+    """153 parts are 10 M rows."""
+    parts, part_rows, chunk_rows = 153, CollectConfig.part_rows, CollectConfig.chunk_rows
+    ctx_len, window_rows = CollectConfig.ctx_len, FitConfig.window_rows
     window = window_rows // chunk_rows
     order = epoch_order([part_rows] * parts, chunk_rows, seed=0, epoch=0, window=window)
     noise = np.random.default_rng(0)
@@ -128,9 +129,9 @@ def test_a_batch_mixes_sequences(parts, chunk_rows, window_rows):
     )
 
     def distinct(number: int) -> float:
-        group = order.group(number)
-        laid = [sequence[c.part, c.chunk * chunk_rows :][: c.rows] for c in group.chunks]
-        mixed = np.concatenate(laid)[group.permutation()]
+        window = order.window(number)
+        laid = [sequence[c.part, c.chunk * chunk_rows :][: c.rows] for c in window.chunks]
+        mixed = np.concatenate(laid)[window.permutation()]
         batches = mixed[: len(mixed) // batch_rows * batch_rows].reshape(-1, batch_rows)
         return float(np.mean([len(np.unique(batch)) for batch in batches]))
 
@@ -153,4 +154,4 @@ def test_no_rows_and_no_such_offset():
     with pytest.raises(ValueError, match=r"\[0, 2\), got 2"):
         order.locate(2)
     with pytest.raises(IndexError):
-        order.group(2)
+        order.window(2)

@@ -8,9 +8,11 @@ from dataclasses import asdict
 
 import pytest
 
-from mptrain.config import CoderConfig
+from mptrain import fit as fit_stage
+from mptrain.config import CoderConfig, FitConfig
 from mptrain.metrics import Record, append
 from mptrain.plot import draw, looks, plot_runs, read_curves
+from stores import small_store
 
 RED, BLUE = "#c8202f", "#1f5fa8"
 
@@ -181,3 +183,39 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
         plot_runs([tmp_path], tmp_path / "figure")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_runs([], tmp_path / "figure")
+
+
+def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path, monkeypatch):
+    train_one = fit_stage.Fitting._train_one
+
+    def spoilt(self, trainee, *rows):
+        if trainee.config.arch == "mp" and trainee.learner.optimizers.steps_done == 5:
+            trainee.learner.coder.b_D.data.fill_(math.nan)
+        return train_one(self, trainee, *rows)
+
+    monkeypatch.setattr(fit_stage.Fitting, "_train_one", spoilt)
+    path, _ = small_store(tmp_path)
+    for eval_every in (2, 9):  # 9: it has no validation before
+        run = tmp_path / str(eval_every)
+        settings = {"hookpoints": ("layers.0",), "k": (3,), "expansion": (2,), "rows": 640}
+        settings |= {"batch_rows": 64, "eval_every": eval_every, "device": "cpu"}
+        results = fit_stage.fit(FitConfig(store=str(path), run=str(run), **settings))
+        assert [result["diverged"] for result in results] == [True, False]
+        mp, topk = read_curves(run)
+        assert (mp.diverged, topk.diverged) == (True, False)
+        assert mp.records[-1].step == 6
+        assert all(math.isfinite(r.validation_fvu) for r in mp.records[:-1])
+        assert len(mp.finite()) == (2 if eval_every == 2 else 0)
+        *_, table = plot_runs([run], tmp_path / "figure")
+        spoken = [
+            row["arch"] for row in json.loads(table.read_text()) if row["validation_fvu"] == "nan"
+        ]
+        assert spoken == ["mp"]
+
+
+def test_a_figure_below_a_file_is_refused(tmp_path):
+    run = make_run(tmp_path / "run", PAIR)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "fvu", tmp_path / "file" / "deeper" / "fvu"):
+        with pytest.raises(ValueError, match="cannot write in"):
+            plot_runs([run], out)

@@ -12,11 +12,13 @@ import zarr
 from transformers import AutoModel
 
 from golden import sums
-from mpcache.collect import collect
+from mpcache import objects
+from mpcache.collect import Collection, collect
 from mpcache.format import FORMAT_VERSION, canonical, seal, unseal
 from mpcache.reader import DamagedStoreError, open_store
 from mpcache.stats import info, stats
 from mpcache.verify import verify
+from mpcache.writer import Writer
 from stores import SIDES, files_of, marks_of, small_config, small_store
 
 PROJECT = Path(__file__).parent.parent
@@ -158,6 +160,87 @@ def test_more_rows_and_more_hookpoints_equal_one_collection(tmp_path: Path) -> N
     }
 
 
+def test_an_interrupted_extension_is_no_damage_and_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = small_store(tmp_path, rows=600)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Collection, "commit_tokens", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            small_store(tmp_path)
+    assert verify(path).intact
+    small_store(tmp_path)
+    collect(small_config(tmp_path), tmp_path / "at_once")
+    assert marks_of(path) == marks_of(tmp_path / "at_once")
+
+
+def test_deleted_marks_are_collected_anew(tmp_path: Path) -> None:
+    """How a damaged part is mended: delete its mark and collect again."""
+    path, _ = small_store(tmp_path)
+    before = marks_of(path)
+    for part, array in ((1, "layers.0/output"), (2, "tokens"), (5, "rows/position"), (6, "tokens")):
+        (path / f"marks/{part}/{array}.json").unlink()
+    small_store(tmp_path)
+    assert marks_of(path) == before
+
+
+def test_a_finished_store_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A team's read-only store can still be named by `collect`."""
+    small_store(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(objects, "_write_temporary", refused)
+    assert small_store(tmp_path)[1].forward_rows == 0
+
+
+def test_a_late_writer_withdraws_or_says_so(tmp_path: Path) -> None:
+    """A part marked meanwhile: the same values are fine, other values are not passed over."""
+    path, _ = small_store(tmp_path, rows=400)
+    store = open_store(path)
+    rows = store.read_chunk("layers.0", "output", 0, 0)
+    mark = path / "marks/0/layers.0/output.json"
+    late = Writer(path, store.layout)
+    committed = mark.read_bytes()
+
+    def marked_meanwhile(place: Path, _: bytes) -> bool:
+        place.write_bytes(committed)
+        return False
+
+    late.commit_acts(0, "acts/layers.0/output", rows)  # marked already: nothing happens
+    assert verify(path).intact
+    content = unseal(committed, "mark")
+    mark.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Writer, "_write", lambda *_: {"bytes": 1, "xxh3_128": "", "values_xxh3_128": ""}
+        )
+        patch.setattr("mpcache.writer.put_new", marked_meanwhile)
+        with pytest.raises(DamagedStoreError, match="another collection committed other values"):
+            late.commit_acts(0, "acts/layers.0/output", rows)
+    assert unseal(mark.read_bytes(), "mark") == content
+
+
+def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None:
+    config = small_config(tmp_path, rows=400)
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.layers[1].mlp.down_proj.weight[3] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    summary = collect(config, tmp_path / "store")
+    assert summary.nonfinite == summary.rows
+    (found,) = [s for s in stats(tmp_path / "store") if s.nonfinite]
+    assert (found.norm_median, found.variance) == (None, 0)
+    assert verify(tmp_path / "store").intact
+
+
 def test_an_exhausted_dataset_ends_short_and_stays_so(tmp_path: Path) -> None:
     path, summary = small_store(tmp_path, rows=1_000_000)
     store = open_store(path)
@@ -166,6 +249,7 @@ def test_an_exhausted_dataset_ends_short_and_stays_so(tmp_path: Path) -> None:
         m["split"] for m in lasts if m["last"]
     ] == ["train", "validation"]
     assert summary.rows == sum(m["rows"] for m in lasts) < 192 * len(lasts)
+    assert summary.exhausted
     _, again = small_store(tmp_path, rows=2_000_000)
     assert again.forward_rows == 0
     assert verify(path).intact

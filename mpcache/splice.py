@@ -1,0 +1,89 @@
+"""The store's language model with its head, run with one hookpoint's output replaced.
+
+B: sequences in a forward pass. L: tokens in a sequence. V: size of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mpcache.config import CollectConfig
+from mpcache.forward import Reading
+from mpcache.hooks import input_of, output_of
+from mpcache.inputs import find_separation
+from mpcache.model import load_model, model_digest
+from mpcache.reader import open_store
+from mpcache.tokens import special_tokens
+
+# (input, output) of the hookpoint, each [B, L, width], to its new output
+Replace = Callable[[Tensor, Tensor], Tensor]
+
+
+class SplicedModel:
+    """A causal language model and the tokens of a store's validation split."""
+
+    def __init__(self, store: Path, model: str, revision: str | None, device: str) -> None:
+        """Load the model.
+
+        Raises:
+            ValueError: there is no store, or `model` is not the one it was made from.
+        """
+        self.store = open_store(store)
+        stored = {**self.store.config, "hookpoints": tuple(self.store.config["hookpoints"])}
+        config = replace(
+            CollectConfig(**stored),
+            model=model,
+            revision=revision or stored["revision"],
+            trust_remote_code=False,  # the store may be somebody else's: its word is not enough
+            device=device,
+        )
+        self.model, tokenizer = load_model(config, with_head=True)
+        base = self.model.base_model
+        assert isinstance(base, PreTrainedModel)
+        if model_digest(base) != self.store.identity["model_digest"]:
+            raise ValueError(
+                f"{store} was made from another model than {model}; name "
+                f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
+            )
+        separation = find_separation(base, config.cross_document_attention)
+        specials = special_tokens(tokenizer, config)
+        # one sequence at a time: logits of a large vocabulary are what memory goes to
+        self.reading = Reading(self.model, specials, separation, batch_sequences=1)
+
+    def batches(self) -> Iterator[dict[str, Tensor]]:
+        """The model's arguments for all committed validation tokens."""
+        for part in self.store.numbers("tokens"):
+            if self.store.layout.split_of(part) == "validation":
+                yield from self.reading.batches(self.store.read_tokens(part))
+
+    @torch.no_grad()
+    def logits(
+        self, inputs: dict[str, Tensor], hookpoint: str, new: Replace | None = None
+    ) -> Float[Tensor, "B L V"]:
+        """Next-token logits, with the hookpoint's output replaced if `new` is given."""
+        module: nn.Module = self.model.base_model.get_submodule(hookpoint)
+        hooks = [module.register_forward_hook(_replacing(new), with_kwargs=True)] if new else []
+        try:
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits.float()
+
+
+def _replacing(new: Replace) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        value = output_of(output)
+        assert isinstance(value, Tensor)
+        source = input_of(args, kwargs)
+        assert isinstance(source, Tensor)
+        changed = new(source, value).to(value.dtype)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook

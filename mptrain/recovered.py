@@ -1,0 +1,74 @@
+"""What a coder keeps of the language model's behaviour, spliced in at its hookpoint.
+
+B: sequences. L: tokens in a sequence. V: size of the vocabulary. D: input width, E: target width.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from mptrain.coder import Coder
+
+Replace = Callable[[Tensor, Tensor], Tensor]
+# next-token logits [B, L, V] of the model, with the hookpoint's output replaced if told to
+Run = Callable[[Replace | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """Cross-entropies in nats a token, over the same held-out tokens."""
+
+    tokens: int
+    ce_clean: float
+    "the model as it is"
+    ce_spliced: float
+    "the hookpoint's output replaced by the coder's prediction"
+    ce_zero: float
+    "the hookpoint's output replaced by zeros"
+    ce_recovered: float | None
+    "(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1: nothing lost; None: zeros cost nothing"
+    kl: float
+    "divergence of the spliced model's next-token distribution from the clean one's"
+
+
+def recovered(
+    coder: Coder, batches: Iterable[tuple[Int64[Tensor, "B L"], Run]], skip_positions: int
+) -> Recovered:
+    """Splice the coder into the model; the first positions, which it never saw, stay clean."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    tokens = 0
+    for tokens_BL, run in batches:
+        sums += _sums(coder, tokens_BL, run, skip_positions)
+        tokens += tokens_BL[:, 1:].numel()
+    clean, spliced, zero, kl = (sums / tokens).tolist()
+    return Recovered(
+        tokens=tokens,
+        ce_clean=clean,
+        ce_spliced=spliced,
+        ce_zero=zero,
+        ce_recovered=(zero - spliced) / (zero - clean) if zero != clean else None,
+        kl=kl,
+    )
+
+
+def _sums(
+    coder: Coder, tokens_BL: Int64[Tensor, "B L"], run: Run, skip_positions: int
+) -> Float[Tensor, " 4"]:
+    def predicted(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
+        source_BLD = y_BLE if coder.config.kind == "sae" else x_BLD
+        y_hat_BLE = coder(source_BLD.flatten(0, 1).float()).view_as(y_BLE)
+        return torch.cat([y_BLE[:, :skip_positions].float(), y_hat_BLE[:, skip_positions:]], dim=1)
+
+    def zero(_: Tensor, y_BLE: Tensor) -> Tensor:
+        position_L = torch.arange(y_BLE.shape[1], device=y_BLE.device)
+        return y_BLE * (position_L < skip_positions)[:, None]
+
+    logs = [F.log_softmax(run(new)[:, :-1], dim=-1) for new in (None, predicted, zero)]
+    following_BL1 = tokens_BL[:, 1:, None]
+    entropies = [-log.gather(2, following_BL1).double().sum().cpu() for log in logs]
+    kl = F.kl_div(logs[1], logs[0], reduction="sum", log_target=True).double().cpu()
+    return torch.stack([*entropies, kl])

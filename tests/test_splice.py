@@ -1,0 +1,95 @@
+"""The language model with a coder in it: laws that hold for any coder."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from models import save_tiny, tiny_tokenizer
+from mpcache.model import model_digest
+from mpcache.splice import SplicedModel
+from mptrain.coder import Coder
+from mptrain.config import CoderConfig
+from mptrain.recovered import recovered
+from stores import small_store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SplicedModel]:
+    folder = tmp_path_factory.mktemp("splice")
+    save_tiny(folder / "model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=260, intermediate_size=32, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20 if parameter.ndim == 2 else 1)
+    model.save_pretrained(folder / "model")
+    store, _ = small_store(folder)
+    return store, SplicedModel(store, str(folder / "model"), "main", "cpu")
+
+
+def scores(spliced: SplicedModel, coder: Coder, skip_positions: int = 0):
+    hookpoint = coder.config.hookpoint
+    batches = (
+        (i["input_ids"], lambda new, i=i: spliced.logits(i, hookpoint, new))
+        for i in spliced.batches()
+    )
+    return recovered(coder, batches, skip_positions)
+
+
+def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> Coder:
+    config = CoderConfig(hookpoint=hookpoint, kind="sae", arch="mp", k=k, expansion=expansion)
+    made = Coder(config, 16, 16)
+    made.initialise_(torch.zeros(16), torch.zeros(16), torch.Generator().manual_seed(0))
+    return made
+
+
+@pytest.mark.parametrize("hookpoint", ["layers.0", "layers.1.mlp"])
+def test_a_perfect_coder_loses_nothing(made: tuple[Path, SplicedModel], hookpoint: str) -> None:
+    perfect = coder(hookpoint, expansion=2, k=32)
+    with torch.no_grad():
+        perfect.W_MD.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))
+    found = scores(made[1], perfect)
+    assert found.ce_spliced == pytest.approx(found.ce_clean, abs=1e-4)
+    assert found.kl == pytest.approx(0, abs=1e-5)
+    assert found.ce_recovered == pytest.approx(1, abs=1e-3)
+
+
+def test_a_coder_that_predicts_zero_recovers_nothing(made: tuple[Path, SplicedModel]) -> None:
+    nothing = coder()
+    with torch.no_grad():
+        nothing.W_MD.fill_(0)
+    found = scores(made[1], nothing)
+    assert found.ce_spliced == pytest.approx(found.ce_zero)
+    assert found.ce_recovered == pytest.approx(0, abs=1e-6)
+    assert found.kl > 0
+    assert scores(made[1], nothing, skip_positions=16).kl == pytest.approx(0, abs=1e-6)
+
+
+def test_clean_cross_entropy_is_the_models_own(made: tuple[Path, SplicedModel]) -> None:
+    spliced = made[1]
+    total, tokens = 0.0, 0
+    for inputs in spliced.batches():
+        ids = inputs["input_ids"]
+        total += float(spliced.model(ids, labels=ids).loss) * ids[:, 1:].numel()
+        tokens += ids[:, 1:].numel()
+    found = scores(spliced, coder())
+    assert found.tokens == tokens > 0
+    assert found.ce_clean == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_another_model_is_refused(made: tuple[Path, SplicedModel], tmp_path: Path) -> None:
+    store, spliced = made
+    assert model_digest(spliced.model.base_model) == spliced.store.identity["model_digest"]
+    other = copy.deepcopy(spliced.model)
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+        other.model.norm.weight[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="made from another model"):
+        SplicedModel(store, str(tmp_path / "other"), "main", "cpu")
