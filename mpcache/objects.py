@@ -49,8 +49,10 @@ def _write_temporary(path: Path, pieces: Iterable[bytes]) -> Path:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # a full disk does not say where
         raise
     return temporary
 

@@ -117,12 +117,8 @@ class Writer:
         file = self.path / spec.object_path(part)
         written = xxhash.xxh3_128()
         pieces = spec.encode(_padded(data, spec.part_shape[0]))
-        try:
-            replace(file, _digested(pieces, written))
-            sync_folders(file.parent.parent, self.path / GROUP / spec.name)
-        except OSError as error:
-            error.filename = error.filename or str(file)  # a full disk does not say where
-            raise
+        replace(file, _digested(pieces, written))
+        sync_folders(file.parent.parent, self.path / GROUP / spec.name)
         if (found := digest_file(file)) != written.hexdigest():
             raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
         return {
