@@ -124,6 +124,7 @@ def test_refuses_more_entries_than_latents_and_an_sae_of_two_widths():
 def test_unit_norm(kind: Kind, arch: Arch):
     coder = randomised(make_coder(kind, arch))
     coder(torch.randn(7, 6)).square().sum().backward()
+    sizes = {name: p.grad.norm(dim=1) for name, p in coder.named_parameters() if p.ndim == 2}
     coder.project_gradient_()
     linear = ("V_ME",) if kind == "sae" else ()
     expected = ("W_MD",) if arch in PURSUITS else linear
@@ -131,7 +132,8 @@ def test_unit_norm(kind: Kind, arch: Arch):
     for name in coder.unit_norm:
         rows = coder.get_parameter(name)
         assert rows.grad is not None
-        assert (rows.grad * rows).sum(1).abs().max() < 1e-5
+        # what is left along an atom is the float32 rounding of what was taken away
+        assert ((rows.grad * rows).sum(1).abs() <= 1e-6 * sizes[name]).all()
         with torch.no_grad():
             rows.mul_(3.7)
         coder.normalise_()
