@@ -3,9 +3,16 @@
 import os
 import signal
 
+import hypothesis
+
 # tiny tensors: threads that wait for each other cost many times what they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # a shell starts background jobs with SIGINT ignored, and Python then leaves it so
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# no deadline: a busy machine is no fault; in CI the same examples every time
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
