@@ -176,12 +176,11 @@ class Collection:
 
         All at once and before any work, so that a stopped extension leaves no array behind.
         """
-        (tokens,) = specs(TOKENS, self.layout)
-        there = check_metadata(self.path, tokens) if store and store.numbers(TOKENS) else 0
-        arrays = {TOKENS: 0, SEQUENCE: 0, POSITION: 0}
-        for array in store.arrays if store else ():
-            if array.startswith("acts/"):
-                arrays[array] = store.width(*hookpoint_of(array)) if store else 0
+        there, arrays = 0, {TOKENS: 0, SEQUENCE: 0, POSITION: 0}
+        if store and store.numbers(TOKENS):
+            there = check_metadata(self.path, specs(TOKENS, self.layout)[0])
+            acts_there = [array for array in store.arrays if array.startswith("acts/")]
+            arrays |= {array: store.width(*hookpoint_of(array)) for array in acts_there}
         arrays |= {self.array(side): self.widths[side] for side in self.sides}
         for array, width in arrays.items():
             self.writer.grow(array, max(there, self.wanted_parts), width)

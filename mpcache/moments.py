@@ -23,17 +23,6 @@ class Moments:
     mean_W: Float64[Tensor, " W"]
     variance_W: Float64[Tensor, " W"]
 
-    def merged(self, other: "Moments") -> "Moments":
-        """Moments of both sets of rows together (Chan, Golub & LeVeque 1979, eq. 2.1)."""
-        rows = self.rows + other.rows
-        if not rows:
-            return self
-        share = other.rows / rows
-        delta_W = other.mean_W - self.mean_W
-        variance_W = (1 - share) * self.variance_W + share * other.variance_W
-        variance_W = variance_W + delta_W.square() * (share * (1 - share))
-        return Moments(rows, self.mean_W + share * delta_W, variance_W)
-
 
 def no_moments(width: int) -> Moments:
     """Moments of no rows: the start of a merge."""
@@ -59,7 +48,7 @@ def measure(x_RW: Float[Tensor, "R W"]) -> Measured:
     """Read the rows once, a few at a time, in float64."""
     pieces = [_measure_piece(piece_RW) for piece_RW in torch.split(x_RW, _PIECE_ROWS)]
     return Measured(
-        moments=_merged([piece.moments for piece in pieces]),
+        moments=merged([piece.moments for piece in pieces]),
         norms_R=torch.cat([piece.norms_R for piece in pieces]),
         largest=max(piece.largest for piece in pieces),
         nonfinite=sum(piece.nonfinite for piece in pieces),
@@ -86,8 +75,8 @@ def _moments_(x_RW: Float64[Tensor, "R W"]) -> Moments:
     return Moments(rows, mean_W, (weights_1R @ x_RW.sub_(mean_W).square_())[0])
 
 
-def _merged(pieces: Sequence[Moments]) -> Moments:
-    """Moments of all rows together; `Moments.merged` for many at once."""
+def merged(pieces: Sequence[Moments]) -> Moments:
+    """Moments of all rows together (Chan, Golub & LeVeque 1979, eq. 2.1, for many sets)."""
     rows = sum(piece.rows for piece in pieces)
     share_P = torch.tensor([piece.rows / max(1, rows) for piece in pieces], dtype=torch.float64)
     mean_PW = torch.stack([piece.mean_W for piece in pieces])

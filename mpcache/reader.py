@@ -37,7 +37,7 @@ from mpcache.format import (
     specs,
     unseal,
 )
-from mpcache.moments import Moments, no_moments
+from mpcache.moments import Moments, merged, no_moments
 from mpcache.objects import files_below
 
 __all__ = ["DamagedStoreError", "Part", "Store", "open_store"]
@@ -168,7 +168,8 @@ class Store:
         for part in self.numbers(array):
             if split in (None, self.layout.split_of(part)):
                 mean, variance = torch.from_numpy(self.read_object(array, spec, part, 0, 1)[0])
-                total = total.merged(Moments(self.mark(part, array)["finite_rows"], mean, variance))
+                one = Moments(self.mark(part, array)["finite_rows"], mean, variance)
+                total = merged([total, one])
         return total.mean_W, total.variance_W
 
     def nonfinite(self, hookpoint: str, side: str) -> int:
