@@ -4,6 +4,7 @@ import os
 import signal
 
 import hypothesis
+import pytest
 
 # tiny tensors: threads that wait for each other cost many times what they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +17,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_whatever_ran_before():
+    import torch
+
+    torch.manual_seed(0)
