@@ -20,7 +20,7 @@ from mptrain.config import BenchConfig, CoderConfig
 from mptrain.evaluate import sides_of
 from mptrain.loader import Loader, open_store
 from mptrain.loss import batch_fvu, reconstruction_loss
-from mptrain.pursuit.atoms import argmax
+from mptrain.pursuit.rule import argmax
 from mptrain.sparse import sparse_decode
 
 
@@ -131,7 +131,7 @@ def _coders(config: BenchConfig, direct: Coder) -> dict[str, Coder]:
         "direct": direct,
         "gram": _like(direct, {"backend": "gram"}),
         "shortlist": _like(direct, short),
-        "shortlist bfloat16": _like(direct, {**short, "shortlist_dtype": "bfloat16"}),
+        "shortlist bfloat16": _like(direct, {**short, "score_dtype": "bfloat16"}),
     }
 
 

@@ -225,7 +225,7 @@ class Coder(nn.Module):
             backend=config.backend,
             shortlist_size=config.shortlist_size,
             shortlist_refresh=config.shortlist_refresh,
-            shortlist_dtype=config.shortlist_dtype,
+            score_dtype=config.score_dtype,
         )
 
     def checked_k(self, k: int) -> int:

@@ -11,6 +11,7 @@ Optimizer = Literal["adam", "muon"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
 Codes = Literal["mp", "gp", "omp"]
+Select = Literal["positive", "signed", "magnitude"]
 
 _LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed")
 _LEAST = {
@@ -28,7 +29,7 @@ _LEAST = {
 PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
 
 # fields of a recipe that are not for every coder
-_SHORTLIST = {"shortlist_size", "shortlist_refresh", "shortlist_dtype"}
+_SHORTLIST = {"shortlist_size", "shortlist_refresh", "score_dtype"}
 _MP = {"codes", "backend", "tolerance", "detach", "per_step_loss"} | _SHORTLIST
 _MP_TRANSCODER = {"input_loss"}
 
@@ -51,7 +52,7 @@ class Recipe:
     "shortlist: best atoms of each row that are looked at between two full searches"
     shortlist_refresh: int = 4
     "shortlist: pursuit steps from one search of all atoms to the next"
-    shortlist_dtype: ScoreDtype = "float32"
+    score_dtype: ScoreDtype = "float32"
     "shortlist: dtype of the full search; bfloat16 (for AMX, many latents) is re-scored in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mptrain.sparse import row_of
+
 _ELEMENTS = 1 << 16  # of one [b, E] matrix; four of them stay in a CPU's L2 cache
 
 
@@ -37,7 +39,7 @@ class _PrefixSquares(torch.autograd.Function):
         squares_B = error_BE.new_zeros(len(error_BE))
         for idx_bK, val_bK, e_bE, squares_b in _microbatches(idx_BK, val_BK, error_BE, squares_B):
             for step in range(idx_bK.shape[1]):
-                v_bE = V_ME.index_select(0, idx_bK[:, step].clamp_min(0))
+                v_bE = V_ME.index_select(0, row_of(idx_bK[:, step], V_ME))
                 e_bE.addcmul_(v_bE, val_bK[:, step, None], value=-1)
                 squares_b += e_bE.square().sum(1)
         ctx.save_for_backward(idx_BK, val_BK, V_ME, error_BE)
@@ -70,11 +72,11 @@ def _reverse_rows_(
 ) -> None:
     """From the last prefix to the first, `h` collects `d e_t`; a step is in all errors after it."""
     for step in reversed(range(idx_bK.shape[1])):
-        a_b1, latent_b = val_bK[:, step, None], idx_bK[:, step].clamp_min(0)
-        v_bE = V_ME.index_select(0, latent_b)
+        a_b1, row_b = val_bK[:, step, None], row_of(idx_bK[:, step], V_ME)
+        v_bE = V_ME.index_select(0, row_b)
         h_bE.addcmul_(e_bE, d_b1)
         dval_bK[:, step] = -(v_bE * h_bE).sum(1).masked_fill(idx_bK[:, step] < 0, 0)
-        dV_ME.index_add_(0, latent_b, a_b1 * h_bE, alpha=-1)
+        dV_ME.index_add_(0, row_b, a_b1 * h_bE, alpha=-1)
         e_bE.addcmul_(v_bE, a_b1)
 
 

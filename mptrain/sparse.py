@@ -2,6 +2,7 @@
 
 B rows in a batch, D input width, E target width, M latents, K code entries a row. A code is
 (indices, values); index -1 with value 0 is an unused entry, an index may occur twice in a row.
+A dictionary may be shorter than there are latents: `row_of`.
 """
 
 from typing import Any
@@ -29,16 +30,25 @@ def latent_sums(
     x_BD: Float[Tensor, "batch input"],
     latents: int,
 ) -> Float[Tensor, "{latents} input"]:
-    """`sum_bk [idx_bk = m] val_bk x_b` for each latent `m`: the transpose of `sparse_decode`.
+    """`sum_bk [idx_bk = m] val_bk x_b` for each row `m`: the transpose of `sparse_decode`.
 
     Sorts the entries by latent and sums each latent's rows: one order of summation on every device.
     """
-    latent, order = idx_BK.clamp_min(0).flatten().sort(stable=True)
+    latent, order = (idx_BK.clamp_min(0) % latents).flatten().sort(stable=True)
     offset_M = torch.searchsorted(latent, torch.arange(latents, device=latent.device))
     row = order.div(idx_BK.shape[1], rounding_mode="floor")
     return F.embedding_bag(
         row, x_BD, offset_M, per_sample_weights=val_BK.flatten()[order], mode="sum"
     )
+
+
+def row_of(latent: Int64[Tensor, "*any"], dictionary_MD: Tensor) -> Int64[Tensor, "*any"]:
+    """Which row of a dictionary belongs to each latent; some row for -1.
+
+    A dictionary that all blocks of latents share is as long as one block, and each of them goes
+    through it anew.
+    """
+    return latent.clamp_min(0) % len(dictionary_MD)
 
 
 def active_latents(
@@ -77,7 +87,7 @@ class _SparseDecode(torch.autograd.Function):
 
 def weighted_rows(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
     """The product of `sparse_decode`, differentiable by torch's own, slower rule."""
-    return F.embedding_bag(idx_BK.clamp_min(0), V_ME, per_sample_weights=val_BK, mode="sum")
+    return F.embedding_bag(row_of(idx_BK, V_ME), V_ME, per_sample_weights=val_BK, mode="sum")
 
 
 def _values_gradient(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor, dy_BE: Tensor) -> Tensor:

@@ -21,14 +21,12 @@ from mptrain.pursuit.search import Search, resolve
 from mptrain.pursuit.select import select
 
 CONFIG = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=2, expansion=2)
-DIRECT = Search(
-    backend="direct", shortlist_size=10**6, shortlist_refresh=1, shortlist_dtype="float32"
-)
+DIRECT = Search(backend="direct", shortlist_size=10**6, shortlist_refresh=1, score_dtype="float32")
 GRAM = replace(DIRECT, backend="gram")
 WHOLE = replace(DIRECT, backend="shortlist")  # of all atoms, anew at every step
-EXACT = (DIRECT, GRAM, WHOLE, replace(WHOLE, shortlist_dtype="bfloat16"))
+EXACT = (DIRECT, GRAM, WHOLE, replace(WHOLE, score_dtype="bfloat16"))
 SHORT = replace(WHOLE, shortlist_size=3, shortlist_refresh=2)
-BFLOAT16 = replace(SHORT, shortlist_dtype="bfloat16")
+BFLOAT16 = replace(SHORT, score_dtype="bfloat16")
 EVERY = (*EXACT, SHORT, BFLOAT16)
 
 
@@ -156,7 +154,7 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(dtype: ScoreDtype, atoms_
     generator = torch.Generator().manual_seed(8)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 512, 16)
-    defaults = Coder(replace(CONFIG, backend="shortlist", shortlist_dtype=dtype), 8, 8).search
+    defaults = Coder(replace(CONFIG, backend="shortlist", score_dtype=dtype), 8, 8).search
     if atoms_twice:
         W_MD = torch.cat([W_MD, W_MD])
     idx_BK, _, residual_BD = select(x_BD, W_MD, 24, 0.0, DIRECT)
@@ -201,8 +199,8 @@ def test_bfloat16_chooses_the_shortlist_only():
 def test_shortlist_without_a_gram_matrix(dtype: ScoreDtype, monkeypatch: pytest.MonkeyPatch):
     """Past 16384 latents the scores come from the residual, in float32 too."""
     x_BD, W_MD = problem(5, 40, 16, 100, torch.float32)
-    search = replace(SHORT, shortlist_size=12, shortlist_dtype=dtype)
-    expected = select(x_BD, W_MD, 8, 0.0, replace(search, shortlist_dtype="float32"))
+    search = replace(SHORT, shortlist_size=12, score_dtype=dtype)
+    expected = select(x_BD, W_MD, 8, 0.0, replace(search, score_dtype="float32"))
     monkeypatch.setattr(search_module, "_GRAM_BYTES", 0)
     found = select(x_BD, W_MD, 8, 0.0, search)
     assert (expected[0] == found[0]).float().mean() > 0.97

@@ -13,7 +13,7 @@ from mptrain.pursuit.refit import Refit, pursue_refit
 from mptrain.pursuit.search import Search
 from mptrain.pursuit.select import select
 
-DIRECT = Search(backend="direct", shortlist_size=1, shortlist_refresh=1, shortlist_dtype="float32")
+DIRECT = Search(backend="direct", shortlist_size=1, shortlist_refresh=1, score_dtype="float32")
 CODES: tuple[Refit, ...] = ("gp", "omp")
 
 

@@ -262,7 +262,7 @@ def silence_half_(coder: Coder) -> None:
         (TRANSCODER, {"input_loss": 1.0}),
         (SHORT, {"shortlist_size": 30}),
         (SHORT, {"shortlist_refresh": 1}),
-        (SHORT, {"shortlist_dtype": "bfloat16"}),
+        (SHORT, {"score_dtype": "bfloat16"}),
         (replace(BASE, dead_rows=1), {"auxk_alpha": 0.0}),
         (replace(BASE, dead_rows=1), {"dead_rows": 1000}),
         (replace(BASE, arch="topk", dead_rows=1), {"auxk_alpha": 0.0}),

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.pursuit.atoms import argmax
+from mptrain.pursuit.rule import argmax
 
 _CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of scores, or [b, K, D] of chosen atoms
 _GPU_ELEMENTS = 1 << 28

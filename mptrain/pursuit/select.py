@@ -3,65 +3,135 @@
 B rows in a batch, D input width, M latents, K pursuit steps; lower-case b: rows of one micro-batch.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.pursuit.search import Finder, Search, finders, microbatch_rows
+from mptrain.pursuit import cpu
+from mptrain.pursuit.atoms import Direct, Gram, Shortlist
+from mptrain.pursuit.rule import Rule
+from mptrain.pursuit.search import Search, microbatch_rows, resolve
+from mptrain.sparse import row_of
+
+_Pursue = Callable[[Tensor, Tensor, Tensor], None]  # r_bD becomes the last residual; idx_bK, val_bK
 
 
 def select(
     x_BD: Float[Tensor, "batch input"],
-    W_MD: Float[Tensor, "latents input"],
+    W_MD: Float[Tensor, "selecting input"],
+    U_MD: Float[Tensor, "subtracting input"],
     k: int,
-    tolerance: float,
+    rule: Rule,
     search: Search,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
-    """Code each row of `x` in `k` pursuit steps over unit-norm atoms (Mallat & Zhang 1993, II).
+    """Code each row of `x` in `k` pursuit steps (Mallat & Zhang 1993, II).
 
-    From `r = x`, a step is `j = argmax_j <w_j, r>`, `a = max(0, <w_j, r>)`, `r <- r - a w_j`.
+    From `r = x`, a step is `j = argmax_j <w_j, r>`, `a = max(0, <w_j, r>)`, `r <- r - a u_j`, or
+    as `rule` says. Matching pursuit proper has one dictionary of unit-norm atoms, `U = W`.
     A row stops where no correlation is positive or `||r|| <= tolerance ||x||`; its unused steps
     have index -1 and value 0. A row with a NaN gets NaN values, so that the loss shows it.
 
-    All back ends (`mptrain.pursuit.atoms`) take `a` from the residual itself and differ in how
-    they find `j`. Returns indices, values and the last residual, all in the dtype of `x` but for
-    the indices.
+    All back ends take `a` from the residual itself and differ in how they find `j`. Returns
+    indices, values and the last residual, all in the dtype of `x` but for the indices.
     """
-    B = x_BD.shape[0]
-    idx_BK = torch.empty(B, k, dtype=torch.int64, device=x_BD.device)
-    val_BK = torch.empty(B, k, dtype=x_BD.dtype, device=x_BD.device)
+    idx_BK = torch.empty(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
+    val_BK = torch.empty(len(x_BD), k, dtype=x_BD.dtype, device=x_BD.device)
     r_BD = x_BD.clone(memory_format=torch.contiguous_format)
-    new_finder = finders(W_MD, search)
-    rows = microbatch_rows(search, W_MD.shape[0], x_BD.device)
-    for idx_bK, val_bK, r_bD in zip(
-        *(torch.split(t, rows) for t in (idx_BK, val_BK, r_BD)), strict=True
+    pursue_rows, elements = _prepare(W_MD, U_MD, len(x_BD) * k, rule, search)
+    rows = microbatch_rows(elements, x_BD.device)
+    for r_bD, idx_bK, val_bK in zip(
+        *(torch.split(t, rows) for t in (r_BD, idx_BK, val_BK)), strict=True
     ):
-        _pursue_rows_(r_bD, W_MD, new_finder(), tolerance, idx_bK, val_bK)
+        pursue_rows(r_bD, idx_bK, val_bK)
         _put_unused_last_(idx_bK, val_bK)
     return idx_BK, val_BK, r_BD
 
 
-def _pursue_rows_(
-    r_bD: Tensor, W_MD: Tensor, finder: Finder, tolerance: float, idx_bK: Tensor, val_bK: Tensor
+def _prepare(
+    W_MD: Tensor, U_MD: Tensor, steps: int, rule: Rule, search: Search
+) -> tuple[_Pursue, int]:
+    """The pursuit of a micro-batch, with what all of them share, and a row's share of memory."""
+    (M, D), on_cpu = W_MD.shape, W_MD.device.type == "cpu"
+    backend = resolve(search, M, steps, rule.block is not None)
+    if backend == "direct":
+        return partial(_by_finder, lambda: Direct(W_MD, rule), W_MD, U_MD, rule), M
+    scoring_MD = W_MD.bfloat16() if search.score_dtype == "bfloat16" else W_MD
+    if backend == "gram":
+        G_MM = U_MD @ W_MD.T
+        if on_cpu:
+            return partial(_by_gram, G_MM, W_MD, U_MD, rule), M
+        return partial(_by_finder, lambda: Gram(W_MD, G_MM, rule), W_MD, U_MD, rule), M
+    size, refresh = min(search.shortlist_size, M), search.shortlist_refresh
+    if on_cpu:
+        return partial(_by_shortlist, scoring_MD, size, refresh, W_MD, U_MD, rule), M
+    finder = partial(Shortlist, W_MD, scoring_MD, size, refresh, rule)
+    return partial(_by_finder, finder, W_MD, U_MD, rule), max(M, size * D)
+
+
+def _by_finder(
+    new_finder: Callable[[], Direct | Gram | Shortlist],
+    W_MD: Tensor,
+    U_MD: Tensor,
+    rule: Rule,
+    r_bD: Tensor,
+    idx_bK: Tensor,
+    val_bK: Tensor,
 ) -> None:
-    """Run the pursuit of one micro-batch; `r_bD` becomes the last residual.
+    """Step by step, all rows at once.
 
     A stopped row needs no flag: its value is 0, which leaves residual and scores as they are, so
     it stops again at every later step.
     """
-    floor_b = tolerance * torch.linalg.vector_norm(r_bD, dim=1)
+    finder, floor_b = new_finder(), rule.tolerance * torch.linalg.vector_norm(r_bD, dim=1)
     K = idx_bK.shape[1]
     for step in range(K):
-        atom_b = finder.best(r_bD, step)
-        w_bD = W_MD.index_select(0, atom_b)
-        a_b = (w_bD * r_bD).sum(1).clamp_min_(0)
-        if tolerance > 0:
+        latent_b = finder.best(r_bD, idx_bK[:, :step])
+        w_bD = W_MD.index_select(0, row_of(latent_b, W_MD))
+        a_b = rule.value_((w_bD * r_bD).sum(1))
+        if rule.tolerance > 0:
             a_b.masked_fill_(torch.linalg.vector_norm(r_bD, dim=1) <= floor_b, 0)
-        r_bD.addcmul_(w_bD, a_b[:, None], value=-1)
-        idx_bK[:, step] = atom_b.masked_fill(a_b <= 0, -1)
+        u_bD = w_bD if U_MD is W_MD else U_MD.index_select(0, row_of(latent_b, U_MD))
+        r_bD.addcmul_(u_bD, a_b[:, None], value=-1)
+        idx_bK[:, step] = latent_b.masked_fill(a_b == 0, -1)
         val_bK[:, step] = a_b
         if step + 1 < K:
             finder.subtract_(a_b)
+
+
+def _by_gram(
+    G_MM: Tensor,
+    W_MD: Tensor,
+    U_MD: Tensor,
+    rule: Rule,
+    r_bD: Tensor,
+    idx_bK: Tensor,
+    val_bK: Tensor,
+) -> None:
+    cpu.pursue_by_gram_(r_bD @ W_MD.T, G_MM, W_MD, U_MD, r_bD, rule, idx_bK, val_bK)
+
+
+def _by_shortlist(
+    scoring_MD: Tensor,
+    size: int,
+    refresh: int,
+    W_MD: Tensor,
+    U_MD: Tensor,
+    rule: Rule,
+    r_bD: Tensor,
+    idx_bK: Tensor,
+    val_bK: Tensor,
+) -> None:
+    floor_b = rule.tolerance * torch.linalg.vector_norm(r_bD, dim=1)
+    K = idx_bK.shape[1]
+    for first in range(0, K, refresh):
+        score_bM = (r_bD.to(scoring_MD.dtype) @ scoring_MD.T).to(r_bD.dtype)
+        steps = range(first, min(first + refresh, K))
+        cpu.pursue_by_shortlist_(
+            score_bM, size, W_MD, U_MD, r_bD, floor_b, rule, steps, idx_bK, val_bK
+        )
 
 
 def _put_unused_last_(idx_bK: Tensor, val_bK: Tensor) -> None:

@@ -1,0 +1,343 @@
+"""Pursuits on a CPU, row by row in a core's cache. Compiled once, then kept on disk.
+
+As loops over whole matrices, each step would go through all scores of a micro-batch several times;
+here a row's scores stay in the cache from its first step to its last. Threads share out the rows,
+or columns where rows would be added to in turn: the order of every sum is fixed.
+
+b rows of one micro-batch, B of a batch, D input width, M latents, K pursuit steps.
+"""
+
+from typing import no_type_check
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from mptrain.pursuit.rule import Rule
+from mptrain.threads import in_pieces
+
+_PIECE = 16  # rows that a thread takes at once
+_COLUMNS = 64  # columns, likewise
+_LANES = 128  # running maxima side by side: as fast as the cache gives the scores
+_MODES = {"positive": 0, "signed": 1, "magnitude": 2}
+
+# sums may be reordered (SIMD); values that are not finite must stay so
+_compiled = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+
+
+def pursue_by_gram_(
+    score_bM: Tensor,
+    G_MM: Tensor,
+    W_MD: Tensor,
+    U_MD: Tensor,
+    r_bD: Tensor,
+    rule: Rule,
+    idx_bK: Tensor,
+    val_bK: Tensor,
+) -> None:
+    """All steps of a micro-batch; `G[j]` is what one of atom `j` adds to the scores.
+
+    In: `score = r W^T`, and `r` the rows. Out: `idx`, `val` and `r`, the last residual; the scores
+    are used up.
+    """
+    arrays = [_array(t) for t in (score_bM, G_MM, W_MD, U_MD, r_bD, idx_bK, val_bK)]
+
+    def work(first: int, end: int) -> None:
+        score, G, W, U, r, idx, val = arrays
+        here = slice(first, end)
+        _gram_rows_(
+            score[here], G, W, U, r[here], idx[here], val[here],
+            rule.tolerance, rule.ban, _MODES[rule.select],
+        )  # fmt: skip
+
+    in_pieces(work, len(r_bD), _PIECE)
+
+
+def pursue_by_shortlist_(
+    score_bM: Tensor,
+    size: int,
+    W_MD: Tensor,
+    U_MD: Tensor,
+    r_bD: Tensor,
+    floor_b: Tensor,
+    rule: Rule,
+    steps: range,
+    idx_bK: Tensor,
+    val_bK: Tensor,
+) -> None:
+    """The steps from one shortlist to the next: among the `size` best by `score`, scored exactly.
+
+    `floor`: the norm of a residual at which its row stops.
+    """
+    if rule.select == "magnitude":
+        score_bM.abs_()
+    arrays = [_array(t) for t in (score_bM, W_MD, U_MD, r_bD, floor_b, idx_bK, val_bK)]
+
+    def work(first: int, end: int) -> None:
+        score, W, U, r, floor, idx, val = arrays
+        here = slice(first, end)
+        _shortlist_rows_(
+            score[here], size, W, U, r[here], floor[here], idx[here], val[here],
+            steps.start, steps.stop, rule.ban, _MODES[rule.select],
+        )  # fmt: skip
+
+    in_pieces(work, len(r_bD), _PIECE)
+
+
+def reverse(
+    idx_BK: Tensor,
+    val_BK: Tensor,
+    dval_BK: Tensor,
+    residual_BD: Tensor,
+    dresidual_BD: Tensor,
+    W_MD: Tensor,
+    U_MD: Tensor,
+    detach: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the rows and of both dictionaries: `mptrain.pursuit.reverse`.
+
+    Where the dictionaries are one, so are their gradients.
+    """
+    dx_BD, s_BK = dresidual_BD.clone(), torch.zeros_like(val_BK)
+    dW_MD = torch.zeros_like(W_MD)
+    dU_MD = dW_MD if U_MD is W_MD else torch.zeros_like(U_MD)
+    idx, val, dval, residual, g = map(_array, (idx_BK, val_BK, dval_BK, residual_BD, dresidual_BD))
+    W, U, dx, s, dW, dU = map(_array, (W_MD, U_MD, dx_BD, s_BK, dW_MD, dU_MD))
+
+    def values(first: int, end: int) -> None:
+        here = slice(first, end)
+        _reverse_values_(idx[here], dval[here], g[here], W, U, detach, dx[here], s[here])
+
+    def dictionaries(first: int, end: int) -> None:
+        _reverse_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, dW, dU)
+
+    in_pieces(values, len(idx_BK), _PIECE)
+    in_pieces(dictionaries, W_MD.shape[1], _COLUMNS)
+    return dx_BD, dW_MD, dU_MD
+
+
+@_compiled
+@no_type_check
+def _gram_rows_(score, G, W, U, r, idx, val, tolerance, ban, mode):
+    b, K = idx.shape
+    lanes = np.empty(_LANES, score.dtype)
+    for row in range(b):
+        p, r_D, chosen, values = score[row], r[row], idx[row], val[row]
+        floor = tolerance * np.sqrt(_dot(r_D, r_D))
+        for step in range(K):
+            if ban:
+                _ban_(p, chosen[:step], mode)
+            atom = _first_largest(p, lanes, mode)
+            if not _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
+                break
+            if step + 1 < K:
+                _subtract_(p, values[step], G[atom])
+
+
+@_compiled
+@no_type_check
+def _shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, ban, mode):
+    lanes = np.empty(max(_LANES, 4 * size), score.dtype)
+    listed = np.empty(score.shape[1], np.int64)
+    keys = np.empty(score.shape[1], score.dtype)
+    for row in range(len(idx)):
+        p, r_D, chosen, values = score[row], r[row], idx[row], val[row]
+        if ban:
+            _ban_(p, chosen[:first], 0)  # by magnitude already
+        count = _largest(p, size, lanes, keys, listed)
+        for step in range(first, end):
+            best, atom = r.dtype.type(-np.inf), -1
+            for place in range(count):
+                at = listed[place]
+                if ban and at in chosen[first:step]:
+                    continue
+                key = _key(_dot(W[at], r_D), mode)
+                if key > best:
+                    best, atom = key, at
+            if not _take_(atom, W, U, r_D, floor[row], mode, step, chosen[:end], values[:end]):
+                break
+
+
+@_compiled
+@no_type_check
+def _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
+    """Take one step; if the row stops instead, mark this step and all later ones as unused."""
+    # without an atom: 0, or NaN if the row is not finite
+    a = _dot(r_D, r_D) * 0 if atom < 0 else _dot(W[max(atom, 0)], r_D)
+    stops = a == 0 or (mode == 0 and a < 0)
+    if floor > 0 and np.sqrt(_dot(r_D, r_D)) <= floor:
+        stops = True
+    if stops:
+        for later in range(step, len(chosen)):
+            chosen[later] = -1
+            values[later] = 0
+        return False
+    chosen[step], values[step] = max(atom, 0), a
+    _subtract_(r_D, a, U[max(atom, 0)])
+    return True
+
+
+@_compiled
+@no_type_check
+def _reverse_values_(idx, dval, g, W, U, detach, dx, s):
+    for row in range(len(idx)):
+        g_D = g[row] if detach else dx[row]
+        for step in range(idx.shape[1] - 1, -1, -1):
+            latent = idx[row, step]
+            if latent < 0:
+                continue
+            s[row, step] = dval[row, step] - _dot(U[latent % len(U)], g_D)
+            _subtract_(dx[row], -s[row, step], W[latent % len(W)])
+
+
+@_compiled
+@no_type_check
+def _reverse_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, dW, dU):
+    for row in range(len(idx)):
+        r_d, g_d = residual[row, first:end].copy(), g[row, first:end].copy()
+        for step in range(idx.shape[1] - 1, -1, -1):
+            latent = idx[row, step]
+            if latent < 0:
+                continue
+            at_W, at_U = latent % len(W), latent % len(U)
+            _subtract_(r_d, -val[row, step], U[at_U, first:end])
+            _subtract_(dW[at_W, first:end], -s[row, step], r_d)
+            _subtract_(dU[at_U, first:end], val[row, step], g_d)
+            if not detach:
+                _subtract_(g_d, -s[row, step], W[at_W, first:end])
+
+
+@_compiled
+@no_type_check
+def _first_largest(p, lanes, mode):
+    """The first index with the largest key; -1 where there is none but -inf or NaN."""
+    n, M = len(lanes), len(p)
+    whole = M // n * n
+    lanes[:] = -np.inf
+    for first in range(0, whole, n):
+        part = p[first : first + n]
+        if mode == 2:
+            for lane in range(n):
+                key = abs(part[lane])
+                lanes[lane] = key if key > lanes[lane] else lanes[lane]
+        else:
+            for lane in range(n):
+                lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
+    best, found = p.dtype.type(-np.inf), M
+    for lane in range(n):
+        best = lanes[lane] if lanes[lane] > best else best
+    if best > -np.inf:
+        for lane in range(n):
+            if lanes[lane] == best:
+                found = min(found, _first_equal(p[:whole], lane, n, best, mode))
+    for at in range(whole, M):
+        key = _key(p[at], mode)
+        if key > best:
+            best, found = key, at
+    return found if found < M else -1
+
+
+@_compiled
+@no_type_check
+def _first_equal(p, first, stride, best, mode):
+    for at in range(first, len(p), stride):
+        if _key(p[at], mode) == best:
+            return at
+    return len(p)
+
+
+@_compiled
+@no_type_check
+def _largest(p, size, lanes, keys, listed):
+    """Put the indices of the `size` largest, ascending, into `listed`; gives how many there are.
+
+    Each of the `size` lanes with the largest maxima holds one, so that their least is a bound.
+    """
+    M, n = len(p), len(lanes)
+    lanes[:] = -np.inf
+    bound = p.dtype.type(-np.inf)
+    if 2 * n <= M:
+        for first in range(0, M // n * n, n):
+            part = p[first : first + n]
+            for lane in range(n):
+                lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
+        bound = _nth_largest_(lanes, size)
+    count = 0
+    for at in range(M):
+        if p[at] >= bound and p[at] > -np.inf:
+            keys[count], listed[count] = p[at], at
+            count += 1
+    if count <= size:
+        return count
+    least = _nth_largest_(keys[:count].copy(), size)
+    above = 0
+    for place in range(count):
+        above += keys[place] > least
+    equals, kept = size - above, 0
+    for place in range(count):
+        if keys[place] > least or (keys[place] == least and equals > 0):
+            equals -= keys[place] == least
+            listed[kept] = listed[place]
+            kept += 1
+    return kept
+
+
+@_compiled
+@no_type_check
+def _nth_largest_(values, n):
+    """The `n`-th largest value, by quickselect; reorders."""
+    low, high, place = 0, len(values) - 1, n - 1
+    while low < high:
+        pivot, i, j = values[(low + high) // 2], low, high
+        while i <= j:
+            while values[i] > pivot:
+                i += 1
+            while values[j] < pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if place <= j:
+            high = j
+        elif place >= i:
+            low = i
+        else:
+            break
+    return values[place]
+
+
+@_compiled
+@no_type_check
+def _ban_(p, chosen, mode):
+    for atom in chosen:
+        if atom >= 0:
+            p[atom] = 0 if mode == 2 else -np.inf
+
+
+@_compiled
+@no_type_check
+def _key(p, mode):
+    return abs(p) if mode == 2 else p
+
+
+@_compiled
+@no_type_check
+def _dot(w, r):
+    total = r.dtype.type(0)
+    for d in range(len(r)):
+        total += w[d] * r[d]
+    return total
+
+
+@_compiled
+@no_type_check
+def _subtract_(r, a, w):
+    for d in range(len(r)):
+        r[d] -= a * w[d]
+
+
+def _array(tensor: Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
+    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = tensor.detach().numpy()
+    return array

@@ -1,0 +1,60 @@
+"""What a pursuit step may choose, and which value it takes.
+
+b rows of one micro-batch, D input width, M latents, S candidates, t steps taken so far.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mptrain.config import Select
+
+
+class Rule(NamedTuple):
+    """How each step chooses its latent `j` and its value `a`, from the scores `p_j = <w_j, r>`."""
+
+    select: Select = "positive"
+    "positive: largest p, a = max(0, p); signed: largest p, a = p; magnitude: largest |p|, a = p"
+    ban: bool = False
+    "a latent is chosen once in a row at most"
+    tolerance: float = 0.0
+    "a row stops where `||r|| <= tolerance ||x||`"
+    block: int | None = None
+    "step t chooses among `block` latents from `t block` on; None: among all"
+
+    def first(self, step: int) -> int:
+        """The first latent that a step may choose."""
+        return 0 if self.block is None else step * self.block
+
+    def best(self, score_bM: Tensor, chosen_bt: Tensor) -> Tensor:
+        """The column that each row chooses; the first of equals.
+
+        `chosen`: columns chosen before, -1 for none. Their scores may be overwritten.
+        """
+        return argmax(self._keys(score_bM, chosen_bt))
+
+    def candidates(self, score_bM: Tensor, chosen_bt: Tensor, size: int) -> Tensor:
+        """The `size` columns that each row would choose first, ascending."""
+        best_bS = self._keys(score_bM, chosen_bt).topk(size, sorted=False).indices
+        return best_bS.sort(1).values
+
+    def value_(self, a_b: Tensor) -> Tensor:
+        """The value to take where the chosen atom has the score `a`, in place."""
+        return a_b.clamp_min_(0) if self.select == "positive" else a_b
+
+    def _keys(self, score_bM: Tensor, chosen_bt: Tensor) -> Tensor:
+        if self.select == "magnitude":
+            score_bM = score_bM.abs()
+        if self.ban and chosen_bt.shape[1]:
+            # infinity leaves the least of both as it is
+            most_bt = torch.where(chosen_bt < 0, torch.inf, -torch.inf).to(score_bM.dtype)
+            score_bM.scatter_reduce_(1, chosen_bt.clamp_min(0), most_bt, "amin")
+        return score_bM
+
+
+def argmax(score_bM: Tensor) -> Tensor:
+    """First largest score of each row. NumPy's is 8 to 24 x faster than torch's on a CPU."""
+    if score_bM.device.type == "cpu":
+        return torch.from_numpy(score_bM.numpy().argmax(1))
+    return score_bM.argmax(1)
