@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.errors import guarded
-from cli.options import count, counts, from_config
+from cli.options import count, counts, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig
 
@@ -56,6 +56,20 @@ def fit(config: FitConfig, json: Json = False) -> None:
         if result["diverged"]:
             typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
     return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
+
+
+@app.command()
+@guarded
+def presets(json: Json = False) -> None:
+    """The variants that `fit --preset` knows, and the options that each of them sets."""
+    from mptrain.presets import PRESETS
+
+    if json:
+        return print_json({name: dict(changes) for name, changes in PRESETS.items()})
+    for name, changes in PRESETS.items():
+        told = " ".join(option(*change) for change in changes.items())
+        typer.echo(f"{name:18s}{told or '(the defaults)'}")
+    return None
 
 
 def _how_to_go_on(run: Path) -> str:

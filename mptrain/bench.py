@@ -16,11 +16,12 @@ from torch import Tensor
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Code, Coder
-from mptrain.config import BenchConfig, CoderConfig
+from mptrain.config import BenchConfig
 from mptrain.evaluate import sides_of
 from mptrain.loader import Loader, open_store
 from mptrain.loss import batch_fvu, reconstruction_loss
 from mptrain.pursuit.rule import argmax
+from mptrain.recipe import CoderConfig
 from mptrain.sparse import sparse_decode
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import reference
 from mptrain.coder import Code, Coder
-from mptrain.config import PURSUITS, Arch, CoderConfig, Kind
 from mptrain.loss import Fvu, batch_fvu, reconstruction_loss
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
+from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind
 
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk", "batch-topk", "groupmax")

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mptrain.config import CoderConfig, FitConfig
+from mptrain.config import FitConfig
+from mptrain.recipe import CoderConfig
 
 
 def config(**changes: Any) -> FitConfig:

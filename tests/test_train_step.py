@@ -9,9 +9,9 @@ from torch import Tensor
 
 import reference
 from mptrain.coder import Code, Coder
-from mptrain.config import Arch, CoderConfig, Kind, Optimizer
 from mptrain.loss import batch_fvu, reconstruction_loss
 from mptrain.optimize import make_optimizers
+from mptrain.recipe import Arch, CoderConfig, Kind, Optimizer
 from mptrain.train_step import Learner
 
 D, STEPS = 12, 100

@@ -70,6 +70,7 @@ class Shortlist:
     def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
         if chosen_bt.shape[1] % self.refresh == 0:
             self._refresh(r_bD, chosen_bt)
+            self.place_bt = chosen_bt[:, :0]
         score_bS = torch.bmm(self.w_bSD, r_bD[:, :, None])[:, :, 0]
         place_b = self.rule.best(score_bS, self.place_bt)
         self.place_bt = torch.cat([self.place_bt, place_b[:, None]], 1)
@@ -84,4 +85,3 @@ class Shortlist:
         self.atom_bS = self.rule.candidates(score_bM, chosen_bt, self.size)
         w_nD = self.W_MD.index_select(0, self.atom_bS.flatten())
         self.w_bSD = w_nD.view(*self.atom_bS.shape, -1)
-        self.place_bt = self.atom_bS[:, :0]

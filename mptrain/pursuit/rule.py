@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mptrain.config import Select
+from mptrain.recipe import Select
 
 
 class Rule(NamedTuple):
