@@ -219,8 +219,10 @@ def _is_set(config: CoderConfig, name: str) -> bool:
 
 
 def _named(name: str, value: object) -> str:
-    """A field in a coder's name: `tolerance0.1`; of a switch, its name."""
+    """A field in a coder's name: `tolerance0.1`, `codes-gp`; of a switch, its name."""
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return dashed if value else f"no-{dashed}"
+    if isinstance(value, str):
+        return f"{dashed}-{value}"
     return f"{dashed}{value:g}" if isinstance(value, float) else f"{dashed}{value}"

@@ -259,7 +259,7 @@ def test_batch_mp_gradcheck(output: int):
     coder = make_coder("sae", "batch-mp")
     cut = Cut(2, torch.zeros(()))
     assert torch.autograd.gradcheck(
-        lambda x, W: pursue(x, W, 4, 0.0, coder.search, False, cut)[output], (x_BD, W_MD)
+        lambda x, W: pursue(x, W, W, 4, coder.rule, coder.search, False, cut)[output], (x_BD, W_MD)
     )
 
 
