@@ -18,6 +18,7 @@ class Direct:
     """Computes every score anew: `2 D M` operations a row and step. The reference."""
 
     def __init__(self, W_MD: Tensor, rule: Rule) -> None:
+        assert rule.block is None or len(W_MD) % rule.block == 0
         self.W_MD, self.rule = W_MD, rule
 
     def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
@@ -27,7 +28,8 @@ class Direct:
         if chosen_bt.shape[1] == 0:
             self.score_bM = r_bD.new_empty(len(r_bD), len(W_MD))
         score_bM = torch.mm(r_bD, W_MD.T, out=self.score_bM)
-        return self.rule.best(score_bM, chosen_bt) + first
+        # of a block's own columns, none was chosen before: in earlier blocks all are negative
+        return self.rule.best(score_bM, chosen_bt - first) + first
 
     def subtract_(self, a_b: Tensor) -> None:
         """The next residual tells."""
@@ -71,8 +73,7 @@ class Shortlist:
         if chosen_bt.shape[1] % self.refresh == 0:
             self._refresh(r_bD, chosen_bt)
         score_bS = torch.bmm(self.w_bSD, r_bD[:, :, None])[:, :, 0]
-        place_b = self.rule.best(score_bS, self.place_bt)
-        self.place_bt = torch.cat([self.place_bt, place_b[:, None]], 1)
+        place_b = self.rule.best(score_bS, self._places(chosen_bt))
         return self.atom_bS.gather(1, place_b[:, None])[:, 0]
 
     def subtract_(self, a_b: Tensor) -> None:
@@ -84,4 +85,11 @@ class Shortlist:
         self.atom_bS = self.rule.candidates(score_bM, chosen_bt, self.size)
         w_nD = self.W_MD.index_select(0, self.atom_bS.flatten())
         self.w_bSD = w_nD.view(*self.atom_bS.shape, -1)
-        self.place_bt = self.atom_bS[:, :0]
+
+    def _places(self, chosen_bt: Tensor) -> Tensor:
+        """Each place of the list whose atom was chosen, where that matters; -1 for the others."""
+        if not self.rule.ban:
+            return chosen_bt[:, :0]
+        is_chosen_bS = (self.atom_bS[:, :, None] == chosen_bt[:, None]).any(2)
+        place_S = torch.arange(self.atom_bS.shape[1], device=chosen_bt.device)
+        return torch.where(is_chosen_bS, place_S, -1)

@@ -26,6 +26,11 @@ _MODES = {"positive": 0, "signed": 1, "magnitude": 2}
 _compiled = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 
+def applies(tensor: Tensor) -> bool:
+    """Whether these kernels are for the device of a tensor; else steps go over whole matrices."""
+    return tensor.device.type == "cpu"
+
+
 def pursue_by_gram_(
     score_bM: Tensor,
     G_MM: Tensor,
@@ -127,7 +132,7 @@ def _gram_rows_(score, G, W, U, r, idx, val, tolerance, ban, mode):
         floor = tolerance * np.sqrt(_dot(r_D, r_D))
         for step in range(K):
             if ban:
-                _ban_(p, chosen[:step], mode)
+                _ban_(p, chosen[:step])
             atom = _first_largest(p, lanes, mode)
             if not _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
                 break
@@ -144,7 +149,7 @@ def _shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, ban, mod
     for row in range(len(idx)):
         p, r_D, chosen, values = score[row], r[row], idx[row], val[row]
         if ban:
-            _ban_(p, chosen[:first], 0)  # by magnitude already
+            _ban_(p, chosen[:first])
         count = _largest(p, size, lanes, keys, listed)
         for step in range(first, end):
             best, atom = r.dtype.type(-np.inf), -1
@@ -310,10 +315,10 @@ def _nth_largest_(values, n):
 
 @_compiled
 @no_type_check
-def _ban_(p, chosen, mode):
+def _ban_(p, chosen):
     for atom in chosen:
         if atom >= 0:
-            p[atom] = 0 if mode == 2 else -np.inf
+            p[atom] = np.nan  # larger than nothing, by magnitude too
 
 
 @_compiled
