@@ -44,9 +44,10 @@ def pursue(
             latents = [j for j in range(first, end) if not (ban and j in chosen)]
             if not latents or np.linalg.norm(r_D) <= tolerance * first_norm:
                 continue
-            scores = [W_MD[j % len(W_MD)] @ r_D for j in latents]
+            # a sum for each row alone: equal rows have equal scores
+            scores = (W_MD[np.array(latents) % len(W_MD)] * r_D).sum(1)
             best = int(np.argmax(np.abs(scores) if select == "magnitude" else scores))
-            latent, a = latents[best], scores[best]
+            latent, a = latents[best], float(scores[best])
             if a == 0 or (select == "positive" and a < 0):
                 continue
             idx_BK[row, len(chosen)], val_BK[row, len(chosen)] = latent, a

@@ -84,7 +84,7 @@ class Shortlist:
         # in the order of the atoms, so that a tie is decided as in `direct`
         self.atom_bS = self.rule.candidates(score_bM, chosen_bt, self.size)
         w_nD = self.W_MD.index_select(0, self.atom_bS.flatten())
-        self.w_bSD = w_nD.view(*self.atom_bS.shape, -1)
+        self.w_bSD = w_nD.view(*self.atom_bS.shape, self.W_MD.shape[1])
 
     def _places(self, chosen_bt: Tensor) -> Tensor:
         """Each place of the list whose atom was chosen, where that matters; -1 for the others."""
