@@ -62,8 +62,10 @@ def active_latents(
 
 
 def strongest(val_BK: Tensor, mean: int) -> Tensor:
-    """The threshold above which rows have `mean` values on average; all are kept if fewer."""
+    """The least value that is kept where `mean` a row are on average; all are if fewer."""
     kept = min(mean * len(val_BK), val_BK.numel())
+    if kept == 0:
+        return val_BK.new_zeros(())
     return val_BK.flatten().topk(kept, sorted=False).values.min()
 
 

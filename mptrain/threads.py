@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -11,7 +11,7 @@ def in_pieces(work: Callable[[int, int], None], rows: int, most: int) -> None:
     """Call `work(first, end)` on pieces of `range(rows)` with at most `most` rows.
 
     As many at once as torch has threads; which thread does which piece must not matter. Raises what
-    a piece raises.
+    the first of the pieces that fail raises, once none is at work any more.
     """
     pieces = [(first, min(first + most, rows)) for first in range(0, rows, most)]
     threads = torch.get_num_threads()
@@ -19,8 +19,10 @@ def in_pieces(work: Callable[[int, int], None], rows: int, most: int) -> None:
         for first, end in pieces:
             work(first, end)
         return
-    for done in [_pool(threads).submit(work, *piece) for piece in pieces]:
-        done.result()
+    done = [_pool(threads).submit(work, *piece) for piece in pieces]
+    wait(done)
+    for piece in done:
+        piece.result()
 
 
 @functools.cache

@@ -19,56 +19,75 @@ class Pursued(NamedTuple):
     residual_BD: Array
 
 
-def pursue(x_BD: Array, W_MD: Array, k: int, tolerance: float) -> Pursued:
-    """Matching pursuit, row by row and atom by atom."""
-    idx_BK = np.full((len(x_BD), k), -1)
-    val_BK = np.zeros((len(x_BD), k))
+def pursue(
+    x_BD: Array,
+    W_MD: Array,
+    k: int,
+    tolerance: float = 0.0,
+    *,
+    U_MD: Array | None = None,
+    select: str = "positive",
+    ban: bool = False,
+    block: int | None = None,
+) -> Pursued:
+    """Matching pursuit, row by row and atom by atom.
+
+    A step that finds nothing changes nothing; without blocks, all later ones find nothing either.
+    """
+    U_MD = W_MD if U_MD is None else U_MD
+    idx_BK, val_BK = np.full((len(x_BD), k), -1), np.zeros((len(x_BD), k))
     residual_BD = x_BD.astype(np.float64).copy()
     for row, r_D in enumerate(residual_BD):
-        first_norm = np.linalg.norm(r_D)
+        first_norm, chosen = np.linalg.norm(r_D), list[int]()
         for step in range(k):
-            score_M = W_MD @ r_D
-            atom = int(score_M.argmax())
-            if score_M[atom] <= 0 or np.linalg.norm(r_D) <= tolerance * first_norm:
-                break
-            idx_BK[row, step], val_BK[row, step] = atom, score_M[atom]
-            r_D -= score_M[atom] * W_MD[atom]
+            first, end = (0, len(W_MD)) if block is None else (step * block, (step + 1) * block)
+            latents = [j for j in range(first, end) if not (ban and j in chosen)]
+            if not latents or np.linalg.norm(r_D) <= tolerance * first_norm:
+                continue
+            # a sum for each row alone: equal rows have equal scores
+            scores = (W_MD[np.array(latents) % len(W_MD)] * r_D).sum(1)
+            best = int(np.argmax(np.abs(scores) if select == "magnitude" else scores))
+            latent, a = latents[best], float(scores[best])
+            if a == 0 or (select == "positive" and a < 0):
+                continue
+            idx_BK[row, len(chosen)], val_BK[row, len(chosen)] = latent, a
+            chosen.append(latent)
+            r_D -= a * U_MD[latent % len(U_MD)]
     return Pursued(idx_BK, val_BK, residual_BD)
 
 
-def pursue_with_graph(
-    x_BD: Tensor, W_MD: Tensor, k: int, tolerance: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Matching pursuit by autograd, which keeps every step."""
-    r_BD, idx, val = x_BD, [], []
-    first_norm_B = x_BD.norm(dim=1)
-    for _ in range(k):
-        score_BM = r_BD @ W_MD.T
-        best = score_BM.max(1)
-        live_B = (best.values > 0) & (r_BD.norm(dim=1) > tolerance * first_norm_B)
-        a_B = torch.where(live_B, best.values, 0)
-        r_BD = r_BD - a_B[:, None] * W_MD[best.indices]
-        idx.append(torch.where(live_B, best.indices, -1))
-        val.append(a_B)
-    return torch.stack(idx, 1), torch.stack(val, 1), r_BD
+def cut(
+    idx_BK: NDArray[np.int64], val_BK: Array, mean_steps: int | None, threshold: float
+) -> NDArray[np.int64]:
+    """The steps that a batch pursuit keeps; -1 for the others."""
+    lowest_BK = np.minimum.accumulate(np.abs(val_BK), 1)
+    if mean_steps is not None:
+        descending = np.sort(lowest_BK, axis=None)[::-1]
+        threshold = descending[min(mean_steps * len(val_BK), val_BK.size) - 1]
+    return np.where(lowest_BK >= threshold, idx_BK, -1)
 
 
 def follow(
-    x_BD: Tensor, W_MD: Tensor, idx_BK: Tensor, detach: bool = False
+    x_BD: Tensor,
+    W_MD: Tensor,
+    idx_BK: Tensor,
+    U_MD: Tensor | None = None,
+    detach: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Values and last residual of a pursuit whose choice of atoms is given, by autograd."""
+    U_MD = W_MD if U_MD is None else U_MD
     taken_BD, val = torch.zeros_like(x_BD), []
-    for step in range(idx_BK.shape[1]):
-        w_BD = W_MD[idx_BK[:, step].clamp_min(0)]
+    for latent_B in idx_BK.T:
+        w_BD, u_BD = W_MD[latent_B % len(W_MD)], U_MD[latent_B % len(U_MD)]
         r_BD = x_BD - (taken_BD.detach() if detach else taken_BD)
-        a_B = (r_BD * w_BD).sum(1).masked_fill(idx_BK[:, step] < 0, 0)
-        taken_BD = taken_BD + a_B[:, None] * w_BD
+        a_B = (r_BD * w_BD).sum(1).masked_fill(latent_B < 0, 0)
+        taken_BD = taken_BD + a_B[:, None] * u_BD
         val.append(a_B)
     return torch.stack(val, 1), x_BD - taken_BD
 
 
 def pursue_refit(
-    x_BD: Array, W_MD: Array, k: int, tolerance: float, codes: str
+    x_BD: Array, W_MD: Array, k: int, tolerance: float, codes: str, select: str = "positive"
 ) -> tuple[Array, Array]:
     """Dense codes and residuals of gradient pursuit (gp) or orthogonal matching pursuit (omp)."""
     code_BM, residual_BD = np.zeros((len(x_BD), len(W_MD))), x_BD.astype(np.float64).copy()
@@ -76,8 +95,9 @@ def pursue_refit(
         support: list[int] = []
         for _ in range(k):
             score_M = W_MD @ r_D
-            atom = int(score_M.argmax())
-            if score_M[atom] <= 1e-9 or np.linalg.norm(r_D) <= tolerance * np.linalg.norm(x_D):
+            atom = int(np.argmax(np.abs(score_M) if select == "magnitude" else score_M))
+            size = score_M[atom] if select == "positive" else np.abs(score_M[atom])
+            if size <= 1e-9 or np.linalg.norm(r_D) <= tolerance * np.linalg.norm(x_D):
                 break
             support += [atom] if atom not in support else []
             W_SD = W_MD[support]
@@ -86,8 +106,9 @@ def pursue_refit(
             else:
                 g_S = W_SD @ r_D
                 c_D = g_S @ W_SD
-                step = c_D @ r_D / (c_D @ c_D)
-                code_M[support] = np.maximum(code_M[support] + step * g_S, 0)
+                code_M[support] += c_D @ r_D / (c_D @ c_D) * g_S
+                if select == "positive":
+                    code_M[support] = np.maximum(code_M[support], 0)
             r_D[:] = x_D - code_M[support] @ W_SD
     return code_BM, residual_BD
 

@@ -11,13 +11,14 @@ shortlist, R pursuit steps from one shortlist to the next.
 import torch
 from torch import Tensor
 
-from mptrain.pursuit.rule import Rule
+from mptrain.pursuit.rule import FEW, Rule
 
 
 class Direct:
     """Computes every score anew: `2 D M` operations a row and step. The reference."""
 
     def __init__(self, W_MD: Tensor, rule: Rule) -> None:
+        assert rule.block is None or len(W_MD) % rule.block == 0
         self.W_MD, self.rule = W_MD, rule
 
     def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
@@ -27,7 +28,8 @@ class Direct:
         if chosen_bt.shape[1] == 0:
             self.score_bM = r_bD.new_empty(len(r_bD), len(W_MD))
         score_bM = torch.mm(r_bD, W_MD.T, out=self.score_bM)
-        return self.rule.best(score_bM, chosen_bt) + first
+        # of a block's own columns, none was chosen before: in earlier blocks all are negative
+        return self.rule.best(score_bM, chosen_bt - first) + first
 
     def subtract_(self, a_b: Tensor) -> None:
         """The next residual tells."""
@@ -36,7 +38,7 @@ class Direct:
 class Gram:
     """Keeps the scores and subtracts `a G[j]`, `G = U W^T`: `2 M` operations a row and step.
 
-    Exact up to rounding.
+    Exact up to rounding; with `G` in bfloat16, the few best are scored again at every step.
     """
 
     def __init__(self, W_MD: Tensor, G_MM: Tensor, rule: Rule) -> None:
@@ -45,13 +47,20 @@ class Gram:
     def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
         if chosen_bt.shape[1] == 0:
             self.score_bM = r_bD @ self.W_MD.T
-            self.row_bM = torch.empty_like(self.score_bM)
+            self.row_bM = torch.empty_like(self.score_bM, dtype=self.G_MM.dtype)
+        if self.G_MM.dtype != self.W_MD.dtype:
+            self._score_few_again_(r_bD, chosen_bt)
         self.atom_b = self.rule.best(self.score_bM, chosen_bt)
         return self.atom_b
 
     def subtract_(self, a_b: Tensor) -> None:
         torch.index_select(self.G_MM, 0, self.atom_b, out=self.row_bM)
-        self.score_bM.addcmul_(self.row_bM, a_b[:, None], value=-1)
+        self.score_bM.addcmul_(self.row_bM, a_b[:, None].to(self.row_bM.dtype), value=-1)
+
+    def _score_few_again_(self, r_bD: Tensor, chosen_bt: Tensor) -> None:
+        atom_bF = self.rule.candidates(self.score_bM, chosen_bt, min(FEW, len(self.W_MD)))
+        w_bFD = self.W_MD[atom_bF]
+        self.score_bM.scatter_(1, atom_bF, torch.bmm(w_bFD, r_bD[:, :, None])[:, :, 0])
 
 
 class Shortlist:
@@ -70,10 +79,8 @@ class Shortlist:
     def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
         if chosen_bt.shape[1] % self.refresh == 0:
             self._refresh(r_bD, chosen_bt)
-            self.place_bt = chosen_bt[:, :0]
         score_bS = torch.bmm(self.w_bSD, r_bD[:, :, None])[:, :, 0]
-        place_b = self.rule.best(score_bS, self.place_bt)
-        self.place_bt = torch.cat([self.place_bt, place_b[:, None]], 1)
+        place_b = self.rule.best(score_bS, self._places(chosen_bt))
         return self.atom_bS.gather(1, place_b[:, None])[:, 0]
 
     def subtract_(self, a_b: Tensor) -> None:
@@ -84,4 +91,12 @@ class Shortlist:
         # in the order of the atoms, so that a tie is decided as in `direct`
         self.atom_bS = self.rule.candidates(score_bM, chosen_bt, self.size)
         w_nD = self.W_MD.index_select(0, self.atom_bS.flatten())
-        self.w_bSD = w_nD.view(*self.atom_bS.shape, -1)
+        self.w_bSD = w_nD.view(*self.atom_bS.shape, self.W_MD.shape[1])
+
+    def _places(self, chosen_bt: Tensor) -> Tensor:
+        """Each place of the list whose atom was chosen, where that matters; -1 for the others."""
+        if not self.rule.ban:
+            return chosen_bt[:, :0]
+        is_chosen_bS = (self.atom_bS[:, :, None] == chosen_bt[:, None]).any(2)
+        place_S = torch.arange(self.atom_bS.shape[1], device=chosen_bt.device)
+        return torch.where(is_chosen_bS, place_S, -1)

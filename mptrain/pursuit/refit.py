@@ -3,7 +3,7 @@ orthogonal matching pursuit.
 
 B rows in a batch, D input width, M latents, K pursuit steps; lower-case b: rows of one micro-batch.
 Once the atoms are chosen, only their Gram matrix `G_bKK` and their products with the row, `p_bK`,
-matter; an entry that is not part of the fit has zeros there.
+matter; an entry that is not part of the fit has zeros there, so that `G_kk` is zero too.
 """
 
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.pursuit.rule import argmax
+from mptrain.pursuit.rule import Rule
 
 _CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of scores, or [b, K, D] of chosen atoms
 _GPU_ELEMENTS = 1 << 28
@@ -24,27 +24,32 @@ def pursue_refit(
     x_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "latents input"],
     k: int,
-    tolerance: float,
+    rule: Rule,
     codes: Refit,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
     """Indices, values and last residual, with gradients through all of them, the choice held fixed.
 
-    A step adds `argmax_j <w_j, r>` to the support and fits its values to `x`, then `r` is what they
-    leave. A row stops where no correlation is positive or `||r|| <= tolerance ||x||`.
+    A step adds `argmax_j <w_j, r>`, or as `rule.select` says, to the support and fits its values to
+    `x`, then `r` is what they leave. A row stops where no correlation is positive (unless they are
+    chosen positive: where the chosen one is 0) or `||r|| <= tolerance ||x||`.
 
-    - `gp` (Blumensath & Davies 2008; non-negative as in Smith 2024): the new value starts at zero,
-      and all go along their gradient `g = <w, r>` to `relu(val + s g)`, `s` such that `s sum g w`
-      fits `r` best. An atom that is chosen again only has its value improved.
-    - `omp` (Pati et al. 1993): least squares, values of either sign. A row also stops where its
-      best atom hardly leaves the span of its support, which rounding would make singular.
+    - `gp` (Blumensath & Davies 2008): the new value starts at zero, and all go along their gradient
+      `g = <w, r>` to `val + s g`, `s` such that `s sum g w` fits `r` best; if atoms are chosen
+      positive, to `relu(val + s g)` (Smith 2024). An atom that is chosen again only has its value
+      improved.
+    - `omp` (Pati et al. 1993, who choose by magnitude): least squares, values of either sign. A row
+      also stops where its best atom hardly leaves the span of its support, which rounding would
+      make singular.
 
     Scores are computed anew at every step. Entries with value 0 have index -1. Kept for the
     backward pass: the chosen indices and references to the arguments; it goes through the fit of
     a micro-batch once more.
     """
+    assert not rule.ban, "an atom that is chosen again has its value fitted again"
+    assert rule.block is None
     # torch does not annotate `apply`
     idx_BK, val_BK, residual_BD = _PursueRefit.apply(  # type: ignore[no-untyped-call]
-        x_BD, W_MD, k, tolerance, codes
+        x_BD, W_MD, k, rule, codes
     )
     return idx_BK, val_BK, residual_BD
 
@@ -52,16 +57,16 @@ def pursue_refit(
 class _PursueRefit(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BD: Tensor, W_MD: Tensor, k: int, tolerance: float, codes: Refit
+        ctx: Any, x_BD: Tensor, W_MD: Tensor, k: int, rule: Rule, codes: Refit
     ) -> tuple[Tensor, Tensor, Tensor]:
         idx_BK = torch.empty(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
         val_BK = torch.empty(len(x_BD), k, dtype=x_BD.dtype, device=x_BD.device)
         residual_BD = torch.empty_like(x_BD, memory_format=torch.contiguous_format)
         rows = _rows(W_MD, k)
         for x_bD, idx_bK, val_bK, r_bD in _microbatches(rows, x_BD, idx_BK, val_BK, residual_BD):
-            _choose_(x_bD, W_MD, tolerance, codes, idx_bK, val_bK, r_bD)
+            _choose_(x_bD, W_MD, rule, codes, idx_bK, val_bK, r_bD)
         ctx.save_for_backward(idx_BK, x_BD, W_MD)
-        ctx.codes = codes
+        ctx.rule, ctx.codes = rule, codes
         ctx.set_materialize_grads(False)
         shown_BK = idx_BK.masked_fill(val_BK == 0, -1)
         ctx.mark_non_differentiable(shown_BK)
@@ -83,7 +88,7 @@ class _PursueRefit(torch.autograd.Function):
             with torch.enable_grad():
                 x_bD = x_bD.detach().requires_grad_()
                 w_bKD = _atoms(W_MD, idx_bK).requires_grad_()
-                val_bK, r_bD = _fit_again(x_bD, w_bKD, idx_bK, ctx.codes)
+                val_bK, r_bD = _fit_again(x_bD, w_bKD, idx_bK, ctx.rule, ctx.codes)
             dx_b, dw_bKD = torch.autograd.grad((val_bK, r_bD), (x_bD, w_bKD), (dval_bK, dr_bD))
             dx_bD.copy_(dx_b)
             dW_MD.index_add_(0, idx_bK.clamp_min(0).flatten(), dw_bKD.flatten(0, 1))
@@ -93,7 +98,7 @@ class _PursueRefit(torch.autograd.Function):
 def _choose_(
     x_bD: Tensor,
     W_MD: Tensor,
-    tolerance: float,
+    rule: Rule,
     codes: Refit,
     idx_bK: Tensor,
     val_bK: Tensor,
@@ -106,11 +111,11 @@ def _choose_(
     val_bK.zero_()
     w_bKD = x_bD.new_zeros(b, K, W_MD.shape[1])
     G_bKK, p_bK = x_bD.new_zeros(b, K, K), x_bD.new_zeros(b, K)
-    floor_b = tolerance * torch.linalg.vector_norm(x_bD, dim=1)
+    floor_b = rule.tolerance * torch.linalg.vector_norm(x_bD, dim=1)
     for step in range(K):
-        atom_b = argmax(r_bD @ W_MD.T)
+        atom_b = rule.best(r_bD @ W_MD.T, idx_bK[:, :0])
         w_bD = W_MD.index_select(0, atom_b)
-        goes_on_b = _goes_on(w_bD, r_bD, floor_b)
+        goes_on_b = _goes_on(w_bD, r_bD, floor_b, rule)
         if codes == "omp":
             goes_on_b &= _leaves_span(G_bKK, torch.bmm(w_bKD, w_bD[:, :, None])[:, :, 0], w_bD)
         is_new_b = goes_on_b & (idx_bK != atom_b[:, None]).all(1)
@@ -120,14 +125,19 @@ def _choose_(
         G_bKK[:, step] = torch.bmm(w_bKD, w_bKD[:, step, :, None])[:, :, 0]
         G_bKK[:, :, step] = G_bKK[:, step]
         p_bK[:, step] = (w_bKD[:, step] * x_bD).sum(1)
-        fitted_bK = _gp_step(G_bKK, p_bK, val_bK) if codes == "gp" else _least_squares(G_bKK, p_bK)
+        if codes == "gp":
+            fitted_bK = _gp_step(G_bKK, p_bK, val_bK, rule)
+        else:
+            fitted_bK = _least_squares(G_bKK, p_bK)
         val_bK.copy_(torch.where(goes_on_b[:, None], fitted_bK, val_bK))
         r_bD.copy_(x_bD - torch.bmm(val_bK[:, None], w_bKD)[:, 0])
 
 
-def _goes_on(w_bD: Tensor, r_bD: Tensor, floor_b: Tensor) -> Tensor:
+def _goes_on(w_bD: Tensor, r_bD: Tensor, floor_b: Tensor, rule: Rule) -> Tensor:
     """Whether each row takes one more step; written so that a NaN goes on, and shows."""
     a_b, norm_b = (w_bD * r_bD).sum(1), torch.linalg.vector_norm(r_bD, dim=1)
+    if rule.select != "positive":
+        a_b = a_b.abs()
     rounding = 100 * torch.finfo(r_bD.dtype).eps
     stops_b: Tensor = (a_b <= rounding * norm_b) | (norm_b <= floor_b)
     return ~stops_b
@@ -141,7 +151,9 @@ def _leaves_span(G_bKK: Tensor, products_bK: Tensor, w_bD: Tensor) -> Tensor:
     return ~is_inside_b
 
 
-def _fit_again(x_bD: Tensor, w_bKD: Tensor, idx_bK: Tensor, codes: Refit) -> tuple[Tensor, Tensor]:
+def _fit_again(
+    x_bD: Tensor, w_bKD: Tensor, idx_bK: Tensor, rule: Rule, codes: Refit
+) -> tuple[Tensor, Tensor]:
     """Values and residual of a pursuit whose choice is known, differentiable."""
     w_bKD = w_bKD * _is_first(idx_bK)[:, :, None]
     G_bKK, p_bK = w_bKD @ w_bKD.transpose(1, 2), (w_bKD * x_bD[:, None]).sum(2)
@@ -151,17 +163,20 @@ def _fit_again(x_bD: Tensor, w_bKD: Tensor, idx_bK: Tensor, codes: Refit) -> tup
         val_bK = torch.zeros_like(p_bK)
         for step in range(idx_bK.shape[1]):
             within_K = torch.arange(idx_bK.shape[1], device=x_bD.device) <= step
-            stepped_bK = _gp_step(G_bKK * within_K, p_bK * within_K, val_bK)
+            stepped_bK = _gp_step(G_bKK * within_K, p_bK * within_K, val_bK, rule)
             val_bK = torch.where(idx_bK[:, step, None] >= 0, stepped_bK, val_bK)
     return val_bK, x_bD - (val_bK[:, None] @ w_bKD)[:, 0]
 
 
-def _gp_step(G_bKK: Tensor, p_bK: Tensor, val_bK: Tensor) -> Tensor:
-    """`relu(val + s g)` with `g = p - G val` and `s = |g|^2 / g G g`."""
-    g_bK = torch.where(p_bK != 0, p_bK - (G_bKK @ val_bK[:, :, None])[:, :, 0], 0)
+def _gp_step(G_bKK: Tensor, p_bK: Tensor, val_bK: Tensor, rule: Rule) -> Tensor:
+    """`val + s g` with `g = p - G val` and `s = |g|^2 / g G g`; its positive part by that rule."""
+    # an atom of the support may well have p = 0: it meets not the row, but what others left of it
+    fitted_bK = torch.diagonal(G_bKK, dim1=1, dim2=2) != 0
+    g_bK = torch.where(fitted_bK, p_bK - (G_bKK @ val_bK[:, :, None])[:, :, 0], 0)
     length_b1 = (g_bK * (G_bKK @ g_bK[:, :, None])[:, :, 0]).sum(1, keepdim=True)
     s_b1 = g_bK.square().sum(1, keepdim=True) / torch.where(length_b1 == 0, 1, length_b1)
-    return torch.relu(val_bK + s_b1 * g_bK)
+    stepped_bK = val_bK + s_b1 * g_bK
+    return torch.relu(stepped_bK) if rule.select == "positive" else stepped_bK
 
 
 def _least_squares(G_bKK: Tensor, p_bK: Tensor) -> Tensor:

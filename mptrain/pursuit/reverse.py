@@ -35,7 +35,7 @@ def reverse(
     is fixed on every device.
     """
     of_batch = (idx_BK, val_BK, dval_BK, residual_BD, dresidual_BD)
-    if idx_BK.device.type == "cpu":
+    if cpu.applies(idx_BK):
         return cpu.reverse(*of_batch, W_MD, U_MD, detach)
     dx_BD, dW_MD = dresidual_BD.clone(), torch.zeros_like(W_MD)
     dU_MD = dW_MD if U_MD is W_MD else torch.zeros_like(U_MD)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mptrain.recipe import Select
 
+FEW = 4  # best atoms by inexact scores that are scored again
+
 
 class Rule(NamedTuple):
     """How each step chooses its latent `j` and its value `a`, from the scores `p_j = <w_j, r>`."""

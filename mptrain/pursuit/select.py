@@ -19,6 +19,7 @@ from mptrain.sparse import row_of
 _Pursue = Callable[[Tensor, Tensor, Tensor], None]  # r_bD becomes the last residual; idx_bK, val_bK
 
 
+@torch.no_grad()
 def select(
     x_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "selecting input"],
@@ -54,18 +55,19 @@ def _prepare(
     W_MD: Tensor, U_MD: Tensor, steps: int, rule: Rule, search: Search
 ) -> tuple[_Pursue, int]:
     """The pursuit of a micro-batch, with what all of them share, and a row's share of memory."""
-    (M, D), on_cpu = W_MD.shape, W_MD.device.type == "cpu"
+    (M, D), compiled = W_MD.shape, cpu.applies(W_MD)
     backend = resolve(search, M, steps, rule.block is not None)
+    assert rule.block is None or backend == "direct", "only direct knows blocks"
     if backend == "direct":
         return partial(_by_finder, lambda: Direct(W_MD, rule), W_MD, U_MD, rule), M
     scoring_MD = W_MD.bfloat16() if search.score_dtype == "bfloat16" else W_MD
     if backend == "gram":
-        G_MM = U_MD @ W_MD.T
-        if on_cpu:
+        G_MM = U_MD.to(scoring_MD.dtype) @ scoring_MD.T
+        if compiled:
             return partial(_by_gram, G_MM, W_MD, U_MD, rule), M
         return partial(_by_finder, lambda: Gram(W_MD, G_MM, rule), W_MD, U_MD, rule), M
     size, refresh = min(search.shortlist_size, M), search.shortlist_refresh
-    if on_cpu:
+    if compiled:
         return partial(_by_shortlist, scoring_MD, size, refresh, W_MD, U_MD, rule), M
     finder = partial(Shortlist, W_MD, scoring_MD, size, refresh, rule)
     return partial(_by_finder, finder, W_MD, U_MD, rule), max(M, size * D)
@@ -93,6 +95,8 @@ def _by_finder(
         a_b = rule.value_((w_bD * r_bD).sum(1))
         if rule.tolerance > 0:
             a_b.masked_fill_(torch.linalg.vector_norm(r_bD, dim=1) <= floor_b, 0)
+        if rule.ban:  # chosen again only where nothing else is left; a NaN goes on, and shows
+            a_b *= (idx_bK[:, :step] != latent_b[:, None]).all(1)
         u_bD = w_bD if U_MD is W_MD else U_MD.index_select(0, row_of(latent_b, U_MD))
         r_bD.addcmul_(u_bD, a_b[:, None], value=-1)
         idx_bK[:, step] = latent_b.masked_fill(a_b == 0, -1)
