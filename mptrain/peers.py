@@ -106,7 +106,7 @@ def find_peers(W_MD: Tensor, b_D: Tensor, k: int) -> tuple[list[Method], dict[st
             absent[name] = f"there is no module {error.name}"
         # theirs to raise what they like: what is broken there must not keep ours from being timed
         except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            absent[name] = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
     return found, absent
 
 
