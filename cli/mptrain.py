@@ -154,16 +154,19 @@ def plot(
 @guarded
 @from_config(BenchConfig)
 def bench(config: BenchConfig, json: Json = False) -> None:
-    """Time, memory and agreement of the pursuit's back ends on this machine."""
+    """Time, memory and agreement of the pursuit's back ends on this machine, and of other tools."""
     from mpcache.hardware import hardware
     from mptrain.batches import resolve_device
     from mptrain.bench import bench as run
+    from mptrain.peers import HOW_TO_INSTALL
 
-    found = [dataclasses.asdict(one) for one in run(config)]
+    report = dataclasses.asdict(run(config))
     machine = hardware(resolve_device(config.device))
     if json:
-        return print_json(
-            {"hardware": machine, "bench": dataclasses.asdict(config), "methods": found}
-        )
-    print_table(tuple(found[0]), found)
-    return typer.echo(f"{machine}; ratios to direct")
+        return print_json({"hardware": machine, "bench": dataclasses.asdict(config), **report})
+    typer.echo(f"{machine}; ratios and changes: to direct on the same rows")
+    print_table(tuple(report["methods"][0]), report["methods"])
+    if report["absent"]:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in report["absent"].items())
+        typer.echo(f"not measured: {reasons}; {HOW_TO_INSTALL}")
+    return None

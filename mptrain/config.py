@@ -152,6 +152,8 @@ class BenchConfig:
     "shortlist: best atoms of each row that are looked at between two full searches"
     shortlist_refresh: int = Recipe.shortlist_refresh
     "shortlist: pursuit steps from one search of all atoms to the next"
+    peer_rows: int = 256
+    "rows on which other tools that are installed are measured beside ours; 0: they are not"
     repeats: int = 3
     "rounds over all methods, after one that only warms up"
     seed: int = 0
@@ -163,6 +165,8 @@ class BenchConfig:
         for name in ("rows", "width", "latents", "k", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.peer_rows < 0:
+            raise ValueError(f"peer_rows must be at least 0, got {self.peer_rows}")
         if self.latents % self.width:
             raise ValueError(
                 f"width must divide latents, got width={self.width}, latents={self.latents}; "
