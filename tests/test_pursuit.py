@@ -376,8 +376,8 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
 ):
     """As far as README says, with the defaults; whether an atom or its double is no difference."""
     generator = torch.Generator().manual_seed(8)
-    W_MD = atoms(generator, 2048, 256, dtype=torch.float32)
-    x_BD = sums_of_atoms(generator, W_MD, 256, 16)
+    _, W_MD = problem(4, 1, 256, 2048, torch.float32)
+    x_BD = sums_of_atoms(generator, W_MD, 512, 16)
     defaults = replace(
         WHOLE,
         shortlist_size=Recipe.shortlist_size,
@@ -589,7 +589,7 @@ def test_detach_changes_gradients_only(sizes: dict[str, int], k: int, of: st.Dat
     assert all(torch.equal(a, b) for a, b in zip(whole, detached, strict=True))
 
 
-GRADCHECK = {"seed": 2, "B": 3, "D": 5, "M": 8}
+GRADCHECK = {"seed": 2, "B": 3, "D": 5, "M": 7}
 
 
 def checked(
@@ -598,7 +598,7 @@ def checked(
     W_MD: Tensor,
     U_MD: Tensor,
 ) -> bool:
-    """By finite differences, of the values alone, of the residual alone and of both."""
+    """By finite differences along random directions, of the values alone and the residual alone."""
     leaves = tuple(
         t.requires_grad_() for t in ((x_BD, W_MD) if U_MD is W_MD else (x_BD, W_MD, U_MD))
     )
@@ -610,8 +610,8 @@ def checked(
     assert (values.abs() > 1e-3).any(), "something is chosen, and none of it by rounding"
     assert ((values == 0) | (values.abs() > 1e-3)).all()
     return all(
-        torch.autograd.gradcheck(lambda *of, pick=pick: outputs(*of)[pick], leaves)
-        for pick in (slice(1, 2), slice(2, 3), slice(1, 3))
+        torch.autograd.gradcheck(lambda *of, at=at: outputs(*of)[at], leaves, fast_mode=True)
+        for at in (1, 2)
     )
 
 
@@ -630,7 +630,7 @@ def test_gradcheck(layout: Layout, rule: Rule, is_compiled: bool):
 
 def cuts(idx_BK: Tensor, val_BK: Tensor) -> list[Cut]:
     """By a mean number of steps, and by a threshold between two values; neither keeps all."""
-    sizes = val_BK.abs().cummin(1).values.flatten().sort(descending=True).values
+    sizes = val_BK.abs().cummin(1).values.unique()
     between = (sizes[len(sizes) // 2] + sizes[len(sizes) // 2 - 1]) / 2
     return [Cut(2, torch.zeros(())), Cut(None, between)]
 
