@@ -74,7 +74,7 @@ def drawn(
 @each_layout
 @each_rule
 @given(sizes=sizes, k=st.integers(1, 9), tolerance=TOLERANCES, unit=st.booleans())
-@settings(max_examples=12)
+@settings(max_examples=10)
 def test_equals_reference(
     layout: Layout, rule: Rule, sizes: dict[str, int], k: int, tolerance: float, unit: bool
 ):
@@ -130,7 +130,7 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
     W_MD = torch.cat([W_MD, W_MD]) if atoms_twice else W_MD
     for way in ways(EVERY):
         norm_B = x_BD.norm(dim=1)
-        for steps in sorted({1, (k + 1) // 2, k}):
+        for steps in sorted({(k + 1) // 2, k}):
             idx_BK, val_BK, residual_BD = run_select(way, x_BD, W_MD, W_MD, steps, rule)
             assert val_BK.dtype == residual_BD.dtype == torch.float32
             assert_well_formed(idx_BK, val_BK)
@@ -376,8 +376,8 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
 ):
     """As far as README says, with the defaults; whether an atom or its double is no difference."""
     generator = torch.Generator().manual_seed(8)
-    W_MD = atoms(generator, 2048, 256, dtype=torch.float32)
-    x_BD = sums_of_atoms(generator, W_MD, 256, 16)
+    _, W_MD = problem(4, 1, 256, 2048, torch.float32)
+    x_BD = sums_of_atoms(generator, W_MD, 512, 16)
     defaults = replace(
         WHOLE,
         shortlist_size=Recipe.shortlist_size,
@@ -589,7 +589,7 @@ def test_detach_changes_gradients_only(sizes: dict[str, int], k: int, of: st.Dat
     assert all(torch.equal(a, b) for a, b in zip(whole, detached, strict=True))
 
 
-GRADCHECK = {"seed": 2, "B": 3, "D": 5, "M": 8}
+GRADCHECK = {"seed": 2, "B": 3, "D": 5, "M": 7}
 
 
 def checked(
@@ -598,7 +598,7 @@ def checked(
     W_MD: Tensor,
     U_MD: Tensor,
 ) -> bool:
-    """By finite differences, of the values alone, of the residual alone and of both."""
+    """By finite differences along random directions, of the values alone and the residual alone."""
     leaves = tuple(
         t.requires_grad_() for t in ((x_BD, W_MD) if U_MD is W_MD else (x_BD, W_MD, U_MD))
     )
@@ -610,8 +610,8 @@ def checked(
     assert (values.abs() > 1e-3).any(), "something is chosen, and none of it by rounding"
     assert ((values == 0) | (values.abs() > 1e-3)).all()
     return all(
-        torch.autograd.gradcheck(lambda *of, pick=pick: outputs(*of)[pick], leaves)
-        for pick in (slice(1, 2), slice(2, 3), slice(1, 3))
+        torch.autograd.gradcheck(lambda *of, at=at: outputs(*of)[at], leaves, fast_mode=True)
+        for at in (1, 2)
     )
 
 
@@ -630,21 +630,21 @@ def test_gradcheck(layout: Layout, rule: Rule, is_compiled: bool):
 
 def cuts(idx_BK: Tensor, val_BK: Tensor) -> list[Cut]:
     """By a mean number of steps, and by a threshold between two values; neither keeps all."""
-    sizes = val_BK.abs().cummin(1).values.flatten().sort(descending=True).values
+    sizes = val_BK.abs().cummin(1).values.unique()
     between = (sizes[len(sizes) // 2] + sizes[len(sizes) // 2 - 1]) / 2
     return [Cut(2, torch.zeros(())), Cut(None, between)]
 
 
 @each_layout
-@each_rule
+@each_select
 @in_both_forms
-def test_cut_gradcheck(layout: Layout, rule: Rule, is_compiled: bool):
-    x_BD, W_MD, U_MD, rule = drawn(layout, rule, GRADCHECK | {"B": 4}, 4)
+def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
+    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), GRADCHECK | {"B": 4}, 4)
     x_BD[1] = 0.5
     x_BD[0] *= 2
     way = Way(DIRECT, is_compiled)
     with way.forced():
-        for cut in cuts(*select(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
+        for cut in cuts(*pursue(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
             run = lambda x, W, U: pursue(x, W, U, 4, rule, DIRECT, cut=cut)  # noqa: B023, E731
             assert checked(run, x_BD, W_MD, U_MD)
 

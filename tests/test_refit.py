@@ -10,51 +10,48 @@ from torch import Tensor
 import reference
 from mptrain.pursuit import refit as refit_module
 from mptrain.pursuit.refit import Refit, pursue_refit
-from mptrain.pursuit.search import Search
+from mptrain.pursuit.rule import Rule
 from mptrain.pursuit.select import select
+from pursuits import DIRECT, atoms, problem
 
-DIRECT = Search(backend="direct", shortlist_size=1, shortlist_refresh=1, score_dtype="float32")
 CODES: tuple[Refit, ...] = ("gp", "omp")
+SELECTS = ("positive", "signed", "magnitude")
 
-
-def problem(
-    seed: int, B: int, D: int, M: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """Random rows, the second of them zero, and unit-norm atoms."""
-    generator = torch.Generator().manual_seed(seed)
-    x_BD = torch.randn(B, D, generator=generator, dtype=dtype)
-    x_BD[1:2] = 0
-    W_MD = torch.randn(M, D, generator=generator, dtype=dtype)
-    return x_BD, W_MD / W_MD.norm(dim=1, keepdim=True)
-
+each_codes = pytest.mark.parametrize("codes", CODES)
+each_select = pytest.mark.parametrize("chosen", SELECTS)
 
 sizes = {"seed": st.integers(0, 2**20), "B": st.integers(1, 7), "M": st.integers(1, 14)}
 
 
 @given(**sizes, D=st.integers(2, 6), k=st.integers(1, 9), tolerance=st.sampled_from([1e-4, 0.4]))
-@settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("codes", CODES)
+@settings(max_examples=80)
+@each_codes
+@each_select
 def test_equals_reference(
-    codes: Refit, seed: int, B: int, D: int, M: int, k: int, tolerance: float
+    codes: Refit, chosen: str, seed: int, B: int, D: int, M: int, k: int, tolerance: float
 ):
+    """For omp by magnitude, the reference is orthogonal matching pursuit as in the textbook."""
     x_BD, W_MD = problem(seed, B, D, M)
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, tolerance, codes)
-    code_BM, expected_BD = reference.pursue_refit(x_BD.numpy(), W_MD.numpy(), k, tolerance, codes)
+    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule(chosen, False, tolerance), codes)
+    code_BM, expected_BD = reference.pursue_refit(
+        x_BD.numpy(), W_MD.numpy(), k, tolerance, codes, chosen
+    )
     np.testing.assert_allclose(reference.dense(idx_BK, val_BK, M), code_BM, atol=1e-7)
     np.testing.assert_allclose(residual_BD, expected_BD, atol=1e-8)
     assert ((idx_BK >= 0) == (val_BK != 0)).all()
-    if codes == "gp":
+    if codes == "gp" and chosen == "positive":
         assert (val_BK >= 0).all()
 
 
 @given(**sizes, D=st.integers(1, 5), k=st.integers(1, 20))
-@settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("codes", CODES)
-def test_laws_in_float32(codes: Refit, seed: int, B: int, D: int, M: int, k: int):
+@settings(max_examples=60)
+@each_codes
+@each_select
+def test_laws_in_float32(codes: Refit, chosen: str, seed: int, B: int, D: int, M: int, k: int):
     """Also past the rank, and with every atom twice."""
     x_BD, W_MD = problem(seed, B, D, M, torch.float32)
     W_MD = torch.cat([W_MD, W_MD]).requires_grad_()
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, 0.0, codes)
+    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule(chosen), codes)
     with torch.no_grad():
         prediction_BD = reference.dense(idx_BK, val_BK, 2 * M) @ W_MD
         torch.testing.assert_close(prediction_BD + residual_BD, x_BD, atol=1e-3, rtol=1e-3)
@@ -65,25 +62,27 @@ def test_laws_in_float32(codes: Refit, seed: int, B: int, D: int, M: int, k: int
 
 
 @pytest.mark.parametrize("output", [1, 2])
-@pytest.mark.parametrize("codes", CODES)
-def test_gradcheck(codes: Refit, output: int):
+@each_codes
+@each_select
+def test_gradcheck(codes: Refit, chosen: str, output: int):
     """Finite differences, of the values alone and of the residual alone; one atom comes twice."""
     x_BD, W_MD = problem(2, 3, 5, 6)
     x_BD[1] = 0.5
     x_BD.requires_grad_()
     W_MD.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, W: pursue_refit(x, W, 4, 0.0, codes)[output], (x_BD, W_MD)
+        lambda x, W: pursue_refit(x, W, 4, Rule(chosen), codes)[output], (x_BD, W_MD)
     )
 
 
-@pytest.mark.parametrize("codes", CODES)
-def test_microbatch_does_not_matter(codes: Refit, monkeypatch: pytest.MonkeyPatch):
+@each_codes
+@each_select
+def test_microbatch_does_not_matter(codes: Refit, chosen: str, monkeypatch: pytest.MonkeyPatch):
     x_BD, W_MD = problem(3, 23, 8, 40)
 
     def result() -> tuple[Tensor, ...]:
         W = W_MD.clone().requires_grad_()
-        idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W, 5, 0.0, codes)
+        idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W, 5, Rule(chosen), codes)
         (val_BK.sum() + residual_BD.pow(3).sum()).backward()
         assert W.grad is not None
         return idx_BK, val_BK, residual_BD, W.grad
@@ -94,21 +93,23 @@ def test_microbatch_does_not_matter(codes: Refit, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("codes", CODES)
-def test_a_nan_stays_in_its_row_and_shows(codes: Refit):
+@each_codes
+@each_select
+def test_a_nan_stays_in_its_row_and_shows(codes: Refit, chosen: str):
     x_BD, W_MD = problem(0, 5, 8, 20, torch.float32)
-    clean = pursue_refit(x_BD, W_MD, 4, 0.0, codes)
+    clean = pursue_refit(x_BD, W_MD, 4, Rule(chosen), codes)
     x_BD[3, 2] = torch.nan
-    spoilt = pursue_refit(x_BD, W_MD, 4, 0.0, codes)
+    spoilt = pursue_refit(x_BD, W_MD, 4, Rule(chosen), codes)
     assert spoilt[2][3].isnan().any()
     others = torch.tensor([0, 1, 2, 4])
     for before, after in zip(clean, spoilt, strict=True):
         torch.testing.assert_close(before[others], after[others], atol=1e-6, rtol=0)
 
 
-def test_omp_leaves_nothing_that_its_atoms_explain():
+@each_select
+def test_omp_leaves_nothing_that_its_atoms_explain(chosen: str):
     x_BD, W_MD = problem(7, 40, 16, 64)
-    idx_BK, _, residual_BD = pursue_refit(x_BD, W_MD, 6, 0.0, "omp")
+    idx_BK, _, residual_BD = pursue_refit(x_BD, W_MD, 6, Rule(chosen), "omp")
     left_BK = (W_MD[idx_BK.clamp_min(0)] * residual_BD[:, None]).sum(2)
     assert left_BK.abs().max() < 1e-10
     assert all(len(set(row)) == 6 for row in idx_BK[2:].tolist()), "no atom twice"
@@ -117,7 +118,7 @@ def test_omp_leaves_nothing_that_its_atoms_explain():
 @given(seed=st.integers(0, 2**20), B=st.integers(1, 6), D=st.integers(2, 8), data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObject):
-    """It takes the largest `|<w, r>|`, so ours is given every atom and its negative."""
+    """It chooses by magnitude."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     M = data.draw(st.integers(1, 3 * D), label="M")
     k = data.draw(st.integers(1, min(D, M)), label="k")
@@ -125,14 +126,59 @@ def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObj
     x_BD = x_BD[torch.arange(B + 1) != 1]  # of a row of zeros it warns
     found = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
     expected_BM = found.reshape(M, B).T
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, torch.cat([W_MD, -W_MD]), k, 0.0, "omp")
-    plus_BM, minus_BM = (
-        reference.dense(idx_BK, val_BK, 2 * M).numpy().reshape(B, 2, M).swapaxes(0, 1)
-    )
-    np.testing.assert_array_equal((plus_BM != 0) | (minus_BM != 0), expected_BM != 0)
-    np.testing.assert_allclose(plus_BM - minus_BM, expected_BM, rtol=1e-6, atol=1e-8)
+    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule("magnitude"), "omp")
+    code_BM = reference.dense(idx_BK, val_BK, M).numpy()
+    np.testing.assert_array_equal(code_BM != 0, expected_BM != 0)
+    np.testing.assert_allclose(code_BM, expected_BM, rtol=1e-6, atol=1e-8)
     left_B = np.linalg.norm(x_BD.numpy() - expected_BM @ W_MD.numpy(), axis=1)
     np.testing.assert_allclose(residual_BD.norm(dim=1), left_B, rtol=1e-7, atol=1e-10)
+
+
+def test_omp_finds_what_rows_are_made_of():
+    """Few atoms of a dictionary that is nearly orthogonal, with values of either sign."""
+    generator = torch.Generator().manual_seed(3)
+    W_MD = atoms(generator, 300, 200)
+    idx_BK = torch.stack([torch.randperm(300, generator=generator)[:4] for _ in range(30)])
+    val_BK = torch.rand(30, 4, generator=generator, dtype=torch.float64) + 0.5
+    val_BK *= torch.randint(2, (30, 4), generator=generator) * 2 - 1
+    code_BM = reference.dense(idx_BK, val_BK, 300)
+    found_idx_BK, found_val_BK, residual_BD = pursue_refit(
+        code_BM @ W_MD, W_MD, 7, Rule("magnitude"), "omp"
+    )
+    assert residual_BD.abs().max() < 1e-12
+    torch.testing.assert_close(reference.dense(found_idx_BK, found_val_BK, 300), code_BM)
+    assert ((found_idx_BK >= 0).sum(1) == 4).all(), "a row that is explained stops"
+
+
+@each_codes
+def test_by_magnitude_directions_of_atoms_do_not_matter(codes: Refit):
+    x_BD, W_MD = problem(7, 40, 16, 64)
+    turned_MD = W_MD * torch.where(torch.arange(64) % 3 == 0, -1, 1)[:, None]
+    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, 6, Rule("magnitude"), codes)
+    turned = pursue_refit(x_BD, turned_MD, 6, Rule("magnitude"), codes)
+    assert torch.equal(turned[0], idx_BK)
+    torch.testing.assert_close(torch.where(idx_BK % 3 == 0, -turned[1], turned[1]), val_BK)
+    torch.testing.assert_close(turned[2], residual_BD)
+    assert (val_BK < 0).any()
+
+
+@each_codes
+@each_select
+def test_an_atom_may_meet_what_others_left_and_not_the_row(codes: Refit, chosen: str):
+    """Its product with the row is exactly 0, and yet its value is fitted."""
+    x_BD, W_MD = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
+    idx_BK, _, residual_BD = pursue_refit(x_BD, W_MD, 2, Rule(chosen), codes)
+    assert idx_BK.tolist() == [[0, 1]]
+    expected = reference.pursue_refit(x_BD.numpy(), W_MD.numpy(), 2, 0.0, codes, chosen)[1]
+    np.testing.assert_allclose(residual_BD, expected, atol=1e-6)
+    assert residual_BD.norm() < 0.78
+
+
+def test_refit_has_no_ban_and_no_blocks():
+    x_BD, W_MD = problem(0, 2, 3, 4)
+    for rule in (Rule(ban=True), Rule(block=2)):
+        with pytest.raises(AssertionError):
+            pursue_refit(x_BD, W_MD, 2, rule, "gp")
 
 
 def pursue_counting_twice(x_BD: Tensor, W_MD: Tensor, k: int) -> Tensor:
@@ -189,8 +235,8 @@ def test_gradient_pursuit_lies_between_mp_and_omp(rows: str, k: int, expected: d
         x_BD = (val_BL[:, :, None] * W_MD[idx_BL]).sum(1)
     x_BD[1] = 1
     residuals = {
-        "mp": select(x_BD, W_MD, k, 0.0, DIRECT)[2],
-        **{codes: pursue_refit(x_BD, W_MD, k, 0.0, codes)[2] for codes in CODES},
+        "mp": select(x_BD, W_MD, W_MD, k, Rule(), DIRECT)[2],
+        **{codes: pursue_refit(x_BD, W_MD, k, Rule(), codes)[2] for codes in CODES},
         "twice": pursue_counting_twice(x_BD, W_MD, k),
     }
     left = {
