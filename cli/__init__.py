@@ -2,6 +2,6 @@
 
 import os
 
-# Before torch starts its threads: waiting threads that spin take the cores from those that read and
-# write; on two busy cores a pursuit step was several times slower for it.
+# Before torch starts its threads: those that wait must not take the cores from the threads that
+# read, write and pursue, which are others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from cli.errors import guarded
-from cli.options import count, counts, from_config, option
+from cli.options import choices, count, counts, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig
+from mptrain.recipe import Codes
 
 app = typer.Typer(
     help="Train matching-pursuit and TopK coders from a store of activations.",
@@ -44,6 +45,8 @@ def fit(config: FitConfig, json: Json = False) -> None:
     """Train one coder, or a grid of them in one pass over the store."""
     from mptrain.fit import fit as run
 
+    for warning in config.warnings():
+        typer.echo(f"warning: {warning}", err=True)
     try:
         results = run(config, quiet=False)
     except KeyboardInterrupt:
@@ -90,6 +93,10 @@ def evaluate(
     k: Annotated[
         list[str] | None, typer.Option(help="evaluate at these K too", metavar="COUNT,..")
     ] = None,
+    codes: Annotated[
+        list[str] | None,
+        typer.Option(help="mp: with values by these codes too: mp, gp, omp", metavar="CODES,.."),
+    ] = None,
     rows: Annotated[int | None, typer.Option(parser=count, help="rows [default: all]")] = None,
     model: Annotated[
         str | None, typer.Option(help="the store's model: also the cross-entropy it keeps")
@@ -98,13 +105,14 @@ def evaluate(
     device: Annotated[str, typer.Option(help="torch device of coder and model")] = "auto",
     json: Json = False,
 ) -> None:
-    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K.
+    """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K and codes.
 
     With --model, the coder is spliced into the language model: cross-entropy and KL.
     """
     from mptrain.evaluate import evaluate_coder
 
-    evaluations = evaluate_coder(coder, store, counts(k or ()), rows, device)
+    other_codes = choices(codes or (), Codes)
+    evaluations = evaluate_coder(coder, store, counts(k or ()), rows, device, other_codes)
     found = [dataclasses.asdict(one) for one in evaluations]
     kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
     if json:

@@ -87,6 +87,12 @@ def counts(texts: Sequence[str]) -> list[int]:
     return [number for text in texts for number in parse(text)]
 
 
+def choices(texts: Sequence[str], literal: Any) -> list[Any]:
+    """The values of a Literal in an option that takes several, as for `counts`."""
+    parse = _parser(literal, several=True)
+    return [value for text in texts for value in parse(text)]
+
+
 def option(name: str, value: Any) -> str:
     """How a field is set to a value on the command line."""
     dashed = name.replace("_", "-")

@@ -67,9 +67,8 @@ def bench(config: BenchConfig) -> Report:
     """
     x_BD, coder = make_tensors(config)
     ours, bare = _our_methods(config, coder), _bare_method(coder)
-    if not config.peer_rows:
-        return Report(methods=_measure([*ours, bare], x_BD, coder, config), absent={})
-    peers, absent = find_peers(coder.decoder_ME.detach(), coder.b_D.detach(), config.k)
+    tensors = coder.decoder_ME.detach(), coder.b_D.detach()
+    peers, absent = find_peers(config.peers, *tensors, config.k)
     groups = [([*ours, bare], x_BD)]
     if peers and len(x_BD) <= config.peer_rows:
         groups = [([*ours, *peers, bare], x_BD)]

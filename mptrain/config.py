@@ -3,10 +3,12 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from mptrain.presets import PRESETS
 from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect
+
+Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
 _LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
 _LEAST = {
@@ -101,6 +103,11 @@ class FitConfig(Recipe):
             for changes in self._variants(arch)
         )
 
+    def warnings(self) -> list[str]:
+        """What may not be meant, to be told before a run starts."""
+        free = [coder.name for coder in self.coders() if coder.free_norm]
+        return [f"{name}: with free_norm a step can enlarge the residual" for name in free]
+
     def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(Recipe) if is_for(f.name, kind, arch)}
@@ -152,8 +159,10 @@ class BenchConfig:
     "shortlist: best atoms of each row that are looked at between two full searches"
     shortlist_refresh: int = Recipe.shortlist_refresh
     "shortlist: pursuit steps from one search of all atoms to the next"
+    peers: tuple[Peer, ...] = ("sae-lens", "overcomplete", "eai-sparsify")
+    "other tools to measure beside ours where they are installed"
     peer_rows: int = 256
-    "rows on which other tools that are installed are measured beside ours; 0: they are not"
+    "rows on which they are measured (overcomplete keeps 5 MB a row at the default sizes)"
     repeats: int = 3
     "rounds over all methods, after one that only warms up"
     seed: int = 0
@@ -162,11 +171,9 @@ class BenchConfig:
     "torch device; auto takes the first GPU, else the CPU"
 
     def __post_init__(self) -> None:
-        for name in ("rows", "width", "latents", "k", "repeats"):
+        for name in ("rows", "width", "latents", "k", "peer_rows", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.peer_rows < 0:
-            raise ValueError(f"peer_rows must be at least 0, got {self.peer_rows}")
         if self.latents % self.width:
             raise ValueError(
                 f"width must divide latents, got width={self.width}, latents={self.latents}; "

@@ -18,7 +18,7 @@ from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
 from mptrain.loss import Fvu
-from mptrain.recipe import CoderConfig
+from mptrain.recipe import CoderConfig, Codes
 from mptrain.sparse import active_latents
 
 _BATCH_ROWS = 8192
@@ -29,6 +29,7 @@ class Evaluation:
     """How well a coder does on a set of rows."""
 
     k: int
+    codes: Codes
     rows: int
     "rows evaluated, without those left out"
     fvu: float
@@ -43,7 +44,7 @@ class Evaluation:
     @property
     def is_finite(self) -> bool:
         """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
-        return all(map(math.isfinite, asdict(self).values()))
+        return all(math.isfinite(v) for v in asdict(self).values() if not isinstance(v, str))
 
 
 def sides_of(config: CoderConfig) -> tuple[Side, Side]:
@@ -53,14 +54,14 @@ def sides_of(config: CoderConfig) -> tuple[Side, Side]:
 
 
 def evaluate(
-    coders: Sequence[tuple[Coder, int]],
+    coders: Sequence[tuple[Coder, int, Codes]],
     batches: Iterable[Batch],
     *,
     skip_positions: int,
     finite_only: bool = False,
 ) -> list[Evaluation]:
-    """Evaluate pairs of coder and K on the same batches."""
-    tallies = [_Tally(coder, k, skip_positions, finite_only) for coder, k in coders]
+    """Evaluate coders, each with its K and codes, on the same batches."""
+    tallies = [_Tally(*one, skip_positions, finite_only) for one in coders]
     for batch in batches:
         for tally in tallies:
             tally.add_(batch)
@@ -73,14 +74,16 @@ def evaluate_coder(
     other_k: Sequence[int],
     rows: int | None = None,
     device: str = "auto",
+    other_codes: Sequence[Codes] = (),
 ) -> list[Evaluation]:
-    """Evaluate a saved coder on held-out rows, at its own K and at others.
+    """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
 
     Filters are those it was trained with. The store must have the fingerprint of the one it was
     trained on: another dataset or seed may hold train rows among its held-out ones.
 
     Raises:
-        ValueError: no coder, no store or not one for this coder, or a `k` or `rows` below 1.
+        ValueError: no coder, no store or not one for this coder, or a `k`, `rows` or
+            codes that it cannot be run with.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
@@ -90,10 +93,11 @@ def evaluate_coder(
     _refuse_other_rows(coder, trained, store)
     sides = tuple(dict.fromkeys(sides_of(coder.config)))
     ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
+    codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
     with Loader(store, sides, "validation", batch_rows=_BATCH_ROWS, seed=0, device=place) as loader:
         return evaluate(
-            [(coder, k) for k in ks],
+            [(coder, k, c) for c in codes for k in ks],
             loader.one_pass(rows),
             skip_positions=trained["skip_positions"],
             finite_only=trained["allow_nonfinite"],
@@ -119,8 +123,10 @@ def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -
 class _Tally:
     """Running sums of one coder at one K."""
 
-    def __init__(self, coder: Coder, k: int, skip_positions: int, finite_only: bool) -> None:
-        self.coder, self.k, self.skip = coder, k, skip_positions
+    def __init__(
+        self, coder: Coder, k: int, codes: Codes, skip_positions: int, finite_only: bool
+    ) -> None:
+        self.coder, self.k, self.codes, self.skip = coder, k, codes, skip_positions
         self.input, self.target = sides_of(coder.config)
         self.finite = (self.input, self.target) if finite_only else ()
         self.kept, self.all = Fvu(), Fvu()
@@ -132,7 +138,7 @@ class _Tally:
         usable_B = kept_rows(batch, skip_positions=0, finite=self.finite)
         kept_B = kept_rows(batch, skip_positions=self.skip)[usable_B]
         x_BD, y_BE = batch.values[self.input][usable_B], batch.values[self.target][usable_B]
-        code = self.coder.encode(x_BD, self.k)
+        code = self.coder.encode(x_BD, self.k, codes=self.codes)
         y_hat_BE = self.coder.predict(code, x_BD)
         self.all.add_(y_BE, y_hat_BE)
         self._add_kept_(y_BE[kept_B], y_hat_BE[kept_B], code.idx_BK[kept_B], code.val_BK[kept_B])
@@ -151,6 +157,7 @@ class _Tally:
     def evaluation(self) -> Evaluation:
         return Evaluation(
             k=self.k,
+            codes=self.codes,
             rows=self.kept.rows,
             fvu=self.kept.value,
             fvu_all=self.all.value,

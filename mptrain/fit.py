@@ -1,13 +1,10 @@
 """Train a grid of coders in one pass over a store; the same command goes on where it stopped."""
 
 import math
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -16,37 +13,15 @@ from tqdm import tqdm
 
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_state, save_coder, save_state, write_json
-from mptrain.coder import Coder
 from mptrain.config import FitConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of
+from mptrain.interrupt import held_interrupt
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
 from mptrain.metrics import Record, append, rewind
-from mptrain.optimize import make_optimizers
-from mptrain.recipe import CoderConfig
 from mptrain.runs import Run, open_run
-from mptrain.train_step import Learner, StepResult
-
-_SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
-
-
-@dataclass(kw_only=True)
-class Trainee:
-    """One coder of the grid with what its training has cost so far."""
-
-    config: CoderConfig
-    learner: Learner
-    train_seconds: float = 0.0
-    lr: float = 0.0
-    "learning rate of the last train step"
-    diverged: bool = False
-
-    @property
-    def sides(self) -> tuple[Side, Side]:
-        return sides_of(self.config)
-
-    def rows_per_second(self, rows: int) -> float:
-        """Of this many rows read; 0 where no batch had a row to train on."""
-        return rows / self.train_seconds if self.train_seconds else 0.0
+from mptrain.suited import refuse_unsuited
+from mptrain.train_step import StepResult
+from mptrain.trainee import Trainee, make_trainee, train_steps
 
 
 def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
@@ -61,9 +36,7 @@ def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     device = resolve_device(config.device)
     grid = config.coders()
     sides = tuple(dict.fromkeys(side for one in grid for side in sides_of(one)))
-    _refuse_skipping_all(config, store)
-    _refuse_uneven(store, sides)
-    _refuse_nonfinite(config, store, sides)
+    refuse_unsuited(config, store, sides)
     trainees = [make_trainee(one, config, store, device) for one in grid]
     with (
         _loader(config, store, sides, "train", device) as train,
@@ -71,28 +44,6 @@ def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     ):
         run = open_run(config, store.source, store.fingerprint, train.order_digest)
         return Fitting(config, run, trainees, train, validation, quiet).fit()
-
-
-def train_steps(config: FitConfig) -> int:
-    """Whole batches in the rows to train on."""
-    return config.rows // config.batch_rows
-
-
-def make_trainee(
-    config: CoderConfig, run: FitConfig, store: Store, device: torch.device
-) -> Trainee:
-    """A coder at its start: biases at the means of the train split, atoms drawn by its seed."""
-    (input_side, target_side) = sides_of(config)
-    input_mean_D, input_variance_D = store.moments(*input_side, "train")
-    target_mean_E, target_variance_E = store.moments(*target_side, "train")
-    coder = Coder(config, len(input_mean_D), len(target_mean_E))
-    coder.initialise_(
-        input_mean_D.float(), target_mean_E.float(), torch.Generator().manual_seed(config.seed)
-    )
-    coder.to(device)
-    optimizers = make_optimizers(coder, config, train_steps(run))
-    variances = float(target_variance_E.sum()), float(input_variance_D.sum())
-    return Trainee(config=config, learner=Learner(coder, optimizers, *variances))
 
 
 class Fitting:
@@ -185,7 +136,7 @@ class Fitting:
         """Of every coder on the same held-out rows; None for those that diverged."""
         healthy = [trainee for trainee in self.trainees if not trainee.diverged]
         found = evaluate(
-            [(trainee.learner.coder, trainee.config.k) for trainee in healthy],
+            [(t.learner.coder, t.config.k, t.config.codes) for t in healthy],
             self.validation.one_pass(max_rows),
             skip_positions=self.config.skip_positions,
             finite_only=self.config.allow_nonfinite,
@@ -309,29 +260,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-@contextmanager
-def held_interrupt() -> Iterator[Callable[[], bool]]:
-    """Hold back a first Ctrl-C, and tell whether it came; a second one interrupts at once."""
-    came = False
-
-    def hold(*_: object) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    # only the main thread gets Ctrl-C, and a handler that someone else has set is theirs
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _loader(
     config: FitConfig,
     store: Store,
@@ -348,46 +276,3 @@ def _loader(
         window_rows=config.window_rows,
         device=device,
     )
-
-
-def _refuse_skipping_all(config: FitConfig, store: Store) -> None:
-    if config.skip_positions >= store.ctx_len:
-        raise ValueError(
-            "skip_positions must be less than ctx_len, got "
-            f"skip_positions={config.skip_positions}, ctx_len={store.ctx_len}; use fewer"
-        )
-
-
-def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
-    """Common parts alone would make a coder's rows depend on its companions."""
-    found = {
-        side: {p.number for split in _SPLITS for p in store.parts([side], split)} for side in sides
-    }
-    everything = set[int]().union(*found.values())
-    if any(parts != everything for parts in found.values()):
-        told = "; ".join(
-            f"{':'.join(side)} has parts {_ranges(parts)}" for side, parts in found.items()
-        )
-        raise ValueError(
-            f"the sides in {store.path} have different parts ({told}); "
-            "collect the missing parts, or fit the sides in separate runs"
-        )
-
-
-def _ranges(numbers: set[int]) -> str:
-    """Ascending numbers as runs: 0-6, 8."""
-    starts = sorted(n for n in numbers if n - 1 not in numbers)
-    ends = sorted(n for n in numbers if n + 1 not in numbers)
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs) or "none"
-
-
-def _refuse_nonfinite(config: FitConfig, store: Store, sides: Sequence[Side]) -> None:
-    bad = {":".join(side): count for side in sides if (count := store.nonfinite(*side))}
-    if bad and not config.allow_nonfinite:
-        told = ", ".join(f"{count} in {side}" for side, count in bad.items())
-        raise ValueError(
-            f"{config.store} holds non-finite values ({told}); "
-            "collect with another --model-dtype or --dtype, or leave such rows out with "
-            "--allow-nonfinite"
-        )

@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec
@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from mptrain.config import Peer
 from mptrain.loss import reconstruction_loss
 from mptrain.measure import Method
 
@@ -88,7 +89,7 @@ def sparsify_topk(W_MD: Tensor, b_D: Tensor, k: int) -> Method:
     )
 
 
-ADAPTERS: dict[str, Callable[[Tensor, Tensor, int], Method]] = {
+ADAPTERS: dict[Peer, Callable[[Tensor, Tensor, int], Method]] = {
     "sae-lens": saelens_mp,
     "overcomplete": overcomplete_mp,
     "eai-sparsify": sparsify_topk,
@@ -96,12 +97,14 @@ ADAPTERS: dict[str, Callable[[Tensor, Tensor, int], Method]] = {
 HOW_TO_INSTALL = "pip install 'mpcache[peers]' and pip install --no-deps overcomplete"
 
 
-def find_peers(W_MD: Tensor, b_D: Tensor, k: int) -> tuple[list[Method], dict[str, str]]:
-    """The methods of all tools that can be used here, and why the others cannot."""
+def find_peers(
+    names: Sequence[Peer], W_MD: Tensor, b_D: Tensor, k: int
+) -> tuple[list[Method], dict[str, str]]:
+    """The methods of these tools that can be used here, and why the others cannot."""
     found, absent = [], {}
-    for name, adapter in ADAPTERS.items():
+    for name in names:
         try:
-            found.append(adapter(W_MD, b_D, k))
+            found.append(ADAPTERS[name](W_MD, b_D, k))
         except ModuleNotFoundError as error:
             absent[name] = f"there is no module {error.name}"
         # theirs to raise what they like: what is broken there must not keep ours from being timed

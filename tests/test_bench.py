@@ -22,7 +22,7 @@ from test_fit import config as fit_config
 
 PURSUITS = ["direct", "gram", "gram bfloat16", "shortlist", "shortlist bfloat16"]
 METHODS = [*PURSUITS, "topk", "groupmax", "bare products"]
-SMALL = BenchConfig(rows=40, width=16, latents=64, k=4, peer_rows=0, repeats=1, device="cpu")
+SMALL = BenchConfig(rows=40, width=16, latents=64, k=4, peers=(), repeats=1, device="cpu")
 
 
 def test_measures_every_method_on_planted_rows():
@@ -128,7 +128,7 @@ def test_table_names_the_machine_and_what_was_not_measured(monkeypatch: pytest.M
         ({"width": 10, "latents": 64}, "width must divide latents, .* use 60 latents"),
         ({"coder": "c"}, "coder and store go together"),
         ({"repeats": 0}, "repeats must be at least 1"),
-        ({"peer_rows": -1}, "peer_rows must be at least 0"),
+        ({"peer_rows": 0}, "peer_rows must be at least 1"),
     ],
 )
 def test_refuses(changes: dict[str, object], message: str):

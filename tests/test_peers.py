@@ -159,7 +159,7 @@ def test_what_does_not_work_is_absent_with_the_reason(monkeypatch: pytest.Monkey
     method = Method(name="c", encode=lambda x: x, loss=None, parameters=(), pursues=False)
     adapters = {"a": missing, "b": broken, "c": lambda *_: method, "d": silent}
     monkeypatch.setattr(peers_module, "ADAPTERS", adapters)
-    found, absent = find_peers(torch.eye(2), torch.zeros(2), 1)
+    found, absent = find_peers(tuple(adapters), torch.eye(2), torch.zeros(2), 1)
     assert found == [method]
     assert absent == {
         "a": "there is no module a",
