@@ -167,7 +167,7 @@ def test_ban_holds_where_nothing_else_is_left(way: Way, rule: Rule):
 
 @pytest.mark.parametrize("ban", [False, True])
 @given(sizes=sizes, k=st.integers(1, 6), tied=st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_magnitude_is_positive_with_every_atom_in_both_directions(
     ban: bool, sizes: dict[str, int], k: int, tied: bool
 ):
@@ -185,7 +185,7 @@ def test_magnitude_is_positive_with_every_atom_in_both_directions(
 
 
 @given(sizes=sizes, k=st.integers(1, 6), tied=st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_signed_takes_a_negative_value_only_where_all_are_negative(
     sizes: dict[str, int], k: int, tied: bool
 ):
