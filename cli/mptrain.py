@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli.errors import guarded
-from cli.options import count, counts, from_config
+from cli.options import count, counts, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig
 
@@ -56,6 +56,20 @@ def fit(config: FitConfig, json: Json = False) -> None:
         if result["diverged"]:
             typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
     return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
+
+
+@app.command()
+@guarded
+def presets(json: Json = False) -> None:
+    """The variants that `fit --preset` knows, and the options that each of them sets."""
+    from mptrain.presets import PRESETS
+
+    if json:
+        return print_json({name: dict(changes) for name, changes in PRESETS.items()})
+    for name, changes in PRESETS.items():
+        told = " ".join(option(*change) for change in changes.items())
+        typer.echo(f"{name:18s}{told or '(the defaults)'}")
+    return None
 
 
 def _how_to_go_on(run: Path) -> str:
@@ -140,16 +154,19 @@ def plot(
 @guarded
 @from_config(BenchConfig)
 def bench(config: BenchConfig, json: Json = False) -> None:
-    """Time, memory and agreement of the pursuit's back ends on this machine."""
+    """Time, memory and agreement of the pursuit's back ends on this machine, and of other tools."""
     from mpcache.hardware import hardware
     from mptrain.batches import resolve_device
     from mptrain.bench import bench as run
+    from mptrain.peers import HOW_TO_INSTALL
 
-    found = [dataclasses.asdict(one) for one in run(config)]
+    report = dataclasses.asdict(run(config))
     machine = hardware(resolve_device(config.device))
     if json:
-        return print_json(
-            {"hardware": machine, "bench": dataclasses.asdict(config), "methods": found}
-        )
-    print_table(tuple(found[0]), found)
-    return typer.echo(f"{machine}; ratios to direct")
+        return print_json({"hardware": machine, "bench": dataclasses.asdict(config), **report})
+    typer.echo(f"{machine}; ratios and changes: to direct on the same rows")
+    print_table(tuple(report["methods"][0]), report["methods"])
+    if report["absent"]:
+        reasons = ", ".join(f"{name} ({reason})" for name, reason in report["absent"].items())
+        typer.echo(f"not measured: {reasons}; {HOW_TO_INSTALL}")
+    return None

@@ -87,6 +87,14 @@ def counts(texts: Sequence[str]) -> list[int]:
     return [number for text in texts for number in parse(text)]
 
 
+def option(name: str, value: Any) -> str:
+    """How a field is set to a value on the command line."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {_shown(value)}"
+
+
 def _parameters(config_type: type, arguments: Sequence[str]) -> list[inspect.Parameter]:
     docs, hints = field_docs(config_type), typing.get_type_hints(config_type)
     fields = {field.name: field for field in dataclasses.fields(config_type)}

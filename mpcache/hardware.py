@@ -6,16 +6,24 @@ from pathlib import Path
 
 import torch
 
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # what decides matrix products
+
 
 def hardware(device: torch.device) -> str:
-    """The device in words."""
+    """The device in words, and what computes on it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {_features()}"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{_cpu()}, {cores} cores, threads used: {threads}, torch {torch.__version__}"
 
 
-def _features() -> str:
-    """The CPU's capabilities that decide matrix products."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return " ".join(f for f in wanted if f" {f}" in flags) or "flags unknown"
+def _cpu() -> str:
+    """The CPU's name and features, as far as Linux tells them."""
+    file = Path("/proc/cpuinfo")
+    told = file.read_text().splitlines() if file.exists() else []
+    values = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in told)
+    }
+    flags = values.get("flags", "").split()
+    features = " ".join(f for f in _FEATURES if f in flags) or "flags unknown"
+    return f"{values.get('model name') or platform.machine()} ({features})"

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mptrain.sparse import sparse_decode, weighted_rows
+from mptrain.sparse import row_of, sparse_decode, weighted_rows
 from mptrain.topk import topk_encode
 
 
@@ -19,7 +19,7 @@ def error_by_encoder(
     b_D: Float[Tensor, " input"],
     encoder_MD: Float[Tensor, "latents input"],
     bias_M: Float[Tensor, " latents"],
-    decoder_ME: Float[Tensor, "latents target"],
+    decoder_ME: Float[Tensor, "predicting target"],
     dead_M: Bool[Tensor, " latents"],
 ) -> tuple[Float[Tensor, "batch target"], float] | None:
     """For topk: the error as predicted from `x`, and the loss' scale. None: nothing is dead."""
@@ -28,13 +28,13 @@ def error_by_encoder(
         return None
     k, scale = _used(len(dead), x_BD.shape[1])
     idx_BK, val_BK = topk_encode(x_BD, b_D, encoder_MD[dead], bias_M[dead], k)
-    return sparse_decode(idx_BK, val_BK, decoder_ME[dead]), scale
+    return sparse_decode(idx_BK, val_BK, decoder_ME[row_of(dead, decoder_ME)]), scale
 
 
 def error_by_residual(
     residual_BD: Float[Tensor, "batch input"],
-    W_MD: Float[Tensor, "latents input"],
-    decoder_ME: Float[Tensor, "latents target"],
+    W_MD: Float[Tensor, "selecting input"],
+    decoder_ME: Float[Tensor, "predicting target"],
     dead_M: Bool[Tensor, " latents"],
 ) -> tuple[Float[Tensor, "batch target"], float] | None:
     """For mp: the same from what the pursuit left, by its correlations with dead atoms.
@@ -47,7 +47,7 @@ def error_by_residual(
     if len(dead) == 0:
         return None
     k, scale = _used(len(dead), residual_BD.shape[1])
-    W_dead_MD = W_MD[dead]
+    W_dead_MD = W_MD[row_of(dead, W_MD)]
     no_bias_D, no_bias_M = residual_BD.new_zeros(W_MD.shape[1]), residual_BD.new_zeros(len(dead))
     idx_BK, val_BK = topk_encode(residual_BD, no_bias_D, W_dead_MD, no_bias_M, k)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def error_by_residual(
         square_B1 = sum_BD.square().sum(1, keepdim=True)
         s_B1 = (residual_BD * sum_BD).sum(1, keepdim=True) / square_B1
         s_B1.masked_fill_(square_B1 == 0, 0)
-    return sparse_decode(idx_BK, s_B1 * val_BK, decoder_ME[dead]), scale
+    return sparse_decode(idx_BK, s_B1 * val_BK, decoder_ME[row_of(dead, decoder_ME)]), scale
 
 
 def _used(dead: int, input_width: int) -> tuple[int, float]:

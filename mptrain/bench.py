@@ -1,10 +1,10 @@
-"""How fast, how lean and how exact the back ends are on this machine, on the same tensors.
+"""How fast, how lean and how exact the back ends are on this machine, on the same tensors, beside
+other tools where they are installed.
 
 B rows in a batch, D input width, M latents, K pursuit steps.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
-from mptrain.coder import Code, Coder
-from mptrain.config import BenchConfig, CoderConfig
+from mptrain.coder import Coder
+from mptrain.config import BenchConfig
 from mptrain.evaluate import sides_of
 from mptrain.loader import Loader, open_store
 from mptrain.loss import batch_fvu, reconstruction_loss
+from mptrain.measure import Codes, Method, peak_bytes, saved_bytes, seconds
+from mptrain.peers import find_peers
 from mptrain.pursuit.rule import argmax
+from mptrain.recipe import Arch, CoderConfig
 from mptrain.sparse import sparse_decode
 
 
@@ -29,6 +32,8 @@ class Measurement:
     """One way to code the rows; ratios are to `direct`, medians over alternating repeats."""
 
     method: str
+    rows: int
+    "the first so many of all; ratios and changes are to `direct` on the same"
     encode_seconds: float
     "codes without gradients; building a Gram matrix counted"
     encode_ratio: float
@@ -46,23 +51,32 @@ class Measurement:
     "most memory in use above what was in use before, forward and backward"
 
 
-def bench(config: BenchConfig) -> list[Measurement]:
-    """Measure all methods; `direct` is the first one."""
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All measurements, `direct` the first on each number of rows."""
+
+    methods: list[Measurement]
+    absent: dict[str, str]
+    "other tools that were not measured, and why"
+
+
+def bench(config: BenchConfig) -> Report:
+    """Measure our methods on all rows, then beside other tools on the first `peer_rows`.
+
+    Fewer rows, because these tools keep every step of the pursuit, some of them `[rows, latents]`.
+    """
     x_BD, coder = make_tensors(config)
-    methods = {**_coders(config, coder), "bare products": coder, "topk": _topk(coder)}
-    encoders: dict[str, Callable[[], object]] = {
-        name: partial(_encode, one, x_BD) for name, one in methods.items()
-    }
-    encoders["bare products"] = partial(_bare_products, x_BD - coder.b_D, coder)
-    trainings: dict[str, Callable[[], object]] = {
-        name: partial(_forward_backward, one, x_BD)
-        for name, one in methods.items()
-        if name != "bare products"
-    }
-    encode = _seconds(encoders, config.repeats, x_BD.device)
-    train = _seconds(trainings, config.repeats, x_BD.device)
-    exact = _encode(coder, x_BD)
-    return [_measurement(name, one, x_BD, exact, encode, train) for name, one in methods.items()]
+    ours, bare = _our_methods(config, coder), _bare_method(coder)
+    if not config.peer_rows:
+        return Report(methods=_measure([*ours, bare], x_BD, coder, config), absent={})
+    peers, absent = find_peers(coder.decoder_ME.detach(), coder.b_D.detach(), config.k)
+    groups = [([*ours, bare], x_BD)]
+    if peers and len(x_BD) <= config.peer_rows:
+        groups = [([*ours, *peers, bare], x_BD)]
+    elif peers:
+        groups.append(([*ours, *peers], x_BD[: config.peer_rows]))
+    found = [one for group, rows_BD in groups for one in _measure(group, rows_BD, coder, config)]
+    return Report(methods=found, absent=absent)
 
 
 def make_tensors(config: BenchConfig) -> tuple[Tensor, Coder]:
@@ -121,18 +135,23 @@ def _plain(config: CoderConfig, changes: dict[str, object]) -> CoderConfig:
     return CoderConfig(**{**kept, **changes})
 
 
-def _coders(config: BenchConfig, direct: Coder) -> dict[str, Coder]:
+def _our_methods(config: BenchConfig, direct: Coder) -> list[Method]:
     short: dict[str, str | int] = {
         "backend": "shortlist",
         "shortlist_size": config.shortlist_size,
         "shortlist_refresh": config.shortlist_refresh,
     }
-    return {
+    coders = {
         "direct": direct,
         "gram": _like(direct, {"backend": "gram"}),
+        "gram bfloat16": _like(direct, {"backend": "gram", "score_dtype": "bfloat16"}),
         "shortlist": _like(direct, short),
         "shortlist bfloat16": _like(direct, {**short, "score_dtype": "bfloat16"}),
+        "topk": _one_shot(direct, "topk"),
     }
+    if direct.latents % direct.config.k == 0:
+        coders["groupmax"] = _one_shot(direct, "groupmax")
+    return [_ours(name, coder) for name, coder in coders.items()]
 
 
 def _like(coder: Coder, changes: dict[str, str | int]) -> Coder:
@@ -142,134 +161,122 @@ def _like(coder: Coder, changes: dict[str, str | int]) -> Coder:
     return other
 
 
-def _topk(coder: Coder) -> Coder:
-    """A TopK SAE of the same size, to compare with."""
-    config = replace(coder.config, arch="topk", backend="auto")
-    other = Coder(config, len(coder.b_D), len(coder.b_D))
-    zero_D = torch.zeros(len(coder.b_D))
-    other.initialise_(zero_D, zero_D, torch.Generator().manual_seed(0))
-    return other.to(coder.b_D.device)
+def _one_shot(coder: Coder, arch: Arch) -> Coder:
+    """An SAE with the dictionary as encoder and decoder."""
+    other = Coder(replace(coder.config, arch=arch, backend="auto"), len(coder.b_D), len(coder.b_D))
+    other = other.to(coder.b_D.device)
+    W_MD = coder.decoder_ME.detach()
+    same = {"b_D": coder.b_D.detach(), "encoder_MD": W_MD, "V_ME": W_MD}
+    other.load_state_dict({**other.state_dict(), **same})
+    return other
 
 
-@torch.no_grad()
-def _encode(coder: Coder, x_BD: Tensor) -> Code:
-    return coder.encode(x_BD)
+def _ours(name: str, coder: Coder) -> Method:
+    def encode(x_BD: Tensor) -> Codes:
+        code = coder.encode(x_BD)
+        return code.idx_BK, code.val_BK
+
+    return Method(
+        name=name,
+        encode=encode,
+        loss=lambda x_BD: reconstruction_loss(x_BD, coder(x_BD), 1.0),
+        parameters=tuple(coder.parameters()),
+        pursues=coder.W_MD is not None,
+    )
 
 
-@torch.no_grad()
-def _bare_products(x_BD: Tensor, coder: Coder) -> None:
+def _bare_method(coder: Coder) -> Method:
     """What `direct` cannot do without: K products with the dictionary, and their argmax."""
-    W_MD, rows = coder.decoder_ME, max(1, (1 << 21) // coder.latents)
-    for x_bD in torch.split(x_BD, rows):
-        score_bM = x_bD.new_empty(len(x_bD), coder.latents)
-        for _ in range(coder.config.k):
-            argmax(torch.mm(x_bD, W_MD.T, out=score_bM))
+
+    def encode(x_BD: Tensor) -> None:
+        W_MD, rows = coder.decoder_ME, max(1, (1 << 21) // coder.latents)
+        for x_bD in torch.split(x_BD, rows):
+            score_bM = x_bD.new_empty(len(x_bD), coder.latents)
+            for _ in range(coder.config.k):
+                argmax(torch.mm(x_bD, W_MD.T, out=score_bM))
+
+    return Method(name="bare products", encode=encode, loss=None, parameters=(), pursues=False)
 
 
-def _forward_backward(coder: Coder, x_BD: Tensor) -> None:
-    coder.zero_grad(set_to_none=True)
-    _loss(coder, x_BD).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
-
-
-def _loss(coder: Coder, x_BD: Tensor) -> Tensor:
-    return reconstruction_loss(x_BD, coder(x_BD), 1.0)
-
-
-def _seconds(
-    calls: dict[str, Callable[[], object]], repeats: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each call, all methods in turn; a first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            _synchronise(device)
-            began = time.perf_counter()
-            call()
-            _synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: all_of[1:] for name, all_of in seconds.items()}
+def _measure(
+    methods: Sequence[Method], x_BD: Tensor, direct: Coder, config: BenchConfig
+) -> list[Measurement]:
+    encoders = {one.name: partial(_encode, one, x_BD) for one in methods}
+    trainings = {one.name: partial(_train, one, x_BD) for one in methods if one.loss}
+    encode = seconds(encoders, config.repeats, x_BD.device)
+    train = seconds(trainings, config.repeats, x_BD.device)
+    exact = _encode(methods[0], x_BD)
+    assert exact is not None
+    return [_measurement(one, x_BD, direct, exact, encode, train) for one in methods]
 
 
 def _measurement(
-    name: str,
-    coder: Coder,
+    method: Method,
     x_BD: Tensor,
-    exact: Code,
+    direct: Coder,
+    exact: Codes,
     encode: dict[str, list[float]],
     train: dict[str, list[float]],
 ) -> Measurement:
-    trains, pursues = name in train, coder.W_MD is not None and name != "bare products"
-    code = _encode(coder, x_BD) if pursues else None
+    name, loss = method.name, method.loss
+    codes = _encode(method, x_BD) if method.pursues else None
+    fvu_change = (
+        None if codes is None else _fvu(x_BD, codes, direct) / _fvu(x_BD, exact, direct) - 1
+    )
     return Measurement(
         method=name,
+        rows=len(x_BD),
         encode_seconds=median(encode[name]),
         encode_ratio=_ratio(encode["direct"], encode[name]),
-        train_seconds=median(train[name]) if trains else None,
-        train_ratio=_ratio(train["direct"], train[name]) if trains else None,
-        same_atoms=None if code is None else same_atoms(exact.idx_BK, code.idx_BK, coder.latents),
-        fvu_change=None if code is None else _fvu(x_BD, code) / _fvu(x_BD, exact) - 1,
-        saved_bytes=saved_bytes(coder, x_BD) if trains else None,
-        peak_bytes=_peak_bytes(coder, x_BD) if trains else None,
+        train_seconds=median(train[name]) if loss else None,
+        train_ratio=_ratio(train["direct"], train[name]) if loss else None,
+        same_atoms=None if codes is None else same_atoms(exact, codes, direct.latents),
+        fvu_change=fvu_change,
+        saved_bytes=saved_bytes(partial(loss, x_BD), (x_BD, *method.parameters)) if loss else None,
+        peak_bytes=peak_bytes(partial(_train, method, x_BD), x_BD.device) if loss else None,
     )
+
+
+@torch.no_grad()
+def _encode(method: Method, x_BD: Tensor) -> Codes | None:
+    return method.encode(x_BD)
+
+
+def _train(method: Method, x_BD: Tensor) -> None:
+    """Forward, loss and backward."""
+    assert method.loss is not None
+    for parameter in method.parameters:
+        parameter.grad = None
+    method.loss(x_BD).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
 
 
 def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
     return median(a / b for a, b in zip(base, other, strict=True))
 
 
-def _fvu(x_BD: Tensor, code: Code) -> float:
-    assert code.residual_BD is not None
-    return float(batch_fvu(x_BD, x_BD - code.residual_BD))
+@torch.no_grad()
+def _fvu(x_BD: Tensor, codes: Codes, coder: Coder) -> float:
+    W_MD = coder.decoder_ME
+    coded_BD = codes @ W_MD if isinstance(codes, Tensor) else sparse_decode(*codes, W_MD)
+    return float(batch_fvu(x_BD, coder.b_D + coded_BD))
 
 
-def same_atoms(idx_BK: Tensor, other_BK: Tensor, latents: int) -> float:
-    """Share of the atoms of the first codes that are in the second too, as often."""
-    counts = [
-        torch.zeros(len(idx), latents + 1, device=idx.device).scatter_add_(
-            1, idx + 1, torch.ones_like(idx, dtype=torch.float32)
-        )[:, 1:]
-        for idx in (idx_BK, other_BK)
+def same_atoms(codes: Codes, others: Codes, latents: int) -> float:
+    """Share of the atoms of the first codes that are in the second too.
+
+    Each counts as often as it was chosen; dense codes tell only that it was.
+    """
+    counts_BM, others_BM = _counts(codes, latents), _counts(others, latents)
+    if isinstance(others, Tensor):
+        counts_BM = counts_BM.clamp(max=1)
+    return float(torch.minimum(counts_BM, others_BM).sum() / counts_BM.sum())
+
+
+def _counts(codes: Codes, latents: int) -> Tensor:
+    if isinstance(codes, Tensor):
+        return (codes != 0).float()
+    idx_BK, _ = codes
+    counts_BM = torch.zeros(len(idx_BK), latents + 1, device=idx_BK.device)
+    return counts_BM.scatter_add_(1, idx_BK + 1, torch.ones_like(idx_BK, dtype=torch.float32))[
+        :, 1:
     ]
-    return float(torch.minimum(*counts).sum() / counts[0].sum())
-
-
-def saved_bytes(coder: Coder, x_BD: Tensor) -> int:
-    """Bytes that a forward pass leaves for the backward pass."""
-    given = {t.untyped_storage().data_ptr() for t in (x_BD, *coder.parameters())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = _loss(coder, x_BD)
-    del loss
-    return sum(kept.values())
-
-
-def _peak_bytes(coder: Coder, x_BD: Tensor) -> int | None:
-    if x_BD.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(x_BD.device)
-        before = torch.cuda.memory_allocated(x_BD.device)
-        _forward_backward(coder, x_BD)
-        return torch.cuda.max_memory_allocated(x_BD.device) - before
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")  # the peak starts again from what is in use
-    except OSError:
-        return None
-    before = _kilobytes(status.read_text(), "VmRSS")
-    _forward_backward(coder, x_BD)
-    return 1024 * (_kilobytes(status.read_text(), "VmHWM") - before)
-
-
-def _kilobytes(status: str, name: str) -> int:
-    return int(status.split(f"{name}:")[1].split()[0])
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mptrain.coder import Coder
-from mptrain.config import CoderConfig
+from mptrain.recipe import CoderConfig
 
 CODER_FORMAT = 1
 _PARTIAL = ".partial"

@@ -1,21 +1,24 @@
 """A coder: its parameters, its codes and its predictions.
 
-B rows in a batch, D input width, E target width, M latents, K code entries a row.
+B rows in a batch, D input width, E target width, M latents, K code entries a row. Dictionaries
+have a row for each latent, or one for each latent of a block where all blocks share them.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from mptrain.auxk import error_by_encoder, error_by_residual
-from mptrain.config import PURSUITS, CoderConfig
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
 from mptrain.pursuit.refit import pursue_refit
+from mptrain.pursuit.rule import Rule
 from mptrain.pursuit.search import Search
-from mptrain.sparse import sparse_decode, strongest
+from mptrain.recipe import PURSUITS, BeginAs, CoderConfig, Codes
+from mptrain.sparse import row_of, sparse_decode, strongest
 from mptrain.topk import topk_encode
 
 _FOLLOW = 0.01  # share of a batch in the running threshold
@@ -27,9 +30,13 @@ class Code(NamedTuple):
     idx_BK: Tensor
     "int64 latents, in the order of the pursuit for mp; -1: unused"
     val_BK: Tensor
-    "values, positive where used (omp: not 0) and 0 where not"
+    "values: 0 where unused, else positive but for signed mp, mp by magnitude, and omp"
     residual_BD: Tensor | None
     "what the pursuit left of the input (mp only)"
+
+    def first(self, entries: int) -> "Code":
+        """The first entries of each row alone."""
+        return Code(self.idx_BK[:, :entries], self.val_BK[:, :entries], None)
 
 
 class Coder(nn.Module):
@@ -37,16 +44,20 @@ class Coder(nn.Module):
 
     | parameter | who has it | start (`initialise_`) |
     |---|---|---|
-    | `b_D` input bias | all | mean input |
+    | `b_D` input bias | all (0 and not trained without `bias`) | mean input |
     | `c_E` output bias | transcoders; an SAE's is `b_D` | mean target |
-    | `W_MD` dictionary, unit norm | mp, batch-mp | Gaussian directions |
+    | `W_MD` selecting dictionary, unit norm | mp, batch-mp | Gaussian directions |
+    | `U_MD` subtracting dictionary, unit norm | mp, subtract separate | `W_MD` |
     | `encoder_MD`, `encoder_bias_M` | the others | Gaussian directions, 0 |
-    | `V_ME` decoder, unit norm | their SAE; an mp SAE's is `W_MD` | the encoder |
-    | `V_ME` decoder, free norm | transcoders | 0 |
+    | `V_ME` predicting dictionary, unit norm | SAEs of the others; mp, subtract predicting |
+      the encoder; `W_MD` |
+    | `V_ME`, free norm | other transcoders | 0 |
     | `threshold`, not trained but followed | batch- | 0: no entry is dropped |
     | `S_ED` linear skip (Paulo et al. 2025, arXiv 2501.18823) | skip-transcoder | 0 |
 
-    A new coder holds zeros: call `initialise_`, or load its state.
+    An mp SAE predicts with `W_MD`, but where it subtracts what predicts. With `free_norm`, no
+    dictionary of a pursuit is kept at unit norm. A new coder holds zeros: call `initialise_`, or
+    load its state.
     """
 
     def __init__(self, config: CoderConfig, input_width: int, target_width: int) -> None:
@@ -59,15 +70,27 @@ class Coder(nn.Module):
                 f"an sae codes rows of one width, got input_width={D}, target_width={E}; "
                 "use a transcoder"
             )
+        predicts_apart = config.subtract == "predicting"
+        if predicts_apart and D != E:
+            raise ValueError(
+                "subtract predicting needs input and target of one width, got "
+                f"input_width={D}, target_width={E}; use subtract selecting"
+            )
         self.config = config
         self.latents = M
         self.checked_k(config.k)
-        self.b_D = _zeros(D)
-        self.c_E = None if sae else _zeros(E)
-        self.W_MD = _zeros(M, D) if mp else None
+        self.coded_as: BeginAs = "mp"
+        "how an mp coder codes at present: its training sets it, and ends with mp"
+        block = M if config.blocks == "none" else M // config.k
+        selecting = block if config.blocks == "predicting" else M
+        predicting = block if config.blocks == "selecting" else M
+        self.b_D = _zeros(D, trained=config.bias)
+        self.c_E = None if sae else _zeros(E, trained=config.bias)
+        self.W_MD = _zeros(selecting, D) if mp else None
+        self.U_MD = _zeros(selecting, D) if config.subtract == "separate" else None
         self.encoder_MD = None if mp else _zeros(M, D)
         self.encoder_bias_M = None if mp else _zeros(M)
-        self.V_ME = None if sae and mp else _zeros(M, E)
+        self.V_ME = None if sae and mp and not predicts_apart else _zeros(predicting, E)
         self.S_ED = _zeros(E, D) if skip else None
         self.threshold: Tensor | None
         self.register_buffer("threshold", torch.zeros(()) if batch else None)
@@ -75,13 +98,14 @@ class Coder(nn.Module):
     @property
     def unit_norm(self) -> tuple[str, ...]:
         """Names of the parameters whose rows are kept at unit norm."""
-        if self.W_MD is not None:
-            return ("W_MD",)
-        return ("V_ME",) if self.config.kind == "sae" else ()
+        if self.W_MD is None:
+            return ("V_ME",) if self.config.kind == "sae" else ()
+        apart = {"selecting": (), "separate": ("U_MD",), "predicting": ("V_ME",)}
+        return () if self.config.free_norm else ("W_MD", *apart[self.config.subtract])
 
     @property
     def decoder_ME(self) -> Tensor:
-        """A row for each latent: what it adds to the prediction."""
+        """What each latent adds to the prediction."""
         decoder = self.W_MD if self.V_ME is None else self.V_ME
         assert decoder is not None
         return decoder
@@ -91,19 +115,28 @@ class Coder(nn.Module):
         return self.b_D if self.c_E is None else self.c_E
 
     def encode(
-        self, x_BD: Float[Tensor, "batch input"], k: int | None = None, *, over_batch: bool = False
+        self,
+        x_BD: Float[Tensor, "batch input"],
+        k: int | None = None,
+        *,
+        codes: Codes | None = None,
+        over_batch: bool = False,
+        among_m: Int64[Tensor, " available"] | None = None,
     ) -> Code:
-        """Codes with `k` entries a row (None: as trained). Raises ValueError unless 0 < k <= M.
+        """Codes with `k` entries a row and values by `codes` (None: as trained).
 
         batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`, those above `threshold`;
         with `over_batch`, or a `k` that is not their own, the strongest of all these rows instead,
-        `k` a row on average.
+        `k` a row on average. `among` are the latents that mp may choose (None: all).
+
+        Raises ValueError where this coder cannot be run with such a `k` or such codes.
         """
         over_batch = over_batch or k not in (None, self.config.k)
         k = self.config.k if k is None else self.checked_k(k)
-        if self.W_MD is not None:
-            return Code(*self._pursue(x_BD - self.b_D, self.W_MD, k, over_batch))
-        return Code(*self._encode_linearly(x_BD, k, over_batch), residual_BD=None)
+        codes = self.config.codes if codes is None else self.checked_codes(codes)
+        if self.W_MD is None or self.coded_as != "mp":
+            return Code(*self._encode_linearly(x_BD, k, over_batch), residual_BD=None)
+        return Code(*self._pursue(x_BD - self.b_D, k, codes, over_batch, among_m))
 
     def decode(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
         """`c + sum_k val_k v_k (+ S x)`; without a skip `x` does not matter."""
@@ -117,7 +150,7 @@ class Coder(nn.Module):
 
     def predict(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
         """`decode` of a code that `encode` made of `x`; for an mp SAE the free `x - residual`."""
-        if self.V_ME is None and code.residual_BD is not None:
+        if self.config.kind == "sae" and code.residual_BD is not None:
             return x_BD - code.residual_BD
         return self.decode(code, x_BD)
 
@@ -134,11 +167,10 @@ class Coder(nn.Module):
 
         None where nothing is dead. The code's residual is taken as given.
         """
-        if self.W_MD is not None:
-            assert code.residual_BD is not None
-            residual_BD = code.residual_BD.detach()
-            return error_by_residual(residual_BD, self.W_MD, self.decoder_ME, dead_M)
-        return error_by_encoder(x_BD, self.b_D, *self._encoder(), self.decoder_ME, dead_M)
+        if code.residual_BD is None:
+            return error_by_encoder(x_BD, self.b_D, *self._encoder(), self.decoder_ME, dead_M)
+        assert self.W_MD is not None
+        return error_by_residual(code.residual_BD.detach(), self.W_MD, self.decoder_ME, dead_M)
 
     @torch.no_grad()
     def initialise_(
@@ -154,17 +186,24 @@ class Coder(nn.Module):
         """
         for parameter in self.parameters():
             parameter.zero_()
-        self.b_D.copy_(input_mean_D)
-        if self.c_E is not None:
-            self.c_E.copy_(target_mean_E)
-        directions_MD = torch.randn(
-            self.latents, len(self.b_D), generator=generator, device=generator.device
-        )
+        if self.config.bias:
+            self.b_D.copy_(input_mean_D)
+            if self.c_E is not None:
+                self.c_E.copy_(target_mean_E)
         first_MD = self.encoder_MD if self.W_MD is None else self.W_MD
         assert first_MD is not None
-        first_MD.copy_(directions_MD / directions_MD.norm(dim=1, keepdim=True))
-        if self.V_ME is not None and self.config.kind == "sae":
-            self.V_ME.copy_(first_MD)
+        alike = self.config.kind == "sae" or self.config.subtract == "predicting"
+        second_MD = self.V_ME if alike else self.U_MD
+        # where one of the two is shared by all blocks, the other's blocks start as it
+        rows = len(first_MD) if second_MD is None else min(len(first_MD), len(second_MD))
+        directions_MD = torch.randn(
+            rows, len(self.b_D), generator=generator, device=generator.device
+        )
+        directions_MD /= directions_MD.norm(dim=1, keepdim=True)
+        for dictionary_MD in (first_MD, second_MD):
+            if dictionary_MD is not None:
+                latents_M = torch.arange(len(dictionary_MD), device=generator.device)
+                dictionary_MD.copy_(directions_MD[row_of(latents_M, directions_MD)])
 
     @torch.no_grad()
     def normalise_(self) -> None:
@@ -178,7 +217,8 @@ class Coder(nn.Module):
         """Move the threshold of batch- towards what was the smallest value kept in a batch."""
         if self.threshold is None:
             return
-        smallest = code.val_BK.masked_fill(code.val_BK <= 0, torch.inf).min()
+        size_BK = code.val_BK.abs()
+        smallest = size_BK.masked_fill(size_BK == 0, torch.inf).min()
         followed = torch.where(self.threshold > 0, self.threshold.lerp(smallest, _FOLLOW), smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 
@@ -192,19 +232,40 @@ class Coder(nn.Module):
             rows.grad.addcmul_(rows, along_M1, value=-1)
 
     def _pursue(
-        self, x_BD: Tensor, W_MD: Tensor, k: int, over_batch: bool
+        self, x_BD: Tensor, k: int, codes: Codes, over_batch: bool, among_m: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        if config.codes != "mp":
-            return pursue_refit(x_BD, W_MD, k, config.tolerance, config.codes)
+        W_MD, U_MD = self._dictionaries(among_m)
         cut = None
         if self.threshold is not None:
             k, cut = 2 * k, Cut(k if over_batch else None, self.threshold)
-        return pursue(x_BD, W_MD, k, config.tolerance, self.search, config.detach, cut)
+        if config.ban_chosen:
+            k = min(k, len(W_MD))
+        if codes == "mp":
+            idx_BK, val_BK, residual_BD = pursue(
+                x_BD, W_MD, U_MD, k, self.rule, self.search, config.detach, cut
+            )
+        else:
+            idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, self.rule, codes)
+        if among_m is not None:
+            idx_BK = torch.where(idx_BK < 0, -1, among_m[idx_BK.clamp_min(0)])
+        return idx_BK, val_BK, residual_BD
+
+    def _dictionaries(self, among_m: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Selecting and subtracting rows of these latents; one tensor where they are the same."""
+        W_MD = self.W_MD
+        assert W_MD is not None
+        of = {"selecting": W_MD, "separate": self.U_MD, "predicting": self.V_ME}
+        U_MD = of[self.config.subtract]
+        assert U_MD is not None
+        if among_m is None:
+            return W_MD, U_MD
+        W_mD = W_MD[among_m]
+        return W_mD, W_mD if U_MD is W_MD else U_MD[among_m]
 
     def _encode_linearly(self, x_BD: Tensor, k: int, over_batch: bool) -> tuple[Tensor, Tensor]:
         if self.threshold is None:
-            grouped = self.config.arch == "groupmax"
+            grouped = "groupmax" in (self.config.arch, self.coded_as)
             return topk_encode(x_BD, self.b_D, *self._encoder(), k, grouped)
         most = min(4 * k, self.latents)
         idx_BK, val_BK = topk_encode(x_BD, self.b_D, *self._encoder(), most)
@@ -213,7 +274,10 @@ class Coder(nn.Module):
         return idx_BK.masked_fill(dropped_BK, -1), val_BK.masked_fill(dropped_BK, 0)
 
     def _encoder(self) -> tuple[Tensor, Tensor]:
-        assert self.encoder_MD is not None
+        """Rows and biases of a linear encoder; an mp coder begins with its selecting rows."""
+        if self.encoder_MD is None:
+            assert self.W_MD is not None
+            return self.W_MD, self.W_MD.new_zeros(len(self.W_MD))
         assert self.encoder_bias_M is not None
         return self.encoder_MD, self.encoder_bias_M
 
@@ -228,6 +292,13 @@ class Coder(nn.Module):
             score_dtype=config.score_dtype,
         )
 
+    @property
+    def rule(self) -> Rule:
+        """What an mp coder's steps choose."""
+        config = self.config
+        block = None if config.blocks == "none" else self.latents // config.k
+        return Rule(config.select, config.ban_chosen, config.tolerance, block)
+
     def checked_k(self, k: int) -> int:
         """`k`, where this coder can be run with it; else ValueError."""
         if k < 1:
@@ -237,13 +308,25 @@ class Coder(nn.Module):
                 f"k must be at most the number of latents, got k={k}, latents={self.latents} "
                 f"(expansion {self.config.expansion}); use a smaller k or a larger expansion"
             )
-        if self.config.arch == "groupmax" and self.latents % k:
+        in_blocks = self.config.blocks != "none"
+        trains_in_parts = k == self.config.k and (in_blocks or self.config.begin_as == "groupmax")
+        if self.latents % k and (self.config.arch == "groupmax" or trains_in_parts):
             raise ValueError(
-                f"k must divide the number of latents for groupmax, got k={k}, "
-                f"latents={self.latents}"
+                f"k must divide the number of latents for {'blocks' if in_blocks else 'groupmax'}, "
+                f"got k={k}, latents={self.latents}"
             )
+        if in_blocks and k > self.config.k:
+            raise ValueError(f"k must be at most the number of blocks, {self.config.k}, got {k}")
         return k
 
+    def checked_codes(self, codes: Codes) -> Codes:
+        """`codes`, where this coder can be run with them; else ValueError."""
+        if codes != self.config.codes:
+            if self.W_MD is None:
+                raise ValueError(f"codes {codes} are for mp coders, got arch {self.config.arch}")
+            replace(self.config, codes=codes)
+        return codes
 
-def _zeros(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape))
+
+def _zeros(*shape: int, trained: bool = True) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape), requires_grad=trained)

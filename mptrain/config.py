@@ -1,19 +1,14 @@
-"""What `mptrain fit` can be told, and the config of one coder."""
+"""What `mptrain fit` and `mptrain bench` can be told."""
 
 import itertools
-import math
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
-Kind = Literal["sae", "transcoder", "skip-transcoder"]
-Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
-Optimizer = Literal["adam", "muon"]
-Backend = Literal["auto", "direct", "gram", "shortlist"]
-ScoreDtype = Literal["float32", "bfloat16"]
-Codes = Literal["mp", "gp", "omp"]
-Select = Literal["positive", "signed", "magnitude"]
+from mptrain.presets import PRESETS
+from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect
 
-_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed")
+_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
 _LEAST = {
     "rows": 1,
     "batch_rows": 1,
@@ -25,115 +20,6 @@ _LEAST = {
     "eval_rows": 1,
     "save_every": 1,
 }
-
-PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
-
-# fields of a recipe that are not for every coder
-_SHORTLIST = {"shortlist_size", "shortlist_refresh", "score_dtype"}
-_MP = {"codes", "backend", "tolerance", "detach", "per_step_loss"} | _SHORTLIST
-_MP_TRANSCODER = {"input_loss"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How coders are trained: what all coders of a run share, as far as it is for them."""
-
-    optimizer: Optimizer = "muon"
-    "muon: for matrices, with Adam for vectors; adam: for all"
-    lr: float | None = None
-    "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
-    warmup_share: float = 0.02
-    "share of the train steps in which the learning rate rises linearly"
-    codes: Codes = "mp"
-    "mp values: as steps left them; gp, omp: all fitted anew at each step, by gradient or exactly"
-    backend: Backend = "auto"
-    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
-    shortlist_size: int = 64
-    "shortlist: best atoms of each row that are looked at between two full searches"
-    shortlist_refresh: int = 4
-    "shortlist: pursuit steps from one search of all atoms to the next"
-    score_dtype: ScoreDtype = "float32"
-    "shortlist: dtype of the full search; bfloat16 (for AMX, many latents) is re-scored in float32"
-    tolerance: float = 0.0
-    "mp stops a row when its residual norm is at most this share of the first one"
-    detach: bool = False
-    "mp: no gradient from a pursuit step to those before it"
-    per_step_loss: bool = False
-    "mp: the loss is the mean over all prefixes of the pursuit, not that of its end"
-    nested: bool = False
-    "the loss is the mean over predictions by the first 1/16, 1/4, 1/2 and all of the latents"
-    input_loss: float = 0.0
-    "mp transcoder: weight of the loss of the input that its pursuit leaves, as share of variance"
-    auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents (0: off)"
-    dead_rows: int = 10_000_000
-    "a latent that did not fire for this many rows is dead"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoderConfig(Recipe):
-    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
-
-    hookpoint: str
-    "hookpoint whose rows it codes"
-    kind: Kind
-    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
-    arch: Arch
-    "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
-    k: int
-    "pursuit steps (mp) or active latents (topk) per row"
-    expansion: int
-    "latents per dimension of the input"
-    seed: int = 0
-    "seed of the initial weights"
-
-    def __post_init__(self) -> None:
-        for name in ("k", "expansion", "dead_rows", "shortlist_size", "shortlist_refresh"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
-        if not 0 <= self.auxk_alpha < math.inf:
-            raise ValueError(f"auxk_alpha must be at least 0 and finite, got {self.auxk_alpha}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance must be in [0, 1), got {self.tolerance}")
-        for name in sorted(_SHORTLIST):
-            if self.backend != "shortlist" and getattr(self, name) != getattr(Recipe, name):
-                raise ValueError(f"{name} is for backend shortlist, got backend {self.backend}")
-        self._refuse_with_refit()
-        if self.nested and self.per_step_loss:
-            raise ValueError("nested and per_step_loss each replace the loss; use one of them")
-        if self.input_loss < 0:
-            raise ValueError(f"input_loss must not be negative, got {self.input_loss}")
-        if not 0 <= self.warmup_share <= 1:
-            raise ValueError(f"warmup_share must be in [0, 1], got {self.warmup_share}")
-
-    def _refuse_with_refit(self) -> None:
-        if self.codes == "mp":
-            return
-        if self.backend not in ("auto", "direct"):
-            raise ValueError(f"codes {self.codes} needs backend direct, got {self.backend}")
-        if self.arch != "mp":
-            raise ValueError(f"codes {self.codes} is for arch mp, got arch {self.arch}")
-        for name in ("detach", "per_step_loss"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is for codes mp, got codes {self.codes}")
-
-    @property
-    def name(self) -> str:
-        """Every field that is not default; the name of its folder in a run."""
-        head = (
-            f"{self.hookpoint}-{self.kind}-{self.arch}-k{self.k}-x{self.expansion}-seed{self.seed}"
-        )
-        named = {"hookpoint", "kind", "arch", "k", "expansion", "seed"}
-        rest = [
-            _named(f.name, getattr(self, f.name))
-            for f in fields(self)
-            if f.name not in named
-            and f.default is not MISSING
-            and getattr(self, f.name) != f.default
-        ]
-        return "-".join([head, *rest])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +42,8 @@ class FitConfig(Recipe):
     "latents per dimension of the input"
     seed: tuple[int, ...] = (0,)
     "seeds of the initial weights; the order of rows has its own seed"
+    preset: tuple[str, ...] = ("mp",)
+    "variants of the mp coders; see `mptrain presets`"
     rows: int = 10_000_000
     "rows to train on; more than the store has means further epochs, differently shuffled"
     batch_rows: int = 8192
@@ -190,6 +78,7 @@ class FitConfig(Recipe):
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}"
             )
+        self._refuse_presets()
         self._refuse_useless()
         self.coders()
 
@@ -206,28 +95,37 @@ class FitConfig(Recipe):
                 k=k,
                 expansion=expansion,
                 seed=seed,
-                **self._recipe(kind, arch),
+                **{**self._recipe(kind, arch), **changes},
             )
             for hookpoint, kind, k, expansion, seed, arch in grid
+            for changes in self._variants(arch)
         )
 
     def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(Recipe) if _is_for(f.name, kind, arch)
-        }
+        return {f.name: getattr(self, f.name) for f in fields(Recipe) if is_for(f.name, kind, arch)}
+
+    def _variants(self, arch: Arch) -> list[Mapping[str, Any]]:
+        """What each preset changes; they are for pursuits, other coders come once."""
+        return [PRESETS[name] for name in self.preset] if arch in PURSUITS else [{}]
+
+    def _refuse_presets(self) -> None:
+        for name in self.preset:
+            if name not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
+            for field in PRESETS[name]:
+                if getattr(self, field) != getattr(Recipe, field):
+                    raise ValueError(f"preset {name} sets {field}; give one of them, not both")
+        if self.preset != ("mp",) and not any(arch in PURSUITS for arch in self.arch):
+            raise ValueError(f"preset is for mp coders, got arch {','.join(self.arch)}")
 
     def _refuse_useless(self) -> None:
         """Refuse what was set and is for none of the coders."""
         pairs = list(itertools.product(self.kind, self.arch))
         for field in fields(Recipe):
             is_set = getattr(self, field.name) != field.default
-            if is_set and not any(_is_for(field.name, *pair) for pair in pairs):
-                raise ValueError(
-                    f"{field.name} has no effect on kind {','.join(self.kind)} with arch "
-                    f"{','.join(self.arch)}; leave it out, or train an mp "
-                    f"{'transcoder' if field.name in _MP_TRANSCODER else 'coder'} too"
-                )
+            if is_set and not any(is_for(field.name, *pair) for pair in pairs):
+                raise ValueError(no_effect(field.name, ",".join(self.kind), ",".join(self.arch)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +152,8 @@ class BenchConfig:
     "shortlist: best atoms of each row that are looked at between two full searches"
     shortlist_refresh: int = Recipe.shortlist_refresh
     "shortlist: pursuit steps from one search of all atoms to the next"
+    peer_rows: int = 256
+    "rows on which other tools that are installed are measured beside ours; 0: they are not"
     repeats: int = 3
     "rounds over all methods, after one that only warms up"
     seed: int = 0
@@ -265,6 +165,8 @@ class BenchConfig:
         for name in ("rows", "width", "latents", "k", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.peer_rows < 0:
+            raise ValueError(f"peer_rows must be at least 0, got {self.peer_rows}")
         if self.latents % self.width:
             raise ValueError(
                 f"width must divide latents, got width={self.width}, latents={self.latents}; "
@@ -272,22 +174,6 @@ class BenchConfig:
             )
         if (self.coder is None) != (self.store is None):
             raise ValueError("coder and store go together; give both, or neither")
-
-
-def _is_for(name: str, kind: Kind, arch: Arch) -> bool:
-    if name == "codes":
-        return arch == "mp"
-    if name in _MP_TRANSCODER:
-        return arch in PURSUITS and kind != "sae"
-    return arch in PURSUITS or name not in _MP
-
-
-def _named(name: str, value: object) -> str:
-    """A field in a coder's name: `tolerance0.1`; of a switch, its name."""
-    dashed = name.replace("_", "-")
-    if value is True:
-        return dashed
-    return f"{dashed}{value:g}" if isinstance(value, float) else f"{dashed}{value}"
 
 
 def _refuse_empty_or_twice(name: str, values: tuple[object, ...]) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
-from mptrain.config import CoderConfig
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
 from mptrain.loss import Fvu
+from mptrain.recipe import CoderConfig
 from mptrain.sparse import active_latents
 
 _BATCH_ROWS = 8192

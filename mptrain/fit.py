@@ -17,11 +17,12 @@ from tqdm import tqdm
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_state, save_coder, save_state, write_json
 from mptrain.coder import Coder
-from mptrain.config import CoderConfig, FitConfig
+from mptrain.config import FitConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
 from mptrain.metrics import Record, append, rewind
 from mptrain.optimize import make_optimizers
+from mptrain.recipe import CoderConfig
 from mptrain.runs import Run, open_run
 from mptrain.train_step import Learner, StepResult
 

@@ -7,20 +7,10 @@ import torch
 from torch import Tensor
 
 from mptrain.coder import Coder
-from mptrain.config import CoderConfig
+from mptrain.recipe import CoderConfig
+from mptrain.schedule import lr_factor
 
 _COUNTER = "steps_done"
-
-
-def lr_factor(step: int, steps: int, warmup_share: float) -> float:
-    """Share of the peak learning rate at train step `step` of `steps`, counted from 0.
-
-    Rises linearly over the first `warmup_share` of the steps, is 1 once, falls linearly to 0.
-    """
-    warmup = min(round(warmup_share * steps), steps - 1)
-    rise = (step + 1) / (warmup + 1)
-    fall = (steps - step) / (steps - warmup)
-    return max(0.0, min(rise, fall))
 
 
 def peak_lr(config: CoderConfig, latents: int) -> float:
@@ -39,12 +29,14 @@ def make_optimizers(coder: Coder, config: CoderConfig, steps: int) -> "Optimizer
     `20 D^2 M` bfloat16 operations a train step for `[M, D]`, as many as scoring `10 D` rows once.
     """
     lr = peak_lr(config, coder.latents)
+    trained = [p for p in coder.parameters() if p.requires_grad]
     if config.optimizer == "adam":
-        return Optimizers(coder, [_adam(list(coder.parameters()), lr)], config, steps)
-    matrices = [p for p in coder.parameters() if p.ndim == 2]
-    vectors = [p for p in coder.parameters() if p.ndim == 1]
+        return Optimizers(coder, [_adam(trained, lr)], config, steps)
+    matrices = [p for p in trained if p.ndim == 2]
+    vectors = [p for p in trained if p.ndim == 1]
     muon = torch.optim.Muon(matrices, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    return Optimizers(coder, [muon, _adam(vectors, lr)], config, steps)
+    adam = [_adam(vectors, lr)] if vectors else []
+    return Optimizers(coder, [muon, *adam], config, steps)
 
 
 class Optimizers:
@@ -59,15 +51,15 @@ class Optimizers:
     ) -> None:
         self.steps_done = 0
         self._peak_lr = peak_lr(config, coder.latents)
-        self._steps = steps
+        self.steps = steps
         self._warmup_share = config.warmup_share
         self._optimizers = optimizers
-        self._parameters = dict(coder.named_parameters())
+        self._parameters = {n: p for n, p in coder.named_parameters() if p.requires_grad}
 
     @property
     def lr(self) -> float:
         """Learning rate of the next train step."""
-        return self._peak_lr * lr_factor(self.steps_done, self._steps, self._warmup_share)
+        return self._peak_lr * lr_factor(self.steps_done, self.steps, self._warmup_share)
 
     def step_(self) -> None:
         """Update every parameter from its gradient, and drop the gradients."""

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mptrain.config import CoderConfig
 from mptrain.metrics import Record, json_value, read_records, writing_in
+from mptrain.recipe import CoderConfig
 
 ARCHS = {
     "mp": ("#c8202f", "matching pursuit (MP)"),

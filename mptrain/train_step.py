@@ -11,12 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mptrain.coder import Code, Coder
-from mptrain.loss import batch_fvu, reconstruction_loss
+from mptrain.loss import batch_fvu
+from mptrain.objective import WIDE, Objective
 from mptrain.optimize import Optimizers
-from mptrain.prefix import prefix_squares
+from mptrain.schedule import available_latents, coded_as, k_at
 from mptrain.sparse import active_latents
-
-NESTED_SHARES = (1 / 16, 1 / 4, 1 / 2, 1.0)  # of the latents, in the loss of a nested dictionary
 
 
 class StepResult(NamedTuple):
@@ -45,20 +44,14 @@ class Learner:
         total_variance: float,
         input_variance: float | None = None,
     ) -> None:
-        """`input_variance`: for a coder with an input loss, the input's total variance."""
-        if not total_variance > 0:
-            raise ValueError(
-                f"total_variance must be positive, got {total_variance}; "
-                "a target that does not vary cannot be learned"
-            )
+        """Variances as for `Objective`."""
         self.coder = coder
         self.optimizers = optimizers
-        self.total_variance = total_variance
-        assert coder.config.input_loss == 0 or input_variance
-        self.input_variance = input_variance
+        self.objective = Objective(coder, total_variance, input_variance)
         self.rows_since_fired_M = torch.zeros(
             coder.latents, dtype=torch.int64, device=coder.b_D.device
         )
+        self._follow_schedule_()
 
     def step(
         self, x_BD: Float[Tensor, "batch input"], y_BE: Float[Tensor, "batch target"]
@@ -67,20 +60,32 @@ class Learner:
 
         Waits for no device but in the auxiliary loss, which counts the dead.
         """
-        code = self.coder.encode(x_BD, over_batch=True)
+        config = self.coder.config
+        code = self._encode(x_BD, 1)
         y_hat_BE = self.coder.predict(code, x_BD)
-        loss = self._prediction_loss(code, x_BD, y_BE, y_hat_BE) + self._input_loss(code)
-        loss = loss + self._auxiliary_loss(code, x_BD, (y_BE - y_hat_BE).detach())
+        loss = self.objective.loss(code, x_BD, y_BE, y_hat_BE, self.dead_M(config.dead_rows))
+        if config.multi_topk:
+            loss = loss + self.objective.wide_loss(self._encode(x_BD, WIDE), x_BD, y_BE)
         # torch does not annotate `backward`
         loss.backward()  # type: ignore[no-untyped-call]
         self.coder.project_gradient_()
         self.optimizers.step_()
+        self._follow_schedule_()
         self.coder.normalise_()
         self.coder.follow_threshold_(code)
         self._count_fired_(code)
         residual_BD = None if code.residual_BD is None else code.residual_BD.detach()
         code = Code(code.idx_BK, code.val_BK.detach(), residual_BD)
         return StepResult(loss.detach(), batch_fvu(y_BE, y_hat_BE.detach()), code)
+
+    def _encode(self, x_BD: Tensor, times: int) -> Code:
+        """The code that is due in this train step, with so many times the entries."""
+        config, step, steps = self.coder.config, self.optimizers.steps_done, self.optimizers.steps
+        k = min(times * k_at(config, step, steps), self.coder.latents)
+        among_m = available_latents(config, self.coder.latents, step)
+        if among_m is not None:
+            among_m = among_m.to(x_BD.device)
+        return self.coder.encode(x_BD, k, over_batch=True, among_m=among_m)
 
     def dead_M(self, dead_rows: int) -> Tensor:
         """Which latents did not fire in the last `dead_rows` rows."""
@@ -103,45 +108,11 @@ class Learner:
         self.rows_since_fired_M.copy_(tensors["rows_since_fired_M"])
         self.coder.load_state_dict(_under("coder.", tensors))
         self.optimizers.load_state_tensors_(_under("optimizer.", tensors))
+        self._follow_schedule_()
 
-    def _prediction_loss(self, code: Code, x_BD: Tensor, y_BE: Tensor, y_hat_BE: Tensor) -> Tensor:
-        if self.coder.config.nested:
-            return self._nested_loss(code, x_BD, y_BE)
-        if not self.coder.config.per_step_loss:
-            return reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
-        error_BE = y_BE - self.coder.decode_nothing(x_BD)
-        squares_B = prefix_squares(code.idx_BK, code.val_BK, self.coder.decoder_ME, error_BE)
-        return squares_B.sum() / (code.idx_BK.numel() * self.total_variance)
-
-    def _nested_loss(self, code: Code, x_BD: Tensor, y_BE: Tensor) -> Tensor:
-        """Mean over prefixes of the dictionary (Bussmann et al. 2025, arXiv 2503.17547)."""
-        losses = []
-        for share in NESTED_SHARES:
-            is_in_BK = code.idx_BK < max(1, round(share * self.coder.latents))
-            part = Code(code.idx_BK, code.val_BK * is_in_BK, None)
-            y_hat_BE = self.coder.decode(part, x_BD)
-            losses.append(reconstruction_loss(y_BE, y_hat_BE, self.total_variance))
-        return torch.stack(losses).mean()
-
-    def _input_loss(self, code: Code) -> Tensor | float:
-        """What the pursuit leaves of the input, on the scale of `reconstruction_loss`."""
-        weight = self.coder.config.input_loss
-        if weight == 0:
-            return 0.0
-        assert code.residual_BD is not None
-        assert self.input_variance is not None
-        return weight * code.residual_BD.square().sum() / (len(code.idx_BK) * self.input_variance)
-
-    def _auxiliary_loss(self, code: Code, x_BD: Tensor, error_BE: Tensor) -> Tensor | float:
-        config = self.coder.config
-        if config.auxk_alpha == 0:
-            return 0.0
-        predicted = self.coder.predict_error(code, x_BD, self.dead_M(config.dead_rows))
-        if predicted is None:
-            return 0.0
-        error_hat_BE, scale = predicted
-        loss = reconstruction_loss(error_BE, error_hat_BE, self.total_variance)
-        return config.auxk_alpha * scale * loss
+    def _follow_schedule_(self) -> None:
+        optimizers = self.optimizers
+        self.coder.coded_as = coded_as(self.coder.config, optimizers.steps_done, optimizers.steps)
 
     @torch.no_grad()
     def _count_fired_(self, code: Code) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import reference
 from mptrain.coder import Code, Coder
-from mptrain.config import PURSUITS, Arch, CoderConfig, Kind
 from mptrain.loss import Fvu, batch_fvu, reconstruction_loss
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
+from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind
 
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk", "batch-topk", "groupmax")
@@ -259,7 +259,7 @@ def test_batch_mp_gradcheck(output: int):
     coder = make_coder("sae", "batch-mp")
     cut = Cut(2, torch.zeros(()))
     assert torch.autograd.gradcheck(
-        lambda x, W: pursue(x, W, 4, 0.0, coder.search, False, cut)[output], (x_BD, W_MD)
+        lambda x, W: pursue(x, W, W, 4, coder.rule, coder.search, False, cut)[output], (x_BD, W_MD)
     )
 
 

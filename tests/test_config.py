@@ -4,7 +4,11 @@ from typing import Any
 
 import pytest
 
-from mptrain.config import CoderConfig, FitConfig
+from mptrain.config import FitConfig
+from mptrain.recipe import CoderConfig
+
+BEGINS = {"begin_as": "topk", "begin_share": 0.5}
+BLOCKS = {"blocks": "both", "kind": ("transcoder",)}
 
 
 def config(**changes: Any) -> FitConfig:
@@ -26,15 +30,41 @@ def test_the_grid_gives_each_coder_what_is_for_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arch": ("topk",), "detach": True}, "detach has no effect .* train an mp coder too"),
-        ({"input_loss": 0.1}, "input_loss has no effect on kind sae .* an mp transcoder too"),
+        ({"arch": ("topk",), "detach": True}, "detach has no effect .*; it is for mp,batch-mp"),
+        ({"input_loss": 0.1}, "input_loss has no effect on kind sae .* mp,batch-mp transcoders"),
         ({"shortlist_size": 8}, "shortlist_size is for backend shortlist, got backend auto"),
         ({"codes": "omp", "backend": "gram"}, "codes omp needs backend direct, got gram"),
         ({"codes": "gp", "arch": ("batch-mp",)}, "codes has no effect on .* arch batch-mp"),
-        ({"codes": "gp", "detach": True}, "detach is for codes mp, got codes gp"),
-        ({"codes": "gp", "per_step_loss": True}, "per_step_loss is for codes mp"),
-        ({"nested": True, "per_step_loss": True}, "each replace the loss; use one"),
-        ({"input_loss": -1.0, "kind": ("transcoder",)}, "input_loss must not be negative"),
+        ({"codes": "gp", "detach": True}, "detach has no place beside codes gp"),
+        ({"codes": "gp", "per_step_loss": True}, "per_step_loss has no place beside codes gp"),
+        (
+            {"nested": True, "per_step_loss": True},
+            "nested and per_step_loss each change the loss; use one",
+        ),
+        ({"multi_topk": True, "per_step_loss": True}, "each change the loss; use one"),
+        ({"arch": ("groupmax",), "multi_topk": True}, "multi_topk has no effect .* for mp,topk"),
+        ({"score_dtype": "bfloat16"}, "score_dtype is for backend gram or shortlist, got .* auto"),
+        ({"subtract": "separate"}, "subtract separate is for transcoders"),
+        ({"begin_as": "topk"}, "begin_as and begin_share go together"),
+        ({"begin_share": 0.5}, "begin_as and begin_share go together"),
+        ({"k_factor": 2.0}, "k_factor and k_decay_share go together"),
+        ({"begin_as": "topk", "begin_share": 1.0}, r"begin_share must be in \[0, 1\)"),
+        (BEGINS | {"per_step_loss": True}, "per_step_loss has no place beside begin_as topk"),
+        (BEGINS | {"codes": "gp"}, "codes has no place beside begin_as topk"),
+        (BEGINS | BLOCKS | {"blocks": "predicting"}, "begin_as needs a selecting row for each"),
+        (BLOCKS | {"ban_chosen": True}, "ban_chosen has no place beside blocks both"),
+        (BLOCKS | {"atom_dropout": 0.1}, "atom_dropout has no place beside blocks both"),
+        (BLOCKS | {"backend": "gram"}, "blocks need backend direct, got gram"),
+        ({"blocks": "selecting"}, "blocks selecting needs selecting and predicting rows to be di"),
+        ({"codes": "gp", "subtract": "predicting"}, "subtract has no place beside codes gp"),
+        ({"preset": ("none",)}, "preset must be one of paper, mp, .*, got none"),
+        ({"preset": ("detach",), "detach": True}, "preset detach sets detach; give one of them"),
+        ({"preset": ("detach",), "arch": ("topk",)}, "preset is for mp coders, got arch topk"),
+        ({"preset": ("input-loss",)}, "input_loss has no effect on kind sae"),
+        (
+            {"input_loss": -1.0, "kind": ("transcoder",)},
+            "input_loss must be at least 0 and finite",
+        ),
     ],
 )
 def test_refuses_what_would_have_no_effect(changes: dict[str, Any], message: str):

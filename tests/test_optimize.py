@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptrain.coder import Coder
-from mptrain.config import CoderConfig, Optimizer
 from mptrain.optimize import Optimizers, lr_factor, make_optimizers, peak_lr
+from mptrain.recipe import CoderConfig, Optimizer
 
 
 def make_coder(optimizer: Optimizer = "muon", lr: float | None = None) -> Coder:

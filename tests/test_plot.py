@@ -9,9 +9,10 @@ from dataclasses import asdict
 import pytest
 
 from mptrain import fit as fit_stage
-from mptrain.config import CoderConfig, FitConfig
+from mptrain.config import FitConfig
 from mptrain.metrics import Record, append
 from mptrain.plot import draw, looks, plot_runs, read_curves
+from mptrain.recipe import CoderConfig
 from stores import small_store
 
 RED, BLUE = "#c8202f", "#1f5fa8"

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from mptrain.config import Recipe
 from mptrain.pursuit import cpu
 from mptrain.pursuit import reverse as reverse_module
 from mptrain.pursuit import search as search_module
@@ -21,6 +20,7 @@ from mptrain.pursuit.pursue import pursue
 from mptrain.pursuit.rule import Rule
 from mptrain.pursuit.search import microbatch_rows, resolve
 from mptrain.pursuit.select import _put_unused_last_, select
+from mptrain.recipe import Recipe
 from pursuits import (
     DIRECT,
     EVERY,

@@ -11,7 +11,7 @@ from models import save_tiny, tiny_tokenizer
 from mpcache.model import model_digest
 from mpcache.splice import SplicedModel
 from mptrain.coder import Coder
-from mptrain.config import CoderConfig
+from mptrain.recipe import CoderConfig
 from mptrain.recovered import recovered
 from stores import small_store
 

@@ -8,49 +8,15 @@ import torch
 from torch import Tensor
 
 import reference
+from learners import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
 from mptrain.coder import Code, Coder
-from mptrain.config import Arch, CoderConfig, Kind, Optimizer
 from mptrain.loss import batch_fvu, reconstruction_loss
-from mptrain.optimize import make_optimizers
+from mptrain.recipe import Arch, CoderConfig, Kind, Optimizer
 from mptrain.train_step import Learner
 
-D, STEPS = 12, 100
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk", "batch-topk", "groupmax")
-BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
-TRANSCODER = replace(BASE, kind="transcoder")
 SHORT = replace(BASE, backend="shortlist", shortlist_size=2, shortlist_refresh=3)
-
-
-def planted(rows: int, seed: int) -> Tensor:
-    """Sums of three of 24 fixed directions, off centre: an input of D and a target of D - 2."""
-    directions = torch.randn(24, 2 * D - 2, generator=torch.Generator().manual_seed(7))
-    directions /= directions.norm(dim=1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
-    active = torch.rand(rows, 24, generator=generator).topk(3).indices
-    return directions[active].sum(1) * 2 + 3
-
-
-def rows_of(config: CoderConfig, rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    both = planted(rows, seed)
-    return both[:, :D], both[:, :D] if config.kind == "sae" else both[:, D:]
-
-
-def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
-    x_BD, y_BE = rows_of(config, 2000, 0)
-    coder = Coder(config, D, y_BE.shape[1])
-    generator = torch.Generator().manual_seed(config.seed)
-    coder.initialise_(x_BD.mean(0), y_BE.mean(0), generator)
-    variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    return Learner(coder, make_optimizers(coder, config, steps), *variances)
-
-
-def train_(learner: Learner, first: int, last: int) -> list[float]:
-    losses = []
-    for step in range(first, last):
-        x_BD, y_BE = rows_of(learner.coder.config, 64, step + 1)
-        losses.append(float(learner.step(x_BD, y_BE).loss))
-    return losses
 
 
 def copied(learner: Learner) -> dict[str, Tensor]:
@@ -140,7 +106,9 @@ def test_per_step_loss_is_the_mean_over_coders_of_fewer_steps(kind: Kind):
     x_BD, y_BE = rows_of(config, 64, 9)
     with torch.no_grad():
         predictions = [learner.coder.decode(learner.coder.encode(x_BD, k), x_BD) for k in (1, 2, 3)]
-        losses = [reconstruction_loss(y_BE, y, learner.total_variance) for y in predictions]
+        losses = [
+            reconstruction_loss(y_BE, y, learner.objective.total_variance) for y in predictions
+        ]
     assert float(learner.step(x_BD, y_BE).loss) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
 
 
@@ -158,7 +126,9 @@ def test_nested_loss_is_the_mean_over_first_latents(kind: Kind, arch: Arch):
         base_BE = learner.coder.decode_nothing(x_BD)
         for latents in (2, 9, 18, 36):
             y_hat_BE = code_BM[:, :latents] @ learner.coder.decoder_ME[:latents] + base_BE
-            losses.append(float(reconstruction_loss(y_BE, y_hat_BE, learner.total_variance)))
+            losses.append(
+                float(reconstruction_loss(y_BE, y_hat_BE, learner.objective.total_variance))
+            )
     assert losses[0] > losses[-1]
     expected = pytest.approx(sum(losses) / 4, rel=1e-4)
     assert float(learner.step(x_BD, y_BE).loss) == expected
@@ -190,7 +160,7 @@ def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
     x_BD, _ = rows_of(TRANSCODER, 64, 1)
     residual_BD = make_learner(TRANSCODER).coder.encode(x_BD).residual_BD
     assert residual_BD is not None
-    left = residual_BD.detach().square().sum() / 64 / learner.input_variance
+    left = residual_BD.detach().square().sum() / 64 / learner.objective.input_variance
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * float(left), rel=1e-4)
 
 

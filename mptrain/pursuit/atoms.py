@@ -11,7 +11,7 @@ shortlist, R pursuit steps from one shortlist to the next.
 import torch
 from torch import Tensor
 
-from mptrain.pursuit.rule import Rule
+from mptrain.pursuit.rule import FEW, Rule
 
 
 class Direct:
@@ -38,7 +38,7 @@ class Direct:
 class Gram:
     """Keeps the scores and subtracts `a G[j]`, `G = U W^T`: `2 M` operations a row and step.
 
-    Exact up to rounding.
+    Exact up to rounding; with `G` in bfloat16, the few best are scored again at every step.
     """
 
     def __init__(self, W_MD: Tensor, G_MM: Tensor, rule: Rule) -> None:
@@ -47,13 +47,20 @@ class Gram:
     def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
         if chosen_bt.shape[1] == 0:
             self.score_bM = r_bD @ self.W_MD.T
-            self.row_bM = torch.empty_like(self.score_bM)
+            self.row_bM = torch.empty_like(self.score_bM, dtype=self.G_MM.dtype)
+        if self.G_MM.dtype != self.W_MD.dtype:
+            self._score_few_again_(r_bD, chosen_bt)
         self.atom_b = self.rule.best(self.score_bM, chosen_bt)
         return self.atom_b
 
     def subtract_(self, a_b: Tensor) -> None:
         torch.index_select(self.G_MM, 0, self.atom_b, out=self.row_bM)
-        self.score_bM.addcmul_(self.row_bM, a_b[:, None], value=-1)
+        self.score_bM.addcmul_(self.row_bM, a_b[:, None].to(self.row_bM.dtype), value=-1)
+
+    def _score_few_again_(self, r_bD: Tensor, chosen_bt: Tensor) -> None:
+        atom_bF = self.rule.candidates(self.score_bM, chosen_bt, min(FEW, len(self.W_MD)))
+        w_bFD = self.W_MD[atom_bF]
+        self.score_bM.scatter_(1, atom_bF, torch.bmm(w_bFD, r_bD[:, :, None])[:, :, 0])
 
 
 class Shortlist:

@@ -14,7 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from mptrain.pursuit.rule import Rule
+from mptrain.pursuit.rule import FEW, Rule
 from mptrain.threads import in_pieces
 
 _PIECE = 16  # rows that a thread takes at once
@@ -41,18 +41,20 @@ def pursue_by_gram_(
     idx_bK: Tensor,
     val_bK: Tensor,
 ) -> None:
-    """All steps of a micro-batch; `G[j]` is what one of atom `j` adds to the scores.
+    """All steps of a micro-batch; `G[j]` is what one of atom `j` takes from the scores.
 
     In: `score = r W^T`, and `r` the rows. Out: `idx`, `val` and `r`, the last residual; the scores
     are used up.
     """
-    arrays = [_array(t) for t in (score_bM, G_MM, W_MD, U_MD, r_bD, idx_bK, val_bK)]
+    is_bfloat16 = G_MM.dtype == torch.bfloat16
+    bits_MM = G_MM.view(torch.uint16) if is_bfloat16 else G_MM  # numpy has no bfloat16
+    arrays = [_array(t) for t in (score_bM, bits_MM, W_MD, U_MD, r_bD, idx_bK, val_bK)]
 
     def work(first: int, end: int) -> None:
         score, G, W, U, r, idx, val = arrays
         here = slice(first, end)
         _gram_rows_(
-            score[here], G, W, U, r[here], idx[here], val[here],
+            score[here], G, is_bfloat16, W, U, r[here], idx[here], val[here],
             rule.tolerance, rule.ban, _MODES[rule.select],
         )  # fmt: skip
 
@@ -124,7 +126,7 @@ def reverse(
 
 @_compiled
 @no_type_check
-def _gram_rows_(score, G, W, U, r, idx, val, tolerance, ban, mode):
+def _gram_rows_(score, G, is_bfloat16, W, U, r, idx, val, tolerance, ban, mode):
     b, K = idx.shape
     lanes = np.empty(_LANES, score.dtype)
     for row in range(b):
@@ -133,10 +135,15 @@ def _gram_rows_(score, G, W, U, r, idx, val, tolerance, ban, mode):
         for step in range(K):
             if ban:
                 _ban_(p, chosen[:step])
-            atom = _first_largest(p, lanes, mode)
+            if is_bfloat16:
+                atom = _first_of_few(p, lanes, W, r_D, mode)
+            else:
+                atom = _first_largest(p, lanes, mode)
             if not _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
                 break
-            if step + 1 < K:
+            if step + 1 < K and is_bfloat16:
+                _subtract_bfloat16_(p, values[step], G[atom])
+            elif step + 1 < K:
                 _subtract_(p, values[step], G[atom])
 
 
@@ -215,32 +222,55 @@ def _reverse_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, d
 
 @_compiled
 @no_type_check
-def _first_largest(p, lanes, mode):
-    """The first index with the largest key; -1 where there is none but -inf or NaN."""
-    n, M = len(lanes), len(p)
-    whole = M // n * n
+def _lane_maxima_(p, lanes, mode):
+    """Put the largest key of every `len(lanes)`-th score, from each lane's first on, into lanes."""
+    n = len(lanes)
     lanes[:] = -np.inf
-    for first in range(0, whole, n):
+    for first in range(0, len(p), n):
         part = p[first : first + n]
         if mode == 2:
-            for lane in range(n):
+            for lane in range(len(part)):
                 key = abs(part[lane])
                 lanes[lane] = key if key > lanes[lane] else lanes[lane]
         else:
-            for lane in range(n):
+            for lane in range(len(part)):
                 lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
-    best, found = p.dtype.type(-np.inf), M
-    for lane in range(n):
+
+
+@_compiled
+@no_type_check
+def _first_largest(p, lanes, mode):
+    """The first index with the largest key; -1 where there is none but -inf or NaN."""
+    _lane_maxima_(p, lanes, mode)
+    best, found = p.dtype.type(-np.inf), len(p)
+    for lane in range(len(lanes)):
         best = lanes[lane] if lanes[lane] > best else best
-    if best > -np.inf:
-        for lane in range(n):
-            if lanes[lane] == best:
-                found = min(found, _first_equal(p[:whole], lane, n, best, mode))
-    for at in range(whole, M):
-        key = _key(p[at], mode)
-        if key > best:
+    if best == -np.inf:
+        return -1
+    for lane in range(len(lanes)):
+        if lanes[lane] == best:
+            found = min(found, _first_equal(p, lane, len(lanes), best, mode))
+    return found
+
+
+@_compiled
+@no_type_check
+def _first_of_few(p, lanes, W, r_D, mode):
+    """The same of inexact scores: the best of each of the best lanes are scored again."""
+    _lane_maxima_(p, lanes, mode)
+    best, found = p.dtype.type(-np.inf), -1
+    for _ in range(FEW):
+        lane = 0
+        for other in range(1, len(lanes)):
+            lane = other if lanes[other] > lanes[lane] else lane
+        if lanes[lane] == -np.inf:
+            break
+        at = _first_equal(p, lane, len(lanes), lanes[lane], mode)
+        lanes[lane] = -np.inf
+        key = _key(_dot(W[at], r_D), mode)
+        if key > best or (key == best and at < found):
             best, found = key, at
-    return found if found < M else -1
+    return found
 
 
 @_compiled
@@ -341,6 +371,14 @@ def _dot(w, r):
 def _subtract_(r, a, w):
     for d in range(len(r)):
         r[d] -= a * w[d]
+
+
+@_compiled
+@no_type_check
+def _subtract_bfloat16_(r, a, bits):
+    """A bfloat16 number has the upper half of the bits of the same number in float32."""
+    for d in range(len(r)):
+        r[d] -= a * np.uint32(np.uint32(bits[d]) << np.uint32(16)).view(np.float32)
 
 
 def _array(tensor: Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":

@@ -40,23 +40,27 @@ def reverse(
     dx_BD, dW_MD = dresidual_BD.clone(), torch.zeros_like(W_MD)
     dU_MD = dW_MD if U_MD is W_MD else torch.zeros_like(U_MD)
     rows = max(1, _ELEMENTS // (idx_BK.shape[1] * W_MD.shape[1]))
-    for dx_bD, *of_rows in zip(*(torch.split(t, rows) for t in (dx_BD, *of_batch)), strict=True):
-        _reverse_rows_(dx_bD, dW_MD, dU_MD, W_MD, U_MD, detach, *of_rows)
+    parts = (torch.split(t, rows) for t in (dx_BD, *of_batch))
+    for dx_bD, idx_bK, val_bK, dval_bK, residual_bD, dresidual_bD in zip(*parts, strict=True):
+        _reverse_rows_(
+            dx_bD, idx_bK, val_bK, dval_bK, residual_bD, dresidual_bD, W_MD, U_MD, detach,
+            dW_MD, dU_MD,
+        )  # fmt: skip
     return dx_BD, dW_MD, dU_MD
 
 
 def _reverse_rows_(
     dx_bD: Tensor,
-    dW_MD: Tensor,
-    dU_MD: Tensor,
-    W_MD: Tensor,
-    U_MD: Tensor,
-    detach: bool,
     idx_bK: Tensor,
     val_bK: Tensor,
     dval_bK: Tensor,
     residual_bD: Tensor,
     dresidual_bD: Tensor,
+    W_MD: Tensor,
+    U_MD: Tensor,
+    detach: bool,
+    dW_MD: Tensor,
+    dU_MD: Tensor,
 ) -> None:
     r_bD, g_bD = residual_bD.clone(), dresidual_bD if detach else dx_bD
     terms_W_KbD = r_bD.new_empty(idx_bK.shape[1], *r_bD.shape)

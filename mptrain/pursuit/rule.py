@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mptrain.config import Select
+from mptrain.recipe import Select
+
+FEW = 4  # best atoms by inexact scores that are scored again
 
 
 class Rule(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from mptrain.config import Backend, ScoreDtype
+from mptrain.recipe import Backend, ScoreDtype
 
 Exact = Literal["direct", "gram", "shortlist"]
 

@@ -62,7 +62,7 @@ def _prepare(
         return partial(_by_finder, lambda: Direct(W_MD, rule), W_MD, U_MD, rule), M
     scoring_MD = W_MD.bfloat16() if search.score_dtype == "bfloat16" else W_MD
     if backend == "gram":
-        G_MM = U_MD @ W_MD.T
+        G_MM = U_MD.to(scoring_MD.dtype) @ scoring_MD.T
         if compiled:
             return partial(_by_gram, G_MM, W_MD, U_MD, rule), M
         return partial(_by_finder, lambda: Gram(W_MD, G_MM, rule), W_MD, U_MD, rule), M

@@ -1,0 +1,228 @@
+"""One coder's config: its place, its mathematics and how it is trained; which settings go with
+which coders, and with each other."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal
+
+Kind = Literal["sae", "transcoder", "skip-transcoder"]
+Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
+Optimizer = Literal["adam", "muon"]
+Backend = Literal["auto", "direct", "gram", "shortlist"]
+ScoreDtype = Literal["float32", "bfloat16"]
+Codes = Literal["mp", "gp", "omp"]
+Select = Literal["positive", "signed", "magnitude"]
+Subtract = Literal["selecting", "separate", "predicting"]
+Blocks = Literal["none", "selecting", "predicting", "both"]
+BeginAs = Literal["mp", "topk", "groupmax"]
+
+PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
+
+# Fields of a recipe that are not for every coder, with the architectures they are for.
+_SHORTLIST = ("shortlist_size", "shortlist_refresh")
+_FOR_PURSUITS = (
+    "backend", "score_dtype", *_SHORTLIST, "tolerance", "select", "subtract", "ban_chosen",
+    "free_norm", "bias", "atom_dropout", "detach", "per_step_loss", "input_loss",
+)  # fmt: skip
+_ARCHS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_FOR_PURSUITS, PURSUITS),
+    **dict.fromkeys(("codes", "blocks", "begin_as", "begin_share"), ("mp",)),
+    "multi_topk": ("mp", "topk"),
+    **dict.fromkeys(("k_factor", "k_decay_share"), (*PURSUITS, "topk", "batch-topk")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How coders are trained: what all coders of a run share, as far as it is for them."""
+
+    optimizer: Optimizer = "muon"
+    "muon: for matrices, with Adam for vectors; adam: for all"
+    lr: float | None = None
+    "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
+    warmup_share: float = 0.02
+    "share of the train steps in which the learning rate rises linearly"
+    codes: Codes = "mp"
+    "mp values: as steps left them; gp, omp: all fitted anew at each step, by gradient or exactly"
+    backend: Backend = "auto"
+    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
+    shortlist_size: int = 64
+    "shortlist: best atoms of each row that are looked at between two full searches"
+    shortlist_refresh: int = 4
+    "shortlist: pursuit steps from one search of all atoms to the next"
+    score_dtype: ScoreDtype = "float32"
+    "gram, shortlist: dtype of the scores; of bfloat16 ones the best are scored again in float32"
+    tolerance: float = 0.0
+    "mp stops a row when its residual norm is at most this share of the first one"
+    select: Select = "positive"
+    "mp: largest correlation, 0 at least; signed: of any sign; magnitude: largest of either sign"
+    subtract: Subtract = "selecting"
+    "mp subtracts the rows it selects by, a separate dictionary (transcoder), or the predicting one"
+    blocks: Blocks = "none"
+    "mp: a block of latents for each step; of the selecting rows, the predicting ones, or both"
+    ban_chosen: bool = False
+    "mp: a row never chooses the same atom twice"
+    free_norm: bool = False
+    "mp: dictionaries of any norm; then a step can enlarge the residual"
+    bias: bool = True
+    "mp: an input and an output bias; without them, the pursuit starts from the rows themselves"
+    atom_dropout: float = 0.0
+    "mp: share of the atoms, drawn anew for each train step, that cannot be chosen in it"
+    detach: bool = False
+    "mp: no gradient from a pursuit step to those before it"
+    per_step_loss: bool = False
+    "mp: the loss is the mean over all prefixes of the pursuit, not that of its end"
+    nested: bool = False
+    "the loss is the mean over predictions by the first 1/16, 1/4, 1/2 and all of the latents"
+    multi_topk: bool = False
+    "adds 1/8 of the loss with 4 K entries a row"
+    input_loss: float = 0.0
+    "mp transcoder: weight of the loss of the input that its pursuit leaves, as share of variance"
+    auxk_alpha: float = 0.03125
+    "weight of the auxiliary loss that revives dead latents (0: off)"
+    dead_rows: int = 10_000_000
+    "a latent that did not fire for this many rows is dead"
+    begin_as: BeginAs = "mp"
+    "mp: train as topk or groupmax, by the same dictionaries, before the switch to mp"
+    begin_share: float = 0.0
+    "share of the train steps before that switch"
+    k_factor: float = 1.0
+    "training starts at this multiple of K"
+    k_decay_share: float = 0.0
+    "share of the train steps in which that falls linearly to K"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderConfig(Recipe):
+    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
+
+    hookpoint: str
+    "hookpoint whose rows it codes"
+    kind: Kind
+    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
+    arch: Arch
+    "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
+    k: int
+    "pursuit steps (mp) or active latents (topk) per row"
+    expansion: int
+    "latents per dimension of the input"
+    seed: int = 0
+    "seed of the initial weights"
+
+    def __post_init__(self) -> None:
+        for wrong in (*_out_of_range(self), *_alone(self), *_contradictory(self)):
+            raise ValueError(wrong)
+
+    @property
+    def name(self) -> str:
+        """Every field that is not default; the name of its folder in a run."""
+        head = (
+            f"{self.hookpoint}-{self.kind}-{self.arch}-k{self.k}-x{self.expansion}-seed{self.seed}"
+        )
+        named = {"hookpoint", "kind", "arch", "k", "expansion", "seed"}
+        rest = [
+            _named(f.name, getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in named
+            and f.default is not MISSING
+            and getattr(self, f.name) != f.default
+        ]
+        return "-".join([head, *rest])
+
+
+def is_for(name: str, kind: Kind, arch: Arch) -> bool:
+    """Whether a field of a recipe has an effect on such coders."""
+    if name == "input_loss" and kind == "sae":
+        return False
+    return arch in _ARCHS.get(name, (arch,))
+
+
+def no_effect(name: str, kinds: str, archs: str) -> str:
+    """What to tell of a field that is not for such coders."""
+    needed = ",".join(_ARCHS.get(name, PURSUITS)) + (" transcoders" if name == "input_loss" else "")
+    return f"{name} has no effect on kind {kinds} with arch {archs}; it is for {needed}"
+
+
+def _out_of_range(config: CoderConfig) -> Iterator[str]:
+    for name in ("k", "expansion", "dead_rows", "shortlist_size", "shortlist_refresh"):
+        if getattr(config, name) < 1:
+            yield f"{name} must be at least 1, got {getattr(config, name)}"
+    if config.lr is not None and not 0 < config.lr < math.inf:
+        yield f"lr must be positive and finite, got {config.lr}"
+    for name in ("auxk_alpha", "input_loss"):
+        if not 0 <= getattr(config, name) < math.inf:
+            yield f"{name} must be at least 0 and finite, got {getattr(config, name)}"
+    for name in ("tolerance", "atom_dropout", "begin_share"):
+        if not 0 <= getattr(config, name) < 1:
+            yield f"{name} must be in [0, 1), got {getattr(config, name)}"
+    for name in ("warmup_share", "k_decay_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            yield f"{name} must be in [0, 1], got {getattr(config, name)}"
+    if not 1 <= config.k_factor < math.inf:
+        yield f"k_factor must be at least 1 and finite, got {config.k_factor}"
+
+
+def _alone(config: CoderConfig) -> Iterator[str]:
+    """Settings that do nothing on such a coder, or without another one."""
+    for field in fields(Recipe):
+        if _is_set(config, field.name) and not is_for(field.name, config.kind, config.arch):
+            yield no_effect(field.name, config.kind, config.arch)
+    for name in _SHORTLIST:
+        if config.backend != "shortlist" and _is_set(config, name):
+            yield f"{name} is for backend shortlist, got backend {config.backend}"
+    if config.score_dtype != "float32" and config.backend not in ("gram", "shortlist"):
+        yield f"score_dtype is for backend gram or shortlist, got backend {config.backend}"
+    for one, other in (("begin_as", "begin_share"), ("k_factor", "k_decay_share")):
+        if _is_set(config, one) != _is_set(config, other):
+            yield f"{one} and {other} go together; give both, or neither"
+
+
+def _contradictory(config: CoderConfig) -> Iterator[str]:
+    if config.kind == "sae" and config.subtract == "separate":
+        yield "subtract separate is for transcoders: an sae subtracts what it predicts"
+    for names in (("nested", "per_step_loss"), ("multi_topk", "nested", "per_step_loss")):
+        if sum(getattr(config, name) for name in names) > 1:
+            yield f"{' and '.join(names)} each change the loss; use one of them"
+    if config.begin_as != "mp":
+        yield from _refused(config, f"begin_as {config.begin_as}", ("per_step_loss", "codes"))
+        if config.begin_as == "groupmax":
+            yield from _refused(config, "begin_as groupmax", ("k_factor",))
+        if config.blocks == "predicting":
+            yield "begin_as needs a selecting row for each latent, blocks predicting shares them"
+    if config.codes != "mp":
+        if config.backend not in ("auto", "direct"):
+            yield f"codes {config.codes} needs backend direct, got {config.backend}"
+        steps_only = ("subtract", "ban_chosen", "blocks", "detach", "per_step_loss", "multi_topk")
+        yield from _refused(config, f"codes {config.codes}", steps_only)
+    if config.blocks != "none":
+        if config.backend not in ("auto", "direct"):
+            yield f"blocks need backend direct, got {config.backend}: a step has little to search"
+        fixed = ("ban_chosen", "multi_topk", "k_factor", "atom_dropout")
+        yield from _refused(config, f"blocks {config.blocks}", fixed)
+        shared = config.kind == "sae" and config.subtract != "predicting"
+        if shared and config.blocks != "both":
+            yield (
+                f"blocks {config.blocks} needs selecting and predicting rows to be different ones; "
+                "use blocks both, subtract predicting, or a transcoder"
+            )
+
+
+def _refused(config: CoderConfig, told: str, names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        if _is_set(config, name):
+            yield f"{name} has no place beside {told}; leave one of them out"
+
+
+def _is_set(config: CoderConfig, name: str) -> bool:
+    return bool(getattr(config, name) != getattr(Recipe, name))
+
+
+def _named(name: str, value: object) -> str:
+    """A field in a coder's name: `tolerance0.1`, `codes-gp`; of a switch, its name."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return dashed if value else f"no-{dashed}"
+    if isinstance(value, str):
+        return f"{dashed}-{value}"
+    return f"{dashed}{value:g}" if isinstance(value, float) else f"{dashed}{value}"
