@@ -17,7 +17,7 @@ from mptrain.pursuit import reverse as reverse_module
 from mptrain.pursuit import search as search_module
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
-from mptrain.pursuit.rule import Rule
+from mptrain.pursuit.rule import FEW, Rule
 from mptrain.pursuit.search import microbatch_rows, resolve
 from mptrain.pursuit.select import _put_unused_last_, select
 from mptrain.recipe import Recipe
@@ -26,6 +26,7 @@ from pursuits import (
     EVERY,
     EXACT,
     GRAM,
+    GRAM16,
     LAYOUTS,
     SHORT,
     SHORT16,
@@ -393,6 +394,27 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     assert float(short_error) == pytest.approx(float(error), rel=1e-3)
 
 
+@in_both_forms
+def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool):
+    """Its scores drift, and yet the best of the few best is mostly the best; values are exact."""
+    generator = torch.Generator().manual_seed(8)
+    _, W_MD = problem(4, 1, 256, 2048, torch.float32)
+    x_BD = sums_of_atoms(generator, W_MD, 200, 16)
+    idx_BK, val_BK, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
+    found = run_select(Way(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
+    same_BK = idx_BK == found[0]
+    assert same_BK[:, :16].float().mean() > 0.998
+    same_B = same_BK.all(1)
+    torch.testing.assert_close(found[1][same_B], val_BK[same_B], atol=1e-5, rtol=1e-4)
+    error, found_error = residual_BD.square().sum(), found[2].square().sum()
+    assert float(found_error) == pytest.approx(float(error), rel=1e-3)
+    x_BD, W_MD = problem(5, 300, 16, 400, torch.float32)
+    exact, found = (
+        run_select(Way(s, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE) for s in (GRAM, GRAM16)
+    )
+    assert not torch.equal(exact[0], found[0]), "among many atoms in few dimensions it shows"
+
+
 def sums_of_atoms(generator: torch.Generator, W_MD: Tensor, B: int, L: int) -> Tensor:
     """Rows of L atoms each, with some noise."""
     M, D = W_MD.shape
@@ -477,6 +499,23 @@ def test_first_largest(select: str, p: list[float]):
         assert found == np.nanargmax(keys)
     else:
         assert found == -1
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@given(p=scores, seed=st.integers(0, 2**20))
+def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[float], seed: int):
+    """Those in lanes of their own, which all are where there are no more atoms than lanes."""
+    score_M = np.array(p[: cpu._LANES], np.float32)
+    generator = np.random.default_rng(seed)
+    W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
+    r_D = generator.integers(-2, 3, 2).astype(np.float32)
+    mode, lanes = cpu._MODES[select], np.empty(cpu._LANES, np.float32)
+    found = cpu._first_of_few(score_M, lanes, W_MD, r_D, mode)
+    size = np.abs if select == "magnitude" else np.asarray
+    kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
+    few = sorted(sorted(kept, key=lambda j: -size(score_M)[j])[:FEW])
+    exact = [float(size(W_MD[j] @ r_D)) for j in few]
+    assert found == (few[int(np.argmax(exact))] if few else -1)
 
 
 @given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 7))
