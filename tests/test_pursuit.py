@@ -131,7 +131,7 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
     W_MD = torch.cat([W_MD, W_MD]) if atoms_twice else W_MD
     for way in ways(EVERY):
         norm_B = x_BD.norm(dim=1)
-        for steps in sorted({(k + 1) // 2, k}):
+        for steps in {k} if atoms_twice else sorted({(k + 1) // 2, k}):
             idx_BK, val_BK, residual_BD = run_select(way, x_BD, W_MD, W_MD, steps, rule)
             assert val_BK.dtype == residual_BD.dtype == torch.float32
             assert_well_formed(idx_BK, val_BK)
@@ -242,9 +242,8 @@ OTHERS = torch.tensor([0, 1, 2, 4])
 
 @each_layout
 @each_rule
-@pytest.mark.parametrize("tolerance", [0.0, 0.1])
-def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule, tolerance: float):
-    size = {"seed": 0, "B": 5, "D": 8, "M": 20}
+def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule):
+    size, tolerance = {"seed": 0, "B": 5, "D": 8, "M": 20}, 0.1 if rule.ban else 0.0
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), size, 4)
     for way in ways(EVERY, layout.in_blocks):
         clean = run_select(way, x_BD, W_MD, U_MD, 4, rule)
@@ -655,10 +654,11 @@ def checked(
 
 
 @each_layout
-@each_rule
+@each_select
 @in_both_forms
-def test_gradcheck(layout: Layout, rule: Rule, is_compiled: bool):
-    x_BD, W_MD, U_MD, rule = drawn(layout, rule, GRADCHECK, 3)
+def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
+    ban = is_compiled  # the way back is that of any pursuit
+    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select, ban), GRADCHECK, 3)
     x_BD[1] = 0.5
     for way in ways((DIRECT, GRAM, SHORT), layout.in_blocks):
         if way.is_compiled == is_compiled:
