@@ -75,7 +75,7 @@ def drawn(
 @each_layout
 @each_rule
 @given(sizes=sizes, k=st.integers(1, 9), tolerance=TOLERANCES, unit=st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_equals_reference(
     layout: Layout, rule: Rule, sizes: dict[str, int], k: int, tolerance: float, unit: bool
 ):
@@ -201,7 +201,7 @@ def test_signed_takes_a_negative_value_only_where_all_are_negative(
 
 @each_layout
 @given(sizes=sizes, k=st.integers(1, 6), ban=st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_a_step_chooses_within_its_block(layout: Layout, sizes: dict[str, int], k: int, ban: bool):
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule("magnitude", ban), sizes, k)
     if rule.block is None:
@@ -583,7 +583,7 @@ detached_or_not = pytest.mark.parametrize("detach", [False, True], ids=["", "det
 @each_select
 @in_both_forms
 @given(sizes=sizes, k=st.integers(1, 7), ban=st.booleans(), detach=st.booleans(), of=st.data())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_gradients_equal_autograd(
     layout: Layout,
     select: str,
@@ -691,7 +691,7 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
 @each_layout
 @each_select
 @given(sizes=sizes, k=st.integers(1, 6), detach=st.booleans(), at=st.integers(0, 30))
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_cut_equals_reference(
     layout: Layout, select: str, sizes: dict[str, int], k: int, detach: bool, at: int
 ):
