@@ -20,7 +20,7 @@ from mptrain.peers import ADAPTERS
 from stores import small_store
 from test_fit import config as fit_config
 
-PURSUITS = ["direct", "gram", "shortlist", "shortlist bfloat16"]
+PURSUITS = ["direct", "gram", "gram bfloat16", "shortlist", "shortlist bfloat16"]
 METHODS = [*PURSUITS, "topk", "groupmax", "bare products"]
 SMALL = BenchConfig(rows=40, width=16, latents=64, k=4, peer_rows=0, repeats=1, device="cpu")
 

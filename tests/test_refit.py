@@ -115,6 +115,25 @@ def test_omp_leaves_nothing_that_its_atoms_explain(chosen: str):
     assert all(len(set(row)) == 6 for row in idx_BK[2:].tolist()), "no atom twice"
 
 
+@given(seed=st.integers(0, 2**20), B=st.integers(1, 6), D=st.integers(2, 8), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObject):
+    """It chooses by magnitude."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    M = data.draw(st.integers(1, 3 * D), label="M")
+    k = data.draw(st.integers(1, min(D, M)), label="k")
+    x_BD, W_MD = problem(seed, B + 1, D, M)
+    x_BD = x_BD[torch.arange(B + 1) != 1]  # of a row of zeros it warns
+    found = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
+    expected_BM = found.reshape(M, B).T
+    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule("magnitude"), "omp")
+    code_BM = reference.dense(idx_BK, val_BK, M).numpy()
+    np.testing.assert_array_equal(code_BM != 0, expected_BM != 0)
+    np.testing.assert_allclose(code_BM, expected_BM, rtol=1e-6, atol=1e-8)
+    left_B = np.linalg.norm(x_BD.numpy() - expected_BM @ W_MD.numpy(), axis=1)
+    np.testing.assert_allclose(residual_BD.norm(dim=1), left_B, rtol=1e-7, atol=1e-10)
+
+
 def test_omp_finds_what_rows_are_made_of():
     """Few atoms of a dictionary that is nearly orthogonal, with values of either sign."""
     generator = torch.Generator().manual_seed(3)
@@ -160,24 +179,6 @@ def test_refit_has_no_ban_and_no_blocks():
     for rule in (Rule(ban=True), Rule(block=2)):
         with pytest.raises(AssertionError):
             pursue_refit(x_BD, W_MD, 2, rule, "gp")
-
-
-@given(seed=st.integers(0, 2**20), B=st.integers(1, 6), D=st.integers(2, 8), data=st.data())
-@settings(max_examples=100, deadline=None)
-def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObject):
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    M = data.draw(st.integers(1, 3 * D), label="M")
-    k = data.draw(st.integers(1, min(D, M)), label="k")
-    x_BD, W_MD = problem(seed, B + 1, D, M)
-    x_BD = x_BD[torch.arange(B + 1) != 1]  # of a row of zeros it warns
-    found = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
-    expected_BM = found.reshape(M, B).T
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule("magnitude"), "omp")
-    code_BM = reference.dense(idx_BK, val_BK, M).numpy()
-    np.testing.assert_array_equal(code_BM != 0, expected_BM != 0)
-    np.testing.assert_allclose(code_BM, expected_BM, rtol=1e-6, atol=1e-8)
-    left_B = np.linalg.norm(x_BD.numpy() - expected_BM @ W_MD.numpy(), axis=1)
-    np.testing.assert_allclose(residual_BD.norm(dim=1), left_B, rtol=1e-7, atol=1e-10)
 
 
 def pursue_counting_twice(x_BD: Tensor, W_MD: Tensor, k: int) -> Tensor:
