@@ -23,10 +23,12 @@ GRAM = replace(DIRECT, backend="gram")
 WHOLE = replace(DIRECT, backend="shortlist")  # of all atoms, anew at every step
 SHORT = replace(WHOLE, shortlist_size=3, shortlist_refresh=2)
 ONE = replace(WHOLE, shortlist_size=1, shortlist_refresh=3)
-WHOLE16, SHORT16 = (replace(search, score_dtype="bfloat16") for search in (WHOLE, SHORT))
+GRAM16, WHOLE16, SHORT16 = (
+    replace(search, score_dtype="bfloat16") for search in (GRAM, WHOLE, SHORT)
+)
 
 EXACT = (DIRECT, GRAM, WHOLE, WHOLE16)
-EVERY = (*EXACT, SHORT, SHORT16, ONE)
+EVERY = (*EXACT, GRAM16, SHORT, SHORT16, ONE)
 
 NOISE = 1e-9  # a value below this is rounding, and so is whether there is one
 

@@ -12,20 +12,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from mptrain.config import Recipe
 from mptrain.pursuit import cpu
 from mptrain.pursuit import reverse as reverse_module
 from mptrain.pursuit import search as search_module
 from mptrain.pursuit.cut import Cut
 from mptrain.pursuit.pursue import pursue
-from mptrain.pursuit.rule import Rule
+from mptrain.pursuit.rule import FEW, Rule
 from mptrain.pursuit.search import microbatch_rows, resolve
 from mptrain.pursuit.select import _put_unused_last_, select
+from mptrain.recipe import Recipe
 from pursuits import (
     DIRECT,
     EVERY,
     EXACT,
     GRAM,
+    GRAM16,
     LAYOUTS,
     SHORT,
     SHORT16,
@@ -74,7 +75,7 @@ def drawn(
 @each_layout
 @each_rule
 @given(sizes=sizes, k=st.integers(1, 9), tolerance=TOLERANCES, unit=st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_equals_reference(
     layout: Layout, rule: Rule, sizes: dict[str, int], k: int, tolerance: float, unit: bool
 ):
@@ -130,7 +131,7 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
     W_MD = torch.cat([W_MD, W_MD]) if atoms_twice else W_MD
     for way in ways(EVERY):
         norm_B = x_BD.norm(dim=1)
-        for steps in sorted({(k + 1) // 2, k}):
+        for steps in {k} if atoms_twice else sorted({(k + 1) // 2, k}):
             idx_BK, val_BK, residual_BD = run_select(way, x_BD, W_MD, W_MD, steps, rule)
             assert val_BK.dtype == residual_BD.dtype == torch.float32
             assert_well_formed(idx_BK, val_BK)
@@ -167,7 +168,7 @@ def test_ban_holds_where_nothing_else_is_left(way: Way, rule: Rule):
 
 @pytest.mark.parametrize("ban", [False, True])
 @given(sizes=sizes, k=st.integers(1, 6), tied=st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_magnitude_is_positive_with_every_atom_in_both_directions(
     ban: bool, sizes: dict[str, int], k: int, tied: bool
 ):
@@ -185,7 +186,7 @@ def test_magnitude_is_positive_with_every_atom_in_both_directions(
 
 
 @given(sizes=sizes, k=st.integers(1, 6), tied=st.booleans())
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_signed_takes_a_negative_value_only_where_all_are_negative(
     sizes: dict[str, int], k: int, tied: bool
 ):
@@ -200,7 +201,7 @@ def test_signed_takes_a_negative_value_only_where_all_are_negative(
 
 @each_layout
 @given(sizes=sizes, k=st.integers(1, 6), ban=st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_a_step_chooses_within_its_block(layout: Layout, sizes: dict[str, int], k: int, ban: bool):
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule("magnitude", ban), sizes, k)
     if rule.block is None:
@@ -241,9 +242,8 @@ OTHERS = torch.tensor([0, 1, 2, 4])
 
 @each_layout
 @each_rule
-@pytest.mark.parametrize("tolerance", [0.0, 0.1])
-def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule, tolerance: float):
-    size = {"seed": 0, "B": 5, "D": 8, "M": 20}
+def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule):
+    size, tolerance = {"seed": 0, "B": 5, "D": 8, "M": 20}, 0.1 if rule.ban else 0.0
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), size, 4)
     for way in ways(EVERY, layout.in_blocks):
         clean = run_select(way, x_BD, W_MD, U_MD, 4, rule)
@@ -393,6 +393,27 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     assert float(short_error) == pytest.approx(float(error), rel=1e-3)
 
 
+@in_both_forms
+def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool):
+    """Its scores drift, and yet the best of the few best is mostly the best; values are exact."""
+    generator = torch.Generator().manual_seed(8)
+    _, W_MD = problem(4, 1, 256, 2048, torch.float32)
+    x_BD = sums_of_atoms(generator, W_MD, 200, 16)
+    idx_BK, val_BK, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
+    found = run_select(Way(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
+    same_BK = idx_BK == found[0]
+    assert same_BK[:, :16].float().mean() > 0.998
+    same_B = same_BK.all(1)
+    torch.testing.assert_close(found[1][same_B], val_BK[same_B], atol=1e-5, rtol=1e-4)
+    error, found_error = residual_BD.square().sum(), found[2].square().sum()
+    assert float(found_error) == pytest.approx(float(error), rel=1e-3)
+    x_BD, W_MD = problem(5, 300, 16, 400, torch.float32)
+    exact, found = (
+        run_select(Way(s, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE) for s in (GRAM, GRAM16)
+    )
+    assert not torch.equal(exact[0], found[0]), "among many atoms in few dimensions it shows"
+
+
 def sums_of_atoms(generator: torch.Generator, W_MD: Tensor, B: int, L: int) -> Tensor:
     """Rows of L atoms each, with some noise."""
     M, D = W_MD.shape
@@ -479,6 +500,23 @@ def test_first_largest(select: str, p: list[float]):
         assert found == -1
 
 
+@pytest.mark.parametrize("select", SELECTS)
+@given(p=scores, seed=st.integers(0, 2**20))
+def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[float], seed: int):
+    """Those in lanes of their own, which all are where there are no more atoms than lanes."""
+    score_M = np.array(p[: cpu._LANES], np.float32)
+    generator = np.random.default_rng(seed)
+    W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
+    r_D = generator.integers(-2, 3, 2).astype(np.float32)
+    mode, lanes = cpu._MODES[select], np.empty(cpu._LANES, np.float32)
+    found = cpu._first_of_few(score_M, lanes, W_MD, r_D, mode)
+    size = np.abs if select == "magnitude" else np.asarray
+    kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
+    few = sorted(sorted(kept, key=lambda j: -size(score_M)[j])[:FEW])
+    exact = [float(size(W_MD[j] @ r_D)) for j in few]
+    assert found == (few[int(np.argmax(exact))] if few else -1)
+
+
 @given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 7))
 def test_gaps_close_and_the_order_stays(seed: int, B: int, K: int):
     generator = torch.Generator().manual_seed(seed)
@@ -545,7 +583,7 @@ detached_or_not = pytest.mark.parametrize("detach", [False, True], ids=["", "det
 @each_select
 @in_both_forms
 @given(sizes=sizes, k=st.integers(1, 7), ban=st.booleans(), detach=st.booleans(), of=st.data())
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_gradients_equal_autograd(
     layout: Layout,
     select: str,
@@ -616,10 +654,11 @@ def checked(
 
 
 @each_layout
-@each_rule
+@each_select
 @in_both_forms
-def test_gradcheck(layout: Layout, rule: Rule, is_compiled: bool):
-    x_BD, W_MD, U_MD, rule = drawn(layout, rule, GRADCHECK, 3)
+def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
+    ban = is_compiled  # the way back is that of any pursuit
+    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select, ban), GRADCHECK, 3)
     x_BD[1] = 0.5
     for way in ways((DIRECT, GRAM, SHORT), layout.in_blocks):
         if way.is_compiled == is_compiled:
@@ -652,7 +691,7 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
 @each_layout
 @each_select
 @given(sizes=sizes, k=st.integers(1, 6), detach=st.booleans(), at=st.integers(0, 30))
-@settings(max_examples=10)
+@settings(max_examples=7)
 def test_cut_equals_reference(
     layout: Layout, select: str, sizes: dict[str, int], k: int, detach: bool, at: int
 ):

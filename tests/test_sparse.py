@@ -11,7 +11,7 @@ import reference
 from mptrain import prefix as prefix_module
 from mptrain import topk as topk_module
 from mptrain.prefix import prefix_squares
-from mptrain.sparse import active_latents, latent_sums, sparse_decode
+from mptrain.sparse import active_latents, latent_sums, row_of, sparse_decode, strongest
 from mptrain.topk import topk_encode
 
 
@@ -23,16 +23,26 @@ def code(seed: int, B: int, K: int, M: int) -> tuple[Tensor, Tensor]:
     return idx_BK, val_BK.masked_fill(idx_BK < 0, 0)
 
 
-@given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+def dense_rows(idx_BK: Tensor, val_BK: Tensor, rows: int) -> Tensor:
+    """The code by rows of a dictionary that blocks of latents share."""
+    return reference.dense(torch.where(idx_BK < 0, -1, idx_BK % rows), val_BK, rows)
+
+
+few = st.integers(1, 6)
+each_sharing = pytest.mark.parametrize("blocks", [1, 3])  # of latents that share the dictionary
+
+
+@each_sharing
+@given(seed=st.integers(0, 2**20), B=few, K=few, M=st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
-def test_decode_and_its_gradients_equal_dense(seed: int, B: int, K: int, M: int):
-    idx_BK, val_BK = code(seed, B, K, M)
+def test_decode_and_its_gradients_equal_dense(blocks: int, seed: int, B: int, K: int, M: int):
+    idx_BK, val_BK = code(seed, B, K, blocks * M)
     V_ME = torch.randn(M, 3, dtype=torch.float64, requires_grad=True)
     weight_BE = torch.randn(B, 3, dtype=torch.float64)
     val_BK.requires_grad_()
     y_BE = sparse_decode(idx_BK, val_BK, V_ME)
     ours = torch.autograd.grad((y_BE * weight_BE).sum(), (val_BK, V_ME))
-    dense_BE = reference.dense(idx_BK, val_BK, M) @ V_ME
+    dense_BE = dense_rows(idx_BK, val_BK, M) @ V_ME
     plain = torch.autograd.grad((dense_BE * weight_BE).sum(), (val_BK, V_ME))
     torch.testing.assert_close(y_BE, dense_BE)
     torch.testing.assert_close(ours[0], plain[0].masked_fill(idx_BK < 0, 0))
@@ -47,6 +57,25 @@ def test_decode_takes_an_expanded_gradient():
     sparse_decode(idx_BK, val_BK, V_ME).sum().backward()
     assert V_ME.grad is not None
     torch.testing.assert_close(V_ME.grad[:, 0], reference.dense(idx_BK, val_BK, 5).sum(0))
+
+
+def test_blocks_go_through_a_shared_dictionary_anew():
+    W_MD = torch.zeros(3, 2)
+    assert row_of(torch.tensor([0, 1, 2, 3, 4, 5, 8]), W_MD).tolist() == [0, 1, 2, 0, 1, 2, 2]
+    assert 0 <= int(row_of(torch.tensor(-1), W_MD)) < 3, "some row, so that it can be taken"
+
+
+@given(st.integers(0, 2**20), st.integers(0, 6), few, st.integers(1, 7))
+def test_strongest_keeps_so_many_on_average(seed: int, B: int, K: int, mean: int):
+    generator = torch.Generator().manual_seed(seed)
+    val_BK = torch.randint(9, (B, K), generator=generator).double()
+    threshold = strongest(val_BK, mean)
+    if B == 0:
+        assert threshold == 0, "of no rows all is kept"
+        return
+    kept = min(mean * B, B * K)
+    assert threshold == sorted(val_BK.flatten().tolist())[-kept]
+    assert (val_BK > threshold).sum() < kept <= (val_BK >= threshold).sum()
 
 
 def test_active_latents_are_distinct_and_not_zero():
@@ -95,17 +124,20 @@ def test_topk_keeps_no_preactivations():
     assert all(t.numel() < B * M for t in kept)
 
 
-@given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9))
+@each_sharing
+@given(seed=st.integers(0, 2**20), B=few, K=few, M=st.integers(1, 9))
 @settings(max_examples=100, deadline=None)
-def test_prefix_squares_and_their_gradients_equal_autograd(seed: int, B: int, K: int, M: int):
-    idx_BK, val_BK = code(seed, B, K, M)
+def test_prefix_squares_and_their_gradients_equal_autograd(
+    blocks: int, seed: int, B: int, K: int, M: int
+):
+    idx_BK, val_BK = code(seed, B, K, blocks * M)
     generator = torch.Generator().manual_seed(seed)
     error_BE = torch.randn(B, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     V_ME = torch.randn(M, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     val_BK.requires_grad_()
     plain_B = torch.zeros(B, dtype=torch.float64)
     for t in range(1, K + 1):
-        y_BE = reference.dense(idx_BK[:, :t], val_BK[:, :t], M) @ V_ME
+        y_BE = dense_rows(idx_BK[:, :t], val_BK[:, :t], M) @ V_ME
         plain_B = plain_B + (error_BE - y_BE).square().sum(1)
     ours_B = prefix_squares(idx_BK, val_BK, V_ME, error_BE)
     torch.testing.assert_close(ours_B, plain_B)
@@ -120,6 +152,24 @@ def test_prefix_squares_and_their_gradients_equal_autograd(seed: int, B: int, K:
 def test_prefix_microbatch_does_not_matter(monkeypatch: pytest.MonkeyPatch):
     idx_BK, val_BK = code(0, 11, 3, 7)
     V_ME, error_BE = torch.randn(7, 4, dtype=torch.float64), torch.randn(11, 4, dtype=torch.float64)
-    whole_B = prefix_squares(idx_BK, val_BK, V_ME, error_BE)
+    leaves = tuple(t.requires_grad_() for t in (val_BK, V_ME, error_BE))
+
+    def result() -> tuple[Tensor, ...]:
+        squares_B = prefix_squares(idx_BK, *leaves)
+        return squares_B, *torch.autograd.grad(squares_B.square().sum(), leaves)
+
+    whole = result()
     monkeypatch.setattr(prefix_module, "_ELEMENTS", 3 * 4)
-    torch.testing.assert_close(prefix_squares(idx_BK, val_BK, V_ME, error_BE), whole_B)
+    for a, b in zip(result(), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_prefix_squares_of_no_rows_and_of_one_with_a_nan():
+    idx_BK, val_BK = code(0, 4, 3, 7)
+    V_ME, error_BE = torch.randn(7, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    assert prefix_squares(idx_BK[:0], val_BK[:0], V_ME, error_BE[:0]).shape == (0,)
+    clean_B = prefix_squares(idx_BK, val_BK, V_ME, error_BE)
+    error_BE[2, 0] = torch.nan
+    spoilt_B = prefix_squares(idx_BK, val_BK, V_ME, error_BE)
+    assert spoilt_B.isnan().tolist() == [False, False, True, False]
+    assert torch.equal(spoilt_B[[0, 1, 3]], clean_B[[0, 1, 3]])

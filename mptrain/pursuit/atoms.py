@@ -55,7 +55,7 @@ class Gram:
 
     def subtract_(self, a_b: Tensor) -> None:
         torch.index_select(self.G_MM, 0, self.atom_b, out=self.row_bM)
-        self.score_bM.addcmul_(self.row_bM, a_b[:, None].to(self.row_bM.dtype), value=-1)
+        self.score_bM.addcmul_(self.row_bM, a_b[:, None], value=-1)  # in the dtype of the scores
 
     def _score_few_again_(self, r_bD: Tensor, chosen_bt: Tensor) -> None:
         atom_bF = self.rule.candidates(self.score_bM, chosen_bt, min(FEW, len(self.W_MD)))
