@@ -1,8 +1,12 @@
 """Triton kernels against plain torch: on a GPU where there is one, else in Triton's interpreter."""
 
-import importlib.util
-import warnings
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain import fused, sparse
+from mptrain import sparse
 from mptrain.pursuit import pursue as pursue_module
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'mpcache[triton]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install mpcache[triton]")
 
 from mptrain import sparse_triton
 from mptrain.pursuit import triton_search
@@ -22,6 +26,10 @@ from mptrain.pursuit.triton_search import Sign, best_atoms, best_candidates
 from mptrain.pursuit.triton_steps import gram_steps_, shortlist_steps_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OLD = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7)
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and OLD, reason="Triton's interpreter suits NumPy 2.4 from Triton 3.7 on"
+)
 SIGNS: tuple[Sign, ...] = ("positive", "signed", "magnitude")
 SIZES = [(1, 1, 1), (2, 5, 1), (3, 33, 129), (130, 70, 300), (1, 3, 700)]  # B, D, M
 close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
@@ -139,7 +147,7 @@ def test_most_of_the_largest_are_candidates(size: int) -> None:
     found_BS = (largest_BS[:, :, None] == candidate_BS[:, None]).any(2).float()
     assert found_BS[:, 0].all()
     assert found_BS.mean() > 0.87
-    assert found_BS[:, : size // 8].mean() > 0.97
+    assert found_BS[:, : size // 8].mean() > 0.95
 
 
 # --- steps
@@ -440,20 +448,33 @@ def test_codes_without_entries() -> None:
     assert (sparse_triton.latent_sums(idx_BK, val_BK, randn(4, 5), 6) == 0).all()
 
 
-# --- whether they can be used
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_rows(shared: bool) -> None:
+    x_0D, W_MD = randn(0, 5), randn(9, 5)
+    U_MD = W_MD if shared else randn(9, 5)
+    (idx_0K, val_0K), floor_0 = code(0, 3, 9), randn(0)
+    assert best_atoms(x_0D, W_MD).shape == (0,)
+    candidate_0S = best_candidates(x_0D, W_MD, 4)
+    assert candidate_0S.shape == (0, 4)
+    shortlist_steps_(x_0D, candidate_0S, W_MD, U_MD, idx_0K, val_0K, floor_0)
+    dx_0D, dW_MD, _ = reverse(idx_0K, val_0K, val_0K, x_0D, x_0D, W_MD, U_MD)
+    assert dx_0D.shape == (0, 5)
+    assert (dW_MD == 0).all()
 
 
-def test_available_goes_by_device() -> None:
-    assert not fused.available(torch.device("cpu"))
+# --- on GPUs that are not here
 
 
-def test_a_gpu_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    fused._warn_once.cache_clear()
-    assert fused.available(torch.device("cuda"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="pip install triton"):
-        assert not fused.available(torch.device("cuda"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert not fused.available(torch.device("cuda"))
+@pytest.mark.slow
+def test_kernels_compile_for_every_generation(tmp_path: Path) -> None:
+    """Without a GPU too. Consumer GPUs (86, 89, 120) have the least shared memory, 99 KiB."""
+    limits = {"80": 163, "86": 99, "90": 227, "120": 99}
+    program = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, program, *limits], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for capability, shared in json.loads(done.stdout).items():
+        assert shared <= limits[capability] * 1024

@@ -69,7 +69,7 @@ def reverse(
 
 def _column_blocks(entries: int, D: int, scratch: int, shared: bool) -> list[tuple[int, int]]:
     """First column and number of columns of each block, in multiples of 32."""
-    columns = scratch // (entries * 4 * (1 if shared else 2)) // 32 * 32
+    columns = scratch // (max(entries, 1) * 4 * (1 if shared else 2)) // 32 * 32
     columns = max(32, min(D, columns))
     return [(first, min(columns, D - first)) for first in range(0, D, columns)]
 

@@ -42,7 +42,7 @@ def best_atoms(
     (B, D), M = r_BD.shape, len(W_MD)
     atoms = 2 * _ATOMS if W_MD.dtype == torch.bfloat16 else _ATOMS
     blocks = triton.cdiv(M, atoms)
-    parts = min(blocks, triton.cdiv(_PROGRAMS, triton.cdiv(B, _ROWS)))
+    parts = min(blocks, triton.cdiv(_PROGRAMS, triton.cdiv(max(B, 1), _ROWS)))
     each = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, each)
     score_BP = r_BD.new_empty(B, parts, dtype=torch.float32)
