@@ -76,6 +76,15 @@ def test_best_atoms_are_the_first_largest(
     assert torch.equal(atom_B, key(r_BD @ W_MD.T, sign).argmax(1))
 
 
+@pytest.mark.parametrize("programs", [1, 2, 5])
+def test_programs_that_go_through_many_atoms(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_search, "_PROGRAMS", programs)
+    r_BD, W_MD = whole_numbers(20, 2), whole_numbers(700, 2)
+    assert torch.equal(best_atoms(r_BD, W_MD), (r_BD @ W_MD.T).argmax(1))
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_best_atoms_in_float32_are_not_those_of_a_lower_precision(
     precision: triton_search.Precision,
@@ -193,7 +202,7 @@ def plain_steps_(
     st.sampled_from(["shortlist", "shortlist by G", "gram"]),
     st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_steps_equal_plain_ones(
     seed: int,
     sizes: tuple[int, int, int],
@@ -246,11 +255,10 @@ def test_steps_equal_plain_ones(
     assert ((idx_BR[:, :, None] != banned_BK[:, None]) | (idx_BR < 0)[:, :, None]).all()
     same_B = (idx_BR == expected[0]).all(1)
     close(val_BR[same_B].double(), expected[1][same_B])
-    norm = [(x_BD - taken_BD).norm(dim=1).double()]
     if not same_B.all():  # only where two atoms are as good but for rounding
         first = (idx_BR != expected[0]).int().argmax(1)[:, None]
         near = (val_BR.double() - expected[1]).abs().gather(1, first)[:, 0]
-        assert (near[~same_B] < 1e-4).all(), norm
+        assert (near[~same_B] < 1e-4).all()
 
 
 def test_of_two_equal_candidates_the_lower_number_is_chosen() -> None:
