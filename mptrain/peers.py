@@ -101,7 +101,8 @@ def find_peers(
     names: Sequence[Peer], W_MD: Tensor, b_D: Tensor, k: int
 ) -> tuple[list[Method], dict[str, str]]:
     """The methods of these tools that can be used here, and why the others cannot."""
-    found, absent = [], {}
+    found: list[Method] = []
+    absent: dict[str, str] = {}
     for name in names:
         try:
             found.append(ADAPTERS[name](W_MD, b_D, k))

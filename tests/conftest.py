@@ -19,6 +19,14 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+def pytest_configure() -> None:
+    """Without a GPU, kernels run in Triton's interpreter: it asks when it is first imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_whatever_ran_before():
     import torch
