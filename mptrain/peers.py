@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mptrain.config import Peer
 from mptrain.loss import reconstruction_loss
 from mptrain.measure import Method
 
@@ -89,7 +88,7 @@ def sparsify_topk(W_MD: Tensor, b_D: Tensor, k: int) -> Method:
     )
 
 
-ADAPTERS: dict[Peer, Callable[[Tensor, Tensor, int], Method]] = {
+ADAPTERS: dict[str, Callable[[Tensor, Tensor, int], Method]] = {
     "sae-lens": saelens_mp,
     "overcomplete": overcomplete_mp,
     "eai-sparsify": sparsify_topk,
@@ -98,7 +97,7 @@ HOW_TO_INSTALL = "pip install 'mpcache[peers]' and pip install --no-deps overcom
 
 
 def find_peers(
-    names: Sequence[Peer], W_MD: Tensor, b_D: Tensor, k: int
+    names: Sequence[str], W_MD: Tensor, b_D: Tensor, k: int
 ) -> tuple[list[Method], dict[str, str]]:
     """The methods of these tools that can be used here, and why the others cannot."""
     found: list[Method] = []

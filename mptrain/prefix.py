@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.sparse import row_of
+from mptrain.sparse import entry_sums, row_of
 
 _ELEMENTS = 1 << 16  # of one [b, E] matrix; four of them stay in a CPU's L2 cache
 
@@ -54,8 +54,8 @@ class _PrefixSquares(torch.autograd.Function):
         for d_b, idx_bK, val_bK, e_bE, dval_bK, derror_bE in _microbatches(
             2 * dsquares_B, idx_BK, val_BK, error_BE, dval_BK, derror_BE
         ):
-            _reverse_rows_(
-                derror_bE, dval_bK, dV_ME, V_ME, idx_bK, val_bK, e_bE.clone(), d_b[:, None]
+            dV_ME += _reverse_rows_(
+                derror_bE, dval_bK, V_ME, idx_bK, val_bK, e_bE.clone(), d_b[:, None]
             )
         return None, dval_BK, dV_ME, derror_BE
 
@@ -63,21 +63,25 @@ class _PrefixSquares(torch.autograd.Function):
 def _reverse_rows_(
     h_bE: Tensor,
     dval_bK: Tensor,
-    dV_ME: Tensor,
     V_ME: Tensor,
     idx_bK: Tensor,
     val_bK: Tensor,
     e_bE: Tensor,
     d_b1: Tensor,
-) -> None:
-    """From the last prefix to the first, `h` collects `d e_t`; a step is in all errors after it."""
+) -> Tensor:
+    """From the last prefix to the first, `h` collects `d e_t`; a step is in all errors after it.
+
+    Gives the decoder's gradient.
+    """
+    terms_KbE = h_bE.new_empty(idx_bK.shape[1], *h_bE.shape)
     for step in reversed(range(idx_bK.shape[1])):
-        a_b1, row_b = val_bK[:, step, None], row_of(idx_bK[:, step], V_ME)
-        v_bE = V_ME.index_select(0, row_b)
+        a_b1 = val_bK[:, step, None]
+        v_bE = V_ME.index_select(0, row_of(idx_bK[:, step], V_ME))
         h_bE.addcmul_(e_bE, d_b1)
         dval_bK[:, step] = -(v_bE * h_bE).sum(1).masked_fill(idx_bK[:, step] < 0, 0)
-        dV_ME.index_add_(0, row_b, a_b1 * h_bE, alpha=-1)
+        torch.mul(-a_b1, h_bE, out=terms_KbE[step])
         e_bE.addcmul_(v_bE, a_b1)
+    return entry_sums(idx_bK.T, terms_KbE, len(V_ME))
 
 
 def _microbatches(*of_batch: Tensor) -> "zip[tuple[Tensor, ...]]":

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mptrain import fused
+
 
 def sparse_decode(
     idx_BK: Int64[Tensor, "batch steps"],
@@ -34,11 +36,26 @@ def latent_sums(
 
     Sorts the entries by latent and sums each latent's rows: one order of summation on every device.
     """
-    latent, order = (idx_BK.clamp_min(0) % latents).flatten().sort(stable=True)
+    row_BK = idx_BK.clamp_min(0) % latents
+    if _is_fused(x_BD):
+        from mptrain import sparse_triton
+
+        return sparse_triton.latent_sums(row_BK, val_BK, x_BD, latents)
+    latent, order = row_BK.flatten().sort(stable=True)
     offset_M = torch.searchsorted(latent, torch.arange(latents, device=latent.device))
     row = order.div(idx_BK.shape[1], rounding_mode="floor")
     return F.embedding_bag(
         row, x_BD, offset_M, per_sample_weights=val_BK.flatten()[order], mode="sum"
+    )
+
+
+def entry_sums(
+    idx_BK: Int64[Tensor, "batch steps"], x_BKD: Float[Tensor, "batch steps width"], latents: int
+) -> Float[Tensor, "{latents} width"]:
+    """The same of one vector for each entry, those of unused entries being zero."""
+    entry_N1 = idx_BK.reshape(-1, 1)
+    return latent_sums(
+        entry_N1, torch.ones_like(entry_N1, dtype=x_BKD.dtype), x_BKD.flatten(0, 1), latents
     )
 
 
@@ -73,6 +90,10 @@ class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
         ctx.save_for_backward(idx_BK, val_BK, V_ME)
+        if _is_fused(V_ME):
+            from mptrain import sparse_triton
+
+            return sparse_triton.sparse_decode(idx_BK, val_BK, V_ME)
         return weighted_rows(idx_BK, val_BK, V_ME)
 
     @staticmethod
@@ -93,9 +114,18 @@ def weighted_rows(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
 
 
 def _values_gradient(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor, dy_BE: Tensor) -> Tensor:
-    """`<V[idx_bk], dy_b>`, by torch's rule, which alone does not gather `[B, K, E]` first."""
+    """`<V[idx_bk], dy_b>`; torch's rule alone does not gather `[B, K, E]` first."""
+    if _is_fused(V_ME):
+        from mptrain import sparse_triton
+
+        return sparse_triton.sparse_products(idx_BK, V_ME, dy_BE)
     with torch.enable_grad():
         val_BK = val_BK.detach().requires_grad_()
         y_BE = weighted_rows(idx_BK, val_BK, V_ME.detach())
     (dval_BK,) = torch.autograd.grad(y_BE, val_BK, dy_BE)
     return dval_BK.masked_fill_(idx_BK < 0, 0)
+
+
+def _is_fused(of_rows: Tensor) -> bool:
+    """Whether there are Triton kernels for the device and dtype."""
+    return of_rows.dtype == torch.float32 and fused.available(of_rows.device)

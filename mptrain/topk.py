@@ -61,8 +61,8 @@ class _TopK(torch.autograd.Function):
         idx_BK, val_BK, x_BD, b_D, encoder_MD = ctx.saved_tensors
         dval_BK = dval_BK.masked_fill(val_BK <= 0, 0)
         dencoder_MD = latent_sums(idx_BK, dval_BK, x_BD - b_D, encoder_MD.shape[0])
-        dbias_M = encoder_MD.new_zeros(encoder_MD.shape[0])
-        dbias_M.index_add_(0, idx_BK.clamp_min(0).flatten(), dval_BK.flatten())
+        ones_B1 = dval_BK.new_ones(len(x_BD), 1)
+        dbias_M = latent_sums(idx_BK, dval_BK, ones_B1, encoder_MD.shape[0])[:, 0]
         dx_BD = weighted_rows(idx_BK, dval_BK, encoder_MD) if ctx.needs_input_grad[0] else None
         # the sum over rows of -dL/dx, without making dL/dx
         db_D = -(dbias_M @ encoder_MD)

@@ -25,11 +25,13 @@ class Direct:
         W_MD, first = self.W_MD, self.rule.first(chosen_bt.shape[1])
         if self.rule.block is not None:
             W_MD = W_MD[first % len(W_MD) :][: self.rule.block]
-        if chosen_bt.shape[1] == 0:
-            self.score_bM = r_bD.new_empty(len(r_bD), len(W_MD))
-        score_bM = torch.mm(r_bD, W_MD.T, out=self.score_bM)
         # of a block's own columns, none was chosen before: in earlier blocks all are negative
-        return self.rule.best(score_bM, chosen_bt - first) + first
+        return self._best_column(r_bD, W_MD, chosen_bt - first) + first
+
+    def _best_column(self, r_bD: Tensor, W_mD: Tensor, chosen_bt: Tensor) -> Tensor:
+        if chosen_bt.shape[1] == 0:
+            self.score_bm = r_bD.new_empty(len(r_bD), len(W_mD))
+        return self.rule.best(torch.mm(r_bD, W_mD.T, out=self.score_bm), chosen_bt)
 
     def subtract_(self, a_b: Tensor) -> None:
         """The next residual tells."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from mptrain.pursuit.rule import FEW, Rule
 from mptrain.threads import in_pieces
 
+_Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+
 _PIECE = 16  # rows that a thread takes at once
 _COLUMNS = 64  # columns, likewise
 _LANES = 128  # running maxima side by side: as fast as the cache gives the scores
@@ -32,22 +34,21 @@ def applies(tensor: Tensor) -> bool:
 
 
 def pursue_by_gram_(
-    score_bM: Tensor,
     G_MM: Tensor,
     W_MD: Tensor,
     U_MD: Tensor,
-    r_bD: Tensor,
     rule: Rule,
+    r_bD: Tensor,
     idx_bK: Tensor,
     val_bK: Tensor,
 ) -> None:
     """All steps of a micro-batch; `G[j]` is what one of atom `j` takes from the scores.
 
-    In: `score = r W^T`, and `r` the rows. Out: `idx`, `val` and `r`, the last residual; the scores
-    are used up.
+    In: `r` the rows. Out: `idx`, `val` and `r`, the last residual.
     """
     is_bfloat16 = G_MM.dtype == torch.bfloat16
     bits_MM = G_MM.view(torch.uint16) if is_bfloat16 else G_MM  # numpy has no bfloat16
+    score_bM = r_bD @ W_MD.T
     arrays = [_array(t) for t in (score_bM, bits_MM, W_MD, U_MD, r_bD, idx_bK, val_bK)]
 
     def work(first: int, end: int) -> None:
@@ -62,34 +63,32 @@ def pursue_by_gram_(
 
 
 def pursue_by_shortlist_(
-    score_bM: Tensor,
+    scoring_MD: Tensor,
     size: int,
+    refresh: int,
     W_MD: Tensor,
     U_MD: Tensor,
-    r_bD: Tensor,
-    floor_b: Tensor,
     rule: Rule,
-    steps: range,
+    r_bD: Tensor,
     idx_bK: Tensor,
     val_bK: Tensor,
 ) -> None:
-    """The steps from one shortlist to the next: among the `size` best by `score`, scored exactly.
+    """All steps of a micro-batch, `refresh` of them among the `size` best by `scoring`, exactly."""
+    arrays = [_array(t) for t in (W_MD, U_MD, r_bD, rule.floor(r_bD), idx_bK, val_bK)]
+    K, mode = idx_bK.shape[1], _MODES[rule.select]
+    for step in range(0, K, refresh):
+        score_bM = (r_bD.to(scoring_MD.dtype) @ scoring_MD.T).to(r_bD.dtype)
+        score = _array(score_bM.abs_() if rule.select == "magnitude" else score_bM)
 
-    `floor`: the norm of a residual at which its row stops.
-    """
-    if rule.select == "magnitude":
-        score_bM.abs_()
-    arrays = [_array(t) for t in (score_bM, W_MD, U_MD, r_bD, floor_b, idx_bK, val_bK)]
+        def work(first: int, end: int, score: _Array = score, step: int = step) -> None:
+            W, U, r, floor, idx, val = arrays
+            here = slice(first, end)
+            _shortlist_rows_(
+                score[here], size, W, U, r[here], floor[here], idx[here], val[here],
+                step, min(step + refresh, K), rule.ban, mode,
+            )  # fmt: skip
 
-    def work(first: int, end: int) -> None:
-        score, W, U, r, floor, idx, val = arrays
-        here = slice(first, end)
-        _shortlist_rows_(
-            score[here], size, W, U, r[here], floor[here], idx[here], val[here],
-            steps.start, steps.stop, rule.ban, _MODES[rule.select],
-        )  # fmt: skip
-
-    in_pieces(work, len(r_bD), _PIECE)
+        in_pieces(work, len(r_bD), _PIECE)
 
 
 def reverse(
@@ -381,6 +380,6 @@ def _subtract_bfloat16_(r, a, bits):
         r[d] -= a * np.uint32(np.uint32(bits[d]) << np.uint32(16)).view(np.float32)
 
 
-def _array(tensor: Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.generic]]":
-    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]] = tensor.detach().numpy()
+def _array(tensor: Tensor) -> _Array:
+    array: _Array = tensor.detach().numpy()
     return array

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mptrain.pursuit.rule import Rule
+from mptrain.sparse import entry_sums
 
 _CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of scores, or [b, K, D] of chosen atoms
 _GPU_ELEMENTS = 1 << 28
@@ -91,7 +92,7 @@ class _PursueRefit(torch.autograd.Function):
                 val_bK, r_bD = _fit_again(x_bD, w_bKD, idx_bK, ctx.rule, ctx.codes)
             dx_b, dw_bKD = torch.autograd.grad((val_bK, r_bD), (x_bD, w_bKD), (dval_bK, dr_bD))
             dx_bD.copy_(dx_b)
-            dW_MD.index_add_(0, idx_bK.clamp_min(0).flatten(), dw_bKD.flatten(0, 1))
+            dW_MD += entry_sums(idx_bK, dw_bKD, len(W_MD))
         return dx_BD, dW_MD, None, None, None
 
 

@@ -12,8 +12,8 @@ B rows in a batch, D input width, M latents, K pursuit steps; lower-case b: rows
 import torch
 from torch import Tensor
 
-from mptrain.pursuit import cpu
-from mptrain.sparse import latent_sums, row_of
+from mptrain.pursuit import cpu, cuda
+from mptrain.sparse import entry_sums, row_of
 
 _ELEMENTS = 1 << 28  # of the [b, K, D] terms of one dictionary's gradient
 
@@ -37,6 +37,8 @@ def reverse(
     of_batch = (idx_BK, val_BK, dval_BK, residual_BD, dresidual_BD)
     if cpu.applies(idx_BK):
         return cpu.reverse(*of_batch, W_MD, U_MD, detach)
+    if cuda.applies(W_MD) and len(W_MD) == len(U_MD):
+        return cuda.reverse(*of_batch, W_MD, U_MD, detach)
     dx_BD, dW_MD = dresidual_BD.clone(), torch.zeros_like(W_MD)
     dU_MD = dW_MD if U_MD is W_MD else torch.zeros_like(U_MD)
     rows = max(1, _ELEMENTS // (idx_BK.shape[1] * W_MD.shape[1]))
@@ -75,8 +77,5 @@ def _reverse_rows_(
         torch.mul(s_b1, r_bD, out=terms_W_KbD[step])
         torch.mul(-a_b1, g_bD, out=terms_U_KbD[step])
         dx_bD.addcmul_(w_bD, s_b1)
-    latent_Kb1 = idx_bK.T.reshape(-1, 1)
     for terms_KbD, gradient_MD in ((terms_W_KbD, dW_MD), (terms_U_KbD, dU_MD)):
-        ones_Kb1 = torch.ones_like(latent_Kb1, dtype=terms_KbD.dtype)
-        rows = row_of(latent_Kb1, gradient_MD)
-        gradient_MD += latent_sums(rows, ones_Kb1, terms_KbD.flatten(0, 1), len(gradient_MD))
+        gradient_MD += entry_sums(idx_bK.T, terms_KbD, len(gradient_MD))

@@ -29,6 +29,11 @@ class Rule(NamedTuple):
         """The first latent that a step may choose."""
         return 0 if self.block is None else step * self.block
 
+    def floor(self, x_bD: Tensor) -> Tensor:
+        """The norm of a residual at which each row stops."""
+        norm_b: Tensor = torch.linalg.vector_norm(x_bD, dim=1)
+        return self.tolerance * norm_b
+
     def best(self, score_bM: Tensor, chosen_bt: Tensor) -> Tensor:
         """The column that each row chooses; the first of equals.
 

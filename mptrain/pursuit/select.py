@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.pursuit import cpu
+from mptrain.pursuit import cpu, cuda
 from mptrain.pursuit.atoms import Direct, Gram, Shortlist
 from mptrain.pursuit.rule import Rule
 from mptrain.pursuit.search import Search, microbatch_rows, resolve
@@ -55,22 +55,27 @@ def _prepare(
     W_MD: Tensor, U_MD: Tensor, steps: int, rule: Rule, search: Search
 ) -> tuple[_Pursue, int]:
     """The pursuit of a micro-batch, with what all of them share, and a row's share of memory."""
-    (M, D), compiled = W_MD.shape, cpu.applies(W_MD)
+    M, D = W_MD.shape
     backend = resolve(search, M, steps, rule.block is not None)
     assert rule.block is None or backend == "direct", "only direct knows blocks"
     if backend == "direct":
-        return partial(_by_finder, lambda: Direct(W_MD, rule), W_MD, U_MD, rule), M
-    scoring_MD = W_MD.bfloat16() if search.score_dtype == "bfloat16" else W_MD
+        direct = cuda.Direct if cuda.applies(W_MD) else Direct
+        return partial(_by_finder, partial(direct, W_MD, rule), W_MD, U_MD, rule), M
+    low = search.score_dtype == "bfloat16"
+    scoring_MD = W_MD.bfloat16() if low else W_MD
+    kernels = cpu if cpu.applies(W_MD) else cuda if cuda.applies(W_MD) else None
     if backend == "gram":
         G_MM = U_MD.to(scoring_MD.dtype) @ scoring_MD.T
-        if compiled:
-            return partial(_by_gram, G_MM, W_MD, U_MD, rule), M
-        return partial(_by_finder, lambda: Gram(W_MD, G_MM, rule), W_MD, U_MD, rule), M
+        if kernels is None or (kernels is cuda and low):
+            return partial(_by_finder, partial(Gram, W_MD, G_MM, rule), W_MD, U_MD, rule), M
+        return partial(kernels.pursue_by_gram_, G_MM, W_MD, U_MD, rule), M
     size, refresh = min(search.shortlist_size, M), search.shortlist_refresh
-    if compiled:
-        return partial(_by_shortlist, scoring_MD, size, refresh, W_MD, U_MD, rule), M
-    finder = partial(Shortlist, W_MD, scoring_MD, size, refresh, rule)
-    return partial(_by_finder, finder, W_MD, U_MD, rule), max(M, size * D)
+    elements = max(M, size * max(size, D))
+    if kernels is None:
+        finder = partial(Shortlist, W_MD, scoring_MD, size, refresh, rule)
+        return partial(_by_finder, finder, W_MD, U_MD, rule), elements
+    by_shortlist = kernels.pursue_by_shortlist_
+    return partial(by_shortlist, scoring_MD, size, refresh, W_MD, U_MD, rule), elements
 
 
 def _by_finder(
@@ -87,7 +92,7 @@ def _by_finder(
     A stopped row needs no flag: its value is 0, which leaves residual and scores as they are, so
     it stops again at every later step.
     """
-    finder, floor_b = new_finder(), rule.tolerance * torch.linalg.vector_norm(r_bD, dim=1)
+    finder, floor_b = new_finder(), rule.floor(r_bD)
     K = idx_bK.shape[1]
     for step in range(K):
         latent_b = finder.best(r_bD, idx_bK[:, :step])
@@ -103,39 +108,6 @@ def _by_finder(
         val_bK[:, step] = a_b
         if step + 1 < K:
             finder.subtract_(a_b)
-
-
-def _by_gram(
-    G_MM: Tensor,
-    W_MD: Tensor,
-    U_MD: Tensor,
-    rule: Rule,
-    r_bD: Tensor,
-    idx_bK: Tensor,
-    val_bK: Tensor,
-) -> None:
-    cpu.pursue_by_gram_(r_bD @ W_MD.T, G_MM, W_MD, U_MD, r_bD, rule, idx_bK, val_bK)
-
-
-def _by_shortlist(
-    scoring_MD: Tensor,
-    size: int,
-    refresh: int,
-    W_MD: Tensor,
-    U_MD: Tensor,
-    rule: Rule,
-    r_bD: Tensor,
-    idx_bK: Tensor,
-    val_bK: Tensor,
-) -> None:
-    floor_b = rule.tolerance * torch.linalg.vector_norm(r_bD, dim=1)
-    K = idx_bK.shape[1]
-    for first in range(0, K, refresh):
-        score_bM = (r_bD.to(scoring_MD.dtype) @ scoring_MD.T).to(r_bD.dtype)
-        steps = range(first, min(first + refresh, K))
-        cpu.pursue_by_shortlist_(
-            score_bM, size, W_MD, U_MD, r_bD, floor_b, rule, steps, idx_bK, val_bK
-        )
 
 
 def _put_unused_last_(idx_bK: Tensor, val_bK: Tensor) -> None:
