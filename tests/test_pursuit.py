@@ -468,7 +468,8 @@ def test_the_largest_are_the_largest_and_the_first_of_equals(p: list[float], dat
         p_M[data.draw(st.integers(0, 3)) :: 4] = np.nan
     size = data.draw(st.integers(1, len(p)))
     listed, keys = np.empty(len(p), np.int64), np.empty(len(p), np.float32)
-    lanes = np.empty(max(cpu._LANES, 4 * size), np.float32)
+    more = data.draw(st.integers(1, 4), label="more lanes than listed")
+    lanes = np.empty(cpu._LANES * (size // cpu._LANES + more), np.float32)
     count = cpu._largest(p_M, size, lanes, keys, listed)
     candidates = [j for j in range(len(p)) if p_M[j] > -np.inf]
     assert listed[:count].tolist() == sorted(sorted(candidates, key=lambda j: -p_M[j])[:size])
@@ -503,16 +504,17 @@ def test_first_largest(select: str, p: list[float]):
 @pytest.mark.parametrize("select", SELECTS)
 @given(p=scores, seed=st.integers(0, 2**20))
 def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[float], seed: int):
-    """Those in lanes of their own, which all are where there are no more atoms than lanes."""
-    score_M = np.array(p[: cpu._LANES], np.float32)
+    """And those equal to the last of them."""
+    score_M = np.array(p, np.float32)
     generator = np.random.default_rng(seed)
     W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
     r_D = generator.integers(-2, 3, 2).astype(np.float32)
     mode, lanes = cpu._MODES[select], np.empty(cpu._LANES, np.float32)
-    found = cpu._first_of_few(score_M, lanes, W_MD, r_D, mode)
+    found = cpu._first_of_few(score_M, lanes, FEW, W_MD, r_D, mode)
     size = np.abs if select == "magnitude" else np.asarray
     kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
-    few = sorted(sorted(kept, key=lambda j: -size(score_M)[j])[:FEW])
+    bound = sorted((size(score_M)[j] for j in kept), reverse=True)[:FEW][-1:]
+    few = [j for j in kept if size(score_M)[j] >= bound[0]]
     exact = [float(size(W_MD[j] @ r_D)) for j in few]
     assert found == (few[int(np.argmax(exact))] if few else -1)
 

@@ -33,6 +33,15 @@ def applies(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An empty matrix in huge pages, for which NumPy asks the system and torch does not.
+
+    A Gram matrix is filled in two thirds of the time.
+    """
+    memory = np.empty(rows * columns * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(rows, columns)
+
+
 def pursue_by_gram_(
     G_MM: Tensor,
     W_MD: Tensor,
@@ -48,16 +57,14 @@ def pursue_by_gram_(
     """
     is_bfloat16 = G_MM.dtype == torch.bfloat16
     bits_MM = G_MM.view(torch.uint16) if is_bfloat16 else G_MM  # numpy has no bfloat16
-    score_bM = r_bD @ W_MD.T
-    arrays = [_array(t) for t in (score_bM, bits_MM, W_MD, U_MD, r_bD, idx_bK, val_bK)]
+    few, mode = FEW if is_bfloat16 else 1, _MODES[rule.select]
+    of_rows = (r_bD @ W_MD.T, r_bD, rule.floor(r_bD), idx_bK, val_bK)
+    arrays = [_array(t) for t in (bits_MM, W_MD, U_MD, *of_rows)]
 
     def work(first: int, end: int) -> None:
-        score, G, W, U, r, idx, val = arrays
-        here = slice(first, end)
-        _gram_rows_(
-            score[here], G, is_bfloat16, W, U, r[here], idx[here], val[here],
-            rule.tolerance, rule.ban, _MODES[rule.select],
-        )  # fmt: skip
+        G, W, U, *rest = arrays
+        score, r, floor, idx, val = (array[first:end] for array in rest)
+        _gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, rule.ban, mode)
 
     in_pieces(work, len(r_bD), _PIECE)
 
@@ -81,12 +88,12 @@ def pursue_by_shortlist_(
         score = _array(score_bM.abs_() if rule.select == "magnitude" else score_bM)
 
         def work(first: int, end: int, score: _Array = score, step: int = step) -> None:
-            W, U, r, floor, idx, val = arrays
-            here = slice(first, end)
+            W, U, *of_rows = arrays
+            r, floor, idx, val = (array[first:end] for array in of_rows)
+            last = min(step + refresh, K)
             _shortlist_rows_(
-                score[here], size, W, U, r[here], floor[here], idx[here], val[here],
-                step, min(step + refresh, K), rule.ban, mode,
-            )  # fmt: skip
+                score[first:end], size, W, U, r, floor, idx, val, step, last, rule.ban, mode
+            )
 
         in_pieces(work, len(r_bD), _PIECE)
 
@@ -125,31 +132,55 @@ def reverse(
 
 @_compiled
 @no_type_check
-def _gram_rows_(score, G, is_bfloat16, W, U, r, idx, val, tolerance, ban, mode):
+def _gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, ban, mode):
+    """Two rows go side by side: while one waits for its row of `G`, the other's is on its way."""
     b, K = idx.shape
     lanes = np.empty(_LANES, score.dtype)
-    for row in range(b):
-        p, r_D, chosen, values = score[row], r[row], idx[row], val[row]
-        floor = tolerance * np.sqrt(_dot(r_D, r_D))
+    for row in range(0, b, 2):
+        other = min(row + 1, b - 1)
+        goes_on, other_goes_on = True, other > row
         for step in range(K):
-            if ban:
-                _ban_(p, chosen[:step])
-            if is_bfloat16:
-                atom = _first_of_few(p, lanes, W, r_D, mode)
-            else:
-                atom = _first_largest(p, lanes, mode)
-            if not _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
+            if goes_on:
+                goes_on = _gram_step_(
+                    row, step, score, lanes, few, W, U, r, floor, idx, val, ban, mode
+                )
+            if other_goes_on:
+                other_goes_on = _gram_step_(
+                    other, step, score, lanes, few, W, U, r, floor, idx, val, ban, mode
+                )
+            if step + 1 == K or not (goes_on or other_goes_on):
                 break
-            if step + 1 < K and is_bfloat16:
-                _subtract_bfloat16_(p, values[step], G[atom])
-            elif step + 1 < K:
-                _subtract_(p, values[step], G[atom])
+            one = row if goes_on else other
+            two = other if other_goes_on else one
+            p_M, a, g_M = score[one], val[one, step], G[idx[one, step]]
+            q_M, c, h_M = score[two], val[two, step], G[idx[two, step]]
+            if is_bfloat16 and one != two:
+                _subtract_both_bfloat16_(p_M, a, g_M, q_M, c, h_M)
+            elif is_bfloat16:
+                _subtract_bfloat16_(p_M, a, g_M)
+            elif one != two:
+                _subtract_both_(p_M, a, g_M, q_M, c, h_M)
+            else:
+                _subtract_(p_M, a, g_M)
+
+
+@_compiled
+@no_type_check
+def _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, ban, mode):
+    p_M, r_D, chosen = score[row], r[row], idx[row]
+    if ban:
+        _ban_(p_M, chosen[:step])
+    if few > 1:
+        atom = _first_of_few(p_M, lanes, few, W, r_D, mode)
+    else:
+        atom = _first_largest(p_M, lanes, mode)
+    return _take_(atom, W, U, r_D, floor[row], mode, step, chosen, val[row])
 
 
 @_compiled
 @no_type_check
 def _shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, ban, mode):
-    lanes = np.empty(max(_LANES, 4 * size), score.dtype)
+    lanes = np.empty((4 * size + _LANES - 1) // _LANES * _LANES, score.dtype)
     listed = np.empty(score.shape[1], np.int64)
     keys = np.empty(score.shape[1], score.dtype)
     for row in range(len(idx)):
@@ -222,18 +253,25 @@ def _reverse_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, d
 @_compiled
 @no_type_check
 def _lane_maxima_(p, lanes, mode):
-    """Put the largest key of every `len(lanes)`-th score, from each lane's first on, into lanes."""
-    n = len(lanes)
+    """Put the largest key of every `len(lanes)`-th score, from each lane's first on, into lanes.
+
+    There are some times `_LANES` of them; inner loops of a constant length are twice as fast.
+    """
     lanes[:] = -np.inf
-    for first in range(0, len(p), n):
-        part = p[first : first + n]
+    whole = len(p) // _LANES * _LANES
+    for first in range(0, whole, _LANES):
+        part, maxima = p[first : first + _LANES], lanes[first % len(lanes) :]
         if mode == 2:
-            for lane in range(len(part)):
+            for lane in range(_LANES):
                 key = abs(part[lane])
-                lanes[lane] = key if key > lanes[lane] else lanes[lane]
+                maxima[lane] = key if key > maxima[lane] else maxima[lane]
         else:
-            for lane in range(len(part)):
-                lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
+            for lane in range(_LANES):
+                maxima[lane] = part[lane] if part[lane] > maxima[lane] else maxima[lane]
+    for at in range(whole, len(p)):
+        key = _key(p[at], mode)
+        if key > lanes[at % len(lanes)]:
+            lanes[at % len(lanes)] = key
 
 
 @_compiled
@@ -254,21 +292,26 @@ def _first_largest(p, lanes, mode):
 
 @_compiled
 @no_type_check
-def _first_of_few(p, lanes, W, r_D, mode):
-    """The same of inexact scores: the best of each of the best lanes are scored again."""
+def _first_of_few(p, lanes, few, W, r_D, mode):
+    """The same of inexact scores: the `few` that seem best, at least, are scored again."""
     _lane_maxima_(p, lanes, mode)
+    largest = np.full(few, -np.inf, p.dtype)  # falling
+    for lane in range(len(lanes)):
+        place = few - 1
+        if lanes[lane] > largest[place]:
+            while place > 0 and lanes[lane] > largest[place - 1]:
+                largest[place] = largest[place - 1]
+                place -= 1
+            largest[place] = lanes[lane]
     best, found = p.dtype.type(-np.inf), -1
-    for _ in range(FEW):
-        lane = 0
-        for other in range(1, len(lanes)):
-            lane = other if lanes[other] > lanes[lane] else lane
-        if lanes[lane] == -np.inf:
-            break
-        at = _first_equal(p, lane, len(lanes), lanes[lane], mode)
-        lanes[lane] = -np.inf
-        key = _key(_dot(W[at], r_D), mode)
-        if key > best or (key == best and at < found):
-            best, found = key, at
+    for lane in range(len(lanes)):
+        if lanes[lane] < largest[-1] or lanes[lane] == -np.inf:
+            continue
+        for at in range(lane, len(p), len(lanes)):
+            if _key(p[at], mode) >= largest[-1]:
+                key = _key(_dot(W[at], r_D), mode)
+                if key > best or (key == best and at < found):
+                    best, found = key, at
     return found
 
 
@@ -289,13 +332,9 @@ def _largest(p, size, lanes, keys, listed):
     Each of the `size` lanes with the largest maxima holds one, so that their least is a bound.
     """
     M, n = len(p), len(lanes)
-    lanes[:] = -np.inf
     bound = p.dtype.type(-np.inf)
     if 2 * n <= M:
-        for first in range(0, M // n * n, n):
-            part = p[first : first + n]
-            for lane in range(n):
-                lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
+        _lane_maxima_(p, lanes, 0)
         bound = _nth_largest_(lanes, size)
     count = 0
     for at in range(M):
@@ -378,6 +417,22 @@ def _subtract_bfloat16_(r, a, bits):
     """A bfloat16 number has the upper half of the bits of the same number in float32."""
     for d in range(len(r)):
         r[d] -= a * np.uint32(np.uint32(bits[d]) << np.uint32(16)).view(np.float32)
+
+
+@_compiled
+@no_type_check
+def _subtract_both_(r, a, w, s, c, v):
+    for d in range(len(r)):
+        r[d] -= a * w[d]
+        s[d] -= c * v[d]
+
+
+@_compiled
+@no_type_check
+def _subtract_both_bfloat16_(r, a, w_bits, s, c, v_bits):
+    for d in range(len(r)):
+        r[d] -= a * np.uint32(np.uint32(w_bits[d]) << np.uint32(16)).view(np.float32)
+        s[d] -= c * np.uint32(np.uint32(v_bits[d]) << np.uint32(16)).view(np.float32)
 
 
 def _array(tensor: Tensor) -> _Array:
