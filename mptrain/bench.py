@@ -22,6 +22,7 @@ from mptrain.loader import Loader, open_store
 from mptrain.loss import batch_fvu, reconstruction_loss
 from mptrain.measure import Codes, Method, peak_bytes, saved_bytes, seconds
 from mptrain.peers import find_peers
+from mptrain.pursuit import cpu
 from mptrain.pursuit.rule import argmax
 from mptrain.recipe import Arch, CoderConfig
 from mptrain.sparse import sparse_decode
@@ -114,7 +115,8 @@ def _new_coder(config: BenchConfig) -> Coder:
 
 def _stored(folder: Path, store: Path, config: BenchConfig) -> tuple[Tensor, Coder]:
     coder, _ = load_coder(folder)
-    if coder.config.arch != "mp" or coder.config.codes != "mp":
+    one = coder.config
+    if (one.arch, one.codes, one.blocks) != ("mp", "mp", "none"):
         raise ValueError(f"{folder} holds no coder of plain matching pursuit; name one that is")
     source, _ = sides_of(coder.config)
     with Loader(
@@ -232,7 +234,7 @@ def _measurement(
         same_atoms=None if codes is None else same_atoms(exact, codes, direct.latents),
         fvu_change=fvu_change,
         saved_bytes=saved_bytes(partial(loss, x_BD), (x_BD, *method.parameters)) if loss else None,
-        peak_bytes=peak_bytes(partial(_train, method, x_BD), x_BD.device) if loss else None,
+        peak_bytes=_peak_bytes(method, x_BD) if loss else None,
     )
 
 
@@ -247,6 +249,11 @@ def _train(method: Method, x_BD: Tensor) -> None:
     for parameter in method.parameters:
         parameter.grad = None
     method.loss(x_BD).backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+
+def _peak_bytes(method: Method, x_BD: Tensor) -> int | None:
+    cpu.free_room()  # of earlier methods: this one is to pay for its own
+    return peak_bytes(partial(_train, method, x_BD), x_BD.device)
 
 
 def _ratio(base: Sequence[float], other: Sequence[float]) -> float:

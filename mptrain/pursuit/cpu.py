@@ -7,6 +7,7 @@ or columns where rows would be added to in turn: the order of every sum is fixed
 b rows of one micro-batch, B of a batch, D input width, M latents, K pursuit steps.
 """
 
+import threading
 from typing import no_type_check
 
 import numpy as np
@@ -33,13 +34,31 @@ def applies(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def large(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An empty matrix in huge pages, for which NumPy asks the system and torch does not.
+class _Room(threading.local):
+    """Each thread's memory for Gram matrices, kept from one batch to the next."""
 
-    A Gram matrix is filled in two thirds of the time.
+    bytes_N = torch.empty(0, dtype=torch.uint8)
+
+
+_room = _Room()
+
+
+def room_for(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix to be filled, the same memory whenever a thread asks: one at a time is in use.
+
+    The system takes as long to hand out a Gram matrix's pages as torch to fill them. NumPy asks it
+    for huge ones.
     """
-    memory = np.empty(rows * columns * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(rows, columns)
+    needed = rows * columns * dtype.itemsize
+    if len(_room.bytes_N) < needed:
+        _room.bytes_N = torch.empty(0, dtype=torch.uint8)  # first the smaller one goes
+        _room.bytes_N = torch.from_numpy(np.empty(needed, np.uint8))
+    return _room.bytes_N[:needed].view(dtype).view(rows, columns)
+
+
+def free_room() -> None:
+    """Give that memory back."""
+    _room.bytes_N = torch.empty(0, dtype=torch.uint8)
 
 
 def pursue_by_gram_(

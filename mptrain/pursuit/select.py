@@ -65,7 +65,7 @@ def _prepare(
     scoring_MD = W_MD.bfloat16() if low else W_MD
     kernels = cpu if cpu.applies(W_MD) else cuda if cuda.applies(W_MD) else None
     if backend == "gram":
-        room_MM = cpu.large(M, M, scoring_MD.dtype) if kernels is cpu else None
+        room_MM = cpu.room_for(M, M, scoring_MD.dtype) if kernels is cpu else None
         G_MM = torch.mm(U_MD.to(scoring_MD.dtype), scoring_MD.T, out=room_MM)
         if kernels is None or (kernels is cuda and low):
             return partial(_by_finder, partial(Gram, W_MD, G_MM, rule), W_MD, U_MD, rule), M
