@@ -64,7 +64,8 @@ class Schedule:
             finally:
                 self.arrived.put((threading.get_ident(), True))
 
-        threads = [threading.Thread(target=body, args=(work,)) for work in writers]
+        # daemons: where the law is broken, the rest of them wait for ever
+        threads = [threading.Thread(target=body, args=(work,), daemon=True) for work in writers]
         for thread in threads:
             thread.start()
         waiting: set[int] = set()
