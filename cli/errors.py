@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import typer
 
+from mpcache.guard import printable
+
 # what is wrong with the place that was named, not with the disk or the network
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 _OURS = {"mpcache", "mptrain", "cli"}
@@ -43,5 +45,5 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _end(message: str, code: int) -> None:
-    typer.echo(message, err=True)
+    typer.echo(printable(message), err=True)
     raise typer.Exit(code) from None

@@ -1,6 +1,7 @@
 """`mpcache`: collect activations, and look at stores. Stages are imported when a command runs."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,8 @@ import mpcache
 from cli.errors import guarded
 from cli.options import from_config
 from cli.tables import print_json, print_table
-from mpcache.config import CollectConfig
+from mpcache.config import CollectConfig, ConvertConfig
+from mpcache.guard import printable
 
 app = typer.Typer(
     help="Run a language model once and keep its activations in a Zarr store.",
@@ -19,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+ToPath = Annotated[Path, typer.Argument(metavar="TO", help="folder of the new store")]
 StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -40,12 +43,25 @@ def version(
 @app.command()
 @guarded
 @from_config(CollectConfig, arguments=("model", "dataset"))
-def collect(config: CollectConfig, store: StorePath, json: Json = False) -> None:
-    """Fill a store, or what is missing of it."""
+def collect(
+    config: CollectConfig,
+    store: Annotated[
+        Path | None, typer.Argument(metavar="[STORE]", help="folder of the store")
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ROOT", help="without STORE: find or make it in this folder of stores"
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Fill a store, or what is missing of it; without STORE, the right one below --root."""
     from mpcache.collect import collect as run
 
+    place, config, found = _place(store, root, config)
     try:
-        done = run(config, store, quiet=False)
+        done = found or run(config, place, quiet=False)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "interrupted; what was committed stays, the same command goes on from there"
@@ -67,6 +83,121 @@ def collect(config: CollectConfig, store: StorePath, json: Json = False) -> None
     return None
 
 
+def _place(
+    store: Path | None, root: Path | None, config: CollectConfig
+) -> tuple[Path, CollectConfig, Any]:
+    """Where to collect, how, and what is there if that is all that was asked for."""
+    from mpcache.guard import check_place
+
+    if (store is None) == (root is None):
+        raise ValueError("name either STORE or --root ROOT, the folder of stores that has it")
+    if store is not None:
+        return check_place(store), config, None
+    from mpcache.roots import find_place
+
+    assert root is not None
+    found = find_place(root, config)
+    kept = [n for n in ("codec", "chunk_rows") if getattr(found.config, n) != getattr(config, n)]
+    if kept:
+        told = ", ".join(f"{name} {getattr(found.config, name)}" for name in kept)
+        typer.echo(f"{found.path} is there with {told}, which stays", err=True)
+    return found.path, found.config, found.done
+
+
+@app.command(name="list")
+@guarded
+def list_stores(
+    *,
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="folder of stores")],
+    json: Json = False,
+) -> None:
+    """Model, dataset, hookpoints, rows, bytes, completeness and age of every store in a root."""
+    from mpcache.roots import entries
+
+    found = [dataclasses.asdict(one) for one in entries(root)]
+    if json:
+        return print_json(found)
+    columns = (
+        "store",
+        "model",
+        "dataset",
+        "hookpoints",
+        "dtype",
+        "rows",
+        "bytes",
+        "complete",
+        "age",
+    )
+    shown = [{**one, "complete": f"{one['complete']:.0%}", "age": age(one)} for one in found]
+    print_table(columns, [one for one in shown if one["fault"] is None])
+    for one in found:
+        if one["fault"] is not None:
+            typer.echo(printable(f"warning: {one['store']}: {one['fault']}"), err=True)
+    return None
+
+
+def age(entry: dict[str, Any]) -> str:
+    """Time since the last commit, in the largest unit that counts at least one."""
+    seconds = entry["age_seconds"]
+    if seconds is None:
+        return "-"
+    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+    name, size = next((unit for unit in units if seconds >= unit[1]), units[-1])
+    return f"{seconds / size:.0f} {name}"
+
+
+@app.command()
+@guarded
+def copy(*, store: StorePath, to: ToPath, json: Json = False) -> None:
+    """Copy a store, each byte checked on the way; the same command goes on after a stop."""
+    from mpcache.move import copy as run
+
+    _tell_moved("copied", run(store, to, quiet=json), json)
+
+
+@app.command()
+@guarded
+@from_config(ConvertConfig)
+def convert(config: ConvertConfig, store: StorePath, to: ToPath, json: Json = False) -> None:
+    """Rewrite a store in another dtype, codec or chunking, or with some hookpoints only."""
+    from mpcache.convert import convert as run
+
+    _tell_moved("converted", run(store, to, config, quiet=json), json)
+
+
+def _tell_moved(verb: str, done: Any, json: bool) -> None:
+    if json:
+        return print_json(dataclasses.asdict(done))
+    typer.echo(
+        f"{printable(done.store)}: {done.written} of {done.parts} marks {verb} now, "
+        f"{done.bytes / 1e9:.2f} GB"
+    )
+    if done.nonfinite:
+        typer.echo(f"warning: {done.nonfinite:,} values became infinite", err=True)
+    return None
+
+
+@app.command()
+@guarded
+def remove(
+    *,
+    store: StorePath,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Delete a store for good."""
+    from mpcache.move import find_removable
+    from mpcache.move import remove as run
+
+    leaving = find_removable(store)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ValueError(f"{store} would be deleted for good; say --yes")
+        if not typer.confirm(printable(f"delete {leaving.told}, {leaving.path}, for good?")):
+            raise ValueError(f"{store} stays")
+    run(leaving)
+    typer.echo(printable(f"{store} is removed"))
+
+
 @app.command()
 @guarded
 def info(*, store: StorePath, json: Json = False) -> None:
@@ -77,7 +208,7 @@ def info(*, store: StorePath, json: Json = False) -> None:
     if json:
         return print_json(found)
     model, dataset = found["provenance"]["model"], found["provenance"]["dataset"]
-    typer.echo(f"store        {found['store']}")
+    typer.echo(f"store        {printable(found['store'])}")
     typer.echo(f"model        {_pairs(model)}")
     typer.echo(f"dataset      {_pairs(dataset)}")
     typer.echo(f"fingerprint  {found['fingerprint']}")
@@ -106,10 +237,10 @@ def verify(*, store: StorePath, json: Json = False) -> None:
         print_json({"intact": verdict.intact, **dataclasses.asdict(verdict)})
     else:
         for finding in verdict.findings:
-            typer.echo(f"{finding.fault:12}{finding.path}: {finding.told}")
+            typer.echo(printable(f"{finding.fault:12}{finding.path}: {finding.told}"))
         state = "intact" if verdict.intact else "DAMAGED"
         typer.echo(
-            f"{store}: {state}; {verdict.marks} marks, {verdict.objects} objects, "
+            f"{printable(str(store))}: {state}; {verdict.marks} marks, {verdict.objects} objects, "
             f"{verdict.bytes / 1e9:.2f} GB checked"
         )
     if not verdict.intact:
@@ -144,4 +275,4 @@ def bench(
 
 
 def _pairs(content: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in content.items() if value is not None)
+    return printable(", ".join(f"{k} {v}" for k, v in content.items() if v is not None))

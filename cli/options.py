@@ -121,7 +121,11 @@ def _parameter(
         annotation, default = Annotated[bool, info(help=doc)], field.default
     else:
         # Typer would run a default through the parser, so it is only shown, and filled in later
-        shown = "" if required or field.default is None else f" [default: {_shown(field.default)}]"
+        shown = (
+            ""
+            if required or field.default in (None, ())
+            else f" [default: {_shown(field.default)}]"
+        )
         metavar = field.name.upper() if positional else _metavar(element, several)
         told = info(help=doc + shown, parser=_parser(element, several), metavar=metavar)
         annotation, default = Annotated[list[str] if several else str, told], None

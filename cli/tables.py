@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from mpcache.guard import printable
+
 
 def print_json(content: Any) -> None:
     """Print plain values as JSON."""
@@ -25,4 +27,7 @@ def _cell(value: Any) -> str:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return ",".join(map(str, value)) or "-" if isinstance(value, list | tuple) else str(value)
+    if value is None:
+        return "-"
+    text = ",".join(map(str, value)) or "-" if isinstance(value, list | tuple) else str(value)
+    return printable(text)  # names in a store are others' words

@@ -46,6 +46,7 @@ from mpcache.model import (
     tokenizer_digest,
 )
 from mpcache.reader import Store, open_store
+from mpcache.sketch import files_digest
 from mpcache.tokenised import token_dtype
 from mpcache.tokens import (
     FIRST_PARTS,
@@ -127,6 +128,8 @@ class Collection:
         missing = {part: self.missing_sides(store, part) for part in self.parts(store)}
         started = time.monotonic()
         forward_rows = self.write_activations(store, {p: s for p, s in missing.items() if s})
+        if forward_rows:  # another may have extended the store, or added arrays, meanwhile
+            self.grow(open_store(self.path))
         return self.summary(forward_rows, time.monotonic() - started)
 
     def array(self, side: Side) -> str:
@@ -165,8 +168,10 @@ class Collection:
                 bar.update()
 
     def open_place(self) -> None:
+        # by its files a later collection below the same root knows the model without loading it
+        files = None if is_store(self.path) else files_digest(self.config)
         provenance = {
-            "model": model_provenance(self.model, self.config),
+            "model": {**model_provenance(self.model, self.config), "model_files": files},
             "dataset": self.documents.provenance,
         }
         open_place(self.path, self.config, self.identity, self.layout, provenance)

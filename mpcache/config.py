@@ -85,3 +85,17 @@ class CollectConfig:
             )
         if self.validation_every < 2:
             raise ValueError(f"validation_every must be at least 2, got {self.validation_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What `mpcache convert` changes; what is not given stays as it is in the source."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    "storage dtype of activations; a narrower one rounds to nearest even"
+    codec: Codec | None = None
+    "compression of activation chunks"
+    chunk_rows: int | None = None
+    "rows in a chunk; divides the store's part_rows"
+    hookpoints: tuple[str, ...] = ()
+    "hookpoints to keep, written as for collect; all without this option"

@@ -11,10 +11,11 @@ has two companions, `norms/...` and `moments/...`, that are committed by the sam
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import google_crc32c
 import numcodecs
@@ -24,6 +25,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from mpcache.config import Codec, Split, split_of
+from mpcache.guard import DamagedStoreError, is_acts, is_part, locate
 
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
@@ -34,12 +36,10 @@ SEQUENCE = "rows/sequence"
 POSITION = "rows/position"
 _CHECKSUM_BYTES = 4
 ZARR_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
+_TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64")
+_LARGEST = 1 << 31  # of any count in a layout; rows/sequence is uint32
 
 Sealed = dict[str, Any]
-
-
-class DamagedStoreError(OSError):
-    """Something in a store is not what was committed; the message names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,18 @@ class Layout:
     dtype: str
     codec: Codec
     token_dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("ctx_len", "part_rows", "chunk_rows", "validation_every"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value < _LARGEST:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        choices = {"dtype": tuple(ZARR_DTYPE), "codec": get_args(Codec)}
+        for name, allowed in (choices | {"token_dtype": _TOKEN_DTYPES}).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+        if self.part_rows % self.ctx_len or self.part_rows % self.chunk_rows:
+            raise ValueError("part_rows must be a multiple of ctx_len and of chunk_rows")
 
     @property
     def part_sequences(self) -> int:
@@ -130,13 +142,15 @@ class ArraySpec:
 
 def check_metadata(path: Path, spec: ArraySpec) -> int:
     """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
-    file = path / spec.metadata_path
+    file = locate(path, spec.metadata_path)
     try:
         data = file.read_bytes()
         found = json.loads(data)
         parts, rest = divmod(found["shape"][0], spec.part_shape[0])
         implied = json.loads(spec.metadata(parts)[spec.metadata_path])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (
+        FileNotFoundError, ValueError, KeyError, TypeError, IndexError, RecursionError
+    ) as error:  # fmt: skip
         raise DamagedStoreError(f"{file} is damaged or missing: {error}") from error
     # spelled again as Zarr spells it: a changed blank would otherwise go unseen
     spellings = {json.dumps(found, indent=indent).encode() for indent in (None, 2)}
@@ -173,6 +187,7 @@ def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
         shape = (layout.part_sequences, layout.ctx_len)
         return (ArraySpec(name=TOKENS, dtype=layout.token_dtype, part_shape=shape, chunk=shape[0]),)
     rows, chunk = layout.part_rows, layout.chunk_rows
+    assert array in (SEQUENCE, POSITION) or is_acts(array), array
     if array in (SEQUENCE, POSITION):
         return (ArraySpec(name=array, dtype="uint32", part_shape=(rows,), chunk=chunk),)
     place = array.removeprefix("acts/")
@@ -195,11 +210,76 @@ def mark_path(part: int, array: str) -> str:
     return f"{MARKS}/{part}/{array.removeprefix('acts/')}.json"
 
 
-def marked_array(path: PurePosixPath) -> tuple[int, str]:
-    """Part and array of a mark's path; the inverse of `mark_path`."""
-    _, part, *place = path.with_name(path.name.removesuffix(".json")).parts
-    array = "/".join(place)
-    return int(part), array if array in (TOKENS, SEQUENCE, POSITION) else f"acts/{array}"
+def claim_path(part: int, array: str, number: int) -> str:
+    """Path in the store of a claim that is to become that mark; named as temporary files are."""
+    return f"{mark_path(part, array)}.{number}.claim.partial"
+
+
+def marked_array(path: PurePosixPath) -> tuple[int, str] | None:
+    """Part and array of a mark's path, the inverse of `mark_path`; None for any other path."""
+    top, *place = path.parts
+    if top != MARKS or len(place) < 2 or not is_part(place[0]) or path.suffix != ".json":
+        return None
+    array = "/".join(place[1:]).removesuffix(".json")
+    if array not in (TOKENS, SEQUENCE, POSITION):
+        array = f"acts/{array}"
+        if not is_acts(array):
+            return None
+    return int(place[0]), array
+
+
+def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> int:
+    """Entries along the first axis that a mark of `rows` rows vouches for."""
+    if spec.name.startswith("moments/"):
+        return 1
+    return rows // ctx_len if array == TOKENS else rows
+
+
+def check_mark(content: Sealed, part: int, array: str, layout: Layout, file: Path) -> None:
+    """Compare a mark with what its place implies; its own digest only tells that it is whole.
+
+    Raises:
+        DamagedStoreError: it is another part's, or says what no writer says.
+    """
+    found = (content.get("part"), content.get("array"), content.get("split"))
+    if found != (part, array, layout.split_of(part)):
+        raise DamagedStoreError(f"{file} is the mark of another part; delete it and collect again")
+    counts: dict[str, tuple[int, Any]] = {"rows": (1, layout.part_rows)}
+    if is_acts(array):
+        counts |= {"width": (1, _LARGEST), "finite_rows": (0, content.get("rows"))}
+        counts |= {"nonfinite": (0, _LARGEST * _LARGEST)}
+    try:
+        good = all(type(content[k]) is int and a <= content[k] <= b for k, (a, b) in counts.items())
+        good = good and (array != TOKENS or _is_progress(content, layout.ctx_len))
+        good = good and (not is_acts(array) or 0 <= content["largest"] < float("inf"))
+        if good:
+            names = {s.object_path(part) for s in specs(array, layout, content.get("width", 0))}
+            good = content["objects"].keys() == names
+            good = good and all(_is_told(one) for one in content["objects"].values())
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        good = False
+    if not good:
+        raise DamagedStoreError(f"{file} is damaged: no writer says what it says")
+
+
+def _is_progress(content: Sealed, ctx_len: int) -> bool:
+    """Whether a mark of tokens says where its part and the next one start."""
+    cursors = [content["cursor"], content["next_cursor"]]
+    return (
+        content["rows"] % ctx_len == 0
+        and type(content["last"]) is bool
+        and all(len(c) == 2 and all(type(n) is int and n >= 0 for n in c) for c in cursors)
+    )
+
+
+def _is_told(one: Sealed) -> bool:
+    """Whether an object's description in a mark is complete."""
+    digests = (one["xxh3_128"], one["values_xxh3_128"])
+    return (
+        type(one["bytes"]) is int
+        and one["bytes"] > 0
+        and all(type(d) is str and len(d) == 32 for d in digests)
+    )
 
 
 def canonical(content: Sealed) -> bytes:
@@ -223,7 +303,7 @@ def unseal(data: bytes, name: str) -> Sealed:
         content: Sealed = json.loads(data)
         claimed = content.pop("digest")
         intact = claimed == digest(content) and seal(content) == data
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise DamagedStoreError(f"{name} is damaged: its content does not match its own digest")
@@ -232,26 +312,40 @@ def unseal(data: bytes, name: str) -> Sealed:
 
 def is_store(path: Path) -> bool:
     """Whether a store was made there."""
-    return (path / STORE_FILE).exists()
+    return os.path.lexists(path / STORE_FILE)
 
 
 def read_store_file(path: Path) -> Sealed:
     """Content of `store.json`; refuses what is no store and an unknown format version."""
-    file = path / STORE_FILE
     if not is_store(path):
         raise ValueError(
             f"{path} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
         )
-    data = file.read_bytes()
+    file = locate(path, STORE_FILE)
+    return store_content(file.read_bytes(), file)
+
+
+def store_content(data: bytes, file: Path) -> Sealed:
+    """What the bytes of a `store.json` say, checked as far as it can be without the rest."""
     refuse_unknown_version(data, file)
-    return unseal(data, str(file))
+    content = unseal(data, str(file))
+    try:
+        Layout(**content["layout"])
+        good = content["fingerprint"] == digest(content["identity"])
+        good = good and all(isinstance(content[key], dict) for key in ("config", "provenance"))
+        good = good and all(content["provenance"][key][key] for key in ("model", "dataset"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedStoreError(f"{file} is damaged: {error}") from error
+    if not good:
+        raise DamagedStoreError(f"{file} is damaged: no writer says what it says")
+    return content
 
 
 def refuse_unknown_version(data: bytes, file: Path) -> None:
     # looked at before the seal: a later version may be sealed in another way
     try:
         version = json.loads(data)["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return  # no version to speak of: the seal will say that it is damaged
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpcache.guard import is_hookpoint
 from mpcache.inputs import forward_options
 
 SideName = Literal["input", "output"]
@@ -65,6 +66,11 @@ def match(pattern: str, names: list[str], model: nn.Module) -> list[Side]:
         raise ValueError(
             f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; "
             f"near: {', '.join(near_names(hookpoint, names))}"
+        )
+    if strange := [name for name in found if not is_hookpoint(name)]:
+        raise ValueError(
+            f"{pattern} matches the module {strange[0]!r}, whose name cannot be a folder's; "
+            "name the others one by one"
         )
     return [side_ for name in found for side_ in sides_of(name, side)]
 

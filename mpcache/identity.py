@@ -70,9 +70,10 @@ def open_place(
         "provenance": provenance,
     }
     if not is_store(path):
-        _refuse_other_content(path)
+        refuse_other_content(path)
         put_new(path / STORE_FILE, seal(content))
     found = read_store_file(path)
+    _refuse_rounded(path, found)
     for key in ("identity", "layout"):
         _refuse_difference(path, found[key], as_stored(content[key]))
 
@@ -82,8 +83,10 @@ def as_stored(content: Any) -> Any:
     return json.loads(canonical(content))
 
 
-def _refuse_other_content(path: Path) -> None:
-    if path.is_file() or any(not is_temporary(file) for file in files_below(path)):
+def refuse_other_content(path: Path) -> None:
+    """Raise ValueError where a new store would lie among other files."""
+    others = path.is_file() or any(not is_temporary(file) for file in files_below(path))
+    if others and not is_store(path):  # another may have made the store just now
         raise ValueError(f"{path} exists and is no store; name a new or empty folder")
 
 
@@ -96,4 +99,14 @@ def _refuse_difference(path: Path, stored: dict[str, Any], wanted: dict[str, Any
         raise ValueError(
             f"{path} was made from another model or with other settings ({told}); "
             "use its settings, or name another store"
+        )
+
+
+def _refuse_rounded(path: Path, found: dict[str, Any]) -> None:
+    """Rows from the model would be rounded once, rows that went through another dtype twice."""
+    source = found["provenance"].get("converted_from")
+    if source and source["dtype"] != found["layout"]["dtype"]:
+        raise ValueError(
+            f"{path} was converted from {source['store']}, as {source['dtype']}, and nothing is "
+            "collected into it; collect into that store, then give the same convert command again"
         )

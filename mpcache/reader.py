@@ -5,6 +5,7 @@ every read; Zarr's own `crc32c` then checks each chunk.
 """
 
 import functools
+import os
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -26,10 +27,11 @@ from mpcache.format import (
     POSITION,
     TOKENS,
     ArraySpec,
-    DamagedStoreError,
     Layout,
     acts,
+    check_mark,
     check_metadata,
+    committed_length,
     hookpoint_of,
     mark_path,
     marked_array,
@@ -37,6 +39,7 @@ from mpcache.format import (
     specs,
     unseal,
 )
+from mpcache.guard import DamagedStoreError, locate
 from mpcache.moments import Moments, merged, no_moments
 from mpcache.objects import files_below
 
@@ -124,12 +127,12 @@ class Store:
     @functools.cache  # noqa: B019  a store lives as long as its reader, and marks never change
     def mark(self, part: int, array: str) -> dict[str, Any]:
         """Commit mark of one array's part."""
-        name = mark_path(part, array)
-        content = unseal((self.path / name).read_bytes(), str(self.path / name))
-        if (content["part"], content["array"]) != (part, array):
-            raise DamagedStoreError(
-                f"{self.path / name} is the mark of another part; repair the store"
-            )
+        file = locate(self.path, mark_path(part, array))
+        try:
+            content = unseal(file.read_bytes(), str(file))
+        except FileNotFoundError:
+            raise DamagedStoreError(f"{file} was there and is gone; open the store anew") from None
+        check_mark(content, part, array, self.layout, file)
         return content
 
     def read_chunk(
@@ -210,13 +213,17 @@ class Store:
 
     def _check_size(self, name: str, size: int) -> None:
         try:
-            found = (self.path / name).stat().st_size
+            found = os.stat(self._located(name)).st_size
         except FileNotFoundError:
             raise DamagedStoreError(
                 f"{self.path / name} is missing, though it was committed"
             ) from None
         if found != size:
             raise DamagedStoreError(f"{self.path / name} has {found} bytes, committed were {size}")
+
+    @functools.cache  # noqa: B019  as above; that no link leads astray is looked at once
+    def _located(self, name: str) -> Path:
+        return locate(self.path, name)
 
     def _zarr(self, spec: ArraySpec) -> Any:
         with self._lock:  # functools.cache alone would open an array once per thread
@@ -240,13 +247,6 @@ def open_store(path: str | Path) -> Store:
     return Store(Path(path))
 
 
-def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> int:
-    """Entries along the first axis that a mark of `rows` rows vouches for."""
-    if spec.name.startswith("moments/"):
-        return 1
-    return rows // ctx_len if array == TOKENS else rows
-
-
 def _marked_parts(path: Path) -> dict[str, set[int]]:
     marks: dict[str, set[int]] = {}
     for part, array in marked(path):
@@ -261,7 +261,8 @@ def _natural(array: str) -> list[tuple[int, str]]:
 
 def marked(path: Path) -> Iterable[tuple[int, str]]:
     """Part and array of every mark there is, by its file's name alone."""
+    if (path / MARKS).is_symlink():
+        raise DamagedStoreError(f"{path / MARKS} is a symbolic link, which a store must not have")
     for file in files_below(path / MARKS):
-        relative = file.relative_to(path)
-        if file.suffix == ".json" and relative.parts[1].isdecimal():
-            yield marked_array(PurePosixPath(relative))
+        if (found := marked_array(PurePosixPath(file.relative_to(path)))) is not None:
+            yield found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from dask.base import compute
@@ -11,20 +11,22 @@ from tqdm import tqdm
 
 from mpcache.format import (
     GROUP,
+    MARKS,
     POSITION,
     SEQUENCE,
     STORE_FILE,
     TOKENS,
     ArraySpec,
-    DamagedStoreError,
     check_metadata,
-    digest,
+    committed_length,
     mark_path,
+    marked_array,
     read_store_file,
     specs,
 )
+from mpcache.guard import DamagedStoreError, locate
 from mpcache.objects import digest_file, files_below, is_temporary
-from mpcache.reader import Store, committed_length, open_store
+from mpcache.reader import Store, open_store
 from mpcache.writer import values_digest
 
 Fault = Literal["missing", "truncated", "changed", "uncommitted", "foreign", "leftover"]
@@ -66,12 +68,13 @@ def verify(path: Path, *, quiet: bool = True) -> Verdict:
         ValueError: there is no store, or its format version is unknown.
     """
     try:
-        content = read_store_file(path)
+        read_store_file(path)
     except DamagedStoreError as error:
         return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, str(error)),))
-    if content["fingerprint"] != digest(content["identity"]):
-        return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, "fingerprint of other content"),))
-    store = open_store(path)
+    try:
+        store = open_store(path)
+    except DamagedStoreError as error:
+        return Verdict(0, 0, 0, (Finding("changed", MARKS, str(error)),))
     marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     with tqdm(total=len(marks), desc="verify", unit="mark", disable=quiet) as bar:
         tasks = [delayed(_checked)(store, part, array, bar) for part, array in marks]
@@ -103,8 +106,6 @@ def _checked(store: Store, part: int, array: str, bar: "tqdm[Any]") -> _Checked:
         mark = store.mark(part, array)
     except DamagedStoreError as error:
         return _Checked((), 0, (Finding("changed", name, str(error)),))
-    if mark["split"] != store.layout.split_of(part):
-        return _Checked((), 0, (Finding("changed", name, "names the wrong split"),))
     specs_of = specs(array, store.layout, int(mark.get("width", 0)))
     findings = [f for spec in specs_of if (f := _object_finding(store, part, array, spec))]
     return _Checked(
@@ -115,7 +116,10 @@ def _checked(store: Store, part: int, array: str, bar: "tqdm[Any]") -> _Checked:
 def _object_finding(store: Store, part: int, array: str, spec: ArraySpec) -> Finding | None:
     mark, name = store.mark(part, array), spec.object_path(part)
     committed = mark["objects"][name]
-    file = store.path / name
+    try:
+        file = locate(store.path, name)
+    except DamagedStoreError as error:
+        return Finding("changed", name, str(error))
     if not file.is_file():
         return Finding("missing", name, "committed, but not there")
     size = file.stat().st_size
@@ -164,7 +168,11 @@ def _all_specs(store: Store) -> Iterator[ArraySpec]:
 
 
 def _group_findings(path: Path, name: str, implied: bytes) -> Iterator[Finding]:
-    file = path / name
+    try:
+        file = locate(path, name)
+    except DamagedStoreError as error:
+        yield Finding("changed", name, str(error))
+        return
     if not file.is_file():
         yield Finding("missing", name, "group metadata")
     elif file.read_bytes() != implied:
@@ -183,14 +191,16 @@ def _strays(path: Path, known: set[str]) -> Iterator[Finding]:
     """Files that no mark vouches for."""
     for file in files_below(path):
         name = file.relative_to(path).as_posix()
-        if is_temporary(file):
+        if file.is_symlink() and name not in known:
+            yield Finding("foreign", name, "a symbolic link; never followed")
+        elif is_temporary(file):
             yield Finding("leftover", name, "rest of an interrupted write; may be deleted")
         elif name not in known and not _is_mark(name):
             yield Finding(*_stray_kind(name))
 
 
 def _is_mark(name: str) -> bool:
-    return name.startswith("marks/") and name.endswith(".json")
+    return marked_array(PurePosixPath(name)) is not None
 
 
 def _stray_kind(name: str) -> tuple[Fault, str, str]:

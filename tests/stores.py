@@ -59,11 +59,11 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 
 def marks_of(path: Path) -> dict[str, dict[str, object]]:
-    """All marks without what depends on host and time."""
+    """All marks without what depends on host, time and who was first."""
     marks = {}
     for file in sorted((path / "marks").rglob("*.json")):
         mark = json.loads(file.read_bytes())
         marks[file.relative_to(path).as_posix()] = {
-            k: v for k, v in mark.items() if k not in ("host", "time", "digest")
+            k: v for k, v in mark.items() if k not in ("host", "time", "attempt", "digest")
         }
     return marks

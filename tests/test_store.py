@@ -18,7 +18,6 @@ from mpcache.format import FORMAT_VERSION, canonical, seal, unseal
 from mpcache.reader import DamagedStoreError, open_store
 from mpcache.stats import info, stats
 from mpcache.verify import verify
-from mpcache.writer import Writer
 from stores import SIDES, files_of, marks_of, small_config, small_store
 
 PROJECT = Path(__file__).parent.parent
@@ -199,33 +198,6 @@ def test_a_finished_store_is_not_written_again(
 
     monkeypatch.setattr(objects, "_write_temporary", refused)
     assert small_store(tmp_path)[1].forward_rows == 0
-
-
-def test_a_late_writer_withdraws_or_says_so(tmp_path: Path) -> None:
-    """A part marked meanwhile: the same values are fine, other values are not passed over."""
-    path, _ = small_store(tmp_path, rows=400)
-    store = open_store(path)
-    rows = store.read_chunk("layers.0", "output", 0, 0)
-    mark = path / "marks/0/layers.0/output.json"
-    late = Writer(path, store.layout)
-    committed = mark.read_bytes()
-
-    def marked_meanwhile(place: Path, _: bytes) -> bool:
-        place.write_bytes(committed)
-        return False
-
-    late.commit_acts(0, "acts/layers.0/output", rows)  # marked already: nothing happens
-    assert verify(path).intact
-    content = unseal(committed, "mark")
-    mark.unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Writer, "_write", lambda *_: {"bytes": 1, "xxh3_128": "", "values_xxh3_128": ""}
-        )
-        patch.setattr("mpcache.writer.put_new", marked_meanwhile)
-        with pytest.raises(DamagedStoreError, match="another collection committed other values"):
-            late.commit_acts(0, "acts/layers.0/output", rows)
-    assert unseal(mark.read_bytes(), "mark") == content
 
 
 def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None:

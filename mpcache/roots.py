@@ -1,0 +1,292 @@
+"""A root: a folder of stores that a team shares. What it has, and the right store for a collection.
+
+Only folders directly in the root count, neither links nor names that begin with a dot.
+"""
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpcache.collect import Summary
+from mpcache.config import CollectConfig
+from mpcache.documents import LOCAL_SUFFIXES, open_documents
+from mpcache.format import (
+    POSITION,
+    SEQUENCE,
+    TOKENS,
+    acts,
+    digest,
+    is_store,
+    read_store_file,
+)
+from mpcache.guard import DamagedStoreError, check_place
+from mpcache.hooks import resolve
+from mpcache.identity import as_stored, identify
+from mpcache.model import (
+    library_version,
+    load_model,
+    load_tokenizer,
+    model_digest,
+    tokenizer_digest,
+)
+from mpcache.reader import Store, open_store
+from mpcache.sketch import files_digest, skeleton
+from mpcache.tokens import FIRST_PARTS, following
+
+_NAME = 48  # characters of a model's or dataset's name in a folder's
+_PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name
+
+
+# --- finding ---
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a collection belongs."""
+
+    path: Path
+    config: CollectConfig
+    "as asked, with the codec and the chunks of the store that is there"
+    done: Summary | None
+    "what the store has, if that is all that was asked for"
+
+
+def find_place(root: Path, config: CollectConfig) -> Place:
+    """The store below a root that holds these rows, or where it is to be made.
+
+    Loads the model's weights only where no store names the model's files.
+
+    Raises ValueError where the rows are there in another dtype only.
+    """
+    check_root(root)
+    stores = tuple(s for s in _stores(root) if isinstance(s, Store))
+    identity = _identity(stores, config)
+    same = [store for store in stores if store.fingerprint == digest(identity)]
+    if not same:
+        return Place(_new_path(root, config, digest(identity)), config, None)
+    store = _with_dtype(same, config)
+    layout = store.layout
+    config = dataclasses.replace(config, codec=layout.codec, chunk_rows=layout.chunk_rows)
+    sides = resolve(config.hookpoints, skeleton(config))
+    done = _summary(store, [acts(side.hookpoint, side.side) for side in sides], config)
+    return Place(store.path, config, done)
+
+
+def check_root(root: Path) -> None:
+    check_place(root)
+    if is_store(root):
+        raise ValueError(f"{root} is a store, not a root of stores; name the folder above it")
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"a root must be a folder, got {root}; name another place")
+
+
+def _stores(root: Path) -> Iterator[Store | tuple[Path, Exception]]:
+    """The stores of a root by name; of one that cannot be opened why."""
+    if not root.is_dir():
+        return
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(".") or path.is_symlink() or not is_store(path):
+            continue
+        try:
+            yield open_store(path)
+        except (DamagedStoreError, ValueError, PermissionError) as error:
+            yield path, error
+
+
+def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
+    """What determines the rows asked for, from a store that was made from the same files."""
+    tokenizer = load_tokenizer(config)
+    digests = {
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "dataset_digest": open_documents(config, tokenizer).digest,
+    }
+    alike = [store for store in stores if _differ_in_model_alone(store, config, digests)]
+    if alike and (files := files_digest(config)) is not None:
+        here = {"model_files": files, "transformers_version": library_version("transformers")}
+        for store in alike:
+            if store.provenance["model"].items() >= here.items():
+                return store.identity
+    model, _ = load_model(config)
+    digests["model_digest"] = model_digest(model)
+    found: dict[str, Any] = as_stored(
+        identify(config, digests, str(model.config._attn_implementation))
+    )
+    return found
+
+
+def _differ_in_model_alone(store: Store, config: CollectConfig, digests: dict[str, str]) -> bool:
+    wanted = identify(config, digests, config.attention)
+    found = {k: v for k, v in store.identity.items() if k != "model_digest"}
+    return bool(found == as_stored(wanted))
+
+
+def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
+    """Of stores of the same rows the one in the wanted dtype with the most parts."""
+    found = [store for store in same if store.layout.dtype == config.dtype]
+    if not found:
+        other = max(same, key=_size)
+        raise ValueError(
+            f"{other.path} holds these rows as {other.layout.dtype}, asked was {config.dtype}; "
+            f"mpcache convert {other.path} {other.path}-{config.dtype} --dtype {config.dtype} "
+            "does it"
+        )
+    return max(found, key=_size)
+
+
+def _size(store: Store) -> int:
+    return sum(len(store.numbers(array)) for array in store.arrays)
+
+
+def _new_path(root: Path, config: CollectConfig, fingerprint: str) -> Path:
+    """A readable name that cannot lead out of the root."""
+    dataset = Path(config.dataset).expanduser().resolve()
+    if dataset.suffix in LOCAL_SUFFIXES:
+        dataset = dataset.with_suffix("")
+    model = Path(config.model).expanduser().resolve()
+    readable = f"{_safe(model.name)}-{_safe(dataset.name)}"
+    short = root / f"{readable}-{fingerprint[:_PREFIX]}"
+    if is_store(short) and read_store_file(short)["fingerprint"] != fingerprint:
+        return root / f"{readable}-{fingerprint}"
+    return short
+
+
+def _safe(name: str) -> str:
+    """What of a name can be part of any folder's name on any system."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_NAME].strip("-.") or "unnamed"
+
+
+# --- progress ---
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    parts: int
+
+    def planned(self, store: Store) -> bool:
+        """Whether all wanted parts that the dataset has are there as tokens and rows."""
+        there = set.intersection(*(set(store.numbers(a)) for a in (TOKENS, SEQUENCE, POSITION)))
+        return all(self._ends(store, there, part) for part in FIRST_PARTS)
+
+    def _ends(self, store: Store, there: set[int], part: int) -> bool:
+        while part < self.parts:
+            if part not in there:
+                return False
+            if store.mark(part, TOKENS)["last"]:
+                return True
+            part = following(part, store.layout.validation_every)
+        return True
+
+
+def _wanted(rows: int, part_rows: int) -> _Wanted:
+    return _Wanted(max(2, -(-rows // part_rows)))  # both splits have a part, as collect sees to
+
+
+def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summary | None:
+    """What a collection of these arrays would find done; None if something is missing."""
+    wanted = _wanted(config.rows, config.part_rows)
+    parts = [part for part in store.numbers(TOKENS) if part < wanted.parts]
+    if not wanted.planned(store) or any(set(parts) - set(store.numbers(a)) for a in arrays):
+        return None
+    marks = [store.mark(part, array) for array in arrays for part in parts]
+    return Summary(
+        store=str(store.path),
+        parts=len(parts),
+        rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in parts),
+        exhausted=len(parts) < wanted.parts,
+        forward_rows=0,
+        bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
+        nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
+        seconds=0.0,
+    )
+
+
+# --- listing ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One store of a root."""
+
+    store: str
+    "its folder's name"
+    model: str | None
+    dataset: str | None
+    hookpoints: tuple[str, ...]
+    dtype: str | None
+    rows: int
+    "rows that all its hookpoints have"
+    bytes: int
+    "of all that is committed"
+    complete: float
+    "share of the parts of all its arrays that are there, of those first asked for or planned"
+    changed: str | None
+    "time of the last commit"
+    age_seconds: float | None
+    fault: str | None
+    "why the store cannot be read"
+
+
+def entries(root: Path) -> tuple[Entry, ...]:
+    """What a root has, by name; marks are read, not arrays."""
+    check_root(root)
+    if not root.is_dir():
+        raise ValueError(f"a root must be a folder, got {root}; check the path")
+    return tuple(_entry(found) for found in _stores(root))
+
+
+def _entry(found: Store | tuple[Path, Exception]) -> Entry:
+    if isinstance(found, Store):
+        try:
+            return _entry_of(found)
+        except DamagedStoreError as error:
+            found = (found.path, error)
+    path, fault = found
+    return Entry(
+        store=path.name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0, bytes=0,
+        complete=0.0, changed=None, age_seconds=None, fault=str(fault),
+    )  # fmt: skip
+
+
+def _entry_of(store: Store) -> Entry:
+    marks = [store.mark(part, array) for array in store.arrays for part in store.numbers(array)]
+    sides = [array for array in store.arrays if array.startswith("acts/")]
+    whole = set(store.numbers(TOKENS)).intersection(*(store.numbers(array) for array in sides))
+    times = [time for mark in marks if (time := _time(mark.get("time"))) is not None]
+    changed = max(times, default=None)
+    now = datetime.datetime.now(datetime.UTC)
+    return Entry(
+        store=store.path.name,
+        model=str(store.provenance["model"]["model"]),
+        dataset=str(store.provenance["dataset"]["dataset"]),
+        hookpoints=store.hookpoints,
+        dtype=store.layout.dtype,
+        rows=sum(store.mark(part, TOKENS)["rows"] for part in whole) if sides else 0,
+        bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
+        complete=_complete(store, sides),
+        changed=None if changed is None else changed.isoformat(timespec="seconds"),
+        # the clock of another machine may be ahead of ours
+        age_seconds=None if changed is None else max(0.0, (now - changed).total_seconds()),
+        fault=None,
+    )
+
+
+def _complete(store: Store, sides: Sequence[str]) -> float:
+    """Share of the parts of all arrays; parts that are not planned yet count as missing."""
+    asked = store.config.get("rows")
+    wanted = _wanted(asked if type(asked) is int else 0, store.part_rows)
+    parts = len(store.numbers(TOKENS))
+    if not wanted.planned(store):
+        parts = max(parts, wanted.parts)
+    return sum(len(store.numbers(a)) for a in sides) / (parts * len(sides)) if sides else 0.0
+
+
+def _time(text: object) -> datetime.datetime | None:
+    try:
+        time = datetime.datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return time if time.tzinfo else None
