@@ -99,6 +99,26 @@ class ArraySpec:
         blosc = numcodecs.Blosc(self.codec, clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
         return bytes(blosc.encode(little))
 
+    def decode(self, data: bytes) -> np.ndarray:
+        """The values of one part back from its object; the inverse of `encode`.
+
+        Raises DamagedStoreError for anything that `encode` does not write.
+        """
+        spans = np.array([[0, len(data)]])
+        if self.chunk < self.part_shape[0]:
+            size = 16 * (self.part_shape[0] // self.chunk) + _CHECKSUM_BYTES
+            index = np.frombuffer(_checked(data[-size:]), "<u8")
+            spans = index.astype(np.int64).reshape(-1, 2)
+        try:
+            pieces = [self._decode_chunk(_checked(data[start : start + n])) for start, n in spans]
+            return np.concatenate(pieces).reshape(self.part_shape)
+        except (ValueError, RuntimeError) as error:
+            raise DamagedStoreError(f"an object of {self.name} is damaged: {error}") from error
+
+    def _decode_chunk(self, data: bytes) -> np.ndarray:
+        plain = data if self.codec == "none" else numcodecs.Blosc(self.codec).decode(data)
+        return np.frombuffer(plain, np.dtype(self.dtype).newbyteorder("<"))
+
     def object_path(self, part: int) -> str:
         """Path in the store of the object that holds a part."""
         indices = [part, *[0] * (len(self.part_shape) - 1)]
@@ -148,6 +168,13 @@ def check_metadata(path: Path, spec: ArraySpec) -> int:
 def crc32c(data: bytes) -> bytes:
     """The checksum that Zarr's `crc32c` codec puts behind data."""
     return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def _checked(data: bytes) -> bytes:
+    """Data without the checksum behind it, which must be right."""
+    if crc32c(data[:-_CHECKSUM_BYTES]) != data[-_CHECKSUM_BYTES:]:
+        raise DamagedStoreError("a checksum does not match its data")
+    return data[:-_CHECKSUM_BYTES]
 
 
 def _compressors(codec: Codec) -> list[BloscCodec]:

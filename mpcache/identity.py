@@ -84,6 +84,8 @@ def as_stored(content: Any) -> Any:
 
 def _refuse_other_content(path: Path) -> None:
     if path.is_file() or any(not is_temporary(file) for file in files_below(path)):
+        if is_store(path):
+            return  # somebody made it while we looked
         raise ValueError(f"{path} exists and is no store; name a new or empty folder")
 
 

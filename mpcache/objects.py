@@ -17,10 +17,18 @@ _TEMPORARY = ".partial"  # the suffix of Zarr's own temporary files, so one rule
 
 def put_new(path: Path, data: bytes) -> bool:
     """Write a file that must not exist yet, all or nothing; False if somebody else's is there."""
+    return create(path, [data])
+
+
+def create(path: Path, pieces: Iterable[bytes]) -> bool:
+    """As `put_new`; pieces of a megabyte or so are best.
+
+    On ext4, syncing a file that came in one large write took ten times the processor time.
+    """
     if path.exists():  # spares a write, also where nothing can be written; the link decides
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_temporary(path, [data])
+    temporary = _write_temporary(path, pieces)
     try:
         os.link(temporary, path)  # unlike a rename, fails where the name is taken
     except FileExistsError:
@@ -32,11 +40,7 @@ def put_new(path: Path, data: bytes) -> bool:
 
 
 def replace(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file over what is there, all or nothing.
-
-    Pieces of a megabyte or so are best: on ext4, syncing a file that came in one large write took
-    ten times the processor time.
-    """
+    """Write a file over what is there, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_temporary(path, pieces).replace(path)
     _sync_folder(path.parent)

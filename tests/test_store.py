@@ -220,7 +220,12 @@ def test_a_late_writer_withdraws_or_says_so(tmp_path: Path) -> None:
     mark.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Writer, "_write", lambda *_: {"bytes": 1, "xxh3_128": "", "values_xxh3_128": ""}
+            Writer,
+            "_write",
+            lambda *arguments: (
+                {"bytes": 1, "xxh3_128": "", "values_xxh3_128": ""},
+                arguments[-1],
+            ),
         )
         patch.setattr("mpcache.writer.put_new", marked_meanwhile)
         with pytest.raises(DamagedStoreError, match="another collection committed other values"):
