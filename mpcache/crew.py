@@ -129,6 +129,9 @@ class Crew:
                     pending[future] = job
                     completed.add(future)
                 future = next(completed)
+                if future.status in ("lost", "pending"):
+                    completed.add(future)  # its worker died with the answer; it is done again
+                    continue
                 job = pending.pop(future)
                 outcome = self._outcome(future)
                 if isinstance(outcome, Done):
