@@ -16,6 +16,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from mpcache.station import Facts
 from mpcache.workforce import Workforce
 
 TRIES = 3
+# forked workers would start in no time, but hang where OpenMP has several threads, and cannot use
+# CUDA; tests, which compute in one thread, set "forkserver"
+START_METHOD = "spawn"
 _THREADS = 2  # of a worker: one part is read while the one before is written
 _AHEAD = 64  # tasks that the scheduler has at least; few enough to end soon after Ctrl-C
 _ENDING = 30.0  # seconds that parts in hand get after Ctrl-C or an error
@@ -65,7 +69,8 @@ class Crew:
     def __enter__(self) -> "Crew":
         with self.exits:
             self.client = self._connect()
-            self._say(f"dashboard: {self.client.dashboard_link}")
+            hint = "" if find_spec("bokeh") else " (its pages need bokeh: pip install bokeh)"
+            self._say(f"dashboard: {self.client.dashboard_link}{hint}")
             self._await_workers()
             self.exits = self.exits.pop_all()
         return self
@@ -77,8 +82,7 @@ class Crew:
         address: Any = self.workforce.scheduler
         if address is None:
             assert self.workforce.workers is not None
-            is_gpu = bool(self.orders.devices)
-            address = self.exits.enter_context(_local_cluster(self.workforce.workers, is_gpu))
+            address = self.exits.enter_context(_local_cluster(self.workforce.workers))
         try:
             client = Client(address, timeout=_CONNECT, set_as_default=False)
         except (OSError, TimeoutError) as error:
@@ -267,19 +271,16 @@ def _devices(config: CollectConfig, workers: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _local_cluster(workers: int, is_gpu: bool) -> Iterator[LocalCluster]:
-    # forked from a process that has imported everything, a worker is there in no time, also after
-    # it was lost; but a process that has seen a GPU cannot be forked
-    method = "forkserver" if sys.platform == "linux" and not is_gpu else "spawn"
+def _local_cluster(workers: int) -> Iterator[LocalCluster]:
     settings = {
-        "distributed.worker.multiprocessing-method": method,
+        "distributed.worker.multiprocessing-method": START_METHOD,
         "distributed.comm.timeouts.connect": _CONNECT,
     }
     with dask.config.set(settings), _interrupts_ignored(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
         get_mp_context()  # sets its own preload, once
-        if method == "forkserver":
-            multiprocessing.get_context(method).set_forkserver_preload(["mpcache.remote"])
+        if START_METHOD == "forkserver":
+            multiprocessing.get_context(START_METHOD).set_forkserver_preload(["mpcache.remote"])
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=_THREADS,

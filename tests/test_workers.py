@@ -33,10 +33,17 @@ from stores import files_of, marks_of, small_config, write_corpus
 ROWS = {"rows": 2400, "codec": "zstd"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _workers_start_at_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crew, "START_METHOD", "forkserver")
+        yield
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Client]:
     """A Dask cluster that somebody else started, and that outlives commands."""
-    with crew._local_cluster(2, is_gpu=False) as local, Client(local, set_as_default=False) as one:
+    with crew._local_cluster(2) as local, Client(local, set_as_default=False) as one:
         yield one
 
 
@@ -203,6 +210,7 @@ def test_chaos(tmp_path: Path) -> None:
 def collect_with_four(config: CollectConfig, path: Path) -> None:
     # a child may use the server that forked it, its documentation says, but starts one of its own:
     # that would import everything anew for each of these commands
+    crew.START_METHOD = "forkserver"
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running
     collect(config, path, Workforce(workers=4))
 
