@@ -22,7 +22,7 @@ from typing import Any
 
 import dask
 import torch
-from distributed.client import Client, Future, as_completed, wait
+from distributed.client import Client, Future, as_completed
 from distributed.deploy.local import LocalCluster
 from distributed.scheduler import KilledWorker
 from distributed.utils import get_mp_context
@@ -202,7 +202,8 @@ class Crew:
         """End what runs, soon and cleanly; parts that were read are committed."""
         with contextlib.suppress(Exception):  # the workers or the scheduler may be what was lost
             self.client.run(remote.stop, self.orders.run, on_error="ignore")
-            wait(list(pending), timeout=_ENDING)
+            for _ in as_completed(list(pending), loop=self.client.loop, timeout=_ENDING):
+                pass
 
     def _say(self, line: str) -> None:
         if not self.quiet:

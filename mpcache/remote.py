@@ -114,7 +114,7 @@ def dask_setup(worker: Any) -> None:
 
     Ctrl-C is for the command, which then stops us, and so is the place of the bar.
     """
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
