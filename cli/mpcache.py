@@ -13,6 +13,7 @@ from cli.options import from_config
 from cli.tables import print_json, print_table
 from mpcache.config import CollectConfig, ConvertConfig
 from mpcache.guard import printable
+from mpcache.workforce import Workforce
 
 app = typer.Typer(
     help="Run a language model once and keep its activations in a Zarr store.",
@@ -42,9 +43,10 @@ def version(
 
 @app.command()
 @guarded
-@from_config(CollectConfig, arguments=("model", "dataset"))
+@from_config(CollectConfig, Workforce, arguments=("model", "dataset"))
 def collect(
     config: CollectConfig,
+    workforce: Workforce,
     store: Annotated[
         Path | None, typer.Argument(metavar="[STORE]", help="folder of the store")
     ] = None,
@@ -56,31 +58,48 @@ def collect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Fill a store, or what is missing of it; without STORE, the right one below --root."""
+    """Fill a store, or what is missing of it; without STORE, the right one below --root.
+
+    Exit code 1 if parts could not be collected.
+    """
     from mpcache.collect import collect as run
 
     place, config, found = _place(store, root, config)
     try:
-        done = found or run(config, place, quiet=False)
+        done = found or run(config, place, workforce, quiet=False)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "interrupted; what was committed stays, the same command goes on from there"
         ) from None
     if json:
-        return print_json(dataclasses.asdict(done))
+        print_json(dataclasses.asdict(done))
+    else:
+        _tell(done, config.rows)
+    if done.missing:
+        raise typer.Exit(1)
+
+
+def _tell(done: Any, wanted: int) -> None:
     if not done.forward_rows:
         typer.echo("everything was there already: no forward pass was needed")
+    share = "" if done.share == "1/1" else f", share {done.share}"
     typer.echo(
-        f"{done.store}: {done.rows:,} rows in {done.parts} parts, {done.bytes / 1e9:.2f} GB, "
-        f"{done.forward_rows:,} rows collected now in {done.seconds:.0f} s"
+        f"{done.store}{share}: {done.rows:,} rows in {done.parts} parts, {done.bytes / 1e9:.2f} GB"
+        f", {done.forward_rows:,} rows collected now in {done.seconds:.0f} s"
     )
     if done.exhausted:
-        typer.echo(f"the dataset ended before the {config.rows:,} rows wanted", err=True)
+        typer.echo(f"the dataset ended before the {wanted:,} rows wanted", err=True)
     if done.nonfinite:
         typer.echo(
             f"warning: {done.nonfinite:,} values are not finite; see mpcache stats", err=True
         )
-    return None
+    for part in done.missing:
+        typer.echo(f"part {part.part} is missing, tried {part.times} times: {part.cause}", err=True)
+    if done.missing:
+        typer.echo(
+            f"error: {len(done.missing)} parts are missing; the same command tries them again",
+            err=True,
+        )
 
 
 def _place(

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,24 +19,26 @@ _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
 def from_config(
-    config_type: type, arguments: Sequence[str] = ()
+    *config_types: type, arguments: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make `function(config, own options...)` a command whose options are the config's fields.
+    """Make `function(config..., own options...)` a command whose options are the configs' fields.
 
     Fields named in `arguments` become positional arguments; the rest become options.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        fields = _parameters(config_type, arguments)
+        groups = [_parameters(config_type, arguments) for config_type in config_types]
+        fields = [parameter for group in groups for parameter in group]
         own = [
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for p in list(inspect.signature(function).parameters.values())[1:]
+            for p in list(inspect.signature(function).parameters.values())[len(groups) :]
         ]
-        _refuse_twins(fields, own)
+        _refuse_twins(*groups, own)
 
         def command(**values: Any) -> None:
-            chosen = {p.name: values.pop(p.name) for p in fields}
-            function(_build(config_type, chosen), **values)
+            chosen = [{p.name: values.pop(p.name) for p in group} for group in groups]
+            configs = [_build(t, c) for t, c in zip(config_types, chosen, strict=True)]
+            function(*configs, **values)
 
         positional = [p for p in fields if p.name in arguments]
         options = [p for p in fields if p.name not in arguments]
@@ -186,8 +189,9 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def _refuse_twins(fields: Sequence[inspect.Parameter], own: Sequence[inspect.Parameter]) -> None:
-    twins = {p.name for p in fields} & {p.name for p in own}
+def _refuse_twins(*groups: Sequence[inspect.Parameter]) -> None:
+    counts = Counter(p.name for group in groups for p in group)
+    twins = [name for name, count in counts.items() if count > 1]
     assert not twins, f"options defined twice: {sorted(twins)}"
 
 

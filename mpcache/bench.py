@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,13 +11,14 @@ from statistics import median
 import torch
 from torch import nn
 
-from mpcache.collect import Collection
+from mpcache.collect import Collection, work_here
 from mpcache.config import CollectConfig
 from mpcache.documents import open_documents
 from mpcache.hardware import hardware
 from mpcache.hooks import Side
-from mpcache.model import load_model
+from mpcache.jobs import Job, Progress
 from mpcache.reader import open_store
+from mpcache.station import Station, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +44,22 @@ class _Reached(Exception):
 
 def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
     """Alternate both on `config.rows` rows in temporary stores; the first pair only warms up."""
-    model, tokenizer = load_model(config)
-    documents = open_documents(config, tokenizer)
+    loaded = load(config)
+    documents = open_documents(config, loaded.tokenizer)
+    station = Station(config, loaded)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repeats + 1):
             path = Path(folder) / str(number)
-            collection = Collection(config, path, model, tokenizer, documents)
-            rows = _prepare(collection)
-            before, seconds = _forward_seconds(collection), _collect_seconds(collection)
+            collection = Collection(config, path, station.facts, loaded.tokenizer, documents)
+            collection.write_tokens()
+            jobs = collection.jobs(open_store(path))
+            before, seconds = _forward_seconds(station, path), _collect_seconds(station, path, jobs)
             # the model alone before and after, so that a machine that slows down favours neither
-            pairs.append(((before + _forward_seconds(collection)) / 2, seconds))
+            pairs.append(((before + _forward_seconds(station, path)) / 2, seconds))
     del pairs[0]
     ratios = [forward / collect for forward, collect in pairs]
-    widths = collection.widths.values()
+    rows, widths = sum(job.rows for job in jobs), station.widths.values()
     return Measurement(
         rows=rows,
         arrays=len(widths),
@@ -65,33 +68,24 @@ def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
         collect_rows_per_second=rows / median(collect for _, collect in pairs),
         ratio=median(ratios),
         ratios=tuple(ratios),
-        hardware=hardware(model.device),
+        hardware=hardware(loaded.model.device),
     )
 
 
-def _prepare(collection: Collection) -> int:
-    """Everything before the first forward pass; gives the rows to read."""
-    collection.write_tokens()
-    store = open_store(collection.path)
-    return sum(int(store.mark(p, "tokens")["rows"]) for p in collection.parts(store))
-
-
-def _forward_seconds(collection: Collection) -> float:
-    store = open_store(collection.path)
+def _forward_seconds(station: Station, path: Path) -> float:
+    store = open_store(path)
     began = time.perf_counter()
-    with _stop_at(collection.model, collection.sides[-1]), torch.no_grad():
-        for part in collection.parts(store):
-            for inputs in collection.reading.batches(store.read_tokens(part)):
+    with _stop_at(station.model, station.sides[-1]), torch.no_grad():
+        for part in store.numbers("tokens"):
+            for inputs in station.reading.batches(store.read_tokens(part)):
                 with contextlib.suppress(_Reached):
-                    collection.model(**inputs, use_cache=False)
+                    station.model(**inputs, use_cache=False)
     return time.perf_counter() - began
 
 
-def _collect_seconds(collection: Collection) -> float:
-    store = open_store(collection.path)
-    missing = dict.fromkeys(collection.parts(store), collection.sides)
+def _collect_seconds(station: Station, path: Path, jobs: Sequence[Job]) -> float:
     began = time.perf_counter()
-    collection.write_activations(store, missing)
+    work_here(station, path, jobs, Progress(jobs, quiet=True))
     return time.perf_counter() - began
 
 

@@ -1,27 +1,20 @@
 """Fill a store, or what is missing of it: tokens first, then one forward pass a part.
 
-While the model reads a part, the part before it is written, so that at most two parts of rows are
-in memory: 2 x part_rows x (sum of widths) x bytes of a value, and one array's part read back.
+Whoever runs this makes the store and writes its tokens; parts are then read by the model in this
+process, or by the workers of a Dask cluster. Nothing here trusts that nobody else does the same at
+the same time: whatever is written is create-only, and what is missing is looked up, never assumed.
 """
 
 import functools
 import itertools
-import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, split_of
 from mpcache.documents import Documents, open_documents
@@ -35,19 +28,13 @@ from mpcache.format import (
     is_store,
     specs,
 )
-from mpcache.forward import Reading, capture_part
-from mpcache.hooks import Capture, Side, resolve, widths
+from mpcache.hooks import Side
 from mpcache.identity import identify, layout_of, open_place
-from mpcache.inputs import find_separation
-from mpcache.model import (
-    load_model,
-    model_digest,
-    model_provenance,
-    tokenizer_digest,
-)
+from mpcache.jobs import Job, Missing, Progress
+from mpcache.model import load_tokenizer
 from mpcache.reader import Store, open_store
 from mpcache.sketch import files_digest
-from mpcache.tokenised import token_dtype
+from mpcache.station import Background, Facts, Station, commit_part, load
 from mpcache.tokens import (
     FIRST_PARTS,
     Cursor,
@@ -55,9 +42,15 @@ from mpcache.tokens import (
     following,
     iter_parts,
     row_permutation,
-    special_tokens,
 )
+from mpcache.workforce import Workforce
 from mpcache.writer import Writer
+
+TOKEN_PATIENCE = 60.0  # seconds that a share waits for the next part's tokens from the first one
+_LOOK_EVERY = 1.0
+_SHOWN_WITHIN = 90.0  # NFS shows what another machine wrote after a minute at the latest
+
+Work = Callable[[Sequence[Job], Progress], tuple[Missing, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +70,19 @@ class Summary:
     nonfinite: int
     seconds: float
     "of forward passes and writing, without loading and tokenising"
+    share: str = "1/1"
+    "the share that parts, rows and bytes are counted in"
+    missing: tuple[Missing, ...] = ()
+    "wanted parts that could not be collected"
 
 
-def collect(config: CollectConfig, path: Path, *, quiet: bool = True) -> Summary:
+def collect(
+    config: CollectConfig,
+    path: Path,
+    workforce: Workforce = Workforce(),  # noqa: B008  frozen
+    *,
+    quiet: bool = True,
+) -> Summary:
     """Collect into a new store, or complete and extend the one there.
 
     Raises:
@@ -87,50 +90,96 @@ def collect(config: CollectConfig, path: Path, *, quiet: bool = True) -> Summary
         OSError: disk or network; what was committed stays.
         KeyboardInterrupt: as it comes; what was committed stays.
     """
-    model, tokenizer = load_model(config)
+    if workforce.workers or workforce.scheduler:
+        return _collect_with_workers(config, path, workforce, quiet)
+    loaded = load(config)
+    documents = open_documents(config, loaded.tokenizer)
+    station = Station(config, loaded)
+    collection = Collection(
+        config, path, station.facts, loaded.tokenizer, documents, workforce, quiet
+    )
+    return collection.run(functools.partial(work_here, station, path))
+
+
+def _collect_with_workers(
+    config: CollectConfig, path: Path, workforce: Workforce, quiet: bool
+) -> Summary:
+    from mpcache.crew import Crew  # brings Dask's scheduler, which one process does not need
+
+    tokenizer = load_tokenizer(config)
     documents = open_documents(config, tokenizer)
-    return Collection(config, path, model, tokenizer, documents, quiet).run()
+    with Crew(workforce, config, path, quiet=quiet) as crew:
+        facts = crew.facts()
+        collection = Collection(config, path, facts, tokenizer, documents, workforce, quiet)
+        return collection.run(crew.work)
+
+
+def work_here(
+    station: Station, path: Path, jobs: Sequence[Job], progress: Progress
+) -> tuple[Missing, ...]:
+    """Read and commit parts in this process; the first failure ends it."""
+    store = open_store(path)
+    writer = Writer(path, store.layout)
+
+    def commit(part: int, buffers: Any) -> None:
+        progress.committed(commit_part(writer, part, buffers))
+
+    try:
+        with Background() as background:
+            for job in jobs:
+                tokens = store.read_tokens(job.part)
+                buffers = station.read(job.part, tokens, job.sides, progress.reader(job.part))
+                background.submit(functools.partial(commit, job.part, buffers))
+    finally:
+        station.close()
+    return ()
 
 
 class Collection:
-    """One collection with its model in memory; nothing is written before `run`."""
+    """The store's half of a collection; nothing is written before `run`."""
 
     def __init__(
         self,
         config: CollectConfig,
         path: Path,
-        model: PreTrainedModel,
+        facts: Facts,
         tokenizer: PreTrainedTokenizerBase,
         documents: Documents,
+        workforce: Workforce = Workforce(),  # noqa: B008  frozen
         quiet: bool = True,
     ) -> None:
-        self.config, self.path, self.quiet = config, path, quiet
-        self.model, self.tokenizer, self.documents = model, tokenizer, documents
-        self.sides = resolve(config.hookpoints, model)
-        self.widths = widths(model, self.sides)
-        self.layout = layout_of(config, token_dtype(tokenizer).name)
-        self.reading = Reading(
-            model,
-            special_tokens(tokenizer, config),
-            find_separation(model, config.cross_document_attention),
-            config.batch_sequences,
-        )
-        self.identity = self.identify()
+        self.config, self.path, self.facts, self.quiet = config, path, facts, quiet
+        self.tokenizer, self.documents, self.share = tokenizer, documents, workforce.parts
+        self.sides = facts.sides
+        self.layout = layout_of(config, facts.token_dtype)
+        digests = {**facts.digests, "dataset_digest": documents.digest}
+        self.identity = identify(config, digests, facts.attention)
         self.writer = Writer(path, self.layout)
-        self.bytes_written = 0
         # both splits want at least one part, whatever --rows says
         self.wanted_parts = max(2, -(-config.rows // config.part_rows))
 
-    def run(self) -> Summary:
-        """Write what is missing."""
+    def run(self, work: Work) -> Summary:
+        """Write what is missing; `work` does the parts."""
+        if self.share.number > 1:
+            self.await_tokens()
         self.write_tokens()
-        store = open_store(self.path)
-        missing = {part: self.missing_sides(store, part) for part in self.parts(store)}
+        jobs = self.jobs(open_store(self.path))
         started = time.monotonic()
-        forward_rows = self.write_activations(store, {p: s for p, s in missing.items() if s})
-        if forward_rows:  # another may have extended the store, or added arrays, meanwhile
-            self.grow(open_store(self.path))
-        return self.summary(forward_rows, time.monotonic() - started)
+        with Progress(jobs, self.quiet) as progress:
+            missing = work(jobs, progress) if jobs else ()
+        seconds = time.monotonic() - started
+        missing += self.unseen([job for job in jobs if job.part not in {m.part for m in missing}])
+        self.settle()
+        return self.summary(sum(job.rows for job in jobs), seconds, missing)
+
+    def jobs(self, store: Store) -> tuple[Job, ...]:
+        """What the parts of this share lack, in order."""
+        found = ((part, self.missing_sides(store, part)) for part in self.share_of(store))
+        return tuple(
+            Job(part, int(store.mark(part, TOKENS)["rows"]), sides)
+            for part, sides in found
+            if sides
+        )
 
     def array(self, side: Side) -> str:
         return acts(side.hookpoint, side.side)
@@ -139,16 +188,24 @@ class Collection:
         """Wanted parts that the dataset has."""
         return tuple(part for part in store.numbers(TOKENS) if part < self.wanted_parts)
 
+    def share_of(self, store: Store) -> tuple[int, ...]:
+        return tuple(part for part in self.parts(store) if self.share.has(part))
+
     def missing_sides(self, store: Store, part: int) -> tuple[Side, ...]:
         return tuple(s for s in self.sides if part not in store.numbers(self.array(s)))
 
-    def identify(self) -> dict[str, Any]:
-        digests = {
-            "model_digest": model_digest(self.model),
-            "tokenizer_digest": tokenizer_digest(self.tokenizer),
-            "dataset_digest": self.documents.digest,
-        }
-        return identify(self.config, digests, str(self.model.config._attn_implementation))
+    def await_tokens(self) -> None:
+        """Leave tokens to the first share for as long as it makes progress, or may be starting."""
+        seen, since = -1, time.monotonic()
+        while time.monotonic() - since < TOKEN_PATIENCE:
+            if is_store(self.path):
+                self.open_place()
+                store = open_store(self.path)
+                if not self.cursors(store):
+                    return
+                if (count := len(store.numbers(POSITION))) != seen:
+                    seen, since = count, time.monotonic()
+            time.sleep(_LOOK_EVERY)
 
     def write_tokens(self) -> None:
         """Commit tokens and rows of all wanted parts that lack them."""
@@ -171,7 +228,7 @@ class Collection:
         # by its files a later collection below the same root knows the model without loading it
         files = None if is_store(self.path) else files_digest(self.config)
         provenance = {
-            "model": {**model_provenance(self.model, self.config), "model_files": files},
+            "model": {**self.facts.provenance, "model_files": files},
             "dataset": self.documents.provenance,
         }
         open_place(self.path, self.config, self.identity, self.layout, provenance)
@@ -186,14 +243,13 @@ class Collection:
             there = check_metadata(self.path, specs(TOKENS, self.layout)[0])
             acts_there = [array for array in store.arrays if array.startswith("acts/")]
             arrays |= {array: store.width(*hookpoint_of(array)) for array in acts_there}
-        arrays |= {self.array(side): self.widths[side] for side in self.sides}
+        arrays |= {self.array(side): width for side, width in self.facts.widths.items()}
         for array, width in arrays.items():
             self.writer.grow(array, max(there, self.wanted_parts), width)
 
     def new_parts(self, store: Store | None) -> Iterator[PartTokens]:
         """Parts whose tokens are not committed, tokenised from where each split left off."""
-        cursors = self.cursors(store) if store else FIRST_PARTS
-        cursors = {part: cursor for part, cursor in cursors.items() if part < self.wanted_parts}
+        cursors = self.cursors(store) if store else dict(FIRST_PARTS)
         if not cursors:
             return iter(())
         found = iter_parts(self.documents, self.tokenizer, self.config, cursors)
@@ -205,7 +261,7 @@ class Collection:
         return itertools.takewhile(lambda one: one.part < self.wanted_parts, wanted)
 
     def cursors(self, store: Store) -> dict[int, Cursor]:
-        """First part of each split whose tokens or rows are missing, unless the split ended."""
+        """First wanted part of each split whose tokens or rows are missing."""
         arrays = (TOKENS, SEQUENCE, POSITION)
         done = set.intersection(*(set(store.numbers(array)) for array in arrays))
         cursors = {}
@@ -216,55 +272,60 @@ class Collection:
                 if mark["last"]:
                     break
             else:
-                cursors[part] = Cursor(*cursor)
+                if part < self.wanted_parts:
+                    cursors[part] = Cursor(*cursor)
         return cursors
 
     def commit_tokens(self, one: PartTokens) -> None:
         progress = {"cursor": list(one.cursor), "next_cursor": list(one.next_cursor)}
         self.writer.commit_tokens(one.part, one.tokens, {**progress, "last": one.last})
-        self.writer.commit_rows(one.part, self.token_of_row(one.part, one.tokens.size))
+        order = row_permutation(self.config.seed, one.part, one.tokens.size)
+        self.writer.commit_rows(one.part, order)
 
-    def token_of_row(self, part: int, rows: int) -> np.ndarray:
-        return row_permutation(self.config.seed, part, rows)
+    def settle(self) -> None:
+        """Let all arrays span the same parts again.
 
-    def write_activations(self, store: Store, missing: dict[int, tuple[Side, ...]]) -> int:
-        """Run the model over parts and commit their missing sides; gives the rows it read."""
-        rows = {part: int(store.mark(part, TOKENS)["rows"]) for part in missing}
-        if not rows:
-            return 0
-        with self.bar("collect", sum(rows.values()), "row") as bar, Background() as background:
-            for sides, parts in itertools.groupby(missing, key=missing.__getitem__):
-                with Capture(self.model, sides) as capture:
-                    for part in parts:
-                        buffers = self.capture(capture, store, part, sides, bar)
-                        background.submit(functools.partial(self.commit, part, buffers, bar))
-        return sum(rows.values())
+        Another collection may have grown the arrays that it saw when it began, not those that this
+        one made since; and of two that grow the same array at once, the smaller may come last.
+        """
+        while True:
+            store = open_store(self.path)
+            widths = {array: self.width(store, array) for array in store.arrays}
+            spans = {array: self.span(array, width) for array, width in widths.items()}
+            longest = max(high for _, high in spans.values())
+            short = [array for array, (low, _) in spans.items() if low < longest]
+            for array in short:
+                self.writer.grow(array, longest, widths[array])
+            if not short:
+                return
 
-    def capture(
-        self, capture: Capture, store: Store, part: int, sides: tuple[Side, ...], bar: "tqdm[Any]"
-    ) -> dict[Side, Tensor]:
-        tokens = store.read_tokens(part)
-        dtype = getattr(torch, self.config.dtype)
-        buffers = {s: torch.empty(tokens.size, self.widths[s], dtype=dtype) for s in sides}
-        order = self.token_of_row(part, tokens.size)
-        capture_part(capture, self.reading.batches(tokens), order, buffers, bar.update)
-        return buffers
+    def width(self, store: Store, array: str) -> int:
+        return store.width(*hookpoint_of(array)) if array.startswith("acts/") else 0
 
-    def commit(self, part: int, buffers: dict[Side, Tensor], bar: "tqdm[Any]") -> None:
-        """Commit the rows of a part; runs beside the next forward pass."""
-        for side, x_RW in buffers.items():
-            self.writer.commit_acts(part, self.array(side), x_RW)
-        self.bytes_written += sum(x.numel() * x.element_size() for x in buffers.values())
-        bar.set_postfix_str(f"{self.bytes_written / 1e9:.2f} GB committed", refresh=False)
+    def span(self, array: str, width: int) -> tuple[int, int]:
+        """Fewest and most parts of the Zarr arrays under one mark."""
+        found = [check_metadata(self.path, spec) for spec in specs(array, self.layout, width)]
+        return min(found), max(found)
+
+    def unseen(self, jobs: Sequence[Job]) -> tuple[Missing, ...]:
+        """Jobs that are said to be done and of which no marks can be seen from here."""
+        until = time.monotonic() + _SHOWN_WITHIN
+        while True:
+            store = open_store(self.path)
+            jobs = [j for j in jobs if set(j.sides) & set(self.missing_sides(store, j.part))]
+            if not jobs or time.monotonic() > until:
+                cause = f"its marks cannot be seen in {self.path}; do all machines share it?"
+                return tuple(Missing(job.part, 1, cause) for job in jobs)
+            time.sleep(_LOOK_EVERY)
 
     def bar(self, name: str, total: int, unit: str, idle: bool = False) -> "tqdm[Any]":
         hidden = self.quiet or idle
         return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=hidden)
 
-    def summary(self, forward_rows: int, seconds: float) -> Summary:
+    def summary(self, forward_rows: int, seconds: float, missing: tuple[Missing, ...]) -> Summary:
         store = open_store(self.path)
         arrays = [self.array(side) for side in self.sides]
-        whole = [p for p in self.parts(store) if not self.missing_sides(store, p)]
+        whole = [p for p in self.share_of(store) if not self.missing_sides(store, p)]
         marks = [store.mark(part, array) for array in arrays for part in whole]
         return Summary(
             store=str(self.path),
@@ -275,51 +336,6 @@ class Collection:
             bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
             nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
             seconds=seconds,
+            share=str(self.share),
+            missing=missing,
         )
-
-
-class Background:
-    """Runs one piece of work at a time beside the caller: the bound on memory.
-
-    Leaving waits for the work in hand, also when the model failed or Ctrl-C came: what was computed
-    is not thrown away.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, "commit", initializer=yield_to_others)
-        self.pending: Future[None] | None = None
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Start the work when the one before is done; raises what that one raised."""
-        self.wait()
-        self.pending = self.pool.submit(work)
-
-    def wait(self) -> None:
-        """Until the work in hand is done; raises what it raised."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.pool.shutdown(wait=True)
-        if error is None:
-            self.wait()
-
-
-def yield_to_others() -> None:
-    """Give the calling thread, and threads it starts, only the processor time that others leave.
-
-    A forward pass that shares its cores with a writer waits for the slower of its threads at every
-    operation. When the model waits for the writer, the writer has all cores.
-    """
-    torch.set_num_threads(1)  # of this thread: its pieces are small
-    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

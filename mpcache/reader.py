@@ -56,7 +56,7 @@ class Part:
 
 
 class Store:
-    """A store opened for reading. Threads may share it; it does not see later commits."""
+    """A store opened for reading. Threads may share it; it looks for commits once."""
 
     def __init__(self, path: Path) -> None:
         content = read_store_file(path)
@@ -66,8 +66,12 @@ class Store:
         self.config: dict[str, Any] = content["config"]
         self.provenance: dict[str, Any] = content["provenance"]
         self.layout = Layout(**content["layout"])
-        self._marks = _marked_parts(path)
         self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _marks(self) -> dict[str, set[int]]:
+        # not in __init__: who wants one part alone, as a worker does, need not list all marks
+        return _marked_parts(self.path)
 
     @property
     def source(self) -> str:

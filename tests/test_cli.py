@@ -19,7 +19,7 @@ from cli.mpcache import app as mpcache
 from cli.mptrain import app as mptrain
 from cli.options import field_docs
 from models import save_tiny, tiny_tokenizer
-from mpcache import collect as collect_stage
+from mpcache import station
 from mptrain import fit as fit_stage
 from mptrain.config import FitConfig
 from stores import small_config, small_store, write_corpus
@@ -213,7 +213,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect_stage, "capture_part", interrupted)
+    monkeypatch.setattr(station, "capture_part", interrupted)
     result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpcache import collect as collect_stage
-from mpcache import objects, writer
+from mpcache import objects, station, writer
 from mpcache.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.verify import verify
@@ -64,7 +63,7 @@ def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Pa
     objects._write_temporary = killer.within("write", objects._write_temporary)
     writer.sync_folders = killer.before("sync", writer.sync_folders)
     writer.values_digest = killer.before("digest after the read back", writer.values_digest)
-    collect_stage.capture_part = killer.before("forward pass", collect_stage.capture_part)
+    station.capture_part = killer.before("forward pass", station.capture_part)
     collect(config, path)
 
 
@@ -100,7 +99,7 @@ def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    capture, calls = collect_stage.capture_part, 0
+    capture, calls = station.capture_part, 0
 
     def interrupted(*args: Any) -> None:
         nonlocal calls
@@ -109,7 +108,7 @@ def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
             raise KeyboardInterrupt
         capture(*args)
 
-    monkeypatch.setattr(collect_stage, "capture_part", interrupted)
+    monkeypatch.setattr(station, "capture_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(config, tmp_path / "store")
     done = [name for name in marks_of(tmp_path / "store") if "layers.0" in name]

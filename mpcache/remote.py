@@ -1,0 +1,278 @@
+"""What runs in the worker processes of a Dask cluster: a model that stays, and one part a task.
+
+Tasks give back what happened instead of raising it, so that no exception has to cross machines.
+"""
+
+import contextlib
+import errno
+import functools
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from distributed.worker import get_worker
+from transformers.utils.logging import disable_progress_bar
+
+from mpcache.config import CollectConfig
+from mpcache.format import acts, is_store, mark_path, read_store_file
+from mpcache.jobs import Job
+from mpcache.reader import open_store
+from mpcache.station import Facts, Loaded, Station, commit_part, load, yield_to_others
+from mpcache.writer import Writer
+
+_TELL_EVERY = 0.5  # seconds between two reports of progress
+# what decides how a model is loaded; the rest of a config only decides how it is used
+_OF_THE_MODEL = (
+    "model", "revision", "model_dtype", "attention", "trust_remote_code", "device", "ctx_len",
+)  # fmt: skip
+
+# a full disk or a place that cannot be written is so for every part: no reason to try the next one
+_PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
+Kind = Literal["mistake", "place", "fault", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What all tasks of one collection have in common."""
+
+    run: str
+    "tells collections apart that use the same workers"
+    config: CollectConfig
+    path: str
+    fingerprint: str = ""
+    threads: int | None = None
+    "of the model in each process; None leaves what the environment says"
+    devices: tuple[str, ...] = ()
+    "by the worker's number; empty: each finds its own"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A part is committed."""
+
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that did not work: what happened, and where."""
+
+    kind: Kind
+    told: str
+    host: str
+    worker: str
+    "address of the worker"
+    is_setup: bool
+    "the worker cannot serve this collection at all; another one may"
+    errno: int | None = None
+    filename: str | None = None
+
+
+class _Stopped(Exception):
+    """The collection was interrupted."""
+
+
+class _Setup(Exception):
+    """This worker cannot serve a collection; the cause says why."""
+
+
+def facts(orders: Orders) -> Facts | Failure:
+    """Load the model, and tell the store's half of the collection about it."""
+    try:
+        with _set_up(), WORKSHOP.model:
+            return WORKSHOP.station(orders).facts
+    except Exception as error:
+        return _failure(error)
+
+
+def collect_part(orders: Orders, job: Job) -> Done | Failure:
+    """Read one part and commit what it lacks by now."""
+    try:
+        # a cluster may run more tasks in a process than fit its memory: one reads, one writes
+        with WORKSHOP.places:
+            return _collect_part(orders, job)
+    except Exception as error:
+        return _failure(error)
+
+
+def stop(run: str) -> None:
+    """End the tasks of a collection soon: what was read is committed, nothing more is read."""
+    WORKSHOP.stopped.add(run)
+
+
+def dask_setup(worker: Any) -> None:
+    """Called by Dask in workers of this machine, which share the command's terminal.
+
+    Ctrl-C is for the command, which then stops us, and so is the place of the bar.
+    """
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Workshop:
+    """All that a worker process keeps from task to task."""
+
+    def __init__(self) -> None:
+        self.model = threading.Lock()
+        self.places = threading.BoundedSemaphore(2)
+        self.stopped: set[str] = set()
+        self._loaded: tuple[object, Loaded] | None = None
+        self._station: tuple[Orders, Station] | None = None
+
+    @functools.cached_property
+    def commits(self) -> ThreadPoolExecutor:
+        """One thread, which leaves the processor to the model; used with a place only."""
+        return ThreadPoolExecutor(1, "commit", initializer=yield_to_others)
+
+    def station(self, orders: Orders) -> Station:
+        """The model, loaded once; call with `model` held."""
+        if orders.threads is not None:
+            torch.set_num_threads(orders.threads)  # of the calling thread, so for each task
+        config = replace(orders.config, device=_device(orders))
+        key = [getattr(config, name) for name in _OF_THE_MODEL], _version(config.model)
+        if self._loaded is None or self._loaded[0] != key:
+            self.clear()  # first, so that two models never have to fit
+            self._loaded = key, load(config)
+        if self._station is None or self._station[0].config != orders.config:
+            self._leave_station()
+            self._station = orders, Station(config, self._loaded[1])
+        return self._station[1]
+
+    def clear(self) -> None:
+        """Forget the model."""
+        self._leave_station()
+        self._loaded = None
+
+    def _leave_station(self) -> None:
+        if self._station is not None:
+            self._station[1].close()
+        self._station = None
+
+
+WORKSHOP = Workshop()
+
+
+def _collect_part(orders: Orders, job: Job) -> Done | Failure:
+    path = Path(orders.path)
+    sides = tuple(
+        side
+        for side in job.sides
+        if not (path / mark_path(job.part, acts(side.hookpoint, side.side))).exists()
+    )
+    if not sides:
+        return Done(0)  # by a worker that was given up too soon, or by another collection
+    with WORKSHOP.model:
+        _refuse_if_stopped(orders)
+        with _set_up():
+            station = WORKSHOP.station(orders)
+            _refuse_other_content(orders, station)
+        store = open_store(path)
+        report = Report(orders, job)
+        buffers = station.read(job.part, store.read_tokens(job.part), sides, report.advance)
+    writer = Writer(path, store.layout)
+    return Done(WORKSHOP.commits.submit(commit_part, writer, job.part, buffers).result())
+
+
+class Report:
+    """Tells the command how many rows of a part were read, and ends the part when it is told to."""
+
+    def __init__(self, orders: Orders, job: Job) -> None:
+        self.orders, self.job, self.rows = orders, job, 0
+        self.told = time.monotonic()
+
+    def advance(self, rows: int) -> None:
+        _refuse_if_stopped(self.orders)
+        self.rows += rows
+        if time.monotonic() - self.told > _TELL_EVERY:
+            self.told = time.monotonic()
+            get_worker().log_event(self.orders.run, {"part": self.job.part, "rows": self.rows})
+
+
+def _refuse_if_stopped(orders: Orders) -> None:
+    if orders.run in WORKSHOP.stopped:
+        raise _Stopped
+
+
+@contextlib.contextmanager
+def _set_up() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _Setup from error
+
+
+def _refuse_other_content(orders: Orders, station: Station) -> None:
+    """A worker must see the very store, and compute with the very model, of the collection."""
+    path = Path(orders.path)
+    if not is_store(path) or read_store_file(path)["fingerprint"] != orders.fingerprint:
+        raise ValueError(
+            f"{path} must be one folder that all machines share, got another one on "
+            f"{socket.gethostname()}; use a path on a shared file system"
+        )
+    identity = read_store_file(path)["identity"]
+    found = {**station.facts.digests, "attention": station.facts.attention}
+    if different := [name for name in found if found[name] != identity[name]]:
+        raise ValueError(
+            f"all machines must have the same model, got another {', '.join(different)} on "
+            f"{socket.gethostname()}; copy the model there, or name its --revision"
+        )
+
+
+def _device(orders: Orders) -> str:
+    name = str(get_worker().name)
+    if orders.devices and name.isdecimal():
+        return orders.devices[int(name) % len(orders.devices)]
+    return orders.config.device
+
+
+def _version(model: str) -> tuple[tuple[str, int, int], ...]:
+    """Tells whether a model's folder was changed since; a Hub id never is."""
+    folder = Path(model)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+
+
+def _failure(error: Exception) -> Failure:
+    cause = error.__cause__ if isinstance(error, _Setup) and error.__cause__ else error
+    return Failure(
+        _kind(cause),
+        str(cause) if _kind(cause) in ("mistake", "place") else _in_a_line(cause),
+        socket.gethostname(),
+        get_worker().address,
+        isinstance(error, _Setup),
+        getattr(cause, "errno", None),
+        getattr(cause, "filename", None),
+    )
+
+
+def _kind(error: BaseException) -> Kind:
+    if isinstance(error, _Stopped):
+        return "stopped"
+    if isinstance(error, OSError) and error.errno in _PLACE:
+        return "place"
+    if isinstance(error, ValueError) and _is_ours(error):
+        return "mistake"
+    return "fault"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a line of ours raised it, rather than a library that we called."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(last.f_globals.get("__name__", "")).startswith("mpcache.")
+
+
+def _in_a_line(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {told} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
