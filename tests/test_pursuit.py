@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
-from mptrain.pursuit import cpu
+from mptrain.pursuit import cpu, cpu_kernels
 from mptrain.pursuit import reverse as reverse_module
 from mptrain.pursuit import search as search_module
 from mptrain.pursuit.cut import Cut
@@ -469,8 +469,8 @@ def test_the_largest_are_the_largest_and_the_first_of_equals(p: list[float], dat
     size = data.draw(st.integers(1, len(p)))
     listed, keys = np.empty(len(p), np.int64), np.empty(len(p), np.float32)
     more = data.draw(st.integers(1, 4), label="more lanes than listed")
-    lanes = np.empty(cpu._LANES * (size // cpu._LANES + more), np.float32)
-    count = cpu._largest(p_M, size, lanes, keys, listed)
+    lanes = np.empty(cpu_kernels.LANES * (size // cpu_kernels.LANES + more), np.float32)
+    count = cpu_kernels.largest(p_M, size, lanes, keys, listed)
     candidates = [j for j in range(len(p)) if p_M[j] > -np.inf]
     assert listed[:count].tolist() == sorted(sorted(candidates, key=lambda j: -p_M[j])[:size])
     whole = torch.from_numpy(p_M[candidates])
@@ -485,7 +485,7 @@ def test_nth_largest(p: list[float], data: st.DataObject):
     n = data.draw(st.integers(1, len(values)))
     expected = np.sort(values)[::-1][n - 1]
     before = np.sort(values)
-    assert cpu._nth_largest_(values, n) == expected
+    assert cpu_kernels.nth_largest_(values, n) == expected
     assert np.array_equal(np.sort(values), before), "only reordered"
 
 
@@ -493,7 +493,9 @@ def test_nth_largest(p: list[float], data: st.DataObject):
 @given(p=scores)
 def test_first_largest(select: str, p: list[float]):
     p_M = np.array(p, np.float32)
-    found = cpu._first_largest(p_M, np.empty(cpu._LANES, np.float32), cpu._MODES[select])
+    found = cpu_kernels.first_largest(
+        p_M, np.empty(cpu_kernels.LANES, np.float32), cpu_kernels.MODES[select]
+    )
     keys = np.abs(p_M) if select == "magnitude" else p_M
     if (keys > -np.inf).any():
         assert found == np.nanargmax(keys)
@@ -509,8 +511,8 @@ def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[fl
     generator = np.random.default_rng(seed)
     W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
     r_D = generator.integers(-2, 3, 2).astype(np.float32)
-    mode, lanes = cpu._MODES[select], np.empty(cpu._LANES, np.float32)
-    found = cpu._first_of_few(score_M, lanes, FEW, W_MD, r_D, mode)
+    mode, lanes = cpu_kernels.MODES[select], np.empty(cpu_kernels.LANES, np.float32)
+    found = cpu_kernels.first_of_few(score_M, lanes, FEW, W_MD, r_D, mode)
     size = np.abs if select == "magnitude" else np.asarray
     kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
     bound = sorted((size(score_M)[j] for j in kept), reverse=True)[:FEW][-1:]

@@ -61,7 +61,7 @@ def test_the_name_is_readable_and_ends_in_the_fingerprint(made: Path) -> None:
 def test_complete_already_loads_no_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_of(only_store(place))
     monkeypatch.setattr(roots, "load_model", no_model)
-    monkeypatch.setattr("mpcache.collect.load_model", no_model)
+    monkeypatch.setattr("mpcache.station.load_model", no_model)
     result = run(place, "600", "layers.0")
     assert result.exit_code == 0, result.output
     assert "no forward pass was needed" in result.stdout

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache import collect as collect_stage
-from mpcache import objects
+from mpcache import objects, station
 from mpcache.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.format import Layout
@@ -149,7 +148,7 @@ def objects_of(mark: bytes) -> dict[str, dict[str, object]]:
 
 def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) -> None:
     """Runs in a process of its own: a machine whose results differ in their last bits."""
-    capture = collect_stage.capture_part
+    capture = station.capture_part
 
     def noisy(*args: object) -> None:
         capture(*args)  # type: ignore[arg-type]
@@ -158,7 +157,7 @@ def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) 
         for x_RW in buffers.values():
             x_RW += noise
 
-    collect_stage.capture_part = noisy
+    station.capture_part = noisy
     collect(config, path)
 
 
