@@ -22,6 +22,7 @@ from models import save_tiny, tiny_tokenizer
 from mpcache import station
 from mptrain import fit as fit_stage
 from mptrain.config import FitConfig
+from mptrain.presets import PRESETS
 from stores import small_config, small_store, write_corpus
 
 COLLECT = ("--rows", "600", "--ctx-len", "16", "--part-rows", "192", "--chunk-rows", "32")
@@ -309,12 +310,23 @@ def test_eval_takes_lists_and_refuses_nothing_to_do(place: Path, tmp_path: Path)
     evaluate = ["eval", f"{run}/coders/{name}", store]
     found = CliRunner().invoke(mptrain, [*evaluate, "--k", "1,2", "--k", "4", "--json"])
     assert [row["k"] for row in json.loads(found.stdout)["rows"]] == [3, 1, 2, 4]
+    found = CliRunner().invoke(mptrain, [*evaluate, "--codes", "gp,omp", "--json"])
+    rows = json.loads(found.stdout)["rows"]
+    assert [row["codes"] for row in rows] == ["mp", "gp", "omp"]
+    assert rows[0]["fvu"] > rows[1]["fvu"] > rows[2]["fvu"]
     for options, told in [
         (("--rows", "0"), "rows must be at least 1, got 0"),
         (("--k", "0"), "k must be at least 1, got 0"),
         (("--device", "foo"), "use auto or cpu"),
     ]:
         assert told in one_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
+
+
+def test_presets_are_told_as_options() -> None:
+    told = CliRunner().invoke(mptrain, ["presets"]).stdout
+    assert "paper             --select signed --no-bias" in told
+    found = CliRunner().invoke(mptrain, ["presets", "--json"]).stdout
+    assert json.loads(found) == {name: dict(changes) for name, changes in PRESETS.items()}
 
 
 def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(

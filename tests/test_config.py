@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from mptrain.config import FitConfig
+from mptrain.presets import PRESETS
 from mptrain.recipe import CoderConfig
 
 BEGINS = {"begin_as": "topk", "begin_share": 0.5}
@@ -75,3 +76,25 @@ def test_refuses_what_would_have_no_effect(changes: dict[str, Any], message: str
 def test_a_name_is_every_field_that_is_not_default():
     coder = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=2, expansion=3, tolerance=0.25)
     assert coder.name == "h-sae-mp-k2-x3-seed0-tolerance0.25"
+
+
+def test_presets_are_variants_of_the_mp_coders():
+    """One coder for each, beside others once."""
+    names = [one.name for one in config(preset=("mp", "paper", "detach")).coders()]
+    assert names == [
+        "h-sae-mp-k4-x64-seed0",
+        "h-sae-mp-k4-x64-seed0-select-signed-no-bias",
+        "h-sae-mp-k4-x64-seed0-detach",
+        "h-sae-topk-k4-x64-seed0",
+    ]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_for_a_transcoder(name: str):
+    (coder,) = config(preset=(name,), kind=("transcoder",), arch=("mp",)).coders()
+    assert {field: getattr(coder, field) for field in PRESETS[name]} == PRESETS[name]
+
+
+def test_free_dictionaries_are_warned_of():
+    (told,) = config(preset=("mp", "free-norm"), arch=("mp",)).warnings()
+    assert told == "h-sae-mp-k4-x64-seed0-free-norm: with free_norm a step can enlarge the residual"
