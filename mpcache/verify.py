@@ -73,9 +73,9 @@ def verify(path: Path, *, quiet: bool = True) -> Verdict:
         return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, str(error)),))
     try:
         store = open_store(path)
+        marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     except DamagedStoreError as error:
         return Verdict(0, 0, 0, (Finding("changed", MARKS, str(error)),))
-    marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     with tqdm(total=len(marks), desc="verify", unit="mark", disable=quiet) as bar:
         tasks = [delayed(_checked)(store, part, array, bar) for part, array in marks]
         checked: tuple[_Checked, ...] = compute(*tasks, scheduler="threads")
