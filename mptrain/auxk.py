@@ -34,14 +34,15 @@ def error_by_encoder(
 def error_by_residual(
     residual_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "selecting input"],
+    U_MD: Float[Tensor, "subtracting input"],
     decoder_ME: Float[Tensor, "predicting target"],
     dead_M: Bool[Tensor, " latents"],
 ) -> tuple[Float[Tensor, "batch target"], float] | None:
     """For mp: the same from what the pursuit left, by its correlations with dead atoms.
 
-    Values are `s max(0, <w, r>)`, each row's `s` such that the sum of its atoms fits `r` best, as
-    in gradient pursuit: unit-norm atoms that point the same way would overshoot together, and the
-    loss would drive them off. `s` is held constant; for an SAE its gradient is 0 anyway.
+    Values are `s max(0, <w, r>)`, each row's `s` such that what its atoms would subtract fits `r`
+    best, as in gradient pursuit: unit-norm atoms that point the same way would overshoot together,
+    and the loss would drive them off. `s` is held constant.
     """
     dead = dead_M.nonzero()[:, 0]
     if len(dead) == 0:
@@ -51,7 +52,7 @@ def error_by_residual(
     no_bias_D, no_bias_M = residual_BD.new_zeros(W_MD.shape[1]), residual_BD.new_zeros(len(dead))
     idx_BK, val_BK = topk_encode(residual_BD, no_bias_D, W_dead_MD, no_bias_M, k)
     with torch.no_grad():
-        sum_BD = weighted_rows(idx_BK, val_BK, W_dead_MD)
+        sum_BD = weighted_rows(idx_BK, val_BK, U_MD[row_of(dead, U_MD)])
         square_B1 = sum_BD.square().sum(1, keepdim=True)
         s_B1 = (residual_BD * sum_BD).sum(1, keepdim=True) / square_B1
         s_B1.masked_fill_(square_B1 == 0, 0)

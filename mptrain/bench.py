@@ -116,7 +116,8 @@ def _new_coder(config: BenchConfig) -> Coder:
 def _stored(folder: Path, store: Path, config: BenchConfig) -> tuple[Tensor, Coder]:
     coder, _ = load_coder(folder)
     one = coder.config
-    if (one.arch, one.codes, one.blocks) != ("mp", "mp", "none"):
+    plain = (one.arch, one.codes, one.blocks, one.select, one.subtract, one.free_norm)
+    if plain != ("mp", "mp", "none", "positive", "selecting", False):
         raise ValueError(f"{folder} holds no coder of plain matching pursuit; name one that is")
     source, _ = sides_of(coder.config)
     with Loader(

@@ -21,6 +21,11 @@ from mptrain.recipe import PURSUITS, BeginAs, CoderConfig, Codes
 from mptrain.sparse import row_of, sparse_decode, strongest
 from mptrain.topk import topk_encode
 
+# what a coder may have been trained with that other codes of it do without
+_NOT_FOR_REFIT = (
+    "detach", "per_step_loss", "multi_topk", "begin_as", "begin_share",
+    "backend", "score_dtype", "shortlist_size", "shortlist_refresh",
+)  # fmt: skip
 _FOLLOW = 0.01  # share of a batch in the running threshold
 
 
@@ -30,13 +35,9 @@ class Code(NamedTuple):
     idx_BK: Tensor
     "int64 latents, in the order of the pursuit for mp; -1: unused"
     val_BK: Tensor
-    "values: 0 where unused, else positive but for signed mp, mp by magnitude, and omp"
+    "values: 0 where unused; positive but for select signed and magnitude, and for omp"
     residual_BD: Tensor | None
     "what the pursuit left of the input (mp only)"
-
-    def first(self, entries: int) -> "Code":
-        """The first entries of each row alone."""
-        return Code(self.idx_BK[:, :entries], self.val_BK[:, :entries], None)
 
 
 class Coder(nn.Module):
@@ -169,8 +170,8 @@ class Coder(nn.Module):
         """
         if code.residual_BD is None:
             return error_by_encoder(x_BD, self.b_D, *self._encoder(), self.decoder_ME, dead_M)
-        assert self.W_MD is not None
-        return error_by_residual(code.residual_BD.detach(), self.W_MD, self.decoder_ME, dead_M)
+        dictionaries = (*self._dictionaries(None), self.decoder_ME)
+        return error_by_residual(code.residual_BD.detach(), *dictionaries, dead_M)
 
     @torch.no_grad()
     def initialise_(
@@ -227,7 +228,8 @@ class Coder(nn.Module):
         """Remove from the gradient of each unit-norm row its component along the row."""
         for name in self.unit_norm:
             rows = self.get_parameter(name)
-            assert rows.grad is not None
+            if rows.grad is None:
+                continue  # of what an mp coder that begins as another does not use yet
             along_M1 = torch.linalg.vecdot(rows.grad, rows)[:, None]
             rows.grad.addcmul_(rows, along_M1, value=-1)
 
@@ -324,7 +326,8 @@ class Coder(nn.Module):
         if codes != self.config.codes:
             if self.W_MD is None:
                 raise ValueError(f"codes {codes} are for mp coders, got arch {self.config.arch}")
-            replace(self.config, codes=codes)
+            training_only = {name: getattr(CoderConfig, name) for name in _NOT_FOR_REFIT}
+            replace(self.config, codes=codes, **training_only)
         return codes
 
 

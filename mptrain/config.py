@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mptrain.presets import PRESETS
-from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect
+from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect, suits
 
 Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
@@ -100,7 +100,7 @@ class FitConfig(Recipe):
                 **{**self._recipe(kind, arch), **changes},
             )
             for hookpoint, kind, k, expansion, seed, arch in grid
-            for changes in self._variants(arch)
+            for changes in self._variants(kind, arch)
         )
 
     def warnings(self) -> list[str]:
@@ -112,9 +112,11 @@ class FitConfig(Recipe):
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(Recipe) if is_for(f.name, kind, arch)}
 
-    def _variants(self, arch: Arch) -> list[Mapping[str, Any]]:
-        """What each preset changes; they are for pursuits, other coders come once."""
-        return [PRESETS[name] for name in self.preset] if arch in PURSUITS else [{}]
+    def _variants(self, kind: Kind, arch: Arch) -> list[Mapping[str, Any]]:
+        """What each preset that is for such coders changes; other coders than mp come once."""
+        if arch not in PURSUITS:
+            return [{}]
+        return [PRESETS[name] for name in self.preset if suits(PRESETS[name], kind, arch)]
 
     def _refuse_presets(self) -> None:
         for name in self.preset:
@@ -123,15 +125,21 @@ class FitConfig(Recipe):
             for field in PRESETS[name]:
                 if getattr(self, field) != getattr(Recipe, field):
                     raise ValueError(f"preset {name} sets {field}; give one of them, not both")
-        if self.preset != ("mp",) and not any(arch in PURSUITS for arch in self.arch):
-            raise ValueError(f"preset is for mp coders, got arch {','.join(self.arch)}")
+            pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
+            if name != "mp" and not any(suits(PRESETS[name], *pair) for pair in pairs):
+                raise ValueError(
+                    f"preset {name} is for none of kind {','.join(self.kind)} with arch "
+                    f"{','.join(self.arch)}; leave it out, or train other coders too"
+                )
+
+    def _pairs(self) -> list[tuple[Kind, Arch]]:
+        return list(itertools.product(self.kind, self.arch))
 
     def _refuse_useless(self) -> None:
         """Refuse what was set and is for none of the coders."""
-        pairs = list(itertools.product(self.kind, self.arch))
         for field in fields(Recipe):
             is_set = getattr(self, field.name) != field.default
-            if is_set and not any(is_for(field.name, *pair) for pair in pairs):
+            if is_set and not any(is_for(field.name, *pair) for pair in self._pairs()):
                 raise ValueError(no_effect(field.name, ",".join(self.kind), ",".join(self.arch)))
 
 

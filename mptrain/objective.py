@@ -25,7 +25,8 @@ class Objective:
                 f"total_variance must be positive, got {total_variance}; "
                 "a target that does not vary cannot be learned"
             )
-        assert coder.config.input_loss == 0 or input_variance
+        if coder.config.input_loss > 0 and not input_variance:
+            raise ValueError("input_loss needs an input that varies; use input_loss 0")
         self.coder, self.config = coder, coder.config
         self.total_variance, self.input_variance = total_variance, input_variance
 

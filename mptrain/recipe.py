@@ -2,9 +2,9 @@
 which coders, and with each other."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
@@ -46,13 +46,13 @@ class Recipe:
     codes: Codes = "mp"
     "mp values: as steps left them; gp, omp: all fitted anew at each step, by gradient or exactly"
     backend: Backend = "auto"
-    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram to 16384 latents, else direct"
+    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram or direct, by size"
     shortlist_size: int = 64
     "shortlist: best atoms of each row that are looked at between two full searches"
     shortlist_refresh: int = 4
     "shortlist: pursuit steps from one search of all atoms to the next"
     score_dtype: ScoreDtype = "float32"
-    "gram, shortlist: dtype of the scores; of bfloat16 ones the best are scored again in float32"
+    "dtype of gram's matrix, of shortlist's search; the best by bfloat16 are scored in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     select: Select = "positive"
@@ -138,6 +138,15 @@ def is_for(name: str, kind: Kind, arch: Arch) -> bool:
     return arch in _ARCHS.get(name, (arch,))
 
 
+def suits(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
+    """Whether such coders can be changed so: every change has an effect, and a meaning."""
+    apart = changes.get("subtract") == "predicting"
+    needs_apart = changes.get("blocks") in ("selecting", "predicting") and not apart
+    if kind == "sae" and (changes.get("subtract") == "separate" or needs_apart):
+        return False
+    return all(is_for(name, kind, arch) for name in changes)
+
+
 def no_effect(name: str, kinds: str, archs: str) -> str:
     """What to tell of a field that is not for such coders."""
     needed = ",".join(_ARCHS.get(name, PURSUITS)) + (" transcoders" if name == "input_loss" else "")
@@ -185,9 +194,10 @@ def _contradictory(config: CoderConfig) -> Iterator[str]:
         if sum(getattr(config, name) for name in names) > 1:
             yield f"{' and '.join(names)} each change the loss; use one of them"
     if config.begin_as != "mp":
-        yield from _refused(config, f"begin_as {config.begin_as}", ("per_step_loss", "codes"))
+        of_pursuits = ("per_step_loss", "codes", "atom_dropout", "input_loss")
+        yield from _refused(config, f"begin_as {config.begin_as}", of_pursuits)
         if config.begin_as == "groupmax":
-            yield from _refused(config, "begin_as groupmax", ("k_factor",))
+            yield from _refused(config, "begin_as groupmax", ("k_factor", "multi_topk"))
         if config.blocks == "predicting":
             yield "begin_as needs a selecting row for each latent, blocks predicting shares them"
     if config.codes != "mp":

@@ -3,6 +3,8 @@
 Train steps are counted from 0. M latents.
 """
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -40,5 +42,6 @@ def available_latents(config: CoderConfig, latents: int, step: int) -> Tensor | 
     if config.atom_dropout == 0:
         return None
     kept = max(1, round((1 - config.atom_dropout) * latents))
-    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    seed = random.Random(f"{config.seed}:{step}").getrandbits(63)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randperm(latents, generator=generator)[:kept].sort().values

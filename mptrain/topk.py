@@ -90,5 +90,5 @@ def _top(pre_bM: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _group_maxima(pre_bM: Tensor, k: int) -> tuple[Tensor, Tensor]:
     size = pre_bM.shape[1] // k
-    largest = pre_bM.view(-1, k, size).max(2)
+    largest = pre_bM.view(len(pre_bM), k, size).max(2)
     return largest.values, largest.indices + size * torch.arange(k, device=pre_bM.device)

@@ -20,7 +20,7 @@ def parameters(B: int = 4, D: int = 6, M: int = 9) -> tuple[Tensor, ...]:
 def test_nothing_dead_predicts_no_error():
     x, b, W, bias, V = parameters()
     assert error_by_encoder(x, b, W, bias, V, DEAD & ~DEAD) is None
-    assert error_by_residual(x, W, V, DEAD & ~DEAD) is None
+    assert error_by_residual(x, W, W, V, DEAD & ~DEAD) is None
 
 
 def test_encoder_predicts_by_dead_latents_alone():
@@ -37,7 +37,7 @@ def test_encoder_predicts_by_dead_latents_alone():
 
 def test_residual_predicts_by_dead_atoms_alone():
     r, _, W, _, V = parameters()
-    predicted = error_by_residual(r.detach(), W, V, DEAD)
+    predicted = error_by_residual(r.detach(), W, W, V, DEAD)
     assert predicted is not None
     error_hat_BE, scale = predicted
     assert scale == pytest.approx(2 / 3)
@@ -64,7 +64,7 @@ def test_a_fit_never_worsens_the_residual_of_an_sae():
     r_BD, _, W_MD, _, _ = (t.detach() for t in parameters())
     W_MD = W_MD[:1] + 0.01 * W_MD
     W_MD /= W_MD.norm(dim=1, keepdim=True)
-    predicted = error_by_residual(r_BD, W_MD, W_MD, torch.arange(9) > 0)
+    predicted = error_by_residual(r_BD, W_MD, W_MD, W_MD, torch.arange(9) > 0)
     assert predicted is not None
     left_BD = r_BD - predicted[0]
     assert (left_BD.norm(dim=1) <= r_BD.norm(dim=1) + 1e-12).all()
@@ -73,7 +73,7 @@ def test_a_fit_never_worsens_the_residual_of_an_sae():
 
 def test_a_zero_residual_gives_no_nan():
     _, _, W, _, V = parameters()
-    predicted = error_by_residual(torch.zeros(4, 6, dtype=torch.float64), W, V, DEAD)
+    predicted = error_by_residual(torch.zeros(4, 6, dtype=torch.float64), W, W, V, DEAD)
     assert predicted is not None
     predicted[0].sum().backward()
     assert W.grad is not None

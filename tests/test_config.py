@@ -60,8 +60,15 @@ def test_the_grid_gives_each_coder_what_is_for_it():
         ({"codes": "gp", "subtract": "predicting"}, "subtract has no place beside codes gp"),
         ({"preset": ("none",)}, "preset must be one of paper, mp, .*, got none"),
         ({"preset": ("detach",), "detach": True}, "preset detach sets detach; give one of them"),
-        ({"preset": ("detach",), "arch": ("topk",)}, "preset is for mp coders, got arch topk"),
-        ({"preset": ("input-loss",)}, "input_loss has no effect on kind sae"),
+        (
+            {"preset": ("detach",), "arch": ("topk",)},
+            "preset detach is for none of kind sae with",
+        ),
+        (
+            {"preset": ("input-loss",)},
+            "preset input-loss is for none of kind sae with",
+        ),
+        (BEGINS | {"atom_dropout": 0.1}, "atom_dropout has no place beside begin_as topk"),
         (
             {"input_loss": -1.0, "kind": ("transcoder",)},
             "input_loss must be at least 0 and finite",
@@ -87,6 +94,12 @@ def test_presets_are_variants_of_the_mp_coders():
         "h-sae-mp-k4-x64-seed0-detach",
         "h-sae-topk-k4-x64-seed0",
     ]
+
+
+def test_presets_go_to_the_kinds_that_they_are_for():
+    both = config(preset=("mp", "input-loss", "sliced-selecting"), kind=("sae", "transcoder"))
+    assert [(one.kind, one.arch) for one in both.coders()].count(("sae", "mp")) == 1
+    assert [(one.kind, one.arch) for one in both.coders()].count(("transcoder", "mp")) == 3
 
 
 @pytest.mark.parametrize("name", PRESETS)

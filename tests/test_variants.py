@@ -11,7 +11,7 @@ import reference
 from learners import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
 from mptrain.loss import reconstruction_loss
 from mptrain.presets import PRESETS
-from mptrain.recipe import CoderConfig, Recipe, is_for
+from mptrain.recipe import CoderConfig, Recipe, suits
 from mptrain.schedule import available_latents, coded_as, k_at
 from mptrain.train_step import Learner
 
@@ -31,8 +31,7 @@ VARIANTS = [
     replace(base, **PRESETS[name])
     for name in PRESETS
     for base in (BASE, TRANSCODER)
-    if all(is_for(field, base.kind, base.arch) for field in PRESETS[name])
-    and not (base is BASE and name in ("separate", "sliced-selecting", "sliced-predicting"))
+    if suits(PRESETS[name], base.kind, base.arch)
 ]
 VARIANTS += [
     replace(SEPARATE, blocks="predicting"),
@@ -58,6 +57,7 @@ VARIANTS += [
     replace(BASE, free_norm=True, codes="omp"),
     replace(BASE, select="magnitude", codes="omp"),
     replace(FROM_TOPK, begin_as="groupmax", blocks="both"),
+    replace(SEPARATE, begin_as="topk", begin_share=0.05),
     replace(TOPK, k_factor=2.0, k_decay_share=1.0),
 ]
 
@@ -267,6 +267,8 @@ def test_codes_can_be_others_at_inference():
     assert left[0] > left[1] > left[2]
     with pytest.raises(ValueError, match="codes gp are for mp coders, got arch topk"):
         make_learner(TOPK).coder.encode(x_BD, codes="gp")
+    trained_otherwise = replace(BASE, detach=True, backend="gram", multi_topk=True)
+    assert make_learner(trained_otherwise).coder.encode(x_BD, codes="omp").residual_BD is not None
     with pytest.raises(ValueError, match="subtract has no place beside codes omp"):
         make_learner(PREDICTING).coder.encode(x_BD, codes="omp")
 
@@ -292,6 +294,13 @@ def test_blocks_give_each_step_its_own_latents():
     assert coder.V_ME is not None
     assert len(coder.V_ME) == D, "the predicting rows are shared"
     assert torch.equal(coder.encode(x_BD, 2).idx_BK, code.idx_BK[:, :2])
+    assert coder.W_MD is not None
+    with torch.no_grad():
+        coder.W_MD[D : 2 * D] = torch.eye(D)[0]
+        away_BD = (coder.b_D - 10 * torch.eye(D)[0])[None]
+        three, two = coder.encode(away_BD), coder.encode(away_BD, 2)
+    assert three.idx_BK[0, 1] == -1 < three.idx_BK[0, 2], "a block without a match is left out"
+    assert torch.equal(three.idx_BK[:, :2], two.idx_BK)
     with pytest.raises(ValueError, match="k must be at most the number of blocks, 3, got 4"):
         coder.encode(x_BD, 4)
     with pytest.raises(ValueError, match="k must divide the number of latents for blocks"):

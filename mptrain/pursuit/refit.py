@@ -112,7 +112,7 @@ def _choose_(
     val_bK.zero_()
     w_bKD = x_bD.new_zeros(b, K, W_MD.shape[1])
     G_bKK, p_bK = x_bD.new_zeros(b, K, K), x_bD.new_zeros(b, K)
-    floor_b = rule.tolerance * torch.linalg.vector_norm(x_bD, dim=1)
+    floor_b = rule.floor(x_bD)
     for step in range(K):
         atom_b = rule.best(r_bD @ W_MD.T, idx_bK[:, :0])
         w_bD = W_MD.index_select(0, atom_b)

@@ -8,7 +8,7 @@ import torch
 
 from mptrain.recipe import Backend, ScoreDtype
 
-Exact = Literal["direct", "gram", "shortlist"]
+Resolved = Literal["direct", "gram", "shortlist"]
 
 _GRAM_BYTES = 1 << 30  # largest Gram matrix, in float32, that is made unasked
 _CPU_ELEMENTS = 1 << 22  # of one [b, M] score matrix, or [b, S, D] of candidates
@@ -25,7 +25,7 @@ class Search:
     score_dtype: ScoreDtype
 
 
-def resolve(search: Search, latents: int, steps: int, in_blocks: bool) -> Exact:
+def resolve(search: Search, latents: int, steps: int, in_blocks: bool) -> Resolved:
     """What `auto` stands for, where a batch takes `steps` pursuit steps, those of all rows.
 
     `gram` while its matrix takes at most 1 GiB in float32 and costs no more than the steps would

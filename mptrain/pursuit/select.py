@@ -33,7 +33,8 @@ def select(
     From `r = x`, a step is `j = argmax_j <w_j, r>`, `a = max(0, <w_j, r>)`, `r <- r - a u_j`, or
     as `rule` says. Matching pursuit proper has one dictionary of unit-norm atoms, `U = W`.
     A row stops where no correlation is positive or `||r|| <= tolerance ||x||`; its unused steps
-    have index -1 and value 0. A row with a NaN gets NaN values, so that the loss shows it.
+    have index -1 and value 0. In blocks it goes on with the next one, and step t stays entry t.
+    A row with a NaN gets NaN values, so that the loss shows it.
 
     All back ends take `a` from the residual itself and differ in how they find `j`. Returns
     indices, values and the last residual, all in the dtype of `x` but for the indices.
@@ -47,7 +48,8 @@ def select(
         *(torch.split(t, rows) for t in (r_BD, idx_BK, val_BK)), strict=True
     ):
         pursue_rows(r_bD, idx_bK, val_bK)
-        _put_unused_last_(idx_bK, val_bK)
+        if rule.block is None:
+            _put_unused_last_(idx_bK, val_bK)
     return idx_BK, val_BK, r_BD
 
 
@@ -91,7 +93,7 @@ def _by_finder(
     """Step by step, all rows at once.
 
     A stopped row needs no flag: its value is 0, which leaves residual and scores as they are, so
-    it stops again at every later step.
+    it stops again at every later step (in blocks, may go on in a later one).
     """
     finder, floor_b = new_finder(), rule.floor(r_bD)
     K = idx_bK.shape[1]
