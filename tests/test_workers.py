@@ -32,6 +32,12 @@ from stores import files_of, marks_of, small_config, write_corpus
 
 ROWS = {"rows": 2400, "codec": "zstd"}
 
+# Dask's own threads complain of connections that a kill has cut; the store is what is judged
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _workers_start_at_once() -> Iterator[None]:
@@ -150,6 +156,7 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
         collection = Collection(config, path, facts, tokenizer, documents, workforce)
         summary = collection.run(staff.work)
         killer.join()
+        staff.client.wait_for_workers(2, timeout=60)
         now = staff.client.run(os.getpid)
     assert len(now) == 2
     assert len(set(now.values()) & set(pids.values())) == 1
