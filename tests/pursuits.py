@@ -159,13 +159,17 @@ def assert_same_code(
     torch.testing.assert_close(found[2], residual_BD, atol=1e-10, rtol=1e-9)
 
 
-def assert_well_formed(idx_BK: Tensor, val_BK: Tensor) -> None:
-    """Unused entries are -1 and 0, and come last."""
+def assert_well_formed(idx_BK: Tensor, val_BK: Tensor, block: int | None = None) -> None:
+    """Unused entries are -1 and 0, and come last; with blocks, entry t is of the block of step t."""
     assert idx_BK.dtype == torch.int64
     used_BK = idx_BK >= 0
     assert (idx_BK >= -1).all()
     assert (used_BK == (val_BK != 0)).all()
-    assert (used_BK[:, 1:] <= used_BK[:, :-1]).all()
+    if block is None:
+        assert (used_BK[:, 1:] <= used_BK[:, :-1]).all()
+    else:
+        step_K = torch.arange(idx_BK.shape[1])
+        assert ((idx_BK // block == step_K) | ~used_BK).all()
 
 
 def explained(idx_BK: Tensor, val_BK: Tensor, U_MD: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_equals_reference(
     assume(not hangs_on_noise(rule, torch.from_numpy(expected.val_BK)))
     for way in ways(EXACT, layout.in_blocks):
         found = run_select(way, x_BD, W_MD, U_MD, k, rule)
-        assert_well_formed(*found[:2])
+        assert_well_formed(*found[:2], rule.block)
         assume(not hangs_on_noise(rule, found[1]))
         assert_same_code(found, expected, k * sizes["M"])
 
