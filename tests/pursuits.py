@@ -160,7 +160,7 @@ def assert_same_code(
 
 
 def assert_well_formed(idx_BK: Tensor, val_BK: Tensor, block: int | None = None) -> None:
-    """Unused entries are -1 and 0, and come last; with blocks, entry t is of the block of step t."""
+    """Unused entries are -1 and 0, and come last; with blocks, each is of the block of its step."""
     assert idx_BK.dtype == torch.int64
     used_BK = idx_BK >= 0
     assert (idx_BK >= -1).all()
