@@ -1,7 +1,5 @@
 """Train a grid of coders in one pass over a store; the same command goes on where it stopped."""
 
-import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +15,8 @@ from mptrain.config import FitConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of
 from mptrain.interrupt import held_interrupt
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
-from mptrain.metrics import Record, append, rewind
+from mptrain.metrics import append, rewind
+from mptrain.observe import in_short, record_of
 from mptrain.runs import Run, open_run
 from mptrain.suited import refuse_unsuited
 from mptrain.train_step import StepResult
@@ -98,7 +97,7 @@ class Fitting:
         is_due = is_evaluated or step % self.config.log_every == 0
         self._log(step, is_due, results, evaluations)
         if is_due:
-            self._show(results, bar)
+            bar.set_postfix_str(in_short(self.trainees, results, self._waited))
 
     def _train(self, batch: Batch) -> list[StepResult | None]:
         return [
@@ -152,45 +151,20 @@ class Fitting:
         evaluations: Sequence[Evaluation | None],
     ) -> None:
         """A record of each coder where one is due, and a last one of those that diverge here."""
+        rows = step * self.config.batch_rows
         for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
             just_diverged = trainee.diverged and result is not None
             if just_diverged or (is_due and not trainee.diverged):
-                append(self.run.metrics, self._record(step, trainee, result, evaluation))
+                record = record_of(step, rows, trainee, result, evaluation, self._waited)
+                append(self.run.metrics, record)
 
-    def _show(self, results: Sequence[StepResult | None], bar: "tqdm[Any]") -> None:
-        fvus = [float(result.fvu) for result in results if result is not None]
-        if fvus:
-            bar.set_postfix_str(
-                f"FVU {min(fvus):.3f} to {max(fvus):.3f}, wait {self._wait_share():.0%}"
-            )
-
-    def _record(
-        self, step: int, trainee: Trainee, result: StepResult | None, evaluation: Evaluation | None
-    ) -> Record:
-        rows = step * self.config.batch_rows
-        validation_fvu = None if evaluation is None else evaluation.fvu
-        return Record(
-            coder=trainee.config.name,
-            step=step,
-            rows=rows,
-            train_seconds=trainee.train_seconds,
-            wait_seconds=self.waited_before + self.train.wait_seconds,
-            fvu=math.nan if result is None else float(result.fvu),
-            validation_fvu=math.nan if trainee.diverged else validation_fvu,
-            l0=math.nan if result is None else float(result.l0),
-            dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
-            lr=trainee.lr,
-            rows_per_second=trainee.rows_per_second(rows),
-            peak_memory_bytes=peak_memory_bytes(self.device),
-        )
-
-    def _wait_share(self) -> float:
-        waited = self.waited_before + self.train.wait_seconds
-        return waited / (waited + sum(trainee.train_seconds for trainee in self.trainees))
+    @property
+    def _waited(self) -> float:
+        return self.waited_before + self.train.wait_seconds
 
     def _save(self, step: int) -> None:
         about = {
-            "waited": self.waited_before + self.train.wait_seconds,
+            "waited": self._waited,
             "train_seconds": {t.config.name: t.train_seconds for t in self.trainees},
             "diverged": [t.config.name for t in self.trainees if t.diverged],
         }
@@ -248,16 +222,6 @@ class Fitting:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of the device's allocations on a GPU, of the process's resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _loader(

@@ -23,6 +23,7 @@ from mptrain.config import FitConfig
 from mptrain.evaluate import Evaluation, evaluate_coder
 from mptrain.fit import fit
 from mptrain.metrics import Record, read_records
+from mptrain.observe import peak_memory_bytes
 from stores import small_store
 
 BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "rows_per_second": 0.0, "peak_memory_bytes": 0}
@@ -443,7 +444,7 @@ def test_memory_is_in_bytes_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, found = torch.device("cpu"), {}
     for platform in ("linux", "darwin"):
         monkeypatch.setattr(sys, "platform", platform)
-        found[platform] = fit_stage.peak_memory_bytes(cpu)
+        found[platform] = peak_memory_bytes(cpu)
     assert found["linux"] > 512 * found["darwin"]
 
 
