@@ -133,7 +133,7 @@ def _stored(folder: Path, store: Path, config: BenchConfig) -> tuple[Tensor, Cod
 
 
 def _plain(config: CoderConfig, changes: dict[str, object]) -> CoderConfig:
-    kept = {name: getattr(config, name) for name in ("hookpoint", "arch", "expansion")}
+    kept = {name: getattr(config, name) for name in ("hookpoint", "arch", "expansion", "latents")}
     return CoderConfig(**{**kept, **changes})
 
 

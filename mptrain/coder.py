@@ -63,7 +63,7 @@ class Coder(nn.Module):
 
     def __init__(self, config: CoderConfig, input_width: int, target_width: int) -> None:
         super().__init__()
-        D, E, M = input_width, target_width, config.expansion * input_width
+        D, E, M = input_width, target_width, config.latents_of(input_width)
         sae, skip = config.kind == "sae", config.kind == "skip-transcoder"
         mp, batch = config.arch in PURSUITS, config.arch.startswith("batch-")
         if sae and D != E:
@@ -307,8 +307,8 @@ class Coder(nn.Module):
             raise ValueError(f"k must be at least 1, got {k}")
         if k > self.latents:
             raise ValueError(
-                f"k must be at most the number of latents, got k={k}, latents={self.latents} "
-                f"(expansion {self.config.expansion}); use a smaller k or a larger expansion"
+                f"k must be at most the number of latents, got k={k}, latents={self.latents}; "
+                "use a smaller k or more latents"
             )
         in_blocks = self.config.blocks != "none"
         trains_in_parts = k == self.config.k and (in_blocks or self.config.begin_as == "groupmax")

@@ -11,6 +11,7 @@ from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no
 Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
 _LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
+_MAY_BE_EMPTY = ("latents", "lr")
 _LEAST = {
     "rows": 1,
     "batch_rows": 1,
@@ -42,6 +43,10 @@ class FitConfig(Recipe):
     "pursuit steps or active latents per row"
     expansion: tuple[int, ...] = (64,)
     "latents per dimension of the input"
+    latents: tuple[int, ...] = ()
+    "numbers of latents, in place of --expansion"
+    lr: tuple[float, ...] = ()
+    "peak learning rates; none: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
     seed: tuple[int, ...] = (0,)
     "seeds of the initial weights; the order of rows has its own seed"
     preset: tuple[str, ...] = ("mp",)
@@ -74,7 +79,15 @@ class FitConfig(Recipe):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in _LISTS:
-            _refuse_empty_or_twice(name, getattr(self, name))
+            _refuse_empty(name, getattr(self, name))
+        for name in (*_LISTS, *_MAY_BE_EMPTY):
+            _refuse_twice(name, getattr(self, name))
+        if self.latents and self.expansion != FitConfig.expansion:
+            raise ValueError(
+                f"latents and expansion each say how many latents there are, got latents="
+                f"{','.join(map(str, self.latents))}, expansion="
+                f"{','.join(map(str, self.expansion))}; give one of them"
+            )
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
@@ -87,7 +100,13 @@ class FitConfig(Recipe):
     def coders(self) -> tuple[CoderConfig, ...]:
         """The grid: the product of all fields that take several values."""
         grid = itertools.product(
-            self.hookpoints, self.kind, self.k, self.expansion, self.seed, self.arch
+            self.hookpoints,
+            self.kind,
+            self.k,
+            self._sizes,
+            self.lr or (None,),
+            self.seed,
+            self.arch,
         )
         return tuple(
             CoderConfig(
@@ -95,11 +114,12 @@ class FitConfig(Recipe):
                 kind=kind,
                 arch=arch,
                 k=k,
-                expansion=expansion,
+                lr=lr,
                 seed=seed,
+                **size,
                 **{**self._recipe(kind, arch), **changes},
             )
-            for hookpoint, kind, k, expansion, seed, arch in grid
+            for hookpoint, kind, k, size, lr, seed, arch in grid
             for changes in self._variants(kind, arch)
         )
 
@@ -107,6 +127,12 @@ class FitConfig(Recipe):
         """What may not be meant, to be told before a run starts."""
         free = [coder.name for coder in self.coders() if coder.free_norm]
         return [f"{name}: with free_norm a step can enlarge the residual" for name in free]
+
+    @property
+    def _sizes(self) -> list[dict[str, Any]]:
+        if self.latents:
+            return [{"latents": count} for count in self.latents]
+        return [{"expansion": factor} for factor in self.expansion]
 
     def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
@@ -191,9 +217,12 @@ class BenchConfig:
             raise ValueError("coder and store go together; give both, or neither")
 
 
-def _refuse_empty_or_twice(name: str, values: tuple[object, ...]) -> None:
+def _refuse_empty(name: str, values: tuple[object, ...]) -> None:
     if not values:
         raise ValueError(f"{name} is empty; name at least one value")
+
+
+def _refuse_twice(name: str, values: tuple[object, ...]) -> None:
     if len(set(values)) < len(values):
         told = ",".join(map(str, values))
         raise ValueError(f"{name} must name each value once, got {told}")

@@ -39,8 +39,6 @@ class Recipe:
 
     optimizer: Optimizer = "muon"
     "muon: for matrices, with Adam for vectors; adam: for all"
-    lr: float | None = None
-    "peak learning rate; None: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
     warmup_share: float = 0.02
     "share of the train steps in which the learning rate rises linearly"
     codes: Codes = "mp"
@@ -105,10 +103,14 @@ class CoderConfig(Recipe):
     "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
     k: int
     "pursuit steps (mp) or active latents (topk) per row"
-    expansion: int
+    expansion: int | None = None
     "latents per dimension of the input"
+    latents: int | None = None
+    "number of latents, in place of expansion"
     seed: int = 0
     "seed of the initial weights"
+    lr: float | None = None
+    "peak learning rate; None: by the optimizer's rule"
 
     def __post_init__(self) -> None:
         for wrong in (*_out_of_range(self), *_alone(self), *_contradictory(self)):
@@ -117,10 +119,10 @@ class CoderConfig(Recipe):
     @property
     def name(self) -> str:
         """Every field that is not default; the name of its folder in a run."""
-        head = (
-            f"{self.hookpoint}-{self.kind}-{self.arch}-k{self.k}-x{self.expansion}-seed{self.seed}"
-        )
-        named = {"hookpoint", "kind", "arch", "k", "expansion", "seed"}
+        size = f"x{self.expansion}" if self.latents is None else f"latents{self.latents}"
+        head = f"{self.hookpoint}-{self.kind}-{self.arch}-k{self.k}-{size}-seed{self.seed}"
+        head += "" if self.lr is None else f"-lr{self.lr:g}"
+        named = {"hookpoint", "kind", "arch", "k", "expansion", "latents", "seed", "lr"}
         rest = [
             _named(f.name, getattr(self, f.name))
             for f in fields(self)
@@ -129,6 +131,13 @@ class CoderConfig(Recipe):
             and getattr(self, f.name) != f.default
         ]
         return "-".join([head, *rest])
+
+    def latents_of(self, input_width: int) -> int:
+        """How many latents it has on an input of that width."""
+        if self.latents is not None:
+            return self.latents
+        assert self.expansion is not None
+        return self.expansion * input_width
 
 
 def is_for(name: str, kind: Kind, arch: Arch) -> bool:
@@ -154,9 +163,13 @@ def no_effect(name: str, kinds: str, archs: str) -> str:
 
 
 def _out_of_range(config: CoderConfig) -> Iterator[str]:
-    for name in ("k", "expansion", "dead_rows", "shortlist_size", "shortlist_refresh"):
-        if getattr(config, name) < 1:
-            yield f"{name} must be at least 1, got {getattr(config, name)}"
+    counts = ("k", "expansion", "latents", "dead_rows", "shortlist_size", "shortlist_refresh")
+    for name in counts:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            yield f"{name} must be at least 1, got {value}"
+    if (config.expansion is None) == (config.latents is None):
+        yield "expansion and latents each say how many latents there are; give one of them"
     if config.lr is not None and not 0 < config.lr < math.inf:
         yield f"lr must be positive and finite, got {config.lr}"
     for name in ("auxk_alpha", "input_loss"):

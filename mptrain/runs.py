@@ -59,7 +59,9 @@ def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
     stored = json.loads(file.read_bytes())
     pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted["fit"].items() if n not in _FREE]
     pairs += [("store_fingerprint", stored["store_fingerprint"], wanted["store_fingerprint"])]
-    different = [f"{name}: {old} there, {new} asked" for name, old, new in pairs if old != new]
+    different = [
+        f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new
+    ]
     if different:
         raise ValueError(
             f"{file.parent} is a run with another config ({'; '.join(different)}); "
@@ -70,3 +72,10 @@ def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
             f"{file.parent} cannot go on: the store has other parts than when the run began; "
             "name another run"
         )
+
+
+def _told(value: Any) -> str:
+    """A value of a JSON file as one would write it on the command line."""
+    if value is None or value == []:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -251,7 +251,7 @@ def test_fit_refuses_another_config_in_the_same_run(place: Path, tmp_path: Path)
     fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
     assert CliRunner().invoke(mptrain, [*fit, *FIT]).exit_code == 0
     told = one_line(CliRunner().invoke(mptrain, [*fit, *FIT, "--lr", "0.5"]))
-    assert "lr: None there, 0.5 asked" in told
+    assert "lr: none there, 0.5 asked" in told
 
 
 def test_fit_stops_on_a_flipped_byte(place: Path, tmp_path: Path) -> None:

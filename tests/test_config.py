@@ -19,13 +19,29 @@ def config(**changes: Any) -> FitConfig:
 def test_the_grid_gives_each_coder_what_is_for_it():
     """Settings that are not for a coder are in neither its config nor its name."""
     kinds = ("sae", "transcoder")
-    names = [c.name for c in config(kind=kinds, detach=True, input_loss=0.5, lr=1.0).coders()]
+    names = [c.name for c in config(kind=kinds, detach=True, input_loss=0.5, lr=(1.0,)).coders()]
     assert names == [
         "h-sae-mp-k4-x64-seed0-lr1-detach",
         "h-sae-topk-k4-x64-seed0-lr1",
         "h-transcoder-mp-k4-x64-seed0-lr1-detach-input-loss0.5",
         "h-transcoder-topk-k4-x64-seed0-lr1",
     ]
+
+
+def test_learning_rates_and_sizes_are_axes_of_the_grid():
+    names = [c.name for c in config(arch=("mp",), latents=(8, 16), lr=(1e-3, 1e-2)).coders()]
+    assert names == [
+        "h-sae-mp-k4-latents8-seed0-lr0.001",
+        "h-sae-mp-k4-latents8-seed0-lr0.01",
+        "h-sae-mp-k4-latents16-seed0-lr0.001",
+        "h-sae-mp-k4-latents16-seed0-lr0.01",
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"expansion": 2, "latents": 32}], ids=["neither", "both"])
+def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
+    with pytest.raises(ValueError, match="expansion and latents each say how many"):
+        CoderConfig(hookpoint="h", kind="sae", arch="mp", k=2, **changes)
 
 
 @pytest.mark.parametrize(

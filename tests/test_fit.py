@@ -127,7 +127,7 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
         {"seed": (1,)},
         {"order_seed": 1},
         {"window_rows": 32},
-        {"lr": 0.01},
+        {"lr": (0.01,)},
         {"warmup_share": 0.5},
         {"optimizer": "adam"},
         {"batch_rows": 32},
@@ -135,6 +135,7 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
         {"skip_positions": 3},
         {"k": (2,)},
         {"expansion": (3,)},
+        {"expansion": FitConfig.expansion, "latents": (40,)},
         {"kind": ("transcoder",)},
         {"tolerance": 0.9, "arch": ("mp",)},
         {"auxk_alpha": 0.0, "dead_rows": 1, "arch": ("topk",)},
@@ -357,8 +358,8 @@ def test_a_final_fvu_that_is_no_number_is_a_divergence(
     [
         ({"skip_positions": -1}, "skip_positions must be at least 0, got -1"),
         ({"order_seed": -1}, "order_seed must be at least 0, got -1"),
-        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"lr": (0.0,)}, "lr must be positive and finite, got 0.0"),
+        ({"lr": (math.nan,)}, "lr must be positive and finite, got nan"),
         ({"auxk_alpha": -0.5}, "auxk_alpha must be at least 0 and finite, got -0.5"),
         ({"hookpoints": ()}, "hookpoints is empty"),
         ({"kind": ()}, "kind is empty"),
@@ -366,6 +367,9 @@ def test_a_final_fvu_that_is_no_number_is_a_divergence(
         ({"k": ()}, "k is empty"),
         ({"expansion": ()}, "expansion is empty"),
         ({"seed": ()}, "seed is empty"),
+        ({"lr": (1.0, 1.0)}, "lr must name each value once, got 1.0,1.0"),
+        ({"latents": (32,)}, "got latents=32, expansion=2; give one of them"),
+        ({"latents": (0,), "expansion": (64,)}, "latents must be at least 1, got 0"),
         ({"k": (16, 16)}, "k must name each value once, got 16,16"),
         ({"hookpoints": ("a", "b", "a")}, "hookpoints must name each value once, got a,b,a"),
     ],
@@ -414,8 +418,8 @@ def test_a_store_that_grew_ends_the_run_in_words(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other parts than when the run began") as error:
         fit(config(store, tmp_path / "run", rows=64))
     assert "order_digest" not in str(error.value)
-    with pytest.raises(ValueError, match=r"lr: None there, 0\.5 asked"):
-        fit(config(store, tmp_path / "run", rows=64, lr=0.5))
+    with pytest.raises(ValueError, match=r"lr: none there, 0\.5 asked"):
+        fit(config(store, tmp_path / "run", rows=64, lr=(0.5,)))
 
 
 def test_a_coder_is_evaluated_on_its_own_store_only(store: str, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ CASES: dict[str, list[tuple[CoderConfig, Any]]] = {
     ],
     "k": [(BASE, 4), (BATCH, 4), (TOPK, 4)],
     "expansion": [(BASE, 4)],
+    "latents": [(replace(BASE, expansion=None, latents=36), 48)],
     "seed": [(BASE, 1)],
 }  # fmt: skip
 
