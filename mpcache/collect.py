@@ -90,7 +90,7 @@ def collect(
         OSError: disk or network; what was committed stays.
         KeyboardInterrupt: as it comes; what was committed stays.
     """
-    if workforce.workers or workforce.scheduler:
+    if workforce.is_wanted:
         return _collect_with_workers(config, path, workforce, quiet)
     loaded = load(config)
     documents = open_documents(config, loaded.tokenizer)

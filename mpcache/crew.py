@@ -5,29 +5,21 @@ harmless, because parts are committed create-only: nothing here has to know who 
 """
 
 import contextlib
-import logging
-import multiprocessing
 import os
-import signal
-import sys
 import threading
 import uuid
-import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import dask
 import torch
-from distributed.client import Client, Future, as_completed
-from distributed.deploy.local import LocalCluster
+from distributed.client import Future, as_completed
 from distributed.scheduler import KilledWorker
-from distributed.utils import get_mp_context
 
 from mpcache import remote
+from mpcache.cluster import connected
 from mpcache.config import CollectConfig
 from mpcache.format import read_store_file
 from mpcache.jobs import Job, Missing, Progress
@@ -36,13 +28,9 @@ from mpcache.station import Facts
 from mpcache.workforce import Workforce
 
 TRIES = 3
-# forked workers would start in no time, but hang where OpenMP has several threads, and cannot use
-# CUDA; tests, which compute in one thread, set "forkserver"
-START_METHOD = "spawn"
 _THREADS = 2  # of a worker: one part is read while the one before is written
 _AHEAD = 64  # tasks that the scheduler has at least; few enough to end soon after Ctrl-C
 _ENDING = 30.0  # seconds that parts in hand get after Ctrl-C or an error
-_CONNECT = 30.0
 
 
 class Crew:
@@ -67,32 +55,13 @@ class Crew:
         self.broken: dict[str, Failure] = {}
 
     def __enter__(self) -> "Crew":
-        with self.exits:
-            self.client = self._connect()
-            hint = "" if find_spec("bokeh") else " (its pages need bokeh: pip install bokeh)"
-            self._say(f"dashboard: {self.client.dashboard_link}{hint}")
-            self._await_workers()
-            self.exits = self.exits.pop_all()
+        self.client = self.exits.enter_context(
+            connected(self.workforce, threads=_THREADS, preload="mpcache.remote", quiet=self.quiet)
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
         self.exits.close()
-
-    def _connect(self) -> Client:
-        address: Any = self.workforce.scheduler
-        if address is None:
-            assert self.workforce.workers is not None
-            address = self.exits.enter_context(_local_cluster(self.workforce.workers))
-        try:
-            client = Client(address, timeout=_CONNECT, set_as_default=False)
-        except (OSError, TimeoutError) as error:
-            raise ConnectionError(f"no Dask scheduler answers at {address}: {error}") from error
-        return self.exits.enter_context(client)
-
-    def _await_workers(self) -> None:
-        if not self.addresses():
-            self._say(f"waiting for workers of {self.workforce.scheduler}")
-            self.client.wait_for_workers(1)
 
     def addresses(self) -> list[str]:
         """Of the workers there are now, without those that cannot serve."""
@@ -205,10 +174,6 @@ class Crew:
             for _ in as_completed(list(pending), loop=self.client.loop, timeout=_ENDING):
                 pass
 
-    def _say(self, line: str) -> None:
-        if not self.quiet:
-            sys.stderr.write(line + "\n")
-
 
 class _Shown:
     """Reports of the workers -> the bar. A late report must not undo a part that is done."""
@@ -269,44 +234,3 @@ def _devices(config: CollectConfig, workers: int) -> tuple[str, ...]:
     if workers > count:
         raise ValueError(f"workers must not exceed the GPUs here, {count}, got {workers}")
     return tuple(f"cuda:{number}" for number in range(workers))
-
-
-@contextlib.contextmanager
-def _local_cluster(workers: int) -> Iterator[LocalCluster]:
-    settings = {
-        "distributed.worker.multiprocessing-method": START_METHOD,
-        "distributed.comm.timeouts.connect": _CONNECT,
-    }
-    with dask.config.set(settings), _interrupts_ignored(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Port .* is already in use")
-        get_mp_context()  # sets its own preload, once
-        if START_METHOD == "forkserver":
-            multiprocessing.get_context(START_METHOD).set_forkserver_preload(["mpcache.remote"])
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=_THREADS,
-            processes=True,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:8787",
-            memory_limit=0,  # Dask would pause workers for what the model takes
-            silence_logs=logging.CRITICAL,
-            preload=["mpcache.remote"],
-        )
-    with dask.config.set(settings), cluster:
-        yield cluster
-
-
-@contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes that start meanwhile ignore Ctrl-C: it is for the command, which then stops them.
-
-    A terminal sends it to all of them, and they would end in the middle of a part.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -6,7 +6,6 @@ Tasks give back what happened instead of raising it, so that no exception has to
 import contextlib
 import errno
 import functools
-import signal
 import socket
 import threading
 import time
@@ -110,13 +109,8 @@ def stop(run: str) -> None:
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by Dask in workers of this machine, which share the command's terminal.
-
-    Ctrl-C is for the command, which then stops us, and so is the place of the bar.
-    """
+    """Called by Dask in workers of this machine: the terminal has room for one bar alone."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Workshop:

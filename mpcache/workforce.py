@@ -1,7 +1,10 @@
-"""Who does the work of a collection. Nothing of it changes what a store holds."""
+"""Who does the work on a store. Nothing of it changes what the store holds."""
 
+import os
 import re
 from dataclasses import dataclass
+
+_MOST_THREADS = 8  # by default: more parts in memory help no disk
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,13 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workforce:
-    """Where the model runs; without any of these, in the calling process."""
+class Cluster:
+    """Processes that share the work; without either of these, it is done by the calling one."""
 
     workers: int | None = None
-    "collect with so many processes on this machine: one a GPU, or dividing the cores among them"
+    "share the work among so many processes on this machine"
     scheduler: str | None = None
-    "collect with the workers of the Dask cluster whose scheduler has this address"
-    share: str | None = None
-    "collect the i-th of n disjoint shares alone, written i/n from 1/n to n/n; for array jobs"
+    "share the work among the workers of the Dask cluster whose scheduler has this address"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -38,6 +39,26 @@ class Workforce:
             raise ValueError(
                 f"scheduler must be an address such as tcp://host:8786, got {self.scheduler!r}"
             )
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether any process but the calling one is to work."""
+        return bool(self.workers or self.scheduler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workforce(Cluster):
+    """Where the model of a collection runs."""
+
+    workers: int | None = None
+    "collect with so many processes on this machine: one a GPU, or dividing the cores among them"
+    scheduler: str | None = None
+    "collect with the workers of the Dask cluster whose scheduler has this address"
+    share: str | None = None
+    "collect the i-th of n disjoint shares alone, written i/n from 1/n to n/n; for array jobs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.parts
 
     @property
@@ -54,3 +75,27 @@ class Workforce:
                 "array from 1"
             )
         return Share(int(number), int(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hands(Cluster):
+    """What goes over the parts of a store that is there."""
+
+    threads: int | None = None
+    "parts worked on at a time in each process; memory is that of one part times this"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+        if self.threads is not None and self.scheduler is not None:
+            raise ValueError(
+                "threads and scheduler exclude each other; start its workers with --nthreads"
+            )
+
+    @property
+    def at_a_time(self) -> int:
+        """Parts in work in one process of this machine."""
+        if self.threads is not None:
+            return self.threads
+        return 1 if self.workers else min(_MOST_THREADS, os.cpu_count() or 1)

@@ -19,6 +19,7 @@ from distributed.client import Client
 from typer.testing import CliRunner
 
 from cli.mpcache import app
+from mpcache import cluster as cluster_stage
 from mpcache import collect as collect_stage
 from mpcache import crew, objects, station
 from mpcache.collect import Collection, collect
@@ -42,14 +43,17 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def _workers_start_at_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(crew, "START_METHOD", "forkserver")
+        patch.setattr(cluster_stage, "START_METHOD", "forkserver")
         yield
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Client]:
     """A Dask cluster that somebody else started, and that outlives commands."""
-    with crew._local_cluster(2) as local, Client(local, set_as_default=False) as one:
+    with (
+        cluster_stage.local_cluster(2, 2, "mpcache.remote") as local,
+        Client(local, set_as_default=False) as one,
+    ):
         yield one
 
 
@@ -217,7 +221,7 @@ def test_chaos(tmp_path: Path) -> None:
 def collect_with_four(config: CollectConfig, path: Path) -> None:
     # a child may use the server that forked it, its documentation says, but starts one of its own:
     # that would import everything anew for each of these commands
-    crew.START_METHOD = "forkserver"
+    cluster_stage.START_METHOD = "forkserver"
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running
     collect(config, path, Workforce(workers=4))
 
@@ -426,7 +430,7 @@ def test_useless_options(tmp_path: Path, options: list[str], told: str) -> None:
 
 
 def test_a_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_CONNECT", 1.0)
+    monkeypatch.setattr(cluster_stage, "CONNECT", 1.0)
     with pytest.raises(ConnectionError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         collect(
             small_config(tmp_path), tmp_path / "store", Workforce(scheduler="tcp://127.0.0.1:9")
