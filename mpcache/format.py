@@ -1,5 +1,7 @@
 """Store format, version 1: every name, path, array and file form of a store is decided here.
 
+How the values of an array become bytes, and these values again, is decided in mpcache.arrays.
+
     STORE/store.json                              what the store is made from, sealed
     STORE/arrays.zarr/<array>                     one Zarr v3 group
     STORE/marks/<part>/<array>.json               commit mark of one array's part, sealed
@@ -8,33 +10,23 @@ A mark's array is `tokens`, `rows/sequence`, `rows/position` or `acts/<hookpoint
 has two companions, `norms/...` and `moments/...`, that are committed by the same mark.
 """
 
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-import google_crc32c
-import numcodecs
-import numpy as np
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import MemoryStore
-
+from mpcache.arrays import ArraySpec
 from mpcache.config import Codec, Split, split_of
 from mpcache.guard import DamagedStoreError, is_acts, is_part, locate
 
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
-GROUP = "arrays.zarr"
 MARKS = "marks"
 TOKENS = "tokens"
 SEQUENCE = "rows/sequence"
 POSITION = "rows/position"
-_CHECKSUM_BYTES = 4
 ZARR_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 _TOKEN_DTYPES = ("uint8", "uint16", "uint32", "uint64")
 _LARGEST = 1 << 31  # of any count in a layout; rows/sequence is uint32
@@ -74,72 +66,6 @@ class Layout:
         return split_of(part, self.validation_every)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArraySpec:
-    """One Zarr array: a part is one object (a shard, or a lone chunk) along the first axis."""
-
-    name: str
-    dtype: str
-    part_shape: tuple[int, ...]
-    chunk: int
-    codec: Codec = "none"
-    attributes: tuple[tuple[str, str], ...] = field(default=())
-
-    def encode(self, values: np.ndarray) -> Iterator[bytes]:
-        """The object that holds one part, `part_shape` values, byte for byte as Zarr writes it.
-
-        Comes in pieces that stay in the processor's cache, and is made in the caller's thread
-        alone: several times faster than through Zarr. Never leaves out what is all zeros.
-        """
-        ends = [0]
-        for piece in np.split(values, range(self.chunk, self.part_shape[0], self.chunk)):
-            data = self._encode_chunk(piece)
-            ends.append(ends[-1] + len(data) + _CHECKSUM_BYTES)
-            yield data
-            yield crc32c(data)
-        if self.chunk < self.part_shape[0]:  # a shard ends with the index of its chunks
-            spans = np.stack([ends[:-1], np.diff(ends)], axis=1)
-            index = spans.astype("<u8").tobytes()
-            yield index
-            yield crc32c(index)
-
-    def _encode_chunk(self, values: np.ndarray) -> bytes:
-        little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
-        if self.codec == "none":
-            return little.tobytes()
-        # bit shuffle gathers the exponent bits of neighbouring values: that is what compresses here
-        blosc = numcodecs.Blosc(self.codec, clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
-        return bytes(blosc.encode(little))
-
-    def object_path(self, part: int) -> str:
-        """Path in the store of the object that holds a part."""
-        indices = [part, *[0] * (len(self.part_shape) - 1)]
-        return f"{GROUP}/{self.name}/c/{'/'.join(map(str, indices))}"
-
-    @property
-    def metadata_path(self) -> str:
-        return f"{GROUP}/{self.name}/zarr.json"
-
-    @functools.lru_cache(maxsize=256)  # noqa: B019  specs are few and live as long as the process
-    def metadata(self, parts: int) -> dict[str, bytes]:
-        """The `zarr.json` files, of the array and the groups above it, that `parts` parts imply."""
-        memory = MemoryStore()
-        zarr.create_array(
-            memory,
-            name=self.name,
-            shape=(parts * self.part_shape[0], *self.part_shape[1:]),
-            chunks=(self.chunk, *self.part_shape[1:]),
-            shards=self.part_shape if self.chunk != self.part_shape[0] else None,
-            dtype=self.dtype,
-            compressors=[*_compressors(self.codec), Crc32cCodec()],
-            filters=None,
-            fill_value=0,
-            attributes=dict(self.attributes),
-        )
-        files = {f"{GROUP}/{key}": value.to_bytes() for key, value in memory._store_dict.items()}
-        return {**files, self.metadata_path: files.pop(self.metadata_path)}  # groups come first
-
-
 def check_metadata(path: Path, spec: ArraySpec) -> int:
     """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
     file = locate(path, spec.metadata_path)
@@ -157,17 +83,6 @@ def check_metadata(path: Path, spec: ArraySpec) -> int:
     if rest or found != implied or data not in spellings:
         raise DamagedStoreError(f"{file} is damaged: it is not what {path} needs")
     return int(parts)
-
-
-def crc32c(data: bytes) -> bytes:
-    """The checksum that Zarr's `crc32c` codec puts behind data."""
-    return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
-
-
-def _compressors(codec: Codec) -> list[BloscCodec]:
-    if codec == "none":
-        return []
-    return [BloscCodec(cname=codec, clevel=1, shuffle="bitshuffle")]
 
 
 def acts(hookpoint: str, side: str) -> str:

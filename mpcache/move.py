@@ -16,8 +16,8 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
+from mpcache.arrays import GROUP
 from mpcache.format import (
-    GROUP,
     MARKS,
     STORE_FILE,
     check_metadata,

@@ -9,14 +9,13 @@ from dask.base import compute
 from dask.delayed import delayed
 from tqdm import tqdm
 
+from mpcache.arrays import GROUP, ArraySpec
 from mpcache.format import (
-    GROUP,
     MARKS,
     POSITION,
     SEQUENCE,
     STORE_FILE,
     TOKENS,
-    ArraySpec,
     check_metadata,
     committed_length,
     mark_path,

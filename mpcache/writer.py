@@ -26,12 +26,11 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from mpcache.arrays import GROUP, ArraySpec
 from mpcache.format import (
-    GROUP,
     POSITION,
     SEQUENCE,
     TOKENS,
-    ArraySpec,
     Layout,
     check_mark,
     check_metadata,
