@@ -26,31 +26,13 @@ _LEAST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig(Recipe):
-    """A run: the grid of coders trained in one pass over a store."""
+class RunConfig:
+    """A pass over a store: its rows, and how what is trained on them is watched and saved."""
 
     store: str
     "store to train from"
     run: str
     "folder of the run; made if it is missing"
-    hookpoints: tuple[str, ...]
-    "hookpoints of the store to train on"
-    kind: tuple[Kind, ...] = ("sae",)
-    "kinds of coder"
-    arch: tuple[Arch, ...] = ("mp", "topk")
-    "architectures"
-    k: tuple[int, ...] = (64,)
-    "pursuit steps or active latents per row"
-    expansion: tuple[int, ...] = (64,)
-    "latents per dimension of the input"
-    latents: tuple[int, ...] = ()
-    "numbers of latents, in place of --expansion"
-    lr: tuple[float, ...] = ()
-    "peak learning rates; none: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
-    seed: tuple[int, ...] = (0,)
-    "seeds of the initial weights; the order of rows has its own seed"
-    preset: tuple[str, ...] = ("mp",)
-    "variants of the mp coders; see `mptrain presets`"
     rows: int = 10_000_000
     "rows to train on; more than the store has means further epochs, differently shuffled"
     batch_rows: int = 8192
@@ -78,6 +60,47 @@ class FitConfig(Recipe):
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.rows < self.batch_rows:
+            raise ValueError(
+                f"rows must be at least batch_rows, got rows={self.rows}, "
+                f"batch_rows={self.batch_rows}"
+            )
+
+    def coders(self) -> tuple[CoderConfig, ...]:
+        """What is trained: for each kind of run to say."""
+        raise NotImplementedError
+
+    def warnings(self) -> list[str]:
+        """What may not be meant, to be told before a run starts."""
+        free = [coder.name for coder in self.coders() if coder.free_norm]
+        return [f"{name}: with free_norm a step can enlarge the residual" for name in free]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(RunConfig, Recipe):
+    """A run of a grid of coders."""
+
+    hookpoints: tuple[str, ...]
+    "hookpoints of the store to train on"
+    kind: tuple[Kind, ...] = ("sae",)
+    "kinds of coder"
+    arch: tuple[Arch, ...] = ("mp", "topk")
+    "architectures"
+    k: tuple[int, ...] = (64,)
+    "pursuit steps or active latents per row"
+    expansion: tuple[int, ...] = (64,)
+    "latents per dimension of the input"
+    latents: tuple[int, ...] = ()
+    "numbers of latents, in place of --expansion"
+    lr: tuple[float, ...] = ()
+    "peak learning rates; none: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
+    seed: tuple[int, ...] = (0,)
+    "seeds of the initial weights; the order of rows has its own seed"
+    preset: tuple[str, ...] = ("mp",)
+    "variants of the mp coders; see `mptrain presets`"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in _LISTS:
             _refuse_empty(name, getattr(self, name))
         for name in (*_LISTS, *_MAY_BE_EMPTY):
@@ -87,11 +110,6 @@ class FitConfig(Recipe):
                 f"latents and expansion each say how many latents there are, got latents="
                 f"{','.join(map(str, self.latents))}, expansion="
                 f"{','.join(map(str, self.expansion))}; give one of them"
-            )
-        if self.rows < self.batch_rows:
-            raise ValueError(
-                f"rows must be at least batch_rows, got rows={self.rows}, "
-                f"batch_rows={self.batch_rows}"
             )
         self._refuse_presets()
         self._refuse_useless()
@@ -122,11 +140,6 @@ class FitConfig(Recipe):
             for hookpoint, kind, k, size, lr, seed, arch in grid
             for changes in self._variants(kind, arch)
         )
-
-    def warnings(self) -> list[str]:
-        """What may not be meant, to be told before a run starts."""
-        free = [coder.name for coder in self.coders() if coder.free_norm]
-        return [f"{name}: with free_norm a step can enlarge the residual" for name in free]
 
     @property
     def _sizes(self) -> list[dict[str, Any]]:
@@ -167,6 +180,23 @@ class FitConfig(Recipe):
             is_set = getattr(self, field.name) != field.default
             if is_set and not any(is_for(field.name, *pair) for pair in self._pairs()):
                 raise ValueError(no_effect(field.name, ",".join(self.kind), ",".join(self.arch)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedConfig(RunConfig):
+    """A run of coders that are named one by one: any set of them, also one that is no grid."""
+
+    listed: tuple[CoderConfig, ...]
+    "the coders"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = tuple(coder.name for coder in self.listed)
+        _refuse_empty("listed", names)
+        _refuse_twice("listed", names)
+
+    def coders(self) -> tuple[CoderConfig, ...]:
+        return self.listed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_state, save_coder, save_state, write_json
-from mptrain.config import FitConfig
+from mptrain.config import RunConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of
 from mptrain.interrupt import held_interrupt
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
@@ -23,7 +23,7 @@ from mptrain.train_step import StepResult
 from mptrain.trainee import Trainee, make_trainee, train_steps
 
 
-def fit(config: FitConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
+def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     """Train, evaluate and save every coder of the grid; gives a row of results for each.
 
     Raises:
@@ -50,7 +50,7 @@ class Fitting:
 
     def __init__(
         self,
-        config: FitConfig,
+        config: RunConfig,
         run: Run,
         trainees: Sequence[Trainee],
         train: Loader,
@@ -225,7 +225,7 @@ class Fitting:
 
 
 def _loader(
-    config: FitConfig,
+    config: RunConfig,
     store: Store,
     sides: Sequence[Side],
     split: Literal["train", "validation"],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpcache.reader import Part, Store, open_store
 from mptrain.batches import Batch, cut_batches, kept_rows
-from mptrain.config import FitConfig
+from mptrain.config import RunConfig
 from mptrain.order import Chunk
 from mptrain.windows import Plan, Side, Source, endless_plans, one_pass_plans, read_windows
 
@@ -41,7 +41,7 @@ class Loader:
         batch_rows: int,
         seed: int,
         device: torch.device,
-        window_rows: int = FitConfig.window_rows,
+        window_rows: int = RunConfig.window_rows,
         threads: int = 4,
     ) -> None:
         self.sides = tuple(dict.fromkeys(sides))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.checkpoint import is_partial, write_json
-from mptrain.config import FitConfig
+from mptrain.config import RunConfig
 from mptrain.metrics import writing_in
 
 # where a run lives and what it is computed on may change between its commands
@@ -25,7 +25,7 @@ class Run:
         return self.folder / "metrics.jsonl"
 
 
-def open_run(config: FitConfig, source: str, fingerprint: str, order_digest: str) -> Run:
+def open_run(config: RunConfig, source: str, fingerprint: str, order_digest: str) -> Run:
     """Make the run, or check that the one there was started with the same config and rows.
 
     Raises:

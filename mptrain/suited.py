@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from mptrain.config import FitConfig
+from mptrain.config import RunConfig
 from mptrain.loader import Side, Store
 
 _SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 
 
-def refuse_unsuited(config: FitConfig, store: Store, sides: Sequence[Side]) -> None:
+def refuse_unsuited(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
     """Raise ValueError, with a remedy, where the store or the filters leave no rows to train on."""
     _refuse_skipping_all(config, store)
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
 
 
-def _refuse_skipping_all(config: FitConfig, store: Store) -> None:
+def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
     if config.skip_positions >= store.ctx_len:
         raise ValueError(
             "skip_positions must be less than ctx_len, got "
@@ -48,7 +48,7 @@ def _ranges(numbers: set[int]) -> str:
     return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs) or "none"
 
 
-def _refuse_nonfinite(config: FitConfig, store: Store, sides: Sequence[Side]) -> None:
+def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
     bad = {":".join(side): count for side in sides if (count := store.nonfinite(*side))}
     if bad and not config.allow_nonfinite:
         told = ", ".join(f"{count} in {side}" for side, count in bad.items())

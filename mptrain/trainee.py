@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mptrain.coder import Coder
-from mptrain.config import FitConfig
+from mptrain.config import RunConfig
 from mptrain.evaluate import sides_of
 from mptrain.loader import Side, Store
 from mptrain.optimize import make_optimizers
@@ -36,13 +36,13 @@ class Trainee:
         return rows / self.train_seconds if self.train_seconds else 0.0
 
 
-def train_steps(config: FitConfig) -> int:
+def train_steps(config: RunConfig) -> int:
     """Whole batches in the rows to train on."""
     return config.rows // config.batch_rows
 
 
 def make_trainee(
-    config: CoderConfig, run: FitConfig, store: Store, device: torch.device
+    config: CoderConfig, run: RunConfig, store: Store, device: torch.device
 ) -> Trainee:
     """A coder at its start: biases at the means of the train split, atoms drawn by its seed."""
     (input_side, target_side) = sides_of(config)

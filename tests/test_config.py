@@ -1,10 +1,11 @@
 """Which settings are for which coder of a grid, and what is refused."""
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from mptrain.config import FitConfig
+from mptrain.config import FitConfig, ListedConfig
 from mptrain.presets import PRESETS
 from mptrain.recipe import CoderConfig
 
@@ -127,3 +128,14 @@ def test_every_preset_is_for_a_transcoder(name: str):
 def test_free_dictionaries_are_warned_of():
     (told,) = config(preset=("mp", "free-norm"), arch=("mp",)).warnings()
     assert told == "h-sae-mp-k4-x64-seed0-free-norm: with free_norm a step can enlarge the residual"
+
+
+def test_a_list_of_coders_need_be_no_grid() -> None:
+    one = CoderConfig(hookpoint="a", kind="sae", arch="mp", k=4, expansion=2)
+    other = dataclasses.replace(one, hookpoint="b", kind="transcoder", detach=True)
+    run = {"store": "s", "run": "r"}
+    assert ListedConfig(**run, listed=(one, other)).coders() == (one, other)
+    with pytest.raises(ValueError, match="listed must name each value once"):
+        ListedConfig(**run, listed=(one, one))
+    with pytest.raises(ValueError, match="rows must be at least batch_rows"):
+        ListedConfig(**run, listed=(one,), rows=10)
