@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mptrain.recipe import ScoreDtype
 from mptrain.sparse import row_of, sparse_decode, weighted_rows
 from mptrain.topk import topk_encode
 
@@ -21,13 +22,16 @@ def error_by_encoder(
     bias_M: Float[Tensor, " latents"],
     decoder_ME: Float[Tensor, "predicting target"],
     dead_M: Bool[Tensor, " latents"],
+    score_dtype: ScoreDtype = "float32",
 ) -> tuple[Float[Tensor, "batch target"], float] | None:
     """For topk: the error as predicted from `x`, and the loss' scale. None: nothing is dead."""
     dead = dead_M.nonzero()[:, 0]
     if len(dead) == 0:
         return None
     k, scale = _used(len(dead), x_BD.shape[1])
-    idx_BK, val_BK = topk_encode(x_BD, b_D, encoder_MD[dead], bias_M[dead], k)
+    idx_BK, val_BK = topk_encode(
+        x_BD, b_D, encoder_MD[dead], bias_M[dead], k, score_dtype=score_dtype
+    )
     return sparse_decode(idx_BK, val_BK, decoder_ME[row_of(dead, decoder_ME)]), scale
 
 
@@ -37,6 +41,7 @@ def error_by_residual(
     U_MD: Float[Tensor, "subtracting input"],
     decoder_ME: Float[Tensor, "predicting target"],
     dead_M: Bool[Tensor, " latents"],
+    score_dtype: ScoreDtype = "float32",
 ) -> tuple[Float[Tensor, "batch target"], float] | None:
     """For mp: the same from what the pursuit left, by its correlations with dead atoms.
 
@@ -50,7 +55,9 @@ def error_by_residual(
     k, scale = _used(len(dead), residual_BD.shape[1])
     W_dead_MD = W_MD[row_of(dead, W_MD)]
     no_bias_D, no_bias_M = residual_BD.new_zeros(W_MD.shape[1]), residual_BD.new_zeros(len(dead))
-    idx_BK, val_BK = topk_encode(residual_BD, no_bias_D, W_dead_MD, no_bias_M, k)
+    idx_BK, val_BK = topk_encode(
+        residual_BD, no_bias_D, W_dead_MD, no_bias_M, k, score_dtype=score_dtype
+    )
     with torch.no_grad():
         sum_BD = weighted_rows(idx_BK, val_BK, U_MD[row_of(dead, U_MD)])
         square_B1 = sum_BD.square().sum(1, keepdim=True)

@@ -19,6 +19,7 @@ from mptrain.pursuit.rule import Rule
 from mptrain.pursuit.search import Search
 from mptrain.recipe import PURSUITS, BeginAs, CoderConfig, Codes
 from mptrain.sparse import row_of, sparse_decode, strongest
+from mptrain.sphere import normalise_rows_, project_rows_
 from mptrain.topk import topk_encode
 
 # what a coder may have been trained with that other codes of it do without
@@ -38,6 +39,17 @@ class Code(NamedTuple):
     "values: 0 where unused; positive but for select signed and magnitude, and for omp"
     residual_BD: Tensor | None
     "what the pursuit left of the input (mp only)"
+
+    def detached(self) -> "Code":
+        """The same without gradients."""
+        residual_BD = None if self.residual_BD is None else self.residual_BD.detach()
+        return Code(self.idx_BK, self.val_BK.detach(), residual_BD)
+
+    @property
+    def smallest(self) -> Tensor:
+        """The smallest size of a value; infinity without values."""
+        size_BK = self.val_BK.detach().abs()
+        return size_BK.masked_fill(size_BK == 0, torch.inf).min()
 
 
 class Coder(nn.Module):
@@ -168,10 +180,12 @@ class Coder(nn.Module):
 
         None where nothing is dead. The code's residual is taken as given.
         """
+        decoder_ME, score_dtype = self.decoder_ME, self.config.score_dtype
         if code.residual_BD is None:
-            return error_by_encoder(x_BD, self.b_D, *self._encoder(), self.decoder_ME, dead_M)
-        dictionaries = (*self._dictionaries(None), self.decoder_ME)
-        return error_by_residual(code.residual_BD.detach(), *dictionaries, dead_M)
+            encoder = self._encoder()
+            return error_by_encoder(x_BD, self.b_D, *encoder, decoder_ME, dead_M, score_dtype)
+        residual_BD, own = code.residual_BD.detach(), self._dictionaries(None)
+        return error_by_residual(residual_BD, *own, decoder_ME, dead_M, score_dtype)
 
     @torch.no_grad()
     def initialise_(
@@ -208,18 +222,15 @@ class Coder(nn.Module):
 
     @torch.no_grad()
     def normalise_(self) -> None:
-        """Bring the rows of `unit_norm` back to unit norm, within float32 rounding."""
+        """Bring the rows of `unit_norm` back to unit norm, but for rounding."""
         for name in self.unit_norm:
-            rows = self.get_parameter(name)
-            rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+            normalise_rows_(self.get_parameter(name))
 
     @torch.no_grad()
-    def follow_threshold_(self, code: Code) -> None:
-        """Move the threshold of batch- towards what was the smallest value kept in a batch."""
+    def follow_threshold_(self, smallest: Float[Tensor, ""]) -> None:
+        """Move the threshold of batch- towards the smallest value kept in a batch, if any was."""
         if self.threshold is None:
             return
-        size_BK = code.val_BK.abs()
-        smallest = size_BK.masked_fill(size_BK == 0, torch.inf).min()
         followed = torch.where(self.threshold > 0, self.threshold.lerp(smallest, _FOLLOW), smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 
@@ -228,10 +239,8 @@ class Coder(nn.Module):
         """Remove from the gradient of each unit-norm row its component along the row."""
         for name in self.unit_norm:
             rows = self.get_parameter(name)
-            if rows.grad is None:
-                continue  # of what an mp coder that begins as another does not use yet
-            along_M1 = torch.linalg.vecdot(rows.grad, rows)[:, None]
-            rows.grad.addcmul_(rows, along_M1, value=-1)
+            if rows.grad is not None:  # an mp coder that begins as another does not use all yet
+                project_rows_(rows.grad, rows)
 
     def _pursue(
         self, x_BD: Tensor, k: int, codes: Codes, over_batch: bool, among_m: Tensor | None
@@ -266,11 +275,14 @@ class Coder(nn.Module):
         return W_mD, W_mD if U_MD is W_MD else U_MD[among_m]
 
     def _encode_linearly(self, x_BD: Tensor, k: int, over_batch: bool) -> tuple[Tensor, Tensor]:
+        score_dtype = self.config.score_dtype
         if self.threshold is None:
             grouped = "groupmax" in (self.config.arch, self.coded_as)
-            return topk_encode(x_BD, self.b_D, *self._encoder(), k, grouped)
+            return topk_encode(x_BD, self.b_D, *self._encoder(), k, grouped, score_dtype)
         most = min(4 * k, self.latents)
-        idx_BK, val_BK = topk_encode(x_BD, self.b_D, *self._encoder(), most)
+        idx_BK, val_BK = topk_encode(
+            x_BD, self.b_D, *self._encoder(), most, score_dtype=score_dtype
+        )
         threshold = strongest(val_BK.detach(), k) if over_batch else self.threshold
         dropped_BK = val_BK < threshold
         return idx_BK.masked_fill(dropped_BK, -1), val_BK.masked_fill(dropped_BK, 0)

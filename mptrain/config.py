@@ -93,7 +93,7 @@ class FitConfig(RunConfig, Recipe):
     latents: tuple[int, ...] = ()
     "numbers of latents, in place of --expansion"
     lr: tuple[float, ...] = ()
-    "peak learning rates; none: 2e-3 for muon, 2e-4 / sqrt(latents / 2^14) for adam"
+    "peak learning rates; none: muon 2e-3, adam 2e-4, signsgd 5e-3 / sqrt(latents / 2^14)"
     seed: tuple[int, ...] = (0,)
     "seeds of the initial weights; the order of rows has its own seed"
     preset: tuple[str, ...] = ("mp",)

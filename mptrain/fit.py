@@ -135,7 +135,7 @@ class Fitting:
         """Of every coder on the same held-out rows; None for those that diverged."""
         healthy = [trainee for trainee in self.trainees if not trainee.diverged]
         found = evaluate(
-            [(t.learner.coder, t.config.k, t.config.codes) for t in healthy],
+            [(t.learner.evaluated(), t.config.k, t.config.codes) for t in healthy],
             self.validation.one_pass(max_rows),
             skip_positions=self.config.skip_positions,
             finite_only=self.config.allow_nonfinite,
@@ -204,7 +204,7 @@ class Fitting:
             results.append(result)
             if not trainee.diverged:
                 folder = self.run.folder / "coders" / trainee.config.name
-                save_coder(folder, trainee.learner.coder, {**self.run.provenance, **result})
+                save_coder(folder, trainee.learner.evaluated(), {**self.run.provenance, **result})
         write_json(self.run.folder / "results.json", results)
         return results
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
-Optimizer = Literal["adam", "muon"]
+Optimizer = Literal["adam", "muon", "signsgd"]
+Schedule = Literal["linear", "cosine", "constant"]
+Start = Literal["mean", "median"]
 Backend = Literal["auto", "direct", "gram", "shortlist"]
 ScoreDtype = Literal["float32", "bfloat16"]
 Codes = Literal["mp", "gp", "omp"]
@@ -22,7 +24,7 @@ PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
 # Fields of a recipe that are not for every coder, with the architectures they are for.
 _SHORTLIST = ("shortlist_size", "shortlist_refresh")
 _FOR_PURSUITS = (
-    "backend", "score_dtype", *_SHORTLIST, "tolerance", "select", "subtract", "ban_chosen",
+    "backend", *_SHORTLIST, "tolerance", "select", "subtract", "ban_chosen",
     "free_norm", "bias", "atom_dropout", "detach", "per_step_loss", "input_loss",
 )  # fmt: skip
 _ARCHS: dict[str, tuple[str, ...]] = {
@@ -38,9 +40,21 @@ class Recipe:
     """How coders are trained: what all coders of a run share, as far as it is for them."""
 
     optimizer: Optimizer = "muon"
-    "muon: for matrices, with Adam for vectors; adam: for all"
+    "muon: for matrices, with Adam for vectors; adam: for all; signsgd: for all, schedule-free"
     warmup_share: float = 0.02
     "share of the train steps in which the learning rate rises linearly"
+    schedule: Schedule | None = None
+    "how it falls to 0 then; None: linear, but constant for signsgd, whose averages stand for it"
+    decay_share: float = 1.0
+    "share of the train steps, at their end, in which it falls"
+    clip_norm: float | None = None
+    "gradients with a larger norm, over all parameters, are scaled down to it; None: never"
+    micro_batch_rows: int | None = None
+    "rows coded at once; a batch's gradients add up, batch- selects in each; None: the whole batch"
+    start: Start = "mean"
+    "biases start at the mean of the train rows, or at the geometric median of 16384 of them"
+    normalise: bool = False
+    "train on rows scaled to a mean square of about 1; the saved coder takes rows as they are"
     codes: Codes = "mp"
     "mp values: as steps left them; gp, omp: all fitted anew at each step, by gradient or exactly"
     backend: Backend = "auto"
@@ -50,7 +64,7 @@ class Recipe:
     shortlist_refresh: int = 4
     "shortlist: pursuit steps from one search of all atoms to the next"
     score_dtype: ScoreDtype = "float32"
-    "dtype of gram's matrix, of shortlist's search; the best by bfloat16 are scored in float32"
+    "dtype of the products by which latents are chosen; values and gradients are in float32"
     tolerance: float = 0.0
     "mp stops a row when its residual norm is at most this share of the first one"
     select: Select = "positive"
@@ -117,6 +131,12 @@ class CoderConfig(Recipe):
             raise ValueError(wrong)
 
     @property
+    def decays_by(self) -> Schedule:
+        """The schedule, or what None of it stands for."""
+        default: Schedule = "constant" if self.optimizer == "signsgd" else "linear"
+        return self.schedule or default
+
+    @property
     def name(self) -> str:
         """Every field that is not default; the name of its folder in a run."""
         size = f"x{self.expansion}" if self.latents is None else f"latents{self.latents}"
@@ -163,22 +183,27 @@ def no_effect(name: str, kinds: str, archs: str) -> str:
 
 
 def _out_of_range(config: CoderConfig) -> Iterator[str]:
-    counts = ("k", "expansion", "latents", "dead_rows", "shortlist_size", "shortlist_refresh")
+    counts = (
+        "k", "expansion", "latents", "dead_rows", "shortlist_size", "shortlist_refresh",
+        "micro_batch_rows",
+    )  # fmt: skip
     for name in counts:
         value = getattr(config, name)
         if value is not None and value < 1:
             yield f"{name} must be at least 1, got {value}"
     if (config.expansion is None) == (config.latents is None):
         yield "expansion and latents each say how many latents there are; give one of them"
-    if config.lr is not None and not 0 < config.lr < math.inf:
-        yield f"lr must be positive and finite, got {config.lr}"
+    for name in ("lr", "clip_norm"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name} must be positive and finite, got {value}"
     for name in ("auxk_alpha", "input_loss"):
         if not 0 <= getattr(config, name) < math.inf:
             yield f"{name} must be at least 0 and finite, got {getattr(config, name)}"
     for name in ("tolerance", "atom_dropout", "begin_share"):
         if not 0 <= getattr(config, name) < 1:
             yield f"{name} must be in [0, 1), got {getattr(config, name)}"
-    for name in ("warmup_share", "k_decay_share"):
+    for name in ("warmup_share", "decay_share", "k_decay_share"):
         if not 0 <= getattr(config, name) <= 1:
             yield f"{name} must be in [0, 1], got {getattr(config, name)}"
     if not 1 <= config.k_factor < math.inf:
@@ -193,8 +218,15 @@ def _alone(config: CoderConfig) -> Iterator[str]:
     for name in _SHORTLIST:
         if config.backend != "shortlist" and _is_set(config, name):
             yield f"{name} is for backend shortlist, got backend {config.backend}"
-    if config.score_dtype != "float32" and config.backend not in ("gram", "shortlist"):
+    exact = config.arch in PURSUITS and config.backend not in ("gram", "shortlist")
+    if config.score_dtype != "float32" and exact:
         yield f"score_dtype is for backend gram or shortlist, got backend {config.backend}"
+    if config.optimizer == "signsgd" and config.clip_norm is not None:
+        yield "clip_norm has no effect on optimizer signsgd: the size of a gradient does not count"
+    if config.decays_by == "constant" and _is_set(config, "decay_share"):
+        yield "decay_share has no effect on schedule constant; use schedule linear or cosine"
+    if config.start != "mean" and not config.bias:
+        yield f"start {config.start} is for coders with biases; leave out start or no-bias"
     for one, other in (("begin_as", "begin_share"), ("k_factor", "k_decay_share")):
         if _is_set(config, one) != _is_set(config, other):
             yield f"{one} and {other} go together; give both, or neither"

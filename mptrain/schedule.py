@@ -3,23 +3,33 @@
 Train steps are counted from 0. M latents.
 """
 
+import math
 import random
 
 import torch
 from torch import Tensor
 
-from mptrain.recipe import BeginAs, CoderConfig
+from mptrain.recipe import BeginAs, CoderConfig, Schedule
 
 
-def lr_factor(step: int, steps: int, warmup_share: float) -> float:
+def lr_factor(
+    step: int,
+    steps: int,
+    warmup_share: float,
+    schedule: Schedule = "linear",
+    decay_share: float = 1.0,
+) -> float:
     """Share of the peak learning rate at train step `step` of `steps`.
 
-    Rises linearly over the first `warmup_share` of the steps, is 1 once, falls linearly to 0.
+    Rises linearly over the first `warmup_share` of the steps, is 1 for one step at least, then
+    falls to 0 over the last `decay_share` of the steps, or over all that are left.
     """
     warmup = min(round(warmup_share * steps), steps - 1)
     rise = (step + 1) / (warmup + 1)
-    fall = (steps - step) / (steps - warmup)
-    return max(0.0, min(rise, fall))
+    decay = max(1, min(round(decay_share * steps), steps - warmup))
+    left = min(1.0, (steps - step) / decay)
+    fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+    return max(0.0, min(rise, fall[schedule]))
 
 
 def k_at(config: CoderConfig, step: int, steps: int) -> int:

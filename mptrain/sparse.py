@@ -102,7 +102,7 @@ class _SparseDecode(torch.autograd.Function):
         idx_BK, val_BK, V_ME = ctx.saved_tensors
         dy_BE, dval_BK, dV_ME = dy_BE.contiguous(), None, None
         if ctx.needs_input_grad[1]:
-            dval_BK = _values_gradient(idx_BK, val_BK, V_ME, dy_BE)
+            dval_BK = row_products(idx_BK, V_ME, dy_BE)
         if ctx.needs_input_grad[2]:
             dV_ME = latent_sums(idx_BK, val_BK, dy_BE, V_ME.shape[0])
         return None, dval_BK, dV_ME
@@ -113,17 +113,19 @@ def weighted_rows(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
     return F.embedding_bag(row_of(idx_BK, V_ME), V_ME, per_sample_weights=val_BK, mode="sum")
 
 
-def _values_gradient(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor, dy_BE: Tensor) -> Tensor:
-    """`<V[idx_bk], dy_b>`; torch's rule alone does not gather `[B, K, E]` first."""
+def row_products(idx_BK: Tensor, V_ME: Tensor, x_BE: Tensor) -> Tensor:
+    """`<V[idx_bk], x_b>`, 0 where unused. Torch's rule for the gradient of values alone does not
+    gather `[B, K, E]` first.
+    """
     if _is_fused(V_ME):
         from mptrain import sparse_triton
 
-        return sparse_triton.sparse_products(idx_BK, V_ME, dy_BE)
+        return sparse_triton.sparse_products(idx_BK, V_ME, x_BE)
     with torch.enable_grad():
-        val_BK = val_BK.detach().requires_grad_()
+        val_BK = torch.zeros_like(idx_BK, dtype=V_ME.dtype).requires_grad_()
         y_BE = weighted_rows(idx_BK, val_BK, V_ME.detach())
-    (dval_BK,) = torch.autograd.grad(y_BE, val_BK, dy_BE)
-    return dval_BK.masked_fill_(idx_BK < 0, 0)
+    (product_BK,) = torch.autograd.grad(y_BE, val_BK, x_BE)
+    return product_BK.masked_fill_(idx_BK < 0, 0)
 
 
 def _is_fused(of_rows: Tensor) -> bool:

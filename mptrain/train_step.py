@@ -1,6 +1,7 @@
 """One coder in training: its state, and one train step.
 
-B rows in a batch, D input width, E target width, M latents.
+B rows in a batch, D input width, E target width, M latents, K code entries a row;
+lower-case b: rows of one micro-batch.
 """
 
 from collections.abc import Mapping
@@ -11,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mptrain.coder import Code, Coder
-from mptrain.loss import batch_fvu
+from mptrain.loss import centred_squares
 from mptrain.objective import WIDE, Objective
 from mptrain.optimize import Optimizers
+from mptrain.scale import AS_THEY_ARE, Scale, for_unscaled_rows
 from mptrain.schedule import available_latents, coded_as, k_at
 from mptrain.sparse import active_latents
 
@@ -25,13 +27,22 @@ class StepResult(NamedTuple):
     "reconstruction and auxiliary loss; not finite: the parameters are spoilt, do not save them"
     fvu: Tensor
     "of this batch, by its own mean"
-    code: Code
-    "of this batch, without gradients"
+    codes: list[Code]
+    "of its micro-batches, without gradients"
 
     @property
     def l0(self) -> Tensor:
         """Mean number of distinct latents with a non-zero value."""
-        return active_latents(self.code.idx_BK, self.code.val_BK).double().mean()
+        active = [active_latents(code.idx_BK, code.val_BK) for code in self.codes]
+        return torch.cat(active).double().mean()
+
+
+class _Piece(NamedTuple):
+    """What a micro-batch adds to its batch."""
+
+    loss: Tensor
+    squared_error: Tensor
+    code: Code
 
 
 class Learner:
@@ -43,10 +54,15 @@ class Learner:
         optimizers: Optimizers,
         total_variance: float,
         input_variance: float | None = None,
+        scale: Scale = AS_THEY_ARE,
     ) -> None:
-        """Variances as for `Objective`."""
+        """Variances as for `Objective`, of rows as they are; the coder is for `scale` of them."""
         self.coder = coder
         self.optimizers = optimizers
+        self.scale = scale
+        total_variance *= scale.target**2
+        if input_variance is not None:
+            input_variance *= scale.input**2
         self.objective = Objective(coder, total_variance, input_variance)
         self.rows_since_fired_M = torch.zeros(
             coder.latents, dtype=torch.int64, device=coder.b_D.device
@@ -58,25 +74,54 @@ class Learner:
     ) -> StepResult:
         """Update coder, optimizers and counters once; for an SAE `y` is `x`.
 
+        Gradients of micro-batches add up to that of the batch. What the whole batch decides stays
+        so: which latents are dead before it and which fired in it, the draw of available atoms.
+        But batch- coders keep the strongest of each micro-batch, and follow their mean threshold.
+
         Waits for no device but in the auxiliary loss, which counts the dead.
         """
-        config = self.coder.config
-        code = self._encode(x_BD, 1)
-        y_hat_BE = self.coder.predict(code, x_BD)
-        loss = self.objective.loss(code, x_BD, y_BE, y_hat_BE, self.dead_M(config.dead_rows))
-        if config.multi_topk:
-            loss = loss + self.objective.wide_loss(self._encode(x_BD, WIDE), x_BD, y_BE)
-        # torch does not annotate `backward`
-        loss.backward()  # type: ignore[no-untyped-call]
+        x_BD, y_BE = self.scale.applied(x_BD, y_BE)
+        dead_M = self.dead_M(self.coder.config.dead_rows)
+        size = self.coder.config.micro_batch_rows or len(x_BD)
+        rows = zip(torch.split(x_BD, size), torch.split(y_BE, size), strict=True)
+        pieces = [self._add_gradient_(x, y, dead_M, len(x) / len(x_BD)) for x, y in rows]
         self.coder.project_gradient_()
         self.optimizers.step_()
         self._follow_schedule_()
         self.coder.normalise_()
-        self.coder.follow_threshold_(code)
-        self._count_fired_(code)
-        residual_BD = None if code.residual_BD is None else code.residual_BD.detach()
-        code = Code(code.idx_BK, code.val_BK.detach(), residual_BD)
-        return StepResult(loss.detach(), batch_fvu(y_BE, y_hat_BE.detach()), code)
+        self.coder.follow_threshold_(_mean_of_finite([piece.code.smallest for piece in pieces]))
+        self._count_fired_([piece.code.idx_BK for piece in pieces])
+        squared_error = torch.stack([piece.squared_error for piece in pieces]).sum()
+        fvu = squared_error / centred_squares(y_BE)
+        loss = torch.stack([piece.loss for piece in pieces]).sum()
+        return StepResult(loss, fvu, [piece.code for piece in pieces])
+
+    def _add_gradient_(self, x_bD: Tensor, y_bE: Tensor, dead_M: Tensor, share: float) -> _Piece:
+        """Add the gradient of a micro-batch that is such a share of its batch."""
+        code = self._encode(x_bD, 1)
+        y_hat_bE = self.coder.predict(code, x_bD)
+        loss = self.objective.loss(code, x_bD, y_bE, y_hat_bE, dead_M)
+        if self.coder.config.multi_topk:
+            loss = loss + self.objective.wide_loss(self._encode(x_bD, WIDE), x_bD, y_bE)
+        loss = share * loss
+        # torch does not annotate `backward`
+        loss.backward()  # type: ignore[no-untyped-call]
+        squared_error = (y_bE - y_hat_bE.detach()).square().sum()
+        return _Piece(loss.detach(), squared_error, code.detached())
+
+    def evaluated(self) -> Coder:
+        """The coder to evaluate and to save: averaged weights where the optimizer averages, and for
+        rows as they are.
+
+        Shares with the training all tensors that are the same in both; changes none of them.
+        """
+        trained = {name: tensor.detach() for name, tensor in self.optimizers.averages().items()}
+        tensors = for_unscaled_rows({**self.coder.state_dict(), **trained}, self.scale)
+        with torch.device("meta"):  # no memory for the zeros of a new coder
+            coder = Coder(self.coder.config, len(self.coder.b_D), len(self.coder.output_bias_E))
+        coder.load_state_dict(tensors, assign=True)
+        coder.coded_as = self.coder.coded_as
+        return coder
 
     def _encode(self, x_BD: Tensor, times: int) -> Code:
         """The code that is due in this train step, with so many times the entries."""
@@ -115,11 +160,20 @@ class Learner:
         self.coder.coded_as = coded_as(self.coder.config, optimizers.steps_done, optimizers.steps)
 
     @torch.no_grad()
-    def _count_fired_(self, code: Code) -> None:
+    def _count_fired_(self, chosen: list[Tensor]) -> None:
         # one place more, in front, for the -1 of unused entries: no entry has to be picked out
-        fired = torch.zeros(self.coder.latents + 1, dtype=torch.bool, device=code.idx_BK.device)
-        fired[code.idx_BK.flatten() + 1] = True
-        self.rows_since_fired_M.add_(len(code.idx_BK)).masked_fill_(fired[1:], 0)
+        fired = torch.zeros(self.coder.latents + 1, dtype=torch.bool, device=chosen[0].device)
+        for idx_bK in chosen:
+            fired[idx_bK.flatten() + 1] = True
+        rows = sum(map(len, chosen))
+        self.rows_since_fired_M.add_(rows).masked_fill_(fired[1:], 0)
+
+
+def _mean_of_finite(values: list[Tensor]) -> Tensor:
+    """NaN where none is."""
+    value_N = torch.stack(values)
+    is_finite_N = value_N.isfinite()
+    return value_N.masked_fill(~is_finite_N, 0).sum() / is_finite_N.sum()
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

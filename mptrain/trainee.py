@@ -1,19 +1,24 @@
 """One coder of a run, from its start on.
 
-D input width, E target width.
+N rows, D input width, E target width.
 """
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mptrain.coder import Coder
 from mptrain.config import RunConfig
 from mptrain.evaluate import sides_of
-from mptrain.loader import Side, Store
+from mptrain.loader import Loader, Side, Store, kept_rows
+from mptrain.median import geometric_median
 from mptrain.optimize import make_optimizers
 from mptrain.recipe import CoderConfig
+from mptrain.scale import scale_of
 from mptrain.train_step import Learner
+
+_MEDIAN_ROWS = 16_384  # of the train split, read for a geometric median
 
 
 @dataclass(kw_only=True)
@@ -44,15 +49,34 @@ def train_steps(config: RunConfig) -> int:
 def make_trainee(
     config: CoderConfig, run: RunConfig, store: Store, device: torch.device
 ) -> Trainee:
-    """A coder at its start: biases at the means of the train split, atoms drawn by its seed."""
-    (input_side, target_side) = sides_of(config)
-    input_mean_D, input_variance_D = store.moments(*input_side, "train")
-    target_mean_E, target_variance_E = store.moments(*target_side, "train")
-    coder = Coder(config, len(input_mean_D), len(target_mean_E))
+    """A coder at its start: biases in the middle of the train split, atoms drawn by its seed."""
+    sides = sides_of(config)
+    (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
+    scale = scale_of(config, _square(mean_D, variance_D), _square(mean_E, variance_E))
+    if config.start == "median":
+        mean_D, mean_E = map(geometric_median, _sample(run, store, sides))
+    coder = Coder(config, len(mean_D), len(mean_E))
     coder.initialise_(
-        input_mean_D.float(), target_mean_E.float(), torch.Generator().manual_seed(config.seed)
+        scale.input * mean_D.float(),
+        scale.target * mean_E.float(),
+        torch.Generator().manual_seed(config.seed),
     )
     coder.to(device)
     optimizers = make_optimizers(coder, config, train_steps(run))
-    variances = float(target_variance_E.sum()), float(input_variance_D.sum())
-    return Trainee(config=config, learner=Learner(coder, optimizers, *variances))
+    variances = float(variance_E.sum()), float(variance_D.sum())
+    return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale))
+
+
+def _square(mean_D: Tensor, variance_D: Tensor) -> float:
+    """Mean square of a value."""
+    return float((mean_D.square() + variance_D).mean())
+
+
+def _sample(run: RunConfig, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
+    """Rows that the filters leave, the same ones whichever coders are trained beside."""
+    cpu = torch.device("cpu")  # the same start on every device
+    finite = sides if run.allow_nonfinite else ()
+    with Loader(store, sides, "train", batch_rows=_MEDIAN_ROWS, seed=0, device=cpu) as loader:
+        batch = next(loader.one_pass(_MEDIAN_ROWS))
+    kept_N = kept_rows(batch, skip_positions=run.skip_positions, finite=finite)
+    return batch.values[sides[0]][kept_N], batch.values[sides[1]][kept_N]

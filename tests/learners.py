@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mptrain.coder import Coder
+from mptrain.median import geometric_median
 from mptrain.optimize import make_optimizers
 from mptrain.recipe import CoderConfig
+from mptrain.scale import scale_of
 from mptrain.train_step import Learner
 
 D, STEPS = 12, 100
@@ -39,9 +41,11 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
     x_BD, y_BE = rows_of(config, 2000, 0)
     coder = Coder(config, D, y_BE.shape[1])
     generator = torch.Generator().manual_seed(config.seed)
-    coder.initialise_(x_BD.mean(0), y_BE.mean(0), generator)
+    scale = scale_of(config, float(x_BD.square().mean()), float(y_BE.square().mean()))
+    start = geometric_median if config.start == "median" else lambda rows: rows.mean(0)
+    coder.initialise_(scale.input * start(x_BD), scale.target * start(y_BE), generator)
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    return Learner(coder, make_optimizers(coder, config, steps), *variances)
+    return Learner(coder, make_optimizers(coder, config, steps), *variances, scale)
 
 
 def train_(learner: Learner, first: int, last: int) -> list[float]:

@@ -114,7 +114,7 @@ def test_more_entries_at_inference(arch: Arch):
 
 def test_refuses_more_entries_than_latents_and_an_sae_of_two_widths():
     config = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=9, expansion=2)
-    with pytest.raises(ValueError, match=r"got k=9, latents=8 .*use a smaller k"):
+    with pytest.raises(ValueError, match=r"got k=9, latents=8; use a smaller k"):
         Coder(config, 4, 4)
     with pytest.raises(ValueError, match="input_width=8, target_width=4; use a transcoder"):
         Coder(config, 8, 4)
@@ -201,6 +201,25 @@ def test_groupmax_keeps_the_largest_of_each_group():
         coder.encode(x_BD, k=4)
 
 
+@pytest.mark.parametrize("arch", ["topk", "batch-topk", "groupmax"])
+def test_bfloat16_scores_choose_and_values_stay_in_float32(arch: Arch):
+    """Nearly the same latents; those of both have the same values but for rounding."""
+    config = CoderConfig(hookpoint="h", kind="sae", arch=arch, k=8, expansion=64)
+    coders = [
+        Coder(replace(config, score_dtype=dtype), 32, 32) for dtype in ("float32", "bfloat16")
+    ]
+    x_BD = torch.randn(200, 32, generator=torch.Generator().manual_seed(1))
+    code_BM = []
+    for coder in coders:
+        coder.initialise_(torch.zeros(32), torch.zeros(32), torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            code = coder.encode(x_BD)
+        code_BM.append(reference.dense(code.idx_BK, code.val_BK, 64 * 32))
+    both_BM = (code_BM[0] > 0) & (code_BM[1] > 0)
+    assert 0.9 < both_BM.sum() / (code_BM[0] > 0).sum() < 1
+    torch.testing.assert_close(code_BM[0][both_BM], code_BM[1][both_BM])
+
+
 def test_batch_topk_keeps_k_on_average_and_the_strongest():
     coder, x_BD = randomised(make_coder("sae", "batch-topk")), torch.randn(50, 6)
     x_BD[:25] *= 2
@@ -210,7 +229,7 @@ def test_batch_topk_keeps_k_on_average_and_the_strongest():
     code_BM = reference.dense(code.idx_BK, code.val_BK, 18)
     torch.testing.assert_close(code_BM, pre_BM * (pre_BM >= least))
     assert len(set((code.idx_BK >= 0).sum(1).tolist())) > 1
-    coder.follow_threshold_(code)
+    coder.follow_threshold_(code.smallest)
     torch.testing.assert_close(coder.encode(x_BD[:7]).val_BK, code.val_BK[:7])
 
 
@@ -239,14 +258,14 @@ def test_batch_mp_codes_rows_alone_once_it_has_a_threshold():
     coder, x_BD = randomised(make_coder("sae", "batch-mp")), torch.randn(50, 6)
     assert (coder.encode(x_BD).idx_BK >= 0).all(), "none yet: no step is cut"
     code = coder.encode(x_BD, over_batch=True)
-    coder.follow_threshold_(code)
+    coder.follow_threshold_(code.smallest)
     threshold = coder.threshold
     assert threshold is not None
     assert threshold == code.val_BK[code.val_BK > 0].min()
     torch.testing.assert_close(coder.encode(x_BD).val_BK, code.val_BK)
     torch.testing.assert_close(coder.encode(x_BD[:7]).val_BK, code.val_BK[:7])
     first = float(threshold)
-    coder.follow_threshold_(coder.encode(3 * x_BD, over_batch=True))
+    coder.follow_threshold_(coder.encode(3 * x_BD, over_batch=True).smallest)
     assert first < float(threshold) < 1.1 * first, "later batches move it slowly"
 
 

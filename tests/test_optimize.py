@@ -1,6 +1,7 @@
 """Schedule and optimizers."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 
 from mptrain.coder import Coder
 from mptrain.optimize import Optimizers, lr_factor, make_optimizers, peak_lr
-from mptrain.recipe import CoderConfig, Optimizer
+from mptrain.recipe import CoderConfig, Optimizer, Schedule
 
 
-def make_coder(optimizer: Optimizer = "muon", lr: float | None = None) -> Coder:
+def make_coder(
+    optimizer: Optimizer = "muon", lr: float | None = None, clip_norm: float | None = None
+) -> Coder:
     config = CoderConfig(
         hookpoint="h",
         kind="skip-transcoder",
@@ -22,6 +25,7 @@ def make_coder(optimizer: Optimizer = "muon", lr: float | None = None) -> Coder:
         optimizer=optimizer,
         lr=lr,
         warmup_share=0.25,
+        clip_norm=clip_norm,
     )
     coder = Coder(config, 4, 3)
     coder.initialise_(torch.zeros(4), torch.zeros(3), torch.Generator().manual_seed(0))
@@ -40,21 +44,59 @@ def train_(coder: Coder, optimizers: Optimizers, steps: int) -> None:
         optimizers.step_()
 
 
-@given(st.integers(1, 300), st.floats(0, 1))
-def test_schedule_rises_to_one_and_falls_towards_zero(steps: int, warmup_share: float):
-    factors = [lr_factor(step, steps, warmup_share) for step in range(steps)]
+@given(st.integers(1, 300), st.floats(0, 1), st.sampled_from(["linear", "cosine"]), st.floats(0, 1))
+def test_schedule_rises_to_one_and_falls_towards_zero(
+    steps: int, warmup_share: float, schedule: Schedule, decay_share: float
+):
+    plan = (warmup_share, schedule, decay_share)
+    factors = [lr_factor(step, steps, *plan) for step in range(steps)]
     peak = factors.index(max(factors))
     assert factors[peak] == pytest.approx(1)
     assert min(factors) > 0
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
-    assert lr_factor(steps, steps, warmup_share) == 0
+    assert lr_factor(steps, steps, *plan) == 0
+    assert sum(factor < 1 for factor in factors[peak:]) <= decay_share * steps
     assert abs(peak - min(warmup_share * steps, steps - 1)) <= 1
+
+
+def test_a_cosine_stays_high_and_a_constant_stays():
+    steps = range(20)
+    linear, cosine, constant = (
+        [lr_factor(step, 20, 0.1, schedule, 0.5) for step in steps]
+        for schedule in get_args(Schedule)
+    )
+    assert cosine[2:11] == linear[2:11] == [1.0] * 9
+    assert all(a > b for a, b in zip(cosine[11:15], linear[11:15], strict=True))
+    assert all(a < b for a, b in zip(cosine[16:], linear[16:], strict=True))
+    assert cosine[15] == pytest.approx(0.5)
+    assert constant == [1 / 3, 2 / 3] + [1.0] * 18
+
+
+def test_large_gradients_are_scaled_down_to_the_clip_norm():
+    free, loose, tight = (
+        make_coder("adam", clip_norm=clip_norm) for clip_norm in (None, 100.0, 0.5)
+    )
+    moments = {}
+    for coder in (free, loose, tight):
+        optimizers = make_optimizers(coder, coder.config, 8)
+        train_(coder, optimizers, 1)
+        moments[coder.config.clip_norm] = {
+            name: tensor
+            for name, tensor in optimizers.state_tensors().items()
+            if name.endswith("exp_avg")
+        }
+    norm = torch.stack([m.norm() for m in moments[None].values()]).norm() / 0.1
+    assert 0.5 < norm < 100
+    for name, moment in moments[None].items():
+        assert torch.equal(moment, moments[100.0][name])
+        torch.testing.assert_close(moments[0.5][name], moment * (0.5 / norm))
 
 
 def test_default_learning_rates():
     assert peak_lr(make_coder("muon").config, 1 << 16) == 2e-3
     assert peak_lr(make_coder("adam").config, 1 << 16) == pytest.approx(1e-4)
+    assert peak_lr(make_coder("signsgd").config, 1 << 12) == pytest.approx(1e-2)
     assert peak_lr(make_coder("adam", lr=0.5).config, 1 << 16) == 0.5
 
 
@@ -81,7 +123,7 @@ def test_adam_moves_vectors_alike_and_muon_equalises_matrices():
     assert ((singular > 0.4) & (singular < 1.5)).all(), "Newton-Schulz, RMS matched to AdamW"
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", get_args(Optimizer))
 @pytest.mark.parametrize("before", [0, 3])
 def test_continues_bit_for_bit(optimizer: Optimizer, before: int):
     whole = make_coder(optimizer)

@@ -74,12 +74,12 @@ def test_counts_rows_since_a_latent_fired():
     learner = make_learner(BASE)
     x_BD, _ = rows_of(BASE, 5, 1)
     result = learner.step(x_BD, x_BD)
-    fired = set(result.code.idx_BK[result.code.val_BK > 0].tolist())
+    fired = set(result.codes[0].idx_BK[result.codes[0].val_BK > 0].tolist())
     expected = [0 if latent in fired else 5 for latent in range(3 * D)]
     assert learner.rows_since_fired_M.tolist() == expected
     assert float(learner.dead_share(5)) == pytest.approx(1 - len(fired) / (3 * D))
     assert float(learner.dead_share(6)) == 0
-    assert float(result.l0) == sum(len(set(row.tolist())) for row in result.code.idx_BK) / 5
+    assert float(result.l0) == sum(len(set(row.tolist())) for row in result.codes[0].idx_BK) / 5
 
 
 def test_a_row_without_code_fires_nothing():

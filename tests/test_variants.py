@@ -26,6 +26,8 @@ SEPARATE = replace(TRANSCODER, subtract="separate")
 PREDICTING = replace(BASE, subtract="predicting")
 FROM_TOPK = replace(BASE, begin_as="topk", begin_share=0.05)
 DECAY = replace(BASE, k_factor=3.0, k_decay_share=0.5)
+ADAM = replace(BASE, optimizer="adam")
+SIGN = replace(BASE, optimizer="signsgd")
 
 VARIANTS = [
     replace(base, **PRESETS[name])
@@ -59,7 +61,14 @@ VARIANTS += [
     replace(FROM_TOPK, begin_as="groupmax", blocks="both"),
     replace(SEPARATE, begin_as="topk", begin_share=0.05),
     replace(TOPK, k_factor=2.0, k_decay_share=1.0),
-]
+    replace(TOPK, score_dtype="bfloat16"),
+    SIGN,
+    replace(BATCH, kind="transcoder", optimizer="signsgd", normalise=True),
+    replace(
+        TRANSCODER, schedule="cosine", decay_share=0.5, clip_norm=1.0, micro_batch_rows=20,
+        start="median", normalise=True,
+    ),
+]  # fmt: skip
 
 
 def by_name(value: object) -> str:
@@ -145,14 +154,23 @@ def test_prediction_is_that_of_the_code(config: CoderConfig):
 
 
 CASES: dict[str, list[tuple[CoderConfig, Any]]] = {
-    "optimizer": [(BASE, "adam")],
+    "optimizer": [(BASE, "adam"), (BASE, "signsgd")],
     "lr": [(BASE, 2e-2), (BASE, None)],
-    "warmup_share": [(BASE, 0.5)],
+    "warmup_share": [(BASE, 0.5), (SIGN, 0.5)],
+    "schedule": [(BASE, "cosine"), (BASE, "constant"), (SIGN, "linear"), (SIGN, "cosine")],
+    "decay_share": [(BASE, 0.5), (replace(SIGN, schedule="cosine"), 0.5)],
+    "clip_norm": [(BASE, 1e-2), (ADAM, 1e-2)],
+    "micro_batch_rows": [(BASE, 20), (BATCH, 20), (replace(BATCH, arch="batch-topk"), 20)],
+    "start": [(BASE, "median"), (TRANSCODER, "median"), (TOPK, "median")],
+    "normalise": [(BASE, True), (TRANSCODER, True), (TOPK, True)],
     "codes": [(BASE, "gp"), (BASE, "omp"), (TRANSCODER, "omp")],
     "backend": [(WIDE, "shortlist")],
     "shortlist_size": [(SHORT, 30)],
     "shortlist_refresh": [(SHORT, 1)],
-    "score_dtype": [(SHORT, "bfloat16"), (replace(WIDE, backend="gram"), "bfloat16")],
+    "score_dtype": [
+        (SHORT, "bfloat16"), (replace(WIDE, backend="gram"), "bfloat16"),
+        (replace(TOPK, k=20, expansion=20), "bfloat16"),
+    ],
     "tolerance": [(BASE, 0.5), (PREDICTING, 0.5)],
     "select": [(BASE, "magnitude"), (PREDICTING, "magnitude")],
     "subtract": [(BASE, "predicting"), (TRANSCODER, "separate"), (TRANSCODER, "predicting")],
@@ -222,7 +240,7 @@ def test_atom_dropout_draws_for_each_step():
     assert torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
     learner = make_learner(config)
     x_BD, y_BE = rows_of(config, 64, 1)
-    fired = set(learner.step(x_BD, y_BE).code.idx_BK.flatten().tolist()) - {-1}
+    fired = set(learner.step(x_BD, y_BE).codes[0].idx_BK.flatten().tolist()) - {-1}
     assert fired <= set(drawn[0].tolist())
 
 
