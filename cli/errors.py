@@ -1,16 +1,20 @@
 """How a command ends: one line for what a person can mend, a traceback for our faults.
 
-0 done · 2 the user's mistake · 1 anything else · 130 interrupted.
+0 done · 2 the user's mistake · 1 anything else · 130 interrupted · 143 ended by SIGTERM.
 """
 
 import errno
 import functools
+import signal
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import typer
 
 from mpcache.guard import printable
+from mptrain.interrupt import Terminated
 
 # what is wrong with the place that was named, not with the disk or the network
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
@@ -25,7 +29,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**values)
         except KeyboardInterrupt as interrupt:
-            _end(str(interrupt) or "interrupted", 130)
+            number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+            _end(str(interrupt) or "interrupted", 128 + number)
         except ValueError as error:
             if not _raised_by_us(error):
                 raise  # a fault of ours or of a library; the traceback is what helps
@@ -36,6 +41,19 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _end(f"error: {error}", 1)
 
     return run
+
+
+@contextmanager
+def warnings_in_words() -> Iterator[None]:
+    """Print warnings of ours as lines for people: a run goes on, and someone has to act."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = _show
+        yield
+
+
+def _show(message: Warning | str, *_: object, **__: object) -> None:
+    typer.echo(f"warning: {printable(str(message))}", err=True)
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli.errors import guarded
+from cli.errors import guarded, warnings_in_words
 from cli.options import choices, count, counts, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig
@@ -48,9 +48,10 @@ def fit(config: FitConfig, json: Json = False) -> None:
     for warning in config.warnings():
         typer.echo(f"warning: {warning}", err=True)
     try:
-        results = run(config, quiet=False)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(Path(config.run))) from None
+        with warnings_in_words():
+            results = run(config, quiet=False)
+    except KeyboardInterrupt as stop:
+        raise type(stop)(_how_to_go_on(Path(config.run))) from None
     if json:
         return print_json(results)
     trained = [result for result in results if not result["diverged"]]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,10 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
 def save_state(
     run: Path, step: int, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Keep the state of a run after `step` train steps, then drop the state before it."""
+    """Keep the state of a run after `step` train steps, then drop the state before it.
+
+    At every moment a whole state is there, once there was one. An OSError leaves that one.
+    """
     folder = run / "state" / str(step)
     _write_folder(folder, {"state.json": {**about, "step": step}}, {"state.safetensors": tensors})
     for other in folder.parent.iterdir():
@@ -67,13 +72,27 @@ def save_state(
 
 
 def load_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The last state that was kept whole; None where there is none."""
+    """The last state that was kept whole; None where there is none.
+
+    Raises:
+        ValueError: its bytes are not what was kept.
+    """
     step = last_step(run)
     if step is None:
         return None
     folder = run / "state" / str(step)
-    about: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
-    return about, load_file(folder / "state.safetensors")
+    with _damage_in_words(folder):
+        return _about(folder), load_file(folder / "state.safetensors")
+
+
+def load_about(run: Path) -> dict[str, Any] | None:
+    """What `load_state` gives, without its tensors."""
+    step = last_step(run)
+    if step is None:
+        return None
+    folder = run / "state" / str(step)
+    with _damage_in_words(folder):
+        return _about(folder)
 
 
 def last_step(run: Path) -> int | None:
@@ -97,29 +116,62 @@ def write_json(path: Path, content: Any) -> None:
     _sync(path.parent)
 
 
+def _about(state: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((state / "state.json").read_bytes())
+    return about
+
+
+@contextmanager
+def _damage_in_words(state: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"{state} is damaged ({error}); delete {state.parent}, and the run starts anew"
+        ) from None
+
+
 def _write_folder(
     folder: Path, texts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Make a folder under a temporary name, sync it, and rename it into place."""
     partial = folder.with_name(folder.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in texts.items():
-        (partial / name).write_text(_json(content))
-        _sync(partial / name)
-    for name, named in tensors.items():
-        save_file({k: t.detach().cpu().contiguous() for k, t in named.items()}, partial / name)
-        _sync(partial / name)
-    _sync(partial)  # the names of its files, before its own
-    if folder.exists():  # only a coder is replaced; a state has a name of its own
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
+    try:
+        _fill(partial, texts, tensors)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its room back
+        raise
+    if folder.exists():  # only a coder, with the same weights: whole at every moment
+        for name in (*tensors, *texts):
+            (partial / name).replace(folder / name)
+        partial.rmdir()
     else:
         partial.rename(folder)
     _sync(folder.parent)
+
+
+def _fill(
+    folder: Path, texts: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    folder.mkdir(parents=True)
+    for name, content in texts.items():
+        (folder / name).write_text(_json(content))
+        _sync(folder / name)
+    for name, named in tensors.items():
+        _save_tensors(folder / name, named)
+        _sync(folder / name)
+    _sync(folder)  # the names of its files, before its own
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # it gives the system's error in words alone
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def _json(content: Any) -> str:

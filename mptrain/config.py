@@ -1,6 +1,7 @@
 """What `mptrain fit` and `mptrain bench` can be told."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -51,6 +52,8 @@ class RunConfig:
     "rows of the validation split used for metrics.jsonl; results.json is of all"
     save_every: int = 200
     "train steps between saved states, from which an interrupted run goes on"
+    save_minutes: float | None = None
+    "minutes between saved states too"
     allow_nonfinite: bool = False
     "train on a store that holds non-finite values; rows with such values are left out"
     device: str = "auto"
@@ -65,6 +68,8 @@ class RunConfig:
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}"
             )
+        if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
+            raise ValueError(f"save_minutes must be positive and finite, got {self.save_minutes}")
 
     def coders(self) -> tuple[CoderConfig, ...]:
         """What is trained: for each kind of run to say."""

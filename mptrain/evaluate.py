@@ -53,6 +53,11 @@ def sides_of(config: CoderConfig) -> tuple[Side, Side]:
     return (target if config.kind == "sae" else (config.hookpoint, "input")), target
 
 
+def sides_of_all(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
+    """What coders read together, each side once."""
+    return tuple(dict.fromkeys(side for one in configs for side in sides_of(one)))
+
+
 def evaluate(
     coders: Sequence[tuple[Coder, int, Codes]],
     batches: Iterable[Batch],

@@ -1,8 +1,10 @@
 """Train a grid of coders in one pass over a store; the same command goes on where it stopped."""
 
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -10,13 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mptrain.batches import resolve_device
-from mptrain.checkpoint import load_state, save_coder, save_state, write_json
+from mptrain.checkpoint import save_coder, write_json
 from mptrain.config import RunConfig
-from mptrain.evaluate import Evaluation, evaluate, sides_of
+from mptrain.evaluate import Evaluation, evaluate, sides_of_all
 from mptrain.interrupt import held_interrupt
 from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
-from mptrain.metrics import append, rewind
+from mptrain.metrics import MetricsFile, rewind
 from mptrain.observe import in_short, record_of
+from mptrain.progress import first_pass, keep, restore_
 from mptrain.runs import Run, open_run
 from mptrain.suited import refuse_unsuited
 from mptrain.train_step import StepResult
@@ -27,41 +30,52 @@ def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     """Train, evaluate and save every coder of the grid; gives a row of results for each.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C; in training, the step in hand is ended and the state saved.
+        KeyboardInterrupt: on Ctrl-C, as Terminated on SIGTERM; in training, the step in hand is
+            ended and the state saved.
         ValueError: the user's mistake, or non-finite values in the store.
         DamagedStoreError (an OSError): the store's bytes are not what was committed.
     """
     store = open_store(config.store)
     device = resolve_device(config.device)
-    grid = config.coders()
-    sides = tuple(dict.fromkeys(side for one in grid for side in sides_of(one)))
-    refuse_unsuited(config, store, sides)
-    trainees = [make_trainee(one, config, store, device) for one in grid]
-    with (
-        _loader(config, store, sides, "train", device) as train,
-        _loader(config, store, sides, "validation", device) as validation,
-    ):
-        run = open_run(config, store.source, store.fingerprint, train.order_digest)
-        return Fitting(config, run, trainees, train, validation, quiet).fit()
+    refuse_unsuited(config, store, sides_of_all(config.coders()))
+    passes = [config.coders()]
+    results: list[dict[str, Any]] = []
+    for number in range(min(first_pass(Path(config.run)), len(passes) - 1), len(passes)):
+        trainees = [make_trainee(one, config, store, device) for one in passes[number]]
+        sides = sides_of_all(passes[number])
+        with (
+            _loader(config, store, sides, "train", device) as train,
+            _loader(config, store, sides, "validation", device) as validation,
+        ):
+            run = open_run(config, store.source, store.fingerprint, train.order_digest)
+            fitting = Fitting(config, run, number, results, trainees, train, validation, quiet)
+            results = fitting.fit()
+    return results
 
 
 class Fitting:
-    """The loop over batches: train every coder, and at intervals log, validate and save."""
+    """A pass over the store: train its coders, and at intervals log, validate and save."""
 
     def __init__(
         self,
         config: RunConfig,
         run: Run,
+        number: int,
+        finished: list[dict[str, Any]],
         trainees: Sequence[Trainee],
         train: Loader,
         validation: Loader,
         quiet: bool,
     ) -> None:
+        """`number` counts passes from 0; `finished` are the results of the passes before."""
         self.config, self.run, self.quiet = config, run, quiet
+        self.number, self.finished = number, finished
         self.trainees, self.train, self.validation = trainees, train, validation
         self.device = train.device
         self.steps = train_steps(config)
-        self.waited_before = 0.0  # in earlier calls of this run
+        self.waited_before = 0.0  # in earlier calls of this pass
+        self.metrics = MetricsFile(run.metrics)
+        self._saved_at = time.monotonic()
 
     def fit(self) -> list[dict[str, Any]]:
         """Train to the last step, then evaluate on the whole validation split and save."""
@@ -80,11 +94,11 @@ class Fitting:
         ):
             for step in range(start + 1, self.steps + 1):
                 self._train_and_observe(step, next(batches), bar)
-                stops = interrupted()
-                if stops or step % self.config.save_every == 0 or step == self.steps:
+                stop = interrupted()
+                if stop or self._is_save_due(step):
                     self._save(step)
-                if stops:
-                    raise KeyboardInterrupt
+                if stop:
+                    raise stop
         return self._finish()
 
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
@@ -156,47 +170,47 @@ class Fitting:
             just_diverged = trainee.diverged and result is not None
             if just_diverged or (is_due and not trainee.diverged):
                 record = record_of(step, rows, trainee, result, evaluation, self._waited)
-                append(self.run.metrics, record)
+                self.metrics.add(record)
 
     @property
     def _waited(self) -> float:
         return self.waited_before + self.train.wait_seconds
 
+    def _is_save_due(self, step: int) -> bool:
+        minutes = self.config.save_minutes
+        is_time = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return is_time or step % self.config.save_every == 0 or step == self.steps
+
     def _save(self, step: int) -> None:
-        about = {
-            "waited": self._waited,
-            "train_seconds": {t.config.name: t.train_seconds for t in self.trainees},
-            "diverged": [t.config.name for t in self.trainees if t.diverged],
-        }
-        tensors = {
-            f"{trainee.config.name}/{name}": tensor
-            for trainee in self.trainees
-            for name, tensor in trainee.learner.state_tensors().items()
-        }
-        save_state(self.run.folder, step, about, tensors)
+        """Keep the state. Where the disk does not take it, the one before it is still there."""
+        self._saved_at = time.monotonic()
+        progress = (self.number, step, self.steps, self._waited, self.finished, self.trainees)
+        try:
+            self.metrics.flush()  # a state without its lines would be continued without them
+            keep(self.run.folder, *progress)
+        except OSError as error:
+            warnings.warn(
+                f"the state after train step {step} is not saved ({error.strerror}); the one "
+                "before it is kept, training goes on, and the next save tries again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _continue(self) -> int:
-        """Load the last state of the run, if there is one; gives the step it was taken after."""
-        found = load_state(self.run.folder)
-        about, tensors = found or ({"step": 0}, {})
-        rewind(self.run.metrics, about["step"])
-        if found:
-            self.waited_before = about["waited"]
-            for trainee in self.trainees:
-                self._continue_one(trainee, about, tensors)
-        return int(about["step"])
-
-    def _continue_one(
-        self, trainee: Trainee, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> None:
-        prefix = f"{trainee.config.name}/"
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        trainee.learner.load_state_tensors_(own)
-        trainee.train_seconds = about["train_seconds"][trainee.config.name]
-        trainee.diverged = trainee.config.name in about["diverged"]
+        """Load the last state of this pass, if there is one; gives the step it was taken after."""
+        about = restore_(self.run.folder, self.number, self.trainees)
+        if about is not None:
+            self.waited_before, self.finished = about["waited"], about["finished"]
+        start = 0 if about is None else int(about["pass_step"])
+        done = {result["coder"] for result in self.finished}
+        own = {trainee.config.name for trainee in self.trainees}
+        rewind(self.run.metrics, lambda r: r.coder in done or (r.coder in own and r.step <= start))
+        return start
 
     def _finish(self) -> list[dict[str, Any]]:
-        results = []
+        """Evaluate all coders on the whole validation split, and save them with their results."""
+        self.metrics.flush()
+        results = list(self.finished)
         for trainee, evaluation in zip(self.trainees, self._evaluate(None), strict=True):
             if evaluation is not None and not evaluation.is_finite:
                 trainee.diverged, evaluation = True, None  # in its last update

@@ -4,7 +4,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -57,10 +58,41 @@ def writing_in(place: Path) -> Iterator[None]:
         ) from None
 
 
-def append(path: Path, record: Record) -> None:
-    """Add a line, in one write."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(record))
+class MetricsFile:
+    """Writes a line for each record. Those that a full disk refuses are kept for later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = b""
+
+    def add(self, record: Record) -> None:
+        """Add a line; where that fails, warn and keep it."""
+        was_waiting = bool(self._waiting)
+        self._waiting += _line(record).encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not was_waiting:
+                told = f"{self.path} cannot be written ({error.strerror}); its lines wait in memory"
+                warnings.warn(told, RuntimeWarning, stacklevel=2)
+
+    def flush(self) -> None:
+        """Bring all lines to the disk; OSError where it does not take them."""
+        if self._waiting or self.path.exists():
+            self._write(sync=True)
+
+    def _write(self, *, sync: bool = False) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            size, left = file.tell(), memoryview(self._waiting)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                if sync:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(size)  # a torn line would spoil those after it
+                raise
+        self._waiting = b""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -73,14 +105,14 @@ def read_records(path: Path) -> list[Record]:
     return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop what is later than `step`, and a torn line, so that a continued run repeats no line.
+def rewind(path: Path, is_kept: Callable[[Record], bool]) -> None:
+    """Drop all other records, and a torn line, so that a continued run repeats no line.
 
     A crash in between leaves the file as it was or as it should be. No file is no line.
     """
     if not path.exists():
         return
-    kept = [record for record in read_records(path) if record.step <= step]
+    kept = filter(is_kept, read_records(path))
     shorter = path.with_name(path.name + ".rewind")
     with shorter.open("w", encoding="utf-8") as file:
         file.writelines(map(_line, kept))

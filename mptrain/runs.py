@@ -9,8 +9,8 @@ from mptrain.checkpoint import is_partial, write_json
 from mptrain.config import RunConfig
 from mptrain.metrics import writing_in
 
-# where a run lives and what it is computed on may change between its commands
-_FREE = {"run", "store", "device"}
+# where a run lives, what it is computed on and when it is saved may change between its commands
+_FREE = {"run", "store", "device", "save_every", "save_minutes"}
 
 
 @dataclass(frozen=True)

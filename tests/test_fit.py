@@ -16,61 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fits import config, equal, lasting, weights
 from mptrain import checkpoint
 from mptrain import fit as fit_stage
 from mptrain.checkpoint import load_coder, write_json
 from mptrain.config import FitConfig
 from mptrain.evaluate import Evaluation, evaluate_coder
 from mptrain.fit import fit
-from mptrain.metrics import Record, read_records
+from mptrain.interrupt import Terminated
 from mptrain.observe import peak_memory_bytes
 from stores import small_store
-
-BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "rows_per_second": 0.0, "peak_memory_bytes": 0}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_store(tmp_path_factory.mktemp("fit"))[0])
-
-
-def config(store: str, run: Path, **changes: Any) -> FitConfig:
-    settings: dict[str, Any] = {
-        "store": store,
-        "run": str(run),
-        "hookpoints": ("layers.1.mlp",),
-        "kind": ("sae", "skip-transcoder"),
-        "k": (3,),
-        "expansion": (2,),
-        "rows": 64 * 24,
-        "batch_rows": 64,
-        "window_rows": 128,
-        "log_every": 2,
-        "eval_every": 8,
-        "save_every": 5,
-        "dead_rows": 200,
-        "device": "cpu",
-        **changes,
-    }
-    return FitConfig(**settings)
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted(run.glob("coders/*/coder.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def lasting(run: Path) -> list[Record]:
-    """Records without what depends on the clock and the process."""
-    records = [dataclasses.asdict(r) for r in read_records(run / "metrics.jsonl")]
-    return [Record(**{**r, **BLANK}) for r in records]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
@@ -232,8 +192,13 @@ def test_damaged_and_foreign_coders_are_refused(store: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stops_at", [1, 7, 10, 24])
-def test_ctrl_c_ends_the_step_and_keeps_its_state(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_keeps_its_state(
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    stops_at: int,
 ) -> None:
     train, calls = fit_stage.Fitting._train, 0
 
@@ -241,15 +206,17 @@ def test_ctrl_c_ends_the_step_and_keeps_its_state(
         nonlocal calls
         calls += 1
         if calls == stops_at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return train(self, batch)
 
     fit(config(store, tmp_path / "whole"))
     monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         fit(config(store, tmp_path / "broken"))
+    assert stopped.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
     assert [f.name for f in (tmp_path / "broken/state").iterdir()] == [str(stops_at)]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     fit(config(store, tmp_path / "broken"))
     assert calls == 24
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))

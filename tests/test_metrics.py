@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mptrain.metrics import Record, append, read_records, rewind
+from mptrain.metrics import MetricsFile, Record, read_records, rewind
 
 counts, floats = st.integers(0, 2**53), st.floats()
 records = st.builds(
@@ -38,7 +38,7 @@ def write(folder, items):
     path.unlink(missing_ok=True)
     path.touch()
     for item in items:
-        append(path, item)
+        MetricsFile(path).add(item)
     return path
 
 
@@ -62,7 +62,7 @@ def test_every_line_is_strict_json(folder, items):
 def test_a_torn_last_line_is_no_record(folder, items, data):
     path = write(folder, items[:-1])
     whole = len(path.read_bytes())
-    append(path, items[-1])
+    MetricsFile(path).add(items[-1])
     content = path.read_bytes()
     path.write_bytes(content[: data.draw(st.integers(whole, len(content) - 1))])
     assert repr(read_records(path)) == repr(items[:-1])
@@ -73,7 +73,7 @@ def test_rewinding_keeps_what_is_not_later(folder, items, step, torn):
     path = write(folder, items)
     with path.open("ab") as file:
         file.write(torn.replace(b"\n", b""))
-    rewind(path, step)
+    rewind(path, lambda item: item.step <= step)
     kept = [item for item in items if item.step <= step]
     content = path.read_bytes()
     assert repr(read_records(path)) == repr(kept)
@@ -87,14 +87,14 @@ def test_continuing_after_a_crash_writes_the_same_file(folder):
     uninterrupted = write(folder, items).read_bytes()
     path = write(folder, items[:7])
     path.write_bytes(path.read_bytes()[:-3])
-    rewind(path, saved)
+    rewind(path, lambda item: item.step <= saved)
     for item in items[saved + 1 :]:
-        append(path, item)
+        MetricsFile(path).add(item)
     assert path.read_bytes() == uninterrupted
 
 
 def test_rewinding_without_a_file_makes_none(tmp_path):
-    rewind(tmp_path / "metrics.jsonl", 3)
+    rewind(tmp_path / "metrics.jsonl", lambda _: True)
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +110,7 @@ def test_divergence_is_not_mistaken_for_a_step_without_validation(tmp_path):
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     path = write(tmp_path, [RECORD])
     path.write_text(path.read_text() + line + "\n")
-    append(path, RECORD)
+    MetricsFile(path).add(RECORD)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not a record of coder, step"):
         read_records(path)
 

@@ -10,7 +10,7 @@ import pytest
 
 from mptrain import fit as fit_stage
 from mptrain.config import FitConfig
-from mptrain.metrics import Record, append
+from mptrain.metrics import MetricsFile, Record
 from mptrain.plot import draw, looks, plot_runs, read_curves
 from mptrain.recipe import CoderConfig
 from stores import small_store
@@ -34,10 +34,11 @@ def make_run(folder, coders, fvus=(0.9, None, 0.5, 0.4), seconds=1.0):
     (folder / "config.json").write_text(
         json.dumps({"fit": {}, "source": "m on d", "coders": named})
     )
-    (folder / "metrics.jsonl").touch()
+    file = MetricsFile(folder / "metrics.jsonl")
+    file.path.touch()
     for step, fvu in enumerate(fvus):
         for one in coders:
-            append(folder / "metrics.jsonl", record(one.name, step, fvu, seconds))
+            file.add(record(one.name, step, fvu, seconds))
     return folder
 
 
