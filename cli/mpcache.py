@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +11,10 @@ from cli.errors import guarded
 from cli.options import from_config
 from cli.tables import print_json, print_table
 from mpcache.config import CollectConfig, ConvertConfig
-from mpcache.guard import printable
+from mpcache.guard import check_printable, printable
 from mpcache.workforce import Workforce
+
+PLACE = "the store's folder, or its s3:// or gs:// URL"
 
 app = typer.Typer(
     help="Run a language model once and keep its activations in a Zarr store.",
@@ -22,8 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-ToPath = Annotated[Path, typer.Argument(metavar="TO", help="folder of the new store")]
-StorePath = Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")]
+ToPath = Annotated[str, typer.Argument(metavar="TO", help="place of the new store")]
+StorePath = Annotated[str, typer.Argument(metavar="STORE", help=PLACE)]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -47,13 +48,11 @@ def version(
 def collect(
     config: CollectConfig,
     workforce: Workforce,
-    store: Annotated[
-        Path | None, typer.Argument(metavar="[STORE]", help="folder of the store")
-    ] = None,
+    store: Annotated[str | None, typer.Argument(metavar="[STORE]", help=PLACE)] = None,
     root: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="ROOT", help="without STORE: find or make it in this folder of stores"
+            metavar="ROOT", help="without STORE: find or make it in this folder or bucket of stores"
         ),
     ] = None,
     json: Json = False,
@@ -103,15 +102,14 @@ def _tell(done: Any, wanted: int) -> None:
 
 
 def _place(
-    store: Path | None, root: Path | None, config: CollectConfig
-) -> tuple[Path, CollectConfig, Any]:
+    store: str | None, root: str | None, config: CollectConfig
+) -> tuple[Any, CollectConfig, Any]:
     """Where to collect, how, and what is there if that is all that was asked for."""
-    from mpcache.guard import check_place
-
     if (store is None) == (root is None):
         raise ValueError("name either STORE or --root ROOT, the folder of stores that has it")
     if store is not None:
-        return check_place(store), config, None
+        check_printable(store)
+        return store, config, None
     from mpcache.roots import find_place
 
     assert root is not None
@@ -119,15 +117,15 @@ def _place(
     kept = [n for n in ("codec", "chunk_rows") if getattr(found.config, n) != getattr(config, n)]
     if kept:
         told = ", ".join(f"{name} {getattr(found.config, name)}" for name in kept)
-        typer.echo(f"{found.path} is there with {told}, which stays", err=True)
-    return found.path, found.config, found.done
+        typer.echo(f"{found.place} is there with {told}, which stays", err=True)
+    return found.place, found.config, found.done
 
 
 @app.command(name="list")
 @guarded
 def list_stores(
     *,
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="folder of stores")],
+    root: Annotated[str, typer.Argument(metavar="ROOT", help="folder or bucket of stores")],
     json: Json = False,
 ) -> None:
     """Model, dataset, hookpoints, rows, bytes, completeness and age of every store in a root."""
@@ -211,7 +209,7 @@ def remove(
     if not yes:
         if not sys.stdin.isatty():
             raise ValueError(f"{store} would be deleted for good; say --yes")
-        if not typer.confirm(printable(f"delete {leaving.told}, {leaving.path}, for good?")):
+        if not typer.confirm(printable(f"delete {leaving.told}, {store}, for good?")):
             raise ValueError(f"{store} stays")
     run(leaving)
     typer.echo(printable(f"{store} is removed"))

@@ -90,7 +90,7 @@ def _how_to_go_on(run: Path) -> str:
 def evaluate(
     *,
     coder: Annotated[Path, typer.Argument(metavar="CODER", help="folder RUN/coders/NAME")],
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")],
+    store: Annotated[str, typer.Argument(metavar="STORE", help="the store's folder or URL")],
     k: Annotated[
         list[str] | None, typer.Option(help="evaluate at these K too", metavar="COUNT,..")
     ] = None,
@@ -124,7 +124,7 @@ def evaluate(
     return None
 
 
-def _spliced(folder: Path, store: Path, model: str, revision: str, device: str) -> dict[str, float]:
+def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -> dict[str, float]:
     """The language model and the coder meet here only: neither package knows the other's."""
     from mpcache.splice import SplicedModel
     from mptrain.checkpoint import load_coder

@@ -32,6 +32,7 @@ from mpcache.hooks import Side
 from mpcache.identity import identify, layout_of, open_place
 from mpcache.jobs import Job, Missing, Progress
 from mpcache.model import load_tokenizer
+from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.sketch import files_digest
 from mpcache.station import Background, Facts, Station, commit_part, load
@@ -78,7 +79,7 @@ class Summary:
 
 def collect(
     config: CollectConfig,
-    path: Path,
+    where: str | Path | Place,
     workforce: Workforce = Workforce(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
@@ -90,36 +91,37 @@ def collect(
         OSError: disk or network; what was committed stays.
         KeyboardInterrupt: as it comes; what was committed stays.
     """
+    place = place_of(where)
     if workforce.is_wanted:
-        return _collect_with_workers(config, path, workforce, quiet)
+        return _collect_with_workers(config, place, workforce, quiet)
     loaded = load(config)
     documents = open_documents(config, loaded.tokenizer)
     station = Station(config, loaded)
     collection = Collection(
-        config, path, station.facts, loaded.tokenizer, documents, workforce, quiet
+        config, place, station.facts, loaded.tokenizer, documents, workforce, quiet
     )
-    return collection.run(functools.partial(work_here, station, path))
+    return collection.run(functools.partial(work_here, station, place))
 
 
 def _collect_with_workers(
-    config: CollectConfig, path: Path, workforce: Workforce, quiet: bool
+    config: CollectConfig, place: Place, workforce: Workforce, quiet: bool
 ) -> Summary:
     from mpcache.crew import Crew  # brings Dask's scheduler, which one process does not need
 
     tokenizer = load_tokenizer(config)
     documents = open_documents(config, tokenizer)
-    with Crew(workforce, config, path, quiet=quiet) as crew:
+    with Crew(workforce, config, place, quiet=quiet) as crew:
         facts = crew.facts()
-        collection = Collection(config, path, facts, tokenizer, documents, workforce, quiet)
+        collection = Collection(config, place, facts, tokenizer, documents, workforce, quiet)
         return collection.run(crew.work)
 
 
 def work_here(
-    station: Station, path: Path, jobs: Sequence[Job], progress: Progress
+    station: Station, where: str | Path | Place, jobs: Sequence[Job], progress: Progress
 ) -> tuple[Missing, ...]:
     """Read and commit parts in this process; the first failure ends it."""
-    store = open_store(path)
-    writer = Writer(path, store.layout)
+    store = open_store(where)
+    writer = Writer(store.place, store.layout)
 
     def commit(part: int, buffers: Any) -> None:
         progress.committed(commit_part(writer, part, buffers))
@@ -141,20 +143,21 @@ class Collection:
     def __init__(
         self,
         config: CollectConfig,
-        path: Path,
+        where: str | Path | Place,
         facts: Facts,
         tokenizer: PreTrainedTokenizerBase,
         documents: Documents,
         workforce: Workforce = Workforce(),  # noqa: B008  frozen
         quiet: bool = True,
     ) -> None:
-        self.config, self.path, self.facts, self.quiet = config, path, facts, quiet
+        self.config, self.facts, self.quiet = config, facts, quiet
+        self.place = place_of(where)
         self.tokenizer, self.documents, self.share = tokenizer, documents, workforce.parts
         self.sides = facts.sides
         self.layout = layout_of(config, facts.token_dtype)
         digests = {**facts.digests, "dataset_digest": documents.digest}
         self.identity = identify(config, digests, facts.attention)
-        self.writer = Writer(path, self.layout)
+        self.writer = Writer(self.place, self.layout)
         # both splits want at least one part, whatever --rows says
         self.wanted_parts = max(2, -(-config.rows // config.part_rows))
 
@@ -163,7 +166,7 @@ class Collection:
         if self.share.number > 1:
             self.await_tokens()
         self.write_tokens()
-        jobs = self.jobs(open_store(self.path))
+        jobs = self.jobs(open_store(self.place))
         started = time.monotonic()
         with Progress(jobs, self.quiet) as progress:
             missing = work(jobs, progress) if jobs else ()
@@ -198,9 +201,9 @@ class Collection:
         """Leave tokens to the first share for as long as it makes progress, or may be starting."""
         seen, since = -1, time.monotonic()
         while time.monotonic() - since < TOKEN_PATIENCE:
-            if is_store(self.path):
+            if is_store(self.place):
                 self.open_place()
-                store = open_store(self.path)
+                store = open_store(self.place)
                 if not self.cursors(store):
                     return
                 if (count := len(store.numbers(POSITION))) != seen:
@@ -210,9 +213,9 @@ class Collection:
     def write_tokens(self) -> None:
         """Commit tokens and rows of all wanted parts that lack them."""
         store = None
-        if is_store(self.path):
+        if is_store(self.place):
             self.open_place()
-            store = open_store(self.path)
+            store = open_store(self.place)
         parts = self.new_parts(store)
         # an unusable dataset shows in its first parts: before the store is made
         ahead = list(itertools.islice(parts, 2))
@@ -226,12 +229,12 @@ class Collection:
 
     def open_place(self) -> None:
         # by its files a later collection below the same root knows the model without loading it
-        files = None if is_store(self.path) else files_digest(self.config)
+        files = None if is_store(self.place) else files_digest(self.config)
         provenance = {
             "model": {**self.facts.provenance, "model_files": files},
             "dataset": self.documents.provenance,
         }
-        open_place(self.path, self.config, self.identity, self.layout, provenance)
+        open_place(self.place, self.config, self.identity, self.layout, provenance)
 
     def grow(self, store: Store | None) -> None:
         """Let all arrays span the same parts: those wanted, also arrays not asked for now.
@@ -240,7 +243,7 @@ class Collection:
         """
         there, arrays = 0, {TOKENS: 0, SEQUENCE: 0, POSITION: 0}
         if store and store.numbers(TOKENS):
-            there = check_metadata(self.path, specs(TOKENS, self.layout)[0])
+            there = check_metadata(self.place, specs(TOKENS, self.layout)[0])
             acts_there = [array for array in store.arrays if array.startswith("acts/")]
             arrays |= {array: store.width(*hookpoint_of(array)) for array in acts_there}
         arrays |= {self.array(side): width for side, width in self.facts.widths.items()}
@@ -289,7 +292,7 @@ class Collection:
         one made since; and of two that grow the same array at once, the smaller may come last.
         """
         while True:
-            store = open_store(self.path)
+            store = open_store(self.place)
             widths = {array: self.width(store, array) for array in store.arrays}
             spans = {array: self.span(array, width) for array, width in widths.items()}
             longest = max(high for _, high in spans.values())
@@ -304,17 +307,17 @@ class Collection:
 
     def span(self, array: str, width: int) -> tuple[int, int]:
         """Fewest and most parts of the Zarr arrays under one mark."""
-        found = [check_metadata(self.path, spec) for spec in specs(array, self.layout, width)]
+        found = [check_metadata(self.place, spec) for spec in specs(array, self.layout, width)]
         return min(found), max(found)
 
     def unseen(self, jobs: Sequence[Job]) -> tuple[Missing, ...]:
         """Jobs that are said to be done and of which no marks can be seen from here."""
         until = time.monotonic() + _SHOWN_WITHIN
         while True:
-            store = open_store(self.path)
+            store = open_store(self.place)
             jobs = [j for j in jobs if set(j.sides) & set(self.missing_sides(store, j.part))]
             if not jobs or time.monotonic() > until:
-                cause = f"its marks cannot be seen in {self.path}; do all machines share it?"
+                cause = f"its marks cannot be seen in {self.place}; do all machines share it?"
                 return tuple(Missing(job.part, 1, cause) for job in jobs)
             time.sleep(_LOOK_EVERY)
 
@@ -323,12 +326,12 @@ class Collection:
         return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=hidden)
 
     def summary(self, forward_rows: int, seconds: float, missing: tuple[Missing, ...]) -> Summary:
-        store = open_store(self.path)
+        store = open_store(self.place)
         arrays = [self.array(side) for side in self.sides]
         whole = [p for p in self.share_of(store) if not self.missing_sides(store, p)]
         marks = [store.mark(part, array) for array in arrays for part in whole]
         return Summary(
-            store=str(self.path),
+            store=str(self.place),
             parts=len(whole),
             rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in whole),
             exhausted=len(self.parts(store)) < self.wanted_parts,

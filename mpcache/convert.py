@@ -22,22 +22,29 @@ from mpcache.format import (
     seal,
     specs,
 )
-from mpcache.guard import DamagedStoreError, locate
+from mpcache.guard import DamagedStoreError
 from mpcache.hooks import Side, check_segments, is_match, sides_of
 from mpcache.move import Moved, arrived, bar, copy_part, grow_alike, receive, refuse_nesting
+from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.writer import Writer, values_digest
 
 
-def convert(path: Path, to: Path, config: ConvertConfig, *, quiet: bool = True) -> Moved:
+def convert(
+    source: str | Path | Place,
+    target: str | Path | Place,
+    config: ConvertConfig,
+    *,
+    quiet: bool = True,
+) -> Moved:
     """Make a store of the same rows, or complete the one that an earlier call began.
 
     Raises:
         ValueError: the user's mistake; nothing was written.
         DamagedStoreError: a part of the source is not what was committed.
     """
-    store = open_store(path)
-    refuse_nesting(path, to)
+    store, to = open_store(source), place_of(target)
+    refuse_nesting(store.place, to)
     layout = _layout(store, config)
     arrays = [a for a in store.arrays if not a.startswith("acts/")]
     sides = select(config.hookpoints, store)
@@ -87,9 +94,9 @@ def _layout(store: Store, config: ConvertConfig) -> Layout:
 
 def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str, Any]:
     """What `store.json` of the new store says: the same for every call, so that one can go on."""
-    content = read_store_file(store.path)
+    content = read_store_file(store.place)
     source = {
-        "store": store.path.resolve().name,
+        "store": store.place.name,
         "store_digest": digest(content),
         "dtype": store.layout.dtype,
         "codec": store.layout.codec,
@@ -108,7 +115,7 @@ def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str,
 
 def _convert_part(store: Store, part: int, array: str, writer: Writer) -> tuple[int, int]:
     """Bytes written, and values that became infinite; nothing where the part is there already."""
-    if locate(writer.path, mark_path(part, array)).exists():
+    if writer.place.size(mark_path(part, array)) is not None:
         return 0, 0
     mark = store.mark(part, array)
     width = int(mark.get("width", 0))
@@ -118,7 +125,7 @@ def _convert_part(store: Store, part: int, array: str, writer: Writer) -> tuple[
     for spec in specs(array, store.layout, width):
         told = mark["objects"][spec.object_path(part)]["values_xxh3_128"]
         if values_digest(values[spec.name]) != told:
-            name = store.path / spec.object_path(part)
+            name = f"{store.place}/{spec.object_path(part)}"
             raise DamagedStoreError(f"{name} is damaged: it decodes to other values")
     if array.startswith("acts/"):
         x_RW = torch.from_numpy(values[array]).view(getattr(torch, store.layout.dtype))

@@ -23,6 +23,7 @@ from mpcache.cluster import connected
 from mpcache.config import CollectConfig
 from mpcache.format import read_store_file
 from mpcache.jobs import Job, Missing, Progress
+from mpcache.place import Place, place_of
 from mpcache.remote import Done, Failure, Orders
 from mpcache.station import Facts
 from mpcache.workforce import Workforce
@@ -37,7 +38,7 @@ class Crew:
     """A Dask client, and the cluster behind it where that is ours."""
 
     def __init__(
-        self, workforce: Workforce, config: CollectConfig, path: Path, *, quiet: bool
+        self, workforce: Workforce, config: CollectConfig, place: Place, *, quiet: bool
     ) -> None:
         self.workforce, self.quiet = workforce, quiet
         devices = _devices(config, workforce.workers) if workforce.workers else ()
@@ -47,7 +48,7 @@ class Crew:
         self.orders = Orders(
             run=f"mpcache-{uuid.uuid4().hex}",
             config=_from_anywhere(config),
-            path=str(path.expanduser().absolute()),
+            place=place.address,
             threads=threads,
             devices=devices,
         )
@@ -86,7 +87,7 @@ class Crew:
 
     def work(self, jobs: Sequence[Job], progress: Progress) -> tuple[Missing, ...]:
         """Have all jobs done; gives those that failed three times."""
-        fingerprint = read_store_file(Path(self.orders.path))["fingerprint"]
+        fingerprint = read_store_file(place_of(self.orders.place))["fingerprint"]
         self.orders = replace(self.orders, fingerprint=fingerprint)
         shown = _Shown(progress)
         self.client.subscribe_topic(self.orders.run, shown)

@@ -12,14 +12,14 @@ has two companions, `norms/...` and `moments/...`, that are committed by the sam
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from mpcache.arrays import ArraySpec
 from mpcache.config import Codec, Split, split_of
-from mpcache.guard import DamagedStoreError, is_acts, is_part, locate
+from mpcache.guard import DamagedStoreError, is_acts, is_part
+from mpcache.place import Place
 
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
@@ -66,11 +66,11 @@ class Layout:
         return split_of(part, self.validation_every)
 
 
-def check_metadata(path: Path, spec: ArraySpec) -> int:
+def check_metadata(place: Place, spec: ArraySpec) -> int:
     """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
-    file = locate(path, spec.metadata_path)
+    file = f"{place}/{spec.metadata_path}"
     try:
-        data = file.read_bytes()
+        data = place.read(spec.metadata_path)
         found = json.loads(data)
         parts, rest = divmod(found["shape"][0], spec.part_shape[0])
         implied = json.loads(spec.metadata(parts)[spec.metadata_path])
@@ -81,7 +81,7 @@ def check_metadata(path: Path, spec: ArraySpec) -> int:
     # spelled again as Zarr spells it: a changed blank would otherwise go unseen
     spellings = {json.dumps(found, indent=indent).encode() for indent in (None, 2)}
     if rest or found != implied or data not in spellings:
-        raise DamagedStoreError(f"{file} is damaged: it is not what {path} needs")
+        raise DamagedStoreError(f"{file} is damaged: it is not what {place} needs")
     return int(parts)
 
 
@@ -150,7 +150,7 @@ def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> in
     return rows // ctx_len if array == TOKENS else rows
 
 
-def check_mark(content: Sealed, part: int, array: str, layout: Layout, file: Path) -> None:
+def check_mark(content: Sealed, part: int, array: str, layout: Layout, file: str) -> None:
     """Compare a mark with what its place implies; its own digest only tells that it is whole.
 
     Raises:
@@ -225,25 +225,24 @@ def unseal(data: bytes, name: str) -> Sealed:
     return content
 
 
-def is_store(path: Path) -> bool:
+def is_store(place: Place) -> bool:
     """Whether a store was made there."""
-    return os.path.lexists(path / STORE_FILE)
+    return place.exists(STORE_FILE)
 
 
-def read_store_file(path: Path) -> Sealed:
+def read_store_file(place: Place) -> Sealed:
     """Content of `store.json`; refuses what is no store and an unknown format version."""
-    if not is_store(path):
+    if not is_store(place):
         raise ValueError(
-            f"{path} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
+            f"{place} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
         )
-    file = locate(path, STORE_FILE)
-    return store_content(file.read_bytes(), file)
+    return store_content(place.read(STORE_FILE), f"{place}/{STORE_FILE}")
 
 
-def store_content(data: bytes, file: Path) -> Sealed:
+def store_content(data: bytes, file: str) -> Sealed:
     """What the bytes of a `store.json` say, checked as far as it can be without the rest."""
     refuse_unknown_version(data, file)
-    content = unseal(data, str(file))
+    content = unseal(data, file)
     try:
         Layout(**content["layout"])
         good = content["fingerprint"] == digest(content["identity"])
@@ -256,7 +255,7 @@ def store_content(data: bytes, file: Path) -> Sealed:
     return content
 
 
-def refuse_unknown_version(data: bytes, file: Path) -> None:
+def refuse_unknown_version(data: bytes, file: str) -> None:
     # looked at before the seal: a later version may be sealed in another way
     try:
         version = json.loads(data)["format_version"]

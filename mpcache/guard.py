@@ -1,13 +1,10 @@
 """What a store is not believed: names, links and files that others may have put there.
 
-A store is a shared folder. Whatever it says becomes a path only after these checks, so that a
+A store lies in a shared place. Whatever it says becomes a path only after these checks, so that a
 command touches nothing outside it.
 """
 
-import os
 import re
-import stat
-from pathlib import Path, PurePosixPath
 
 LONGEST_NAME = 200  # bytes; below every file system's limit with a temporary file's suffix
 _PART = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -44,32 +41,7 @@ def is_part(text: str) -> bool:
     return _PART.fullmatch(text) is not None
 
 
-def check_place(path: Path) -> Path:
+def check_printable(place: object) -> None:
     """Refuse a place for a new store, or of a root, whose name would steer a terminal."""
-    if not str(path).isprintable():
-        raise ValueError(f"a path must be printable, got {str(path)!r}; name another place")
-    return path
-
-
-def locate(store: Path, name: str) -> Path:
-    """Path of a store's file, having made sure that no link leads out of the store.
-
-    The store's own folder may be reached by links: that was the user's choice.
-
-    Raises:
-        DamagedStoreError: a step below the store is a link, or what is there is no plain file.
-    """
-    steps = PurePosixPath(name).parts
-    assert not {"/", ".."} & set(steps), name
-    place, mode = store, stat.S_IFDIR
-    for step in steps:
-        place = place / step
-        try:
-            mode = os.lstat(place).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            return store / name
-        if stat.S_ISLNK(mode):
-            raise DamagedStoreError(f"{place} is a symbolic link, which a store must not have")
-    if not stat.S_ISREG(mode):
-        raise DamagedStoreError(f"{place} is not a plain file")
-    return place
+    if not str(place).isprintable():
+        raise ValueError(f"a path must be printable, got {str(place)!r}; name another place")

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mpcache.config import CollectConfig
@@ -16,7 +15,8 @@ from mpcache.format import (
     read_store_file,
     seal,
 )
-from mpcache.objects import files_below, is_temporary, put_new
+from mpcache.objects import is_temporary
+from mpcache.place import Place
 
 # of the config; neither hookpoints nor storage dtype, so that both can differ for the same rows
 _DETERMINING = (
@@ -56,7 +56,7 @@ def layout_of(config: CollectConfig, token_dtype: str) -> Layout:
 
 
 def open_place(
-    path: Path, config: CollectConfig, identity: dict[str, Any], layout: Layout,
+    place: Place, config: CollectConfig, identity: dict[str, Any], layout: Layout,
     provenance: dict[str, Any],
 ) -> None:  # fmt: skip
     """Make the store, or check that the one there holds the same rows in the same layout."""
@@ -69,13 +69,13 @@ def open_place(
         "config": asdict(config),
         "provenance": provenance,
     }
-    if not is_store(path):
-        refuse_other_content(path)
-        put_new(path / STORE_FILE, seal(content))
-    found = read_store_file(path)
-    _refuse_rounded(path, found)
+    if not is_store(place):
+        refuse_other_content(place)
+        place.put_new(STORE_FILE, seal(content))
+    found = read_store_file(place)
+    _refuse_rounded(place, found)
     for key in ("identity", "layout"):
-        _refuse_difference(path, found[key], as_stored(content[key]))
+        _refuse_difference(place, found[key], as_stored(content[key]))
 
 
 def as_stored(content: Any) -> Any:
@@ -83,30 +83,30 @@ def as_stored(content: Any) -> Any:
     return json.loads(canonical(content))
 
 
-def refuse_other_content(path: Path) -> None:
+def refuse_other_content(place: Place) -> None:
     """Raise ValueError where a new store would lie among other files."""
-    others = path.is_file() or any(not is_temporary(file) for file in files_below(path))
-    if others and not is_store(path):  # another may have made the store just now
-        raise ValueError(f"{path} exists and is no store; name a new or empty folder")
+    others = not place.holds_places() or any(not is_temporary(name) for name in place.names())
+    if others and not is_store(place):  # another may have made the store just now
+        raise ValueError(f"{place} exists and is no store; name a new or empty folder")
 
 
-def _refuse_difference(path: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_difference(place: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     different = [key for key in wanted if stored.get(key) != wanted[key]]
     if different:
         told = "; ".join(
             f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different
         )
         raise ValueError(
-            f"{path} was made from another model or with other settings ({told}); "
+            f"{place} was made from another model or with other settings ({told}); "
             "use its settings, or name another store"
         )
 
 
-def _refuse_rounded(path: Path, found: dict[str, Any]) -> None:
+def _refuse_rounded(place: Place, found: dict[str, Any]) -> None:
     """Rows from the model would be rounded once, rows that went through another dtype twice."""
     source = found["provenance"].get("converted_from")
     if source and source["dtype"] != found["layout"]["dtype"]:
         raise ValueError(
-            f"{path} was converted from {source['store']}, as {source['dtype']}, and nothing is "
+            f"{place} was converted from {source['store']}, as {source['dtype']}, and nothing is "
             "collected into it; collect into that store, then give the same convert command again"
         )

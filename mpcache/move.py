@@ -4,10 +4,6 @@ What arrives becomes a store at its end, all at once, when `store.json` gets its
 is never taken for a store, and the same call goes on with it.
 """
 
-import os
-import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +23,10 @@ from mpcache.format import (
     specs,
     store_content,
 )
-from mpcache.guard import DamagedStoreError, check_place, locate
+from mpcache.guard import DamagedStoreError, check_printable
 from mpcache.identity import refuse_other_content
-from mpcache.objects import is_temporary, pieces_of, put_new, sync_folders
+from mpcache.objects import is_temporary
+from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.writer import Writer
 
@@ -51,18 +48,18 @@ class Moved:
     "values that became infinite in the new dtype"
 
 
-def copy(path: Path, to: Path, *, quiet: bool = True) -> Moved:
+def copy(source: str | Path | Place, target: str | Path | Place, *, quiet: bool = True) -> Moved:
     """Copy what is committed, comparing each object with its mark on the way.
 
     Goes on with half a copy, and adds to a copy what its source has got since. Memory: a megabyte.
 
     Raises:
-        ValueError: `to` holds something else; nothing was written.
+        ValueError: `target` holds something else; nothing was written.
         DamagedStoreError: an object of the source is not what was committed.
     """
-    store = open_store(path)
-    data = locate(path, STORE_FILE).read_bytes()
-    refuse_nesting(path, to)
+    store, to = open_store(source), place_of(target)
+    data = store.place.read(STORE_FILE)
+    refuse_nesting(store.place, to)
     receive(to, data)
     writer = Writer(to, store.layout)
     marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
@@ -84,62 +81,62 @@ def bar(marks: list[tuple[int, str]], name: str, quiet: bool) -> "tqdm[Any]":
 def grow_alike(store: Store, array: str, writer: Writer) -> None:
     """Let a new store's array span the parts of its source's."""
     width = int(store.mark(store.numbers(array)[0], array).get("width", 0))
-    writer.grow(array, check_metadata(store.path, specs(array, store.layout, width)[0]), width)
+    writer.grow(array, check_metadata(store.place, specs(array, store.layout, width)[0]), width)
 
 
 def copy_part(store: Store, part: int, array: str, writer: Writer) -> int:
     """Copy what one mark commits, the mark last; bytes written."""
     told = store.mark(part, array)["objects"]
-    sources = {name: _compared(locate(store.path, name), one) for name, one in told.items()}
-    mark = locate(store.path, mark_path(part, array)).read_bytes()
+    sources = {name: _compared(store.place, name, one) for name, one in told.items()}
+    mark = store.place.read(mark_path(part, array))
     is_new = writer.adopt(part, array, mark, sources)
     return sum(one["bytes"] for one in told.values()) if is_new else 0
 
 
-def _compared(file: Path, told: Mapping[str, Any]) -> Iterator[bytes]:
+def _compared(place: Place, name: str, told: Mapping[str, Any]) -> Iterator[bytes]:
     """The bytes of an object; raises at their end if they are not those that the mark names."""
     digest, size = xxhash.xxh3_128(), 0
     try:
-        for piece in pieces_of(file):
+        for piece in place.pieces(name):
             digest.update(piece)
             size += len(piece)
             yield piece
     except FileNotFoundError:
-        raise DamagedStoreError(f"{file} is missing, though it was committed") from None
+        raise DamagedStoreError(f"{place}/{name} is missing, though it was committed") from None
     if (size, digest.hexdigest()) != (told["bytes"], told["xxh3_128"]):
-        raise DamagedStoreError(f"{file} is damaged: its bytes differ from what was committed")
+        raise DamagedStoreError(
+            f"{place}/{name} is damaged: its bytes differ from what was committed"
+        )
 
 
 # --- arriving ---
 
 
-def refuse_nesting(path: Path, to: Path) -> None:
-    source, target = path.resolve(), to.resolve()
-    if source == target or source in target.parents or target in source.parents:
-        raise ValueError(f"{to} and {path} must not lie in each other; name another place")
+def refuse_nesting(source: Place, to: Place) -> None:
+    if source.is_within(to) or to.is_within(source):
+        raise ValueError(f"{to} and {source} must not lie in each other; name another place")
 
 
-def receive(to: Path, data: bytes) -> None:
+def receive(to: Place, data: bytes) -> None:
     """Make the place that is to become a store with this `store.json`, or find it again."""
-    check_place(to)
+    check_printable(to)
     if is_store(to):
-        if locate(to, STORE_FILE).read_bytes() != data:
+        if to.read(STORE_FILE) != data:
             raise ValueError(f"{to} is another store; name a new or empty folder")
         return
-    incoming = locate(to, _INCOMING)
-    if not incoming.exists():
+    if to.size(_INCOMING) is None:
         refuse_other_content(to)
-        put_new(incoming, data)
-    elif incoming.read_bytes() != data:
+        to.put_new(_INCOMING, data)
+    elif to.read(_INCOMING) != data:
         raise ValueError(
             f"{to} is half of another copy; finish that one, remove it, or name another place"
         )
 
 
-def arrived(to: Path, data: bytes) -> None:
+def arrived(to: Place, data: bytes) -> None:
     """Make a store of what has arrived."""
-    put_new(locate(to, STORE_FILE), data)
-    locate(to, _INCOMING).unlink(missing_ok=True)
+    to.put_new(STORE_FILE, data)
+    to.delete(_INCOMING)
 
 
 # --- leaving ---
@@ -149,53 +146,34 @@ def arrived(to: Path, data: bytes) -> None:
 class Leaving:
     """What is to be removed: a store, or half a copy, and what earlier removals left of it."""
 
-    path: Path
+    places: tuple[Place, ...]
     told: str
-    rests: tuple[Path, ...]
 
 
-def find_removable(path: Path) -> Leaving:
+def find_removable(where: str | Path | Place) -> Leaving:
     """Look at what is to be removed; raises ValueError for what is not certainly a store."""
-    if path.is_symlink():
-        raise ValueError(f"{path} is a symbolic link; name the store itself, {path.resolve()}")
-    rests = _rests(path)
-    if not os.path.lexists(path) and rests:
-        return Leaving(path, "the rest of an interrupted removal", rests)
-    if not is_store(path) and locate(path, _INCOMING).is_file():
-        store_content(locate(path, _INCOMING).read_bytes(), path / _INCOMING)
-        told = "an unfinished copy"
+    place = place_of(where)
+    if place.is_link():
+        raise ValueError(f"{place} is a symbolic link; name the store itself")
+    rests = place.rests()
+    if not place.exists() and rests:
+        return Leaving(rests, "the rest of an interrupted removal")
+    if not is_store(place) and place.size(_INCOMING) is not None:
+        store_content(place.read(_INCOMING), f"{place}/{_INCOMING}")
+        told = "half of a store, copied or removed"
     else:
-        read_store_file(path)
+        read_store_file(place)
         told = "a store"
     ours = {STORE_FILE, GROUP, MARKS}
-    foreign = sorted(f.name for f in path.iterdir() if f.name not in ours and not is_temporary(f))
+    foreign = [name for name in place.children() if name not in ours and not is_temporary(name)]
     if foreign:
         raise ValueError(
-            f"{path} also holds {foreign[0]!r}, which is no part of a store; move it away first"
+            f"{place} also holds {foreign[0]!r}, which is no part of a store; move it away first"
         )
-    return Leaving(path, told, rests)
+    return Leaving((place, *rests), told)
 
 
 def remove(leaving: Leaving) -> None:
-    """Delete for good. Renamed first: from then on there is no store, whatever happens.
-
-    Links in it are deleted, what they lead to is not.
-    """
-    path, rests = leaving.path, list(leaving.rests)
-    if os.path.lexists(path):
-        rest = path.with_name(f".{path.name}.{uuid.uuid4().hex}.removed")
-        path.rename(rest)
-        sync_folders(rest.parent, rest.parent)
-        rests.append(rest)
-    for rest in rests:
-        (rest / STORE_FILE).unlink(missing_ok=True)
-        shutil.rmtree(rest)
-
-
-def _rests(path: Path) -> tuple[Path, ...]:
-    """Folders that interrupted removals of this store have left beside it."""
-    if not path.parent.is_dir():
-        return ()
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.removed")
-    found = (rest for rest in path.parent.iterdir() if pattern.fullmatch(rest.name))
-    return tuple(sorted(rest for rest in found if rest.is_dir() and not rest.is_symlink()))
+    """Delete for good. From the first moment on there is no store, whatever happens."""
+    for place in leaving.places:
+        place.remove(STORE_FILE, _INCOMING)

@@ -5,7 +5,6 @@ its index and of each chunk that is read.
 """
 
 import functools
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,9 +34,9 @@ from mpcache.format import (
     specs,
     unseal,
 )
-from mpcache.guard import DamagedStoreError, locate
+from mpcache.guard import DamagedStoreError
 from mpcache.moments import Moments, merged, no_moments
-from mpcache.objects import files_below
+from mpcache.place import Place, place_of
 
 __all__ = ["DamagedStoreError", "Part", "Store", "open_store"]
 
@@ -54,9 +53,9 @@ class Part:
 class Store:
     """A store opened for reading. Threads may share it; it looks for commits once."""
 
-    def __init__(self, path: Path) -> None:
-        content = read_store_file(path)
-        self.path = path
+    def __init__(self, place: Place) -> None:
+        content = read_store_file(place)
+        self.place = place
         self.fingerprint: str = content["fingerprint"]
         self.identity: dict[str, Any] = content["identity"]
         self.config: dict[str, Any] = content["config"]
@@ -66,7 +65,7 @@ class Store:
     @functools.cached_property
     def _marks(self) -> dict[str, set[int]]:
         # not in __init__: who wants one part alone, as a worker does, need not list all marks
-        return _marked_parts(self.path)
+        return _marked_parts(self.place)
 
     @property
     def source(self) -> str:
@@ -102,7 +101,7 @@ class Store:
         found = tuple(s for s in ("input", "output") if acts(hookpoint, s) in self._marks)
         if not found:
             raise ValueError(
-                f"{self.path} has no hookpoint {hookpoint!r}; "
+                f"{self.place} has no hookpoint {hookpoint!r}; "
                 f"it has {', '.join(self.hookpoints) or 'none'}"
             )
         return found
@@ -126,9 +125,9 @@ class Store:
     @functools.cache  # noqa: B019  a store lives as long as its reader, and marks never change
     def mark(self, part: int, array: str) -> dict[str, Any]:
         """Commit mark of one array's part."""
-        file = locate(self.path, mark_path(part, array))
+        file = f"{self.place}/{mark_path(part, array)}"
         try:
-            content = unseal(file.read_bytes(), str(file))
+            content = unseal(self.place.read(mark_path(part, array)), file)
         except FileNotFoundError:
             raise DamagedStoreError(f"{file} was there and is gone; open the store anew") from None
         check_mark(content, part, array, self.layout, file)
@@ -182,7 +181,7 @@ class Store:
     def _acts(self, hookpoint: str, side: str) -> str:
         if side not in self.sides(hookpoint):
             raise ValueError(
-                f"{self.path} has no {side} of {hookpoint}, "
+                f"{self.place} has no {side} of {hookpoint}, "
                 f"only its {' and '.join(self.sides(hookpoint))}; "
                 f"collect it with --hookpoints {hookpoint}:{side}"
             )
@@ -203,58 +202,46 @@ class Store:
         size = int(self.mark(part, array)["objects"][name]["bytes"])
         self._check_size(name, size)
         if part >= self._span(spec):
-            raise DamagedStoreError(f"{self.path / spec.metadata_path} claims too few rows")
+            raise DamagedStoreError(f"{self.place}/{spec.metadata_path} claims too few rows")
+        read = functools.partial(self.place.read_range, name)
         try:
-            ends = self._ends(name, spec, size)
-            return spec.decode(functools.partial(self._read_range, name), ends, start, stop)
+            return spec.decode(read, self._ends(name, spec, size), start, stop)
+        except FileNotFoundError:
+            raise DamagedStoreError(f"{self.place}/{name} is missing") from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
-            raise DamagedStoreError(f"{self.path / name} is damaged: {error}") from error
+            raise DamagedStoreError(f"{self.place}/{name} is damaged: {error}") from error
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  as above, of the objects read last
     def _ends(self, name: str, spec: ArraySpec, size: int) -> tuple[int, ...]:
-        return spec.ends(functools.partial(self._read_range, name), size)
-
-    def _read_range(self, name: str, offset: int, length: int) -> np.ndarray:
-        data = np.empty(length, np.uint8)
-        with self._located(name).open("rb") as file:
-            file.seek(offset)
-            if file.readinto(data.data) != length:
-                raise ValueError(f"it ends before byte {offset + length}")
-        return data
+        self._check_size(name, size)  # once will do: later reads raise where bytes are missing
+        return spec.ends(functools.partial(self.place.read_range, name), size)
 
     def _check_size(self, name: str, size: int) -> None:
-        try:
-            found = os.stat(self._located(name)).st_size
-        except FileNotFoundError:
-            raise DamagedStoreError(
-                f"{self.path / name} is missing, though it was committed"
-            ) from None
+        found = self.place.size(name)
+        if found is None:
+            raise DamagedStoreError(f"{self.place}/{name} is missing, though it was committed")
         if found != size:
-            raise DamagedStoreError(f"{self.path / name} has {found} bytes, committed were {size}")
-
-    @functools.cache  # noqa: B019  as above; that no link leads astray is looked at once
-    def _located(self, name: str) -> Path:
-        return locate(self.path, name)
+            raise DamagedStoreError(f"{self.place}/{name} has {found} bytes, committed were {size}")
 
     @functools.cache  # noqa: B019  as above
     def _span(self, spec: ArraySpec) -> int:
         """Parts of an array, by its metadata."""
-        return check_metadata(self.path, spec)
+        return check_metadata(self.place, spec)
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(where: str | Path | Place) -> Store:
     """Open a store for reading.
 
     Raises:
         ValueError: there is no store, or it has an unknown format version.
         DamagedStoreError: `store.json` is not what was written.
     """
-    return Store(Path(path))
+    return Store(place_of(where))
 
 
-def _marked_parts(path: Path) -> dict[str, set[int]]:
+def _marked_parts(place: Place) -> dict[str, set[int]]:
     marks: dict[str, set[int]] = {}
-    for part, array in marked(path):
+    for part, array in marked(place):
         marks.setdefault(array, set()).add(part)
     return {array: marks[array] for array in sorted(marks, key=_natural)}
 
@@ -264,10 +251,7 @@ def _natural(array: str) -> list[tuple[int, str]]:
     return [(int(s) if s.isdecimal() else -1, s) for s in re.split(r"(\d+)", array)]
 
 
-def marked(path: Path) -> Iterable[tuple[int, str]]:
-    """Part and array of every mark there is, by its file's name alone."""
-    if (path / MARKS).is_symlink():
-        raise DamagedStoreError(f"{path / MARKS} is a symbolic link, which a store must not have")
-    for file in files_below(path / MARKS):
-        if (found := marked_array(PurePosixPath(file.relative_to(path)))) is not None:
-            yield found
+def marked(place: Place) -> Iterable[tuple[int, str]]:
+    """Part and array of every mark there is, by its name alone."""
+    found = (marked_array(PurePosixPath(name)) for name in place.names(MARKS))
+    return (one for one in found if one is not None)

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from mpcache.config import CollectConfig
 from mpcache.format import acts, is_store, mark_path, read_store_file
 from mpcache.jobs import Job
+from mpcache.place import place_of
 from mpcache.reader import open_store
 from mpcache.station import Facts, Loaded, Station, commit_part, load, yield_to_others
 from mpcache.writer import Writer
@@ -46,7 +47,7 @@ class Orders:
     run: str
     "tells collections apart that use the same workers"
     config: CollectConfig
-    path: str
+    place: str
     fingerprint: str = ""
     threads: int | None = None
     "of the model in each process; None leaves what the environment says"
@@ -157,11 +158,11 @@ WORKSHOP = Workshop()
 
 
 def _collect_part(orders: Orders, job: Job) -> Done | Failure:
-    path = Path(orders.path)
+    place = place_of(orders.place)
     sides = tuple(
         side
         for side in job.sides
-        if not (path / mark_path(job.part, acts(side.hookpoint, side.side))).exists()
+        if not place.exists(mark_path(job.part, acts(side.hookpoint, side.side)))
     )
     if not sides:
         return Done(0)  # by a worker that was given up too soon, or by another collection
@@ -170,10 +171,10 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
         with _set_up():
             station = WORKSHOP.station(orders)
             _refuse_other_content(orders, station)
-        store = open_store(path)
+        store = open_store(place)
         report = Report(orders, job)
         buffers = station.read(job.part, store.read_tokens(job.part), sides, report.advance)
-    writer = Writer(path, store.layout)
+    writer = Writer(place, store.layout)
     return Done(WORKSHOP.commits.submit(commit_part, writer, job.part, buffers).result())
 
 
@@ -207,13 +208,13 @@ def _set_up() -> Iterator[None]:
 
 def _refuse_other_content(orders: Orders, station: Station) -> None:
     """A worker must see the very store, and compute with the very model, of the collection."""
-    path = Path(orders.path)
-    if not is_store(path) or read_store_file(path)["fingerprint"] != orders.fingerprint:
+    place = place_of(orders.place)
+    if not is_store(place) or read_store_file(place)["fingerprint"] != orders.fingerprint:
         raise ValueError(
-            f"{path} must be one folder that all machines share, got another one on "
+            f"{place} must be one folder that all machines share, got another one on "
             f"{socket.gethostname()}; use a path on a shared file system"
         )
-    identity = read_store_file(path)["identity"]
+    identity = read_store_file(place)["identity"]
     found = {**station.facts.digests, "attention": station.facts.attention}
     if different := [name for name in found if found[name] != identity[name]]:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""A root: a folder of stores that a team shares. What it has, and the right store for a collection.
+"""A root: a folder or bucket of stores that a team shares. What it has, and where things belong.
 
-Only folders directly in the root count, neither links nor names that begin with a dot.
+Only what lies directly in the root counts, neither links nor names that begin with a dot.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from mpcache.format import (
     is_store,
     read_store_file,
 )
-from mpcache.guard import DamagedStoreError, check_place
+from mpcache.guard import DamagedStoreError, check_printable
 from mpcache.hooks import resolve
 from mpcache.identity import as_stored, identify
 from mpcache.model import (
@@ -33,6 +33,7 @@ from mpcache.model import (
     model_digest,
     tokenizer_digest,
 )
+from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.sketch import files_digest, skeleton
 from mpcache.tokens import FIRST_PARTS, following
@@ -45,56 +46,55 @@ _PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name
 
 
 @dataclass(frozen=True)
-class Place:
+class Found:
     """Where a collection belongs."""
 
-    path: Path
+    place: Place
     config: CollectConfig
     "as asked, with the codec and the chunks of the store that is there"
     done: Summary | None
     "what the store has, if that is all that was asked for"
 
 
-def find_place(root: Path, config: CollectConfig) -> Place:
+def find_place(where: str | Path | Place, config: CollectConfig) -> Found:
     """The store below a root that holds these rows, or where it is to be made.
 
     Loads the model's weights only where no store names the model's files.
 
     Raises ValueError where the rows are there in another dtype only.
     """
+    root = place_of(where)
     check_root(root)
     stores = tuple(s for s in _stores(root) if isinstance(s, Store))
     identity = _identity(stores, config)
     same = [store for store in stores if store.fingerprint == digest(identity)]
     if not same:
-        return Place(_new_path(root, config, digest(identity)), config, None)
+        return Found(_new_place(root, config, digest(identity)), config, None)
     store = _with_dtype(same, config)
     layout = store.layout
     config = dataclasses.replace(config, codec=layout.codec, chunk_rows=layout.chunk_rows)
     sides = resolve(config.hookpoints, skeleton(config))
     done = _summary(store, [acts(side.hookpoint, side.side) for side in sides], config)
-    return Place(store.path, config, done)
+    return Found(store.place, config, done)
 
 
-def check_root(root: Path) -> None:
-    check_place(root)
+def check_root(root: Place) -> None:
+    check_printable(root)
     if is_store(root):
         raise ValueError(f"{root} is a store, not a root of stores; name the folder above it")
-    if root.exists() and not root.is_dir():
+    if not root.holds_places():
         raise ValueError(f"a root must be a folder, got {root}; name another place")
 
 
-def _stores(root: Path) -> Iterator[Store | tuple[Path, Exception]]:
+def _stores(root: Place) -> Iterator[Store | tuple[str, Exception]]:
     """The stores of a root by name; of one that cannot be opened why."""
-    if not root.is_dir():
-        return
-    for path in sorted(root.iterdir()):
-        if path.name.startswith(".") or path.is_symlink() or not is_store(path):
+    for name in root.children():
+        if name.startswith(".") or root.is_link(name) or not is_store(root.child(name)):
             continue
         try:
-            yield open_store(path)
+            yield open_store(root.child(name))
         except (DamagedStoreError, ValueError, PermissionError) as error:
-            yield path, error
+            yield name, error
 
 
 def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
     if not found:
         other = max(same, key=_size)
         raise ValueError(
-            f"{other.path} holds these rows as {other.layout.dtype}, asked was {config.dtype}; "
-            f"mpcache convert {other.path} {other.path}-{config.dtype} --dtype {config.dtype} "
+            f"{other.place} holds these rows as {other.layout.dtype}, asked was {config.dtype}; "
+            f"mpcache convert {other.place} {other.place}-{config.dtype} --dtype {config.dtype} "
             "does it"
         )
     return max(found, key=_size)
@@ -141,16 +141,16 @@ def _size(store: Store) -> int:
     return sum(len(store.numbers(array)) for array in store.arrays)
 
 
-def _new_path(root: Path, config: CollectConfig, fingerprint: str) -> Path:
+def _new_place(root: Place, config: CollectConfig, fingerprint: str) -> Place:
     """A readable name that cannot lead out of the root."""
     dataset = Path(config.dataset).expanduser().resolve()
     if dataset.suffix in LOCAL_SUFFIXES:
         dataset = dataset.with_suffix("")
     model = Path(config.model).expanduser().resolve()
     readable = f"{_safe(model.name)}-{_safe(dataset.name)}"
-    short = root / f"{readable}-{fingerprint[:_PREFIX]}"
+    short = root.child(f"{readable}-{fingerprint[:_PREFIX]}")
     if is_store(short) and read_store_file(short)["fingerprint"] != fingerprint:
-        return root / f"{readable}-{fingerprint}"
+        return root.child(f"{readable}-{fingerprint}")
     return short
 
 
@@ -193,7 +193,7 @@ def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summ
         return None
     marks = [store.mark(part, array) for array in arrays for part in parts]
     return Summary(
-        store=str(store.path),
+        store=str(store.place),
         parts=len(parts),
         rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in parts),
         exhausted=len(parts) < wanted.parts,
@@ -230,23 +230,24 @@ class Entry:
     "why the store cannot be read"
 
 
-def entries(root: Path) -> tuple[Entry, ...]:
+def entries(where: str | Path | Place) -> tuple[Entry, ...]:
     """What a root has, by name; marks are read, not arrays."""
+    root = place_of(where)
     check_root(root)
-    if not root.is_dir():
+    if not root.exists():
         raise ValueError(f"a root must be a folder, got {root}; check the path")
     return tuple(_entry(found) for found in _stores(root))
 
 
-def _entry(found: Store | tuple[Path, Exception]) -> Entry:
+def _entry(found: Store | tuple[str, Exception]) -> Entry:
     if isinstance(found, Store):
         try:
             return _entry_of(found)
         except DamagedStoreError as error:
-            found = (found.path, error)
-    path, fault = found
+            found = (found.place.name, error)
+    name, fault = found
     return Entry(
-        store=path.name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0, bytes=0,
+        store=name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0, bytes=0,
         complete=0.0, changed=None, age_seconds=None, fault=str(fault),
     )  # fmt: skip
 
@@ -259,7 +260,7 @@ def _entry_of(store: Store) -> Entry:
     changed = max(times, default=None)
     now = datetime.datetime.now(datetime.UTC)
     return Entry(
-        store=store.path.name,
+        store=store.place.name,
         model=str(store.provenance["model"]["model"]),
         dataset=str(store.provenance["dataset"]["dataset"]),
         hookpoints=store.hookpoints,

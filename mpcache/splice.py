@@ -18,6 +18,7 @@ from mpcache.forward import Reading
 from mpcache.hooks import input_of, output_of
 from mpcache.inputs import find_separation
 from mpcache.model import load_model, model_digest
+from mpcache.place import Place
 from mpcache.reader import open_store
 from mpcache.tokens import special_tokens
 
@@ -28,7 +29,9 @@ Replace = Callable[[Tensor, Tensor], Tensor]
 class SplicedModel:
     """A causal language model and the tokens of a store's validation split."""
 
-    def __init__(self, store: Path, model: str, revision: str | None, device: str) -> None:
+    def __init__(
+        self, store: str | Path | Place, model: str, revision: str | None, device: str
+    ) -> None:
         """Load the model.
 
         Raises:
@@ -48,7 +51,7 @@ class SplicedModel:
         assert isinstance(base, PreTrainedModel)
         if model_digest(base) != self.store.identity["model_digest"]:
             raise ValueError(
-                f"{store} was made from another model than {model}; name "
+                f"{self.store.place} was made from another model than {model}; name "
                 f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
             )
         separation = find_separation(base, config.cross_document_attention)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpcache.format import TOKENS, acts, specs
+from mpcache.place import Place
 from mpcache.reader import Store, open_store
 
 _OUTLIER = 10.0  # a dimension's root mean square over the median dimension's
@@ -37,12 +38,12 @@ class SideStats:
     nonfinite: int
 
 
-def info(path: Path) -> dict[str, Any]:
+def info(where: str | Path | Place) -> dict[str, Any]:
     """Provenance, and rows, bytes and parts done of each array, as plain values."""
-    store = open_store(path)
+    store = open_store(where)
     planned = set(store.numbers(TOKENS))
     return {
-        "store": str(path),
+        "store": str(store.place),
         "fingerprint": store.fingerprint,
         "identity": store.identity,
         "provenance": store.provenance,
@@ -75,9 +76,9 @@ def _rows(store: Store, array: str) -> int:
     return sum(int(store.mark(part, array)["rows"]) for part in store.numbers(array))
 
 
-def stats(path: Path) -> tuple[SideStats, ...]:
+def stats(where: str | Path | Place) -> tuple[SideStats, ...]:
     """Statistics of every collected side, from the moments and norms that were stored with it."""
-    store = open_store(path)
+    store = open_store(where)
     return tuple(_side_stats(store, h, s) for h in store.hookpoints for s in store.sides(h))
 
 

@@ -23,8 +23,9 @@ from mpcache.format import (
     read_store_file,
     specs,
 )
-from mpcache.guard import DamagedStoreError, locate
-from mpcache.objects import digest_file, files_below, is_temporary
+from mpcache.guard import DamagedStoreError
+from mpcache.objects import digest_of, is_temporary
+from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.writer import values_digest
 
@@ -60,18 +61,19 @@ class Verdict:
         return not any(finding.damaging for finding in self.findings)
 
 
-def verify(path: Path, *, quiet: bool = True) -> Verdict:
+def verify(where: str | Path | Place, *, quiet: bool = True) -> Verdict:
     """Check a store; memory stays under one part of one array per thread.
 
     Raises:
         ValueError: there is no store, or its format version is unknown.
     """
+    place = place_of(where)
     try:
-        read_store_file(path)
+        read_store_file(place)
     except DamagedStoreError as error:
         return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, str(error)),))
     try:
-        store = open_store(path)
+        store = open_store(place)
         marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     except DamagedStoreError as error:
         return Verdict(0, 0, 0, (Finding("changed", MARKS, str(error)),))
@@ -82,7 +84,7 @@ def verify(path: Path, *, quiet: bool = True) -> Verdict:
     findings = [finding for one in checked for finding in one.findings]
     findings += _metadata_findings(store, known)
     findings += _incomplete_parts(store)
-    findings += _strays(path, known)
+    findings += _strays(place, known)
     return Verdict(
         len(marks),
         sum(len(c.objects) for c in checked),
@@ -116,16 +118,15 @@ def _object_finding(store: Store, part: int, array: str, spec: ArraySpec) -> Fin
     mark, name = store.mark(part, array), spec.object_path(part)
     committed = mark["objects"][name]
     try:
-        file = locate(store.path, name)
+        size = store.place.size(name)
     except DamagedStoreError as error:
         return Finding("changed", name, str(error))
-    if not file.is_file():
+    if size is None:
         return Finding("missing", name, "committed, but not there")
-    size = file.stat().st_size
     if size != committed["bytes"]:
         fault: Fault = "truncated" if size < committed["bytes"] else "changed"
         return Finding(fault, name, f"{size} bytes, committed were {committed['bytes']}")
-    if digest_file(file) != committed["xxh3_128"]:
+    if digest_of(store.place.pieces(name)) != committed["xxh3_128"]:
         return Finding("changed", name, "its bytes differ from what was committed")
     length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
     try:
@@ -142,12 +143,12 @@ def _metadata_findings(store: Store, known: set[str]) -> Iterator[Finding]:
     spans: dict[str, int] = {}
     for spec in _all_specs(store):
         try:
-            spans[spec.metadata_path] = check_metadata(store.path, spec)
+            spans[spec.metadata_path] = check_metadata(store.place, spec)
         except DamagedStoreError as error:
             yield Finding("changed", spec.metadata_path, str(error))
         for name, data in spec.metadata(1).items():
             if name not in known and name != spec.metadata_path:
-                yield from _group_findings(store.path, name, data)
+                yield from _group_findings(store.place, name, data)
             known.add(name)
     usual = max(spans.values(), key=list(spans.values()).count, default=0)
     for name, span in spans.items():
@@ -166,15 +167,15 @@ def _all_specs(store: Store) -> Iterator[ArraySpec]:
         yield from specs(array, store.layout, width)
 
 
-def _group_findings(path: Path, name: str, implied: bytes) -> Iterator[Finding]:
+def _group_findings(place: Place, name: str, implied: bytes) -> Iterator[Finding]:
     try:
-        file = locate(path, name)
+        found = None if place.size(name) is None else place.read(name)
     except DamagedStoreError as error:
         yield Finding("changed", name, str(error))
         return
-    if not file.is_file():
+    if found is None:
         yield Finding("missing", name, "group metadata")
-    elif file.read_bytes() != implied:
+    elif found != implied:
         yield Finding("changed", name, "group metadata differs from what Zarr writes")
 
 
@@ -186,13 +187,12 @@ def _incomplete_parts(store: Store) -> Iterator[Finding]:
                 yield Finding("missing", mark_path(part, needed), f"{array} has this part")
 
 
-def _strays(path: Path, known: set[str]) -> Iterator[Finding]:
-    """Files that no mark vouches for."""
-    for file in files_below(path):
-        name = file.relative_to(path).as_posix()
-        if file.is_symlink() and name not in known:
+def _strays(place: Place, known: set[str]) -> Iterator[Finding]:
+    """Objects that no mark vouches for."""
+    for name in place.names():
+        if place.is_link(name) and name not in known:
             yield Finding("foreign", name, "a symbolic link; never followed")
-        elif is_temporary(file):
+        elif is_temporary(name):
             yield Finding("leftover", name, "rest of an interrupted write; may be deleted")
         elif name not in known and not _is_mark(name):
             yield Finding(*_stray_kind(name))

@@ -2,22 +2,24 @@
 
 Many may write the same part at once, on unlike machines, without locks, clocks or waiting:
 
-1. Each prepares its objects under temporary names, which hold the digest of its mark-to-be.
+1. Each prepares its objects under temporary names, which hold a key of its mark-to-be.
 2. Each tries to create the claim, which is that mark under another name: one of them succeeds.
-3. Whoever finds a claim carries it out, its author, another, or a later run: renames the objects
-   that it names into place, then links it as the mark, then removes it.
+3. Whoever finds a claim carries it out, its author, another, or a later run: gives the objects that
+   it names their own names, then creates the mark from it, then removes it and what is temporary.
 
-A step of 3 that was done already finds nothing left to do, and the mark exists before its claim
-goes: so nobody can rename anything over what is marked.
+A folder renames: a step of 3 that was done already finds nothing left to do. A bucket copies, and
+whoever does a step again copies the same bytes: what is temporary stays until the mark is there. So
+nobody can put anything else over what is marked. The mark exists before its claim goes.
 """
 
 import contextlib
 import datetime
 import itertools
+import json
+import re
 import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,17 +42,10 @@ from mpcache.format import (
     specs,
     unseal,
 )
-from mpcache.guard import DamagedStoreError, locate
+from mpcache.guard import DamagedStoreError
 from mpcache.moments import measure
-from mpcache.objects import (
-    digest_file,
-    link_new,
-    prepare,
-    put_new,
-    replace,
-    sync_folders,
-    temporary_name,
-)
+from mpcache.objects import digest_of, temporary_name
+from mpcache.place import Place
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
 
@@ -58,17 +53,17 @@ _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat1
 class Writer:
     """Writes parts of one store. Parts are independent; one writer may serve several threads."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self.path = path
+    def __init__(self, place: Place, layout: Layout) -> None:
+        self.place = place
         self.layout = layout
 
     def grow(self, array: str, parts: int, width: int = 0) -> None:
         """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
         for spec in specs(array, self.layout, width):
             files = spec.metadata(parts)
-            is_new = [put_new(locate(self.path, name), data) for name, data in files.items()]
-            if not is_new[-1] and check_metadata(self.path, spec) < parts:
-                replace(self.path / spec.metadata_path, [files[spec.metadata_path]])
+            is_new = [self.place.put_new(name, data) for name, data in files.items()]
+            if not is_new[-1] and check_metadata(self.place, spec) < parts:
+                self.place.replace(spec.metadata_path, files[spec.metadata_path])
 
     def commit_tokens(self, part: int, tokens: np.ndarray, progress: Mapping[str, Any]) -> None:
         """Commit the tokens `[sequences, ctx_len]` of a part, with where the next one starts."""
@@ -105,8 +100,8 @@ class Writer:
 
     def mark(self, part: int, array: str) -> dict[str, Any]:
         """The mark of what was committed."""
-        file = locate(self.path, mark_path(part, array))
-        return unseal(file.read_bytes(), str(file))
+        name = mark_path(part, array)
+        return unseal(self.place.read(name), f"{self.place}/{name}")
 
     def _commit(
         self,
@@ -116,13 +111,13 @@ class Writer:
         values: dict[ArraySpec, np.ndarray],
         more: Mapping[str, Any],
     ) -> None:
-        if locate(self.path, mark_path(part, array)).exists() or self._settle(part, array):
+        if self._is_marked(part, array) or self._settle(part, array):
             return  # somebody was faster; what is marked is never written again
-        prepared, told = {}, {}
-        try:
+        key, told = uuid.uuid4().hex, {}
+        with self._preparing(part, array, key) as prepared:
             for spec, data in values.items():
-                name = spec.object_path(part)
-                prepared[name], told[name] = self._prepare(spec, part, data)
+                temporary, told[spec.object_path(part)] = self._prepare(spec, part, key, data)
+                prepared.append(temporary)
             content = {
                 "array": array,
                 "part": part,
@@ -131,18 +126,12 @@ class Writer:
                 "objects": told,
                 "host": socket.gethostname(),
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "attempt": uuid.uuid4().hex,  # so that no two claims are alike
+                "attempt": key,
                 **more,
             }
-            claim = seal(content)
-            for name, temporary in prepared.items():
-                prepared[name] = temporary.replace(self._claimed(name, claim))
             self._span(part, array, more.get("width", 0))
-            if not self._settle(part, array, claim):
-                raise DamagedStoreError(f"part {part} of {array} in {self.path} cannot be marked")
-        finally:
-            for temporary in prepared.values():
-                temporary.unlink(missing_ok=True)  # of one who came too late, or was interrupted
+            if not self._settle(part, array, seal(content)):
+                raise DamagedStoreError(f"part {part} of {array} in {self.place} cannot be marked")
 
     def adopt(
         self, part: int, array: str, claim: bytes, sources: Mapping[str, Iterable[bytes]]
@@ -151,106 +140,133 @@ class Writer:
 
         Raises ValueError where the part is marked with other objects.
         """
-        mark = locate(self.path, mark_path(part, array))
-        is_new = not mark.exists() and not self._settle(part, array)
-        prepared = []
-        try:
-            if is_new:
+        mark = mark_path(part, array)
+        is_new = not self._is_marked(part, array) and not self._settle(part, array)
+        if is_new:
+            key = _key(claim)
+            with self._preparing(part, array, key) as prepared:
                 for name, pieces in sources.items():
-                    temporary = prepare(locate(self.path, name), pieces)
-                    prepared.append(temporary.replace(self._claimed(name, claim)))
+                    prepared.append(self.place.prepare(name, key, pieces))
                 if not self._settle(part, array, claim):
-                    raise DamagedStoreError(f"{mark} cannot be made; copy again")
-        finally:
-            for temporary in prepared:
-                temporary.unlink(missing_ok=True)
-        if mark.read_bytes() != claim:
-            raise ValueError(f"{mark} is of other values; name a new or empty folder")
+                    raise DamagedStoreError(f"{self.place}/{mark} cannot be made; copy again")
+        if self.place.read(mark) != claim:
+            raise ValueError(f"{self.place}/{mark} is of other values; name a new or empty folder")
         return is_new
+
+    def _is_marked(self, part: int, array: str) -> bool:
+        return self.place.size(mark_path(part, array)) is not None
+
+    @contextlib.contextmanager
+    def _preparing(self, part: int, array: str, key: str) -> Iterator[list[str]]:
+        """Temporary objects that are deleted in the end, unless a claim may still want them."""
+        prepared: list[str] = []
+        try:
+            yield prepared
+        except BaseException:
+            if not self._is_claimed(part, array, key):  # else whoever comes next carries it out
+                self._delete(prepared)
+            raise
+        self._delete(prepared)
+
+    def _is_claimed(self, part: int, array: str, key: str) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            for number in itertools.count():
+                if _key(self.place.read(claim_path(part, array, number))) == key:
+                    return True
+        return False
+
+    def _delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.place.delete(name)
 
     def _span(self, part: int, array: str, width: int) -> None:
         """Let the metadata span the part, should another have made it shorter since."""
         for spec in specs(array, self.layout, width):
-            is_there = locate(self.path, spec.metadata_path).exists()
-            if not is_there or check_metadata(self.path, spec) <= part:
+            is_there = self.place.size(spec.metadata_path) is not None
+            if not is_there or check_metadata(self.place, spec) <= part:
                 self.grow(array, part + 1, width)
 
     def _settle(self, part: int, array: str, ours: bytes = b"") -> bool:
         """Carry out the claim there is, else our own; whether the part is marked then."""
-        mark = locate(self.path, mark_path(part, array))
+        mark = mark_path(part, array)
         for number in itertools.count():  # a claim that cannot be kept stays; the next one counts
-            claim = locate(self.path, claim_path(part, array, number))
+            claim = claim_path(part, array, number)
             if ours:
-                put_new(claim, ours)
+                self.place.put_new(claim, ours)
             try:
-                data = claim.read_bytes()
+                data = self.place.read(claim)
             except FileNotFoundError:
-                return mark.exists()
+                return self._is_marked(part, array)
             # only now, because whoever claims what is marked shall find the mark
-            if mark.exists() or self._publish(part, array, data, data == ours):
+            if self._is_marked(part, array) or self._publish(part, array, data, data == ours):
                 break
             if data == ours:
                 return False
         with contextlib.suppress(FileNotFoundError):  # another has cleared the claims by now
-            link_new(claim, mark)
-        sync_folders(mark.parent, self.path)
-        for one in range(number + 1):
-            locate(self.path, claim_path(part, array, one)).unlink(missing_ok=True)
+            self.place.link_new(claim, mark)
+        self.place.sync(mark)
+        content = self._content(part, array, data) or {"objects": ()}
+        self._delete(temporary_name(name, _key(data)) for name in content["objects"])
+        self._delete(claim_path(part, array, one) for one in range(number + 1))
         return True
 
     def _publish(self, part: int, array: str, data: bytes, is_ours: bool) -> bool:
         """Give the objects of a claim their names; whether all are as it says."""
-        place = self.path / mark_path(part, array)
-        try:
-            content = unseal(data, str(place))
-            check_mark(content, part, array, self.layout, place)
-        except DamagedStoreError:
-            return False  # written in a power cut
-        renamed = [name for name in content["objects"] if self._rename(name, data)]
+        content = self._content(part, array, data)
+        if content is None:
+            return False
+        key, told = _key(data), content["objects"]
+        published = [n for n in told if self.place.publish(temporary_name(n, key), n)]
         for spec in specs(array, self.layout, content.get("width", 0)):
-            file = self.path / spec.object_path(part)
-            if file.parent.is_dir():
-                sync_folders(file.parent, self.path / GROUP / spec.name)
+            self.place.sync(spec.object_path(part), f"{GROUP}/{spec.name}")
         return all(
-            (is_ours and name in renamed) or is_as_told(locate(self.path, name), told)
-            for name, told in content["objects"].items()
+            (is_ours and name in published) or is_as_told(self.place, name, one)
+            for name, one in told.items()
         )
 
-    def _rename(self, name: str, data: bytes) -> bool:
-        """Give one object of a claim its name; False if that was done, or it is not there."""
+    def _content(self, part: int, array: str, data: bytes) -> dict[str, Any] | None:
+        """What a claim says; None if it is damaged, as in a power cut."""
         try:
-            self._claimed(name, data).replace(locate(self.path, name))
-        except FileNotFoundError:
-            return False
-        return True
+            content = unseal(data, "")
+            check_mark(content, part, array, self.layout, "")
+        except DamagedStoreError:
+            return None
+        return content
 
-    def _claimed(self, name: str, data: bytes) -> Path:
-        """Temporary name of an object that a claim of these bytes is for."""
-        return temporary_name(locate(self.path, name), xxhash.xxh3_128_hexdigest(data))
-
-    def _prepare(self, spec: ArraySpec, part: int, data: np.ndarray) -> tuple[Path, dict[str, Any]]:
+    def _prepare(
+        self, spec: ArraySpec, part: int, key: str, data: np.ndarray
+    ) -> tuple[str, dict[str, Any]]:
         """Write one object under a temporary name, sync it, and describe what a read finds."""
-        file = locate(self.path, spec.object_path(part))
+        name = spec.object_path(part)
         written = xxhash.xxh3_128()
         pieces = spec.encode(_padded(data, spec.part_shape[0]))
-        temporary = prepare(file, _digested(pieces, written))
-        if (found := digest_file(temporary)) != written.hexdigest():
-            temporary.unlink()
-            raise DamagedStoreError(f"{file} does not read back as it was written; check the disk")
+        temporary = self.place.prepare(name, key, _digested(pieces, written))
+        if (found := digest_of(self.place.pieces(temporary))) != written.hexdigest():
+            self.place.delete(temporary)
+            raise DamagedStoreError(
+                f"{self.place}/{name} does not read back as it was written; check the disk"
+            )
         return temporary, {
-            "bytes": temporary.stat().st_size,
+            "bytes": self.place.size(temporary),
             "xxh3_128": found,
             "values_xxh3_128": values_digest(data),
         }
 
 
-def is_as_told(file: Path, told: Mapping[str, Any]) -> bool:
+def is_as_told(place: Place, name: str, told: Mapping[str, Any]) -> bool:
     """Whether an object has the size and the bytes that a mark names."""
-    return (
-        file.is_file()
-        and file.stat().st_size == told["bytes"]
-        and digest_file(file) == told["xxh3_128"]
-    )
+    size, digest = told["bytes"], told["xxh3_128"]
+    return bool(place.size(name) == size and digest_of(place.pieces(name)) == digest)
+
+
+def _key(claim: bytes) -> str:
+    """What the temporary names of a claim's objects hold: its attempt, or else its digest."""
+    try:
+        attempt = json.loads(claim)["attempt"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        attempt = None
+    is_key = isinstance(attempt, str) and re.fullmatch("[0-9a-f]{32}", attempt)
+    return attempt if is_key else xxhash.xxh3_128_hexdigest(claim)
 
 
 def _digested(pieces: Iterator[bytes], digest: xxhash.xxh3_128) -> Iterator[bytes]:

@@ -84,7 +84,7 @@ def make_tensors(config: BenchConfig) -> tuple[Tensor, Coder]:
     device = resolve_device(config.device)
     if config.coder is not None:
         assert config.store is not None
-        x_BD, coder = _stored(Path(config.coder), Path(config.store), config)
+        x_BD, coder = _stored(Path(config.coder), config.store, config)
     else:
         coder = _new_coder(config)
         x_BD = planted_rows(coder.decoder_ME.detach(), config)
@@ -113,7 +113,7 @@ def _new_coder(config: BenchConfig) -> Coder:
     return coder
 
 
-def _stored(folder: Path, store: Path, config: BenchConfig) -> tuple[Tensor, Coder]:
+def _stored(folder: Path, store: str, config: BenchConfig) -> tuple[Tensor, Coder]:
     coder, _ = load_coder(folder)
     one = coder.config
     plain = (one.arch, one.codes, one.blocks, one.select, one.subtract, one.free_norm)

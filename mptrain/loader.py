@@ -54,7 +54,7 @@ class Loader:
         "rows in an epoch"
         if not self.rows:
             raise ValueError(
-                f"{store.path} has no {split} rows of {', '.join(map(':'.join, self.sides))}; "
+                f"{store.place} has no {split} rows of {', '.join(map(':'.join, self.sides))}; "
                 "collect more rows, or let the collection finish"
             )
         self.wait_seconds = 0.0

@@ -35,7 +35,7 @@ def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
             f"{':'.join(side)} has parts {_ranges(parts)}" for side, parts in found.items()
         )
         raise ValueError(
-            f"the sides in {store.path} have different parts ({told}); "
+            f"the sides in {store.place} have different parts ({told}); "
             "collect the missing parts, or fit the sides in separate runs"
         )
 

@@ -7,11 +7,12 @@ import torch
 from typer.testing import CliRunner
 
 from cli.mpcache import app
-from mpcache import objects
+from mpcache import folder
 from mpcache.collect import collect
 from mpcache.config import ConvertConfig
 from mpcache.convert import convert
 from mpcache.format import is_store
+from mpcache.place import place_of
 from mpcache.reader import Store, open_store
 from mpcache.verify import verify
 from stores import SIDES, files_of, marks_of, small_config, small_store
@@ -84,7 +85,7 @@ def test_a_stopped_conversion_goes_on_and_follows_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     path, _ = small_store(tmp_path, rows=600)
-    write, calls = objects._write_temporary, 0
+    write, calls = folder._write_temporary, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -95,10 +96,10 @@ def test_a_stopped_conversion_goes_on_and_follows_its_source(
 
     changes = ConvertConfig(codec="lz4", chunk_rows=64)
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "_write_temporary", stopped)
+        patch.setattr(folder, "_write_temporary", stopped)
         with pytest.raises(KeyboardInterrupt):
             convert(path, tmp_path / "new", changes)
-    assert not is_store(tmp_path / "new")
+    assert not is_store(place_of(tmp_path / "new"))
     convert(path, tmp_path / "new", changes)
     small_store(tmp_path, rows=900)
     done = convert(path, tmp_path / "new", changes)

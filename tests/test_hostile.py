@@ -18,6 +18,7 @@ from mpcache.convert import convert
 from mpcache.format import is_store, seal, unseal
 from mpcache.hooks import resolve
 from mpcache.move import copy
+from mpcache.place import place_of
 from mpcache.reader import DamagedStoreError, open_store
 from mpcache.verify import verify
 from stores import small_config, small_store
@@ -238,7 +239,7 @@ def test_a_mark_edited_and_sealed_again_is_refused(
         assert MARK in in_one_line(
             command(*words, *["--dtype", "float32"][: 2 * (words[0] != "copy")])
         )
-        assert not is_store(Path(words[2]))
+        assert not is_store(place_of(words[2]))
 
 
 LAYOUTS = {
@@ -271,7 +272,7 @@ def test_a_store_file_edited_and_sealed_again_is_refused(
             assert (result.exit_code, "DAMAGED" in result.stdout) == (1, True)
         else:
             assert "store.json is damaged" in in_one_line(call(), (1,))
-    assert is_store(store)
+    assert is_store(place_of(store))
 
 
 @pytest.mark.parametrize("file", [MARK, "store.json", f"arrays.zarr/{SIDE}/zarr.json"])
@@ -355,7 +356,7 @@ def test_links_out_of_a_store_are_never_followed(
         assert result.exception is None or isinstance(result.exception, SystemExit), result
     if name not in ("marks/2/layers.0", "arrays.zarr/zarr.json"):  # without marks: not committed
         assert "symbolic link" in results["copy"].stderr + results["collect"].stderr
-        assert not is_store(store.parent / "copied")
+        assert not is_store(place_of(store.parent / "copied"))
     if name != "store.json":
         assert not store.exists()
         assert results["remove"].exit_code == 0

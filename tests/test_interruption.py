@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpcache import objects, station, writer
+from mpcache import folder, station, writer
 from mpcache.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.verify import verify
@@ -60,8 +60,8 @@ class Killer:
 def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Path) -> None:
     """Runs in a process of its own."""
     killer = Killer(moment, log)
-    objects._write_temporary = killer.within("write", objects._write_temporary)
-    writer.sync_folders = killer.before("sync", writer.sync_folders)
+    folder._write_temporary = killer.within("write", folder._write_temporary)
+    folder.sync_folders = killer.before("sync", folder.sync_folders)
     writer.values_digest = killer.before("digest after the read back", writer.values_digest)
     station.capture_part = killer.before("forward pass", station.capture_part)
     collect(config, path)
@@ -124,7 +124,7 @@ def test_full_disk_keeps_what_was_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    put, calls = objects._write_temporary, 0
+    put, calls = folder._write_temporary, 0
 
     def full(*args: Any) -> Path:
         nonlocal calls
@@ -134,7 +134,7 @@ def test_full_disk_keeps_what_was_committed(
         return put(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "_write_temporary", full)
+        patch.setattr(folder, "_write_temporary", full)
         with pytest.raises(OSError, match="No space left"):
             collect(config, tmp_path / "store")
     assert verify(tmp_path / "store").intact

@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.mpcache import app
-from mpcache import move, objects
+from mpcache import folder
 from mpcache.format import is_store
 from mpcache.move import copy, find_removable, remove
+from mpcache.place import place_of
 from mpcache.reader import DamagedStoreError
 from mpcache.verify import verify
 from stores import small_config, small_store
@@ -63,7 +64,7 @@ def test_a_copy_has_every_byte_and_nothing_else(made: Path, store: Path, tmp_pat
 def test_a_stopped_copy_is_no_store_and_goes_on(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    write, calls = objects._write_temporary, 0
+    write, calls = folder._write_temporary, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -73,10 +74,10 @@ def test_a_stopped_copy_is_no_store_and_goes_on(
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(objects, "_write_temporary", stopped)
+        patch.setattr(folder, "_write_temporary", stopped)
         with pytest.raises(KeyboardInterrupt):
             copy(store, tmp_path / "copy")
-    assert not is_store(tmp_path / "copy")
+    assert not is_store(place_of(tmp_path / "copy"))
     assert command("info", tmp_path / "copy").exit_code == 2
     copy(store, tmp_path / "copy")
     assert all_files(tmp_path / "copy") == all_files(store)
@@ -95,7 +96,7 @@ def test_a_damaged_source_is_named_and_not_passed_on(
     result = command("copy", store, tmp_path / "copy")
     assert result.exit_code == 1
     assert name in result.stderr
-    assert not is_store(tmp_path / "copy")
+    assert not is_store(place_of(tmp_path / "copy"))
     assert not (tmp_path / "copy" / name).exists()
 
 
@@ -128,7 +129,7 @@ def test_remove_asks_and_leaves_nothing(store: Path, tmp_path: Path) -> None:
     refused = command("remove", store)
     assert refused.exit_code == 2
     assert "--yes" in refused.stderr
-    assert is_store(store)
+    assert is_store(place_of(store))
     assert command("remove", store, "--yes").exit_code == 0
     assert sorted(f.name for f in tmp_path.iterdir()) == [n for n in before if n != "store"]
     assert command("remove", store, "--yes").exit_code == 2
@@ -141,12 +142,12 @@ def test_an_interrupted_removal_leaves_no_store_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(move.shutil, "rmtree", interrupted)
+        patch.setattr(folder.shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
             remove(find_removable(store))
     assert not store.exists()
     (rest,) = (f for f in tmp_path.iterdir() if f.name.endswith(".removed"))
-    assert not is_store(rest)
+    assert not is_store(place_of(rest))
     assert command("remove", store, "--yes").exit_code == 0
     assert not rest.exists()
 

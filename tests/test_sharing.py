@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpcache import objects, station
+from mpcache import folder, station
 from mpcache.collect import collect
 from mpcache.config import CollectConfig
+from mpcache.folder import Folder
 from mpcache.format import Layout
+from mpcache.objects import digest_of
+from mpcache.place import place_of
 from mpcache.reader import open_store
 from mpcache.verify import verify
-from mpcache.writer import Writer, is_as_told
+from mpcache.writer import Writer
 from stores import files_of, marks_of, small_config, small_store
 
 LAYOUT = Layout(
@@ -87,7 +90,7 @@ class Schedule:
 
 @pytest.fixture
 def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
-    """Every rename, link, removal, look and read of the writers waits for its turn."""
+    """Every step of the writers waits for its turn."""
     schedules: list[Schedule] = []
 
     def gated(function: Callable[..., object]) -> Callable[..., object]:
@@ -97,9 +100,8 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
 
         return wait
 
-    for name in ("replace", "unlink", "exists", "read_bytes"):
-        monkeypatch.setattr(Path, name, gated(getattr(Path, name)))
-    monkeypatch.setattr(os, "link", gated(os.link))
+    for name in ("put_new", "prepare", "publish", "link_new", "delete", "size", "read"):
+        monkeypatch.setattr(Folder, name, gated(getattr(Folder, name)))
     yield schedules
     monkeypatch.undo()
 
@@ -120,16 +122,15 @@ def test_what_is_marked_is_never_overwritten(
             with mark.open("rb") as file:
                 first.append(file.read())
             assert first[0] == first[-1]
-            reader = Writer(store, LAYOUT)
             told = objects_of(first[0])
-            assert all(is_as_told(reader.path / name, one) for name, one in told.items())
+            assert all(digest_file(store / name) == one["xxh3_128"] for name, one in told.items())
 
     def writer(x: torch.Tensor) -> Callable[[], None]:
-        return lambda: Writer(store, LAYOUT).commit_acts(0, ARRAY, x)
+        return lambda: Writer(place_of(store), LAYOUT).commit_acts(0, ARRAY, x)
 
     scheduled.append(Schedule(random.Random(seed), look))
     scheduled[-1].gates = {}
-    Writer(store, LAYOUT).grow(ARRAY, 1, 3)
+    Writer(place_of(store), LAYOUT).grow(ARRAY, 1, 3)
     scheduled[-1].run([writer(x) for x in values], kills)
     writer(values[0])()  # whatever was left behind, the next run ends well
     look()
@@ -137,6 +138,10 @@ def test_what_is_marked_is_never_overwritten(
     assert stored[:4] in [x.numpy().tobytes()[:4] for x in values]
     rests = [f.name for f in store.rglob("*.partial")]
     assert kills or not rests
+
+
+def digest_file(file: Path) -> str:
+    return digest_of([file.read_bytes()])
 
 
 def objects_of(mark: bytes) -> dict[str, dict[str, object]]:
@@ -261,9 +266,9 @@ def test_a_link_that_the_server_made_twice_is_ours(
         raise FileExistsError
 
     monkeypatch.setattr(os, "link", twice)
-    assert objects.put_new(tmp_path / "mark", b"x")
+    assert place_of(tmp_path).put_new("mark", b"x")
     monkeypatch.undo()
-    assert not objects.put_new(tmp_path / "mark", b"y")
+    assert not place_of(tmp_path).put_new("mark", b"y")
     assert (tmp_path / "mark").read_bytes() == b"x"
 
 
@@ -280,7 +285,7 @@ def test_a_read_only_store_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     for name in ("link", "rename", "replace", "mkdir", "unlink", "chmod", "fsync"):
         monkeypatch.setattr(os, name, refused)
-    monkeypatch.setattr(objects, "_write_temporary", refused)
+    monkeypatch.setattr(folder, "_write_temporary", refused)
     store = open_store(copy)
     assert verify(copy).findings == ()
     assert len(store.read_chunk("layers.0", "output", 0, 0)) == 32

@@ -12,7 +12,7 @@ import zarr
 from transformers import AutoModel
 
 from golden import sums
-from mpcache import objects
+from mpcache import folder
 from mpcache.collect import Collection, collect
 from mpcache.format import FORMAT_VERSION, canonical, seal, unseal
 from mpcache.reader import DamagedStoreError, open_store
@@ -196,7 +196,7 @@ def test_a_finished_store_is_not_written_again(
     def refused(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(objects, "_write_temporary", refused)
+    monkeypatch.setattr(folder, "_write_temporary", refused)
     assert small_store(tmp_path)[1].forward_rows == 0
 
 

@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 from cli.mpcache import app
 from mpcache import cluster as cluster_stage
 from mpcache import collect as collect_stage
-from mpcache import crew, objects, station
+from mpcache import crew, folder, station
 from mpcache.collect import Collection, collect
 from mpcache.config import CollectConfig
 from mpcache.crew import Crew
 from mpcache.documents import open_documents
 from mpcache.model import load_tokenizer
+from mpcache.place import place_of
 from mpcache.verify import verify
 from mpcache.workforce import Share, Workforce
 from stores import files_of, marks_of, small_config, write_corpus
@@ -109,7 +110,7 @@ def slow_down(seconds: float) -> None:
 
 
 def fill_disk(after: int) -> None:
-    put, calls = objects._write_temporary, 0
+    put, calls = folder._write_temporary, 0
 
     def full(*arguments: Any) -> Path:
         nonlocal calls
@@ -118,7 +119,7 @@ def fill_disk(after: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
         return put(*arguments)
 
-    objects._write_temporary = full
+    folder._write_temporary = full
 
 
 def break_part(rows: int) -> None:
@@ -132,11 +133,11 @@ def break_part(rows: int) -> None:
     station.Station.read = broken
 
 
-_WHOLE = objects._write_temporary, station.capture_part, station.Station.read
+_WHOLE = folder._write_temporary, station.capture_part, station.Station.read
 
 
 def mend() -> None:
-    objects._write_temporary, station.capture_part, station.Station.read = _WHOLE
+    folder._write_temporary, station.capture_part, station.Station.read = _WHOLE
 
 
 # --- lost workers, lost commands ---
@@ -146,7 +147,7 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
     config, workforce = small_config(tmp_path, **ROWS), Workforce(workers=2)
     path, whole = tmp_path / "store", tmp_path / "whole"
     tokenizer = load_tokenizer(config)
-    with Crew(workforce, config, path, quiet=True) as staff:
+    with Crew(workforce, config, place_of(path), quiet=True) as staff:
         facts, documents = staff.facts(), open_documents(config, tokenizer)
         staff.client.run(slow_down, 0.05)
         pids = staff.client.run(os.getpid)
