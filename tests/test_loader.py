@@ -32,7 +32,7 @@ class FakeStore(Store):
     dtype: str = "float32"
     before_read: object = staticmethod(lambda part, chunk: None)
     reads: list[tuple[int, int]] = field(default_factory=list)
-    path: str = "fake"
+    place: str = "fake"
 
     def __post_init__(self):
         self.layout = SimpleNamespace(dtype=self.dtype)
