@@ -128,6 +128,7 @@ def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -
     """The language model and the coder meet here only: neither package knows the other's."""
     from mpcache.splice import SplicedModel
     from mptrain.checkpoint import load_coder
+    from mptrain.filters import stored_filters
     from mptrain.recovered import recovered
 
     coder, trained = load_coder(folder)
@@ -138,7 +139,7 @@ def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -
         (inputs["input_ids"], functools.partial(spliced.logits, inputs, hookpoint))
         for inputs in spliced.batches()
     )
-    return dataclasses.asdict(recovered(coder, batches, trained["skip_positions"]))
+    return dataclasses.asdict(recovered(coder, batches, stored_filters(trained)))
 
 
 @app.command()

@@ -233,6 +233,7 @@ class Collection:
         provenance = {
             "model": {**self.facts.provenance, "model_files": files},
             "dataset": self.documents.provenance,
+            "tokenizer": {"special_ids": sorted(set(self.tokenizer.all_special_ids))},
         }
         open_place(self.place, self.config, self.identity, self.layout, provenance)
 

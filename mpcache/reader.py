@@ -6,7 +6,7 @@ its index and of each chunk that is read.
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,7 @@ from mpcache.config import Split
 from mpcache.format import (
     MARKS,
     POSITION,
+    SEQUENCE,
     TOKENS,
     Layout,
     acts,
@@ -85,6 +86,34 @@ class Store:
         return self.layout.chunk_rows
 
     @property
+    def special_ids(self) -> tuple[int, ...] | None:
+        """Token ids that the tokenizer calls special; None: the store does not tell."""
+        found = self.provenance.get("tokenizer", {}).get("special_ids")
+        return None if found is None else tuple(map(int, found))
+
+    @property
+    def planned_parts(self) -> tuple[int, ...]:
+        """Parts whose tokens and rows are committed: the model reads, or has read, these."""
+        return self.numbers(POSITION)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the tokens of all parts that its first collection asked for are committed."""
+        tokens, there = self.numbers(TOKENS), set(self.planned_parts)
+        newest = {self.layout.split_of(part): part for part in tokens}
+        ended = {s: part for s, part in newest.items() if self.mark(part, TOKENS)["last"]}
+        # a collection makes a part of each split, whatever rows it is asked for
+        wanted = range(max(2, -(-int(self.config["rows"]) // self.part_rows)))
+        return all(p in there or ended.get(self.layout.split_of(p), p) < p for p in wanted)
+
+    def limited_to(self, parts: Collection[int]) -> "Store":
+        """The same store as it would be if no other parts were committed."""
+        other = Store(self.place)
+        left = {array: found & set(parts) for array, found in self._marks.items()}
+        other._marks = {array: found for array, found in left.items() if found}
+        return other
+
+    @property
     def arrays(self) -> tuple[str, ...]:
         """Names of all arrays that have a committed part, tokens and rows included."""
         return tuple(self._marks)
@@ -144,6 +173,22 @@ class Store:
         """Position in its sequence of each row of one chunk."""
         return torch.from_numpy(self._read_rows(POSITION, part, chunk).astype(np.int64))
 
+    def read_token_ids(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
+        """Token id of each row of one chunk."""
+        sequence = self._read_rows(SEQUENCE, part, chunk) - part * self.layout.part_sequences
+        position = self._read_rows(POSITION, part, chunk)
+        return torch.from_numpy(self.read_tokens(part)[sequence, position].astype(np.int64))
+
+    def read_norms(
+        self, hookpoint: str, side: str, part: int, chunk: int | None = None
+    ) -> Float[Tensor, " rows"]:
+        """Euclidean norm of each row of one chunk, or of a whole part."""
+        array = self._acts(hookpoint, side)
+        _, spec, _ = specs(array, self.layout, self.width(hookpoint, side))
+        return torch.from_numpy(
+            self.read_object(array, spec, part, *self._extent(array, part, chunk))
+        )
+
     def read_tokens(self, part: int) -> np.ndarray:
         """Token ids `[sequences, ctx_len]` of a part."""
         (spec,) = specs(TOKENS, self.layout)
@@ -188,11 +233,16 @@ class Store:
         return acts(hookpoint, side)
 
     def _read_rows(self, array: str, part: int, chunk: int) -> np.ndarray:
-        mark = self.mark(part, array)
-        spec = specs(array, self.layout, int(mark.get("width", 0)))[0]
+        spec = specs(array, self.layout, int(self.mark(part, array).get("width", 0)))[0]
+        return self.read_object(array, spec, part, *self._extent(array, part, chunk))
+
+    def _extent(self, array: str, part: int, chunk: int | None) -> tuple[int, int]:
+        """First row of a chunk in its part, or of all of them, and the one after its last."""
+        rows = int(self.mark(part, array)["rows"])
+        if chunk is None:
+            return 0, rows
         start = chunk * self.chunk_rows
-        stop = min(start + self.chunk_rows, int(mark["rows"]))
-        return self.read_object(array, spec, part, start, stop)
+        return start, min(start + self.chunk_rows, rows)
 
     def read_object(
         self, array: str, spec: ArraySpec, part: int, start: int, stop: int

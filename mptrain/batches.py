@@ -3,14 +3,17 @@
 Letters: B rows in a batch, N rows in a window. A side is (hookpoint, "input" or "output").
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from mptrain.windows import Rows, Side, Source
+from mptrain.windows import POSITION, Columns, Fact, Rows, Side
+
+_PIECE_BYTES = 1 << 18  # gathered at once: stays in the cache between gathering and casting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,8 @@ class Batch:
     "position of each row in its sequence"
     values: Mapping[Side, Float[Tensor, "B _"]]
     "float32 rows of each side"
+    facts: Mapping[Fact, Shaped[Tensor, " B"]] = field(default_factory=dict)
+    "what else the loader was asked for, by name"
 
     @property
     def rows(self) -> int:
@@ -44,50 +49,77 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def kept_rows(
-    batch: Batch, *, skip_positions: int, finite: Sequence[Side] = ()
-) -> Bool[Tensor, " B"]:
-    """Which rows a coder takes: not of the first positions, and finite on the named sides."""
-    kept_B = batch.positions_B >= skip_positions
-    for side in finite:
-        kept_B &= batch.values[side].isfinite().all(dim=1)
-    return kept_B
-
-
 def cut_batches(
     windows: Iterable[tuple[Rows, Int[Tensor, " N"]]],
-    source: Source,
+    columns: Columns,
     batch_rows: int,
     offset: int,
     device: torch.device,
+    gatherers: Executor,
 ) -> Iterator[Batch]:
     """Batches of `batch_rows` rows across the windows' borders; only the last may be shorter."""
-    pinned = device.type == "cuda"  # page-locked memory lets copies run asynchronously
-    rows, filled = source.empty(batch_rows, pinned=pinned), 0
+    rows, filled = _space(columns, batch_rows, device), 0
     for window, order_N in windows:
         cuts = range(batch_rows - filled, len(order_N), batch_rows)
         for taken in order_N.tensor_split(list(cuts)):
-            rows.gather_(window, taken, filled)
+            _gather_(rows, window, taken, filled, columns, gatherers)
             filled += len(taken)
             if filled == batch_rows:
                 yield _on_device(rows, filled, offset, device)
-                rows, filled = source.empty(batch_rows, pinned=pinned), 0
+                rows, filled = _space(columns, batch_rows, device), 0
                 offset += batch_rows
-        del window  # else three windows are alive once the next one has come
     if filled:
         yield _on_device(rows, filled, offset, device)
 
 
+def _space(columns: Columns, rows: int, device: torch.device) -> Rows:
+    """Space for a batch; for a GPU page-locked and as stored, so that copies are asynchronous."""
+    if device.type == "cuda":
+        return {key: column.empty(rows, pin_memory=True) for key, column in columns.items()}
+    return {
+        key: column.empty(rows, dtype=torch.float32 if isinstance(key, tuple) else column.dtype)
+        for key, column in columns.items()
+    }
+
+
+def _gather_(
+    batch: Rows,
+    window: Rows,
+    taken: Int[Tensor, " taken"],
+    at: int,
+    columns: Columns,
+    gatherers: Executor,
+) -> None:
+    """Copy the named rows of a window to the places of a batch from `at` on."""
+    jobs = []
+    for key, rows in batch.items():
+        into, source = rows[at : at + len(taken)], window[key]
+        piece = max(1, _PIECE_BYTES // columns[key].row_bytes)
+        pieces = zip(torch.split(into, piece), torch.split(taken, piece), strict=True)
+        jobs += [gatherers.submit(_gather_piece_, to, source, names) for to, names in pieces]
+    for job in jobs:
+        job.result()
+
+
+def _gather_piece_(
+    into: Shaped[Tensor, "taken ..."], source: Shaped[Tensor, "N ..."], names: Int[Tensor, " taken"]
+) -> None:
+    if into.dtype == source.dtype:
+        torch.index_select(source, 0, names, out=into)
+    else:
+        into.copy_(source.index_select(0, names))
+
+
 def _on_device(rows: Rows, filled: int, offset: int, device: torch.device) -> Batch:
-    """The filled rows on the device; the cast to float32 is made there.
+    """The filled rows on the device; on a GPU the cast to float32 is made there.
 
     On CUDA copy and cast are queued on the default stream, where the trainer works too.
     """
+    moved = {key: r[:filled].to(device, non_blocking=True) for key, r in rows.items()}
+    values = {key: r.float() for key, r in moved.items() if isinstance(key, tuple)}
     return Batch(
         offset=offset,
-        positions_B=rows.positions_N[:filled].to(device, non_blocking=True),
-        values={
-            side: values[:filled].to(device, non_blocking=True).float()
-            for side, values in rows.values.items()
-        },
+        positions_B=moved.pop(POSITION),
+        values=values,
+        facts={key: r for key, r in moved.items() if isinstance(key, str)},
     )

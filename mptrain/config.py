@@ -19,6 +19,8 @@ _LEAST = {
     "skip_positions": 0,
     "order_seed": 0,
     "window_rows": 1,
+    "window_bytes": 1,
+    "read_threads": 1,
     "log_every": 1,
     "eval_every": 1,
     "eval_rows": 1,
@@ -40,10 +42,20 @@ class RunConfig:
     "rows in a train step"
     skip_positions: int = 1
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
+    skip_tokens: tuple[str, ...] = ()
+    "leave out rows of these tokens: ids, or special for those that the tokenizer calls so"
+    max_norm: float | None = None
+    "leave out rows whose norm on a side of the coder is over so many times the median"
     order_seed: int = 0
     "seed of the order in which rows are read"
     window_rows: int = 131_072
-    "rows mixed in memory; two such windows are held, each row_bytes x window_rows"
+    "rows mixed in memory, in two windows; on it and order_seed the order of rows depends"
+    window_bytes: int = 4_000_000_000
+    "most bytes that the two windows may take; a run that needs more is refused"
+    read_threads: int = 4
+    "chunks read at once; more of them for a store that is far away"
+    follow: bool = False
+    "wait until a collection that is under way has all parts that it plans"
     log_every: int = 10
     "train steps between lines of metrics.jsonl"
     eval_every: int = 100
@@ -63,6 +75,7 @@ class RunConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._refuse_filters()
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
@@ -70,6 +83,16 @@ class RunConfig:
             )
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
             raise ValueError(f"save_minutes must be positive and finite, got {self.save_minutes}")
+
+    def _refuse_filters(self) -> None:
+        for token in self.skip_tokens:
+            if token != "special" and not token.isdecimal():
+                raise ValueError(f"skip_tokens takes token ids and the word special, got {token!r}")
+        if self.max_norm is not None and not 1 <= self.max_norm < math.inf:
+            raise ValueError(
+                f"max_norm must be at least 1 and finite, got {self.max_norm}; it is a multiple "
+                "of the median norm"
+            )
 
     def coders(self) -> tuple[CoderConfig, ...]:
         """What is trained: for each kind of run to say."""

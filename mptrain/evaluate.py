@@ -16,7 +16,8 @@ from torch import Tensor
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
-from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
+from mptrain.filters import Filters, stored_filters
+from mptrain.loader import Batch, Loader, Side, Store, open_store
 from mptrain.loss import Fvu
 from mptrain.recipe import CoderConfig, Codes
 from mptrain.sparse import active_latents
@@ -35,7 +36,7 @@ class Evaluation:
     fvu: float
     "fraction of variance unexplained, over all rows evaluated together"
     fvu_all: float
-    "the same with the rows of first positions, which training leaves out"
+    "the same with the rows that the filters leave out, as training does"
     l0: float
     "mean number of distinct latents with a non-zero value"
     dead_share: float
@@ -61,12 +62,10 @@ def sides_of_all(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
 def evaluate(
     coders: Sequence[tuple[Coder, int, Codes]],
     batches: Iterable[Batch],
-    *,
-    skip_positions: int,
-    finite_only: bool = False,
+    filters: Filters,
 ) -> list[Evaluation]:
     """Evaluate coders, each with its K and codes, on the same batches."""
-    tallies = [_Tally(*one, skip_positions, finite_only) for one in coders]
+    tallies = [_Tally(*one, filters) for one in coders]
     for batch in batches:
         for tally in tallies:
             tally.add_(batch)
@@ -100,13 +99,13 @@ def evaluate_coder(
     ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
     codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
-    with Loader(store, sides, "validation", batch_rows=_BATCH_ROWS, seed=0, device=place) as loader:
-        return evaluate(
-            [(coder, k, c) for c in codes for k in ks],
-            loader.one_pass(rows),
-            skip_positions=trained["skip_positions"],
-            finite_only=trained["allow_nonfinite"],
-        )
+    filters = stored_filters(trained)
+    with Loader(
+        store, sides, "validation", batch_rows=_BATCH_ROWS, seed=0, device=place,
+        facts=filters.facts,
+    ) as loader:  # fmt: skip
+        coders = [(coder, k, c) for c in codes for k in ks]
+        return evaluate(coders, loader.one_pass(rows), filters)
 
 
 def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -> None:
@@ -128,20 +127,18 @@ def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -
 class _Tally:
     """Running sums of one coder at one K."""
 
-    def __init__(
-        self, coder: Coder, k: int, codes: Codes, skip_positions: int, finite_only: bool
-    ) -> None:
-        self.coder, self.k, self.codes, self.skip = coder, k, codes, skip_positions
+    def __init__(self, coder: Coder, k: int, codes: Codes, filters: Filters) -> None:
+        self.coder, self.k, self.codes, self.filters = coder, k, codes, filters
         self.input, self.target = sides_of(coder.config)
-        self.finite = (self.input, self.target) if finite_only else ()
         self.kept, self.all = Fvu(), Fvu()
         self.active = 0.0
         self.fired_M = torch.zeros(coder.latents + 1, dtype=torch.bool, device=coder.b_D.device)
 
     @torch.no_grad()
     def add_(self, batch: Batch) -> None:
-        usable_B = kept_rows(batch, skip_positions=0, finite=self.finite)
-        kept_B = kept_rows(batch, skip_positions=self.skip)[usable_B]
+        sides = (self.input, self.target)
+        usable_B = self.filters.usable(batch, sides)
+        kept_B = self.filters.kept(batch, sides)[usable_B]
         x_BD, y_BE = batch.values[self.input][usable_B], batch.values[self.target][usable_B]
         code = self.coder.encode(x_BD, self.k, codes=self.codes)
         y_hat_BE = self.coder.predict(code, x_BD)

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,14 @@ from mptrain.batches import resolve_device
 from mptrain.checkpoint import save_coder, write_json
 from mptrain.config import RunConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of_all
+from mptrain.filters import Filters, make_filters
 from mptrain.interrupt import held_interrupt
-from mptrain.loader import Batch, Loader, Side, Store, kept_rows, open_store
+from mptrain.loader import Batch, Loader, Side, Split, Store
 from mptrain.metrics import MetricsFile, rewind
 from mptrain.observe import in_short, record_of
 from mptrain.progress import first_pass, keep, restore_
-from mptrain.runs import Run, open_run
-from mptrain.suited import refuse_unsuited
+from mptrain.runs import Run, open_run, parts_begun_with
+from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
 from mptrain.trainee import Trainee, make_trainee, train_steps
 
@@ -35,20 +36,24 @@ def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
         ValueError: the user's mistake, or non-finite values in the store.
         DamagedStoreError (an OSError): the store's bytes are not what was committed.
     """
-    store = open_store(config.store)
     device = resolve_device(config.device)
-    refuse_unsuited(config, store, sides_of_all(config.coders()))
+    everything = sides_of_all(config.coders())
+    store = suited_store(config, everything, parts_begun_with(config), quiet=quiet)
+    filters = make_filters(config, store, everything)
     passes = [config.coders()]
     results: list[dict[str, Any]] = []
     for number in range(min(first_pass(Path(config.run)), len(passes) - 1), len(passes)):
-        trainees = [make_trainee(one, config, store, device) for one in passes[number]]
+        trainees = [make_trainee(one, config, filters, store, device) for one in passes[number]]
         sides = sides_of_all(passes[number])
         with (
-            _loader(config, store, sides, "train", device) as train,
-            _loader(config, store, sides, "validation", device) as validation,
+            _loader(config, store, sides, "train", filters, device) as train,
+            _loader(config, store, sides, "validation", filters, device) as validation,
         ):
-            run = open_run(config, store.source, store.fingerprint, train.order_digest)
-            fitting = Fitting(config, run, number, results, trainees, train, validation, quiet)
+            parts = {part.number for loader in (train, validation) for part in loader.parts}
+            run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
+            fitting = Fitting(
+                config, run, number, results, trainees, filters, train, validation, quiet
+            )
             results = fitting.fit()
     return results
 
@@ -63,12 +68,13 @@ class Fitting:
         number: int,
         finished: list[dict[str, Any]],
         trainees: Sequence[Trainee],
+        filters: Filters,
         train: Loader,
         validation: Loader,
         quiet: bool,
     ) -> None:
         """`number` counts passes from 0; `finished` are the results of the passes before."""
-        self.config, self.run, self.quiet = config, run, quiet
+        self.config, self.run, self.filters, self.quiet = config, run, filters, quiet
         self.number, self.finished = number, finished
         self.trainees, self.train, self.validation = trainees, train, validation
         self.device = train.device
@@ -128,8 +134,7 @@ class Fitting:
         return [filtered[trainee.sides] for trainee in self.trainees]
 
     def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
-        finite = (source, target) if self.config.allow_nonfinite else ()
-        kept_B = kept_rows(batch, skip_positions=self.config.skip_positions, finite=finite)
+        kept_B = self.filters.kept(batch, (source, target))
         x_BD = batch.values[source][kept_B]
         return x_BD, x_BD if target == source else batch.values[target][kept_B]
 
@@ -151,8 +156,7 @@ class Fitting:
         found = evaluate(
             [(t.learner.evaluated(), t.config.k, t.config.codes) for t in healthy],
             self.validation.one_pass(max_rows),
-            skip_positions=self.config.skip_positions,
-            finite_only=self.config.allow_nonfinite,
+            self.filters,
         )
         evaluations = iter(found)
         return [None if trainee.diverged else next(evaluations) for trainee in self.trainees]
@@ -218,7 +222,9 @@ class Fitting:
             results.append(result)
             if not trainee.diverged:
                 folder = self.run.folder / "coders" / trainee.config.name
-                save_coder(folder, trainee.learner.evaluated(), {**self.run.provenance, **result})
+                filters = self.filters.of(trainee.sides).as_json()
+                trained = {**self.run.provenance, **filters, **result}
+                save_coder(folder, trainee.learner.evaluated(), trained)
         write_json(self.run.folder / "results.json", results)
         return results
 
@@ -242,7 +248,8 @@ def _loader(
     config: RunConfig,
     store: Store,
     sides: Sequence[Side],
-    split: Literal["train", "validation"],
+    split: Split,
+    filters: Filters,
     device: torch.device,
 ) -> Loader:
     return Loader(
@@ -252,5 +259,7 @@ def _loader(
         batch_rows=config.batch_rows,
         seed=config.order_seed,
         window_rows=config.window_rows,
+        threads=config.read_threads,
+        facts=filters.of(sides).facts,
         device=device,
     )

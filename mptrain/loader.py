@@ -2,32 +2,46 @@
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mpcache.reader import Part, Store, open_store
-from mptrain.batches import Batch, cut_batches, kept_rows
+from mptrain.batches import Batch, cut_batches
 from mptrain.config import RunConfig
 from mptrain.order import Chunk
-from mptrain.windows import Plan, Side, Source, endless_plans, one_pass_plans, read_windows
+from mptrain.windows import (
+    POSITION,
+    TOKEN,
+    Column,
+    Columns,
+    Fact,
+    Plan,
+    Side,
+    endless_plans,
+    norm_of,
+    one_pass_plans,
+    read_windows,
+)
 
 # the rest of mptrain opens stores through this module: the one edge between the packages
-__all__ = ["Batch", "Loader", "Side", "Store", "kept_rows", "open_store"]
+__all__ = ["Batch", "Loader", "Side", "Split", "Store", "open_store"]
+
+Split = Literal["train", "validation"]
 
 
 class Loader:
     """Batches of one split, the same rows on every side. Close it, or use it in a `with`.
 
     The order of rows depends on `seed`, `window_rows`, the store's chunk_rows and the parts that
-    all sides have; not on the sides themselves, nor on batch_rows.
+    are read; not on the sides or facts, nor on batch_rows, threads or device.
 
-    Host memory, at most: (2 x window_rows + threads x chunk_rows + 3 x batch_rows) x row_bytes,
-    where row_bytes is 16 for position and order + (sum of the sides' widths) x bytes of a value.
-    A window holds whole chunks, and at least one.
+    Host memory for rows, at most: (2 x window_rows + threads x chunk_rows) x row_bytes
+    + 3 x batch_rows x batch_row_bytes. A window holds whole chunks, and at least one.
 
     An error of the store surfaces as itself, at the first batch that needs the damaged window.
     """
@@ -36,14 +50,16 @@ class Loader:
         self,
         store: Store,
         sides: Sequence[Side],
-        split: Literal["train", "validation"],
+        split: Split,
         *,
         batch_rows: int,
         seed: int,
         device: torch.device,
         window_rows: int = RunConfig.window_rows,
-        threads: int = 4,
+        threads: int = RunConfig.read_threads,
+        facts: Sequence[Fact] = (),
     ) -> None:
+        """Read the parts that all sides have; `facts` are to be told of each row beside them."""
         self.sides = tuple(dict.fromkeys(sides))
         self.batch_rows, self.seed, self.device = batch_rows, seed, device
         self.chunk_rows = store.chunk_rows
@@ -59,10 +75,14 @@ class Loader:
             )
         self.wait_seconds = 0.0
         "time that consumers spent waiting for batches"
-        self._source = _source(store, self.sides, self.parts)
-        self._readers = ThreadPoolExecutor(threads, "read")
-        # runs one batch ahead: gathers its rows and moves them to the device
-        self._assembler = ThreadPoolExecutor(1, "assemble")
+        self._columns = _columns(store, self.sides, self.parts, facts)
+        # before a thread is told to use one core, else this one would be told so too
+        torch.get_num_threads()
+        alone = partial(torch.set_num_threads, 1)
+        self._readers = ThreadPoolExecutor(threads, "read", initializer=alone)
+        # runs one batch ahead: has its rows gathered and moves them to the device
+        self._assembler = ThreadPoolExecutor(1, "assemble", initializer=alone)
+        self._gatherers = ThreadPoolExecutor(threads, "gather", initializer=alone)
 
     @property
     def order_digest(self) -> str:
@@ -94,6 +114,7 @@ class Loader:
         """Stop reading and end all threads; a chunk that is being read is read to its end."""
         self._readers.shutdown(wait=False, cancel_futures=True)  # wakes the assembler
         self._assembler.shutdown(cancel_futures=True)
+        self._gatherers.shutdown()
         self._readers.shutdown()
 
     def __enter__(self) -> "Loader":
@@ -107,8 +128,10 @@ class Loader:
         return [part.rows for part in self.parts]
 
     def _cut(self, plans: Iterator[Plan], offset: int) -> Iterator[Batch]:
-        windows = read_windows(plans, self._source, self._readers)
-        return cut_batches(windows, self._source, self.batch_rows, offset, self.device)
+        windows = read_windows(plans, self._columns, self._readers)
+        return cut_batches(
+            windows, self._columns, self.batch_rows, offset, self.device, self._gatherers
+        )
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each made while the consumer works on the one before."""
@@ -123,19 +146,31 @@ class Loader:
             yield batch
 
 
-def _source(store: Store, sides: Sequence[Side], parts: Sequence[Part]) -> Source:
+def row_bytes(store: Store, sides: Sequence[Side]) -> int:
+    """Bytes of a row's values on these sides, as they are held in memory."""
+    return _dtype(store).itemsize * sum(store.width(*side) for side in sides)
+
+
+def _dtype(store: Store) -> torch.dtype:
     dtype = getattr(torch, store.layout.dtype)
     assert isinstance(dtype, torch.dtype)
+    return dtype
 
-    def read_positions(chunk: Chunk) -> Tensor:
-        return store.read_positions(parts[chunk.part].number, chunk.chunk)
 
-    def read_values(side: Side, chunk: Chunk) -> Tensor:
-        return store.read_chunk(*side, parts[chunk.part].number, chunk.chunk)
+def _columns(
+    store: Store, sides: Sequence[Side], parts: Sequence[Part], facts: Sequence[Fact]
+) -> Columns:
+    def placed(read: Callable[..., Tensor], *of: str) -> Callable[[Chunk], Tensor]:
+        return lambda chunk: read(*of, parts[chunk.part].number, chunk.chunk)
 
-    return Source(
-        dtype=dtype,
-        widths={side: store.width(*side) for side in sides},
-        read_positions=read_positions,
-        read_values=read_values,
-    )
+    known = {
+        POSITION: Column(torch.int64, None, placed(store.read_positions)),
+        TOKEN: Column(torch.int64, None, placed(store.read_token_ids)),
+    }
+    for side in sides:
+        known[norm_of(side)] = Column(torch.float32, None, placed(store.read_norms, *side))
+    columns: dict[Side | Fact, Column] = {fact: known[fact] for fact in (POSITION, *facts)}
+    for side in sides:
+        width = store.width(*side)
+        columns[side] = Column(_dtype(store), width, placed(store.read_chunk, *side))
+    return columns

@@ -64,8 +64,12 @@ class Window:
         """Row `i` of the window's order is row `permutation()[i]` of its chunks laid end to end."""
         seed, *place = self.key
         noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))
-        # a stable sort of random words: ties are as good as impossible, and do no harm
-        return np.argsort(noise.random_raw(self.rows), kind="stable")
+        # the low bits make room for the row: words that all differ sort alike everywhere, and
+        # sorting them takes a tenth of the time of sorting their places
+        row_bits = np.uint64((1 << self.rows.bit_length()) - 1)
+        words = (noise.random_raw(self.rows) & ~row_bits) | np.arange(self.rows, dtype=np.uint64)
+        words.sort()
+        return (words & row_bits).astype(np.int64)
 
 
 class EpochOrder:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mptrain.coder import Coder
+from mptrain.filters import Filters
 
 Replace = Callable[[Tensor, Tensor], Tensor]
 # next-token logits [B, L, V] of the model, with the hookpoint's output replaced if told to
@@ -36,13 +37,13 @@ class Recovered:
 
 
 def recovered(
-    coder: Coder, batches: Iterable[tuple[Int64[Tensor, "B L"], Run]], skip_positions: int
+    coder: Coder, batches: Iterable[tuple[Int64[Tensor, "B L"], Run]], filters: Filters
 ) -> Recovered:
-    """Splice the coder into the model; the first positions, which it never saw, stay clean."""
+    """Splice the coder into the model; tokens whose rows it never saw stay clean."""
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     for tokens_BL, run in batches:
-        sums += _sums(coder, tokens_BL, run, skip_positions)
+        sums += _sums(coder, tokens_BL, run, filters)
         tokens += tokens_BL[:, 1:].numel()
     clean, spliced, zero, kl = (sums / tokens).tolist()
     return Recovered(
@@ -56,16 +57,22 @@ def recovered(
 
 
 def _sums(
-    coder: Coder, tokens_BL: Int64[Tensor, "B L"], run: Run, skip_positions: int
+    coder: Coder, tokens_BL: Int64[Tensor, "B L"], run: Run, filters: Filters
 ) -> Float[Tensor, " 4"]:
     def predicted(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
         source_BLD = y_BLE if coder.config.kind == "sae" else x_BLD
         y_hat_BLE = coder(source_BLD.flatten(0, 1).float()).view_as(y_BLE)
-        return torch.cat([y_BLE[:, :skip_positions].float(), y_hat_BLE[:, skip_positions:]], dim=1)
+        return torch.where(taken(x_BLD, y_BLE), y_hat_BLE, y_BLE.float())
 
-    def zero(_: Tensor, y_BLE: Tensor) -> Tensor:
-        position_L = torch.arange(y_BLE.shape[1], device=y_BLE.device)
-        return y_BLE * (position_L < skip_positions)[:, None]
+    def zero(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
+        return torch.where(taken(x_BLD, y_BLE), 0, y_BLE)
+
+    def taken(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
+        hookpoint, position_L = coder.config.hookpoint, torch.arange(tokens_BL.shape[1])
+        pairs = {"input": x_BLD, "output": y_BLE}
+        norms = {(hookpoint, side): v.float().norm(dim=-1) for side, v in pairs.items()}
+        position_BL = position_L.to(tokens_BL.device).expand_as(tokens_BL)
+        return filters.passed(position_BL, tokens_BL, norms)[..., None]
 
     logs = [F.log_softmax(run(new)[:, :-1], dim=-1) for new in (None, predicted, zero)]
     following_BL1 = tokens_BL[:, 1:, None]

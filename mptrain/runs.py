@@ -1,6 +1,7 @@
 """The folder of a run: what it was started with, and whether a later command may go on with it."""
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 from mptrain.checkpoint import is_partial, write_json
 from mptrain.config import RunConfig
 from mptrain.metrics import writing_in
+from mptrain.suited import numbers_of, ranges
 
-# where a run lives, what it is computed on and when it is saved may change between its commands
-_FREE = {"run", "store", "device", "save_every", "save_minutes"}
+# where a run lives, what it is computed on, when it is saved and how rows are fetched may change
+# between its commands
+_FREE = {
+    "run", "store", "device", "save_every", "save_minutes", "window_bytes", "read_threads", "follow"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,20 @@ class Run:
         return self.folder / "metrics.jsonl"
 
 
-def open_run(config: RunConfig, source: str, fingerprint: str, order_digest: str) -> Run:
+def parts_begun_with(config: RunConfig) -> set[int] | None:
+    """The store's parts that the run there reads; None where there is none yet."""
+    file = Path(config.run) / "config.json"
+    if not file.exists():
+        return None
+    return numbers_of(json.loads(file.read_bytes())["parts"])
+
+
+def open_run(
+    config: RunConfig, source: str, fingerprint: str, order_digest: str, parts: Collection[int]
+) -> Run:
     """Make the run, or check that the one there was started with the same config and rows.
+
+    `parts` are those of the store that it reads, also when more of them are there later.
 
     Raises:
         ValueError: the folder holds another run, or something that is no run, or cannot be written;
@@ -34,15 +51,12 @@ def open_run(config: RunConfig, source: str, fingerprint: str, order_digest: str
     """
     folder = Path(config.run)
     provenance = {"store_fingerprint": fingerprint, "order_digest": order_digest}
-    filters = {
-        "skip_positions": config.skip_positions,
-        "allow_nonfinite": config.allow_nonfinite,
-    }
     started = {
         "fit": asdict(config),
         "source": source,
         "coders": [{"name": one.name, **asdict(one)} for one in config.coders()],
         **provenance,
+        "parts": ranges(parts),
     }
     file = folder / "config.json"
     if file.exists():
@@ -52,7 +66,7 @@ def open_run(config: RunConfig, source: str, fingerprint: str, order_digest: str
     else:
         with writing_in(folder):
             write_json(file, started)
-    return Run(folder, {**provenance, **filters})
+    return Run(folder, provenance)
 
 
 def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
@@ -69,8 +83,8 @@ def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
         )
     if stored["order_digest"] != wanted["order_digest"]:
         raise ValueError(
-            f"{file.parent} cannot go on: the store has other parts than when the run began; "
-            "name another run"
+            f"{file.parent} cannot go on: the store lacks parts that were there when the run "
+            "began; name another run"
         )
 
 

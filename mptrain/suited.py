@@ -1,19 +1,66 @@
-"""Whether a store is one that a run can train on."""
+"""The store that a run trains on: waited for, whole, and with rows for it, or refused in words."""
 
-from collections.abc import Sequence
-from typing import Literal
+import time
+from collections.abc import Collection, Sequence
+
+from tqdm import tqdm
 
 from mptrain.config import RunConfig
-from mptrain.loader import Side, Store
+from mptrain.loader import Side, Split, Store, open_store, row_bytes
 
-_SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
+_SPLITS: tuple[Split, ...] = ("train", "validation")
+_LOOK_EVERY = 1.0  # seconds
 
 
-def refuse_unsuited(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
-    """Raise ValueError, with a remedy, where the store or the filters leave no rows to train on."""
+def suited_store(
+    config: RunConfig,
+    sides: Sequence[Side],
+    only_parts: Collection[int] | None = None,
+    *,
+    quiet: bool = True,
+) -> Store:
+    """Open the store of a run; `only_parts` are those of a run that goes on.
+
+    Raises:
+        ValueError: with a remedy, where the store or the filters leave no rows to train on.
+    """
+    if only_parts is not None:
+        store = open_store(config.store).limited_to(only_parts)
+    elif config.follow:
+        store = await_parts(config.store, sides, quiet=quiet)
+    else:
+        store = open_store(config.store)
     _refuse_skipping_all(config, store)
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
+    _refuse_small(config, store, sides)
+    _refuse_large_windows(config, store, sides)
+    return store
+
+
+def await_parts(path: str, sides: Sequence[Side], *, quiet: bool = True) -> Store:
+    """The store once its collection has committed all that it plans of these sides."""
+    told = f"waiting for {', '.join(map(':'.join, sides))} in {path}"
+    with tqdm(desc=told, unit="part", disable=quiet) as bar:
+        while True:
+            store = open_store(path)
+            planned, done = store.planned_parts, _common_parts(store, sides)
+            bar.total, bar.n = len(planned), len(done & set(planned))
+            bar.refresh()
+            if store.is_planned and done >= set(planned):
+                return store
+            time.sleep(_LOOK_EVERY)
+
+
+def _common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
+    """Parts that all sides have; none where a side has yet to be begun."""
+    if not all(hookpoint in store.hookpoints for hookpoint, _ in sides):
+        return set()
+    return set.intersection(*(_parts(store, side) for side in sides))
+
+
+def _parts(store: Store, side: Side) -> set[int]:
+    return {part.number for split in _SPLITS for part in store.parts([side], split)}
 
 
 def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
@@ -26,26 +73,31 @@ def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
 
 def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
     """Common parts alone would make a coder's rows depend on its companions."""
-    found = {
-        side: {p.number for split in _SPLITS for p in store.parts([side], split)} for side in sides
-    }
+    found = {side: _parts(store, side) for side in sides}
     everything = set[int]().union(*found.values())
     if any(parts != everything for parts in found.values()):
         told = "; ".join(
-            f"{':'.join(side)} has parts {_ranges(parts)}" for side, parts in found.items()
+            f"{':'.join(side)} has parts {ranges(parts) or 'none'}" for side, parts in found.items()
         )
         raise ValueError(
             f"the sides in {store.place} have different parts ({told}); "
-            "collect the missing parts, or fit the sides in separate runs"
+            "collect the missing parts, wait for a collection that is under way with --follow, "
+            "or fit the sides in separate runs"
         )
 
 
-def _ranges(numbers: set[int]) -> str:
-    """Ascending numbers as runs: 0-6, 8."""
+def ranges(numbers: Collection[int]) -> str:
+    """Numbers as runs, in order: 0-6, 8."""
     starts = sorted(n for n in numbers if n - 1 not in numbers)
     ends = sorted(n for n in numbers if n + 1 not in numbers)
     pairs = zip(starts, ends, strict=True)
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs) or "none"
+    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs)
+
+
+def numbers_of(ranges: str) -> set[int]:
+    """What `ranges` was given."""
+    runs = (run.partition("-") for run in ranges.split(", ") if run)
+    return {n for first, _, last in runs for n in range(int(first), int(last or first) + 1)}
 
 
 def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
@@ -56,4 +108,25 @@ def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) ->
             f"{config.store} holds non-finite values ({told}); "
             "collect with another --model-dtype or --dtype, or leave such rows out with "
             "--allow-nonfinite"
+        )
+
+
+def _refuse_small(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
+    rows = sum(part.rows for part in store.parts(sides, "train"))
+    if 0 < rows < config.batch_rows:
+        raise ValueError(
+            f"{config.store} has {rows} train rows, too few for one batch of {config.batch_rows}; "
+            f"collect more rows, or use --batch-rows {rows} or less"
+        )
+
+
+def _refuse_large_windows(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
+    per_row = 2 * row_bytes(store, sides)
+    needed = per_row * max(config.window_rows, store.chunk_rows)  # a window is a chunk at least
+    if needed > config.window_bytes:
+        raise ValueError(
+            f"two windows of {config.window_rows} rows on {len(sides)} sides take {needed} bytes, "
+            f"more than window_bytes={config.window_bytes}; use --window-rows "
+            f"{max(1, config.window_bytes // per_row)} or less, in all runs that are to be "
+            f"compared, or --window-bytes {needed} or more"
         )

@@ -11,7 +11,8 @@ from torch import Tensor
 from mptrain.coder import Coder
 from mptrain.config import RunConfig
 from mptrain.evaluate import sides_of
-from mptrain.loader import Loader, Side, Store, kept_rows
+from mptrain.filters import Filters
+from mptrain.loader import Loader, Side, Store
 from mptrain.median import geometric_median
 from mptrain.optimize import make_optimizers
 from mptrain.recipe import CoderConfig
@@ -47,14 +48,14 @@ def train_steps(config: RunConfig) -> int:
 
 
 def make_trainee(
-    config: CoderConfig, run: RunConfig, store: Store, device: torch.device
+    config: CoderConfig, run: RunConfig, filters: Filters, store: Store, device: torch.device
 ) -> Trainee:
     """A coder at its start: biases in the middle of the train split, atoms drawn by its seed."""
     sides = sides_of(config)
     (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
     scale = scale_of(config, _square(mean_D, variance_D), _square(mean_E, variance_E))
     if config.start == "median":
-        mean_D, mean_E = map(geometric_median, _sample(run, store, sides))
+        mean_D, mean_E = map(geometric_median, _sample(filters.of(sides), store, sides))
     coder = Coder(config, len(mean_D), len(mean_E))
     coder.initialise_(
         scale.input * mean_D.float(),
@@ -72,11 +73,12 @@ def _square(mean_D: Tensor, variance_D: Tensor) -> float:
     return float((mean_D.square() + variance_D).mean())
 
 
-def _sample(run: RunConfig, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
+def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
     """Rows that the filters leave, the same ones whichever coders are trained beside."""
     cpu = torch.device("cpu")  # the same start on every device
-    finite = sides if run.allow_nonfinite else ()
-    with Loader(store, sides, "train", batch_rows=_MEDIAN_ROWS, seed=0, device=cpu) as loader:
+    with Loader(
+        store, sides, "train", batch_rows=_MEDIAN_ROWS, seed=0, device=cpu, facts=filters.facts
+    ) as loader:
         batch = next(loader.one_pass(_MEDIAN_ROWS))
-    kept_N = kept_rows(batch, skip_positions=run.skip_positions, finite=finite)
+    kept_N = filters.kept(batch, sides)
     return batch.values[sides[0]][kept_N], batch.values[sides[1]][kept_N]

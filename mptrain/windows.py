@@ -15,6 +15,17 @@ from torch import Tensor
 from mptrain.order import Chunk, Window, epoch_order
 
 Side = tuple[str, str]
+Fact = str
+Rows = Mapping[Side | Fact, Shaped[Tensor, "_ ..."]]
+"each side's values, and facts of each row by name, for the same rows"
+
+POSITION: Fact = "position"
+TOKEN: Fact = "token"
+
+
+def norm_of(side: Side) -> Fact:
+    """Name of the fact that is the Euclidean norm of a row on one side."""
+    return f"norm of {':'.join(side)}"
 
 
 # --- plans ---
@@ -61,49 +72,37 @@ def one_pass_plans(
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows in host memory, in the storage dtype."""
-
-    positions_N: Int[Tensor, " N"]
-    values: Mapping[Side, Shaped[Tensor, "N _"]]
-
-    def gather_(self, source: "Rows", rows: Int[Tensor, " taken"], at: int) -> None:
-        """Copy the named rows of `source` to the places from `at` on."""
-        here = slice(at, at + len(rows))
-        torch.index_select(source.positions_N, 0, rows, out=self.positions_N[here])
-        for side, values in self.values.items():
-            torch.index_select(source.values[side], 0, rows, out=values[here])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where rows come from: how they look, and what reads a chunk of them."""
+class Column:
+    """A side, or a fact of each row: what it looks like, and what reads a chunk of it."""
 
     dtype: torch.dtype
-    "storage dtype"
-    widths: Mapping[Side, int]
-    read_positions: Callable[[Chunk], Int[Tensor, " rows"]]
-    read_values: Callable[[Side, Chunk], Shaped[Tensor, "rows width"]]
+    width: int | None
+    "None: one number a row"
+    read: Callable[[Chunk], Shaped[Tensor, "_ ..."]]
 
-    def empty(self, rows: int, *, pinned: bool) -> Rows:
-        """Space for rows; in page-locked memory where they are copied to a GPU."""
-        return Rows(
-            torch.empty(rows, dtype=torch.int64, pin_memory=pinned),
-            {
-                side: torch.empty(rows, width, dtype=self.dtype, pin_memory=pinned)
-                for side, width in self.widths.items()
-            },
-        )
+    def empty(self, rows: int, **options: object) -> Tensor:
+        """Space for rows; `options` are those of `torch.empty`."""
+        shape = (rows,) if self.width is None else (rows, self.width)
+        return torch.empty(shape, **{"dtype": self.dtype, **options})  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * (self.width or 1)
+
+
+Columns = Mapping[Side | Fact, Column]
 
 
 def read_windows(
-    plans: Iterator[Plan], source: Source, readers: Executor
+    plans: Iterator[Plan], columns: Columns, readers: Executor
 ) -> Iterator[tuple[Rows, Int[Tensor, " N"]]]:
     """Windows and the order of their rows, each read while the one before is consumed.
 
-    An error of `source` surfaces as itself, when its window comes.
+    A window is overwritten once the next is asked for: there are two, and fresh memory would cost
+    as much time as the copy into it. An error of a column surfaces when its window comes.
     """
-    started = (_start(plan, source, readers) for plan in plans)
+    spaces: list[Rows] = []
+    started = (_start(plan, columns, readers, spaces) for plan in plans)
     coming = next(started, None)
     try:
         while coming is not None:
@@ -112,24 +111,33 @@ def read_windows(
                 read.result()
             coming = next(started, None)
             yield window, order_N
+            spaces.append(window)
     finally:
         for read in coming[2] if coming else ():
             read.cancel()
 
 
 def _start(
-    plan: Plan, source: Source, readers: Executor
+    plan: Plan, columns: Columns, readers: Executor, spaces: list[Rows]
 ) -> tuple[Rows, Int[Tensor, " N"], list[Future[None]]]:
-    """Allocate a window and have it filled by the reading threads."""
-    window, at = source.empty(plan.window.rows, pinned=False), 0
-    jobs: list[tuple[Tensor, Callable[[], Tensor]]] = []
+    """Find space for a window and have it filled by the reading threads."""
+    window, at = _space(plan.window.rows, columns, spaces), 0
+    reads = []
     for chunk in plan.window.chunks:
-        here = slice(at, at + chunk.rows)
-        jobs.append((window.positions_N[here], partial(source.read_positions, chunk)))
-        for side, values in window.values.items():
-            jobs.append((values[here], partial(source.read_values, side, chunk)))
+        for key, column in columns.items():
+            rows = window[key][at : at + chunk.rows]
+            reads.append(readers.submit(_fill_, rows, partial(column.read, chunk)))
         at += chunk.rows
-    return window, plan.order_N, [readers.submit(_fill_, rows, read) for rows, read in jobs]
+    return window, plan.order_N, reads
+
+
+def _space(rows: int, columns: Columns, spaces: list[Rows]) -> Rows:
+    """Space that is done with, where it is large enough, as all but a stream's first are."""
+    space = spaces.pop() if spaces else {}
+    if any(len(space.get(key, ())) < rows for key in columns):
+        space = {}  # freed before there is another in its place
+        space = {key: column.empty(rows) for key, column in columns.items()}
+    return space
 
 
 def _fill_(rows: Shaped[Tensor, "..."], read: Callable[[], Tensor]) -> None:

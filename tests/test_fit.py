@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from mptrain import fit as fit_stage
 from mptrain.checkpoint import load_coder, write_json
 from mptrain.config import FitConfig
 from mptrain.evaluate import Evaluation, evaluate_coder
+from mptrain.filters import Filters
 from mptrain.fit import fit
 from mptrain.interrupt import Terminated
 from mptrain.observe import peak_memory_bytes
@@ -93,6 +95,8 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
         {"batch_rows": 32},
         {"rows": 64 * 20},
         {"skip_positions": 3},
+        {"skip_tokens": ("71",)},
+        {"max_norm": 1.0},
         {"k": (2,)},
         {"expansion": (3,)},
         {"expansion": FitConfig.expansion, "latents": (40,)},
@@ -287,7 +291,7 @@ def test_a_run_whose_first_write_was_cut_can_begin(store: str, tmp_path: Path) -
 def test_a_batch_without_rows_is_no_divergence(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep, calls = fit_stage.kept_rows, 0
+    keep, calls = Filters.kept, 0
 
     def none_at_first(*args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
@@ -295,7 +299,7 @@ def test_a_batch_without_rows_is_no_divergence(
         kept_B = keep(*args, **kwargs)
         return kept_B & (calls > 2)  # two pairs of sides
 
-    monkeypatch.setattr(fit_stage, "kept_rows", none_at_first)
+    monkeypatch.setattr(Filters, "kept", none_at_first)
     results = fit(config(store, tmp_path / "run", log_every=1))
     assert not any(result["diverged"] for result in results)
     assert all(math.isnan(r.fvu) for r in lasting(tmp_path / "run") if r.step == 1)
@@ -378,11 +382,35 @@ def test_sides_of_different_extent_are_refused(tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", **both | {"hookpoints": ("layers.0",)}))
 
 
-def test_a_store_that_grew_ends_the_run_in_words(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_parts_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = str(small_store(tmp_path, rows=300)[0])
+    fit(config(store, tmp_path / "whole", rows=64 * 8))
+    broken = config(store, tmp_path / "broken", rows=64 * 8, save_every=3)
+    train, calls = fit_stage.Fitting._train, iter(range(99))
+
+    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return train(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(broken)
+    small_store(tmp_path, rows=1500)  # the store grows: more parts, and another mean
+    fit(broken)
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    fit(config(store, tmp_path / "later", rows=64 * 8))
+    assert not equal(weights(tmp_path / "whole"), weights(tmp_path / "later"))
+
+
+def test_a_run_whose_parts_are_gone_ends_in_words(tmp_path: Path) -> None:
+    store = str(small_store(tmp_path, rows=1500)[0])
     fit(config(store, tmp_path / "run", rows=64))
-    small_store(tmp_path, rows=1500)
-    with pytest.raises(ValueError, match="other parts than when the run began") as error:
+    shutil.rmtree(Path(store) / "marks" / "4")
+    with pytest.raises(ValueError, match="lacks parts that were there when the run") as error:
         fit(config(store, tmp_path / "run", rows=64))
     assert "order_digest" not in str(error.value)
     with pytest.raises(ValueError, match=r"lr: none there, 0\.5 asked"):

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcache.reader import DamagedStoreError, Part, Store
-from mptrain.loader import Batch, Loader, kept_rows
+from mptrain.loader import Batch, Loader
 from mptrain.order import epoch_order
-from mptrain.windows import Source
+from mptrain.windows import Column
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
 WIDE = ("layers.1", "output")
@@ -174,19 +174,6 @@ def test_half_precision_arrives_as_float32():
     assert {values.dtype for values in batch.values.values()} == {torch.float32}
 
 
-def test_kept_rows():
-    batch = Batch(
-        offset=0,
-        positions_B=torch.tensor([0, 1, 2, 3]),
-        values={IN: torch.tensor([[1.0], [1], [torch.nan], [1]]),
-                OUT: torch.tensor([[1.0], [1], [1], [torch.inf]])},
-    )  # fmt: skip
-    assert kept_rows(batch, skip_positions=0).tolist() == [True] * 4
-    assert kept_rows(batch, skip_positions=1).tolist() == [False, True, True, True]
-    assert kept_rows(batch, skip_positions=1, finite=[IN]).tolist() == [False, True, False, True]
-    assert kept_rows(batch, skip_positions=0, finite=[IN, OUT]).tolist() == [True] * 2 + [False] * 2
-
-
 def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
     def fail(part, chunk):
         if (part, chunk) == bad:
@@ -266,16 +253,16 @@ def test_memory_stays_within_the_bound(monkeypatch):
     row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 16  # with position and order
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
     seen: list[int] = []
-    allocate, outside = Source.empty, live_bytes()
+    allocate, outside = Column.empty, live_bytes()
 
-    def weigh(self, rows, *, pinned):
-        allocated = allocate(self, rows, pinned=pinned)
+    def weigh(self, rows, **options):
+        allocated = allocate(self, rows, **options)
         seen.append(live_bytes() - outside)
         return allocated
 
-    monkeypatch.setattr(Source, "empty", weigh)  # memory peaks where something was just allocated
+    monkeypatch.setattr(Column, "empty", weigh)  # memory peaks where something was just allocated
     with make(store, batch_rows=batch_rows, window=window, threads=threads) as loader:
-        for batch in islice(loader.batches(), 40):
+        for batch in islice(loader.batches(), 20):
             assert batch.rows == batch_rows
     assert len(seen) > 40
     assert max(seen) <= bound

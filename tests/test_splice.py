@@ -11,6 +11,7 @@ from models import save_tiny, tiny_tokenizer
 from mpcache.model import model_digest
 from mpcache.splice import SplicedModel
 from mptrain.coder import Coder
+from mptrain.filters import Filters
 from mptrain.recipe import CoderConfig
 from mptrain.recovered import recovered
 from stores import small_store
@@ -38,7 +39,7 @@ def scores(spliced: SplicedModel, coder: Coder, skip_positions: int = 0):
         (i["input_ids"], lambda new, i=i: spliced.logits(i, hookpoint, new))
         for i in spliced.batches()
     )
-    return recovered(coder, batches, skip_positions)
+    return recovered(coder, batches, Filters(skip_positions=skip_positions, norm_limits={}))
 
 
 def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> Coder:
