@@ -80,6 +80,7 @@ class Fitting:
         self.device = train.device
         self.steps = train_steps(config)
         self.waited_before = 0.0  # in earlier calls of this pass
+        self.validated = 0.0  # seconds, with those of earlier calls
         self.metrics = MetricsFile(run.metrics)
         self._saved_at = time.monotonic()
 
@@ -152,12 +153,14 @@ class Fitting:
 
     def _evaluate(self, max_rows: int | None) -> list[Evaluation | None]:
         """Of every coder on the same held-out rows; None for those that diverged."""
+        began = time.perf_counter()
         healthy = [trainee for trainee in self.trainees if not trainee.diverged]
         found = evaluate(
             [(t.learner.evaluated(), t.config.k, t.config.codes) for t in healthy],
             self.validation.one_pass(max_rows),
             self.filters,
         )
+        self.validated += time.perf_counter() - began
         evaluations = iter(found)
         return [None if trainee.diverged else next(evaluations) for trainee in self.trainees]
 
@@ -173,8 +176,8 @@ class Fitting:
         for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
             just_diverged = trainee.diverged and result is not None
             if just_diverged or (is_due and not trainee.diverged):
-                record = record_of(step, rows, trainee, result, evaluation, self._waited)
-                self.metrics.add(record)
+                seconds = (self._waited, self.validated)
+                self.metrics.add(record_of(step, rows, trainee, result, evaluation, *seconds))
 
     @property
     def _waited(self) -> float:
@@ -188,10 +191,13 @@ class Fitting:
     def _save(self, step: int) -> None:
         """Keep the state. Where the disk does not take it, the one before it is still there."""
         self._saved_at = time.monotonic()
-        progress = (self.number, step, self.steps, self._waited, self.finished, self.trainees)
+        seconds = (self._waited, self.validated)
         try:
             self.metrics.flush()  # a state without its lines would be continued without them
-            keep(self.run.folder, *progress)
+            keep(
+                self.run.folder, self.number, step, self.steps, *seconds, self.finished,
+                self.trainees,
+            )  # fmt: skip
         except OSError as error:
             warnings.warn(
                 f"the state after train step {step} is not saved ({error.strerror}); the one "
@@ -204,7 +210,8 @@ class Fitting:
         """Load the last state of this pass, if there is one; gives the step it was taken after."""
         about = restore_(self.run.folder, self.number, self.trainees)
         if about is not None:
-            self.waited_before, self.finished = about["waited"], about["finished"]
+            self.waited_before, self.validated = about["waited"], about["validated"]
+            self.finished = about["finished"]
         start = 0 if about is None else int(about["pass_step"])
         done = {result["coder"] for result in self.finished}
         own = {trainee.config.name for trainee in self.trainees}

@@ -26,6 +26,8 @@ class Record:
     "time in this coder's own train steps since the run began; neither waiting nor validation"
     wait_seconds: float
     "time the run waited for data since it began"
+    validation_seconds: float = 0.0
+    "time the run's validations took since it began, of all its coders"
     fvu: float
     "fraction of variance unexplained on the train batch, before its update; NaN: it had no rows"
     validation_fvu: float | None = None

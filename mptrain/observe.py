@@ -19,6 +19,7 @@ def record_of(
     result: StepResult | None,
     evaluation: Evaluation | None,
     wait_seconds: float,
+    validation_seconds: float,
 ) -> Record:
     """A coder after its train step; `result` is None where its batch had no rows."""
     validation_fvu = None if evaluation is None else evaluation.fvu
@@ -28,6 +29,7 @@ def record_of(
         rows=rows,
         train_seconds=trainee.train_seconds,
         wait_seconds=wait_seconds,
+        validation_seconds=validation_seconds,
         fvu=math.nan if result is None else float(result.fvu),
         validation_fvu=math.nan if trainee.diverged else validation_fvu,
         l0=math.nan if result is None else float(result.l0),

@@ -169,7 +169,7 @@ def draw(curves: Sequence[Curve], title: str | None) -> Figure:
     """The figure; panels of the same kind and k stand together."""
     panels = sorted({curve.panel for curve in curves}, key=_panel_order)
     columns = 2 if len(panels) == 4 else min(3, len(panels))
-    found, (unit, seconds) = looks(curves), _time_unit(curves)
+    found, (unit, seconds) = looks(curves), time_unit(_longest(curves))
     labels = {one.label: one for one in found.values()}
     figure, axes = _empty_panels(len(panels), columns, len(labels))
     for ax, panel in zip(axes, panels, strict=True):
@@ -181,7 +181,7 @@ def draw(curves: Sequence[Curve], title: str | None) -> Figure:
     spreads = [_spread([c for c in curves if c.panel == panel]) for panel in panels]
     for ax, spread in zip(axes, spreads, strict=True):
         if spread and max(spreads) >= LOG_FROM:
-            _log_y(ax)
+            log_y(ax)
     if title:
         figure.suptitle(title, fontsize=11)
     handles = [Line2D([], [], label=label, **one.line(1.6)) for label, one in labels.items()]
@@ -220,7 +220,8 @@ def _draw_panel(
     ax.set_xlim(left=0)
 
 
-def _log_y(ax: Axes) -> None:
+def log_y(ax: Axes) -> None:
+    """A logarithmic axis that is labelled at 1, 2, 3 and 5 of each decade."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -233,11 +234,15 @@ def _spread(curves: Sequence[Curve]) -> float:
     return max(fvus) / min(fvus) if fvus and min(fvus) > 0 else 0.0
 
 
-def _time_unit(curves: Sequence[Curve]) -> tuple[str, float]:
-    longest = max(record.train_seconds for curve in curves for record in curve.records)
+def time_unit(longest: float) -> tuple[str, float]:
+    """The unit for times up to so many seconds, and its seconds."""
     if longest < 300:
         return "s", 1.0
     return ("min", 60.0) if longest < 2 * 3600 else ("h", 3600.0)
+
+
+def _longest(curves: Sequence[Curve]) -> float:
+    return max(record.train_seconds for curve in curves for record in curve.records)
 
 
 def _panel_order(panel: Panel) -> tuple[str, int, str, list[int]]:

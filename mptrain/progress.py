@@ -21,6 +21,7 @@ def keep(
     step: int,
     steps: int,
     waited: float,
+    validated: float,
     finished: Sequence[Mapping[str, Any]],
     trainees: Sequence[Trainee],
 ) -> None:
@@ -29,6 +30,7 @@ def keep(
         "pass": number,
         "pass_step": step,
         "waited": waited,
+        "validated": validated,
         "finished": list(finished),
         "train_seconds": {t.config.name: t.train_seconds for t in trainees},
         "diverged": [t.config.name for t in trainees if t.diverged],

@@ -13,7 +13,7 @@ from mptrain.suited import numbers_of, ranges
 
 # where a run lives, what it is computed on, when it is saved and how rows are fetched may change
 # between its commands
-_FREE = {
+FREE = {
     "run", "store", "device", "save_every", "save_minutes", "window_bytes", "read_threads", "follow"
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ def open_run(
 
 def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
     stored = json.loads(file.read_bytes())
-    pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted["fit"].items() if n not in _FREE]
+    pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted["fit"].items() if n not in FREE]
     pairs += [("store_fingerprint", stored["store_fingerprint"], wanted["store_fingerprint"])]
     different = [
         f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new

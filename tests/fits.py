@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from mptrain.config import FitConfig
 from mptrain.metrics import Record, read_records
 
-BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "rows_per_second": 0.0, "peak_memory_bytes": 0}
+BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "validation_seconds": 0.0}
+BLANK |= {"rows_per_second": 0.0, "peak_memory_bytes": 0}
 
 
 def config(store: str, run: Path, **changes: Any) -> FitConfig:
