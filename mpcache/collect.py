@@ -35,7 +35,7 @@ from mpcache.model import load_tokenizer
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.sketch import files_digest
-from mpcache.station import Background, Facts, Station, commit_part, load
+from mpcache.station import Background, Facts, Station, commit_side, load, write_threads
 from mpcache.tokens import (
     FIRST_PARTS,
     Cursor,
@@ -123,15 +123,18 @@ def work_here(
     store = open_store(where)
     writer = Writer(store.place, store.layout)
 
-    def commit(part: int, buffers: Any) -> None:
-        progress.committed(commit_part(writer, part, buffers))
+    def commit(part: int, side: Side, x_RW: Any) -> None:
+        progress.committed(commit_side(writer, part, side, x_RW))
 
     try:
-        with Background() as background:
+        with Background(write_threads(station.config)) as background:
             for job in jobs:
                 tokens = store.read_tokens(job.part)
                 buffers = station.read(job.part, tokens, job.sides, progress.reader(job.part))
-                background.submit(functools.partial(commit, job.part, buffers))
+                works = [functools.partial(commit, job.part, *one) for one in buffers.items()]
+                del buffers  # an array's memory is free as soon as it is written
+                background.submit(works)
+                del works
     finally:
         station.close()
     return ()

@@ -60,6 +60,8 @@ class CollectConfig:
     "torch device of the model; auto takes the first GPU, else the CPU"
     batch_sequences: int = 16
     "sequences in a forward pass"
+    write_threads: int | None = None
+    "threads that write a part's arrays; default one for four of those that compute"
     part_rows: int = 65_536
     "rows in a part, the unit of commit and retry; a multiple of ctx_len"
     chunk_rows: int = 1024
@@ -83,6 +85,8 @@ class CollectConfig:
                 f"chunk_rows must divide part_rows, got chunk_rows={self.chunk_rows}, "
                 f"part_rows={self.part_rows}"
             )
+        if self.write_threads is not None and self.write_threads < 1:
+            raise ValueError(f"write_threads must be at least 1, got {self.write_threads}")
         if self.validation_every < 2:
             raise ValueError(f"validation_every must be at least 2, got {self.validation_every}")
 

@@ -5,7 +5,7 @@ B: sequences in a forward pass. L: tokens in a sequence.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import TracebackType
@@ -35,6 +35,9 @@ class Side:
 
     def __str__(self) -> str:
         return f"{self.hookpoint}:{self.side}"
+
+
+Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
 
 
 class _AllSeen(Exception):
@@ -126,7 +129,6 @@ class Capture:
         self.model, self.sides = model, tuple(sides)
         self.widths: dict[Side, int] = {}
         self._handles: list[RemovableHandle] = []
-        self._values: dict[Side, Tensor] = {}
         self._times: Counter[Side] = Counter()
         self._shape: tuple[int, ...] = PROBE
         self._is_probe = False
@@ -151,30 +153,33 @@ class Capture:
     ) -> None:
         self._remove()
 
-    def run(self, model_inputs: Mapping[str, Tensor]) -> dict[Side, Float[Tensor, "B L _"]]:
-        """One pass, no deeper than needed; copies of the values, in the order of `sides`.
+    def run(self, model_inputs: Mapping[str, Tensor], keep: Keep) -> None:
+        """One pass, no deeper than needed; `keep` is given each value while the model stands at it.
 
-        The model's own values are never changed, nor are the copies by what it does later.
+        It must copy what it wants and change nothing: some models go on in place (Falcon adds its
+        attention to the MLP's output).
         """
         assert self._handles, "run inside the context"
-        self._values, self._times = {}, Counter()
+        self._keep, self._times = keep, Counter()
         self._shape = tuple(model_inputs["input_ids"].shape)
         try:
             with torch.no_grad():  # inference_mode would leave its mark on tensors the model caches
                 self.model(**model_inputs, **self._options)
         except _AllSeen:
             pass
-        values, self._values = self._values, {}
         for side in self.sides:
             check_times(side, self._times[side])
-        return {side: values[side] for side in self.sides}
 
     def _probe(self) -> None:
         self._is_probe = True
         device = next(self.model.parameters()).device
-        values = self.run({"input_ids": torch.ones(PROBE, dtype=torch.int64, device=device)})
+        found: dict[Side, int] = {}
+        self.run(
+            {"input_ids": torch.ones(PROBE, dtype=torch.int64, device=device)},
+            lambda side, value_BLW: found.update({side: value_BLW.shape[-1]}),
+        )
         self._is_probe = False
-        self.widths = {side: value.shape[-1] for side, value in values.items()}
+        self.widths = {side: found[side] for side in self.sides}
 
     def _register(self, module: nn.Module, side: Side) -> RemovableHandle:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -191,9 +196,8 @@ class Capture:
         self._times[side] += 1
         check_value(side, value, self._shape)
         assert isinstance(value, Tensor)
-        # copied at once: some models go on in place (Falcon adds its attention to the MLP's output)
-        self._values[side] = value.detach().clone(memory_format=torch.contiguous_format)
-        if len(self._values) == len(self.sides) and not self._is_probe:
+        self._keep(side, value)
+        if len(self._times) == len(self.sides) and not self._is_probe:
             raise _AllSeen
 
     def _remove(self) -> None:

@@ -24,13 +24,13 @@ def model_inputs(
     model: PreTrainedModel,
 ) -> dict[str, Tensor]:
     """What a forward pass over stored tokens is given: a pure function of them."""
-    inputs = {"input_ids": torch.from_numpy(tokens_BL.astype(np.int64))}
+    inputs = {"input_ids": torch.from_numpy(tokens_BL.astype(np.int64)).to(model.device)}
     if separation != "none":
-        positions_BL = position_ids(tokens_BL, specials)
-        inputs["position_ids"] = torch.from_numpy(positions_BL)
+        positions_BL = torch.from_numpy(position_ids(tokens_BL, specials)).to(model.device)
+        inputs["position_ids"] = positions_BL
         if separation == "mask":
             inputs["attention_mask"] = document_mask(positions_BL, model.dtype)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return inputs
 
 
 def forward_options(model: nn.Module) -> dict[str, bool]:
@@ -39,11 +39,15 @@ def forward_options(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in takes else {}
 
 
-def document_mask(positions_BL: Int64[np.ndarray, "B L"], dtype: torch.dtype) -> Tensor:
-    """Additive mask [B, 1, L, L] with which tokens see their own document, both ways."""
-    document_BL = torch.from_numpy((positions_BL == 0).cumsum(axis=1))
+def document_mask(positions_BL: Int64[Tensor, "B L"], dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, L, L] with which tokens see their own document, both ways.
+
+    Made on the model's device: it has L times the positions' bytes.
+    """
+    document_BL = (positions_BL == 0).cumsum(dim=1)
     is_other = document_BL[:, None, :, None] != document_BL[:, None, None, :]
-    return torch.zeros(is_other.shape, dtype=dtype).masked_fill_(is_other, torch.finfo(dtype).min)
+    mask = torch.zeros(is_other.shape, dtype=dtype, device=positions_BL.device)
+    return mask.masked_fill_(is_other, torch.finfo(dtype).min)
 
 
 def find_separation(model: PreTrainedModel, cross_document_attention: bool) -> Separation:

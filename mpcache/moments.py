@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 _PIECE_ROWS = 256
-_INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,12 @@ class Measured:
 
 
 def measure(x_RW: Float[Tensor, "R W"]) -> Measured:
-    """Read the rows once, a few at a time, in float64."""
-    pieces = [_measure_piece(piece_RW) for piece_RW in torch.split(x_RW, _PIECE_ROWS)]
+    """Read the rows once, a few at a time; every sum is in float64."""
+    scratch_RW = torch.empty(_PIECE_ROWS, x_RW.shape[1])  # once: each new one would be page faults
+    pieces = [
+        _measure_piece(scratch_RW[: len(piece_RW)].copy_(piece_RW))
+        for piece_RW in torch.split(x_RW, _PIECE_ROWS)
+    ]
     return Measured(
         moments=merged([piece.moments for piece in pieces]),
         norms_R=torch.cat([piece.norms_R for piece in pieces]),
@@ -55,24 +59,31 @@ def measure(x_RW: Float[Tensor, "R W"]) -> Measured:
     )
 
 
-def _measure_piece(stored_RW: Float[Tensor, "R W"]) -> Measured:
-    x_RW = stored_RW.double()
-    norms_R = torch.linalg.vector_norm(x_RW, dim=1).float()
-    largest, nonfinite = magnitudes(stored_RW)
+def _measure_piece(x_RW: Float32[Tensor, "R W"]) -> Measured:
+    largest, nonfinite = magnitudes(x_RW)
+    moments, norms_R = _sums(x_RW)
     if nonfinite:
-        x_RW = x_RW[x_RW.isfinite().all(dim=1)]
-    return Measured(_moments_(x_RW), norms_R, largest, nonfinite)
+        moments, _ = _sums(x_RW[x_RW.isfinite().all(dim=1)])
+    return Measured(moments, norms_R, largest, nonfinite)
 
 
-def _moments_(x_RW: Float64[Tensor, "R W"]) -> Moments:
-    """Moments of finite rows, which are overwritten."""
-    rows = len(x_RW)
+def _sums(x_RW: Float32[Tensor, "R W"]) -> tuple[Moments, Float32[Tensor, " R"]]:
+    """Moments, where all rows are finite, and norms, in any case.
+
+    About the first row, not about zero: where a mean is many times the deviation from it, nothing
+    is lost.
+    """
+    from mpcache.sums import add_rows_  # brings Numba, which who only reads does not need
+
+    rows, width = x_RW.shape
     if not rows:
-        return no_moments(x_RW.shape[1])
-    # a product with a row of 1/rows sums over rows several times faster than .mean(0)
-    weights_1R = torch.full((1, rows), 1 / rows, dtype=torch.float64)
-    mean_W = (weights_1R @ x_RW)[0]
-    return Moments(rows, mean_W, (weights_1R @ x_RW.sub_(mean_W).square_())[0])
+        return no_moments(width), torch.empty(0)
+    norms_R, shift_W = np.empty(rows), x_RW[0].double()
+    sum_W, square_W = np.zeros(width), np.zeros(width)
+    add_rows_(x_RW.numpy(), shift_W.numpy(), sum_W, square_W, norms_R)
+    off_W = torch.from_numpy(sum_W) / rows
+    variance_W = (torch.from_numpy(square_W) / rows - off_W.square()).clamp_(min=0)
+    return Moments(rows, shift_W + off_W, variance_W), torch.from_numpy(norms_R).float()
 
 
 def merged(pieces: Sequence[Moments]) -> Moments:
@@ -85,24 +96,15 @@ def merged(pieces: Sequence[Moments]) -> Moments:
     return Moments(rows, mean_W, share_P @ (within_PW + (mean_PW - mean_W).square()))
 
 
-def largest_magnitude(x_RW: Float[Tensor, "R W"]) -> float:
-    """Largest absolute value, infinity or NaN included.
-
-    Compares bit patterns: without its sign bit a float orders as an integer, and every non-finite
-    value lies above the finite ones, so one integer maximum also tells whether all are finite.
-    """
-    if not x_RW.numel():
-        return 0.0
-    integer = _INTEGERS[x_RW.dtype]
-    bits = (x_RW.view(integer) & torch.iinfo(integer).max).max()
-    return float(bits.view(x_RW.dtype))
-
-
-def magnitudes(x_RW: Float[Tensor, "R W"]) -> tuple[float, int]:
+def magnitudes(x_RW: Float32[Tensor, "R W"]) -> tuple[float, int]:
     """Largest finite absolute value, and how many values are infinite or not a number."""
-    largest = largest_magnitude(x_RW)
-    if math.isfinite(largest):
-        return largest, 0
+    from mpcache.sums import largest_bits
+
+    def largest(x_RW: Float32[Tensor, "R W"]) -> float:
+        return float(np.int32(largest_bits(x_RW.view(torch.int32).numpy())).view(np.float32))
+
+    found = largest(x_RW)
+    if math.isfinite(found):
+        return found, 0
     is_finite = x_RW.isfinite()
-    finite_RW = torch.where(is_finite, x_RW, torch.zeros_like(x_RW))
-    return largest_magnitude(finite_RW), int((~is_finite).sum())
+    return largest(torch.where(is_finite, x_RW, 0.0)), int((~is_finite).sum())

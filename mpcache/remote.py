@@ -25,7 +25,16 @@ from mpcache.format import acts, is_store, mark_path, read_store_file
 from mpcache.jobs import Job
 from mpcache.place import place_of
 from mpcache.reader import open_store
-from mpcache.station import Facts, Loaded, Station, commit_part, load, yield_to_others
+from mpcache.station import (
+    Facts,
+    Loaded,
+    Station,
+    commit_side,
+    load,
+    results,
+    write_threads,
+    yield_to_others,
+)
 from mpcache.writer import Writer
 
 _TELL_EVERY = 0.5  # seconds between two reports of progress
@@ -124,10 +133,10 @@ class Workshop:
         self._loaded: tuple[object, Loaded] | None = None
         self._station: tuple[Orders, Station] | None = None
 
-    @functools.cached_property
-    def commits(self) -> ThreadPoolExecutor:
-        """One thread, which leaves the processor to the model; used with a place only."""
-        return ThreadPoolExecutor(1, "commit", initializer=yield_to_others)
+    @functools.cache  # noqa: B019  there is one workshop
+    def commits(self, threads: int) -> ThreadPoolExecutor:
+        """Threads that leave the processor to the model; used with a place only."""
+        return ThreadPoolExecutor(threads, "commit", initializer=yield_to_others)
 
     def station(self, orders: Orders) -> Station:
         """The model, loaded once; call with `model` held."""
@@ -175,7 +184,9 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
         report = Report(orders, job)
         buffers = station.read(job.part, store.read_tokens(job.part), sides, report.advance)
     writer = Writer(place, store.layout)
-    return Done(WORKSHOP.commits.submit(commit_part, writer, job.part, buffers).result())
+    commits = WORKSHOP.commits(write_threads(orders.config))
+    work = [commits.submit(commit_side, writer, job.part, *one) for one in buffers.items()]
+    return Done(sum(results(work)))
 
 
 class Report:

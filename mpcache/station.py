@@ -1,19 +1,23 @@
 """Where the model stands: it is loaded once in a process and reads parts there, one at a time.
 
-While it reads a part, the part before it is written, so that at most two parts of rows are
-in memory: 2 x part_rows x (sum of widths) x bytes of a value, and one array's part read back.
+While it reads a part, the part before it is written, so that at most two parts of rows are in
+memory: 2 x part_rows x (sum of widths) x bytes of a value. A short part, the last of a split, takes
+one array's whole part more for each thread that writes. From a GPU come two batches on their way:
+2 x batch_sequences x ctx_len x (sum of widths) x bytes of a value, page-locked.
 
 Shapes: R rows of a part, W width, S sequences, L tokens in a sequence.
 """
 
+import concurrent.futures
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +32,10 @@ from mpcache.inputs import find_separation
 from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
 from mpcache.tokenised import token_dtype
 from mpcache.tokens import row_permutation, special_tokens
+from mpcache.transfer import Transfer
 from mpcache.writer import Writer
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,8 @@ class Station:
             widths={side: self.widths[side] for side in self.sides},
             provenance=model_provenance(self.model, config),
         )
+        on_gpu = self.model.device.type == "cuda"
+        self._copy = Transfer(self.model.device).start if on_gpu else None
         self._hooks = ExitStack()
         self._capture: Capture | None = None
 
@@ -99,10 +108,10 @@ class Station:
     ) -> dict[Side, Tensor]:
         """The rows `[R, W]` of a part in the storage dtype; `advance` is told those of a batch."""
         dtype, rows = getattr(torch, self.config.dtype), tokens_SL.size
-        buffers = {side: torch.empty(rows, self.widths[side], dtype=dtype) for side in sides}
+        buffers = {side: empty_rows(rows, self.widths[side], dtype) for side in sides}
         order_R = row_permutation(self.config.seed, part, rows)
         batches = self.reading.batches(tokens_SL)
-        capture_part(self._capturing(sides), batches, order_R, buffers, advance)
+        capture_part(self._capturing(sides), batches, order_R, buffers, advance, self._copy)
         return buffers
 
     def _capturing(self, sides: tuple[Side, ...]) -> Capture:
@@ -118,34 +127,49 @@ class Station:
         self._hooks.close()
 
 
-def commit_part(writer: Writer, part: int, buffers: Mapping[Side, Tensor]) -> int:
-    """Commit the rows of a part; gives their bytes."""
-    for side, x_RW in buffers.items():
-        writer.commit_acts(part, acts(side.hookpoint, side.side), x_RW)
-    return sum(x.numel() * x.element_size() for x in buffers.values())
+def empty_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Memory for rows, from NumPy, which asks for huge pages: first use costs less than torch's."""
+    memory = np.empty(rows * width * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(rows, width)
+
+
+def write_threads(config: CollectConfig) -> int:
+    """Threads that write: as asked, else one for four of those that compute here, from 1 to 8."""
+    return config.write_threads or min(8, max(1, torch.get_num_threads() // 4))
+
+
+def commit_side(writer: Writer, part: int, side: Side, x_RW: Tensor) -> int:
+    """Commit the rows of a part on one side; gives their bytes."""
+    writer.commit_acts(part, acts(side.hookpoint, side.side), x_RW)
+    return x_RW.numel() * x_RW.element_size()
+
+
+def results(work: Sequence[Future[Result]]) -> list[Result]:
+    """What the pieces of work gave, when all are done; raises what the first that failed raised."""
+    concurrent.futures.wait(work)
+    return [one.result() for one in work]
 
 
 class Background:
-    """Runs one piece of work at a time beside the caller: the bound on memory.
+    """Does one part's work at a time beside the caller, by several threads: the bound on memory.
 
     Leaving waits for the work in hand, also when the model failed or Ctrl-C came: what was computed
     is not thrown away.
     """
 
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, "commit", initializer=yield_to_others)
-        self.pending: Future[None] | None = None
+    def __init__(self, threads: int) -> None:
+        self.pool = ThreadPoolExecutor(threads, "commit", initializer=yield_to_others)
+        self.pending: list[Future[None]] = []
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Start the work when the one before is done; raises what that one raised."""
+    def submit(self, works: Iterable[Callable[[], None]]) -> None:
+        """Start a part's work when that before is done; raises what that one raised."""
         self.wait()
-        self.pending = self.pool.submit(work)
+        self.pending = [self.pool.submit(work) for work in works]
 
     def wait(self) -> None:
-        """Until the work in hand is done; raises what it raised."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
+        """Until all work in hand is done; raises what it raised first."""
+        pending, self.pending = self.pending, []
+        results(pending)
 
     def __enter__(self) -> "Background":
         return self

@@ -1,7 +1,7 @@
 """Tiny language models and a tiny tokenizer, the same in every process, for tests of any stage."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from mpcache.hooks import Capture, Side
 
 VOCABULARY = 260  # 256 bytes, BOS, EOS, two spare
 SIZES = {"hidden": 16, "layers": 3, "heads": 2, "mlp": 32, "positions": 64}
@@ -77,6 +79,13 @@ def save_tiny(folder: Path, name: str = "llama", seed: int = 0, **sizes: int) ->
     tiny_model(name, seed, **sizes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def captured(capture: Capture, inputs: Mapping[str, torch.Tensor]) -> dict[Side, torch.Tensor]:
+    """Copies of what one pass shows, in the order of the sides."""
+    copies: dict[Side, torch.Tensor] = {}
+    capture.run(inputs, lambda side, value: copies.update({side: value.clone()}))
+    return {side: copies[side] for side in capture.sides}
 
 
 @contextmanager

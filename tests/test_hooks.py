@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import tiny_model
+from models import captured, tiny_model
 from mpcache.hooks import Capture, Side, resolve, widths
 
 TOKENS = torch.randint(0, 250, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -19,7 +19,7 @@ LAYERS = {
 
 def capture(model: nn.Module, *patterns: str) -> dict[str, torch.Tensor]:
     with Capture(model, resolve(patterns, model)) as hooks:
-        return {str(side): value for side, value in hooks.run({"input_ids": TOKENS}).items()}
+        return {str(side): value for side, value in captured(hooks, {"input_ids": TOKENS}).items()}
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -60,7 +60,7 @@ def test_stops_when_all_is_seen():
     model.layers[1].register_forward_pre_hook(lambda *_: passes.append(1))
     with Capture(model, resolve(["layers.0", "layers.1.mlp:input"], model)) as hooks:
         assert passes == [1, 2]  # the first tiny pass goes through, to see what runs twice
-        hooks.run({"input_ids": TOKENS})
+        captured(hooks, {"input_ids": TOKENS})
         assert passes == [1, 2, 1]
 
 

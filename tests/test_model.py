@@ -24,7 +24,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
+from models import captured, save_tiny, tiny_model, tiny_tokenizer, transformers_log
 from mpcache.config import CollectConfig
 from mpcache.hooks import Capture, resolve
 from mpcache.hub import explained, hub_error
@@ -233,10 +233,10 @@ def test_a_packed_document_is_as_alone(name, pattern, separation, attention):
     model.set_attn_implementation(attention)
     assert find_separation(model, cross_document_attention=False) == separation
     with Capture(model, resolve([pattern], model)) as hooks:
-        packed = hooks.run(model_inputs(PACKED, END, separation, model))
-        together = hooks.run(model_inputs(PACKED, END, "none", model))
+        packed = captured(hooks, model_inputs(PACKED, END, separation, model))
+        together = captured(hooks, model_inputs(PACKED, END, "none", model))
         for document in DOCUMENTS:
-            alone = hooks.run(model_inputs(PACKED[:, document], END, "none", model))
+            alone = captured(hooks, model_inputs(PACKED[:, document], END, "none", model))
             for side, value in alone.items():
                 torch.testing.assert_close(packed[side][:, document], value, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(together[side], packed[side], atol=1e-2)
