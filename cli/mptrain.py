@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cli.errors import guarded, warnings_in_words
-from cli.options import choices, count, counts, from_config, option
+from cli.options import Instead, choices, count, counts, from_config, option
 from cli.tables import print_json, print_table
-from mptrain.config import BenchConfig, FitConfig
+from mptrain.config import BenchConfig, FitConfig, RunConfig
 from mptrain.recipe import Codes
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ _RESULTS = (
     "rows_per_second",
     "train_seconds",
 )
+_NEEDS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
 
 
 def main() -> None:
@@ -38,13 +39,37 @@ def main() -> None:
     app()
 
 
+def _resumed(run: str, given: dict[str, Any]) -> RunConfig:
+    from mptrain.runs import resumed_config
+
+    return resumed_config(run, given)
+
+
 @app.command()
 @guarded
-@from_config(FitConfig, arguments=("store",))
-def fit(config: FitConfig, json: Json = False) -> None:
+@from_config(
+    FitConfig,
+    arguments=("store",),
+    instead=Instead(
+        name="resume",
+        metavar="RUN",
+        doc="go on with the run in this folder, by the config it was begun with",
+        load=_resumed,
+    ),
+)
+def fit(
+    config: RunConfig,
+    *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print what would be done, and do nothing")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Train one coder, or a grid of them in one pass over the store."""
     from mptrain.fit import fit as run
 
+    if dry_run:
+        return _print_plan(config, json)
     for warning in config.warnings():
         typer.echo(f"warning: {warning}", err=True)
     try:
@@ -60,6 +85,24 @@ def fit(config: FitConfig, json: Json = False) -> None:
         if result["diverged"]:
             typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
     return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
+
+
+def _print_plan(config: RunConfig, json: bool) -> None:
+    from mptrain.fit import plan_of
+
+    plan = plan_of(config)
+    if json:
+        return print_json(dataclasses.asdict(plan))
+    number = {name: n for n, names in enumerate(plan.passes, 1) for name in names}
+    rows = [{**dataclasses.asdict(one), "pass": number[one.name]} for one in plan.needs]
+    print_table((*_NEEDS, "pass"), rows)
+    memory = {**plan.memory_bytes, "in all": sum(plan.memory_bytes.values())}
+    print_table(("memory", "MB"), [{"memory": k, "MB": v / 1e6} for k, v in memory.items()])
+    return typer.echo(
+        f"passes: {len(plan.passes)}, each of {plan.train_steps} train steps "
+        f"({plan.epochs:.3g} epochs) on {plan.device}; {plan.read_bytes / 1e9:.3g} GB to read; "
+        "nothing was written"
+    )
 
 
 @app.command()

@@ -15,15 +15,34 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-_FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+_FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_FACTORS |= {f"{letter}B": _FACTORS[letter] for letter in "kMGT"}  # of bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instead:
+    """An option that names where a whole config is, in place of the config's own options."""
+
+    name: str
+    metavar: str
+    doc: str
+    load: Callable[[str, dict[str, Any]], Any]
+    "gives the config from the option's value and the fields that were given beside it"
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        told = typer.Option(help=self.doc, metavar=self.metavar)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        return inspect.Parameter(self.name, kind, default=None, annotation=Annotated[str, told])
 
 
 def from_config(
-    *config_types: type, arguments: Sequence[str] = ()
+    *config_types: type, arguments: Sequence[str] = (), instead: Instead | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make `function(config..., own options...)` a command whose options are the configs' fields.
 
-    Fields named in `arguments` become positional arguments; the rest become options.
+    Fields named in `arguments` become positional arguments; the rest become options. With
+    `instead`, which is for one config, no field is required where that option is given.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -33,12 +52,28 @@ def from_config(
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for p in list(inspect.signature(function).parameters.values())[len(groups) :]
         ]
+        required = {
+            p.name: p.name.upper() if p.name in arguments else f"--{p.name.replace('_', '-')}"
+            for p in fields
+            if p.default is inspect.Parameter.empty
+        }
+        if instead:
+            own.append(instead.parameter)
+            # whether they are there is looked at once it is known that they are needed
+            fields = [p.replace(default=None) if p.name in required else p for p in fields]
         _refuse_twins(*groups, own)
 
         def command(**values: Any) -> None:
-            chosen = [{p.name: values.pop(p.name) for p in group} for group in groups]
-            configs = [_build(t, c) for t, c in zip(config_types, chosen, strict=True)]
-            function(*configs, **values)
+            chosen = [_given(t, values, g) for t, g in zip(config_types, groups, strict=True)]
+            place = values.pop(instead.name) if instead else None
+            if instead and place is not None:
+                function(instead.load(place, chosen[0]), **values)
+                return
+            if instead:
+                _refuse_missing(
+                    [told for n, told in required.items() if n not in chosen[0]], instead
+                )
+            function(*(t(**c) for t, c in zip(config_types, chosen, strict=True)), **values)
 
         positional = [p for p in fields if p.name in arguments]
         options = [p for p in fields if p.name not in arguments]
@@ -73,11 +108,11 @@ def _own_docs(config_type: type) -> dict[str, str]:
 
 
 def count(text: str) -> int:
-    """A whole number that may end in k, M, G or B: 200k, 1.5M."""
-    suffix = text[-1:] if text[-1:] in _FACTORS else ""
+    """A whole number that may end in k, M, G, B or T, with a B for bytes: 200k, 1.5M, 20GB."""
+    suffix = text.lstrip("0123456789._eE+-")
     try:
         value = float(text.removesuffix(suffix).replace("_", "")) * _FACTORS[suffix]
-    except ValueError:
+    except (ValueError, KeyError):
         value = 0.5
     if not value.is_integer():
         raise typer.BadParameter(f"takes a whole number such as 4096, 200k or 10M, got {text!r}")
@@ -195,12 +230,25 @@ def _refuse_twins(*groups: Sequence[inspect.Parameter]) -> None:
     assert not twins, f"options defined twice: {sorted(twins)}"
 
 
-def _build(config_type: type, chosen: dict[str, Any]) -> Any:
+def _given(
+    config_type: type, values: dict[str, Any], group: Sequence[inspect.Parameter]
+) -> dict[str, Any]:
+    """Take a config's fields out of the values: those that were given and are not default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config_type)}
     given = {}
-    for name, value in chosen.items():
+    for name in (parameter.name for parameter in group):
+        value = values.pop(name)
         if value is None or value == []:
             continue  # not given; an empty list that was given is for the config to judge
         if isinstance(value, list):  # --k 16,32 --k 64 arrives as [(16, 32), (64,)]
             value = tuple(x for group in value for x in group)
-        given[name] = value
-    return config_type(**given)
+        if value != defaults[name]:
+            given[name] = value
+    return given
+
+
+def _refuse_missing(missing: Sequence[str], instead: Instead) -> None:
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} must be given, or --{instead.name} {instead.metavar}"
+        )

@@ -218,6 +218,17 @@ class Store:
                 total = merged([total, one])
         return total.mean_W, total.variance_W
 
+    def stored_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
+        """Bytes of a split's rows on these sides, and of their positions, as they are stored."""
+        arrays = {POSITION, *(self._acts(*side) for side in sides)}
+        total = 0
+        for part in self.parts(sides, split):
+            for array in arrays:
+                mark = self.mark(part.number, array)
+                spec = specs(array, self.layout, int(mark.get("width", 0)))[0]
+                total += int(mark["objects"][spec.object_path(part.number)]["bytes"])
+        return total
+
     def nonfinite(self, hookpoint: str, side: str) -> int:
         """Values of one side that are infinite or not a number, in all committed parts."""
         array = self._acts(hookpoint, side)

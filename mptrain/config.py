@@ -68,6 +68,8 @@ class RunConfig:
     "minutes between saved states too"
     allow_nonfinite: bool = False
     "train on a store that holds non-finite values; rows with such values are left out"
+    max_memory: int | None = None
+    "bytes that coders may take while they train; more of them than fit go in several passes"
     device: str = "auto"
     "torch device; auto takes the first GPU, else the CPU"
 

@@ -1,4 +1,4 @@
-"""Train a grid of coders in one pass over a store; the same command goes on where it stopped."""
+"""Train a grid of coders while a store is read; the same command goes on where it stopped."""
 
 import time
 import warnings
@@ -18,9 +18,10 @@ from mptrain.evaluate import Evaluation, evaluate, sides_of_all
 from mptrain.filters import Filters, make_filters
 from mptrain.interrupt import held_interrupt
 from mptrain.loader import Batch, Loader, Side, Split, Store
-from mptrain.metrics import MetricsFile, rewind
+from mptrain.metrics import MetricsFile, Record, rewind
 from mptrain.observe import in_short, record_of
-from mptrain.progress import first_pass, keep, restore_
+from mptrain.plan import Plan, make_plan
+from mptrain.progress import Progress, keep, load_progress, restore_
 from mptrain.runs import Run, open_run, parts_begun_with
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
@@ -37,25 +38,34 @@ def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
         DamagedStoreError (an OSError): the store's bytes are not what was committed.
     """
     device = resolve_device(config.device)
-    everything = sides_of_all(config.coders())
-    store = suited_store(config, everything, parts_begun_with(config), quiet=quiet)
-    filters = make_filters(config, store, everything)
-    passes = [config.coders()]
-    results: list[dict[str, Any]] = []
-    for number in range(min(first_pass(Path(config.run)), len(passes) - 1), len(passes)):
-        trainees = [make_trainee(one, config, filters, store, device) for one in passes[number]]
-        sides = sides_of_all(passes[number])
+    store, plan = _planned(config, device, quiet=quiet)
+    coders = {one.name: one for one in config.coders()}
+    progress = load_progress(Path(config.run), list(coders)) or Progress(passes=plan.passes)
+    while progress.number < len(progress.passes):
+        together = [coders[name] for name in progress.names]
+        sides = sides_of_all(together)
+        filters = make_filters(config, store, sides)
+        trainees = [make_trainee(one, config, filters, store, device) for one in together]
         with (
             _loader(config, store, sides, "train", filters, device) as train,
             _loader(config, store, sides, "validation", filters, device) as validation,
         ):
             parts = {part.number for loader in (train, validation) for part in loader.parts}
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
-            fitting = Fitting(
-                config, run, number, results, trainees, filters, train, validation, quiet
-            )
-            results = fitting.fit()
-    return results
+            fitting = Fitting(config, run, progress, trainees, filters, train, validation, quiet)
+            progress = progress.next_pass(fitting.fit())
+    return progress.finished
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """What `fit` would do; raises as it does, and writes nothing."""
+    return _planned(config, resolve_device(config.device), quiet=True)[1]
+
+
+def _planned(config: RunConfig, device: torch.device, *, quiet: bool) -> tuple[Store, Plan]:
+    everything = sides_of_all(config.coders())
+    store = suited_store(config, everything, parts_begun_with(config), quiet=quiet)
+    return store, make_plan(config, store, device)
 
 
 class Fitting:
@@ -65,35 +75,33 @@ class Fitting:
         self,
         config: RunConfig,
         run: Run,
-        number: int,
-        finished: list[dict[str, Any]],
+        progress: Progress,
         trainees: Sequence[Trainee],
         filters: Filters,
         train: Loader,
         validation: Loader,
         quiet: bool,
     ) -> None:
-        """`number` counts passes from 0; `finished` are the results of the passes before."""
         self.config, self.run, self.filters, self.quiet = config, run, filters, quiet
-        self.number, self.finished = number, finished
+        self.progress = progress
         self.trainees, self.train, self.validation = trainees, train, validation
         self.device = train.device
         self.steps = train_steps(config)
-        self.waited_before = 0.0  # in earlier calls of this pass
-        self.validated = 0.0  # seconds, with those of earlier calls
+        self.waited_before = progress.waited
         self.metrics = MetricsFile(run.metrics)
         self._saved_at = time.monotonic()
 
     def fit(self) -> list[dict[str, Any]]:
         """Train to the last step, then evaluate on the whole validation split and save."""
-        start = self._continue()
+        self._continue()
+        start = self.progress.step
         batches = self.train.batches(start * self.config.batch_rows)
         with (
             held_interrupt() as interrupted,
             tqdm(
                 total=self.steps * self.config.batch_rows,
                 initial=start * self.config.batch_rows,
-                desc=f"fit {len(self.trainees)} coders",
+                desc=self._told(),
                 unit="row",
                 unit_scale=True,
                 disable=self.quiet,
@@ -101,12 +109,17 @@ class Fitting:
         ):
             for step in range(start + 1, self.steps + 1):
                 self._train_and_observe(step, next(batches), bar)
+                self.progress.step, self.progress.waited = step, self._waited
                 stop = interrupted()
                 if stop or self._is_save_due(step):
                     self._save(step)
                 if stop:
                     raise stop
         return self._finish()
+
+    def _told(self) -> str:
+        told, passes = f"fit {len(self.trainees)} coders", len(self.progress.passes)
+        return f"{told}, pass {self.progress.number + 1} of {passes}" if passes > 1 else told
 
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
         results = self._train(batch)
@@ -160,7 +173,7 @@ class Fitting:
             self.validation.one_pass(max_rows),
             self.filters,
         )
-        self.validated += time.perf_counter() - began
+        self.progress.validated += time.perf_counter() - began
         evaluations = iter(found)
         return [None if trainee.diverged else next(evaluations) for trainee in self.trainees]
 
@@ -176,7 +189,7 @@ class Fitting:
         for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
             just_diverged = trainee.diverged and result is not None
             if just_diverged or (is_due and not trainee.diverged):
-                seconds = (self._waited, self.validated)
+                seconds = (self._waited, self.progress.validated)
                 self.metrics.add(record_of(step, rows, trainee, result, evaluation, *seconds))
 
     @property
@@ -191,13 +204,9 @@ class Fitting:
     def _save(self, step: int) -> None:
         """Keep the state. Where the disk does not take it, the one before it is still there."""
         self._saved_at = time.monotonic()
-        seconds = (self._waited, self.validated)
         try:
             self.metrics.flush()  # a state without its lines would be continued without them
-            keep(
-                self.run.folder, self.number, step, self.steps, *seconds, self.finished,
-                self.trainees,
-            )  # fmt: skip
+            keep(self.run.folder, self.progress, self.steps, self.trainees)
         except OSError as error:
             warnings.warn(
                 f"the state after train step {step} is not saved ({error.strerror}); the one "
@@ -206,22 +215,21 @@ class Fitting:
                 stacklevel=2,
             )
 
-    def _continue(self) -> int:
-        """Load the last state of this pass, if there is one; gives the step it was taken after."""
-        about = restore_(self.run.folder, self.number, self.trainees)
-        if about is not None:
-            self.waited_before, self.validated = about["waited"], about["validated"]
-            self.finished = about["finished"]
-        start = 0 if about is None else int(about["pass_step"])
-        done = {result["coder"] for result in self.finished}
-        own = {trainee.config.name for trainee in self.trainees}
-        rewind(self.run.metrics, lambda r: r.coder in done or (r.coder in own and r.step <= start))
-        return start
+    def _continue(self) -> None:
+        """Load the last state, if it is of this pass, and drop the lines that are later."""
+        if self.progress.step:
+            restore_(self.run.folder, self.trainees)
+        rewind(self.run.metrics, self._is_before)
+
+    def _is_before(self, record: Record) -> bool:
+        if record.coder in self.progress.finished_names:
+            return True
+        return record.coder in self.progress.names and record.step <= self.progress.step
 
     def _finish(self) -> list[dict[str, Any]]:
         """Evaluate all coders on the whole validation split, and save them with their results."""
         self.metrics.flush()
-        results = list(self.finished)
+        results = list(self.progress.finished)
         for trainee, evaluation in zip(self.trainees, self._evaluate(None), strict=True):
             if evaluation is not None and not evaluation.is_finite:
                 trainee.diverged, evaluation = True, None  # in its last update

@@ -5,33 +5,64 @@ All that is random is drawn from the config's seeds and the number of the train 
 state has to be kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from mptrain.checkpoint import load_about, load_state, save_state
 from mptrain.trainee import Trainee
 
 
-def keep(
-    run: Path,
-    number: int,
-    step: int,
-    steps: int,
-    waited: float,
-    validated: float,
-    finished: Sequence[Mapping[str, Any]],
-    trainees: Sequence[Trainee],
-) -> None:
-    """Keep pass `number` after `step` of its `steps`, with the results of the passes before it."""
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is."""
+
+    passes: list[list[str]]
+    "names of the coders of each; fixed when the run begins"
+    number: int = 0
+    "of the pass, counted from 0"
+    step: int = 0
+    "train steps done in it"
+    waited: float = 0.0
+    "seconds that it waited for data"
+    validated: float = 0.0
+    "seconds that its validations took"
+    finished: list[dict[str, Any]] = field(default_factory=list)
+    "results of the passes before it"
+
+    @property
+    def names(self) -> list[str]:
+        """Coders of this pass."""
+        return self.passes[self.number]
+
+    @property
+    def finished_names(self) -> set[str]:
+        return {result["coder"] for result in self.finished}
+
+    def next_pass(self, results: list[dict[str, Any]]) -> "Progress":
+        """The beginning of the pass after this one, with all results so far."""
+        return Progress(passes=self.passes, number=self.number + 1, finished=results)
+
+
+def load_progress(run: Path, names: Sequence[str]) -> Progress | None:
+    """Where a run of these coders was kept last; None: it has yet to begin.
+
+    Raises:
+        ValueError: what was kept is damaged.
+    """
+    about = load_about(run)
+    if about is None:
+        return None
+    progress = Progress(**about["progress"])
+    is_of_these = {name for together in progress.passes for name in together} == set(names)
+    return progress if is_of_these else None  # another run's config is told apart elsewhere
+
+
+def keep(run: Path, progress: Progress, steps: int, trainees: Sequence[Trainee]) -> None:
+    """Keep where a run with so many train steps in each pass is, with the coders of this pass."""
     about = {
-        "pass": number,
-        "pass_step": step,
-        "waited": waited,
-        "validated": validated,
-        "finished": list(finished),
+        "progress": asdict(progress),
         "train_seconds": {t.config.name: t.train_seconds for t in trainees},
         "diverged": [t.config.name for t in trainees if t.diverged],
     }
@@ -40,31 +71,17 @@ def keep(
         for trainee in trainees
         for name, tensor in trainee.learner.state_tensors().items()
     }
-    save_state(run, number * steps + step, about, tensors)
+    save_state(run, progress.number * steps + progress.step, about, tensors)
 
 
-def first_pass(run: Path) -> int:
-    """The pass that the last whole state is of; 0 where there is none."""
-    about = load_about(run)
-    return 0 if about is None else int(about["pass"])
-
-
-def restore_(run: Path, number: int, trainees: Sequence[Trainee]) -> Mapping[str, Any] | None:
-    """Bring coders to where pass `number` was kept; gives what else was. None: it begins."""
+def restore_(run: Path, trainees: Sequence[Trainee]) -> None:
+    """Bring the coders of the pass that was kept last to where they were."""
     found = load_state(run)
-    if found is None or found[0]["pass"] != number:
-        return None
+    assert found is not None
     about, tensors = found
     for trainee in trainees:
-        _restore_one_(trainee, about, tensors)
-    return about
-
-
-def _restore_one_(
-    trainee: Trainee, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    prefix = f"{trainee.config.name}/"
-    own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    trainee.learner.load_state_tensors_(own)
-    trainee.train_seconds = about["train_seconds"][trainee.config.name]
-    trainee.diverged = trainee.config.name in about["diverged"]
+        prefix = f"{trainee.config.name}/"
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        trainee.learner.load_state_tensors_(own)
+        trainee.train_seconds = about["train_seconds"][trainee.config.name]
+        trainee.diverged = trainee.config.name in about["diverged"]

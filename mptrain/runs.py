@@ -1,14 +1,15 @@
 """The folder of a run: what it was started with, and whether a later command may go on with it."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mptrain.checkpoint import is_partial, write_json
-from mptrain.config import RunConfig
+from mptrain.config import FitConfig, ListedConfig, RunConfig
 from mptrain.metrics import writing_in
+from mptrain.recipe import CoderConfig
 from mptrain.suited import numbers_of, ranges
 
 # where a run lives, what it is computed on, when it is saved and how rows are fetched may change
@@ -67,6 +68,29 @@ def open_run(
         with writing_in(folder):
             write_json(file, started)
     return Run(folder, provenance)
+
+
+def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
+    """The config of a run that was begun; `given` is what may change between its commands.
+
+    Raises:
+        ValueError: there is no such run, or something else is given.
+    """
+    file = Path(run) / "config.json"
+    allowed = FREE - {"run"}
+    for name in given.keys() - allowed:
+        told = ", ".join(sorted(allowed))
+        raise ValueError(f"--resume takes {name} from the run; beside it may be given {told}")
+    try:
+        started = json.loads(file.read_bytes())["fit"]
+    except FileNotFoundError:
+        raise ValueError(f"{run} is no run that was begun: no {file}") from None
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
+    changes = {**given, "run": run}
+    if "listed" not in values:
+        return FitConfig(**{**values, **changes})
+    listed = tuple(CoderConfig(**one) for one in values.pop("listed"))
+    return ListedConfig(listed=listed, **{**values, **changes})
 
 
 def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from mptrain import checkpoint, metrics
 from mptrain import fit as fit_stage
 from mptrain.fit import fit
 from mptrain.metrics import MetricsFile, read_records
+from mptrain.progress import Progress
 from stores import small_store
 from test_metrics import RECORD
 
@@ -193,9 +194,9 @@ def test_saving_by_the_clock(store: str, tmp_path: Path, monkeypatch: pytest.Mon
     saved: list[int] = []
     keep, now = fit_stage.keep, 0.0
 
-    def noted(run: Path, number: int, step: int, *rest: Any) -> None:
-        saved.append(step)
-        keep(run, number, step, *rest)
+    def noted(run: Path, progress: Progress, *rest: Any) -> None:
+        saved.append(progress.step)
+        keep(run, progress, *rest)
 
     def a_minute_later(self: fit_stage.Fitting, batch: Any) -> Any:
         nonlocal now
