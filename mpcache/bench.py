@@ -75,7 +75,7 @@ def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
 def _forward_seconds(station: Station, path: Path) -> float:
     store = open_store(path)
     began = time.perf_counter()
-    with _stop_at(station.model, station.sides[-1]), torch.no_grad():
+    with _stop_at(station.model, station.sides[-1]), torch.no_grad(), station.computing():
         for part in store.numbers("tokens"):
             for inputs in station.reading.batches(store.read_tokens(part)):
                 with contextlib.suppress(_Reached):

@@ -30,6 +30,10 @@ class CollectConfig:
     "storage dtype of activations"
     model_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     "computation dtype of the model"
+    autocast: bool = False
+    "keep weights in float32, and let torch's autocast choose what is computed in model_dtype"
+    compile: bool = False
+    "compile the parts of each layer with torch.compile; the first batches take minutes more"
     codec: Codec = "none"
     "compression of activation chunks (with bit shuffle); every codec is lossless"
     seed: int = 0
@@ -87,6 +91,10 @@ class CollectConfig:
             )
         if self.write_threads is not None and self.write_threads < 1:
             raise ValueError(f"write_threads must be at least 1, got {self.write_threads}")
+        if self.autocast and self.model_dtype == "float32":
+            raise ValueError(
+                "autocast must have a model_dtype to cast to, got float32; use bfloat16 or float16"
+            )
         if self.validation_every < 2:
             raise ValueError(f"validation_every must be at least 2, got {self.validation_every}")
 

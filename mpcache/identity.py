@@ -34,11 +34,14 @@ _DETERMINING = (
     "validation_every",
     "seed",
 )
+# these came later: named only where they are on, so that older stores keep their fingerprints
+_SWITCHES = ("autocast", "compile")
 
 
 def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> dict[str, Any]:
     """Everything that determines the rows; `digests` are those of model, tokenizer and dataset."""
     chosen = {name: getattr(config, name) for name in _DETERMINING}
+    chosen |= {name: True for name in _SWITCHES if getattr(config, name)}
     return {**chosen, **digests, "attention": attention}
 
 
@@ -91,6 +94,8 @@ def refuse_other_content(place: Place) -> None:
 
 
 def _refuse_difference(place: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    off = dict.fromkeys(_SWITCHES, False)
+    stored, wanted = {**off, **stored}, {**off, **wanted}
     different = [key for key in wanted if stored.get(key) != wanted[key]]
     if different:
         told = "; ".join(

@@ -50,8 +50,12 @@ def document_mask(positions_BL: Int64[Tensor, "B L"], dtype: torch.dtype) -> Ten
     return mask.masked_fill_(is_other, torch.finfo(dtype).min)
 
 
-def find_separation(model: PreTrainedModel, cross_document_attention: bool) -> Separation:
+def find_separation(
+    model: PreTrainedModel, cross_document_attention: bool, dtype: torch.dtype
+) -> Separation:
     """What keeps the documents of a sequence apart in this model, found by trying.
+
+    It computes in `dtype`, whatever its weights are in.
 
     Restarting positions do in a causal model that builds its mask by them; an encoder needs a mask,
     which would also undo a sliding window. Raises ValueError where nothing does.
@@ -63,7 +67,7 @@ def find_separation(model: PreTrainedModel, cross_document_attention: bool) -> S
     )
     ways: tuple[Separation, ...] = ("positions",) if has_window else ("positions", "mask")
     for way in ways:
-        if keeps_documents_apart(model, way):
+        if keeps_documents_apart(model, way, dtype):
             return way
     raise ValueError(
         f"{type(model).__name__} cannot keep the documents of a sequence apart; "
@@ -72,7 +76,9 @@ def find_separation(model: PreTrainedModel, cross_document_attention: bool) -> S
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: PreTrainedModel, separation: Separation) -> bool:
+def keeps_documents_apart(
+    model: PreTrainedModel, separation: Separation, dtype: torch.dtype
+) -> bool:
     """Whether a document after another one gets the activations that it gets alone."""
     end = 3  # any token will do as the end
     tokens_BL = np.array([[11, 12, 13, 14, end, 21, 22, 23, 24, 25]], np.uint16)
@@ -85,5 +91,5 @@ def keeps_documents_apart(model: PreTrainedModel, separation: Separation) -> boo
         return False
     inputs = model_inputs(tokens_BL[:, 5:], specials, "none", model)
     alone = model(**inputs, **options)[0][0].float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # a leak changes it by its own size
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1  # a leak changes it by its own size
     return bool((packed - alone).norm() <= tolerance * alone.norm())

@@ -86,7 +86,11 @@ def load_model(
             f"{', '.join(sorted(missing)[:3])}; use another checkpoint"
         )
     model.train(False).requires_grad_(False)
-    return model.to(device), tokenizer  # type: ignore[arg-type]  # hidden by a decorator
+    model.to(device)  # type: ignore[arg-type]  # hidden by a decorator
+    if config.autocast:
+        lower = torch.autocast(device.type, getattr(torch, config.model_dtype))
+        model.forward = lower(model.forward)
+    return model, tokenizer
 
 
 def model_source(config: CollectConfig) -> str:
@@ -148,7 +152,7 @@ def load_weights(
                 config=architecture,
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
-                dtype=getattr(torch, config.model_dtype),
+                dtype=torch.float32 if config.autocast else getattr(torch, config.model_dtype),
                 attn_implementation=config.attention,
                 output_loading_info=True,
             )

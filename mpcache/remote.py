@@ -40,7 +40,8 @@ from mpcache.writer import Writer
 _TELL_EVERY = 0.5  # seconds between two reports of progress
 # what decides how a model is loaded; the rest of a config only decides how it is used
 _OF_THE_MODEL = (
-    "model", "revision", "model_dtype", "attention", "trust_remote_code", "device", "ctx_len",
+    "model", "revision", "model_dtype", "autocast", "attention", "trust_remote_code", "device",
+    "ctx_len",
 )  # fmt: skip
 
 # a full disk or a place that cannot be written is so for every part: no reason to try the next one

@@ -54,7 +54,9 @@ class SplicedModel:
                 f"{self.store.place} was made from another model than {model}; name "
                 f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
             )
-        separation = find_separation(base, config.cross_document_attention)
+        separation = find_separation(
+            base, config.cross_document_attention, getattr(torch, config.model_dtype)
+        )
         specials = special_tokens(tokenizer, config)
         # one sequence at a time: logits of a large vocabulary are what memory goes to
         self.reading = Reading(self.model, specials, separation, batch_sequences=1)

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mpcache.compiled import Compiled
 from mpcache.config import CollectConfig
 from mpcache.format import acts
 from mpcache.forward import Reading, capture_part
@@ -84,7 +85,9 @@ class Station:
         self.reading = Reading(
             self.model,
             special_tokens(loaded.tokenizer, config),
-            find_separation(self.model, config.cross_document_attention),
+            find_separation(
+                self.model, config.cross_document_attention, getattr(torch, config.model_dtype)
+            ),
             config.batch_sequences,
         )
         self.facts = Facts(
@@ -96,6 +99,7 @@ class Station:
         )
         on_gpu = self.model.device.type == "cuda"
         self._copy = Transfer(self.model.device).start if on_gpu else None
+        self._compiled = Compiled(self.model, self.sides) if config.compile else None
         self._hooks = ExitStack()
         self._capture: Capture | None = None
 
@@ -111,8 +115,14 @@ class Station:
         buffers = {side: empty_rows(rows, self.widths[side], dtype) for side in sides}
         order_R = row_permutation(self.config.seed, part, rows)
         batches = self.reading.batches(tokens_SL)
-        capture_part(self._capturing(sides), batches, order_R, buffers, advance, self._copy)
+        capture = self._capturing(sides)
+        with self.computing():
+            capture_part(capture, batches, order_R, buffers, advance, self._copy)
         return buffers
+
+    def computing(self) -> AbstractContextManager[None]:
+        """The model as it reads: compiled, where that is asked for. Probes are not worth it."""
+        return self._compiled.used() if self._compiled else nullcontext()
 
     def _capturing(self, sides: tuple[Side, ...]) -> Capture:
         """Hooks stay on the model from part to part: putting them on costs a pass that probes."""

@@ -231,7 +231,7 @@ DOCUMENTS = [slice(0, 11), slice(11, 21), slice(21, 24)]
 def test_a_packed_document_is_as_alone(name, pattern, separation, attention):
     model = tiny_model(name)
     model.set_attn_implementation(attention)
-    assert find_separation(model, cross_document_attention=False) == separation
+    assert find_separation(model, False, torch.float32) == separation
     with Capture(model, resolve([pattern], model)) as hooks:
         packed = captured(hooks, model_inputs(PACKED, END, separation, model))
         together = captured(hooks, model_inputs(PACKED, END, "none", model))
@@ -244,10 +244,10 @@ def test_a_packed_document_is_as_alone(name, pattern, separation, attention):
 
 def test_refuses_where_documents_cannot_be_kept_apart():
     with pytest.raises(ValueError, match="ModernBertModel cannot keep the documents"):
-        find_separation(tiny_model("modernbert"), cross_document_attention=False)
+        find_separation(tiny_model("modernbert"), False, torch.float32)
 
 
 def test_asks_nothing_where_documents_may_mix():
     model = tiny_model()
-    assert find_separation(model, cross_document_attention=True) == "none"
+    assert find_separation(model, True, torch.float32) == "none"
     assert list(model_inputs(PACKED, END, "none", model)) == ["input_ids"]
