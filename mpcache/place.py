@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from mpcache.bucket import Bucket
+from mpcache.cloud import is_url
 from mpcache.folder import Folder
 
 
@@ -137,7 +139,10 @@ class Place(Protocol):
 
 
 def place_of(where: str | Path | Place) -> Place:
-    """The place that a path leads to."""
-    if isinstance(where, str | Path):
-        return Folder(Path(where))
-    return where
+    """The place that a path or a URL leads to.
+
+    Raises ValueError where a URL is none of a bucket.
+    """
+    if not isinstance(where, str | Path):
+        return where
+    return Bucket(where) if isinstance(where, str) and is_url(where) else Folder(Path(where))

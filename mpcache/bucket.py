@@ -1,0 +1,291 @@
+"""A store in a bucket of an object store: objects whole or not at all, copied by the server.
+
+There are no folders, links or renames. What is to become an object is uploaded under a temporary
+name and copied to its own by the server, which also decides who creates an object that must be new.
+Amazon's, Google's and compatible servers show every write to all who ask from then on.
+"""
+
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mpcache.cloud import PATIENCE, Scheme, asking, client, split_url
+from mpcache.objects import temporary_name
+
+_PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
+_ABREAST = 8  # requests for one object at a time, either way
+_PAGE = 1000  # names of an answer; no server gives more
+_TRIES = 5
+_PAUSE = 0.2  # seconds before the second try, doubled for each later one
+
+Answer = TypeVar("Answer")
+
+
+class Bucket:
+    """A prefix of a bucket; mpcache.place has the contract."""
+
+    def __init__(self, url: str) -> None:
+        self.scheme, self.bucket, self.prefix = split_url(url)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.prefix}".removesuffix("/")
+
+    @property
+    def name(self) -> str:
+        return self.prefix.rpartition("/")[2] or self.bucket
+
+    @property
+    def address(self) -> str:
+        return str(self)
+
+    def child(self, name: str) -> "Bucket":
+        return Bucket(f"{self}/{name}")
+
+    def children(self) -> list[str]:
+        import obstore
+
+        found = self._ask(obstore.list_with_delimiter, self.prefix or None)
+        paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+        return sorted({name for path in paths if (name := self._name(path))})
+
+    def is_within(self, other: object) -> bool:
+        return isinstance(other, Bucket) and f"{self}/".startswith(f"{other}/")
+
+    # --- looking ---
+
+    def exists(self, name: str = "") -> bool:
+        if name:
+            return self.size(name) is not None
+        return next(self.names(), None) is not None
+
+    def is_link(self, name: str = "") -> bool:
+        return False
+
+    def holds_places(self) -> bool:
+        return True
+
+    def size(self, name: str) -> int | None:
+        import obstore
+
+        try:
+            return int(self._ask(obstore.head, self._key(name))["size"])
+        except FileNotFoundError:
+            _see_bucket(self.scheme, self.bucket)  # the answer is the same where there is none
+            return None
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        below, last = self._key(prefix) if prefix else self.prefix or None, None
+        while page := self._ask(_page, below, last):
+            for key in page:
+                if name := self._name(key):  # a console's folder may be an object too
+                    yield name
+            if len(page) < _PAGE:
+                return
+            last = page[-1]
+
+    # --- reading ---
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        def whole(bucket: Any, key: str) -> bytes:
+            return obstore.get(bucket, key).bytes().to_bytes()
+
+        return self._ask(whole, self._key(name))
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self}/{name}")
+        waiting: deque[Future[np.ndarray]] = deque()
+        for offset in range(0, size, _PART):
+            if len(waiting) == _ABREAST:
+                yield waiting.popleft().result().tobytes()
+            length = min(_PART, size - offset)
+            waiting.append(_requests().submit(self.read_range, name, offset, length))
+        while waiting:
+            yield waiting.popleft().result().tobytes()
+
+    def read_range(self, name: str, offset: int, length: int) -> np.ndarray:
+        import obstore
+
+        try:
+            found = self._ask(obstore.get_range, self._key(name), start=offset, length=length)
+        except OSError as error:
+            if "status code: 416" not in str(error):
+                raise
+            found = obstore.Bytes()
+        data = np.frombuffer(memoryview(found), np.uint8).copy()
+        if len(data) != length:
+            raise ValueError(f"it ends before byte {offset + length}")
+        return data
+
+    # --- writing ---
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        if self.size(name) is not None:  # spares a write, also where nothing can be written
+            return False
+        for pause in _pauses():
+            try:
+                self._ask(obstore.put, self._key(name), data, mode="create")
+            except (AlreadyExistsError, PreconditionError):
+                # an answer that was lost is asked for again, and then finds our own object; one who
+                # loses to another that is not done yet finds nothing
+                with contextlib.suppress(FileNotFoundError):
+                    return self.read(name) == data
+                time.sleep(pause)
+            else:
+                return True
+        raise ConnectionError(f"{self}/{name} can be neither created nor read")
+
+    def replace(self, name: str, data: bytes) -> None:
+        import obstore
+
+        self._ask(obstore.put, self._key(name), data)
+
+    def prepare(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
+        import obstore
+
+        temporary, rest = temporary_name(name, key), iter(pieces)
+        kept = list(_first(rest, _PART))
+        if sum(map(len, kept)) < _PART:
+            self.replace(temporary, b"".join(kept))
+            return temporary
+
+        def put(bucket: Any, path: str) -> None:
+            try:
+                # in parts, several on their way at a time
+                obstore.put(
+                    bucket, path, itertools.chain(kept.copy(), _keeping(rest, kept)),
+                    use_multipart=True, chunk_size=_PART, max_concurrency=_ABREAST,
+                )  # fmt: skip
+            except FileNotFoundError:
+                # done, but the answer was lost; asked again, the server knows of no upload
+                if obstore.head(bucket, path)["size"] != sum(map(len, kept)):
+                    raise
+
+        self._ask(put, self._key(temporary))
+        return temporary
+
+    def publish(self, temporary: str, name: str) -> bool:
+        import obstore
+
+        try:
+            self._ask(obstore.copy, self._key(temporary), self._key(name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def link_new(self, source: str, name: str) -> bool:
+        return self.put_new(name, self.read(source))
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(obstore.delete, self._key(name))
+
+    def sync(self, name: str, top: str = "") -> None:
+        """Nothing to do: a server answers when it will not lose what it was given."""
+
+    # --- leaving ---
+
+    def rests(self) -> "tuple[Bucket, ...]":
+        return ()
+
+    def remove(self, head: str, told: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.replace(told, self.read(head))
+        self.delete(head)
+        names = [name for name in self.names() if name != told]
+        for _ in _requests().map(self.delete, names):
+            pass
+        self.delete(told)
+
+    # --- asking ---
+
+    def _key(self, name: str) -> str:
+        assert not {"", ".", ".."} & set(name.split("/")), name
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _name(self, key: str) -> str:
+        return key.removeprefix(f"{self.prefix}/") if self.prefix else key
+
+    def _ask(self, function: Callable[..., Answer], *arguments: Any, **options: Any) -> Answer:
+        return _ask(self.scheme, self.bucket, function, *arguments, **options)
+
+
+# --- asking ---
+
+
+def _ask(
+    scheme: Scheme, bucket: str, function: Callable[..., Answer], *arguments: Any, **options: Any
+) -> Answer:
+    """Call one of obstore's functions; where it gives up soon, a few times.
+
+    It does not ask again where an answer breaks off, or where asking twice might do harm, which
+    nothing that we ask does.
+    """
+    url, until = f"{scheme}://{bucket}/{arguments[0] or ''}", time.monotonic() + PATIENCE
+    for pause in _pauses():
+        try:
+            with asking(url):
+                return function(client(scheme, bucket), *arguments, **options)
+        except ConnectionError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(pause)
+    raise ConnectionError(f"{url}: its server breaks off every time")
+
+
+def _page(bucket: Any, prefix: str | None, after: str | None) -> list[str]:
+    """The next names of a listing."""
+    import obstore
+
+    pages = obstore.list(bucket, prefix, offset=after, chunk_size=_PAGE)
+    return [one["path"] for one in next(iter(pages), [])]
+
+
+@lru_cache
+def _see_bucket(scheme: Scheme, bucket: str) -> None:
+    """Raise NotADirectoryError where there is no such bucket, which most errors do not tell."""
+    with contextlib.suppress(PermissionError):
+        _ask(scheme, bucket, _page, None, None)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait after each try."""
+    return (_PAUSE * 2**number for number in range(_TRIES))
+
+
+@lru_cache
+def _requests() -> ThreadPoolExecutor:
+    """Threads that wait for answers."""
+    return ThreadPoolExecutor(2 * _ABREAST, "request")
+
+
+# --- pieces ---
+
+
+def _first(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Pieces until there are so many bytes."""
+    while size > 0 and (piece := next(pieces, None)) is not None:
+        size -= len(piece)
+        yield piece
+
+
+def _keeping(pieces: Iterator[bytes], kept: list[bytes]) -> Iterator[bytes]:
+    """The pieces, which are also kept, should they be asked for again."""
+    for piece in pieces:
+        kept.append(piece)
+        yield piece
