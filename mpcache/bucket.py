@@ -118,8 +118,10 @@ class Bucket:
 
         try:
             found = self._ask(obstore.get_range, self._key(name), start=offset, length=length)
-        except OSError as error:
-            if "status code: 416" not in str(error):
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError:
+            if offset < (self.size(name) or 0):
                 raise
             found = obstore.Bytes()
         data = np.frombuffer(memoryview(found), np.uint8).copy()
@@ -219,7 +221,7 @@ class Bucket:
         return f"{self.prefix}/{name}" if self.prefix else name
 
     def _name(self, key: str) -> str:
-        return key.removeprefix(f"{self.prefix}/") if self.prefix else key
+        return f"{key}/".removeprefix(f"{self.prefix}/" if self.prefix else "").removesuffix("/")
 
     def _ask(self, function: Callable[..., Answer], *arguments: Any, **options: Any) -> Answer:
         return _ask(self.scheme, self.bucket, function, *arguments, **options)

@@ -8,6 +8,7 @@ import datetime
 import errno
 import functools
 import importlib.util
+import ipaddress
 import os
 import re
 from collections.abc import Iterator
@@ -48,7 +49,9 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
     if "@" in bucket:
         raise ValueError("a URL must not hold credentials; set them in the environment")
     if scheme not in ("s3", "gs") or not _BUCKET.fullmatch(bucket):
-        raise ValueError(f"a place must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got {url}")
+        raise ValueError(
+            f"a place must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got {printable(url)}"
+        )
     steps = prefix.split("/") if prefix else []
     if not prefix.isprintable() or any(step in ("", ".", "..") for step in steps):
         raise ValueError(
@@ -83,7 +86,9 @@ def _endpoint() -> str:
 def _is_here(endpoint: str) -> bool:
     """Whether an address is this machine's own, where nobody listens in on plain HTTP."""
     host = urlsplit(endpoint).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _profile(bucket: str) -> Any:
@@ -153,4 +158,4 @@ def _unusable(url: str, told: str) -> OSError:
 
 
 def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return printable(str(error).partition("\n")[0])

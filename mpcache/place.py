@@ -143,6 +143,10 @@ def place_of(where: str | Path | Place) -> Place:
 
     Raises ValueError where a URL is none of a bucket.
     """
-    if not isinstance(where, str | Path):
+    if isinstance(where, str):
+        return Bucket(where) if is_url(where) else Folder(Path(where))
+    if not isinstance(where, Path):
         return where
-    return Bucket(where) if isinstance(where, str) and is_url(where) else Folder(Path(where))
+    if where.parts[:1] in (("s3:",), ("gs:",)):
+        raise ValueError(f"a Path cannot hold a URL, got {where}; give the URL as text")
+    return Folder(where)

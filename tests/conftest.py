@@ -27,6 +27,15 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """The URL of a bucket on a server of its own, which lives as long as the tests."""
+    from servers import BUCKET, environment, s3_server
+
+    with s3_server() as address, environment(address):
+        yield f"s3://{BUCKET}"
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_whatever_ran_before():
     import torch

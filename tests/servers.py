@@ -12,6 +12,9 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 BUCKET = "shared"
 CREDENTIALS = {
@@ -25,8 +28,18 @@ CREDENTIALS = {
 def s3_server() -> Iterator[str]:
     """The address of a new server with an empty bucket; it keeps objects in memory."""
     with _served("-m", "moto.server", "-H", "127.0.0.1", "-p") as address:
-        make_bucket(address)
+        with environment(address):
+            raw_client().create_bucket(Bucket=BUCKET)
         yield address
+
+
+@contextlib.contextmanager
+def environment(address: str) -> Iterator[None]:
+    """Lets this process and those that it starts find a server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
+            patch.setenv(name, value)
+        yield
 
 
 @contextlib.contextmanager
@@ -65,15 +78,13 @@ def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
             time.sleep(0.05)
 
 
-def make_bucket(address: str) -> None:
+def raw_client() -> Any:
+    """A client that is not ours, of the server that the environment names."""
     import boto3
 
-    keys = CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
-    client = boto3.client(
-        "s3", endpoint_url=address, region_name=CREDENTIALS["AWS_REGION"],
-        aws_access_key_id=keys[0], aws_secret_access_key=keys[1],
-    )  # fmt: skip
-    client.create_bucket(Bucket=BUCKET)
+    return boto3.client(
+        "s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name=CREDENTIALS["AWS_REGION"]
+    )
 
 
 # --- harm ---
