@@ -67,9 +67,13 @@ def fit(
 ) -> None:
     """Train one coder, or a grid of them in one pass over the store."""
     from mptrain.fit import fit as run
+    from mptrain.ranks import is_first_process
 
     if dry_run:
         return _print_plan(config, json)
+    if not is_first_process():
+        run(config)
+        return None
     for warning in config.warnings():
         typer.echo(f"warning: {warning}", err=True)
     try:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mptrain.presets import PRESETS
 from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect, suits
 
+Spread = Literal["rows", "coders"]
 Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
 _LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
@@ -72,6 +73,8 @@ class RunConfig:
     "bytes that coders may take while they train; more of them than fit go in several passes"
     device: str = "auto"
     "torch device; auto takes the first GPU, else the CPU"
+    spread: Spread | None = None
+    "what torchrun's processes share: the rows of each batch, or the coders of the grid"
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

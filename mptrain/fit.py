@@ -22,6 +22,7 @@ from mptrain.metrics import MetricsFile, Record, rewind
 from mptrain.observe import in_short, record_of
 from mptrain.plan import Plan, make_plan
 from mptrain.progress import Progress, keep, load_progress, restore_
+from mptrain.ranks import Ranks, joined
 from mptrain.runs import Run, open_run, parts_begun_with
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
@@ -31,29 +32,42 @@ from mptrain.trainee import Trainee, make_trainee, train_steps
 def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
     """Train, evaluate and save every coder of the grid; gives a row of results for each.
 
+    Among processes that torchrun started, the part of this one; the first gives all results.
+
     Raises:
         KeyboardInterrupt: on Ctrl-C, as Terminated on SIGTERM; in training, the step in hand is
             ended and the state saved.
         ValueError: the user's mistake, or non-finite values in the store.
         DamagedStoreError (an OSError): the store's bytes are not what was committed.
     """
+    with joined(config) as ranks:
+        return _fit(config, ranks, quiet or not ranks.is_first)
+
+
+def _fit(config: RunConfig, ranks: Ranks, quiet: bool) -> list[dict[str, Any]]:
+    if not ranks.is_first:
+        ranks.meet()  # the run has begun then: all take the parts that it began with
     device = resolve_device(config.device)
     store, plan = _planned(config, device, quiet=quiet)
     coders = {one.name: one for one in config.coders()}
     progress = load_progress(Path(config.run), list(coders)) or Progress(passes=plan.passes)
+    first = progress.number
     while progress.number < len(progress.passes):
         together = [coders[name] for name in progress.names]
         sides = sides_of_all(together)
         filters = make_filters(config, store, sides)
-        trainees = [make_trainee(one, config, filters, store, device) for one in together]
+        own = ranks.coders(together)
+        trainees = [make_trainee(one, config, filters, store, device, ranks) for one in own]
         with (
             _loader(config, store, sides, "train", filters, device) as train,
             _loader(config, store, sides, "validation", filters, device) as validation,
         ):
             parts = {part.number for loader in (train, validation) for part in loader.parts}
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
-            fitting = Fitting(config, run, progress, trainees, filters, train, validation, quiet)
-            progress = progress.next_pass(fitting.fit())
+            if ranks.is_first and progress.number == first:
+                ranks.meet()
+            of_pass = (progress, trainees, filters, train, validation)
+            progress = progress.next_pass(Fitting(config, ranks, run, *of_pass, quiet).fit())
     return progress.finished
 
 
@@ -74,6 +88,7 @@ class Fitting:
     def __init__(
         self,
         config: RunConfig,
+        ranks: Ranks,
         run: Run,
         progress: Progress,
         trainees: Sequence[Trainee],
@@ -82,9 +97,11 @@ class Fitting:
         validation: Loader,
         quiet: bool,
     ) -> None:
-        self.config, self.run, self.filters, self.quiet = config, run, filters, quiet
-        self.progress = progress
+        """`trainees`: the coders of the pass that this rank trains."""
+        self.config, self.ranks, self.run, self.quiet = config, ranks, run, quiet
+        self.progress, self.filters = progress, filters
         self.trainees, self.train, self.validation = trainees, train, validation
+        self.records: list[Record] = []  # to be written
         self.device = train.device
         self.steps = train_steps(config)
         self.waited_before = progress.waited
@@ -110,15 +127,16 @@ class Fitting:
             for step in range(start + 1, self.steps + 1):
                 self._train_and_observe(step, next(batches), bar)
                 self.progress.step, self.progress.waited = step, self._waited
-                stop = interrupted()
-                if stop or self._is_save_due(step):
+                signalled = interrupted()
+                stops = self.ranks.any(signalled is not None)
+                if stops or self.ranks.any(self._is_save_due(step)):
                     self._save(step)
-                if stop:
-                    raise stop
+                if stops:
+                    raise signalled or KeyboardInterrupt
         return self._finish()
 
     def _told(self) -> str:
-        told, passes = f"fit {len(self.trainees)} coders", len(self.progress.passes)
+        told, passes = f"fit {len(self.progress.names)} coders", len(self.progress.passes)
         return f"{told}, pass {self.progress.number + 1} of {passes}" if passes > 1 else told
 
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
@@ -130,7 +148,7 @@ class Fitting:
             evaluations = self._evaluate(self.config.eval_rows)
         is_due = is_evaluated or step % self.config.log_every == 0
         self._log(step, is_due, results, evaluations)
-        if is_due:
+        if is_due and self.trainees:  # a rank may have none of a pass
             bar.set_postfix_str(in_short(self.trainees, results, self._waited))
 
     def _train(self, batch: Batch) -> list[StepResult | None]:
@@ -149,12 +167,13 @@ class Fitting:
 
     def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
         kept_B = self.filters.kept(batch, (source, target))
-        x_BD = batch.values[source][kept_B]
-        return x_BD, x_BD if target == source else batch.values[target][kept_B]
+        x_BD = self.ranks.rows(batch.values[source][kept_B])
+        y_BE = x_BD if target == source else self.ranks.rows(batch.values[target][kept_B])
+        return x_BD, y_BE
 
     def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
         trainee.lr = trainee.learner.optimizers.lr
-        if not len(x_BD):
+        if not self.ranks.total(len(x_BD)):
             return None  # the mean over no rows would be NaN
         self._synchronise()
         began = time.perf_counter()
@@ -190,7 +209,19 @@ class Fitting:
             just_diverged = trainee.diverged and result is not None
             if just_diverged or (is_due and not trainee.diverged):
                 seconds = (self._waited, self.progress.validated)
-                self.metrics.add(record_of(step, rows, trainee, result, evaluation, *seconds))
+                self.records.append(record_of(step, rows, trainee, result, evaluation, *seconds))
+        if is_due:
+            self._write_records()
+
+    def _write_records(self) -> None:
+        """Write those of all ranks, in the order in which one rank alone would have."""
+        records, self.records = self.ranks.gathered(self.records), []
+        if self.ranks.is_first:
+            for record in sorted(records, key=lambda r: (r.step, self._place(r.coder))):
+                self.metrics.add(record)
+
+    def _place(self, coder: str) -> int:
+        return self.progress.names.index(coder)
 
     @property
     def _waited(self) -> float:
@@ -204,9 +235,10 @@ class Fitting:
     def _save(self, step: int) -> None:
         """Keep the state. Where the disk does not take it, the one before it is still there."""
         self._saved_at = time.monotonic()
+        self._write_records()
         try:
             self.metrics.flush()  # a state without its lines would be continued without them
-            keep(self.run.folder, self.progress, self.steps, self.trainees)
+            keep(self.run.folder, self.progress, self.steps, self.trainees, self.ranks)
         except OSError as error:
             warnings.warn(
                 f"the state after train step {step} is not saved ({error.strerror}); the one "
@@ -219,7 +251,8 @@ class Fitting:
         """Load the last state, if it is of this pass, and drop the lines that are later."""
         if self.progress.step:
             restore_(self.run.folder, self.trainees)
-        rewind(self.run.metrics, self._is_before)
+        if self.ranks.is_first:
+            rewind(self.run.metrics, self._is_before)
 
     def _is_before(self, record: Record) -> bool:
         if record.coder in self.progress.finished_names:
@@ -228,20 +261,26 @@ class Fitting:
 
     def _finish(self) -> list[dict[str, Any]]:
         """Evaluate all coders on the whole validation split, and save them with their results."""
+        self._write_records()
         self.metrics.flush()
-        results = list(self.progress.finished)
-        for trainee, evaluation in zip(self.trainees, self._evaluate(None), strict=True):
-            if evaluation is not None and not evaluation.is_finite:
-                trainee.diverged, evaluation = True, None  # in its last update
-            result = self._result(trainee, evaluation)
-            results.append(result)
-            if not trainee.diverged:
-                folder = self.run.folder / "coders" / trainee.config.name
-                filters = self.filters.of(trainee.sides).as_json()
-                trained = {**self.run.provenance, **filters, **result}
-                save_coder(folder, trainee.learner.evaluated(), trained)
-        write_json(self.run.folder / "results.json", results)
+        evaluations = self._evaluate(None)
+        found = [self._judged(*one) for one in zip(self.trainees, evaluations, strict=True)]
+        own = sorted(self.ranks.gathered(found), key=lambda r: self._place(r["coder"]))
+        results = [*self.progress.finished, *own]
+        if self.ranks.is_first:
+            write_json(self.run.folder / "results.json", results)
         return results
+
+    def _judged(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
+        if evaluation is not None and not evaluation.is_finite:
+            trainee.diverged, evaluation = True, None  # in its last update
+        result = self._result(trainee, evaluation)
+        if self.ranks.writes_coders and not trainee.diverged:
+            folder = self.run.folder / "coders" / trainee.config.name
+            filters = self.filters.of(trainee.sides).as_json()
+            trained = {**self.run.provenance, **filters, **result}
+            save_coder(folder, trainee.learner.evaluated(), trained)
+        return result
 
     def _result(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
         rows = self.steps * self.config.batch_rows

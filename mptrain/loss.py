@@ -25,12 +25,7 @@ def batch_fvu(
     y_BE: Float[Tensor, "batch target"], y_hat_BE: Float[Tensor, "batch target"]
 ) -> Float[Tensor, ""]:
     """FVU of one batch by its own mean, in its own dtype: for progress, never for evaluation."""
-    return (y_BE - y_hat_BE).square().sum() / centred_squares(y_BE)
-
-
-def centred_squares(y_BE: Float[Tensor, "batch target"]) -> Float[Tensor, ""]:
-    """`sum ||y - mean||^2`."""
-    return (y_BE - y_BE.mean(0)).square().sum()
+    return (y_BE - y_hat_BE).square().sum() / (y_BE - y_BE.mean(0)).square().sum()
 
 
 class Fvu:

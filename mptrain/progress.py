@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.checkpoint import load_about, load_state, save_state
+from mptrain.ranks import Ranks
 from mptrain.trainee import Trainee
 
 
@@ -59,19 +60,23 @@ def load_progress(run: Path, names: Sequence[str]) -> Progress | None:
     return progress if is_of_these else None  # another run's config is told apart elsewhere
 
 
-def keep(run: Path, progress: Progress, steps: int, trainees: Sequence[Trainee]) -> None:
+def keep(
+    run: Path, progress: Progress, steps: int, trainees: Sequence[Trainee], ranks: Ranks
+) -> None:
     """Keep where a run with so many train steps in each pass is, with the coders of this pass."""
     about = {
         "progress": asdict(progress),
-        "train_seconds": {t.config.name: t.train_seconds for t in trainees},
-        "diverged": [t.config.name for t in trainees if t.diverged],
+        "train_seconds": dict(ranks.gathered([(t.config.name, t.train_seconds) for t in trainees])),
+        "diverged": ranks.gathered([t.config.name for t in trainees if t.diverged]),
     }
     tensors = {
         f"{trainee.config.name}/{name}": tensor
         for trainee in trainees
         for name, tensor in trainee.learner.state_tensors().items()
     }
-    save_state(run, progress.number * steps + progress.step, about, tensors)
+    everything = ranks.gathered_tensors(tensors)
+    if ranks.is_first:
+        save_state(run, progress.number * steps + progress.step, about, everything)
 
 
 def restore_(run: Path, trainees: Sequence[Trainee]) -> None:

@@ -15,7 +15,8 @@ from mptrain.suited import numbers_of, ranges
 # where a run lives, what it is computed on, when it is saved and how rows are fetched may change
 # between its commands
 FREE = {
-    "run", "store", "device", "save_every", "save_minutes", "window_bytes", "read_threads", "follow"
+    "run", "store", "device", "spread", "save_every", "save_minutes", "window_bytes",
+    "read_threads", "follow",
 }  # fmt: skip
 
 

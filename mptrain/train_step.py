@@ -4,7 +4,7 @@ B rows in a batch, D input width, E target width, M latents, K code entries a ro
 lower-case b: rows of one micro-batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mptrain.coder import Code, Coder
-from mptrain.loss import centred_squares
 from mptrain.objective import WIDE, Objective
 from mptrain.optimize import Optimizers
+from mptrain.ranks import ALONE, Ranks
 from mptrain.scale import AS_THEY_ARE, Scale, for_unscaled_rows
 from mptrain.schedule import available_latents, coded_as, k_at
 from mptrain.sparse import active_latents
@@ -28,11 +28,11 @@ class StepResult(NamedTuple):
     fvu: Tensor
     "of this batch, by its own mean"
     codes: list[Code]
-    "of its micro-batches, without gradients"
+    "of the micro-batches of this rank, without gradients"
 
     @property
     def l0(self) -> Tensor:
-        """Mean number of distinct latents with a non-zero value."""
+        """Mean number of distinct latents with a non-zero value, over this rank's rows."""
         active = [active_latents(code.idx_BK, code.val_BK) for code in self.codes]
         return torch.cat(active).double().mean()
 
@@ -55,11 +55,12 @@ class Learner:
         total_variance: float,
         input_variance: float | None = None,
         scale: Scale = AS_THEY_ARE,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Variances as for `Objective`, of rows as they are; the coder is for `scale` of them."""
         self.coder = coder
         self.optimizers = optimizers
-        self.scale = scale
+        self.scale, self.ranks = scale, ranks
         total_variance *= scale.target**2
         if input_variance is not None:
             input_variance *= scale.input**2
@@ -77,24 +78,30 @@ class Learner:
         Gradients of micro-batches add up to that of the batch. What the whole batch decides stays
         so: which latents are dead before it and which fired in it, the draw of available atoms.
         But batch- coders keep the strongest of each micro-batch, and follow their mean threshold.
+        Where ranks share rows, these are the rank's share, and as many micro-batches of the batch.
 
         Waits for no device but in the auxiliary loss, which counts the dead.
         """
         x_BD, y_BE = self.scale.applied(x_BD, y_BE)
+        rows = self.ranks.total(len(x_BD))
         dead_M = self.dead_M(self.coder.config.dead_rows)
-        size = self.coder.config.micro_batch_rows or len(x_BD)
-        rows = zip(torch.split(x_BD, size), torch.split(y_BE, size), strict=True)
-        pieces = [self._add_gradient_(x, y, dead_M, len(x) / len(x_BD)) for x, y in rows]
+        pieces = [
+            self._add_gradient_(x_bD, y_bE, dead_M, len(x_bD) / rows)
+            for x_bD, y_bE in self._micro_batches(x_BD, y_BE)
+        ]
+        self._add_gradients_of_ranks_()
         self.coder.project_gradient_()
         self.optimizers.step_()
         self._follow_schedule_()
         self.coder.normalise_()
-        self.coder.follow_threshold_(_mean_of_finite([piece.code.smallest for piece in pieces]))
-        self._count_fired_([piece.code.idx_BK for piece in pieces])
-        squared_error = torch.stack([piece.squared_error for piece in pieces]).sum()
-        fvu = squared_error / centred_squares(y_BE)
-        loss = torch.stack([piece.loss for piece in pieces]).sum()
-        return StepResult(loss, fvu, [piece.code for piece in pieces])
+        self._follow_threshold_([piece.code for piece in pieces])
+        self._count_fired_([piece.code for piece in pieces], rows)
+        return self._result(pieces, y_BE, rows)
+
+    def _micro_batches(self, x_BD: Tensor, y_BE: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if len(x_BD):  # a rank may have no row
+            size = self.coder.config.micro_batch_rows or len(x_BD)
+            yield from zip(torch.split(x_BD, size), torch.split(y_BE, size), strict=True)
 
     def _add_gradient_(self, x_bD: Tensor, y_bE: Tensor, dead_M: Tensor, share: float) -> _Piece:
         """Add the gradient of a micro-batch that is such a share of its batch."""
@@ -108,6 +115,29 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         squared_error = (y_bE - y_hat_bE.detach()).square().sum()
         return _Piece(loss.detach(), squared_error, code.detached())
+
+    def _add_gradients_of_ranks_(self) -> None:
+        """Make each gradient the sum over ranks; what none of them uses stays without."""
+        if not self.ranks.shares_rows:
+            return
+        trained = [p for p in self.coder.parameters() if p.requires_grad]
+        users = self.ranks.add_(torch.tensor([int(p.grad is not None) for p in trained]))
+        for parameter, count in zip(trained, users.tolist(), strict=True):
+            if count:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.ranks.add_(parameter.grad)
+
+    def _result(self, pieces: list[_Piece], y_BE: Tensor, rows: int) -> StepResult:
+        """Of the whole batch, but for the codes."""
+        mean_E = self.ranks.add_(y_BE.sum(0)) / rows
+        sums = y_BE.new_zeros(3)
+        sums[0] = (y_BE - mean_E).square().sum()
+        for piece in pieces:
+            sums[1] += piece.squared_error
+            sums[2] += piece.loss
+        varied, squared_error, loss = self.ranks.add_(sums).unbind()
+        return StepResult(loss, squared_error / varied, [piece.code for piece in pieces])
 
     def evaluated(self) -> Coder:
         """The coder to evaluate and to save: averaged weights where the optimizer averages, and for
@@ -159,21 +189,26 @@ class Learner:
         optimizers = self.optimizers
         self.coder.coded_as = coded_as(self.coder.config, optimizers.steps_done, optimizers.steps)
 
+    def _follow_threshold_(self, codes: list[Code]) -> None:
+        """Towards the mean over micro-batches with a value of the smallest one that each kept."""
+        if self.coder.threshold is None:
+            return
+        sums = self.coder.threshold.new_zeros(2)
+        for smallest in (code.smallest for code in codes):
+            is_there = smallest.isfinite()
+            sums[0] += smallest.masked_fill(~is_there, 0)
+            sums[1] += is_there
+        self.ranks.add_(sums)
+        self.coder.follow_threshold_(sums[0] / sums[1])  # NaN without a value: nothing to follow
+
     @torch.no_grad()
-    def _count_fired_(self, chosen: list[Tensor]) -> None:
+    def _count_fired_(self, codes: list[Code], rows: int) -> None:
         # one place more, in front, for the -1 of unused entries: no entry has to be picked out
-        fired = torch.zeros(self.coder.latents + 1, dtype=torch.bool, device=chosen[0].device)
-        for idx_bK in chosen:
-            fired[idx_bK.flatten() + 1] = True
-        rows = sum(map(len, chosen))
-        self.rows_since_fired_M.add_(rows).masked_fill_(fired[1:], 0)
-
-
-def _mean_of_finite(values: list[Tensor]) -> Tensor:
-    """NaN where none is."""
-    value_N = torch.stack(values)
-    is_finite_N = value_N.isfinite()
-    return value_N.masked_fill(~is_finite_N, 0).sum() / is_finite_N.sum()
+        fired = self.rows_since_fired_M.new_zeros(self.coder.latents + 1)
+        for code in codes:
+            fired[code.idx_BK.flatten() + 1] = 1
+        is_fired_M = self.ranks.add_(fired)[1:] > 0
+        self.rows_since_fired_M.add_(rows).masked_fill_(is_fired_M, 0)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from mptrain.filters import Filters
 from mptrain.loader import Loader, Side, Store
 from mptrain.median import geometric_median
 from mptrain.optimize import make_optimizers
+from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import CoderConfig
 from mptrain.scale import scale_of
 from mptrain.train_step import Learner
@@ -48,7 +49,12 @@ def train_steps(config: RunConfig) -> int:
 
 
 def make_trainee(
-    config: CoderConfig, run: RunConfig, filters: Filters, store: Store, device: torch.device
+    config: CoderConfig,
+    run: RunConfig,
+    filters: Filters,
+    store: Store,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Trainee:
     """A coder at its start: biases in the middle of the train split, atoms drawn by its seed."""
     sides = sides_of(config)
@@ -65,7 +71,7 @@ def make_trainee(
     coder.to(device)
     optimizers = make_optimizers(coder, config, train_steps(run))
     variances = float(variance_E.sum()), float(variance_D.sum())
-    return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale))
+    return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale, ranks))
 
 
 def _square(mean_D: Tensor, variance_D: Tensor) -> float:
