@@ -54,9 +54,9 @@ def _fit(config: RunConfig, ranks: Ranks, quiet: bool) -> list[dict[str, Any]]:
     first = progress.number
     while progress.number < len(progress.passes):
         together = [coders[name] for name in progress.names]
-        sides = sides_of_all(together)
-        filters = make_filters(config, store, sides)
         own = ranks.coders(together)
+        sides = sides_of_all(own or together)
+        filters = make_filters(config, store, sides)
         trainees = [make_trainee(one, config, filters, store, device, ranks) for one in own]
         with (
             _loader(config, store, sides, "train", filters, device) as train,
