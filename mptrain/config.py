@@ -10,6 +10,7 @@ from mptrain.presets import PRESETS
 from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect, suits
 
 Spread = Literal["rows", "coders"]
+Log = Literal["tensorboard", "wandb"]
 Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
 _LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
@@ -59,6 +60,8 @@ class RunConfig:
     "wait until a collection that is under way has all parts that it plans"
     log_every: int = 10
     "train steps between lines of metrics.jsonl"
+    log: tuple[Log, ...] = ()
+    "who else gets them: tensorboard (in RUN/tensorboard), wandb (Weights & Biases)"
     eval_every: int = 100
     "train steps between validations"
     eval_rows: int = 65_536
@@ -80,6 +83,7 @@ class RunConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        _refuse_twice("log", self.log)
         self._refuse_filters()
         if self.rows < self.batch_rows:
             raise ValueError(

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mptrain.checkpoint import save_coder, write_json
 from mptrain.config import RunConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of_all
 from mptrain.filters import Filters, make_filters
+from mptrain.followers import Followers, refuse_absent
 from mptrain.interrupt import held_interrupt
 from mptrain.loader import Batch, Loader, Side, Split, Store
 from mptrain.metrics import MetricsFile, Record, rewind
@@ -77,6 +79,7 @@ def plan_of(config: RunConfig) -> Plan:
 
 
 def _planned(config: RunConfig, device: torch.device, *, quiet: bool) -> tuple[Store, Plan]:
+    refuse_absent(config.log)
     everything = sides_of_all(config.coders())
     store = suited_store(config, everything, parts_begun_with(config), quiet=quiet)
     return store, make_plan(config, store, device)
@@ -106,6 +109,8 @@ class Fitting:
         self.steps = train_steps(config)
         self.waited_before = progress.waited
         self.metrics = MetricsFile(run.metrics)
+        followed = [one for one in config.coders() if one.name in progress.names]
+        self.followers = Followers(config.log if ranks.is_first else (), run.folder, followed)
         self._saved_at = time.monotonic()
 
     def fit(self) -> list[dict[str, Any]]:
@@ -114,6 +119,7 @@ class Fitting:
         start = self.progress.step
         batches = self.train.batches(start * self.config.batch_rows)
         with (
+            closing(self.followers),
             held_interrupt() as interrupted,
             tqdm(
                 total=self.steps * self.config.batch_rows,
@@ -219,6 +225,7 @@ class Fitting:
         if self.ranks.is_first:
             for record in sorted(records, key=lambda r: (r.step, self._place(r.coder))):
                 self.metrics.add(record)
+                self.followers.add(record)
 
     def _place(self, coder: str) -> int:
         return self.progress.names.index(coder)
@@ -253,6 +260,7 @@ class Fitting:
             restore_(self.run.folder, self.trainees)
         if self.ranks.is_first:
             rewind(self.run.metrics, self._is_before)
+            self.followers.catch_up(self.run.metrics)
 
     def _is_before(self, record: Record) -> bool:
         if record.coder in self.progress.finished_names:

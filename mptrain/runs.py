@@ -15,7 +15,7 @@ from mptrain.suited import numbers_of, ranges
 # where a run lives, what it is computed on, when it is saved and how rows are fetched may change
 # between its commands
 FREE = {
-    "run", "store", "device", "spread", "save_every", "save_minutes", "window_bytes",
+    "run", "store", "device", "spread", "log", "save_every", "save_minutes", "window_bytes",
     "read_threads", "follow",
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -274,3 +275,16 @@ def test_a_difference_is_told_as_on_the_command_line(store: str, tmp_path: Path)
     ):
         assert difference in told
     assert json.loads((tmp_path / "run/config.json").read_text()) == before
+
+
+def test_the_bar_tells_fvu_speed_waiting_and_time_left(
+    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    fit(config(store, tmp_path / "run", **FEW), quiet=False)
+    bar = capfd.readouterr().err
+    assert re.search(
+        r"fit 2 coders: +\d+%.*k/1\.54k \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?row/s, "
+        r"FVU [\d.]+ to [\d.]+, wait \d+%\]",
+        bar,
+    )
