@@ -69,11 +69,12 @@ def fit(
     from mptrain.fit import fit as run
     from mptrain.ranks import is_first_process
 
+    if not is_first_process():
+        if not dry_run:
+            run(config)
+        return None
     if dry_run:
         return _print_plan(config, json)
-    if not is_first_process():
-        run(config)
-        return None
     for warning in config.warnings():
         typer.echo(f"warning: {warning}", err=True)
     try:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+import fits
 from mptrain.config import FitConfig
 from mptrain.evaluate import evaluate_coder
 from mptrain.fit import fit
@@ -19,29 +19,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config(store: str, run: Path, **changes: Any) -> FitConfig:
-    settings: dict[str, Any] = {
-        "store": store,
-        "run": str(run),
-        "hookpoints": ("layers.1.mlp",),
-        "kind": ("sae", "skip-transcoder"),
-        "arch": ("mp",),
-        "k": (3,),
-        "expansion": (2,),
-        "rows": 64 * 12,
-        "batch_rows": 64,
-        "window_rows": 128,
-        "device": "cpu",
-        **changes,
-    }
-    return FitConfig(**settings)
-
-
-def coders(run: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted(run.glob("coders/*/coder.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    return fits.config(store, run, **{"arch": ("mp",), "rows": 64 * 12, **changes})
 
 
 @pytest.mark.parametrize(
@@ -58,8 +36,7 @@ def test_the_saved_coder_is_the_evaluated_one(
 ) -> None:
     """Alone, on rows as they are, and with atoms at unit norm; in training it was another one."""
     results = fit(config(store, tmp_path / "run", **changes))
-    (state,) = tmp_path.glob("run/state/*/state.safetensors")
-    trained, saved = load_file(state), coders(tmp_path / "run")
+    trained, saved = fits.state(tmp_path / "run"), fits.weights(tmp_path / "run")
     assert any(not torch.equal(t, trained[n.replace("/", "/coder.")]) for n, t in saved.items())
     for result in results:
         folder = tmp_path / "run/coders" / result["coder"]
@@ -85,10 +62,8 @@ def test_watching_and_company_change_no_bit(
     for hookpoint in both["hookpoints"]:
         run = tmp_path / hookpoint
         fit(config(store, run, **both | {"hookpoints": (hookpoint,)}))
-        alone |= coders(run)
-    together = coders(tmp_path / "together")
-    assert together.keys() == alone.keys()
-    assert all(torch.equal(tensor, alone[name]) for name, tensor in together.items())
+        alone |= fits.weights(run)
+    assert fits.equal(fits.weights(tmp_path / "together"), alone)
 
 
 def test_start_changes_a_run(store: str, tmp_path: Path) -> None:
