@@ -73,7 +73,7 @@ class RunConfig:
     allow_nonfinite: bool = False
     "train on a store that holds non-finite values; rows with such values are left out"
     max_memory: int | None = None
-    "bytes that coders may take while they train; more of them than fit go in several passes"
+    "bytes that a process's coders may take in training; more than fit go in several passes"
     device: str = "auto"
     "torch device; auto takes the first GPU, else the CPU"
     spread: Spread | None = None
@@ -130,7 +130,7 @@ class FitConfig(RunConfig, Recipe):
     latents: tuple[int, ...] = ()
     "numbers of latents, in place of --expansion"
     lr: tuple[float, ...] = ()
-    "peak learning rates; none: muon 2e-3, adam 2e-4, signsgd 5e-3 / sqrt(latents / 2^14)"
+    "peak learning rates; none: muon 2e-3; adam 2e-4, signsgd 5e-3, both / sqrt(latents / 2^14)"
     seed: tuple[int, ...] = (0,)
     "seeds of the initial weights; the order of rows has its own seed"
     preset: tuple[str, ...] = ("mp",)

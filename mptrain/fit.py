@@ -24,7 +24,7 @@ from mptrain.metrics import MetricsFile, Record, rewind
 from mptrain.observe import in_short, record_of
 from mptrain.plan import Plan, make_plan
 from mptrain.progress import Progress, keep, load_progress, restore_
-from mptrain.ranks import Ranks, joined
+from mptrain.ranks import ALONE, Ranks, joined
 from mptrain.runs import Run, open_run, parts_begun_with
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
@@ -50,7 +50,7 @@ def _fit(config: RunConfig, ranks: Ranks, quiet: bool) -> list[dict[str, Any]]:
     if not ranks.is_first:
         ranks.meet()  # the run has begun then: all take the parts that it began with
     device = resolve_device(config.device)
-    store, plan = _planned(config, device, quiet=quiet)
+    store, plan = _planned(config, device, ranks, quiet=quiet)
     coders = {one.name: one for one in config.coders()}
     progress = load_progress(Path(config.run), list(coders)) or Progress(passes=plan.passes)
     first = progress.number
@@ -75,14 +75,16 @@ def _fit(config: RunConfig, ranks: Ranks, quiet: bool) -> list[dict[str, Any]]:
 
 def plan_of(config: RunConfig) -> Plan:
     """What `fit` would do; raises as it does, and writes nothing."""
-    return _planned(config, resolve_device(config.device), quiet=True)[1]
+    return _planned(config, resolve_device(config.device), ALONE, quiet=True)[1]
 
 
-def _planned(config: RunConfig, device: torch.device, *, quiet: bool) -> tuple[Store, Plan]:
+def _planned(
+    config: RunConfig, device: torch.device, ranks: Ranks, *, quiet: bool
+) -> tuple[Store, Plan]:
     refuse_absent(config.log)
     everything = sides_of_all(config.coders())
     store = suited_store(config, everything, parts_begun_with(config), quiet=quiet)
-    return store, make_plan(config, store, device)
+    return store, make_plan(config, store, device, ranks)
 
 
 class Fitting:

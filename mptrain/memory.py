@@ -11,6 +11,7 @@ import torch
 from mptrain.coder import Coder
 from mptrain.objective import WIDE
 from mptrain.pursuit.search import microbatch_rows, resolve
+from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import PURSUITS, CoderConfig, Optimizer
 
 # tensors of a parameter's size that an optimizer keeps for it: of a matrix, of a vector
@@ -70,8 +71,9 @@ def most_bytes(needs: Sequence[Needs]) -> int:
     return sum(one.held_bytes for one in needs) + max(one.step_bytes for one in needs)
 
 
-def in_passes(needs: Sequence[Needs], most: int | None) -> list[list[str]]:
+def in_passes(needs: Sequence[Needs], most: int | None, ranks: Ranks = ALONE) -> list[list[str]]:
     """Names of coders that fit into `most` bytes together, in their order; None: all of them.
+    Where ranks share coders, the share of each has so many bytes.
 
     Raises:
         ValueError: one of them does not fit alone.
@@ -85,11 +87,15 @@ def in_passes(needs: Sequence[Needs], most: int | None) -> list[list[str]]:
                 f"the optimizer, {one.step_bytes} for a train step (estimated); use fewer latents, "
                 "--batch-rows or --micro-batch-rows, or more memory"
             )
-        if passes and (most is None or most_bytes([*passes[-1], one]) <= most):
+        if passes and (most is None or _fit([*passes[-1], one], most, ranks)):
             passes[-1].append(one)
         else:
             passes.append([one])
     return [[one.name for one in together] for together in passes]
+
+
+def _fit(needs: Sequence[Needs], most: int, ranks: Ranks) -> bool:
+    return all(most_bytes(share) <= most for share in ranks.all_coders(needs) if share)
 
 
 def _step_bytes(coder: Coder, D: int, E: int, rows: int, device: torch.device) -> int:

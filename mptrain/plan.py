@@ -9,6 +9,7 @@ from mptrain.config import RunConfig
 from mptrain.evaluate import sides_of, sides_of_all
 from mptrain.loader import Side, Split, Store, row_bytes
 from mptrain.memory import Needs, in_passes, most_bytes, needs_of
+from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import CoderConfig
 
 _POSITION = 8  # bytes of a row's position, and of its place in the order
@@ -35,7 +36,7 @@ class Plan:
     "of the store, as stored: rows to train on, and to validate on"
 
 
-def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
+def make_plan(config: RunConfig, store: Store, device: torch.device, ranks: Ranks = ALONE) -> Plan:
     """Plan a run; reads marks of the store and no rows.
 
     Raises:
@@ -43,7 +44,7 @@ def make_plan(config: RunConfig, store: Store, device: torch.device) -> Plan:
     """
     coders = {one.name: one for one in config.coders()}
     needs = {name: _needs(one, config, store, device) for name, one in coders.items()}
-    passes = in_passes(list(needs.values()), config.max_memory)
+    passes = in_passes(list(needs.values()), config.max_memory, ranks)
     grouped = [[coders[name] for name in names] for names in passes]
     largest = max(passes, key=lambda names: most_bytes([needs[name] for name in names]))
     rows = sum(part.rows for part in store.parts(sides_of_all(coders.values()), "train"))

@@ -51,7 +51,13 @@ class Ranks:
 
     def coders(self, coders: Sequence[T]) -> Sequence[T]:
         """Which of the coders it trains."""
-        return coders[self.rank :: self.size] if self.spread == "coders" else coders
+        return self.all_coders(coders)[self.rank]
+
+    def all_coders(self, coders: Sequence[T]) -> list[Sequence[T]]:
+        """Which of the coders each rank trains."""
+        if self.spread != "coders":
+            return [coders] * self.size
+        return [coders[rank :: self.size] for rank in range(self.size)]
 
     def rows(self, x_BD: Float[Tensor, "batch width"]) -> Float[Tensor, "share width"]:
         """Its rows of those that a coder takes from a batch; their numbers differ by one."""

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mptrain.memory import MOMENTS, Needs, in_passes, most_bytes, needs_of
 from mptrain.optimize import make_optimizers
 from mptrain.plan import Plan
 from mptrain.pursuit.cpu import free_room
+from mptrain.ranks import Ranks
 from mptrain.recipe import Optimizer
 from mptrain.train_step import Learner
 from stores import small_store
@@ -106,20 +108,29 @@ def needs(name: str, held: int, step: int) -> Needs:
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=9),
     st.integers(1, 300),
+    st.integers(1, 3),
 )
-def test_passes_hold_all_coders_in_order_and_fit(sizes: list[tuple[int, int]], most: int) -> None:
+def test_passes_hold_all_coders_in_order_and_fit(
+    sizes: list[tuple[int, int]], most: int, processes: int
+) -> None:
+    """Each process' share of them, where processes share coders."""
+    ranks = Ranks(size=processes, spread="coders")
+
+    def largest(names: Sequence[str]) -> int:
+        shares = [[by_name[n] for n in share] for share in ranks.all_coders(names)]
+        return max(most_bytes(share) for share in shares if share)
+
     coders = [needs(str(n), *size) for n, size in enumerate(sizes)]
     by_name = {one.name: one for one in coders}
     if any(held + step > most for held, step in sizes):
         with pytest.raises(ValueError, match="max_memory must hold at least one coder, got"):
-            in_passes(coders, most)
+            in_passes(coders, most, ranks)
         return
-    passes = in_passes(coders, most)
+    passes = in_passes(coders, most, ranks)
     assert [name for names in passes for name in names] == list(by_name)
-    assert all(most_bytes([by_name[n] for n in names]) <= most for names in passes)
+    assert all(largest(names) <= most for names in passes)
     for names, (following, *_) in itertools.pairwise(passes):
-        more = [by_name[n] for n in (*names, following)]
-        assert most_bytes(more) > most, "a pass takes all that fit"
+        assert largest([*names, following]) > most, "a pass takes all that fit"
     assert in_passes(coders, None) == [list(by_name)]
 
 
