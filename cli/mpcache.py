@@ -10,7 +10,7 @@ import mpcache
 from cli.errors import guarded
 from cli.options import from_config
 from cli.tables import print_json, print_table
-from mpcache.config import CollectConfig, ConvertConfig
+from mpcache.config import CollectConfig, ConvertConfig, StoreBenchConfig
 from mpcache.guard import check_printable, printable
 from mpcache.workforce import Workforce
 
@@ -289,6 +289,32 @@ def bench(
 
     found = dataclasses.asdict(run(config, repeats))
     return print_json(found) if json else print_table(tuple(found), [found])
+
+
+@app.command("bench-store")
+@guarded
+@from_config(StoreBenchConfig)
+def bench_store(
+    config: StoreBenchConfig,
+    folder: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="where to write; default where temporary files go"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Rows a second that are written and read in this format, beside other ways to keep them."""
+    from mpcache.bench_store import HOW_TO_INSTALL
+    from mpcache.bench_store import bench_store as run
+
+    report = run(config, folder)
+    found = [dataclasses.asdict(one) for one in report.measurements]
+    if json:
+        return print_json({**dataclasses.asdict(report), "measurements": found})
+    typer.echo(f"{report.hardware}; {config.rows:,} rows of {config.width} {config.dtype} values")
+    print_table(tuple(found[0]), found)
+    for name, why in report.absent.items():
+        typer.echo(f"not measured: {name} ({why}); {HOW_TO_INSTALL}")
+    return None
 
 
 def _pairs(content: dict[str, Any]) -> str:

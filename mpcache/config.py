@@ -100,6 +100,41 @@ class CollectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoreBenchConfig:
+    """What `mpcache bench-store` writes and reads: every combination of parts, chunks and codec."""
+
+    rows: int = 262_144
+    "rows of one array, rounded up to whole parts; its values are random"
+    width: int = 384
+    "dimensions of a row"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    "dtype of the rows"
+    part_rows: tuple[int, ...] = (65_536,)
+    "rows in a part"
+    chunk_rows: tuple[int, ...] = (1024,)
+    "rows in a chunk"
+    codec: tuple[Codec, ...] = ("none",)
+    "compression of chunks"
+    threads: int = 4
+    "threads that write parts and read chunks, of ours and of Zarr's"
+    peers: tuple[str, ...] = ("zarr", "zarrs", "sae-lens")
+    "other ways to measure beside ours, where they are installed"
+    repeats: int = 3
+    "rounds, one more warms up"
+
+    def __post_init__(self) -> None:
+        known = ("zarr", "zarrs", "sae-lens")
+        if unknown := [name for name in self.peers if name not in known]:
+            raise ValueError(f"peers must be of {', '.join(known)}, got {unknown[0]}")
+        for name in ("rows", "width", "threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("part_rows", "chunk_rows", "codec"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """What `mpcache convert` changes; what is not given stays as it is in the source."""
 

@@ -3,7 +3,6 @@
 Shapes: R rows, W width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 _PIECE_ROWS = 256
+_INFINITE = 0x7F800000  # bits of the float32 infinity, beyond which there are only NaNs
 
 
 @dataclass(frozen=True)
@@ -45,45 +45,61 @@ class Measured:
 
 
 def measure(x_RW: Float[Tensor, "R W"]) -> Measured:
-    """Read the rows once, a few at a time; every sum is in float64."""
-    scratch_RW = torch.empty(_PIECE_ROWS, x_RW.shape[1])  # once: each new one would be page faults
-    pieces = [
-        _measure_piece(scratch_RW[: len(piece_RW)].copy_(piece_RW))
-        for piece_RW in torch.split(x_RW, _PIECE_ROWS)
-    ]
+    """Read the rows once, a few at a time; every sum is in float64.
+
+    Moments are summed about the first finite row, not about zero: where a mean is many times the
+    deviation from it, nothing is lost.
+    """
+    rows, width = x_RW.shape
+    finite = (x_RW[n] for n in range(rows) if x_RW[n].isfinite().all())
+    sums = _Sums(next(finite, torch.zeros(width)))
+    scratch_RW = torch.empty(_PIECE_ROWS, width)  # once: each new one would be page faults
+    norms_R = np.empty(rows)
+    for start in range(0, rows, _PIECE_ROWS):
+        stored_RW = x_RW[start : start + _PIECE_ROWS]
+        piece_RW = scratch_RW[: len(stored_RW)].copy_(stored_RW)
+        sums.add_(piece_RW, norms_R[start : start + _PIECE_ROWS])
     return Measured(
-        moments=merged([piece.moments for piece in pieces]),
-        norms_R=torch.cat([piece.norms_R for piece in pieces]),
-        largest=max(piece.largest for piece in pieces),
-        nonfinite=sum(piece.nonfinite for piece in pieces),
+        moments=sums.moments(),
+        norms_R=torch.from_numpy(norms_R).float(),
+        largest=float(np.int32(sums.largest_bits).view(np.float32)),
+        nonfinite=sums.nonfinite,
     )
 
 
-def _measure_piece(x_RW: Float32[Tensor, "R W"]) -> Measured:
-    largest, nonfinite = magnitudes(x_RW)
-    moments, norms_R = _sums(x_RW)
-    if nonfinite:
-        moments, _ = _sums(x_RW[x_RW.isfinite().all(dim=1)])
-    return Measured(moments, norms_R, largest, nonfinite)
+class _Sums:
+    """What is summed up over pieces of rows."""
 
+    def __init__(self, row_W: Tensor) -> None:
+        self.shift_W = row_W.double().numpy()
+        self.sum_W, self.square_W = np.zeros(len(row_W)), np.zeros(len(row_W))
+        self.rows = self.nonfinite = self.largest_bits = 0
 
-def _sums(x_RW: Float32[Tensor, "R W"]) -> tuple[Moments, Float32[Tensor, " R"]]:
-    """Moments, where all rows are finite, and norms, in any case.
+    def add_(self, x_RW: Tensor, norms_R: np.ndarray) -> None:
+        """Add float32 rows, and set their norms."""
+        from mpcache.sums import add_rows_, largest_bits  # brings Numba, which readers do not need
 
-    About the first row, not about zero: where a mean is many times the deviation from it, nothing
-    is lost.
-    """
-    from mpcache.sums import add_rows_  # brings Numba, which who only reads does not need
+        bits = int(largest_bits(x_RW.view(torch.int32).numpy()))
+        if bits >= _INFINITE:
+            add_rows_(x_RW.numpy(), self.shift_W, *np.zeros_like([self.sum_W] * 2), norms_R)
+            is_finite_RW = x_RW.isfinite()
+            self.nonfinite += int((~is_finite_RW).sum())
+            finite_RW = torch.where(is_finite_RW, x_RW, 0)
+            bits = int(largest_bits(finite_RW.view(torch.int32).numpy()))
+            x_RW = x_RW[is_finite_RW.all(dim=1)]
+            norms_R = np.empty(len(x_RW))
+        add_rows_(x_RW.numpy(), self.shift_W, self.sum_W, self.square_W, norms_R)
+        self.rows += len(x_RW)
+        self.largest_bits = max(self.largest_bits, bits)
 
-    rows, width = x_RW.shape
-    if not rows:
-        return no_moments(width), torch.empty(0)
-    norms_R, shift_W = np.empty(rows), x_RW[0].double()
-    sum_W, square_W = np.zeros(width), np.zeros(width)
-    add_rows_(x_RW.numpy(), shift_W.numpy(), sum_W, square_W, norms_R)
-    off_W = torch.from_numpy(sum_W) / rows
-    variance_W = (torch.from_numpy(square_W) / rows - off_W.square()).clamp_(min=0)
-    return Moments(rows, shift_W + off_W, variance_W), torch.from_numpy(norms_R).float()
+    def moments(self) -> Moments:
+        """Over the rows that are finite throughout."""
+        if not self.rows:
+            return no_moments(len(self.sum_W))
+        off_W = self.sum_W / self.rows
+        variance_W = np.maximum(self.square_W / self.rows - off_W**2, 0)
+        mean_W = self.shift_W + off_W
+        return Moments(self.rows, torch.from_numpy(mean_W), torch.from_numpy(variance_W))
 
 
 def merged(pieces: Sequence[Moments]) -> Moments:
@@ -94,17 +110,3 @@ def merged(pieces: Sequence[Moments]) -> Moments:
     mean_W = share_P @ mean_PW
     within_PW = torch.stack([piece.variance_W for piece in pieces])
     return Moments(rows, mean_W, share_P @ (within_PW + (mean_PW - mean_W).square()))
-
-
-def magnitudes(x_RW: Float32[Tensor, "R W"]) -> tuple[float, int]:
-    """Largest finite absolute value, and how many values are infinite or not a number."""
-    from mpcache.sums import largest_bits
-
-    def largest(x_RW: Float32[Tensor, "R W"]) -> float:
-        return float(np.int32(largest_bits(x_RW.view(torch.int32).numpy())).view(np.float32))
-
-    found = largest(x_RW)
-    if math.isfinite(found):
-        return found, 0
-    is_finite = x_RW.isfinite()
-    return largest(torch.where(is_finite, x_RW, 0.0)), int((~is_finite).sum())
