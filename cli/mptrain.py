@@ -10,7 +10,7 @@ import typer
 from cli.errors import guarded, warnings_in_words
 from cli.options import Instead, choices, count, counts, from_config, option
 from cli.tables import print_json, print_table
-from mptrain.config import BenchConfig, FitConfig, RunConfig
+from mptrain.config import BenchConfig, FitConfig, LoaderBenchConfig, RunConfig
 from mptrain.recipe import Codes
 
 app = typer.Typer(
@@ -227,4 +227,27 @@ def bench(config: BenchConfig, json: Json = False) -> None:
     if report["absent"]:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in report["absent"].items())
         typer.echo(f"not measured: {reasons}; {HOW_TO_INSTALL}")
+    return None
+
+
+@app.command()
+@guarded
+@from_config(LoaderBenchConfig, arguments=("store",))
+def bench_loader(config: LoaderBenchConfig, json: Json = False) -> None:
+    """Rows a second from a store, their mixing, and with --steps what training waits for them."""
+    from mpcache.hardware import hardware
+    from mptrain.batches import resolve_device
+    from mptrain.bench_loader import bench_loader as run
+    from mptrain.peers import HOW_TO_INSTALL
+
+    report = dataclasses.asdict(run(config))
+    machine = hardware(resolve_device(config.device))
+    if json:
+        return print_json({"hardware": machine, "bench": dataclasses.asdict(config), **report})
+    typer.echo(f"{machine}; one side, warm cache")
+    for table in (report["readings"], [report["mixing"]], report["waiting"]):
+        if table:
+            print_table(tuple(table[0]), table)
+    if report["absent"]:
+        typer.echo(f"not measured: SAELens ({report['absent']}); {HOW_TO_INSTALL}")
     return None

@@ -173,6 +173,10 @@ class Store:
         """Position in its sequence of each row of one chunk."""
         return torch.from_numpy(self._read_rows(POSITION, part, chunk).astype(np.int64))
 
+    def read_sequences(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
+        """Sequence of each row of one chunk, counted over the whole store."""
+        return torch.from_numpy(self._read_rows(SEQUENCE, part, chunk).astype(np.int64))
+
     def read_token_ids(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
         """Token id of each row of one chunk."""
         sequence = self._read_rows(SEQUENCE, part, chunk) - part * self.layout.part_sequences

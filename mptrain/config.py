@@ -284,6 +284,44 @@ class BenchConfig:
             raise ValueError("coder and store go together; give both, or neither")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderBenchConfig:
+    """What `mptrain bench-loader` times: reading one side of a store, and training on it."""
+
+    store: str
+    "store to read"
+    hookpoint: str | None = None
+    "hookpoint whose output is read; None: the store's first"
+    rows: int = 1_000_000
+    "rows to read, at most an epoch"
+    batch_rows: int = RunConfig.batch_rows
+    "rows in a batch"
+    window_rows: int = RunConfig.window_rows
+    "rows mixed in memory"
+    read_threads: int = RunConfig.read_threads
+    "chunks read at once, by the loader and by the bare loop"
+    peer_rows: int = 200_000
+    "rows that SAELens reads from its own cache of them, where it is installed"
+    steps: int = 0
+    "train steps, from the store and from memory; 0: no training"
+    k: int = 16
+    "of the coders that are trained: pursuit steps or active latents per row"
+    expansion: int = 8
+    "of the coders that are trained: latents per dimension"
+    repeats: int = 3
+    "rounds over all methods, after one that only warms up"
+    device: str = "auto"
+    "torch device of batches and training; auto takes the first GPU, else the CPU"
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 0}
+        for name in ("rows", "batch_rows", "window_rows", "read_threads", "peer_rows", "repeats"):
+            at_least[name] = 1
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
 def _refuse_empty(name: str, values: tuple[object, ...]) -> None:
     if not values:
         raise ValueError(f"{name} is empty; name at least one value")

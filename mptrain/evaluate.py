@@ -139,7 +139,7 @@ class _Tally:
         sides = (self.input, self.target)
         usable_B = self.filters.usable(batch, sides)
         kept_B = self.filters.kept(batch, sides)[usable_B]
-        x_BD, y_BE = batch.values[self.input][usable_B], batch.values[self.target][usable_B]
+        x_BD, y_BE = (batch.values[side][usable_B].float() for side in sides)
         code = self.coder.encode(x_BD, self.k, codes=self.codes)
         y_hat_BE = self.coder.predict(code, x_BD)
         self.all.add_(y_BE, y_hat_BE)

@@ -175,9 +175,10 @@ class Fitting:
 
     def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
         kept_B = self.filters.kept(batch, (source, target))
-        x_BD = self.ranks.rows(batch.values[source][kept_B])
-        y_BE = x_BD if target == source else self.ranks.rows(batch.values[target][kept_B])
-        return x_BD, y_BE
+        x_BD = self.ranks.rows(batch.values[source][kept_B]).float()
+        if target == source:
+            return x_BD, x_BD
+        return x_BD, self.ranks.rows(batch.values[target][kept_B]).float()
 
     def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
         trainee.lr = trainee.learner.optimizers.lr

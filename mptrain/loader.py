@@ -16,6 +16,7 @@ from mptrain.config import RunConfig
 from mptrain.order import Chunk
 from mptrain.windows import (
     POSITION,
+    SEQUENCE,
     TOKEN,
     Column,
     Columns,
@@ -40,8 +41,9 @@ class Loader:
     The order of rows depends on `seed`, `window_rows`, the store's chunk_rows and the parts that
     are read; not on the sides or facts, nor on batch_rows, threads or device.
 
-    Host memory for rows, at most: (2 x window_rows + threads x chunk_rows) x row_bytes
-    + 3 x batch_rows x batch_row_bytes. A window holds whole chunks, and at least one.
+    Host memory, at most: (2 x window_rows + threads x chunk_rows + 3 x batch_rows) x row_bytes,
+    where row_bytes is 8 for the position, as much for each fact, and the sides' values as stored.
+    A window holds whole chunks, and at least one. Who keeps batches keeps more.
 
     An error of the store surfaces as itself, at the first batch that needs the damaged window.
     """
@@ -80,9 +82,8 @@ class Loader:
         torch.get_num_threads()
         alone = partial(torch.set_num_threads, 1)
         self._readers = ThreadPoolExecutor(threads, "read", initializer=alone)
-        # runs one batch ahead: has its rows gathered and moves them to the device
+        # runs one batch ahead: cuts it from a window and moves it to the device
         self._assembler = ThreadPoolExecutor(1, "assemble", initializer=alone)
-        self._gatherers = ThreadPoolExecutor(threads, "gather", initializer=alone)
 
     @property
     def order_digest(self) -> str:
@@ -114,7 +115,6 @@ class Loader:
         """Stop reading and end all threads; a chunk that is being read is read to its end."""
         self._readers.shutdown(wait=False, cancel_futures=True)  # wakes the assembler
         self._assembler.shutdown(cancel_futures=True)
-        self._gatherers.shutdown()
         self._readers.shutdown()
 
     def __enter__(self) -> "Loader":
@@ -128,10 +128,9 @@ class Loader:
         return [part.rows for part in self.parts]
 
     def _cut(self, plans: Iterator[Plan], offset: int) -> Iterator[Batch]:
-        windows = read_windows(plans, self._columns, self._readers)
-        return cut_batches(
-            windows, self._columns, self.batch_rows, offset, self.device, self._gatherers
-        )
+        pinned = self.device.type == "cuda"
+        windows = read_windows(plans, self._columns, self._readers, pinned=pinned)
+        return cut_batches(windows, self.batch_rows, offset, self.device)
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each made while the consumer works on the one before."""
@@ -165,6 +164,7 @@ def _columns(
 
     known = {
         POSITION: Column(torch.int64, None, placed(store.read_positions)),
+        SEQUENCE: Column(torch.int64, None, placed(store.read_sequences)),
         TOKEN: Column(torch.int64, None, placed(store.read_token_ids)),
     }
     for side in sides:

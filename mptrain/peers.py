@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,6 +96,50 @@ ADAPTERS: dict[str, Callable[[Tensor, Tensor, int], Method]] = {
     "eai-sparsify": sparsify_topk,
 }
 HOW_TO_INSTALL = "pip install 'mpcache[peers]' and pip install --no-deps overcomplete"
+
+
+def saelens_reads(x_ND: Tensor, ctx_len: int, folder: Path) -> dict[str, Callable[[], int]]:
+    """SAELens' reading of its own cache of rows, made in `folder`: in order, and mixed.
+
+    Each gives the rows that it read. The cache is float32 in Arrow, as SAELens writes it.
+    """
+    store_type = _imported("sae_lens.training.activations_store").ActivationsStore
+    sequences, width = len(x_ND) // ctx_len, x_ND.shape[1]
+    _write_arrow(x_ND[: sequences * ctx_len].view(sequences, ctx_len, width), folder)
+
+    def opened() -> Any:
+        prompts = min(32, sequences)  # as the numbers below its default, in so far as they fit
+        return store_type(
+            model=None, dataset=None, streaming=False, hook_name="rows", hook_head_index=None,
+            context_size=ctx_len, d_in=width, n_batches_in_buffer=20, total_training_tokens=0,
+            store_batch_size_prompts=prompts, train_batch_size_tokens=min(4096, 20 * ctx_len),
+            prepend_bos=False, normalize_activations="none", device=torch.device("cpu"),
+            dtype="float32", cached_activations_path=str(folder),
+        )  # fmt: skip
+
+    def in_order() -> int:
+        store = opened()
+        batches = sequences // store.store_batch_size_prompts
+        return sum(len(store.get_raw_llm_batch()[0]) for _ in range(batches))
+
+    def mixed() -> int:
+        store, read = opened(), 0
+        with _quietly():  # it warns where its cache begins anew
+            while read < sequences * ctx_len:
+                read += len(next(store))
+        return read
+
+    name = f"SAELens {version('sae-lens')}"
+    return {f"{name} in order": in_order, f"{name} mixed": mixed}
+
+
+def _write_arrow(x_SLD: Tensor, folder: Path) -> None:
+    from datasets import Array2D, Dataset, Features, disable_progress_bars, enable_progress_bars
+
+    features = Features({"rows": Array2D(shape=tuple(x_SLD.shape[1:]), dtype="float32")})
+    disable_progress_bars()
+    Dataset.from_dict({"rows": x_SLD.float().numpy()}, features=features).save_to_disk(folder)
+    enable_progress_bars()
 
 
 def find_peers(

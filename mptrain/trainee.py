@@ -87,4 +87,5 @@ def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[T
     ) as loader:
         batch = next(loader.one_pass(_MEDIAN_ROWS))
     kept_N = filters.kept(batch, sides)
-    return batch.values[sides[0]][kept_N], batch.values[sides[1]][kept_N]
+    x_ND, y_NE = (batch.values[side][kept_N].float() for side in sides)
+    return x_ND, y_NE

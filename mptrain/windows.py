@@ -3,23 +3,29 @@
 Letters: N rows in a window. A side is (hookpoint, "input" or "output").
 """
 
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mptrain.order import Chunk, Window, epoch_order
 
 Side = tuple[str, str]
 Fact = str
+Places = NDArray[np.int64]
 Rows = Mapping[Side | Fact, Shaped[Tensor, "_ ..."]]
 "each side's values, and facts of each row by name, for the same rows"
 
 POSITION: Fact = "position"
+SEQUENCE: Fact = "sequence"
 TOKEN: Fact = "token"
 
 
@@ -80,10 +86,9 @@ class Column:
     "None: one number a row"
     read: Callable[[Chunk], Shaped[Tensor, "_ ..."]]
 
-    def empty(self, rows: int, **options: object) -> Tensor:
-        """Space for rows; `options` are those of `torch.empty`."""
-        shape = (rows,) if self.width is None else (rows, self.width)
-        return torch.empty(shape, **{"dtype": self.dtype, **options})  # type: ignore[call-overload, no-any-return]
+    def shaped(self, memory: Shaped[Tensor, " bytes"]) -> Shaped[Tensor, "_ ..."]:
+        """Bytes as rows of this kind."""
+        return memory.view(self.dtype).view((-1,) if self.width is None else (-1, self.width))
 
     @property
     def row_bytes(self) -> int:
@@ -93,54 +98,91 @@ class Column:
 Columns = Mapping[Side | Fact, Column]
 
 
-def read_windows(
-    plans: Iterator[Plan], columns: Columns, readers: Executor
-) -> Iterator[tuple[Rows, Int[Tensor, " N"]]]:
-    """Windows and the order of their rows, each read while the one before is consumed.
+class Memory:
+    """Memory for the rows of windows, used again once no tensor looks at it.
 
-    A window is overwritten once the next is asked for: there are two, and fresh memory would cost
-    as much time as the copy into it. An error of a column surfaces when its window comes.
+    Fresh pages would cost as much time as filling them. For a GPU it is page-locked, so that copies
+    are asynchronous, and PyTorch's own cache uses it again.
     """
-    spaces: list[Rows] = []
-    started = (_start(plan, columns, readers, spaces) for plan in plans)
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+        self._used: deque[np.ndarray] = deque()
+
+    def take(self, size: int) -> Shaped[Tensor, " bytes"]:
+        """So many bytes that nobody else has."""
+        if self.pinned:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        for _ in range(len(self._used)):
+            found = self._used.popleft()
+            # this name and the argument: a tensor made of it would hold one more
+            is_free = sys.getrefcount(found) <= 2
+            if is_free and len(found) >= size:
+                break
+            if not is_free:
+                self._used.append(found)
+        else:
+            found = np.empty(size, np.uint8)
+        self._used.append(found)
+        return torch.from_numpy(found)[:size]
+
+
+def read_windows(
+    plans: Iterator[Plan], columns: Columns, readers: Executor, *, pinned: bool = False
+) -> Iterator[Rows]:
+    """Windows, their rows in order, each read while the one before is consumed.
+
+    An error of a column surfaces as itself, when its window comes.
+    """
+    memory = {key: Memory(pinned=pinned) for key in columns}
+    started = (_start(plan, columns, readers, memory) for plan in plans)
     coming = next(started, None)
     try:
         while coming is not None:
-            window, order_N, reads = coming
+            window, reads = coming
             for read in reads:
                 read.result()
             coming = next(started, None)
-            yield window, order_N
-            spaces.append(window)
+            yield window
+            del window  # its memory is for the one after the next
     finally:
-        for read in coming[2] if coming else ():
+        for read in coming[1] if coming else ():
             read.cancel()
 
 
 def _start(
-    plan: Plan, columns: Columns, readers: Executor, spaces: list[Rows]
-) -> tuple[Rows, Int[Tensor, " N"], list[Future[None]]]:
-    """Find space for a window and have it filled by the reading threads."""
-    window, at = _space(plan.window.rows, columns, spaces), 0
-    reads = []
-    for chunk in plan.window.chunks:
-        for key, column in columns.items():
-            rows = window[key][at : at + chunk.rows]
-            reads.append(readers.submit(_fill_, rows, partial(column.read, chunk)))
-        at += chunk.rows
-    return window, plan.order_N, reads
+    plan: Plan, columns: Columns, readers: Executor, memory: Mapping[Side | Fact, Memory]
+) -> tuple[Rows, list[Future[None]]]:
+    """Take memory for a window and have it filled by the reading threads."""
+    rows, order_N = plan.window.rows, plan.order_N.numpy()
+    window = {
+        key: column.shaped(memory[key].take(len(order_N) * column.row_bytes))
+        for key, column in columns.items()
+    }
+    place = np.full(rows, -1)  # of each row read: where it goes, or nowhere
+    place[order_N] = np.arange(len(order_N))
+    ends = np.cumsum([chunk.rows for chunk in plan.window.chunks])
+    reads = [
+        readers.submit(_fill_, window[key], here, partial(column.read, chunk))
+        for chunk, here in zip(plan.window.chunks, np.split(place, ends[:-1]), strict=True)
+        for key, column in columns.items()
+    ]
+    return window, reads
 
 
-def _space(rows: int, columns: Columns, spaces: list[Rows]) -> Rows:
-    """Space that is done with, where it is large enough, as all but a stream's first are."""
-    space = spaces.pop() if spaces else {}
-    if any(len(space.get(key, ())) < rows for key in columns):
-        space = {}  # freed before there is another in its place
-        space = {key: column.empty(rows) for key, column in columns.items()}
-    return space
-
-
-def _fill_(rows: Shaped[Tensor, "..."], read: Callable[[], Tensor]) -> None:
+def _fill_(window: Shaped[Tensor, "..."], place: Places, read: Callable[[], Tensor]) -> None:
+    """Read a chunk and put its rows where they go, while they are in the processor's cache."""
     found = read()
-    assert found.shape == rows.shape, f"{read} gave {found.shape}, not {rows.shape}"
-    rows.copy_(found)
+    same = (len(place), *window.shape[1:]) == found.shape and found.dtype == window.dtype
+    assert same, f"{read} gave {found.dtype} {found.shape}"
+    wanted = place >= 0
+    if wanted.all():
+        _as_items(window)[place] = _as_items(found)
+    else:
+        _as_items(window)[place[wanted]] = _as_items(found)[wanted]
+
+
+def _as_items(rows: Shaped[Tensor, "_ ..."]) -> np.ndarray:
+    """Rows as single items of so many bytes: NumPy then copies each at once."""
+    flat = rows.view(len(rows), -1).view(torch.uint8).numpy()
+    return flat.view(f"V{flat.shape[1]}")[:, 0]

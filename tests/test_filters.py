@@ -47,7 +47,8 @@ def test_facts_are_those_of_the_rows(store: Store) -> None:
     filters = Filters(skip_tokens=(1,), norm_limits={IN: 1.0, OUT: 1.0})
     batch = all_rows(store, filters)
     for side in (IN, OUT):
-        torch.testing.assert_close(batch.facts[norm_of(side)], batch.values[side].norm(dim=1))
+        norm_B = batch.values[side].float().norm(dim=1)
+        torch.testing.assert_close(batch.facts[norm_of(side)], norm_B)
     found, wanted = {}, {}
     for position, token in zip(
         batch.positions_B.tolist(), batch.facts[TOKEN].tolist(), strict=True

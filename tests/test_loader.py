@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mpcache.reader import DamagedStoreError, Part, Store
 from mptrain.loader import Batch, Loader
 from mptrain.order import epoch_order
-from mptrain.windows import Column
+from mptrain.windows import Memory
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
 WIDE = ("layers.1", "output")
@@ -168,10 +168,22 @@ def test_one_pass_takes_rows_from_many_parts():
     assert len({n // 40 for n in seen}) >= 6
 
 
-def test_half_precision_arrives_as_float32():
+def test_rows_arrive_as_they_are_stored():
     with make(FakeStore((8,), dtype="bfloat16")) as loader:
         batch = next(loader.batches())
-    assert {values.dtype for values in batch.values.values()} == {torch.float32}
+    assert {values.dtype for values in batch.values.values()} == {torch.bfloat16}
+
+
+@settings(deadline=None, max_examples=8)
+@given(stores, st.integers(1, 9), st.integers(1, 6))
+def test_batches_that_are_kept_are_not_overwritten(store, batch_rows, window):
+    """The memory of windows is used again, but not while a tensor looks at it."""
+    with make(store, batch_rows=batch_rows, window=window) as loader:
+        kept = [batch for batch, _ in zip(loader.batches(), range(25), strict=False)]
+        columns = [batch.values[OUT][:, 1:] for batch in loader.one_pass()]
+        again = [numbers(batch) for batch in islice(loader.batches(), 25)]
+    assert [numbers(batch) for batch in kept] == again
+    assert all(torch.equal(one[:, 0], one[:, 1] - 1) for one in columns)
 
 
 def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
@@ -253,25 +265,44 @@ def test_memory_stays_within_the_bound(monkeypatch):
     row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 16  # with position and order
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
     seen: list[int] = []
-    allocate, outside = Column.empty, live_bytes()
+    take, outside = Memory.take, live_bytes()
 
-    def weigh(self, rows, **options):
-        allocated = allocate(self, rows, **options)
+    def weigh(self, size):
+        taken = take(self, size)
         seen.append(live_bytes() - outside)
-        return allocated
+        return taken
 
-    monkeypatch.setattr(Column, "empty", weigh)  # memory peaks where something was just allocated
+    monkeypatch.setattr(Memory, "take", weigh)  # memory peaks where something was just taken
     with make(store, batch_rows=batch_rows, window=window, threads=threads) as loader:
-        for batch in islice(loader.batches(), 20):
+        for batch in islice(loader.batches(), 60):
             assert batch.rows == batch_rows
     assert len(seen) > 40
     assert max(seen) <= bound
 
 
 def live_bytes() -> int:
-    tensors = [item for item in gc.get_objects() if type(item) is torch.Tensor]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    """Of all tensors, and of memory that the loader keeps to use it again."""
+    items = gc.get_objects()
+    storages = [item.untyped_storage() for item in items if type(item) is torch.Tensor]
+    kept = [array for item in items if type(item) is Memory for array in item._used]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    sizes |= {array.ctypes.data: array.nbytes for array in kept}
+    return sum(sizes.values())
+
+
+def test_the_memory_of_windows_is_used_again():
+    memory = Memory(pinned=False)
+    first, second = memory.take(1000), memory.take(1000)
+    places = {first.data_ptr(), second.data_ptr()}
+    looked_at = first[:10]
+    del first, second
+    third, fourth = memory.take(900), memory.take(900)
+    assert len(places) == 2
+    assert third.data_ptr() in places - {looked_at.data_ptr()}
+    assert fourth.data_ptr() not in places
+    del third, fourth, looked_at
+    assert memory.take(2000).data_ptr()
+    assert sum(len(array) for array in memory._used) <= 2000 + 2 * 1000
 
 
 def test_order_digest_tells_orders_apart():
