@@ -213,7 +213,10 @@ def test_shared_rows_train_what_one_process_does(store: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("to_rank", [True, False], ids=["one rank", "torchrun"])
+def test_a_signal_stops_all_ranks_after_the_same_step(
+    store: str, tmp_path: Path, to_rank: bool
+) -> None:
     long = {"rows": 64 * 2000, "save_every": 2000, "eval_every": 2000}
     process = torchrun(store, tmp_path / "run", "--spread", "coders", **long)
     metrics = tmp_path / "run/metrics.jsonl"
@@ -221,7 +224,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(store: str, tmp_path
         time.sleep(0.2)
     ranks = [p for p in psutil.Process(process.pid).children() if "fit" in p.cmdline()]
     assert len(ranks) == 2
-    ranks[1].send_signal(signal.SIGTERM)
+    (ranks[1] if to_rank else process).send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode != 0
     (state,) = (f.name for f in (tmp_path / "run/state").iterdir())
