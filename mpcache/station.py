@@ -144,8 +144,11 @@ def empty_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def write_threads(config: CollectConfig) -> int:
-    """Threads that write: as asked, else one for four of those that compute here, from 1 to 8."""
-    return config.write_threads or min(8, max(1, torch.get_num_threads() // 4))
+    """Threads that write: as asked, else one for four of those that compute here, from 2 to 8.
+
+    With two, one computes while another waits for the disk.
+    """
+    return config.write_threads or min(8, max(2, torch.get_num_threads() // 4))
 
 
 def commit_side(writer: Writer, part: int, side: Side, x_RW: Tensor) -> int:
