@@ -63,7 +63,7 @@ def collect(
     """
     from mpcache.collect import collect as run
 
-    place, config, found = _place(store, root, config)
+    place, config, found = place_of(store, root, config)
     try:
         done = found or run(config, place, workforce, quiet=False)
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def _tell(done: Any, wanted: int) -> None:
         )
 
 
-def _place(
+def place_of(
     store: str | None, root: str | None, config: CollectConfig
 ) -> tuple[Any, CollectConfig, Any]:
     """Where to collect, how, and what is there if that is all that was asked for."""

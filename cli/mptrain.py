@@ -124,6 +124,72 @@ def presets(json: Json = False) -> None:
     return None
 
 
+@app.command()
+@guarded
+def sweep(
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="experiment file, TOML")],
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="figures, or panels as FIGURE/HOOKPOINT-KIND-kK; * is a wildcard"),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="in place of what the file says"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done")] = False,
+    json: Json = False,
+) -> None:
+    """A whole experiment file: collect what is missing, train its coders, draw its figures."""
+    from cli.sweep import collect, forecast, read, settings_of
+
+    experiment, config = read(file, changes or ())
+    if dry_run:
+        return _tell_forecast(forecast(experiment, config, only or ()), json)
+    from mpcache.hardware import hardware
+    from mptrain.batches import resolve_device
+    from mptrain.sweep import sweep as run
+
+    try:
+        with warnings_in_words():
+            outcome = run(
+                experiment,
+                only or (),
+                settings_of(config),
+                collect=functools.partial(collect, experiment, config),
+                hardware=hardware(resolve_device(experiment.fit["device"])),
+                quiet=False,
+            )
+    except KeyboardInterrupt as stop:
+        raise type(stop)("interrupted; the same command goes on from there") from None
+    rows = [dataclasses.asdict(verdict) for verdict in outcome.verdicts]
+    if json:
+        print_json({"verdicts": rows, "files": list(map(str, outcome.files))})
+    else:
+        print_table(tuple(rows[0]), rows)
+        typer.echo(f"figures, tables and captions in {experiment.head.run}/figures")
+    if outcome.faults:
+        raise ValueError("; ".join(outcome.faults))
+    return None
+
+
+def _tell_forecast(found: dict[str, Any], json: bool) -> None:
+    if json:
+        return print_json(found)
+    seconds = found["train_seconds"]
+    time = "unknown: nothing like it is measured yet" if seconds is None else f"{seconds:,.0f} s"
+    typer.echo(
+        f"store     {found['rows_collected']:,} rows of {found['sides']} sides, "
+        f"{found['store_bytes'] / 1e9:,.2f} GB\n"
+        f"coders    {found['coders_left']} to train, of {found['coders']}, on "
+        f"{found['rows_trained']:,} rows each; {found['coders_bytes'] / 1e9:,.2f} GB\n"
+        f"passes    {found['passes']}\n"
+        f"memory    {found['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
+        f"time      {time}, of train steps alone"
+    )
+    return None
+
+
 def _how_to_go_on(run: Path) -> str:
     from mptrain.checkpoint import last_step
 

@@ -1,0 +1,192 @@
+"""Carry out an experiment: collect and train what is missing, draw, judge. Goes on where it was."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mptrain.checkpoint import write_json
+from mptrain.config import ListedConfig
+from mptrain.evaluate import evaluate_coder
+from mptrain.experiment import Experiment, FigurePlan
+from mptrain.figure_text import caption, other_k_rows, page, point_rows, write_rows
+from mptrain.fit import fit
+from mptrain.metrics import writing_in
+from mptrain.outcome import Coders, Verdict, faults, judge
+from mptrain.panels import Axis, OtherK, draw_figure
+from mptrain.runs import FREE
+from mptrain.sweep_runs import SweepRun, Trained, find_runs, plan_runs, read_trained
+
+Collect = Callable[[Sequence[str]], str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a sweep has made."""
+
+    files: tuple[Path, ...]
+    verdicts: tuple[Verdict, ...]
+    faults: tuple[str, ...]
+    "panels without a curve, variants that do nothing"
+
+
+def sweep(
+    experiment: Experiment,
+    only: Sequence[str],
+    collected: Mapping[str, Any],
+    *,
+    collect: Collect,
+    hardware: str,
+    quiet: bool = True,
+) -> Outcome:
+    """Bring the experiment, or the part that `only` names, to its figures.
+
+    `collected` are the settings of the collection, which `collect` carries out: it gets the sides
+    that are needed, and gives the store. It is called only where something is left to do.
+
+    Raises:
+        ValueError: the user's mistake, such as a folder that holds other settings' coders.
+        KeyboardInterrupt: as it comes; the same call goes on.
+    """
+    folder = Path(experiment.head.run)
+    part = experiment.only(only)
+    keep_experiment(folder, experiment.resolved(collected))
+    left = plan_runs(folder, part.coders, find_runs(folder))
+    store = collect(part.sides) if left else None
+    for run in left:
+        _note_hardware(folder, run, hardware)
+        fit(config_of(experiment, run, store or ""), quiet=quiet)
+    runs = find_runs(folder)
+    _refuse_other_rows(runs)
+    coders = {c.name: one for c in part.coders if (one := read_trained(runs).get(c.name))}
+    other_k = _other_k(part, folder, coders, store, collect)
+    files = [
+        file
+        for plan in part.figures
+        for file in _figure(part, plan, folder, coders, other_k, collected)
+    ]
+    return Outcome(
+        tuple(files),
+        tuple(verdict for panel in part.panels for verdict in judge(panel, coders)),
+        tuple(faults(part.panels, coders)),
+    )
+
+
+def keep_experiment(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Save the resolved file beside the results, if it goes with what is there.
+
+    Figures, variants and coders may change: what is new is trained beside what is there. Rows and
+    how they are read may not, because the coders of a panel are to have the same.
+    """
+    file = folder / "experiment.json"
+    wanted = json.loads(json.dumps(resolved))
+    if file.exists():
+        there = json.loads(file.read_bytes())
+        different = [
+            f"{table}.{name}: {json.dumps(there[table].get(name))} there, {json.dumps(value)} asked"
+            for table in ("collect", "fit")
+            for name, value in wanted[table].items()
+            if name not in FREE and there[table].get(name) != value
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} has coders of other rows ({'; '.join(different)}); use its settings, or "
+                "another run"
+            )
+    with writing_in(folder):
+        write_json(file, wanted)
+
+
+def config_of(experiment: Experiment, run: SweepRun, store: str) -> ListedConfig:
+    """What a run of the experiment is trained with."""
+    return ListedConfig(**experiment.fit, store=store, run=str(run.folder), listed=run.coders)
+
+
+def _note_hardware(folder: Path, run: SweepRun, hardware: str) -> None:
+    """Keep on what each run was trained: it may go on elsewhere."""
+    noted = _hardware(folder)
+    machines = noted.setdefault(run.folder.name, [])
+    if hardware not in machines:
+        machines.append(hardware)
+    write_json(folder / "hardware.json", noted)
+
+
+def _hardware(folder: Path) -> dict[str, list[str]]:
+    file = folder / "hardware.json"
+    found: dict[str, list[str]] = json.loads(file.read_bytes()) if file.exists() else {}
+    return found
+
+
+def _refuse_other_rows(runs: Sequence[SweepRun]) -> None:
+    if len({run.order_digest for run in runs}) > 1:
+        told = " and ".join(str(run.folder) for run in runs)
+        raise ValueError(
+            f"{told} have trained on different rows, because the store has grown in between, and "
+            "cannot be compared; name another run"
+        )
+
+
+def _other_k(
+    part: Experiment, folder: Path, coders: Coders, store: str | None, collect: Collect
+) -> OtherK:
+    """FVU of the figures' coders at other K than their own; what is there is not done again."""
+    found: dict[str, dict[int, float]] = {}
+    for plan in part.figures:
+        for config in (c for p in plan.panels for line in p.lines for c in line.coders):
+            trained = coders.get(config.name)
+            if plan.table.other_k and trained is not None and trained.validation is not None:
+                file = folder / "other-k" / f"{config.name}.json"
+                there = _read_fvus(file)
+                if not {*plan.table.other_k, config.k} <= there.keys():
+                    store = store or collect(part.sides)
+                    there |= _evaluate(part, trained, store, plan.table.other_k)
+                    write_json(file, {str(k): there[k] for k in sorted(there)})
+                found[config.name] = {k: there[k] for k in sorted({*plan.table.other_k, config.k})}
+    return found
+
+
+def _read_fvus(file: Path) -> dict[int, float]:
+    if not file.exists():
+        return {}
+    return {int(k): float(fvu) for k, fvu in json.loads(file.read_bytes()).items()}
+
+
+def _evaluate(
+    part: Experiment, trained: Trained, store: str, other_k: Sequence[int]
+) -> dict[int, float]:
+    place = trained.folder / "coders" / trained.config.name
+    rows, device = part.fit["eval_rows"], part.fit["device"]
+    return {one.k: one.fvu for one in evaluate_coder(place, Path(store), other_k, rows, device)}
+
+
+def _figure(
+    part: Experiment,
+    plan: FigurePlan,
+    folder: Path,
+    coders: Coders,
+    other_k: OtherK,
+    collected: Mapping[str, Any],
+) -> list[Path]:
+    """Pictures, tables and page of one figure."""
+    place = folder / "figures" / plan.name
+    place.mkdir(parents=True, exist_ok=True)
+    shown = {c.name for p in plan.panels for line in p.lines for c in line.coders}
+    used = {one.folder.name for name, one in coders.items() if name in shown}
+    noted = _hardware(folder)
+    machines = list(dict.fromkeys(m for run in sorted(used) for m in noted.get(run, ())))
+    axes: tuple[Axis, ...] = ("time", "rows", "other-k") if plan.table.other_k else ("time", "rows")
+    told = {axis: caption(part, collected, plan, coders, machines, axis) for axis in axes}
+    files = [
+        file
+        for axis in axes
+        for file in draw_figure(plan, coders, other_k, axis, told[axis], place / axis)
+    ]
+    verdicts = [verdict for panel in plan.panels for verdict in judge(panel, coders)]
+    files += write_rows(point_rows(plan, coders), place / "points")
+    files += write_rows([asdict(verdict) for verdict in verdicts], place / "verdicts")
+    if plan.table.other_k:
+        files += write_rows(other_k_rows(plan, coders, other_k), place / "other-k")
+    pictures = [(f"{axis}.png", told[axis]) for axis in axes]
+    (place / "figure.md").write_text(page(plan, pictures, verdicts))
+    return [*files, place / "figure.md"]

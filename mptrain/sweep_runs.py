@@ -1,0 +1,114 @@
+"""The runs of a sweep: each trains a list of coders, and each coder is in one of them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mptrain.metrics import Record, read_records
+from mptrain.recipe import CoderConfig
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run below a sweep's folder."""
+
+    folder: Path
+    coders: tuple[CoderConfig, ...]
+    is_finished: bool = False
+    order_digest: str | None = None
+    "of the rows it reads; None before it has begun"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A coder as a run has left it."""
+
+    config: CoderConfig
+    folder: Path
+    "of its run"
+    records: tuple[Record, ...]
+    "its lines of metrics.jsonl"
+    result: Mapping[str, Any] | None
+    "its row of results.json; None before the run has finished"
+
+    @property
+    def latents(self) -> int | None:
+        """How many it has; None before it is saved."""
+        file = self.folder / "coders" / self.config.name / "coder.json"
+        if not file.exists():
+            return None
+        return self.config.latents_of(json.loads(file.read_bytes())["input_width"])
+
+    @property
+    def validation(self) -> Mapping[str, Any] | None:
+        """On all held-out rows; None where it diverged, or before the end."""
+        return None if self.result is None else self.result["validation"]
+
+
+def find_runs(folder: Path) -> tuple[SweepRun, ...]:
+    """Runs that have begun, in their order."""
+    files = sorted(_place(folder).glob("*/config.json"), key=lambda file: int(file.parent.name))
+    return tuple(_run(file.parent, json.loads(file.read_bytes())) for file in files)
+
+
+def plan_runs(
+    folder: Path, wanted: Sequence[CoderConfig], found: Sequence[SweepRun]
+) -> tuple[SweepRun, ...]:
+    """What is left to do: runs to go on with, then a new one for all coders that are in none."""
+    left = {coder.name: coder for coder in wanted}
+    for one in found:
+        if one.is_finished:
+            left = _without(left, one)
+    begun = []
+    for one in found:
+        if not one.is_finished and any(coder.name in left for coder in one.coders):
+            begun.append(one)
+            left = _without(left, one)
+    if not left:
+        return tuple(begun)
+    number = max((int(one.folder.name) for one in found), default=0) + 1
+    return (*begun, SweepRun(_place(folder) / str(number), tuple(left.values())))
+
+
+def read_trained(runs: Sequence[SweepRun]) -> dict[str, Trained]:
+    """The coders of all runs, by name."""
+    return {one.config.name: one for each in runs for one in _trained(each)}
+
+
+def _place(folder: Path) -> Path:
+    return folder / "runs"
+
+
+def _run(folder: Path, config: Mapping[str, Any]) -> SweepRun:
+    coders = tuple(
+        CoderConfig(**{name: value for name, value in one.items() if name != "name"})
+        for one in config["coders"]
+    )
+    finished = {coder.name for coder in coders} <= {row["coder"] for row in _results(folder)}
+    return SweepRun(folder, coders, finished, config["order_digest"])
+
+
+def _results(folder: Path) -> list[dict[str, Any]]:
+    """Of the run's coders that have come to their end."""
+    file = folder / "results.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_bytes()) if file.exists() else []
+    return rows
+
+
+def _without(left: Mapping[str, CoderConfig], one: SweepRun) -> dict[str, CoderConfig]:
+    names = {coder.name for coder in one.coders}
+    return {name: coder for name, coder in left.items() if name not in names}
+
+
+def _trained(one: SweepRun) -> list[Trained]:
+    by_name: dict[str, list[Record]] = {coder.name: [] for coder in one.coders}
+    metrics = one.folder / "metrics.jsonl"
+    for record in read_records(metrics) if metrics.exists() else []:
+        by_name[record.coder].append(record)
+    results = {row["coder"]: row for row in _results(one.folder)}
+    return [
+        Trained(coder, one.folder, tuple(by_name[coder.name]), results.get(coder.name))
+        for coder in one.coders
+    ]
