@@ -8,7 +8,12 @@ MLP := layers.3.mlp,layers.5.mlp
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
        --eval-rows 8192 --dead-rows 50k --save-every 50
 
-.PHONY: install demo test quick format clean
+# `make reproduce SET='coders.expansion=32 fit.rows=8_000_000'` changes what the files say.
+TWINS := smollm2-demo llama-demo
+SMALL := collect.rows=2048 collect.part_rows=1024 fit.rows=1024 fit.batch_rows=128 fit.eval_every=4 \
+         fit.eval_rows=512 coders.expansion=2 coders.dead_rows=512 root=reproduce-smoke/stores
+
+.PHONY: install demo reproduce reproduce-smoke test quick format clean
 install: .venv/installed
 
 # Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
@@ -28,6 +33,19 @@ demo: install
 	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
 	    --title 'demo language model: 2048 latents, 256 000 rows, Muon'
 
+# The twins of the original experiments. Stop or kill it: the same command goes on.
+reproduce: install
+	for twin in $(TWINS); do \
+	    $(BIN)/mptrain sweep data/experiments/$$twin.toml $(SET:%=--set %) || exit; \
+	done
+
+# The same figures of a few rows and small coders, in minutes.
+reproduce-smoke: install
+	for twin in $(TWINS); do \
+	    $(BIN)/mptrain sweep data/experiments/$$twin.toml $(SMALL:%=--set %) \
+	        --set run=reproduce-smoke/$$twin || exit; \
+	done
+
 test: install
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
@@ -43,4 +61,4 @@ format: install
 	$(BIN)/ruff check -q --fix .
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv $(DEMO) reproduce reproduce-smoke
