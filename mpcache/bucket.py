@@ -243,11 +243,12 @@ def _ask(
         try:
             with asking(url):
                 return function(client(scheme, bucket), *arguments, **options)
-        except ConnectionError:
-            if time.monotonic() > until:
-                raise
+        except ConnectionError as error:
+            last = error
+        if time.monotonic() > until:
+            break
         time.sleep(pause)
-    raise ConnectionError(f"{url}: its server breaks off every time")
+    raise last
 
 
 def _page(bucket: Any, prefix: str | None, after: str | None) -> list[str]:

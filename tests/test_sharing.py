@@ -1,5 +1,6 @@
 """Several people, machines and runs in one store: what is marked stays, whoever comes when."""
 
+import json
 import multiprocessing
 import os
 import queue
@@ -12,17 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from obstore.store import MemoryStore
 
-from mpcache import folder, station
+from mpcache import bucket, folder, station
+from mpcache.bucket import Bucket
 from mpcache.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.folder import Folder
 from mpcache.format import Layout
-from mpcache.objects import digest_of
-from mpcache.place import place_of
+from mpcache.place import Place, place_of
 from mpcache.reader import open_store
 from mpcache.verify import verify
-from mpcache.writer import Writer
+from mpcache.writer import Writer, is_as_told
 from stores import files_of, marks_of, small_config, small_store
 
 LAYOUT = Layout(
@@ -100,55 +102,93 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
 
         return wait
 
-    for name in ("put_new", "prepare", "publish", "link_new", "delete", "size", "read"):
-        monkeypatch.setattr(Folder, name, gated(getattr(Folder, name)))
+    for kind in (Folder, Bucket):
+        for name in ("put_new", "prepare", "publish", "link_new", "delete", "size", "read"):
+            monkeypatch.setattr(kind, name, gated(getattr(kind, name)))
     yield schedules
     monkeypatch.undo()
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Place:
+    """A place of either kind; obstore's store in memory stands for a server."""
+    if request.param == "folder":
+        return place_of(tmp_path / "store")
+    memory = MemoryStore()
+    monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
+    return place_of("gs://in-memory/store")
 
 
 @pytest.mark.parametrize("kills", [0, 2])
 @pytest.mark.parametrize("seed", range(12))
 def test_what_is_marked_is_never_overwritten(
-    tmp_path: Path, scheduled: list[Schedule], seed: int, kills: int
+    shared: Place, scheduled: list[Schedule], seed: int, kills: int
 ) -> None:
     """Three writers of the same part with unlike values, in any order, killed anywhere."""
-    store = tmp_path / "store"
     values = [torch.full((8, 3), float(v)) for v in (1, 2, 3)]
-    mark = store / "marks/0/layers.0/output.json"
+    mark = "marks/0/layers.0/output.json"
     first: list[bytes] = []
 
     def look() -> None:
-        if os.path.lexists(mark):
-            with mark.open("rb") as file:
-                first.append(file.read())
+        if shared.exists(mark):
+            first.append(shared.read(mark))
             assert first[0] == first[-1]
-            told = objects_of(first[0])
-            assert all(digest_file(store / name) == one["xxh3_128"] for name, one in told.items())
+            told = json.loads(first[0])["objects"]
+            assert all(is_as_told(shared, name, one) for name, one in told.items())
 
     def writer(x: torch.Tensor) -> Callable[[], None]:
-        return lambda: Writer(place_of(store), LAYOUT).commit_acts(0, ARRAY, x)
+        return lambda: Writer(shared, LAYOUT).commit_acts(0, ARRAY, x)
 
     scheduled.append(Schedule(random.Random(seed), look))
     scheduled[-1].gates = {}
-    Writer(place_of(store), LAYOUT).grow(ARRAY, 1, 3)
+    Writer(shared, LAYOUT).grow(ARRAY, 1, 3)
     scheduled[-1].run([writer(x) for x in values], kills)
     writer(values[0])()  # whatever was left behind, the next run ends well
     look()
-    stored = (store / "arrays.zarr/acts/layers.0/output/c/0/0").read_bytes()
+    stored = shared.read("arrays.zarr/acts/layers.0/output/c/0/0")
     assert stored[:4] in [x.numpy().tobytes()[:4] for x in values]
-    rests = [f.name for f in store.rglob("*.partial")]
+    rests = [name for name in shared.names() if name.endswith(".partial")]
     assert kills or not rests
 
 
-def digest_file(file: Path) -> str:
-    return digest_of([file.read_bytes()])
+def refused(*_: object, **__: object) -> None:
+    raise AssertionError("this must not be called")
 
 
-def objects_of(mark: bytes) -> dict[str, dict[str, object]]:
-    import json
+def test_an_error_after_the_claim_costs_nothing(
+    shared: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a claim names stays, and the next run carries it out without writing anything anew."""
+    publish, calls = type(shared).publish, 0
 
-    found: dict[str, dict[str, object]] = json.loads(mark)["objects"]
-    return found
+    def failing(*arguments: str) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ConnectionError("the server is gone")
+        return publish(*arguments)
+
+    monkeypatch.setattr(type(shared), "publish", failing)
+    with pytest.raises(ConnectionError):
+        Writer(shared, LAYOUT).commit_acts(0, ARRAY, torch.ones(8, 3))
+    monkeypatch.setattr(type(shared), "prepare", refused)
+    Writer(shared, LAYOUT).commit_acts(0, ARRAY, torch.zeros(8, 3))
+    assert not [name for name in shared.names() if name.endswith(".partial")]
+    assert shared.read("arrays.zarr/acts/layers.0/output/c/0/0")[:4] == b"\0\0\x80\x3f"
+
+
+def test_an_error_before_the_claim_leaves_nothing(
+    shared: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> bool:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(type(shared), "put_new", failing)
+    with pytest.raises(ConnectionError):
+        Writer(shared, LAYOUT).commit_acts(0, ARRAY, torch.ones(8, 3))
+    assert list(shared.names()) == []
 
 
 def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) -> None:

@@ -219,7 +219,7 @@ def test_chaos(tmp_path: Path) -> None:
     assert clean(path)
 
 
-def collect_with_four(config: CollectConfig, path: Path) -> None:
+def collect_with_four(config: CollectConfig, path: str | Path) -> None:
     # a child may use the server that forked it, its documentation says, but starts one of its own:
     # that would import everything anew for each of these commands
     cluster_stage.START_METHOD = "forkserver"

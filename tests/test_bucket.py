@@ -1,0 +1,313 @@
+"""Stores on an S3 server: every command, and nothing lost whatever the server and processes do."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import dask
+import pytest
+from typer.testing import CliRunner
+
+import cli.mptrain
+import servers
+from cli.mpcache import app
+from mpcache import bucket, cloud
+from mpcache.collect import collect
+from mpcache.config import CollectConfig
+from mpcache.move import copy
+from mpcache.place import Place, place_of
+from mpcache.verify import verify
+from stores import small_config, write_corpus
+from test_workers import clean, collect_with_four, equal, start, wait_for, workers_of
+
+pytestmark = pytest.mark.filterwarnings(
+    # Dask leaves sockets and event loops of lost workers to the garbage collector
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture
+def url(s3: str, tmp_path: Path) -> str:
+    return f"{s3}/{tmp_path.name}"
+
+
+@pytest.fixture(scope="module")
+def made(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with model, corpus and a store, and the URL of the same store; only read."""
+    folder = tmp_path_factory.mktemp("made")
+    config = small_config(folder, rows=600)
+    collect(config, folder / "store")
+    collect(config, f"{s3}/team/made")
+    return folder, f"{s3}/team/made"
+
+
+def command(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+def download(place: Place, folder: Path) -> Path:
+    """All objects as files, by no code that copies stores."""
+    for name in place.names():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(place.read(name))
+    return folder
+
+
+def marks(place: Place) -> int:
+    """Marks of activations."""
+    return sum("/layers." in name and ".partial" not in name for name in place.names("marks"))
+
+
+# --- commands ---
+
+
+def test_a_store_is_the_same_wherever_it_lies(made: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = made
+    assert equal(download(place_of(url), tmp_path / "store"), folder / "store")
+    assert verify(url).findings == ()
+    for what in ("info", "stats"):
+        here = json.loads(command(what, folder / "store", "--json"))
+        there = json.loads(command(what, url, "--json"))
+        if what == "info":
+            assert (here.pop("store"), there.pop("store")) == (str(folder / "store"), url)
+        assert here == there
+
+
+def test_a_collection_goes_on_below_a_root(made: tuple[Path, str], s3: str, tmp_path: Path) -> None:
+    folder, _ = made
+    words = [
+        "collect",
+        folder / "model",
+        folder / "corpus.jsonl",
+        "--root",
+        f"{s3}/{tmp_path.name}",
+    ]
+    words += ["--ctx-len", 16, "--part-rows", 192, "--chunk-rows", 32, "--validation-every", 4]
+    words += ["--model-dtype", "float32", "--batch-sequences", 5, "--json", "--hookpoints"]
+    first = json.loads(command(*words, "layers.0", "--rows", 300))
+    more = json.loads(command(*words, "layers.0,layers.1.mlp", "--rows", 600))
+    again = json.loads(command(*words, "layers.1.mlp", "--rows", 600))
+    assert first["store"] == more["store"] == again["store"]
+    assert again["forward_rows"] == 0
+    path = download(place_of(more["store"]), tmp_path / "store")
+    (path / "store.json").write_bytes(
+        (folder / "store/store.json").read_bytes()
+    )  # says what came first
+    assert equal(path, folder / "store")
+    (entry,) = json.loads(command("list", f"{s3}/{tmp_path.name}", "--json"))
+    assert (entry["rows"], entry["complete"]) == (more["rows"], 1.0)
+
+
+def test_copies_go_both_ways_and_on_after_a_stop(
+    made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = made
+    prepare, calls = bucket.Bucket.prepare, 0
+
+    def stopped(*arguments: object) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise ConnectionError("the server is gone")
+        return prepare(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.Bucket, "prepare", stopped)
+        with pytest.raises(ConnectionError):
+            copy(folder / "store", url)
+    assert "is no store" in command("info", url, code=2)
+    done = json.loads(command("copy", folder / "store", url, "--json"))
+    assert 0 < done["written"] < done["parts"]
+    command("copy", url, tmp_path / "back")
+    assert equal(tmp_path / "back", folder / "store")
+    assert verify(url).findings == verify(tmp_path / "back").findings == ()
+    assert "must not lie in each other" in command("copy", url, f"{url}/below", code=2)
+    command("convert", source, f"{url}-float", "--dtype", "float32")
+    command("convert", folder / "store", tmp_path / "float", "--dtype", "float32")
+    assert files_alike(f"{url}-float", tmp_path / "float")
+
+
+def files_alike(url: str, folder: Path) -> bool:
+    place, other = place_of(url), place_of(folder)
+    names = [name for name in place.names() if name.startswith("arrays.zarr/")]
+    return all(place.read(name) == other.read(name) for name in names)
+
+
+def test_a_removal_that_stops_leaves_no_store_and_goes_on(
+    made: tuple[Path, str], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(made[0] / "store", url)
+    place_of(url).put_new("notes.txt", b"mine")
+    assert "'notes.txt'" in command("remove", url, "--yes", code=2)
+    place_of(url).delete("notes.txt")
+    delete, calls = bucket.Bucket.delete, 0
+
+    def stopped(*arguments: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 9:
+            raise ConnectionError("the server is gone")
+        delete(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.Bucket, "delete", stopped)
+        assert "the server is gone" in command("remove", url, "--yes", code=1)
+    assert "is no store" in command("info", url, code=2)
+    command("remove", url, "--yes")
+    assert not place_of(url).exists()
+
+
+def test_fit_and_eval_read_a_bucket(made: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = made
+    found = []
+    for number, store in enumerate((url, folder / "store")):
+        run = tmp_path / str(number)
+        words = ["fit", store, "--run", run, "--hookpoints", "layers.0", "--arch", "topk"]
+        words += ["--k", 4, "--expansion", 2, "--rows", 1000, "--batch-rows", 64]
+        assert CliRunner().invoke(cli.mptrain.app, [str(w) for w in words]).exit_code == 0
+        (coder,) = (run / "coders").iterdir()
+        result = CliRunner().invoke(cli.mptrain.app, ["eval", str(coder), str(store), "--json"])
+        found.append((json.loads(result.stdout), (coder / "coder.safetensors").read_bytes()))
+    assert found[0] == found[1]
+
+
+def test_damage_in_a_bucket_is_named(made: tuple[Path, str], url: str) -> None:
+    copy(made[0] / "store", url)
+    place = place_of(url)
+    name = "arrays.zarr/acts/layers.0/output/c/{}/0"
+    data = place.read(name.format(0))
+    place.replace(name.format(0), data[:-1])
+    place.replace(name.format(1), data[:40] + b"?" + data[41:])
+    place.delete(name.format(2))
+    place.replace("arrays.zarr/foreign", b"")
+    found = {finding.path: finding.fault for finding in verify(url).findings}
+    assert found == {
+        name.format(0): "truncated", name.format(1): "changed", name.format(2): "missing",
+        "arrays.zarr/foreign": "uncommitted",
+    }  # fmt: skip
+    assert "0/0 is damaged" in command("copy", url, f"{url}-copy", code=1)
+
+
+def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
+    for words, told in (
+        (("info", "s3://nobody-has-it/a"), "there is no such bucket"),
+        (("list", "s3://nobody-has-it"), "there is no such bucket"),
+        (("info", "s3://key:secret@shared/a"), "must not hold credentials"),
+        (("info", f"{s3}/nothing"), "is no store"),
+        (("list", f"{s3}/nothing"), "a root must be"),
+    ):
+        told_in = command(*words, code=2)
+        assert told in told_in
+        assert len(told_in.splitlines()) == 1
+        assert "secret" not in told_in
+
+
+def test_nothing_secret_gets_into_a_store(made: tuple[Path, str]) -> None:
+    place = place_of(made[1])
+    content = b"".join(place.read(name) for name in place.names())
+    for secret in (*servers.CREDENTIALS.values(), os.environ["AWS_ENDPOINT_URL"]):
+        assert secret.encode() not in content or secret == "us-east-1"
+
+
+# --- a server that fails ---
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Retries soon, so that tests need not wait."""
+    monkeypatch.setitem(cloud._RETRIES["backoff"], "init_backoff", 0.02 * cloud._SECONDS)
+    monkeypatch.setattr(bucket, "_PAUSE", 0.02)
+    cloud.client.cache_clear()
+    yield
+    cloud.client.cache_clear()
+
+
+@pytest.mark.usefixtures("s3", "hurried")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_place_on_a_server_that_fails_a_third_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Every kind of call, as if nothing were wrong."""
+    monkeypatch.setattr(bucket, "_PART", 5 << 20)
+    with servers.faulty(os.environ["AWS_ENDPOINT_URL"], seed, 0.33) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        place = place_of(f"s3://{servers.BUCKET}/{tmp_path.name}")
+        for number in range(4):
+            data = b"%d" % number
+            assert place.put_new(f"a{number}", data)
+            assert not place.put_new(f"a{number}", b"other")
+            temporary = place.prepare("large", "key", (data * (1 << 20) for _ in range(11)))
+            assert place.publish(temporary, "large")
+            assert b"".join(place.pieces("large")) == data * (11 << 20)
+            assert place.link_new(f"a{number}", f"b{number}")
+            place.replace(f"a{number}", b"new")
+            place.delete(temporary)
+            assert place.size(temporary) is None
+            assert len(list(place.names())) == 2 * number + 3
+        assert len(place.children()) == 9
+
+
+@pytest.mark.usefixtures("s3", "hurried")
+def test_a_collection_on_a_server_that_fails_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(tmp_path, rows=200, hookpoints=("layers.0",))
+    collect(config, tmp_path / "whole")
+    with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 5, 0.1) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        url = f"s3://{servers.BUCKET}/{tmp_path.name}"
+        assert not collect(config, url).missing
+        assert verify(url).findings == ()
+    cloud.client.cache_clear()
+    monkeypatch.undo()
+    assert equal(download(place_of(url), tmp_path / "store"), tmp_path / "whole")
+
+
+# --- chaos ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.05])
+def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
+    """Four workers; SIGKILL to any of them, and to the command three times; a server that fails."""
+    write_corpus(tmp_path / "corpus.jsonl", documents=160)
+    config = small_config(tmp_path, rows=8_000, part_rows=384)
+    url, whole = f"{s3}/{tmp_path.name}", tmp_path / "whole"
+    place, draw = place_of(url), random.Random(4)
+    victims = ["command"] * 3 + ["worker"] * 6
+    draw.shuffle(victims)
+    with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 6, share) as proxy:
+        process = start(collect_on_server, config, url, proxy)
+        for victim in victims:
+            goal = marks(place) + draw.randrange(1, 6)
+            wait_for(lambda least=goal: marks(place) >= least, 240)
+            assert process.is_alive()
+            if victim == "worker":
+                os.kill(draw.choice(workers_of(process)), signal.SIGKILL)
+            else:
+                process.kill()
+                process.join()
+                process = start(collect_on_server, config, url, proxy)
+        so_far = marks(place)
+        process.join()
+    assert process.exitcode == 0
+    collect(config, whole)
+    assert so_far < marks(place) == marks(place_of(whole))  # there was something to do to the end
+    path = download(place, tmp_path / "store")
+    assert equal(path, whole)
+    assert clean(path)
+    assert {finding.fault for finding in verify(url).findings} <= {"leftover"}
+
+
+def collect_on_server(config: CollectConfig, url: str, address: str) -> None:
+    found = {**servers.CREDENTIALS, "AWS_ENDPOINT_URL": address}
+    os.environ.update(found)
+    # the server that forks processes for the tests may be older than the one of the objects
+    dask.config.set({"distributed.nanny.environ": found})
+    collect_with_four(config, url)
