@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpcache.cloud import PATIENCE, Scheme, asking, client, split_url
+from mpcache.cloud import Scheme, asking, client, split_url
 from mpcache.objects import temporary_name
 
 _PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
 _ABREAST = 8  # requests for one object at a time, either way
 _PAGE = 1000  # names of an answer; no server gives more
 _TRIES = 5
+_SOON = 10.0  # seconds; where obstore gives up later, it has tried for as long as is worth it
 _PAUSE = 0.2  # seconds before the second try, doubled for each later one
 
 Answer = TypeVar("Answer")
@@ -30,6 +31,8 @@ Answer = TypeVar("Answer")
 
 class Bucket:
     """A prefix of a bucket; mpcache.place has the contract."""
+
+    abreast = 8
 
     def __init__(self, url: str) -> None:
         self.scheme, self.bucket, self.prefix = split_url(url)
@@ -238,14 +241,14 @@ def _ask(
     It does not ask again where an answer breaks off, or where asking twice might do harm, which
     nothing that we ask does.
     """
-    url, until = f"{scheme}://{bucket}/{arguments[0] or ''}", time.monotonic() + PATIENCE
+    url, soon = f"{scheme}://{bucket}/{arguments[0] or ''}", time.monotonic() + _SOON
     for pause in _pauses():
         try:
             with asking(url):
                 return function(client(scheme, bucket), *arguments, **options)
         except ConnectionError as error:
             last = error
-        if time.monotonic() > until:
+        if time.monotonic() > soon:
             break
         time.sleep(pause)
     raise last

@@ -20,14 +20,14 @@ from mpcache.guard import DamagedStoreError, printable
 Scheme = Literal["s3", "gs"]
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
+_METADATA = "169.254.169.254"
 _SECONDS = datetime.timedelta(seconds=1)
 
 # a server that is away for a minute costs a wait, one that is away for longer ends the command
-PATIENCE = 120.0
 _RETRIES: dict[str, Any] = {
     "max_retries": 100,
     "backoff": {"init_backoff": 0.2 * _SECONDS, "max_backoff": 10 * _SECONDS, "base": 2},
-    "retry_timeout": PATIENCE * _SECONDS,
+    "retry_timeout": 120 * _SECONDS,
 }
 _TIMEOUTS: dict[str, Any] = {
     "connect_timeout": 5 * _SECONDS,
@@ -104,11 +104,7 @@ def _profile(bucket: str) -> Any:
 
     session = Session()
     if session.get_credentials() is None:
-        raise _unusable(
-            f"s3://{bucket}",
-            "there are no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, in the environment",
-        )
+        raise _no_credentials(f"s3://{bucket}")
     return Boto3CredentialProvider(session)
 
 
@@ -145,12 +141,21 @@ def asking(url: str) -> Iterator[None]:
     except exceptions.BaseError as error:
         if "NoSuchBucket" in str(error):
             raise _no_bucket(url) from None
+        if _METADATA in str(error):  # where machines of a cloud, and no others, find credentials
+            raise _no_credentials(url) from None
         refused = re.search(r"status code: (3|4(?!08|29))", str(error))
         raise (OSError if refused else ConnectionError)(f"{url}: {_line(error)}") from None
 
 
 def _no_bucket(url: str) -> OSError:
     return NotADirectoryError(errno.ENOTDIR, "there is no such bucket", url)
+
+
+def _no_credentials(url: str) -> OSError:
+    names = "AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if url.startswith("gs:"):
+        names = "GOOGLE_APPLICATION_CREDENTIALS"
+    return _unusable(url, f"there are no credentials; set {names} in the environment")
 
 
 def _unusable(url: str, told: str) -> OSError:

@@ -127,7 +127,7 @@ def work_here(
         progress.committed(commit_side(writer, part, side, x_RW))
 
     try:
-        with Background(write_threads(station.config)) as background:
+        with Background(write_threads(station.config, store.place)) as background:
             for job in jobs:
                 tokens = store.read_tokens(job.part)
                 buffers = station.read(job.part, tokens, job.sides, progress.reader(job.part))
@@ -333,7 +333,7 @@ class Collection:
         store = open_store(self.place)
         arrays = [self.array(side) for side in self.sides]
         whole = [p for p in self.share_of(store) if not self.missing_sides(store, p)]
-        marks = [store.mark(part, array) for array in arrays for part in whole]
+        marks = [mark for array in arrays for mark in store.marks(array, whole)]
         return Summary(
             store=str(self.place),
             parts=len(whole),

@@ -28,6 +28,8 @@ _REST = r"\.{}\.[0-9a-f]{{32}}\.removed"
 class Folder:
     """A place on a file system; mpcache.place has the contract."""
 
+    abreast = 1
+
     def __init__(self, path: Path) -> None:
         self.path = path
 

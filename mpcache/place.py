@@ -22,6 +22,9 @@ class Place(Protocol):
     ConnectionError where a server does not answer.
     """
 
+    abreast: int
+    "calls that are worth making at a time, each from a thread: where they wait for a server"
+
     @property
     def name(self) -> str:
         """The last step of where it really is."""

@@ -6,10 +6,11 @@ its index and of each chunk that is read.
 
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ from mpcache.moments import Moments, merged, no_moments
 from mpcache.place import Place, place_of
 
 __all__ = ["DamagedStoreError", "Part", "Store", "open_store"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,13 @@ class Store:
         arrays = [self._acts(*side) for side in sides]
         common = set.intersection(*(self._marks[a] for a in [*arrays, POSITION]))
         wanted = [n for n in sorted(common) if self.layout.split_of(n) == split]
-        return tuple(Part(n, int(self.mark(n, arrays[0])["rows"]), split) for n in wanted)
+        marks = zip(wanted, self.marks(arrays[0], wanted), strict=True)
+        return tuple(Part(number, int(mark["rows"]), split) for number, mark in marks)
+
+    def marks(self, array: str, parts: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Commit marks of some parts of one array, or of all, in order; several read at a time."""
+        wanted = self.numbers(array) if parts is None else parts
+        return self._abreast(lambda part: self.mark(part, array), wanted)
 
     @functools.cache  # noqa: B019  a store lives as long as its reader, and marks never change
     def mark(self, part: int, array: str) -> dict[str, Any]:
@@ -214,12 +223,13 @@ class Store:
         """Mean and variance per dimension, float64, over finite committed rows (of a split)."""
         array = self._acts(hookpoint, side)
         _, _, spec = specs(array, self.layout, self.width(hookpoint, side))
+        parts = [n for n in self.numbers(array) if split in (None, self.layout.split_of(n))]
         total = no_moments(self.width(hookpoint, side))
-        for part in self.numbers(array):
-            if split in (None, self.layout.split_of(part)):
-                mean, variance = torch.from_numpy(self.read_object(array, spec, part, 0, 1)[0])
-                one = Moments(self.mark(part, array)["finite_rows"], mean, variance)
-                total = merged([total, one])
+        found = self._abreast(lambda part: self.read_object(array, spec, part, 0, 1)[0], parts)
+        for part, values in zip(parts, found, strict=True):
+            mean, variance = torch.from_numpy(values)
+            one = Moments(self.mark(part, array)["finite_rows"], mean, variance)
+            total = merged([total, one])
         return total.mean_W, total.variance_W
 
     def stored_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
@@ -236,7 +246,14 @@ class Store:
     def nonfinite(self, hookpoint: str, side: str) -> int:
         """Values of one side that are infinite or not a number, in all committed parts."""
         array = self._acts(hookpoint, side)
-        return sum(int(self.mark(part, array)["nonfinite"]) for part in self.numbers(array))
+        return sum(int(mark["nonfinite"]) for mark in self.marks(array))
+
+    def _abreast(self, read: Callable[[int], Result], parts: Sequence[int]) -> list[Result]:
+        """Read something of several parts, so many at a time as the place is worth."""
+        if self.place.abreast == 1:
+            return [read(part) for part in parts]
+        with ThreadPoolExecutor(self.place.abreast, "read") as pool:
+            return list(pool.map(read, parts))
 
     def _acts(self, hookpoint: str, side: str) -> str:
         if side not in self.sides(hookpoint):

@@ -185,7 +185,7 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
         report = Report(orders, job)
         buffers = station.read(job.part, store.read_tokens(job.part), sides, report.advance)
     writer = Writer(place, store.layout)
-    commits = WORKSHOP.commits(write_threads(orders.config))
+    commits = WORKSHOP.commits(write_threads(orders.config, store.place))
     work = [commits.submit(commit_side, writer, job.part, *one) for one in buffers.items()]
     return Done(sum(results(work)))
 

@@ -191,7 +191,7 @@ def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summ
     parts = [part for part in store.numbers(TOKENS) if part < wanted.parts]
     if not wanted.planned(store) or any(set(parts) - set(store.numbers(a)) for a in arrays):
         return None
-    marks = [store.mark(part, array) for array in arrays for part in parts]
+    marks = [mark for array in arrays for mark in store.marks(array, parts)]
     return Summary(
         store=str(store.place),
         parts=len(parts),
@@ -253,7 +253,7 @@ def _entry(found: Store | tuple[str, Exception]) -> Entry:
 
 
 def _entry_of(store: Store) -> Entry:
-    marks = [store.mark(part, array) for array in store.arrays for part in store.numbers(array)]
+    marks = [mark for array in store.arrays for mark in store.marks(array)]
     sides = [array for array in store.arrays if array.startswith("acts/")]
     whole = set(store.numbers(TOKENS)).intersection(*(store.numbers(array) for array in sides))
     times = [time for mark in marks if (time := _time(mark.get("time"))) is not None]

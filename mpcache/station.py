@@ -31,6 +31,7 @@ from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.inputs import find_separation
 from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.place import Place
 from mpcache.tokenised import token_dtype
 from mpcache.tokens import row_permutation, special_tokens
 from mpcache.transfer import Transfer
@@ -143,12 +144,13 @@ def empty_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory).view(dtype).view(rows, width)
 
 
-def write_threads(config: CollectConfig) -> int:
+def write_threads(config: CollectConfig, place: Place) -> int:
     """Threads that write: as asked, else one for four of those that compute here, from 2 to 8.
 
-    With two, one computes while another waits for the disk.
+    With two, one computes while another waits for the disk; more wait for a server.
     """
-    return config.write_threads or min(8, max(2, torch.get_num_threads() // 4))
+    computing = min(8, max(2, torch.get_num_threads() // 4))
+    return config.write_threads or max(computing, place.abreast)
 
 
 def commit_side(writer: Writer, part: int, side: Side, x_RW: Tensor) -> int:

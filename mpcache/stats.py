@@ -59,7 +59,7 @@ def info(where: str | Path | Place) -> dict[str, Any]:
 
 def _side_info(store: Store, hookpoint: str, side: str) -> dict[str, Any]:
     array = acts(hookpoint, side)
-    marks = [store.mark(part, array) for part in store.numbers(array)]
+    marks = store.marks(array)
     return {
         "hookpoint": hookpoint,
         "side": side,
@@ -73,7 +73,7 @@ def _side_info(store: Store, hookpoint: str, side: str) -> dict[str, Any]:
 
 
 def _rows(store: Store, array: str) -> int:
-    return sum(int(store.mark(part, array)["rows"]) for part in store.numbers(array))
+    return sum(int(mark["rows"]) for mark in store.marks(array))
 
 
 def stats(where: str | Path | Place) -> tuple[SideStats, ...]:
@@ -86,7 +86,7 @@ def _side_stats(store: Store, hookpoint: str, side: str) -> SideStats:
     array = acts(hookpoint, side)
     mean_W, variance_W = store.moments(hookpoint, side)
     median, high, largest_norm = _norm_quantiles(store, array, (0.5, 0.99, 1.0))
-    marks = [store.mark(part, array) for part in store.numbers(array)]
+    marks = store.marks(array)
     return SideStats(
         hookpoint=hookpoint,
         side=side,

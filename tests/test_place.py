@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from obstore import exceptions
 
 from mpcache import bucket, cloud
 from mpcache.guard import DamagedStoreError
@@ -42,10 +43,8 @@ OPERATIONS = st.one_of(
 
 @hypothesis.settings(
     max_examples=15,
-    suppress_health_check=[
-        hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow
-    ],
-)  # fmt: skip
+    suppress_health_check=list(hypothesis.HealthCheck),  # a place a test is enough, and may be slow
+)
 @hypothesis.given(st.lists(OPERATIONS, max_size=12))
 def test_a_place_is_a_dictionary(place: Place, operations: list[tuple[str, str, object]]) -> None:
     for name in list(place.names()):
@@ -240,7 +239,7 @@ def fresh_clients() -> Iterator[None]:
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setitem(cloud._RETRIES, "max_retries", 1)
-    monkeypatch.setattr(bucket, "PATIENCE", 0.0)
+    monkeypatch.setattr(bucket, "_SOON", 0.0)
     with pytest.raises(ConnectionError, match=r"s3://shared/a/store\.json: "):
         place_of("s3://shared/a").exists("store.json")
 
@@ -270,3 +269,26 @@ def test_plain_http_is_for_this_machine_alone() -> None:
     there = ("http://example.org", "https://127.0.0.1.example.org", "", "http://10.0.0.1")
     assert all(map(cloud._is_here, here))
     assert not any(map(cloud._is_here, there))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (
+            exceptions.GenericError("GET http://169.254.169.254/token - 403"),
+            PermissionError,
+            "GOOGLE_APP",
+        ),
+        (exceptions.PermissionDeniedError("x"), PermissionError, "access is denied"),
+        (exceptions.GenericError("status code: 400 Bad\nDebug source: secret"), OSError, "400 Bad"),
+        (exceptions.GenericError("status code: 503 Slow Down"), ConnectionError, "503"),
+        (exceptions.GenericError("status code: 429 Too Many"), ConnectionError, "429"),
+        (FileNotFoundError("<Code>NoSuchBucket</Code>"), NotADirectoryError, "no such bucket"),
+    ],
+)
+def test_errors_of_servers_in_words(raised: Exception, kind: type[OSError], told: str) -> None:
+    with pytest.raises(kind, match=told) as error, cloud.asking("gs://shared/a"):
+        raise raised
+    assert type(error.value) is kind
+    assert "gs://shared/a" in str(error.value)
+    assert "secret" not in str(error.value)
