@@ -112,7 +112,7 @@ class Place(Protocol):
         ...
 
     def link_new(self, source: str, name: str) -> bool:
-        """Give a small object a second name that must not exist yet; False if it does.
+        """Give a small object a second name; False if something else may have it already.
 
         Raises FileNotFoundError where the source is gone.
         """
