@@ -65,7 +65,7 @@ class CollectConfig:
     batch_sequences: int = 16
     "sequences in a forward pass"
     write_threads: int | None = None
-    "threads that write a part's arrays; default one for four that compute, 2 or more, 8 to a bucket"
+    "threads that write a part's arrays; default one for four that compute, 2 to 8; 8 to a bucket"
     part_rows: int = 65_536
     "rows in a part, the unit of commit and retry; a multiple of ctx_len"
     chunk_rows: int = 1024
