@@ -158,7 +158,8 @@ def _draw_panel(ax: Axes, panel: Panel, lines: Sequence[Band], scale: float, axi
     for band in lines:
         x = [value / scale for value in band.x]
         few = len(x) < 10 or axis == "other-k"  # a single point would not show otherwise
-        ax.plot(x, band.mean, marker="." if few else "", **band.look.line())
+        in_front = 2 + band.look.width  # the thick lines, which the others are compared with
+        ax.plot(x, band.mean, marker="." if few else "", zorder=in_front, **band.look.line())
         ax.fill_between(x, band.low, band.high, color=band.look.color, alpha=0.2, linewidth=0)
     ax.set_title(f"{panel.hookpoint}\n{panel.kind.replace('sae', 'SAE')}, k = {panel.k}")
     if axis == "other-k":

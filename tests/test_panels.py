@@ -47,6 +47,13 @@ def test_many_lines_differ_in_color_and_style():
     assert len({(look.color, look.style) for look in found.values()}) == 28
 
 
+def test_plain_lines_are_in_front(tmp_path):
+    experiment = tiny_experiment(tmp_path, "figures.fvu.seeds=[0]")
+    figure = draw(experiment.figures[0], all_trained(experiment), {}, "time", "")
+    mp, topk, nested = figure.axes[0].lines
+    assert mp.get_zorder() == topk.get_zorder() > nested.get_zorder()
+
+
 def test_a_band_is_the_mean_and_the_spread_of_the_seeds(tmp_path):
     experiment = tiny_experiment(tmp_path)
     panel = experiment.panels[0]
