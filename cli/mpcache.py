@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,9 +12,9 @@ import mpcache
 from cli.errors import guarded
 from cli.options import from_config
 from cli.tables import print_json, print_table
-from mpcache.config import CollectConfig, ConvertConfig, StoreBenchConfig
+from mpcache.config import CollectConfig, ConvertConfig, RepairConfig, StoreBenchConfig
 from mpcache.guard import check_printable, printable
-from mpcache.workforce import Workforce
+from mpcache.workforce import Hands, Workforce
 
 PLACE = "the store's folder, or its s3:// or gs:// URL"
 
@@ -25,6 +27,10 @@ app = typer.Typer(
 )
 ToPath = Annotated[str, typer.Argument(metavar="TO", help="place of the new store")]
 StorePath = Annotated[str, typer.Argument(metavar="STORE", help=PLACE)]
+JournalPath = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="note there what is sound; again: go on from there"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -165,21 +171,24 @@ def age(entry: dict[str, Any]) -> str:
 
 @app.command()
 @guarded
-def copy(*, store: StorePath, to: ToPath, json: Json = False) -> None:
+@from_config(Hands)
+def copy(hands: Hands, store: StorePath, to: ToPath, json: Json = False) -> None:
     """Copy a store, each byte checked on the way; the same command goes on after a stop."""
     from mpcache.move import copy as run
 
-    _tell_moved("copied", run(store, to, quiet=json), json)
+    _tell_moved("copied", run(store, to, hands, quiet=json), json)
 
 
 @app.command()
 @guarded
-@from_config(ConvertConfig)
-def convert(config: ConvertConfig, store: StorePath, to: ToPath, json: Json = False) -> None:
-    """Rewrite a store in another dtype, codec or chunking, or with some hookpoints only."""
+@from_config(ConvertConfig, Hands)
+def convert(
+    config: ConvertConfig, hands: Hands, store: StorePath, to: ToPath, json: Json = False
+) -> None:
+    """Rewrite a store in another dtype, codec, chunking or part size, or with some hookpoints."""
     from mpcache.convert import convert as run
 
-    _tell_moved("converted", run(store, to, config, quiet=json), json)
+    _tell_moved("converted", run(store, to, config, hands, quiet=json), json)
 
 
 def _tell_moved(verb: str, done: Any, json: bool) -> None:
@@ -245,35 +254,102 @@ def info(*, store: StorePath, json: Json = False) -> None:
 
 @app.command()
 @guarded
-def verify(*, store: StorePath, json: Json = False) -> None:
+@from_config(Hands)
+def verify(hands: Hands, store: StorePath, journal: JournalPath = None, json: Json = False) -> None:
     """Check every byte of a store; exit code 1 if committed data is damaged."""
     from mpcache.verify import verify as run
 
-    verdict = run(store, quiet=json)
+    verdict = run(store, hands, journal=journal, quiet=json)
     if json:
-        print_json({"intact": verdict.intact, **dataclasses.asdict(verdict)})
+        findings = [_in_full(finding) for finding in verdict.findings]
+        told = {**dataclasses.asdict(verdict), "findings": findings}
+        print_json({"intact": verdict.intact, **told})
     else:
-        for finding in verdict.findings:
-            typer.echo(printable(f"{finding.fault:12}{finding.path}: {finding.told}"))
+        _tell_findings(verdict.findings)
         state = "intact" if verdict.intact else "DAMAGED"
+        earlier = f", {verdict.earlier} of the marks earlier" if verdict.earlier else ""
         typer.echo(
-            f"{printable(str(store))}: {state}; {verdict.marks} marks, {verdict.objects} objects, "
-            f"{verdict.bytes / 1e9:.2f} GB checked"
+            f"{printable(store)}: {state}; {verdict.marks} marks, {verdict.objects} objects, "
+            f"{verdict.bytes / 1e9:.2f} GB checked{earlier}"
         )
     if not verdict.intact:
         raise typer.Exit(1)
 
 
+def _in_full(finding: Any) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(finding), "damaging": finding.damaging, "remedy": finding.remedy,
+    }  # fmt: skip
+
+
+def _tell_findings(findings: Sequence[Any]) -> None:
+    for finding in findings:
+        typer.echo(printable(f"{finding.fault:12}{finding.path}: {finding.told}"))
+    for fault, remedy in dict.fromkeys((f.fault, f.remedy) for f in findings):
+        typer.echo(f"-> {fault}: {remedy}")
+
+
 @app.command()
 @guarded
-def stats(*, store: StorePath, json: Json = False) -> None:
+@from_config(RepairConfig, Hands)
+def repair(
+    config: RepairConfig,
+    hands: Hands,
+    store: StorePath,
+    journal: JournalPath = None,
+    json: Json = False,
+) -> None:
+    """Verify a store, and collect again what is damaged; exit code 1 if damage is left.
+
+    What comes out equal to what was committed is put back; anything else stays as it is, and is
+    told, unless --accept-other-bits is given.
+    """
+    from mpcache.repair import repair as run
+
+    done = run(store, config, hands, journal=journal, quiet=json)
+    if json:
+        left = [_in_full(finding) for finding in done.left]
+        print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})
+    else:
+        for name in (*done.metadata, *done.deleted):
+            typer.echo(printable(f"{'mended' if name in done.metadata else 'deleted':14}{name}"))
+        for one in done.marks:
+            typer.echo(printable(f"{one.outcome:14}part {one.part} of {one.array}: {one.told}"))
+        _tell_findings(done.left)
+        typer.echo(f"{printable(store)}: {'intact' if done.intact else 'DAMAGED'}")
+    if any(one.outcome == "other bits" for one in done.marks):
+        typer.echo(
+            "error: other bits are computed here; repair where it was collected, name a copy with "
+            "--source, or say --accept-other-bits",
+            err=True,
+        )
+    if not done.intact:
+        raise typer.Exit(1)
+
+
+@app.command()
+@guarded
+@from_config(Hands)
+def stats(
+    hands: Hands,
+    store: StorePath,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write mean and variance per dimension, as safetensors"),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Mean, variance, norms, outlier dimensions and non-finite counts of every hookpoint."""
+    from mpcache.stats import save_dimensions
     from mpcache.stats import stats as run
 
-    found = [dataclasses.asdict(one) for one in run(store)]
+    found = run(store, hands, quiet=json)
+    if out is not None:
+        save_dimensions(found, out)
+    told = [dataclasses.asdict(one.stats) for one in found]
     if json:
-        return print_json(found)
-    return print_table(tuple(found[0]) if found else (), found)
+        return print_json(told)
+    return print_table(tuple(told[0]) if told else (), told)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from mpcache.format import (
     TOKENS,
     acts,
     check_metadata,
+    digest,
     hookpoint_of,
     is_store,
     specs,
@@ -121,7 +122,7 @@ def work_here(
 ) -> tuple[Missing, ...]:
     """Read and commit parts in this process; the first failure ends it."""
     store = open_store(where)
-    writer = Writer(store.place, store.layout)
+    writer = Writer(store.place, store.layout, store.fingerprint)
 
     def commit(part: int, side: Side, x_RW: Any) -> None:
         progress.committed(commit_side(writer, part, side, x_RW))
@@ -160,7 +161,7 @@ class Collection:
         self.layout = layout_of(config, facts.token_dtype)
         digests = {**facts.digests, "dataset_digest": documents.digest}
         self.identity = identify(config, digests, facts.attention)
-        self.writer = Writer(self.place, self.layout)
+        self.writer = Writer(self.place, self.layout, digest(self.identity))
         # both splits want at least one part, whatever --rows says
         self.wanted_parts = max(2, -(-config.rows // config.part_rows))
 

@@ -143,6 +143,36 @@ class ConvertConfig:
     codec: Codec | None = None
     "compression of activation chunks"
     chunk_rows: int | None = None
-    "rows in a chunk; divides the store's part_rows"
+    "rows in a chunk; divides part_rows"
+    part_rows: int | None = None
+    "rows in a part; a multiple of the part_rows that the rows were collected with"
     hookpoints: tuple[str, ...] = ()
     "hookpoints to keep, written as for collect; all without this option"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    """Where `mpcache repair` finds what it needs, and what it may do."""
+
+    model: str | None = None
+    "model, if it is elsewhere now: Hugging Face id, or a local folder"
+    revision: str | None = None
+    "revision of a Hugging Face model, if it is another name now"
+    dataset: str | None = None
+    "dataset, if it is elsewhere now; read only where tokens are damaged"
+    source: str | None = None
+    "take rows from this copy of the store, or the store it was converted from; no model is run"
+    device: str = "auto"
+    "torch device of the model; the one it was collected on computes the same bits"
+    trust_remote_code: bool = False
+    "run model code that comes with the model"
+    accept_other_bits: bool = False
+    "where this machine computes other bits than were committed, commit those instead"
+    delete_leftovers: bool = False
+    "delete the rests of interrupted writes; only when nothing writes to the store"
+
+    def __post_init__(self) -> None:
+        if self.source is not None and (self.model or self.dataset):
+            raise ValueError("source needs neither model nor dataset; leave them out")
+        if self.source is not None and self.accept_other_bits:
+            raise ValueError("accept_other_bits is for what is computed anew; leave source out")

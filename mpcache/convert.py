@@ -1,39 +1,47 @@
-"""Rewrite a store in another dtype, codec or chunking, or with some of its hookpoints.
+"""Rewrite a store in another dtype, codec, chunking or part size, or with some of its hookpoints.
 
-Rows keep their order, parts and splits, so that the new store has the fingerprint of its source;
-its provenance names the source. Parts are independent: the same call goes on where it stopped.
-Memory: one part of one array as stored, once more as float64 pieces, and once in the new dtype.
+Rows keep their order in each split, so that the new store has the fingerprint of its source; its
+provenance names the source. Parts are independent: the same call goes on where it stopped.
+Memory, for each part in work at a time: the new part in both dtypes, and a part of the source.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import mpcache
 from mpcache.config import ConvertConfig
 from mpcache.format import (
+    POSITION,
+    SEQUENCE,
+    TOKENS,
     Layout,
     acts,
     digest,
     mark_path,
     read_store_file,
     seal,
-    specs,
 )
-from mpcache.guard import DamagedStoreError
+from mpcache.hands import each
 from mpcache.hooks import Side, check_segments, is_match, sides_of
-from mpcache.move import Moved, arrived, bar, copy_part, grow_alike, receive, refuse_nesting
+from mpcache.moments import magnitudes
+from mpcache.move import Moved, arrived, copy_part, receive, refuse_nesting
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
-from mpcache.writer import Writer, values_digest
+from mpcache.recut import Recut
+from mpcache.workforce import Hands
+from mpcache.writer import Writer
 
 
 def convert(
     source: str | Path | Place,
     target: str | Path | Place,
     config: ConvertConfig,
+    hands: Hands = Hands(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
 ) -> Moved:
@@ -46,17 +54,18 @@ def convert(
     store, to = open_store(source), place_of(target)
     refuse_nesting(store.place, to)
     layout = _layout(store, config)
-    arrays = [a for a in store.arrays if not a.startswith("acts/")]
     sides = select(config.hookpoints, store)
+    arrays = [a for a in store.arrays if not a.startswith("acts/")]
     arrays += [acts(side.hookpoint, side.side) for side in sides]
+    cut = Recut(store, layout, arrays)
     data = seal(_content(store, layout, sides))
     receive(to, data)
-    writer = Writer(to, layout)
+    writer = Writer(to, layout, store.fingerprint)
     for array in arrays:
-        grow_alike(store, array, writer)
-    marks = [(part, array) for array in arrays for part in store.numbers(array)]
-    with bar(marks, "convert", quiet) as each:
-        done = [_convert_part(store, part, array, writer) for part, array in each]
+        cut.grow(array, writer)
+    marks = [(part, array) for array in arrays for part in cut.parts(array)]
+    found = each(functools.partial(_convert_part, cut, writer), marks, hands, quiet=quiet)
+    done = list(tqdm(found, "convert", len(marks), unit="mark", disable=quiet))
     arrived(to, data)
     return Moved(
         store=str(to),
@@ -88,7 +97,8 @@ def select(patterns: tuple[str, ...], store: Store) -> tuple[Side, ...]:
 
 
 def _layout(store: Store, config: ConvertConfig) -> Layout:
-    asked = {name: getattr(config, name) for name in ("dtype", "codec", "chunk_rows")}
+    names = ("dtype", "codec", "chunk_rows", "part_rows")
+    asked = {name: getattr(config, name) for name in names}
     return dataclasses.replace(store.layout, **{k: v for k, v in asked.items() if v is not None})
 
 
@@ -101,6 +111,7 @@ def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str,
         "dtype": store.layout.dtype,
         "codec": store.layout.codec,
         "chunk_rows": store.layout.chunk_rows,
+        "part_rows": store.layout.part_rows,
         "mpcache_version": mpcache.__version__,
         "converted_from": store.provenance.get("converted_from"),
     }
@@ -113,25 +124,29 @@ def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str,
     }
 
 
-def _convert_part(store: Store, part: int, array: str, writer: Writer) -> tuple[int, int]:
+def _convert_part(cut: Recut, writer: Writer, mark: tuple[int, str]) -> tuple[int, int]:
     """Bytes written, and values that became infinite; nothing where the part is there already."""
+    part, array = mark
     if writer.place.size(mark_path(part, array)) is not None:
+        cut.refuse_growth(part, array, writer)
         return 0, 0
-    mark = store.mark(part, array)
-    width = int(mark.get("width", 0))
-    if specs(array, store.layout, width) == specs(array, writer.layout, width):
-        return copy_part(store, part, array, writer), 0
-    values = store.read_part(array, part)
-    for spec in specs(array, store.layout, width):
-        told = mark["objects"][spec.object_path(part)]["values_xxh3_128"]
-        if values_digest(values[spec.name]) != told:
-            name = f"{store.place}/{spec.object_path(part)}"
-            raise DamagedStoreError(f"{name} is damaged: it decodes to other values")
-    if array.startswith("acts/"):
-        x_RW = torch.from_numpy(values[array]).view(getattr(torch, store.layout.dtype))
-        writer.commit_acts(part, array, x_RW.to(getattr(torch, writer.layout.dtype)))
-    else:
-        writer.commit_index(part, array, values[array])
+    if cut.is_copy(array):
+        return copy_part(cut.store, writer, mark), 0
+    before = give_converted(cut, writer, part, array)
     new = writer.mark(part, array)
     size = sum(one["bytes"] for one in new["objects"].values())
-    return size, int(new.get("nonfinite", 0)) - int(mark.get("nonfinite", 0))
+    return size, int(new.get("nonfinite", 0)) - before
+
+
+def give_converted(cut: Recut, writer: Writer, part: int, array: str) -> int:
+    """Have a part written in the new layout; gives its values that were not finite before."""
+    if array == TOKENS:
+        writer.commit_tokens(part, cut.values(part, array), cut.progress(part))
+    elif array in (SEQUENCE, POSITION):
+        writer.commit_index(part, array, cut.values(part, array))
+    else:
+        x_RW = torch.from_numpy(cut.values(part, array))
+        x_RW = x_RW.view(getattr(torch, cut.store.layout.dtype))
+        writer.commit_acts(part, array, x_RW.to(getattr(torch, writer.layout.dtype)))
+        return magnitudes(x_RW)[1]
+    return 0

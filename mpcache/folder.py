@@ -36,6 +36,9 @@ class Folder:
     def __str__(self) -> str:
         return str(self.path)
 
+    def __reduce__(self) -> "tuple[type[Folder], tuple[Path]]":
+        return Folder, (Path(self.address),)  # elsewhere the working directory is another one
+
     @property
     def name(self) -> str:
         return self.path.resolve().name

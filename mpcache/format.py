@@ -150,15 +150,21 @@ def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> in
     return rows // ctx_len if array == TOKENS else rows
 
 
-def check_mark(content: Sealed, part: int, array: str, layout: Layout, file: str) -> None:
+def check_mark(
+    content: Sealed, part: int, array: str, layout: Layout, fingerprint: str, file: str
+) -> None:
     """Compare a mark with what its place implies; its own digest only tells that it is whole.
 
     Raises:
-        DamagedStoreError: it is another part's, or says what no writer says.
+        DamagedStoreError: it is another part's or store's, or says what no writer says.
     """
     found = (content.get("part"), content.get("array"), content.get("split"))
     if found != (part, array, layout.split_of(part)):
-        raise DamagedStoreError(f"{file} is the mark of another part; delete it and collect again")
+        raise DamagedStoreError(f"{file} is the mark of another part")
+    if (
+        content.get("fingerprint", fingerprint) != fingerprint
+    ):  # older marks do not name their store
+        raise DamagedStoreError(f"{file} is the mark of another store")
     counts: dict[str, tuple[int, Any]] = {"rows": (1, layout.part_rows)}
     if is_acts(array):
         counts |= {"width": (1, _LARGEST), "finite_rows": (0, content.get("rows"))}

@@ -1,6 +1,7 @@
 """What determines the rows of a store, and the check that a store and a command agree on it."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -76,7 +77,7 @@ def open_place(
         refuse_other_content(place)
         place.put_new(STORE_FILE, seal(content))
     found = read_store_file(place)
-    _refuse_rounded(place, found)
+    _refuse_converted(place, found)
     for key in ("identity", "layout"):
         _refuse_difference(place, found[key], as_stored(content[key]))
 
@@ -107,10 +108,25 @@ def _refuse_difference(place: Place, stored: dict[str, Any], wanted: dict[str, A
         )
 
 
-def _refuse_rounded(place: Place, found: dict[str, Any]) -> None:
-    """Rows from the model would be rounded once, rows that went through another dtype twice."""
+def dtypes_of(dtype: str, provenance: Mapping[str, Any]) -> list[str]:
+    """The storage dtypes that the rows of a store in `dtype` went through, from collection on."""
+    found, source = [dtype], provenance.get("converted_from")
+    while source:
+        found.insert(0, source["dtype"])
+        source = source.get("converted_from")
+    return found
+
+
+def _refuse_converted(place: Place, found: dict[str, Any]) -> None:
+    """Rows from the model would be rounded once, rows that went through another dtype twice.
+
+    And a larger part can hold no collected part alone.
+    """
     source = found["provenance"].get("converted_from")
-    if source and source["dtype"] != found["layout"]["dtype"]:
+    is_joined = found["layout"]["part_rows"] != found["identity"].get("part_rows")
+    if source and (
+        is_joined or len(set(dtypes_of(found["layout"]["dtype"], found["provenance"]))) > 1
+    ):
         raise ValueError(
             f"{place} was converted from {source['store']}, as {source['dtype']}, and nothing is "
             "collected into it; collect into that store, then give the same convert command again"

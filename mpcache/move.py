@@ -4,6 +4,7 @@ What arrives becomes a store at its end, all at once, when `store.json` gets its
 is never taken for a store, and the same call goes on with it.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ from mpcache.format import (
     store_content,
 )
 from mpcache.guard import DamagedStoreError, check_printable
+from mpcache.hands import each
 from mpcache.identity import refuse_other_content
 from mpcache.objects import is_temporary
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
+from mpcache.workforce import Hands
 from mpcache.writer import Writer
 
 _INCOMING = f"{STORE_FILE}.incoming.partial"  # what is to become store.json
@@ -48,10 +51,17 @@ class Moved:
     "values that became infinite in the new dtype"
 
 
-def copy(source: str | Path | Place, target: str | Path | Place, *, quiet: bool = True) -> Moved:
+def copy(
+    source: str | Path | Place,
+    target: str | Path | Place,
+    hands: Hands = Hands(),  # noqa: B008  frozen
+    *,
+    quiet: bool = True,
+) -> Moved:
     """Copy what is committed, comparing each object with its mark on the way.
 
-    Goes on with half a copy, and adds to a copy what its source has got since. Memory: a megabyte.
+    Goes on with half a copy, and adds to a copy what its source has got since. Memory: a megabyte
+    for each part in work at a time.
 
     Raises:
         ValueError: `target` holds something else; nothing was written.
@@ -61,21 +71,17 @@ def copy(source: str | Path | Place, target: str | Path | Place, *, quiet: bool 
     data = store.place.read(STORE_FILE)
     refuse_nesting(store.place, to)
     receive(to, data)
-    writer = Writer(to, store.layout)
+    writer = Writer(to, store.layout, store.fingerprint)
     marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     for array in store.arrays:
         grow_alike(store, array, writer)
-    with bar(marks, "copy", quiet) as each:
-        written = [copy_part(store, part, array, writer) for part, array in each]
+    found = each(functools.partial(copy_part, store, writer), marks, hands, quiet=quiet)
+    written = list(tqdm(found, "copy", len(marks), unit="mark", disable=quiet))
     arrived(to, data)
     return Moved(
         store=str(to), parts=len(marks), written=sum(size > 0 for size in written),
         bytes=sum(written),
     )  # fmt: skip
-
-
-def bar(marks: list[tuple[int, str]], name: str, quiet: bool) -> "tqdm[Any]":
-    return tqdm(marks, desc=name, unit="mark", disable=quiet)
 
 
 def grow_alike(store: Store, array: str, writer: Writer) -> None:
@@ -84,12 +90,13 @@ def grow_alike(store: Store, array: str, writer: Writer) -> None:
     writer.grow(array, check_metadata(store.place, specs(array, store.layout, width)[0]), width)
 
 
-def copy_part(store: Store, part: int, array: str, writer: Writer) -> int:
-    """Copy what one mark commits, the mark last; bytes written."""
+def copy_part(store: Store, writer: Writer, mark: tuple[int, str]) -> int:
+    """Copy what the mark of a part and array commits, the mark last; bytes written."""
+    part, array = mark
     told = store.mark(part, array)["objects"]
     sources = {name: _compared(store.place, name, one) for name, one in told.items()}
-    mark = store.place.read(mark_path(part, array))
-    is_new = writer.adopt(part, array, mark, sources)
+    data = store.place.read(mark_path(part, array))
+    is_new = writer.adopt(part, array, data, sources)
     return sum(one["bytes"] for one in told.values()) if is_new else 0
 
 

@@ -6,6 +6,7 @@ its index and of each chunk that is read.
 
 import functools
 import re
+import socket
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from mpcache.format import (
     check_mark,
     check_metadata,
     committed_length,
+    digest,
     hookpoint_of,
+    is_store,
     mark_path,
     marked_array,
     read_store_file,
@@ -65,6 +68,11 @@ class Store:
         self.config: dict[str, Any] = content["config"]
         self.provenance: dict[str, Any] = content["provenance"]
         self.layout = Layout(**content["layout"])
+        self._digest = digest(content)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Where it arrives, it is opened anew."""
+        return _opened_there, (self.place, self._digest)
 
     @functools.cached_property
     def _marks(self) -> dict[str, set[int]]:
@@ -160,7 +168,7 @@ class Store:
         wanted = self.numbers(array) if parts is None else parts
         return self._abreast(lambda part: self.mark(part, array), wanted)
 
-    @functools.cache  # noqa: B019  a store lives as long as its reader, and marks never change
+    @functools.lru_cache(maxsize=1 << 14)  # noqa: B019  a store lives as long as its reader
     def mark(self, part: int, array: str) -> dict[str, Any]:
         """Commit mark of one array's part."""
         file = f"{self.place}/{mark_path(part, array)}"
@@ -168,7 +176,7 @@ class Store:
             content = unseal(self.place.read(mark_path(part, array)), file)
         except FileNotFoundError:
             raise DamagedStoreError(f"{file} was there and is gone; open the store anew") from None
-        check_mark(content, part, array, self.layout, file)
+        check_mark(content, part, array, self.layout, self.fingerprint, file)
         return content
 
     def read_chunk(
@@ -319,6 +327,16 @@ def open_store(where: str | Path | Place) -> Store:
         DamagedStoreError: `store.json` is not what was written.
     """
     return Store(place_of(where))
+
+
+def _opened_there(place: Place, told: str) -> Store:
+    """Open a store that another process has open; raises ValueError where there is another one."""
+    if not is_store(place) or (store := open_store(place))._digest != told:
+        raise ValueError(
+            f"{place} must be one folder that all machines share, got another one on "
+            f"{socket.gethostname()}; use a path on a shared file system"
+        )
+    return store
 
 
 def _marked_parts(place: Place) -> dict[str, set[int]]:

@@ -184,7 +184,7 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
         store = open_store(place)
         report = Report(orders, job)
         buffers = station.read(job.part, store.read_tokens(job.part), sides, report.advance)
-    writer = Writer(place, store.layout)
+    writer = Writer(place, store.layout, store.fingerprint)
     commits = WORKSHOP.commits(write_threads(orders.config, store.place))
     work = [commits.submit(commit_side, writer, job.part, *one) for one in buffers.items()]
     return Done(sum(results(work)))

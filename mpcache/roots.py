@@ -67,7 +67,11 @@ def find_place(where: str | Path | Place, config: CollectConfig) -> Found:
     check_root(root)
     stores = tuple(s for s in _stores(root) if isinstance(s, Store))
     identity = _identity(stores, config)
-    same = [store for store in stores if store.fingerprint == digest(identity)]
+    same = [
+        store
+        for store in stores  # a store of larger parts can hold these rows, but not their parts
+        if store.fingerprint == digest(identity) and store.part_rows == config.part_rows
+    ]
     if not same:
         return Found(_new_place(root, config, digest(identity)), config, None)
     store = _with_dtype(same, config)

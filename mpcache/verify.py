@@ -1,15 +1,20 @@
-"""Check every byte of a store against its marks, and its marks against themselves."""
+"""Check every byte of a store against its marks, and its marks against themselves.
 
-from collections.abc import Iterator
+Memory, for each part in work at a time: twice 16 MB of values, or a chunk where that is larger; and
+a few hundred bytes a mark. So it grows neither with the size of parts nor with their width.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
 
-from dask.base import compute
-from dask.delayed import delayed
+import numpy as np
 from tqdm import tqdm
 
 from mpcache.arrays import GROUP, ArraySpec
+from mpcache.findings import Fault, Finding
 from mpcache.format import (
     MARKS,
     POSITION,
@@ -18,42 +23,32 @@ from mpcache.format import (
     TOKENS,
     check_metadata,
     committed_length,
+    digest,
     mark_path,
     marked_array,
-    read_store_file,
     specs,
 )
-from mpcache.guard import DamagedStoreError
+from mpcache.guard import DamagedStoreError, is_part
+from mpcache.hands import each
+from mpcache.journal import Journal
 from mpcache.objects import digest_of, is_temporary
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
+from mpcache.workforce import Hands
 from mpcache.writer import values_digest
 
-Fault = Literal["missing", "truncated", "changed", "uncommitted", "foreign", "leftover"]
-_HARMLESS = {"uncommitted", "foreign", "leftover"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing in a store that is not as it should be."""
-
-    fault: Fault
-    path: str
-    told: str
-
-    @property
-    def damaging(self) -> bool:
-        """Whether committed data is affected; the rest of an interrupted run is not damage."""
-        return self.fault not in _HARMLESS
+_AT_ONCE = 16 << 20  # bytes of values decoded at once
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What `verify` found."""
 
-    marks: int
-    objects: int
-    bytes: int
+    marks: int = 0
+    objects: int = 0
+    bytes: int = 0
+    earlier: int = 0
+    "of the marks, those that were found sound earlier, says the journal"
     findings: tuple[Finding, ...] = field(default=())
 
     @property
@@ -61,148 +56,260 @@ class Verdict:
         return not any(finding.damaging for finding in self.findings)
 
 
-def verify(where: str | Path | Place, *, quiet: bool = True) -> Verdict:
-    """Check a store; memory stays under one part of one array per thread.
+def verify(
+    where: str | Path | Place,
+    hands: Hands = Hands(),  # noqa: B008  frozen
+    *,
+    journal: Path | None = None,
+    quiet: bool = True,
+) -> Verdict:
+    """Check a store; with a journal, go on where earlier calls with the same file stopped.
 
     Raises:
-        ValueError: there is no store, or its format version is unknown.
+        ValueError: there is no store, or its format version is unknown; or the journal is none.
     """
     place = place_of(where)
     try:
-        read_store_file(place)
-    except DamagedStoreError as error:
-        return Verdict(0, 0, 0, (Finding("changed", STORE_FILE, str(error)),))
-    try:
         store = open_store(place)
+    except DamagedStoreError as error:
+        return Verdict(findings=(Finding("settings", STORE_FILE, str(error)),))
+    try:
         marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     except DamagedStoreError as error:
-        return Verdict(0, 0, 0, (Finding("changed", MARKS, str(error)),))
-    with tqdm(total=len(marks), desc="verify", unit="mark", disable=quiet) as bar:
-        tasks = [delayed(_checked)(store, part, array, bar) for part, array in marks]
-        checked: tuple[_Checked, ...] = compute(*tasks, scheduler="threads")
-    known = {name for one in checked for name in one.objects} | {STORE_FILE}
-    findings = [finding for one in checked for finding in one.findings]
-    findings += _metadata_findings(store, known)
-    findings += _incomplete_parts(store)
-    findings += _strays(place, known)
-    return Verdict(
-        len(marks),
-        sum(len(c.objects) for c in checked),
-        sum(c.bytes for c in checked),
-        tuple(findings),
+        return Verdict(findings=(Finding("linked", MARKS, str(error)),))
+    checked = _check_marks(
+        store, marks, hands, None if journal is None else Journal(journal), quiet
     )
+    findings = (*checked.findings, *_metadata(store), *_incomplete_parts(store), *_strays(store))
+    return Verdict(len(marks), checked.objects, checked.bytes, checked.earlier, findings)
+
+
+# --- what marks commit ---
 
 
 @dataclass(frozen=True)
 class _Checked:
-    objects: tuple[str, ...]
+    """What was found under one mark."""
+
+    digest: str
+    objects: int
     bytes: int
+    is_known: bool
+    "it was found sound earlier"
     findings: tuple[Finding, ...]
 
 
-def _checked(store: Store, part: int, array: str, bar: "tqdm[Any]") -> _Checked:
-    bar.update()
+def _check_marks(
+    store: Store,
+    marks: list[tuple[int, str]],
+    hands: Hands,
+    journal: Journal | None,
+    quiet: bool,
+) -> Verdict:
+    names = [mark_path(*mark) for mark in marks]
+    known = [None if journal is None else journal.sound(name) for name in names]
+    tasks = [(*mark, digest) for mark, digest in zip(marks, known, strict=True)]
+    found = each(functools.partial(_check_mark, store), tasks, hands, quiet=quiet)
+    objects = size = earlier = 0
+    findings: list[Finding] = []
+    with tqdm(found, "verify", len(marks), unit="mark", disable=quiet) as bar:
+        for name, one in zip(names, bar, strict=True):
+            objects, size = objects + one.objects, size + one.bytes
+            earlier += one.is_known
+            findings += one.findings
+            if journal is not None and not one.is_known:
+                journal.note(name, one.digest, one.findings)
+    return Verdict(len(marks), objects, size, earlier, tuple(findings))
+
+
+def _check_mark(store: Store, task: tuple[int, str, str | None]) -> _Checked:
+    part, array, sound = task
     name = mark_path(part, array)
     try:
         mark = store.mark(part, array)
     except DamagedStoreError as error:
-        return _Checked((), 0, (Finding("changed", name, str(error)),))
-    specs_of = specs(array, store.layout, int(mark.get("width", 0)))
-    findings = [f for spec in specs_of if (f := _object_finding(store, part, array, spec))]
-    return _Checked(
-        tuple(mark["objects"]), sum(o["bytes"] for o in mark["objects"].values()), tuple(findings)
-    )
+        fault = _or_linked("mark", store.place, name)
+        return _Checked("", 0, 0, False, (Finding(fault, name, str(error), (part, array)),))
+    told, mark_digest = mark["objects"].values(), digest(mark)
+    is_known = mark_digest == sound
+    found: tuple[Finding, ...] = ()
+    if not is_known:
+        all_specs = specs(array, store.layout, int(mark.get("width", 0)))
+        found = tuple(f for one in all_specs if (f := _check_object(store, part, array, one)))
+    return _Checked(mark_digest, len(told), sum(o["bytes"] for o in told), is_known, found)
 
 
-def _object_finding(store: Store, part: int, array: str, spec: ArraySpec) -> Finding | None:
+def _or_linked(fault: Fault, place: Place, name: str) -> Fault:
+    """A fault, unless what is damaged is the way to it."""
+    try:
+        place.size(name)
+    except DamagedStoreError:
+        return "linked"
+    return fault
+
+
+def _check_object(store: Store, part: int, array: str, spec: ArraySpec) -> Finding | None:
+    name = spec.object_path(part)
+    found = _object_fault(store, part, array, spec)
+    return None if found is None else Finding(found[0], name, found[1], (part, array))
+
+
+def _object_fault(store: Store, part: int, array: str, spec: ArraySpec) -> tuple[Fault, str] | None:
     mark, name = store.mark(part, array), spec.object_path(part)
     committed = mark["objects"][name]
     try:
         size = store.place.size(name)
     except DamagedStoreError as error:
-        return Finding("changed", name, str(error))
+        return "linked", str(error)
     if size is None:
-        return Finding("missing", name, "committed, but not there")
+        return "missing", "committed, but not there"
     if size != committed["bytes"]:
-        fault: Fault = "truncated" if size < committed["bytes"] else "changed"
-        return Finding(fault, name, f"{size} bytes, committed were {committed['bytes']}")
+        fault: Fault = "truncated" if size < committed["bytes"] else "overlong"
+        return fault, f"{size} bytes, committed were {committed['bytes']}"
     if digest_of(store.place.pieces(name)) != committed["xxh3_128"]:
-        return Finding("changed", name, "its bytes differ from what was committed")
+        return "flipped", "its bytes differ from what was committed"
     length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
     try:
-        values = store.read_object(array, spec, part, 0, length)
-    except DamagedStoreError as error:
-        return Finding("changed", name, str(error))
-    if values_digest(values) != committed["values_xxh3_128"]:
-        return Finding("changed", name, "decodes to other values than were committed")
+        found = values_digest(_values(store.place, name, size, spec, length))
+    except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
+        return "flipped", str(error)
+    if found != committed["values_xxh3_128"]:
+        return "flipped", "decodes to other values than were committed"
     return None
 
 
-def _metadata_findings(store: Store, known: set[str]) -> Iterator[Finding]:
+def _values(
+    place: Place, name: str, size: int, spec: ArraySpec, length: int
+) -> Iterator[np.ndarray]:
+    """What an object decodes to, whole chunks at a time; its array's metadata may be damaged."""
+    read = functools.partial(place.read_range, name)
+    ends = spec.ends(read, size)
+    entry = np.dtype(spec.dtype).itemsize * int(np.prod(spec.part_shape[1:]))
+    step = spec.chunk * max(1, _AT_ONCE // (spec.chunk * entry))
+    for start in range(0, length, step):
+        yield spec.decode(read, ends, start, min(start + step, length))
+
+
+# --- what the layout implies ---
+
+
+def _metadata(store: Store) -> Iterator[Finding]:
     """Faults of `zarr.json` files; all arrays of a store span the same number of parts."""
-    spans: dict[str, int] = {}
-    for spec in _all_specs(store):
+    implied: dict[str, bytes] = {}
+    for _, spec in all_specs(store):
         try:
-            spans[spec.metadata_path] = check_metadata(store.place, spec)
+            check_metadata(store.place, spec)
         except DamagedStoreError as error:
-            yield Finding("changed", spec.metadata_path, str(error))
-        for name, data in spec.metadata(1).items():
-            if name not in known and name != spec.metadata_path:
-                yield from _group_findings(store.place, name, data)
-            known.add(name)
-    usual = max(spans.values(), key=list(spans.values()).count, default=0)
-    for name, span in spans.items():
+            fault = _or_linked("metadata", store.place, spec.metadata_path)
+            yield Finding(fault, spec.metadata_path, str(error))
+        implied |= {n: data for n, data in spec.metadata(1).items() if n != spec.metadata_path}
+    for name, data in implied.items():
+        yield from _group_findings(store.place, name, data)
+    found = spans(store)
+    usual = usual_span(found)
+    for name, span in found.items():
         if span != usual:
-            yield Finding(
-                "changed", name, f"spans {span} parts, other arrays {usual}; collect again"
-            )
+            yield Finding("metadata", name, f"spans {span} parts, other arrays {usual}")
 
 
-def _all_specs(store: Store) -> Iterator[ArraySpec]:
+def spans(store: Store) -> dict[str, int]:
+    """How many parts each array's `zarr.json` spans, of those that are sound."""
+    found = {}
+    for _, spec in all_specs(store):
+        with contextlib.suppress(DamagedStoreError):
+            found[spec.metadata_path] = check_metadata(store.place, spec)
+    return found
+
+
+def usual_span(found: Mapping[str, int]) -> int:
+    """The span of most arrays."""
+    return max(found.values(), key=list(found.values()).count, default=0)
+
+
+def all_specs(store: Store) -> Iterator[tuple[str, ArraySpec]]:
+    """The Zarr arrays that a store has by its marks, each with the name that marks give it."""
     for array in store.arrays:
-        try:
-            width = int(store.mark(store.numbers(array)[0], array).get("width", 0))
-        except DamagedStoreError:
-            continue  # already found: its mark is damaged
-        yield from specs(array, store.layout, width)
+        widths = (_width(store, part, array) for part in store.numbers(array))
+        width = next((found for found in widths if found is not None), None)
+        if width is not None:  # else all its marks are damaged
+            yield from ((array, spec) for spec in specs(array, store.layout, width))
+
+
+def _width(store: Store, part: int, array: str) -> int | None:
+    try:
+        return int(store.mark(part, array).get("width", 0))
+    except DamagedStoreError:
+        return None
 
 
 def _group_findings(place: Place, name: str, implied: bytes) -> Iterator[Finding]:
     try:
         found = None if place.size(name) is None else place.read(name)
     except DamagedStoreError as error:
-        yield Finding("changed", name, str(error))
+        yield Finding("linked", name, str(error))
         return
     if found is None:
-        yield Finding("missing", name, "group metadata")
+        yield Finding("metadata", name, "group metadata is not there")
     elif found != implied:
-        yield Finding("changed", name, "group metadata differs from what Zarr writes")
+        yield Finding("metadata", name, "group metadata differs from what Zarr writes")
 
 
 def _incomplete_parts(store: Store) -> Iterator[Finding]:
     """Activations without the tokens or rows that say what they are."""
+    needed = {array: set(store.numbers(array)) for array in (TOKENS, SEQUENCE, POSITION)}
     for array in (name for name in store.arrays if name.startswith("acts/")):
-        for needed in (TOKENS, SEQUENCE, POSITION):
-            for part in sorted(set(store.numbers(array)) - set(store.numbers(needed))):
-                yield Finding("missing", mark_path(part, needed), f"{array} has this part")
+        for other, there in needed.items():
+            for part in sorted(set(store.numbers(array)) - there):
+                name = mark_path(part, other)
+                yield Finding("missing", name, f"{array} has this part", (part, other))
 
 
-def _strays(place: Place, known: set[str]) -> Iterator[Finding]:
+# --- what neither accounts for ---
+
+
+def _strays(store: Store) -> Iterator[Finding]:
     """Objects that no mark vouches for."""
-    for name in place.names():
-        if place.is_link(name) and name not in known:
+    names = _Names(store)
+    for name in store.place.names():
+        if names.is_known(name):
+            continue
+        if store.place.is_link(name):
             yield Finding("foreign", name, "a symbolic link; never followed")
         elif is_temporary(name):
-            yield Finding("leftover", name, "rest of an interrupted write; may be deleted")
-        elif name not in known and not _is_mark(name):
-            yield Finding(*_stray_kind(name))
+            yield Finding("leftover", name, "rest of an interrupted write")
+        elif names.is_expected(name):
+            yield Finding("uncommitted", name, "written, but not committed")
+        else:
+            yield Finding("foreign", name, "not part of a store")
 
 
-def _is_mark(name: str) -> bool:
-    return marked_array(PurePosixPath(name)) is not None
+class _Names:
+    """The names that marks and arrays account for; no list, because there may be millions."""
 
+    def __init__(self, store: Store) -> None:
+        found = list(all_specs(store))
+        self.files = {STORE_FILE, *(name for _, spec in found for name in spec.metadata(1))}
+        self.arrays = {spec.name: (array, spec) for array, spec in found}
+        self.parts = {array: set(store.numbers(array)) for array in store.arrays}
 
-def _stray_kind(name: str) -> tuple[Fault, str, str]:
-    if name.startswith(f"{GROUP}/"):
-        return "uncommitted", name, "written but not committed; collect again commits it anew"
-    return "foreign", name, "not part of a store"
+    def is_known(self, name: str) -> bool:
+        """Whether a mark, or the store's being there, needs this object."""
+        if name in self.files or marked_array(PurePosixPath(name)) is not None:
+            return True
+        found = self._placed(name)
+        return found is not None and found[1] in self.parts[found[0]]
+
+    def is_expected(self, name: str) -> bool:
+        """Whether it may be what a collection wrote that has not committed it yet."""
+        array, _, _ = name.removeprefix(f"{GROUP}/").rpartition("/c/")
+        is_new = name.startswith(f"{GROUP}/") and array not in self.arrays
+        return is_new or self._placed(name) is not None
+
+    def _placed(self, name: str) -> tuple[str, int] | None:
+        """Array and part of an object, if it is where an array of the store would have it."""
+        place, _, indices = name.removeprefix(f"{GROUP}/").rpartition("/c/")
+        number = indices.split("/")[0]
+        if place not in self.arrays or not is_part(number):
+            return None
+        array, spec = self.arrays[place]
+        return (array, int(number)) if spec.object_path(int(number)) == name else None

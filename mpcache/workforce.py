@@ -82,7 +82,7 @@ class Hands(Cluster):
     """What goes over the parts of a store that is there."""
 
     threads: int | None = None
-    "parts worked on at a time in each process; memory is that of one part times this"
+    "parts worked on at a time in each process: by default its cores, up to 8; memory is times this"
 
     def __post_init__(self) -> None:
         super().__post_init__()

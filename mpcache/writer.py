@@ -53,9 +53,10 @@ _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat1
 class Writer:
     """Writes parts of one store. Parts are independent; one writer may serve several threads."""
 
-    def __init__(self, place: Place, layout: Layout) -> None:
+    def __init__(self, place: Place, layout: Layout, fingerprint: str) -> None:
         self.place = place
         self.layout = layout
+        self.fingerprint = fingerprint
 
     def grow(self, array: str, parts: int, width: int = 0) -> None:
         """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
@@ -118,20 +119,31 @@ class Writer:
             for spec, data in values.items():
                 temporary, told[spec.object_path(part)] = self._prepare(spec, part, key, data)
                 prepared.append(temporary)
-            content = {
-                "array": array,
-                "part": part,
-                "rows": rows,
-                "split": self.layout.split_of(part),
-                "objects": told,
-                "host": socket.gethostname(),
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "attempt": key,
-                **more,
-            }
+            content = self._described(part, array, rows, told, {**more, "attempt": key})
             self._span(part, array, more.get("width", 0))
             if not self._settle(part, array, seal(content)):
                 raise DamagedStoreError(f"part {part} of {array} in {self.place} cannot be marked")
+
+    def _described(
+        self,
+        part: int,
+        array: str,
+        rows: int,
+        objects: Mapping[str, Any],
+        more: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What a mark says."""
+        return {
+            "array": array,
+            "part": part,
+            "rows": rows,
+            "split": self.layout.split_of(part),
+            "fingerprint": self.fingerprint,
+            "objects": objects,
+            "host": socket.gethostname(),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **more,
+        }
 
     def adopt(
         self, part: int, array: str, claim: bytes, sources: Mapping[str, Iterable[bytes]]
@@ -228,7 +240,7 @@ class Writer:
         """What a claim says; None if it is damaged, as in a power cut."""
         try:
             content = unseal(data, "")
-            check_mark(content, part, array, self.layout, "")
+            check_mark(content, part, array, self.layout, self.fingerprint, "")
         except DamagedStoreError:
             return None
         return content
@@ -239,7 +251,7 @@ class Writer:
         """Write one object under a temporary name, sync it, and describe what a read finds."""
         name = spec.object_path(part)
         written = xxhash.xxh3_128()
-        pieces = spec.encode(_padded(data, spec.part_shape[0]))
+        pieces = encoded(spec, data)
         temporary = self.place.prepare(name, key, _digested(pieces, written))
         if (found := digest_of(self.place.pieces(temporary))) != written.hexdigest():
             self.place.delete(temporary)
@@ -249,7 +261,7 @@ class Writer:
         return temporary, {
             "bytes": self.place.size(temporary),
             "xxh3_128": found,
-            "values_xxh3_128": values_digest(data),
+            "values_xxh3_128": values_digest([data]),
         }
 
 
@@ -275,10 +287,18 @@ def _digested(pieces: Iterator[bytes], digest: xxhash.xxh3_128) -> Iterator[byte
         yield piece
 
 
-def values_digest(values: np.ndarray) -> str:
+def values_digest(pieces: Iterable[np.ndarray]) -> str:
     """XXH3 of decoded values: little-endian, C order, without padding."""
-    little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
-    return xxhash.xxh3_128(little.data.cast("B")).hexdigest()
+    digest = xxhash.xxh3_128()
+    for values in pieces:
+        little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
+        digest.update(little.data.cast("B"))
+    return digest.hexdigest()
+
+
+def encoded(spec: ArraySpec, data: np.ndarray) -> Iterator[bytes]:
+    """The bytes of the object that holds a part's true values."""
+    return spec.encode(_padded(data, spec.part_shape[0]))
 
 
 def _padded(data: np.ndarray, rows: int) -> np.ndarray:

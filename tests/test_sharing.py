@@ -139,11 +139,11 @@ def test_what_is_marked_is_never_overwritten(
             assert all(is_as_told(shared, name, one) for name, one in told.items())
 
     def writer(x: torch.Tensor) -> Callable[[], None]:
-        return lambda: Writer(shared, LAYOUT).commit_acts(0, ARRAY, x)
+        return lambda: Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, x)
 
     scheduled.append(Schedule(random.Random(seed), look))
     scheduled[-1].gates = {}
-    Writer(shared, LAYOUT).grow(ARRAY, 1, 3)
+    Writer(shared, LAYOUT, "0" * 64).grow(ARRAY, 1, 3)
     scheduled[-1].run([writer(x) for x in values], kills)
     writer(values[0])()  # whatever was left behind, the next run ends well
     look()
@@ -172,9 +172,9 @@ def test_an_error_after_the_claim_costs_nothing(
 
     monkeypatch.setattr(type(shared), "publish", failing)
     with pytest.raises(ConnectionError):
-        Writer(shared, LAYOUT).commit_acts(0, ARRAY, torch.ones(8, 3))
+        Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.ones(8, 3))
     monkeypatch.setattr(type(shared), "prepare", refused)
-    Writer(shared, LAYOUT).commit_acts(0, ARRAY, torch.zeros(8, 3))
+    Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.zeros(8, 3))
     assert not [name for name in shared.names() if name.endswith(".partial")]
     assert shared.read("arrays.zarr/acts/layers.0/output/c/0/0")[:4] == b"\0\0\x80\x3f"
 
@@ -187,7 +187,7 @@ def test_an_error_before_the_claim_leaves_nothing(
 
     monkeypatch.setattr(type(shared), "put_new", failing)
     with pytest.raises(ConnectionError):
-        Writer(shared, LAYOUT).commit_acts(0, ARRAY, torch.ones(8, 3))
+        Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.ones(8, 3))
     assert list(shared.names()) == []
 
 

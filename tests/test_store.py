@@ -128,7 +128,7 @@ def test_moments_agree_with_float64(made: Path) -> None:
         mean, variance = store.moments(*side)
         torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
-        (found,) = [s for s in stats(made) if (s.hookpoint, s.side) == side]
+        (found,) = [s.stats for s in stats(made) if (s.stats.hookpoint, s.stats.side) == side]
         assert found.rows == len(rows)
         assert found.largest == rows.abs().max()
         assert found.norm_median == pytest.approx(float(rows.norm(dim=1).median()), rel=0.02)
@@ -208,7 +208,7 @@ def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "model")
     summary = collect(config, tmp_path / "store")
     assert summary.nonfinite == summary.rows
-    (found,) = [s for s in stats(tmp_path / "store") if s.nonfinite]
+    (found,) = [s.stats for s in stats(tmp_path / "store") if s.stats.nonfinite]
     assert (found.norm_median, found.variance) == (None, 0)
     assert verify(tmp_path / "store").intact
 
@@ -277,7 +277,7 @@ def test_missing_and_resized_objects_are_told_apart(store: Path, harm: str) -> N
     (finding,) = [f for f in verify(store).findings if f.damaging]
     assert finding.path == file.relative_to(store).as_posix()
     assert (
-        finding.fault == {"unlink": "missing", "truncate": "truncated", "append": "changed"}[harm]
+        finding.fault == {"unlink": "missing", "truncate": "truncated", "append": "overlong"}[harm]
     )
 
 

@@ -1,0 +1,64 @@
+"""A journal of `verify`: what was found sound, so that the same command goes on from there.
+
+A file of the user's outside the store, because a store that can only be read is verified too. One
+JSON object a line, each in one write, so that several commands may append; half a line, of one that
+was killed, is passed over. What was sound counts while the mark is the very one that was checked.
+"""
+
+import datetime
+import json
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpcache.findings import Finding
+
+_HEAD = {"journal": "mpcache verify"}
+
+
+class Journal:
+    """The journal in a file, which is made where there is none.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = list(_lines(path)) if path.exists() else []
+        if lines[:1] != [_HEAD] and path.exists() and path.stat().st_size:
+            raise ValueError(f"{path} is no journal of mpcache verify; name another file")
+        if not lines:
+            self._append(_HEAD)
+        self._sound = {
+            str(line.get("mark")): str(line.get("digest"))
+            for line in lines
+            if line.get("findings") == []
+        }
+
+    def sound(self, mark: str) -> str | None:
+        """Digest of the mark of this name that was found sound, with its objects."""
+        return self._sound.get(mark)
+
+    def note(self, mark: str, digest: str, findings: Sequence[Finding]) -> None:
+        """Write down what was found under a mark."""
+        told = {"mark": mark, "digest": digest, "findings": [asdict(one) for one in findings]}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._append({**told, "host": socket.gethostname(), "time": now})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        # a line break before it too: the line before may have been cut short
+        with self.path.open("ab", buffering=0) as file:
+            file.write(f"\n{json.dumps(line)}\n".encode())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found

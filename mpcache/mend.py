@@ -1,0 +1,161 @@
+"""A writer that puts back what was committed, where what it is given proves to be just that.
+
+The proof is the mark, which holds the digests of what was committed; or, where the mark itself is
+damaged, an object of it that is given again bit for bit; tokens and rows need none. Anything else
+is written only if that was asked for. A new mark says what it replaces. Objects come first and the
+mark last, each all or nothing: stopped at any moment, a part is damaged as before, or whole.
+"""
+
+import socket
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from mpcache.arrays import ArraySpec
+from mpcache.format import check_mark, digest, mark_path, seal, unseal
+from mpcache.guard import DamagedStoreError
+from mpcache.reader import Store
+from mpcache.writer import Writer, encoded, is_as_told, values_digest
+
+Outcome = Literal["mended", "mark rebuilt", "rewritten", "other bits", "left"]
+_Given = Mapping[str, tuple[ArraySpec, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What became of one damaged mark and its objects."""
+
+    part: int
+    array: str
+    outcome: Outcome
+    told: str
+
+    @property
+    def is_whole(self) -> bool:
+        return self.outcome not in ("other bits", "left")
+
+
+class Mender(Writer):
+    """Writes damaged parts of one store; `outcomes` has what became of each."""
+
+    def __init__(
+        self, store: Store, damaged: Iterable[tuple[int, str]], accept_other_bits: bool
+    ) -> None:
+        super().__init__(store.place, store.layout, store.fingerprint)
+        self.accepts = accept_other_bits
+        self.outcomes: dict[tuple[int, str], Mended] = {}
+        self._damaged = set(damaged)
+
+    def note(self, part: int, array: str, outcome: Outcome, told: str) -> None:
+        """Keep what became of a mark."""
+        self.outcomes[part, array] = Mended(part, array, outcome, told)
+
+    def _commit(
+        self,
+        part: int,
+        array: str,
+        rows: int,
+        values: dict[ArraySpec, np.ndarray],
+        more: Mapping[str, Any],
+    ) -> None:
+        if (part, array) in self._damaged:
+            self._mend(part, array, rows, values, more)
+
+    def _mend(
+        self,
+        part: int,
+        array: str,
+        rows: int,
+        values: dict[ArraySpec, np.ndarray],
+        more: Mapping[str, Any],
+    ) -> None:
+        given = {spec.object_path(part): (spec, data) for spec, data in values.items()}
+        told = {name: _told(spec, data) for name, (spec, data) in given.items()}
+        wrong = {name for name, one in told.items() if not is_as_told(self.place, name, one)}
+        mark = self._sound_mark(part, array)
+        if mark is not None and mark["objects"] == told:
+            self._put(given, told, wrong)
+            self.note(part, array, "mended", "equal to what was committed")
+            return
+        outcome, reason = self._ground(array, mark, told, wrong)
+        if outcome != "other bits":
+            self._put(given, told, wrong)
+            former = self._former(part, array, mark, reason)
+            new = self._described(part, array, rows, told, {**more, "attempt": uuid.uuid4().hex})
+            self._put_mark(part, array, seal({**new, "replaces": former}))
+        self.note(part, array, outcome, reason)
+
+    def _ground(
+        self, array: str, mark: Mapping[str, Any] | None, told: Mapping[str, Any], wrong: set[str]
+    ) -> tuple[Outcome, str]:
+        """Whether there is ground to write a new mark, and which."""
+        if mark is None and not array.startswith("acts/"):
+            return "mark rebuilt", "the mark was damaged; tokens and rows are the same everywhere"
+        if mark is None and len(wrong) < len(told):
+            return "mark rebuilt", "the mark was damaged, its objects are what is computed anew"
+        if not wrong:
+            return "mark rebuilt", "the mark was of other objects than those that are computed anew"
+        if mark is not None and _values(mark["objects"]) == _values(told):
+            return "rewritten", "the same values, encoded otherwise by other libraries"
+        committed_by = "nobody knows whom" if mark is None else mark.get("host")
+        difference = (
+            f"{socket.gethostname()} computes other bits than were committed by {committed_by}"
+        )
+        return ("rewritten" if self.accepts else "other bits"), difference
+
+    def _sound_mark(self, part: int, array: str) -> dict[str, Any] | None:
+        name = mark_path(part, array)
+        try:
+            mark = unseal(self.place.read(name), name)
+            check_mark(mark, part, array, self.layout, self.fingerprint, name)
+        except (DamagedStoreError, FileNotFoundError):
+            return None
+        return mark
+
+    def _former(
+        self, part: int, array: str, mark: Mapping[str, Any] | None, reason: str
+    ) -> dict[str, Any]:
+        """What a new mark says of the one that it replaces."""
+        if mark is None:
+            return {"reason": reason}
+        kept = {name: mark.get(name) for name in ("objects", "host", "time", "replaces")}
+        return {"reason": reason, "digest": digest(dict(mark)), **kept}
+
+    def _put(self, given: _Given, told: Mapping[str, Any], names: Iterable[str]) -> None:
+        """Put objects in place of what is there."""
+        for name in sorted(names):
+            spec, data = given[name]
+            temporary = self.place.prepare(name, uuid.uuid4().hex, encoded(spec, data))
+            self.place.publish(temporary, name)
+            self.place.delete(temporary)
+            self.place.sync(name)
+            if not is_as_told(self.place, name, told[name]):
+                raise DamagedStoreError(
+                    f"{self.place}/{name} does not read back as it was written; check the disk"
+                )
+
+    def _put_mark(self, part: int, array: str, data: bytes) -> None:
+        name = mark_path(part, array)
+        if not self.place.put_new(name, data):
+            self.place.replace(name, data)
+
+
+def _told(spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
+    """What a mark says of an object."""
+    written, size = xxhash.xxh3_128(), 0
+    for piece in encoded(spec, data):
+        written.update(piece)
+        size += len(piece)
+    return {
+        "bytes": size,
+        "xxh3_128": written.hexdigest(),
+        "values_xxh3_128": values_digest([data]),
+    }
+
+
+def _values(objects: Mapping[str, Any]) -> dict[str, str]:
+    return {name: one["values_xxh3_128"] for name, one in objects.items()}

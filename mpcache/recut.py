@@ -1,0 +1,151 @@
+"""The parts of a store -> the same rows in parts of another size.
+
+A store's part is one unit, or several: consecutive ones of its split; see mpcache.joined.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpcache.format import SEQUENCE, TOKENS, Layout, committed_length, specs
+from mpcache.guard import DamagedStoreError
+from mpcache.joined import Units, unit_rows
+from mpcache.move import grow_alike
+from mpcache.reader import Store
+from mpcache.writer import Writer, values_digest
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one unit of a new part comes from."""
+
+    place: int
+    "of the unit in the new part"
+    part: int
+    index: int
+    "of the unit in that part of the source"
+    rows: int
+
+
+class Recut:
+    """What the parts of a new layout are made of.
+
+    Raises:
+        ValueError: such parts cannot be made, or not yet.
+    """
+
+    def __init__(self, store: Store, layout: Layout, arrays: Sequence[str]) -> None:
+        self.store, self.layout = store, layout
+        self.is_same = store.part_rows == layout.part_rows
+        size = store.part_rows if self.is_same else unit_rows(store.identity, store.layout)
+        self.old, self.new = Units(store.layout, size), Units(layout, size)
+        if not self.is_same:
+            self._refuse_gaps(arrays)
+
+    def _refuse_gaps(self, arrays: Sequence[str]) -> None:
+        planned = self.store.numbers(TOKENS)
+        for array in arrays:
+            if lacking := sorted(set(planned) - set(self.store.numbers(array))):
+                raise ValueError(
+                    f"part_rows can change once all parts are collected, {array} lacks part "
+                    f"{lacking[0]}; collect it, or leave that hookpoint out"
+                )
+
+    def parts(self, array: str) -> tuple[int, ...]:
+        """Numbers of the new parts."""
+        there = self.store.numbers(array)
+        if self.is_same:
+            return there
+        units = (unit for part in there for unit, _ in self.old.within(part, self._rows(part)))
+        return tuple(sorted({self.new.home(unit)[0] for unit in units}))
+
+    def grow(self, array: str, writer: Writer) -> None:
+        """Let an array of the new store span its parts."""
+        if self.is_same:
+            return grow_alike(self.store, array, writer)
+        width = self.store.mark(self.store.numbers(array)[0], array).get("width", 0)
+        return writer.grow(array, max(self.parts(array)) + 1, int(width))
+
+    def is_copy(self, array: str) -> bool:
+        """Whether new parts of an array are those of the source, byte for byte."""
+        return self.is_same and specs(array, self.store.layout, 1) == specs(array, self.layout, 1)
+
+    def values(self, part: int, array: str) -> np.ndarray:
+        """What a new part holds, as stored in the source.
+
+        Raises DamagedStoreError where the source is not what was committed.
+        """
+        entries = self.store.ctx_len if array == TOKENS else 1  # rows of an entry
+        pieces, whole, read = [], np.empty(0), -1
+        for source in self._sources(part):
+            if source.part != read:  # several units of a part are read at once
+                whole, read = self._checked(source.part, array), source.part
+            start = source.index * self.old.unit_rows
+            piece = whole[start // entries : (start + source.rows) // entries]
+            pieces.append(self._renumbered(piece, part, source) if array == SEQUENCE else piece)
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def progress(self, part: int) -> dict[str, Any]:
+        """What the mark of a new part's tokens says of the documents."""
+        sources = list(self._sources(part))
+        starts = [self._cursors(source.part)[source.index] for source in sources]
+        last = sources[-1]
+        mark, after = self.store.mark(last.part, TOKENS), self._cursors(last.part)[last.index + 1 :]
+        return {
+            "cursor": starts[0],
+            "next_cursor": after[0] if after else mark["next_cursor"],
+            "last": mark["last"] and not after,
+            **({"cursors": starts} if len(starts) > 1 else {}),
+        }
+
+    def refuse_growth(self, part: int, array: str, writer: Writer) -> None:
+        """Raise ValueError where a part that is there would have more rows by now."""
+        if not self.is_same:
+            rows = sum(source.rows for source in self._sources(part))
+            if writer.mark(part, array)["rows"] != rows:
+                raise ValueError(
+                    f"{writer.place} ends with a part of fewer rows than its source has by now; "
+                    "convert into a new place"
+                )
+
+    def _rows(self, part: int) -> int:
+        return int(self.store.mark(part, TOKENS)["rows"])
+
+    def _sources(self, part: int) -> Iterator[_Source]:
+        """Where the units of a new part come from, as far as its split goes."""
+        planned = set(self.store.numbers(TOKENS))
+        for place, unit in enumerate(self.new.of(part)):
+            old, index = self.old.home(unit)
+            if old not in planned:
+                return
+            units = self.old.within(old, self._rows(old))
+            if index < len(units):
+                yield _Source(place, old, index, units[index][1])
+
+    def _checked(self, part: int, array: str) -> np.ndarray:
+        mark = self.store.mark(part, array)
+        spec = specs(array, self.store.layout, int(mark.get("width", 0)))[0]
+        length = committed_length(spec, array, int(mark["rows"]), self.store.ctx_len)
+        values = self.store.read_object(array, spec, part, 0, length)
+        told = mark["objects"][spec.object_path(part)]
+        if values_digest([values]) != told["values_xxh3_128"]:
+            raise DamagedStoreError(
+                f"{self.store.place}/{spec.object_path(part)} is damaged: it decodes to other "
+                "values; mpcache repair mends it"
+            )
+        return values
+
+    def _renumbered(self, sequence_R: np.ndarray, part: int, source: _Source) -> np.ndarray:
+        """Sequences of a unit's rows, numbered as in the new store."""
+        size = self.new.unit_sequences
+        old = source.part * self.store.layout.part_sequences + source.index * size
+        new = part * self.layout.part_sequences + source.place * size
+        return (sequence_R.astype(np.int64) + (new - old)).astype(np.uint32)
+
+    def _cursors(self, part: int) -> list[Any]:
+        """Where the units of a part of the source start."""
+        mark = self.store.mark(part, TOKENS)
+        found: list[Any] = mark.get("cursors", [mark["cursor"]])
+        return found

@@ -1,0 +1,173 @@
+"""What parts of a store held, once more: from the model and the dataset that it was made from.
+
+Values are rounded as often as the store's own were. Whether they are the very bits that were
+committed is for the writer to see that they are given to.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpcache.config import CollectConfig, RepairConfig
+from mpcache.documents import Documents, open_documents
+from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of
+from mpcache.guard import DamagedStoreError
+from mpcache.hooks import Side
+from mpcache.identity import dtypes_of
+from mpcache.joined import Units, unit_rows
+from mpcache.model import load_tokenizer, tokenizer_digest
+from mpcache.reader import Store, open_store
+from mpcache.station import Station, load
+from mpcache.tokens import Cursor, PartTokens, iter_parts, row_permutation
+from mpcache.writer import Writer
+
+
+class Retrace:
+    """The collection that a store came from, set up again as far as it is needed.
+
+    Raises:
+        ValueError: the model, tokenizer or dataset is not the one it was made from.
+    """
+
+    def __init__(self, store: Store, config: RepairConfig, arrays: Iterable[str]) -> None:
+        self.store = store
+        self.units = Units(store.layout, unit_rows(store.identity, store.layout))
+        sides = [":".join(hookpoint_of(a)) for a in arrays if a.startswith("acts/")]
+        self.dtypes = dtypes_of(store.layout.dtype, store.provenance)
+        self.config = _config(store, config, sides, self.dtypes[0], self.units.unit_rows)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.config)
+        self._refuse_other("tokenizer", tokenizer_digest(tokenizer), "model")
+        return tokenizer
+
+    @functools.cached_property
+    def _documents(self) -> Documents:
+        documents = open_documents(self.config, self._tokenizer)
+        self._refuse_other("dataset", documents.digest, "dataset")
+        return documents
+
+    @functools.cached_property
+    def _station(self) -> Station:
+        loaded = load(self.config)
+        self._refuse_other("model", loaded.digests["model_digest"], "model")
+        return Station(self.config, loaded)
+
+    def _refuse_other(self, name: str, digest: str, option: str) -> None:
+        if digest != self.store.identity.get(f"{name}_digest"):
+            raise ValueError(
+                f"{self.store.place} was made from another {name} than that of "
+                f"{getattr(self.config, option)}; say with --{option} where the right one is"
+            )
+
+    def give(self, part: int, arrays: Sequence[str], writer: Writer) -> None:
+        """Give a writer what a part holds of some arrays: tokens and rows first.
+
+        Raises DamagedStoreError where what that takes is damaged too.
+        """
+        if TOKENS in arrays:
+            self._give_tokens(part, writer)
+        if {SEQUENCE, POSITION} & set(arrays):
+            writer.commit_rows(part, self._token_of_row(part, writer))
+        if sides := [Side(*hookpoint_of(a)) for a in arrays if a.startswith("acts/")]:  # type: ignore[arg-type]  # input or output
+            for side, x_RW in self._acts(part, tuple(sides)).items():
+                writer.commit_acts(part, acts(side.hookpoint, side.side), x_RW)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if "_station" in self.__dict__:
+            self._station.close()
+
+    # --- tokens and rows ---
+
+    def _give_tokens(self, part: int, writer: Writer) -> None:
+        wanted = self.units.of(part)
+        cursors = {wanted[0]: self._cursor(part, writer)}
+        parts = iter_parts(self._documents, self._tokenizer, self.config, cursors)
+        found = list(islice(parts, self._count(part, writer)))
+        if [one.part for one in found] != list(wanted[: len(found)]) or not found:
+            raise DamagedStoreError(f"the dataset has no tokens for part {part}")
+        tokens_SL = np.concatenate([one.tokens for one in found])
+        writer.commit_tokens(part, tokens_SL, _progress(found))
+
+    def _cursor(self, part: int, writer: Writer) -> Cursor:
+        """Where a part starts in the documents: its mark knows, or that of the part before."""
+        try:
+            return Cursor(*self.store.mark(part, TOKENS)["cursor"])
+        except DamagedStoreError:
+            before = self.units.before(part)
+        return (
+            Cursor(0, 0) if before is None else Cursor(*writer.mark(before, TOKENS)["next_cursor"])
+        )
+
+    def _count(self, part: int, writer: Writer) -> int:
+        """Units of a part, of which any sound mark of the part tells."""
+        for array in self.store.arrays:
+            if part in self.store.numbers(array):
+                try:
+                    rows = int(self.store.mark(part, array)["rows"])
+                except DamagedStoreError:
+                    continue
+                return len(self.units.within(part, rows))
+        return self.units.count
+
+    def _token_of_row(self, part: int, writer: Writer) -> np.ndarray:
+        rows, seed = int(writer.mark(part, TOKENS)["rows"]), self.store.identity["seed"]
+        found = [
+            place * self.units.unit_rows + row_permutation(seed, unit, count)
+            for place, (unit, count) in enumerate(self.units.within(part, rows))
+        ]
+        return np.concatenate(found)
+
+    # --- activations ---
+
+    def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
+        store = open_store(self.store.place)  # its tokens may have been mended since
+        tokens_SL = store.read_tokens(part)
+        units = self.units.within(part, tokens_SL.size)
+        cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
+        found = [
+            self._station.read(unit, unit_SL, sides, lambda _: None)
+            for (unit, _), unit_SL in zip(units, np.split(tokens_SL, cuts), strict=True)
+        ]
+        return {side: self._rounded(torch.cat([one[side] for one in found])) for side in sides}
+
+    def _rounded(self, x_RW: Tensor) -> Tensor:
+        for dtype in self.dtypes[1:]:
+            x_RW = x_RW.to(getattr(torch, dtype))
+        return x_RW
+
+
+def _progress(found: Sequence[PartTokens]) -> dict[str, Any]:
+    """What the mark of these parts' tokens says of the documents."""
+    starts = [list(one.cursor) for one in found]
+    end = {"next_cursor": list(found[-1].next_cursor), "last": found[-1].last}
+    return {"cursor": starts[0], **end, **({"cursors": starts} if len(starts) > 1 else {})}
+
+
+def _config(
+    store: Store, config: RepairConfig, hookpoints: Sequence[str], dtype: str, rows: int
+) -> CollectConfig:
+    """The settings of the collection, with what lies elsewhere now."""
+    elsewhere = {name: getattr(config, name) for name in ("model", "revision", "dataset")}
+    settings = {
+        **store.config,
+        **{name: value for name, value in elsewhere.items() if value is not None},
+        "hookpoints": tuple(hookpoints) or ("*",),  # at least one, though none is looked up
+        "dtype": dtype,
+        "part_rows": rows,
+        "chunk_rows": rows,
+        "device": config.device,
+        # the store may be somebody else's: its word is not enough
+        "trust_remote_code": config.trust_remote_code,
+    }
+    try:
+        return CollectConfig(**settings)
+    except TypeError as error:
+        raise DamagedStoreError(f"{store.place}: its settings are unknown here: {error}") from error

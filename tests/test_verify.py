@@ -1,0 +1,260 @@
+"""Each way in which a store can be damaged is told by its name, with what mends it."""
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.mpcache import app
+from mpcache import verify as verify_stage
+from mpcache.findings import REMEDIES
+from mpcache.format import mark_path, seal, unseal
+from mpcache.verify import Verdict, verify
+from mpcache.workforce import Hands
+from stores import small_store
+
+ACTS = "arrays.zarr/acts/layers.0/output"
+OBJECT, MARK = f"{ACTS}/c/2/0", "marks/2/layers.0/output.json"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores of unlike rows, which tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    small_store(folder, rows=900)
+    (folder / "other").mkdir()
+    small_store(folder / "other", rows=900, seed=1)
+    return folder
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A store that a test may harm."""
+    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+
+
+def flip(file: Path, place: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def swap(one: Path, other: Path) -> None:
+    data = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def in_the_index(store: Path) -> None:
+    """Its length is the last 8 bytes before the checksum of a shard's index."""
+    data = (store / OBJECT).read_bytes()
+    (length,) = struct.unpack("<Q", data[-12:-4])
+    assert 0 < length < len(data)
+    flip(store / OBJECT, len(data) - 12)
+
+
+def edited(store: Path) -> None:
+    """By hand, with a new seal."""
+    mark = unseal((store / MARK).read_bytes(), MARK)
+    mark["rows"] = 10_000
+    (store / MARK).write_bytes(seal(mark))
+
+
+def metadata_edited(store: Path) -> None:
+    content = json.loads((store / f"{ACTS}/zarr.json").read_bytes())
+    content["fill_value"] = 7
+    (store / f"{ACTS}/zarr.json").write_text(json.dumps(content, indent=2))
+
+
+def linked(store: Path) -> None:
+    (store / OBJECT).unlink()
+    (store / OBJECT).symlink_to(store / f"{ACTS}/c/0/0")
+
+
+HARM: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
+    "object deleted": (lambda s: (s / OBJECT).unlink(), {OBJECT: "missing"}),
+    "object cut short": (lambda s: os.truncate(s / OBJECT, 1000), {OBJECT: "truncated"}),
+    "object emptied": (lambda s: os.truncate(s / OBJECT, 0), {OBJECT: "truncated"}),
+    "object grown": (
+        lambda s: (s / OBJECT).write_bytes((s / OBJECT).read_bytes() + b"more"),
+        {OBJECT: "overlong"},
+    ),
+    "bit in a chunk": (lambda s: flip(s / OBJECT, 100), {OBJECT: "flipped"}),
+    "bit in a checksum": (lambda s: flip(s / OBJECT, 32 * 32 + 1), {OBJECT: "flipped"}),
+    "bit in the index": (in_the_index, {OBJECT: "flipped"}),
+    "objects of two parts swapped": (
+        lambda s: swap(s / OBJECT, s / f"{ACTS}/c/0/0"),
+        {OBJECT: "flipped", f"{ACTS}/c/0/0": "flipped"},
+    ),
+    "bit in a mark": (lambda s: flip(s / MARK, 50), {MARK: "mark"}),
+    "mark edited and sealed": (edited, {MARK: "mark"}),
+    "mark of another part": (
+        lambda s: shutil.copy(s / "marks/0/layers.0/output.json", s / MARK),
+        {MARK: "mark"},
+    ),
+    "mark of another store": (
+        lambda s: shutil.copy(s.parent / "other" / MARK, s / MARK),
+        {MARK: "mark"},
+    ),
+    "mark of tokens deleted": (
+        lambda s: (s / "marks/2/tokens.json").unlink(),
+        {"marks/2/tokens.json": "missing", "arrays.zarr/tokens/c/2/0": "uncommitted"},
+    ),
+    "array metadata edited": (metadata_edited, {f"{ACTS}/zarr.json": "metadata"}),
+    "group metadata deleted": (
+        lambda s: (s / "arrays.zarr/acts/zarr.json").unlink(),
+        {"arrays.zarr/acts/zarr.json": "metadata"},
+    ),
+    "settings": (lambda s: flip(s / "store.json", 200), {"store.json": "settings"}),
+    "object that is a link": (linked, {OBJECT: "linked"}),
+    "mark deleted": (
+        lambda s: (s / MARK).unlink(),
+        {
+            OBJECT: "uncommitted",
+            "arrays.zarr/norms/layers.0/output/c/2": "uncommitted",
+            "arrays.zarr/moments/layers.0/output/c/2/0/0": "uncommitted",
+        },
+    ),
+    "file of somebody else": (
+        lambda s: (s / "notes.txt").write_text("mine"),
+        {"notes.txt": "foreign"},
+    ),
+    "object that no array has": (
+        lambda s: (s / f"{ACTS}/c/2/1").write_text("more"),
+        {f"{ACTS}/c/2/1": "foreign"},
+    ),
+    "rest of a write": (
+        lambda s: (s / f"{OBJECT}.ab.partial").write_text("half"),
+        {f"{OBJECT}.ab.partial": "leftover"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_each_damage_has_its_name_and_its_remedy(made: Path, store: Path, name: str) -> None:
+    shutil.copytree(made / "other/store", store.parent / "other")
+    harm, told = HARM[name]
+    assert verify(store).findings == ()
+    harm(store)
+    verdict = verify(store)
+    assert {finding.path: finding.fault for finding in verdict.findings} == told
+    harmless = {"uncommitted", "foreign", "leftover"}
+    assert verdict.intact == (set(told.values()) <= harmless)
+    result = CliRunner().invoke(app, ["verify", str(store)])
+    assert result.exit_code == (0 if verdict.intact else 1)
+    for path, fault in told.items():
+        assert any(line.split()[:2] == [fault, f"{path}:"] for line in result.stdout.splitlines())
+        assert f"-> {fault}: {REMEDIES[fault]}" in result.stdout  # type: ignore[index]
+
+
+def test_every_fault_has_been_made() -> None:
+    assert {fault for _, told in HARM.values() for fault in told.values()} == set(REMEDIES)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
+@pytest.mark.parametrize("hands", [Hands(threads=1), Hands(threads=3), Hands(workers=2)], ids=str)
+def test_findings_do_not_depend_on_who_looks(
+    store: Path, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcache.cluster.START_METHOD", "forkserver")
+    for part in (0, 2, 3):
+        flip(store / f"{ACTS}/c/{part}/0", 60)
+    flip(store / "marks/1/tokens.json", 9)
+    found = verify(store, hands)
+    assert [f.path for f in found.findings] == [
+        *(f"{ACTS}/c/{part}/0" for part in (0, 2, 3)), "marks/1/tokens.json"
+    ]  # fmt: skip
+    assert found == verify(store)
+
+
+# --- journals ---
+
+
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the objects that are looked at from now on."""
+    seen: list[str] = []
+    look = verify_stage._object_fault
+
+    def looked(store, part, array, spec):
+        seen.append(spec.object_path(part))
+        return look(store, part, array, spec)
+
+    monkeypatch.setattr(verify_stage, "_object_fault", looked)
+    return seen
+
+
+def test_a_stopped_verification_goes_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is looked at twice, and the verdict is that of a whole run."""
+    flip(store / OBJECT, 100)
+    whole, journal = verify(store), tmp_path / "journal"
+    seen = checked(monkeypatch)
+    look = verify_stage._object_fault
+
+    def stopped(*arguments):
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        return look(*arguments)
+
+    monkeypatch.setattr(verify_stage, "_object_fault", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        verify(store, Hands(threads=1), journal=journal)
+    with journal.open("ab") as file:
+        file.write(b'{"mark": "marks/0/tok')  # as a process that is killed leaves it
+    monkeypatch.setattr(verify_stage, "_object_fault", look)
+    first = set(seen)
+    seen.clear()
+    verdict = verify(store, Hands(threads=1), journal=journal)
+    assert verdict.earlier > 0
+    twice = {name.split("/c/")[1].split("/")[0] for name in first & set(seen)}
+    assert twice <= {"2", "3"}  # what is damaged, and what was stopped
+    assert same(verdict, whole)
+    seen.clear()
+    assert same(verify(store, journal=journal), whole)
+    assert {name.split("/c/")[1] for name in seen} == {"2/0", "2", "2/0/0"}  # what is damaged
+
+
+def same(one: Verdict, other: Verdict) -> bool:
+    """But for what was looked at earlier."""
+    return (one.findings, one.marks, one.objects, one.bytes) == (
+        other.findings, other.marks, other.objects, other.bytes,
+    )  # fmt: skip
+
+
+def test_a_mark_that_was_written_anew_is_looked_at_again(
+    made: Path, store: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal"
+    assert verify(store, journal=journal).earlier == 0
+    mark = unseal((store / MARK).read_bytes(), MARK)
+    (store / MARK).write_bytes(seal({**mark, "host": "elsewhere"}))
+    flip(store / OBJECT, 100)
+    verdict = verify(store, journal=journal)
+    assert verdict.earlier == verdict.marks - 1
+    assert [finding.path for finding in verdict.findings] == [OBJECT]
+
+
+def test_a_store_that_cannot_be_written_is_verified(store: Path, tmp_path: Path) -> None:
+    before = {f: f.stat().st_mtime_ns for f in store.rglob("*")}
+    assert verify(store, journal=tmp_path / "journal").intact
+    assert {f: f.stat().st_mtime_ns for f in store.rglob("*")} == before
+
+
+def test_a_file_that_is_no_journal_is_left_alone(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(tmp_path / "notes")])
+    assert result.exit_code == 2
+    assert "is no journal of mpcache verify; name another file" in result.stderr
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_marks_name_their_store(made: Path) -> None:
+    mark = unseal((made / "store" / mark_path(0, "tokens")).read_bytes(), "mark")
+    about = unseal((made / "store/store.json").read_bytes(), "store")
+    assert mark["fingerprint"] == about["fingerprint"]
