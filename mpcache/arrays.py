@@ -21,6 +21,7 @@ from mpcache.config import Codec
 
 GROUP = "arrays.zarr"
 _CHECKSUM_BYTES = 4
+_STEP_BYTES = 16 << 20
 _SPAN_BYTES = 16  # offset and length of a chunk, in a shard's index
 
 ReadRange = Callable[[int, int], np.ndarray]
@@ -111,6 +112,12 @@ class ArraySpec:
             raise ValueError(f"a chunk has {len(data)} bytes, not {size}")
         little = data.view(dtype.newbyteorder("<")).reshape(shape)
         return little.astype(dtype, copy=False)
+
+    def steps(self, length: int) -> Iterator[tuple[int, int]]:
+        """The first `length` entries as spans of whole chunks, 16 MB or so at a time."""
+        entry = math.prod(self.part_shape[1:]) * np.dtype(self.dtype).itemsize
+        step = self.chunk * max(1, _STEP_BYTES // (self.chunk * entry))
+        return ((start, min(start + step, length)) for start in range(0, length, step))
 
     def object_path(self, part: int) -> str:
         """Path in the store of the object that holds a part."""

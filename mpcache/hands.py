@@ -45,7 +45,9 @@ def each(
 def _staff(hands: Hands, quiet: bool) -> Iterator[tuple[Executor, int]]:
     """Who does the tasks, and how many at a time."""
     if not hands.is_wanted:
-        # each thread computes alone: theirs is the parallelism
+        # each thread computes alone: theirs is the parallelism. This one's own number is settled
+        # first, or it would be theirs too, and a model would compute other bits with it
+        torch.get_num_threads()
         with ThreadPoolExecutor(
             hands.at_a_time, "part", initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:

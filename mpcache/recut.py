@@ -77,15 +77,29 @@ class Recut:
 
         Raises DamagedStoreError where the source is not what was committed.
         """
+        sources = list(self._sources(part))
         entries = self.store.ctx_len if array == TOKENS else 1  # rows of an entry
-        pieces, whole, read = [], np.empty(0), -1
-        for source in self._sources(part):
+        made, whole, read, filled = np.empty(0), np.empty(0), -1, 0
+        for source in sources:
             if source.part != read:  # several units of a part are read at once
                 whole, read = self._checked(source.part, array), source.part
             start = source.index * self.old.unit_rows
             piece = whole[start // entries : (start + source.rows) // entries]
-            pieces.append(self._renumbered(piece, part, source) if array == SEQUENCE else piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            if array == SEQUENCE:
+                piece = self._renumbered(piece, part, source)
+            if len(sources) == 1:
+                return piece
+            if not filled:
+                rows = sum(one.rows for one in sources)
+                made = np.empty((rows // entries, *piece.shape[1:]), piece.dtype)
+            made[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return made
+
+    def has_nonfinite(self, part: int, array: str) -> bool:
+        """Whether what a new part is made of has values that are not finite."""
+        marks = (self.store.mark(source.part, array) for source in self._sources(part))
+        return any(mark["nonfinite"] for mark in marks)
 
     def progress(self, part: int) -> dict[str, Any]:
         """What the mark of a new part's tokens says of the documents."""
@@ -128,7 +142,9 @@ class Recut:
         mark = self.store.mark(part, array)
         spec = specs(array, self.store.layout, int(mark.get("width", 0)))[0]
         length = committed_length(spec, array, int(mark["rows"]), self.store.ctx_len)
-        values = self.store.read_object(array, spec, part, 0, length)
+        values = np.empty((length, *spec.part_shape[1:]), spec.dtype)
+        for start, stop in spec.steps(length):  # at once it would take as much memory again
+            values[start:stop] = self.store.read_object(array, spec, part, start, stop)
         told = mark["objects"][spec.object_path(part)]
         if values_digest([values]) != told["values_xxh3_128"]:
             raise DamagedStoreError(

@@ -37,8 +37,6 @@ from mpcache.reader import Store, open_store
 from mpcache.workforce import Hands
 from mpcache.writer import values_digest
 
-_AT_ONCE = 16 << 20  # bytes of values decoded at once
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -184,10 +182,7 @@ def _values(
     """What an object decodes to, whole chunks at a time; its array's metadata may be damaged."""
     read = functools.partial(place.read_range, name)
     ends = spec.ends(read, size)
-    entry = np.dtype(spec.dtype).itemsize * int(np.prod(spec.part_shape[1:]))
-    step = spec.chunk * max(1, _AT_ONCE // (spec.chunk * entry))
-    for start in range(0, length, step):
-        yield spec.decode(read, ends, start, min(start + step, length))
+    return (spec.decode(read, ends, *span) for span in spec.steps(length))
 
 
 # --- what the layout implies ---
