@@ -17,7 +17,7 @@ from torch import Tensor
 from mpcache.arrays import ArraySpec
 from mpcache.config import Codec, CollectConfig, StoreBenchConfig
 from mpcache.folder import Folder
-from mpcache.format import acts, specs
+from mpcache.format import acts, digest, specs
 from mpcache.hardware import hardware
 from mpcache.identity import layout_of, open_place
 from mpcache.reader import open_store
@@ -140,8 +140,9 @@ def _ours(config: CollectConfig, threads: int) -> Way:
     def write(folder: Path, x_RW: Tensor, parts: int) -> None:
         place = Folder(folder / "store")
         told = {"model": {"model": config.model}, "dataset": {"dataset": config.dataset}}
-        open_place(place, config, {"seed": 0}, layout, told)
-        writer = Writer(place, layout)
+        identity = {"seed": 0}
+        open_place(place, config, identity, layout, told)
+        writer = Writer(place, layout, digest(identity))
         writer.grow(ARRAY, parts, x_RW.shape[1])
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(lambda part: writer.commit_acts(part, ARRAY, x_RW), range(parts)))
