@@ -21,7 +21,7 @@ from mpcache.config import Codec
 
 GROUP = "arrays.zarr"
 _CHECKSUM_BYTES = 4
-_STEP_BYTES = 16 << 20
+_STEP_BYTES = 8 << 20
 _SPAN_BYTES = 16  # offset and length of a chunk, in a shard's index
 
 ReadRange = Callable[[int, int], np.ndarray]
@@ -114,7 +114,7 @@ class ArraySpec:
         return little.astype(dtype, copy=False)
 
     def steps(self, length: int) -> Iterator[tuple[int, int]]:
-        """The first `length` entries as spans of whole chunks, 16 MB or so at a time."""
+        """The first `length` entries as spans of whole chunks, 8 MB or so at a time."""
         entry = math.prod(self.part_shape[1:]) * np.dtype(self.dtype).itemsize
         step = self.chunk * max(1, _STEP_BYTES // (self.chunk * entry))
         return ((start, min(start + step, length)) for start in range(0, length, step))

@@ -1,7 +1,7 @@
 """Check every byte of a store against its marks, and its marks against themselves.
 
-Memory, for each part in work at a time: twice 16 MB of values, or a chunk where that is larger; and
-a few hundred bytes a mark. So it grows neither with the size of parts nor with their width.
+Memory, for each part in work at a time: 24 MB, or three chunks where these are larger; and for each
+mark a few hundred bytes. So the size of parts does not matter.
 """
 
 import contextlib
