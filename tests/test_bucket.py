@@ -211,8 +211,8 @@ def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
 def test_nothing_secret_gets_into_a_store(made: tuple[Path, str]) -> None:
     place = place_of(made[1])
     content = b"".join(place.read(name) for name in place.names())
-    for secret in (*servers.CREDENTIALS.values(), os.environ["AWS_ENDPOINT_URL"]):
-        assert secret.encode() not in content or secret == "us-east-1"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        assert os.environ[name].encode() not in content
 
 
 # --- a server that fails ---
@@ -229,13 +229,12 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("s3", "hurried")
-@pytest.mark.parametrize("seed", [0, 1])
 def test_a_place_on_a_server_that_fails_a_third_of_the_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kind of call, as if nothing were wrong."""
     monkeypatch.setattr(bucket, "_PART", 5 << 20)
-    with servers.faulty(os.environ["AWS_ENDPOINT_URL"], seed, 0.33) as proxy:
+    with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.33) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         place = place_of(f"s3://{servers.BUCKET}/{tmp_path.name}")
         for number in range(4):
