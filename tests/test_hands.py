@@ -3,8 +3,6 @@
 import functools
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -124,24 +122,3 @@ def test_a_lost_workers_tasks_are_done_again(tmp_path: Path, cluster: Client) ->
 def test_hands_that_cannot_be(settings: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Hands(**settings)  # type: ignore[arg-type]
-
-
-def test_threads_of_the_caller_are_its_own() -> None:
-    """A model that runs after a verification computes the bits that it computes before one."""
-    code = (
-        "import torch\n"
-        "from mpcache.hands import each\n"
-        "from mpcache.workforce import Hands\n"
-        "found = list(each(lambda _: torch.get_num_threads(), range(4), Hands(), quiet=True))\n"
-        "torch.ones(300, 300) @ torch.ones(300, 300)\n"
-        "print(*found, torch.get_num_threads())\n"
-    )
-    alone = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
-    told = [
-        subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-        for words in (alone, [sys.executable, "-c", code])
-    ]
-    usual = int(told[0])
-    assert usual > 1
-    assert told[1].split() == ["1"] * 4 + [str(usual)]
