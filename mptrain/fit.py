@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mptrain.batches import resolve_device
-from mptrain.checkpoint import save_coder, write_json
+from mptrain.checkpoint import save_coder, save_state, write_json
 from mptrain.config import RunConfig
 from mptrain.evaluate import Evaluation, evaluate, sides_of_all
 from mptrain.filters import Filters, make_filters
@@ -23,7 +23,7 @@ from mptrain.loader import Batch, Loader, Side, Split, Store
 from mptrain.metrics import MetricsFile, Record, rewind
 from mptrain.observe import in_short, record_of
 from mptrain.plan import Plan, make_plan
-from mptrain.progress import Progress, keep, load_progress, restore_
+from mptrain.progress import Progress, gathered, load_progress, restore_
 from mptrain.ranks import ALONE, Ranks, joined
 from mptrain.runs import Run, open_run, parts_begun_with
 from mptrain.suited import suited_store
@@ -224,7 +224,8 @@ class Fitting:
 
     def _write_records(self) -> None:
         """Write those of all ranks, in the order in which one rank alone would have."""
-        records, self.records = self.ranks.gathered(self.records), []
+        found = self.ranks.gathered([asdict(record) for record in self.records])
+        records, self.records = [Record(**one) for one in found], []
         if self.ranks.is_first:
             for record in sorted(records, key=lambda r: (r.step, self._place(r.coder))):
                 self.metrics.add(record)
@@ -246,9 +247,13 @@ class Fitting:
         """Keep the state. Where the disk does not take it, the one before it is still there."""
         self._saved_at = time.monotonic()
         self._write_records()
+        state = gathered(self.progress, self.trainees, self.ranks)
+        if not self.ranks.is_first:
+            return
+        number = self.progress.number * self.steps + step
         try:
             self.metrics.flush()  # a state without its lines would be continued without them
-            keep(self.run.folder, self.progress, self.steps, self.trainees, self.ranks)
+            save_state(self.run.folder, number, *state)
         except OSError as error:
             warnings.warn(
                 f"the state after train step {step} is not saved ({error.strerror}); the one "

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mptrain.checkpoint import load_about, load_state, save_state
+from torch import Tensor
+
+from mptrain.checkpoint import load_about, load_state
 from mptrain.ranks import Ranks
 from mptrain.trainee import Trainee
 
@@ -60,10 +62,13 @@ def load_progress(run: Path, names: Sequence[str]) -> Progress | None:
     return progress if is_of_these else None  # another run's config is told apart elsewhere
 
 
-def keep(
-    run: Path, progress: Progress, steps: int, trainees: Sequence[Trainee], ranks: Ranks
-) -> None:
-    """Keep where a run with so many train steps in each pass is, with the coders of this pass."""
+def gathered(
+    progress: Progress, trainees: Sequence[Trainee], ranks: Ranks
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Where a run is, and the tensors of its coders: all of it on the first rank.
+
+    Waits for all ranks, so that none may have failed on the way here.
+    """
     about = {
         "progress": asdict(progress),
         "train_seconds": dict(ranks.gathered([(t.config.name, t.train_seconds) for t in trainees])),
@@ -74,9 +79,7 @@ def keep(
         for trainee in trainees
         for name, tensor in trainee.learner.state_tensors().items()
     }
-    everything = ranks.gathered_tensors(tensors)
-    if ranks.is_first:
-        save_state(run, progress.number * steps + progress.step, about, everything)
+    return about, ranks.gathered_tensors(tensors)
 
 
 def restore_(run: Path, trainees: Sequence[Trainee]) -> None:

@@ -7,12 +7,13 @@ alone writes what is of the whole run.
 B rows in a batch.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -81,19 +82,35 @@ class Ranks:
         dist.all_reduce(found)
         return bool(found)
 
-    def gathered(self, found: Sequence[T]) -> list[T]:
-        """On the first rank: what all coders' ranks found, by rank. Waits for all of them."""
+    def gathered(self, found: Sequence[Any]) -> list[Any]:
+        """On the first rank: what all coders' ranks found, by rank. Waits for all of them.
+
+        It goes as JSON: nothing is ever unpickled, not even between the ranks of one run.
+        """
         if self.spread != "coders" or self.size == 1:
             return list(found)
-        everything: list[Sequence[T]] | None = [()] * self.size if self.is_first else None
-        dist.gather_object(found, everything)
-        return [one for found in everything or () for one in found]
+        if not self.is_first:
+            data = bytearray(json.dumps(list(found)).encode())
+            dist.send(torch.tensor(len(data)), dst=0)
+            dist.send(torch.frombuffer(data, dtype=torch.uint8), dst=0)
+            return []
+        everything = list(found)
+        for rank in range(1, self.size):
+            size = torch.tensor(0)
+            dist.recv(size, src=rank)
+            received = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(received, src=rank)
+            everything += json.loads(received.numpy().tobytes())
+        return everything
 
     def gathered_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On the first rank: the tensors of all coders' ranks, by their names, on the CPU."""
         if self.spread != "coders" or self.size == 1:
             return dict(tensors)
-        outlines = [(n, t.shape, t.dtype, self.rank) for n, t in tensors.items()]
+        outlines = [
+            (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), self.rank)
+            for name, tensor in tensors.items()
+        ]
         if not self.is_first:
             self.gathered(outlines)
             for tensor in tensors.values():
@@ -102,7 +119,7 @@ class Ranks:
         found = dict(tensors)
         for name, shape, dtype, rank in self.gathered(outlines):
             if rank:
-                found[name] = torch.empty(shape, dtype=dtype)
+                found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
                 dist.recv(found[name], src=rank)
         return found
 

@@ -127,7 +127,24 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_store(tmp_path_factory.mktemp("spread"))[0])
 
 
-def torchrun(store: str, run: Path, *options: str, **changes: Any) -> subprocess.Popen[str]:
+MAIN = "from cli.mptrain import main; main()"
+# the first process' disk is full once, when it saves
+FULL_ONCE = f"""
+import errno, os
+from mptrain.metrics import MetricsFile
+flush, fulls = MetricsFile.flush, [OSError(errno.ENOSPC, "No space left on device")]
+def flushed(self):
+    if fulls and os.environ["RANK"] == "0":
+        raise fulls.pop()
+    flush(self)
+MetricsFile.flush = flushed
+{MAIN}
+"""
+
+
+def torchrun(
+    store: str, run: Path, *options: str, program: str = MAIN, **changes: Any
+) -> subprocess.Popen[str]:
     """`mptrain fit` in two processes, with the config of `fits`."""
     config = fits.config(store, run, **changes)
     given = {
@@ -147,7 +164,7 @@ def torchrun(store: str, run: Path, *options: str, **changes: Any) -> subprocess
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"),
             # without the two dashes it takes --run for the beginning of an option of its own
             *("--nproc-per-node", "2", "--", sys.executable, "-c"),
-            "from cli.mptrain import main; main()",
+            program,
             *("fit", store, *told, *options),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -190,6 +207,14 @@ def test_spread_coders_equal_solo_runs_and_go_on_where_one_process_stopped(
     assert fits.lasting(tmp_path / "whole") == fits.lasting(tmp_path / "broken")
     results = [(tmp_path / n / "results.json").read_text() for n in ("whole", "broken")]
     assert results[0].count('"coder"') == results[1].count('"coder"') == 4
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_process_holds_none_up(store: str, tmp_path: Path) -> None:
+    process = torchrun(store, tmp_path / "run", "--spread", "coders", program=FULL_ONCE)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "the next save tries again" in errors
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from mptrain import checkpoint, metrics
 from mptrain import fit as fit_stage
 from mptrain.fit import fit
 from mptrain.metrics import MetricsFile, read_records
-from mptrain.progress import Progress
 from stores import small_store
 from test_metrics import RECORD
 
@@ -193,11 +192,11 @@ def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
 
 def test_saving_by_the_clock(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    keep, now = fit_stage.keep, 0.0
+    save_state, now = fit_stage.save_state, 0.0
 
-    def noted(run: Path, progress: Progress, *rest: Any) -> None:
-        saved.append(progress.step)
-        keep(run, progress, *rest)
+    def noted(run: Path, number: int, *rest: Any) -> None:
+        saved.append(number)
+        save_state(run, number, *rest)
 
     def a_minute_later(self: fit_stage.Fitting, batch: Any) -> Any:
         nonlocal now
@@ -205,7 +204,7 @@ def test_saving_by_the_clock(store: str, tmp_path: Path, monkeypatch: pytest.Mon
         return train(self, batch)
 
     train = fit_stage.Fitting._train
-    monkeypatch.setattr(fit_stage, "keep", noted)
+    monkeypatch.setattr(fit_stage, "save_state", noted)
     monkeypatch.setattr(fit_stage.Fitting, "_train", a_minute_later)
     monkeypatch.setattr(time, "monotonic", lambda: now)
     fit(config(store, tmp_path / "run", save_every=10, save_minutes=4.0, **FEW))
