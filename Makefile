@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 DEMO := demo
+# a process a core, each with one thread: more would wait for each other
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
 RESIDUAL := layers.3,layers.5
 MLP := layers.3.mlp,layers.5.mlp
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
@@ -13,7 +15,7 @@ TWINS := smollm2-demo llama-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 fit.rows=1024 fit.batch_rows=128 fit.eval_every=4 \
          fit.eval_rows=512 coders.expansion=2 coders.dead_rows=512 root=reproduce-smoke/stores
 
-.PHONY: install demo reproduce reproduce-smoke test quick format clean
+.PHONY: install demo reproduce reproduce-smoke test slow format clean
 install: .venv/installed
 
 # Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
@@ -51,10 +53,11 @@ test: install
 	$(BIN)/ruff check -q .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST) -m 'not slow'
 
-quick: install
-	$(BIN)/pytest -m 'not slow'
+# Whole commands that are killed, servers that fail, memory: some minutes more.
+slow: install
+	$(PYTEST) -m slow
 
 format: install
 	$(BIN)/ruff format -q .

@@ -718,7 +718,7 @@ def test_cut_equals_reference(
             float(cut.threshold),
         )
         idx_BK, *found = pursue(x_BD, W_MD, U_MD, k, rule, DIRECT, detach, cut)
-        assert_well_formed(idx_BK, found[0])
+        assert_well_formed(idx_BK, found[0], rule.block)
         assert np.array_equal(idx_BK.numpy(), expected_idx_BK)
         if cut.mean_steps is None and cut.threshold == 0:
             assert torch.equal(idx_BK, whole_idx_BK), "no threshold yet: all are kept"
