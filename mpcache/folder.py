@@ -9,6 +9,7 @@ No path is used before it is certain that no link in the folder leads out of it.
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -90,11 +91,16 @@ class Folder:
 
     def read_range(self, name: str, offset: int, length: int) -> np.ndarray:
         data = np.empty(length, np.uint8)
-        with self.locate(name).open("rb") as file:
+        with self._readable(name).open("rb") as file:
             file.seek(offset)
             if file.readinto(data.data) != length:
                 raise ValueError(f"it ends before byte {offset + length}")
         return data
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  holds a path; a look at each step takes long
+    def _readable(self, name: str) -> Path:
+        """Path of an object for reading pieces of it; that no link leads to it is seen once."""
+        return self.locate(name)
 
     def put_new(self, name: str, data: bytes) -> bool:
         path = self.locate(name)

@@ -10,6 +10,7 @@ A mark's array is `tokens`, `rows/sequence`, `rows/position` or `acts/<hookpoint
 has two companions, `norms/...` and `moments/...`, that are committed by the same mark.
 """
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def hookpoint_of(array: str) -> tuple[str, str]:
     return hookpoint, side
 
 
+@functools.lru_cache(maxsize=4096)
 def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
     """The Zarr arrays that one mark commits; `width` is that of an `acts` array."""
     if array == TOKENS:
