@@ -292,13 +292,7 @@ def _tell_findings(findings: Sequence[Any]) -> None:
 @app.command()
 @guarded
 @from_config(RepairConfig, Hands)
-def repair(
-    config: RepairConfig,
-    hands: Hands,
-    store: StorePath,
-    journal: JournalPath = None,
-    json: Json = False,
-) -> None:
+def repair(config: RepairConfig, hands: Hands, store: StorePath, json: Json = False) -> None:
     """Verify a store, and collect again what is damaged; exit code 1 if damage is left.
 
     What comes out equal to what was committed is put back; anything else stays as it is, and is
@@ -306,7 +300,7 @@ def repair(
     """
     from mpcache.repair import repair as run
 
-    done = run(store, config, hands, journal=journal, quiet=json)
+    done = run(store, config, hands, quiet=json)
     if json:
         left = [_in_full(finding) for finding in done.left]
         print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})

@@ -2,7 +2,9 @@
 
 A file of the user's outside the store, because a store that can only be read is verified too. One
 JSON object a line, each in one write, so that several commands may append; half a line, of one that
-was killed, is passed over. What was sound counts while the mark is the very one that was checked.
+was killed, is passed over. The first line names the store and where it lies: what is sound in one
+place says nothing of a copy. What was sound counts while the mark is the very one that was checked,
+and what was last found under it is that.
 """
 
 import datetime
@@ -14,29 +16,43 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.findings import Finding
+from mpcache.guard import printable
 
-_HEAD = {"journal": "mpcache verify"}
+_KIND = "mpcache verify"
 
 
 class Journal:
-    """The journal in a file, which is made where there is none.
+    """The journal of one store, by its address and its digest, in a file; made where there is none.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file holds something else, or is the journal of another store or place.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, store: str, digest: str) -> None:
         self.path = path
+        head = {"journal": _KIND, "store": store, "store_digest": digest}
         lines = list(_lines(path)) if path.exists() else []
-        if lines[:1] != [_HEAD] and path.exists() and path.stat().st_size:
+        heads = [line for line in lines if line.get("journal") == _KIND and "store" in line]
+        if heads[:1] != lines[:1] or (not lines and path.exists() and path.stat().st_size):
             raise ValueError(f"{path} is no journal of mpcache verify; name another file")
+        for found in heads:  # several, where several commands began it at the same moment
+            if found != head:
+                is_here = found["store"] == store
+                other = (
+                    "another store, which was there" if is_here else printable(str(found["store"]))
+                )
+                raise ValueError(
+                    f"the journal of {store} must be its own, got {path}, that of {other}; name "
+                    "another file"
+                )
         if not lines:
-            self._append(_HEAD)
-        self._sound = {
-            str(line.get("mark")): str(line.get("digest"))
-            for line in lines
-            if line.get("findings") == []
-        }
+            self._append(head)
+        self._sound: dict[str, str] = {}
+        for line in lines:
+            if line.get("findings") == []:
+                self._sound[str(line.get("mark"))] = str(line.get("digest"))
+            else:
+                self._sound.pop(str(line.get("mark")), None)
 
     def sound(self, mark: str) -> str | None:
         """Digest of the mark of this name that was found sound, with its objects."""

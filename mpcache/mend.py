@@ -1,14 +1,17 @@
 """A writer that puts back what was committed, where what it is given proves to be just that.
 
 The proof is the mark, which holds the digests of what was committed; or, where the mark itself is
-damaged, an object of it that is given again bit for bit; tokens and rows need none. Anything else
-is written only if that was asked for. A new mark says what it replaces. Objects come first and the
+damaged, an object of it that is given again bit for bit; rows need none. Norms and moments follow
+from activations, but for their last bits, which differ between processors and versions: where the
+activations are equal it is the same part, and what is undamaged of it stays. Anything else is
+written only if that was asked for. A new mark says what it replaces. Objects come first and the
 mark last, each all or nothing: stopped at any moment, a part is damaged as before, or whole.
 """
 
+import functools
 import socket
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,13 +19,15 @@ import numpy as np
 import xxhash
 
 from mpcache.arrays import ArraySpec
-from mpcache.format import check_mark, digest, mark_path, seal, unseal
+from mpcache.format import POSITION, SEQUENCE, check_mark, digest, mark_path, seal, specs, unseal
 from mpcache.guard import DamagedStoreError
 from mpcache.reader import Store
 from mpcache.writer import Writer, encoded, is_as_told, values_digest
 
 Outcome = Literal["mended", "mark rebuilt", "rewritten", "other bits", "left"]
-_Given = Mapping[str, tuple[ArraySpec, np.ndarray]]
+_Given = Mapping[str, Callable[[], Iterable[bytes]]]
+
+_OWN = ("objects", "host", "time", "attempt", "replaces")  # what each mark says of itself
 
 
 @dataclass(frozen=True)
@@ -63,44 +68,79 @@ class Mender(Writer):
         more: Mapping[str, Any],
     ) -> None:
         if (part, array) in self._damaged:
-            self._mend(part, array, rows, values, more)
+            given = {
+                s.object_path(part): functools.partial(encoded, s, v) for s, v in values.items()
+            }
+            told = {s.object_path(part): _told(s, v) for s, v in values.items()}
+            self._mend(part, array, rows, told, given, more)
+
+    def adopt(
+        self, part: int, array: str, claim: bytes, sources: Mapping[str, Iterable[bytes]]
+    ) -> bool:
+        """Put back what another store's mark commits, bytes alike."""
+        name = mark_path(part, array)
+        theirs = unseal(claim, name)
+        check_mark(theirs, part, array, self.layout, self.fingerprint, name)
+        told, more = theirs["objects"], {k: v for k, v in theirs.items() if k not in _OWN}
+        given = {name: functools.partial(iter, pieces) for name, pieces in sources.items()}
+        self._mend(part, array, theirs["rows"], told, given, more)
+        return True
 
     def _mend(
         self,
         part: int,
         array: str,
         rows: int,
-        values: dict[ArraySpec, np.ndarray],
+        told: Mapping[str, Any],
+        given: _Given,
         more: Mapping[str, Any],
     ) -> None:
-        given = {spec.object_path(part): (spec, data) for spec, data in values.items()}
-        told = {name: _told(spec, data) for name, (spec, data) in given.items()}
-        wrong = {name for name, one in told.items() if not is_as_told(self.place, name, one)}
+        main = specs(array, self.layout, 1)[0].object_path(part)  # the others follow from it
         mark = self._sound_mark(part, array)
-        if mark is not None and mark["objects"] == told:
-            self._put(given, told, wrong)
-            self.note(part, array, "mended", "equal to what was committed")
-            return
-        outcome, reason = self._ground(array, mark, told, wrong)
+        if mark is not None and _values(mark["objects"], main) == _values(told, main):
+            objects = {**told, **self._kept(mark["objects"], told)}
+            wrong = self._wrong(objects)
+            if mark["objects"] == objects:
+                self._put(given, objects, wrong)
+                self.note(part, array, "mended", "equal to what was committed")
+                return
+            outcome, reason = _of_same_values(mark["objects"], objects)
+        else:
+            objects, wrong = dict(told), self._wrong(told)
+            outcome, reason = self._ground(array, mark, objects, wrong, main)
         if outcome != "other bits":
-            self._put(given, told, wrong)
+            self._put(given, objects, wrong)
             former = self._former(part, array, mark, reason)
-            new = self._described(part, array, rows, told, {**more, "attempt": uuid.uuid4().hex})
+            new = self._described(part, array, rows, objects, {**more, "attempt": uuid.uuid4().hex})
             self._put_mark(part, array, seal({**new, "replaces": former}))
         self.note(part, array, outcome, reason)
 
+    def _kept(self, committed: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+        """Objects that are as they were committed, though they come out otherwise here."""
+        return {
+            name: one
+            for name, one in committed.items()
+            if one["xxh3_128"] != told[name]["xxh3_128"] and is_as_told(self.place, name, one)
+        }
+
+    def _wrong(self, objects: Mapping[str, Any]) -> set[str]:
+        return {name for name, one in objects.items() if not is_as_told(self.place, name, one)}
+
     def _ground(
-        self, array: str, mark: Mapping[str, Any] | None, told: Mapping[str, Any], wrong: set[str]
+        self,
+        array: str,
+        mark: Mapping[str, Any] | None,
+        told: Mapping[str, Any],
+        wrong: set[str],
+        main: str,
     ) -> tuple[Outcome, str]:
         """Whether there is ground to write a new mark, and which."""
-        if mark is None and not array.startswith("acts/"):
-            return "mark rebuilt", "the mark was damaged; tokens and rows are the same everywhere"
+        if mark is None and array in (SEQUENCE, POSITION):
+            return "mark rebuilt", "the mark was damaged; rows are the same everywhere"
         if mark is None and len(wrong) < len(told):
             return "mark rebuilt", "the mark was damaged, its objects are what is computed anew"
-        if not wrong:
+        if main not in wrong:
             return "mark rebuilt", "the mark was of other objects than those that are computed anew"
-        if mark is not None and _values(mark["objects"]) == _values(told):
-            return "rewritten", "the same values, encoded otherwise by other libraries"
         committed_by = "nobody knows whom" if mark is None else mark.get("host")
         difference = (
             f"{socket.gethostname()} computes other bits than were committed by {committed_by}"
@@ -128,8 +168,7 @@ class Mender(Writer):
     def _put(self, given: _Given, told: Mapping[str, Any], names: Iterable[str]) -> None:
         """Put objects in place of what is there."""
         for name in sorted(names):
-            spec, data = given[name]
-            temporary = self.place.prepare(name, uuid.uuid4().hex, encoded(spec, data))
+            temporary = self.place.prepare(name, uuid.uuid4().hex, given[name]())
             self.place.publish(temporary, name)
             self.place.delete(temporary)
             self.place.sync(name)
@@ -157,5 +196,14 @@ def _told(spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _values(objects: Mapping[str, Any]) -> dict[str, str]:
-    return {name: one["values_xxh3_128"] for name, one in objects.items()}
+def _values(objects: Mapping[str, Any], name: str) -> str:
+    return str(objects[name]["values_xxh3_128"])
+
+
+def _of_same_values(
+    committed: Mapping[str, Any], objects: Mapping[str, Any]
+) -> tuple[Outcome, str]:
+    """What to say of objects that are put back otherwise than they were committed."""
+    if all(_values(committed, name) == _values(objects, name) for name in objects):
+        return "rewritten", "the same values, encoded otherwise by other libraries"
+    return "rewritten", "the same activations; what follows from them differs in its last bits"

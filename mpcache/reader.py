@@ -68,11 +68,11 @@ class Store:
         self.config: dict[str, Any] = content["config"]
         self.provenance: dict[str, Any] = content["provenance"]
         self.layout = Layout(**content["layout"])
-        self._digest = digest(content)
+        self.digest: str = digest(content)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it arrives, it is opened anew."""
-        return _opened_there, (self.place, self._digest)
+        return _opened_there, (self.place, self.digest)
 
     @functools.cached_property
     def _marks(self) -> dict[str, set[int]]:
@@ -331,7 +331,7 @@ def open_store(where: str | Path | Place) -> Store:
 
 def _opened_there(place: Place, told: str) -> Store:
     """Open a store that another process has open; raises ValueError where there is another one."""
-    if not is_store(place) or (store := open_store(place))._digest != told:
+    if not is_store(place) or (store := open_store(place)).digest != told:
         raise ValueError(
             f"{place} must be one folder that all machines share, got another one on "
             f"{socket.gethostname()}; use a path on a shared file system"

@@ -18,10 +18,11 @@ from mpcache.findings import Finding
 from mpcache.format import POSITION, SEQUENCE, TOKENS
 from mpcache.guard import DamagedStoreError
 from mpcache.mend import Mended, Mender
+from mpcache.move import copy_part
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.recut import Recut
-from mpcache.retrace import Retrace
+from mpcache.retrace import NoDatasetError, Retrace
 from mpcache.verify import all_specs, spans, usual_span, verify
 from mpcache.workforce import Hands
 from mpcache.writer import Writer
@@ -52,18 +53,19 @@ def repair(
     config: RepairConfig = RepairConfig(),  # noqa: B008  frozen
     hands: Hands = Hands(),  # noqa: B008  frozen
     *,
-    journal: Path | None = None,
     quiet: bool = True,
 ) -> Repaired:
-    """Verify a store, with the hands and the journal given, and mend what is found.
+    """Verify a store, with the hands given, and mend what is found.
+
+    No journal of `verify` is believed: what was sound then may be damaged by now.
 
     Raises:
-        ValueError: there is no store; or its model or dataset is needed and another one was found.
+        ValueError: there is no store; or its model is needed and another one was found.
         DamagedStoreError: `store.json` is damaged, which nothing else tells.
     """
     place = place_of(where)
     store = open_store(place)
-    findings = verify(place, hands, journal=journal, quiet=quiet).findings
+    findings = verify(place, hands, quiet=quiet).findings
     deleted = [f.path for f in findings if f.fault == "leftover" and config.delete_leftovers]
     for name in deleted:
         place.delete(name)
@@ -117,7 +119,10 @@ class _OtherStore:
 
     def give(self, part: int, arrays: Sequence[str], writer: Writer) -> None:
         for array in arrays:
-            give_converted(self.cut, writer, part, array)
+            if self.cut.is_copy(array):
+                copy_part(self.source, writer, (part, array))
+            else:
+                give_converted(self.cut, writer, part, array)
 
     def close(self) -> None:
         """Nothing of it stays open."""
@@ -149,7 +154,8 @@ def _mend_marks(
 def _give(source: Retrace | _OtherStore, part: int, arrays: Sequence[str], mender: Mender) -> None:
     try:
         source.give(part, arrays, mender)
-    except DamagedStoreError as error:  # what is needed for it is damaged too, or a link
+    except (DamagedStoreError, NoDatasetError) as error:
+        # what is needed for it is damaged too, or a link, or gone; other parts may need less
         for array in arrays:
             if (part, array) not in mender.outcomes:
                 mender.note(part, array, "left", str(error))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.documents import Documents, open_documents
-from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of
+from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, mark_path
 from mpcache.guard import DamagedStoreError
 from mpcache.hooks import Side
 from mpcache.identity import dtypes_of
@@ -27,11 +27,15 @@ from mpcache.tokens import Cursor, PartTokens, iter_parts, row_permutation
 from mpcache.writer import Writer
 
 
+class NoDatasetError(Exception):
+    """The dataset that a store was made from is not to be had; the message says why."""
+
+
 class Retrace:
     """The collection that a store came from, set up again as far as it is needed.
 
     Raises:
-        ValueError: the model, tokenizer or dataset is not the one it was made from.
+        ValueError: the model or tokenizer is not the one it was made from, or not there.
     """
 
     def __init__(self, store: Store, config: RepairConfig, arrays: Iterable[str]) -> None:
@@ -49,8 +53,12 @@ class Retrace:
 
     @functools.cached_property
     def _documents(self) -> Documents:
-        documents = open_documents(self.config, self._tokenizer)
-        self._refuse_other("dataset", documents.digest, "dataset")
+        tokenizer = self._tokenizer
+        try:
+            documents = open_documents(self.config, tokenizer)
+            self._refuse_other("dataset", documents.digest, "dataset")
+        except (ValueError, OSError) as error:
+            raise NoDatasetError(str(error)) from error
         return documents
 
     @functools.cached_property
@@ -69,7 +77,8 @@ class Retrace:
     def give(self, part: int, arrays: Sequence[str], writer: Writer) -> None:
         """Give a writer what a part holds of some arrays: tokens and rows first.
 
-        Raises DamagedStoreError where what that takes is damaged too.
+        Raises DamagedStoreError where what that takes is damaged too, NoDatasetError where tokens
+        are wanted and the dataset cannot be had.
         """
         if TOKENS in arrays:
             self._give_tokens(part, writer)
@@ -103,8 +112,18 @@ class Retrace:
         except DamagedStoreError:
             before = self.units.before(part)
         return (
-            Cursor(0, 0) if before is None else Cursor(*writer.mark(before, TOKENS)["next_cursor"])
+            Cursor(0, 0) if before is None else Cursor(*self._told(before, writer)["next_cursor"])
         )
+
+    def _told(self, part: int, writer: Writer) -> dict[str, Any]:
+        """The mark of a part's tokens, which may have been mended since."""
+        try:
+            return writer.mark(part, TOKENS)
+        except FileNotFoundError:
+            name = f"{self.store.place}/{mark_path(part, TOKENS)}"
+            raise DamagedStoreError(
+                f"{name} is missing; its part is not known without it"
+            ) from None
 
     def _count(self, part: int, writer: Writer) -> int:
         """Units of a part, of which any sound mark of the part tells."""
@@ -118,7 +137,7 @@ class Retrace:
         return self.units.count
 
     def _token_of_row(self, part: int, writer: Writer) -> np.ndarray:
-        rows, seed = int(writer.mark(part, TOKENS)["rows"]), self.store.identity["seed"]
+        rows, seed = int(self._told(part, writer)["rows"]), self.store.identity["seed"]
         found = [
             place * self.units.unit_rows + row_permutation(seed, unit, count)
             for place, (unit, count) in enumerate(self.units.within(part, rows))

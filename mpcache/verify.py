@@ -45,8 +45,9 @@ class Verdict:
     marks: int = 0
     objects: int = 0
     bytes: int = 0
+    "of objects that were read"
     earlier: int = 0
-    "of the marks, those that were found sound earlier, says the journal"
+    "of the marks, those that were found sound earlier, says the journal; their objects are there"
     findings: tuple[Finding, ...] = field(default=())
 
     @property
@@ -63,8 +64,11 @@ def verify(
 ) -> Verdict:
     """Check a store; with a journal, go on where earlier calls with the same file stopped.
 
+    Of what the journal calls sound, only existence and size are checked again.
+
     Raises:
-        ValueError: there is no store, or its format version is unknown; or the journal is none.
+        ValueError: there is no store, or its format version is unknown; or the journal is none of
+            this store in this place.
     """
     place = place_of(where)
     try:
@@ -75,9 +79,8 @@ def verify(
         marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     except DamagedStoreError as error:
         return Verdict(findings=(Finding("linked", MARKS, str(error)),))
-    checked = _check_marks(
-        store, marks, hands, None if journal is None else Journal(journal), quiet
-    )
+    notes = None if journal is None else Journal(journal, place.address, store.digest)
+    checked = _check_marks(store, marks, hands, notes, quiet)
     findings = (*checked.findings, *_metadata(store), *_incomplete_parts(store), *_strays(store))
     return Verdict(len(marks), checked.objects, checked.bytes, checked.earlier, findings)
 
@@ -92,6 +95,7 @@ class _Checked:
     digest: str
     objects: int
     bytes: int
+    "of objects that were read"
     is_known: bool
     "it was found sound earlier"
     findings: tuple[Finding, ...]
@@ -128,13 +132,22 @@ def _check_mark(store: Store, task: tuple[int, str, str | None]) -> _Checked:
     except DamagedStoreError as error:
         fault = _or_linked("mark", store.place, name)
         return _Checked("", 0, 0, False, (Finding(fault, name, str(error), (part, array)),))
-    told, mark_digest = mark["objects"].values(), digest(mark)
-    is_known = mark_digest == sound
-    found: tuple[Finding, ...] = ()
-    if not is_known:
-        all_specs = specs(array, store.layout, int(mark.get("width", 0)))
-        found = tuple(f for one in all_specs if (f := _check_object(store, part, array, one)))
-    return _Checked(mark_digest, len(told), sum(o["bytes"] for o in told), is_known, found)
+    found, readable = [], []
+    for spec in specs(array, store.layout, int(mark.get("width", 0))):
+        object_name = spec.object_path(part)
+        if fault_told := _size_fault(store, object_name, mark["objects"][object_name]["bytes"]):
+            found.append(Finding(fault_told[0], object_name, fault_told[1], (part, array)))
+        else:
+            readable.append(spec)
+    mark_digest = digest(mark)
+    is_known = mark_digest == sound and not found
+    size = 0
+    for spec in () if is_known else readable:
+        object_name = spec.object_path(part)
+        size += mark["objects"][object_name]["bytes"]
+        if reason := _content_fault(store, part, array, spec):
+            found.append(Finding("flipped", object_name, reason, (part, array)))
+    return _Checked(mark_digest, len(mark["objects"]), size, is_known, tuple(found))
 
 
 def _or_linked(fault: Fault, place: Place, name: str) -> Fault:
@@ -146,33 +159,33 @@ def _or_linked(fault: Fault, place: Place, name: str) -> Fault:
     return fault
 
 
-def _check_object(store: Store, part: int, array: str, spec: ArraySpec) -> Finding | None:
-    name = spec.object_path(part)
-    found = _object_fault(store, part, array, spec)
-    return None if found is None else Finding(found[0], name, found[1], (part, array))
-
-
-def _object_fault(store: Store, part: int, array: str, spec: ArraySpec) -> tuple[Fault, str] | None:
-    mark, name = store.mark(part, array), spec.object_path(part)
-    committed = mark["objects"][name]
+def _size_fault(store: Store, name: str, committed: int) -> tuple[Fault, str] | None:
+    """What is wrong with an object that need not be read to see it."""
     try:
         size = store.place.size(name)
     except DamagedStoreError as error:
         return "linked", str(error)
     if size is None:
         return "missing", "committed, but not there"
-    if size != committed["bytes"]:
-        fault: Fault = "truncated" if size < committed["bytes"] else "overlong"
-        return fault, f"{size} bytes, committed were {committed['bytes']}"
+    if size != committed:
+        fault: Fault = "truncated" if size < committed else "overlong"
+        return fault, f"{size} bytes, committed were {committed}"
+    return None
+
+
+def _content_fault(store: Store, part: int, array: str, spec: ArraySpec) -> str | None:
+    """What is wrong with the bytes of an object that has its size."""
+    mark, name = store.mark(part, array), spec.object_path(part)
+    committed = mark["objects"][name]
     if digest_of(store.place.pieces(name)) != committed["xxh3_128"]:
-        return "flipped", "its bytes differ from what was committed"
+        return "its bytes differ from what was committed"
     length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
     try:
-        found = values_digest(_values(store.place, name, size, spec, length))
+        found = values_digest(_values(store.place, name, committed["bytes"], spec, length))
     except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
-        return "flipped", str(error)
+        return str(error)
     if found != committed["values_xxh3_128"]:
-        return "flipped", "decodes to other values than were committed"
+        return "decodes to other values than were committed"
     return None
 
 

@@ -211,7 +211,7 @@ def test_a_model_that_moved(made: Path, store: Path, tmp_path: Path) -> None:
     assert whole(store) == whole(made / "store")
 
 
-def test_another_model_or_dataset_is_refused(made: Path, store: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused(made: Path, store: Path, tmp_path: Path) -> None:
     flip(store / OBJECT, 100)
     model = AutoModel.from_pretrained(made / "model")
     with torch.no_grad():
@@ -222,11 +222,6 @@ def test_another_model_or_dataset_is_refused(made: Path, store: Path, tmp_path: 
         ValueError, match=r"was made from another model than that of .*say with --mo"
     ):
         repair(store, RepairConfig(model=str(tmp_path / "model")))
-    flip(store / OBJECT, 100)
-    flip(store / TOKENS, 9)
-    (tmp_path / "corpus.jsonl").write_text('{"text": "another"}\n' * 50)
-    with pytest.raises(ValueError, match="was made from another dataset than"):
-        repair(store, RepairConfig(dataset=str(tmp_path / "corpus.jsonl")))
 
 
 def test_a_damaged_store_file_cannot_be_mended(store: Path) -> None:
@@ -250,13 +245,6 @@ def test_leftovers_stay_unless_told(store: Path) -> None:
     assert [f.fault for f in repair(store).left] == ["leftover"]
     assert repair(store, RepairConfig(delete_leftovers=True)).deleted == (f"{OBJECT}.ab.partial",)
     assert verify(store).findings == ()
-
-
-def test_what_the_journal_says_is_sound_is_not_read_again(store: Path, tmp_path: Path) -> None:
-    flip(store / OBJECT, 100)
-    verify(store, journal=tmp_path / "journal")
-    flip(store / f"{ACTS}/c/0/0", 100)  # since then
-    assert [one.part for one in repair(store, journal=tmp_path / "journal").marks] == [2]
 
 
 # --- converted stores, and other stores as sources ---
@@ -409,11 +397,12 @@ def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None
         process = context.Process(target=repair_until_killed, args=(store, draw.randrange(2, 4)))
         process.start()
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
         now = {f.path for f in verify(store).findings if f.damaging}
-        assert now <= before
+        assert now < before  # each lives to write something whole
         before = now
-    assert kills >= 5
+    assert kills >= 4  # of ten writes, none lives for more than two
     found = {n: d for n, d in whole(store).items() if not n.endswith(".partial")}
     assert found == whole(made / "store")
 

@@ -178,13 +178,13 @@ def test_findings_do_not_depend_on_who_looks(
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the objects that are looked at from now on."""
     seen: list[str] = []
-    look = verify_stage._object_fault
+    look = verify_stage._content_fault
 
     def looked(store, part, array, spec):
         seen.append(spec.object_path(part))
         return look(store, part, array, spec)
 
-    monkeypatch.setattr(verify_stage, "_object_fault", looked)
+    monkeypatch.setattr(verify_stage, "_content_fault", looked)
     return seen
 
 
@@ -195,19 +195,19 @@ def test_a_stopped_verification_goes_on(
     flip(store / OBJECT, 100)
     whole, journal = verify(store), tmp_path / "journal"
     seen = checked(monkeypatch)
-    look = verify_stage._object_fault
+    look = verify_stage._content_fault
 
     def stopped(*arguments):
         if len(seen) == 9:
             raise KeyboardInterrupt
         return look(*arguments)
 
-    monkeypatch.setattr(verify_stage, "_object_fault", stopped)
+    monkeypatch.setattr(verify_stage, "_content_fault", stopped)
     with pytest.raises(KeyboardInterrupt):
         verify(store, Hands(threads=1), journal=journal)
     with journal.open("ab") as file:
         file.write(b'{"mark": "marks/0/tok')  # as a process that is killed leaves it
-    monkeypatch.setattr(verify_stage, "_object_fault", look)
+    monkeypatch.setattr(verify_stage, "_content_fault", look)
     first = set(seen)
     seen.clear()
     verdict = verify(store, Hands(threads=1), journal=journal)
@@ -222,9 +222,65 @@ def test_a_stopped_verification_goes_on(
 
 def same(one: Verdict, other: Verdict) -> bool:
     """But for what was looked at earlier."""
-    return (one.findings, one.marks, one.objects, one.bytes) == (
-        other.findings, other.marks, other.objects, other.bytes,
-    )  # fmt: skip
+    return (one.findings, one.marks, one.objects) == (other.findings, other.marks, other.objects)
+
+
+def test_only_what_was_read_is_counted(store: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    flip(store / OBJECT, 100)
+    whole = verify(store, journal=journal)
+    mark = unseal((store / MARK).read_bytes(), MARK)
+    assert whole.bytes == sum(
+        one["bytes"]
+        for file in (store / "marks").rglob("*.json")
+        for one in unseal(file.read_bytes(), "mark")["objects"].values()
+    )
+    again = verify(store, journal=journal)
+    assert again.bytes == sum(one["bytes"] for one in mark["objects"].values())
+    (store / OBJECT).unlink()
+    once_more = verify(store, journal=journal)
+    assert once_more.bytes == again.bytes - mark["objects"][OBJECT]["bytes"]
+
+
+@pytest.mark.parametrize("harm", ["object deleted", "object cut short", "object grown"])
+def test_the_journal_is_not_asked_what_is_there(store: Path, tmp_path: Path, harm: str) -> None:
+    journal = tmp_path / "journal"
+    assert verify(store, journal=journal).intact
+    HARM[harm][0](store)
+    flip(store / "arrays.zarr/norms/layers.0/output/c/2", 8)
+    verdict = verify(store, journal=journal)
+    assert verdict.findings == verify(store).findings
+    assert verdict.earlier == verdict.marks - 1
+
+
+def test_what_was_found_last_under_a_mark_counts(store: Path, tmp_path: Path) -> None:
+    journal, data = tmp_path / "journal", (store / OBJECT).read_bytes()
+    assert verify(store, journal=journal).intact
+    (store / OBJECT).unlink()
+    assert not verify(store, journal=journal).intact
+    (store / OBJECT).write_bytes(data)
+    flip(store / OBJECT, 100)
+    assert not verify(store, journal=journal).intact
+
+
+def test_the_journal_of_another_place_or_store_is_refused(
+    made: Path, store: Path, tmp_path: Path
+) -> None:
+    """A copy has the same marks, and its own damage."""
+    journal = tmp_path / "journal"
+    assert verify(made / "store", journal=journal).intact
+    before = journal.read_bytes()
+    result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(journal)])
+    assert result.exit_code == 2
+    assert f"must be its own, got {journal}, that of {made / 'store'}" in result.stderr
+    assert "name another file" in result.stderr
+    assert journal.read_bytes() == before
+    own = tmp_path / "own"
+    assert verify(store, journal=own).intact
+    shutil.rmtree(store)
+    shutil.copytree(made / "other/store", store)
+    with pytest.raises(ValueError, match="that of another store, which was there; name another"):
+        verify(store, journal=own)
 
 
 def test_a_mark_that_was_written_anew_is_looked_at_again(
