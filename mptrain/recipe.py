@@ -52,7 +52,7 @@ class Recipe:
     micro_batch_rows: int | None = None
     "rows coded at once; a batch's gradients add up, batch- selects in each; None: the whole batch"
     start: Start = "mean"
-    "biases start at the mean of the train rows, or at the geometric median of 16384 of them"
+    "biases start at the mean of all train rows, or the geometric median of 16384 unfiltered ones"
     normalise: bool = False
     "train on rows scaled to a mean square of about 1; the saved coder takes rows as they are"
     codes: Codes = "mp"

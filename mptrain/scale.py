@@ -33,8 +33,8 @@ AS_THEY_ARE = Scale(1.0, 1.0)
 def scale_of(config: CoderConfig, input_square: float, target_square: float) -> Scale:
     """What `normalise` asks for, from the mean squares of a value of input and target.
 
-    Mean squares are between 1/2 and 2 afterwards; the target's is not where one dictionary both
-    subtracts from the input and predicts the target: there both have the input's factor.
+    These mean squares are between 1/2 and 2 afterwards; the target's is not where one dictionary
+    both subtracts from the input and predicts the target: there both have the input's factor.
     """
     if not config.normalise:
         return AS_THEY_ARE

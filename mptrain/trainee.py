@@ -17,10 +17,10 @@ from mptrain.median import geometric_median
 from mptrain.optimize import make_optimizers
 from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import CoderConfig
-from mptrain.scale import scale_of
+from mptrain.scale import AS_THEY_ARE, scale_of
 from mptrain.train_step import Learner
 
-_MEDIAN_ROWS = 16_384  # of the train split, read for a geometric median
+_SAMPLE_ROWS = 16_384  # of the train split, read for a geometric median or a scale
 
 
 @dataclass(kw_only=True)
@@ -56,12 +56,20 @@ def make_trainee(
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> Trainee:
-    """A coder at its start: biases in the middle of the train split, atoms drawn by its seed."""
+    """A coder at its start: biases in the middle of the train split, atoms drawn by its seed.
+
+    Means, and the variances that losses are shares of, are the store's: of all finite train rows,
+    also of those that the filters leave out. Medians and scales are of a sample of the rows that
+    they leave, because a few first tokens may be larger than all others together.
+    """
     sides = sides_of(config)
     (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
-    scale = scale_of(config, _square(mean_D, variance_D), _square(mean_E, variance_E))
+    scale = AS_THEY_ARE
+    if config.normalise or config.start == "median":
+        x_ND, y_NE = _sample(filters.of(sides), store, sides)
+        scale = scale_of(config, _mean_square(x_ND), _mean_square(y_NE))
     if config.start == "median":
-        mean_D, mean_E = map(geometric_median, _sample(filters.of(sides), store, sides))
+        mean_D, mean_E = geometric_median(x_ND), geometric_median(y_NE)
     coder = Coder(config, len(mean_D), len(mean_E))
     coder.initialise_(
         scale.input * mean_D.float(),
@@ -74,18 +82,18 @@ def make_trainee(
     return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale, ranks))
 
 
-def _square(mean_D: Tensor, variance_D: Tensor) -> float:
-    """Mean square of a value."""
-    return float((mean_D.square() + variance_D).mean())
+def _mean_square(x_ND: Tensor) -> float:
+    """Of a value; 0 of none."""
+    return float(x_ND.square().mean(dtype=torch.float64)) if len(x_ND) else 0.0
 
 
 def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
     """Rows that the filters leave, the same ones whichever coders are trained beside."""
     cpu = torch.device("cpu")  # the same start on every device
     with Loader(
-        store, sides, "train", batch_rows=_MEDIAN_ROWS, seed=0, device=cpu, facts=filters.facts
+        store, sides, "train", batch_rows=_SAMPLE_ROWS, seed=0, device=cpu, facts=filters.facts
     ) as loader:
-        batch = next(loader.one_pass(_MEDIAN_ROWS))
+        batch = next(loader.one_pass(_SAMPLE_ROWS))
     kept_N = filters.kept(batch, sides)
     x_ND, y_NE = (batch.values[side][kept_N].float() for side in sides)
     return x_ND, y_NE

@@ -10,10 +10,11 @@ import torch
 
 from mpcache.reader import open_store
 from mptrain.config import FitConfig
-from mptrain.evaluate import evaluate_coder
+from mptrain.evaluate import evaluate_coder, sides_of
 from mptrain.filters import Filters, make_filters, median_norm, stored_filters
 from mptrain.fit import fit
 from mptrain.loader import Batch, Loader, Store
+from mptrain.trainee import make_trainee
 from mptrain.windows import TOKEN, norm_of
 from stores import small_store
 
@@ -102,6 +103,22 @@ def test_the_median_is_that_of_the_first_train_part(store: Store) -> None:
     limits = make_filters(config(store, max_norm=3.0), store, [OUT]).norm_limits
     assert limits == {OUT: 3 * median_norm(store, OUT)}
     assert median_norm(store.limited_to([0, 1]), OUT) == median_norm(store, OUT)
+
+
+def test_rows_are_scaled_by_those_that_are_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moments are those of all rows: a few that are left out may make them a million times."""
+    moments = Store.moments
+    monkeypatch.setattr(Store, "moments", lambda *of: tuple(1e6 * m for m in moments(*of)))
+    run = config(store, normalise=True, skip_positions=3)
+    filters = make_filters(run, store, [IN, OUT])
+    for one in run.coders():
+        scale = make_trainee(one, run, filters, store, torch.device("cpu")).learner.scale
+        for side, factor in zip(sides_of(one), scale, strict=True):
+            batch = all_rows(store, filters, (side,))
+            square = batch.values[side][filters.kept(batch, (side,))].double().square().mean()
+            assert 0.5 <= factor**2 * square <= 2
 
 
 def test_filters_are_kept_beside_a_coder_and_used_in_its_evaluation(
