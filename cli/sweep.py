@@ -58,7 +58,9 @@ def widths_of(config: CollectConfig) -> dict[tuple[str, str], int]:
 def forecast(experiment: Experiment, config: CollectConfig, only: Sequence[str]) -> dict[str, Any]:
     """What a sweep would do and need, before it does anything."""
     from mptrain.forecast import forecast as of_training
+    from mptrain.sweep_runs import refuse_other_settings
 
+    refuse_other_settings(Path(experiment.head.run), experiment.resolved(settings_of(config)))
     config = dataclasses.replace(config, hookpoints=experiment.only(only).sides)
     widths = widths_of(config)
     parts = max(2, -(-config.rows // config.part_rows))  # both splits have a part

@@ -17,7 +17,7 @@ from mptrain.pursuit.pursue import pursue
 from mptrain.pursuit.refit import pursue_refit
 from mptrain.pursuit.rule import Rule
 from mptrain.pursuit.search import Search
-from mptrain.recipe import PURSUITS, BeginAs, CoderConfig, Codes
+from mptrain.recipe import PURSUITS, BeginAs, CoderConfig, Codes, k_fault
 from mptrain.sparse import row_of, sparse_decode, strongest
 from mptrain.sphere import normalise_rows_, project_rows_
 from mptrain.topk import topk_encode
@@ -315,22 +315,8 @@ class Coder(nn.Module):
 
     def checked_k(self, k: int) -> int:
         """`k`, where this coder can be run with it; else ValueError."""
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if k > self.latents:
-            raise ValueError(
-                f"k must be at most the number of latents, got k={k}, latents={self.latents}; "
-                "use a smaller k or more latents"
-            )
-        in_blocks = self.config.blocks != "none"
-        trains_in_parts = k == self.config.k and (in_blocks or self.config.begin_as == "groupmax")
-        if self.latents % k and (self.config.arch == "groupmax" or trains_in_parts):
-            raise ValueError(
-                f"k must divide the number of latents for {'blocks' if in_blocks else 'groupmax'}, "
-                f"got k={k}, latents={self.latents}"
-            )
-        if in_blocks and k > self.config.k:
-            raise ValueError(f"k must be at most the number of blocks, {self.config.k}, got {k}")
+        if fault := k_fault(self.config, k, self.latents):
+            raise ValueError(fault)
         return k
 
     def checked_codes(self, codes: Codes) -> Codes:

@@ -83,7 +83,7 @@ class RunConfig:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        _refuse_twice("log", self.log)
+        refuse_twice("log", self.log)
         self._refuse_filters()
         if self.rows < self.batch_rows:
             raise ValueError(
@@ -139,9 +139,9 @@ class FitConfig(RunConfig, Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in _LISTS:
-            _refuse_empty(name, getattr(self, name))
+            refuse_empty(name, getattr(self, name))
         for name in (*_LISTS, *_MAY_BE_EMPTY):
-            _refuse_twice(name, getattr(self, name))
+            refuse_twice(name, getattr(self, name))
         if self.latents and self.expansion != FitConfig.expansion:
             raise ValueError(
                 f"latents and expansion each say how many latents there are, got latents="
@@ -229,8 +229,8 @@ class ListedConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = tuple(coder.name for coder in self.listed)
-        _refuse_empty("listed", names)
-        _refuse_twice("listed", names)
+        refuse_empty("listed", names)
+        refuse_twice("listed", names)
 
     def coders(self) -> tuple[CoderConfig, ...]:
         return self.listed
@@ -322,12 +322,14 @@ class LoaderBenchConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
-def _refuse_empty(name: str, values: tuple[object, ...]) -> None:
+def refuse_empty(name: str, values: tuple[object, ...]) -> None:
+    """Raise ValueError where there are none."""
     if not values:
         raise ValueError(f"{name} is empty; name at least one value")
 
 
-def _refuse_twice(name: str, values: tuple[object, ...]) -> None:
+def refuse_twice(name: str, values: tuple[object, ...]) -> None:
+    """Raise ValueError where a value is there twice."""
     if len(set(values)) < len(values):
         told = ",".join(map(str, values))
         raise ValueError(f"{name} must name each value once, got {told}")

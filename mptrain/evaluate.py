@@ -4,7 +4,7 @@ B rows in a batch, D input width, E target width, M latents.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +79,13 @@ def evaluate_coder(
     rows: int | None = None,
     device: str = "auto",
     other_codes: Sequence[Codes] = (),
+    parts: Collection[int] | None = None,
 ) -> list[Evaluation]:
     """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
 
-    Filters are those it was trained with. The store must have the fingerprint of the one it was
-    trained on: another dataset or seed may hold train rows among its held-out ones.
+    Filters are those it was trained with; `parts` are those of the store to read, all if None.
+    The store must have the fingerprint of the one it was trained on: another dataset or seed may
+    hold train rows among its held-out ones.
 
     Raises:
         ValueError: no coder, no store or not one for this coder, or a `k`, `rows` or
@@ -94,6 +96,8 @@ def evaluate_coder(
     place = resolve_device(device)
     coder, trained = load_coder(folder)
     store = open_store(store_path)
+    if parts is not None:
+        store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)
     sides = tuple(dict.fromkeys(sides_of(coder.config)))
     ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]

@@ -4,13 +4,13 @@ import fnmatch
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mptrain.config import RunConfig
+from mptrain.config import RunConfig, refuse_empty, refuse_twice
 from mptrain.presets import PRESETS
-from mptrain.recipe import Arch, CoderConfig, Kind, is_for, no_effect
+from mptrain.recipe import Arch, CoderConfig, Kind, is_for, k_fault, no_effect
 from mptrain.settings import Settings, unknown
 
 TABLES = ("collect", "fit", "coders", "variants", "figures")
@@ -59,11 +59,8 @@ class FigureTable:
 
     def __post_init__(self) -> None:
         for name in ("hookpoints", "k", "variants", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise ValueError(f"{name} is empty; name at least one value")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} must name each value once, got {list(values)}")
+            refuse_empty(name, getattr(self, name))
+            refuse_twice(name, getattr(self, name))
         for number in (*self.k, *self.other_k):
             if number < 1:
                 raise ValueError(f"k and other_k must be at least 1, got {number}")
@@ -121,6 +118,14 @@ class FigurePlan:
     table: FigureTable
     panels: tuple[Panel, ...]
 
+    def other_k_fault(self, latents_of: Callable[[CoderConfig], int | None]) -> str | None:
+        """Why a coder cannot be evaluated at one of other_k; None where all can."""
+        for line in (line for panel in self.panels for line in panel.lines):
+            for k in self.table.other_k:
+                if fault := k_fault(line.coders[0], k, latents_of(line.coders[0])):
+                    return f"has {k}, which is not for {line.variant.name}: {fault}"
+        return None
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -168,6 +173,12 @@ class Experiment:
             for figure in self.figures
         )
         return replace(self, figures=tuple(figure for figure in chosen if figure.panels))
+
+    def refuse_other_k(self, latents_of: Callable[[CoderConfig], int]) -> None:
+        """Check other_k once it is known how many latents each coder has."""
+        for figure in self.figures:
+            if fault := figure.other_k_fault(latents_of):
+                raise ValueError(f"figures.{figure.name}.other_k {fault}")
 
     def resolved(self, collect: Mapping[str, Any]) -> dict[str, Any]:
         """The tables with every default filled in; as JSON, an experiment file again."""
@@ -256,7 +267,10 @@ def _figure(
         )
     except ValueError as error:
         raise settings.wrong((*key, "variants"), str(error)) from None
-    return FigurePlan(name, table, panels)
+    plan = FigurePlan(name, table, panels)
+    if fault := plan.other_k_fault(lambda coder: coder.latents):
+        raise settings.wrong((*key, "other_k"), fault)
+    return plan
 
 
 def _lines(

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -31,8 +31,13 @@ from mptrain.train_step import StepResult
 from mptrain.trainee import Trainee, make_trainee, train_steps
 
 
-def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
+def fit(
+    config: RunConfig, *, quiet: bool = True, parts: Collection[int] | None = None
+) -> list[dict[str, Any]]:
     """Train, evaluate and save every coder of the grid; gives a row of results for each.
+
+    `parts` are those of the store that a new run is to read, all if None; one that goes on reads
+    those that it began with.
 
     Among processes that torchrun started, the part of this one; the first gives all results.
 
@@ -43,14 +48,16 @@ def fit(config: RunConfig, *, quiet: bool = True) -> list[dict[str, Any]]:
         DamagedStoreError (an OSError): the store's bytes are not what was committed.
     """
     with joined(config) as ranks:
-        return _fit(config, ranks, quiet or not ranks.is_first)
+        return _fit(config, ranks, quiet or not ranks.is_first, parts)
 
 
-def _fit(config: RunConfig, ranks: Ranks, quiet: bool) -> list[dict[str, Any]]:
+def _fit(
+    config: RunConfig, ranks: Ranks, quiet: bool, only_parts: Collection[int] | None
+) -> list[dict[str, Any]]:
     if not ranks.is_first:
         ranks.meet()  # the run has begun then: all take the parts that it began with
     device = resolve_device(config.device)
-    store, plan = _planned(config, device, ranks, quiet=quiet)
+    store, plan = _planned(config, device, ranks, only_parts, quiet=quiet)
     coders = {one.name: one for one in config.coders()}
     progress = load_progress(Path(config.run), list(coders)) or Progress(passes=plan.passes)
     first = progress.number
@@ -75,15 +82,22 @@ def _fit(config: RunConfig, ranks: Ranks, quiet: bool) -> list[dict[str, Any]]:
 
 def plan_of(config: RunConfig) -> Plan:
     """What `fit` would do; raises as it does, and writes nothing."""
-    return _planned(config, resolve_device(config.device), ALONE, quiet=True)[1]
+    return _planned(config, resolve_device(config.device), ALONE, None, quiet=True)[1]
 
 
 def _planned(
-    config: RunConfig, device: torch.device, ranks: Ranks, *, quiet: bool
+    config: RunConfig,
+    device: torch.device,
+    ranks: Ranks,
+    only_parts: Collection[int] | None,
+    *,
+    quiet: bool,
 ) -> tuple[Store, Plan]:
     refuse_absent(config.log)
     everything = sides_of_all(config.coders())
-    store = suited_store(config, everything, parts_begun_with(config), quiet=quiet)
+    begun_with = parts_begun_with(config)
+    only_parts = only_parts if begun_with is None else begun_with
+    store = suited_store(config, everything, only_parts, quiet=quiet)
     return store, make_plan(config, store, device, ranks)
 
 

@@ -35,9 +35,14 @@ class Forecast:
 
 
 def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, int]) -> Forecast:
-    """Widths are those of the experiment's sides."""
+    """Widths are those of the experiment's sides.
+
+    Raises:
+        ValueError: an other_k is not for one of the coders.
+    """
     folder = Path(experiment.head.run)
     part = experiment.only(only)
+    part.refuse_other_k(lambda coder: coder.latents_of(widths[sides_of(coder)[0]]))
     found = find_runs(folder)
     left = plan_runs(folder, part.coders, found)
     coders = [coder for run in left for coder in run.coders]

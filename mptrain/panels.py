@@ -1,6 +1,7 @@
 """Figures of an experiment: FVU over train time, over rows, and at other K; a panel each."""
 
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,7 +128,9 @@ def _points(
     """Of each seed: (x, FVU) by train step, or by K."""
     if axis == "other-k":
         found = (other_k.get(coder.name, {}) for coder in line.coders)
-        return [{k: (float(k), fvu) for k, fvu in one.items()} for one in found]
+        return [
+            {k: (float(k), fvu) for k, fvu in one.items() if math.isfinite(fvu)} for one in found
+        ]
     x_of: Callable[[Record], float] = _seconds if axis == "time" else _rows
     curves = (validations(coders[c.name]) for c in line.coders if c.name in coders)
     return [{r.step: (x_of(r), float(r.validation_fvu or 0)) for r in curve} for curve in curves]

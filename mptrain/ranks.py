@@ -131,9 +131,14 @@ class Ranks:
 ALONE = Ranks()
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
 def is_first_process() -> bool:
     """Whether this process is the one to tell the user something."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 @contextmanager
@@ -143,7 +148,7 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
     Raises:
         ValueError: the config does not go with how many processes there are.
     """
-    if not dist.is_torchelastic_launched():
+    if not is_one_of_several():
         if config.spread is not None:
             raise ValueError(
                 f"spread {config.spread} needs several processes, got one; start them by "

@@ -160,6 +160,28 @@ class CoderConfig(Recipe):
         return self.expansion * input_width
 
 
+def k_fault(config: CoderConfig, k: int, latents: int | None) -> str | None:
+    """Why such a coder cannot be run with this K; None where it can, as far as `latents` tell."""
+    if k < 1:
+        return f"k must be at least 1, got {k}"
+    in_blocks = config.blocks != "none"
+    if latents is not None:
+        if k > latents:
+            return (
+                f"k must be at most the number of latents, got k={k}, latents={latents}; "
+                "use a smaller k or more latents"
+            )
+        trains_in_parts = k == config.k and (in_blocks or config.begin_as == "groupmax")
+        if latents % k and (config.arch == "groupmax" or trains_in_parts):
+            return (
+                f"k must divide the number of latents for {'blocks' if in_blocks else 'groupmax'}, "
+                f"got k={k}, latents={latents}"
+            )
+    if in_blocks and k > config.k:
+        return f"k must be at most the number of blocks, {config.k}, got {k}"
+    return None
+
+
 def is_for(name: str, kind: Kind, arch: Arch) -> bool:
     """Whether a field of a recipe has an effect on such coders."""
     if name == "input_loss" and kind == "sae":

@@ -12,11 +12,11 @@ from mptrain.metrics import writing_in
 from mptrain.recipe import CoderConfig
 from mptrain.suited import numbers_of, ranges
 
-# where a run lives, what it is computed on, when it is saved and how rows are fetched may change
-# between its commands
+# where a run lives, what it is computed on, when it is saved, how rows are fetched and what fits
+# into memory may change between its commands; passes are those of the last saved state, if any
 FREE = {
     "run", "store", "device", "spread", "log", "save_every", "save_minutes", "window_bytes",
-    "read_threads", "follow",
+    "read_threads", "follow", "max_memory",
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def suited_store(
     *,
     quiet: bool = True,
 ) -> Store:
-    """Open the store of a run; `only_parts` are those of a run that goes on.
+    """Open the store of a run; `only_parts` are those that it reads, all if None.
 
     Raises:
         ValueError: with a remedy, where the store or the filters leave no rows to train on.
@@ -56,11 +56,12 @@ def _common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
     """Parts that all sides have; none where a side has yet to be begun."""
     if not all(hookpoint in store.hookpoints for hookpoint, _ in sides):
         return set()
-    return set.intersection(*(_parts(store, side) for side in sides))
+    return parts_of(store, sides)
 
 
-def _parts(store: Store, side: Side) -> set[int]:
-    return {part.number for split in _SPLITS for part in store.parts([side], split)}
+def parts_of(store: Store, sides: Sequence[Side]) -> set[int]:
+    """Parts of both splits that all of these sides have."""
+    return {part.number for split in _SPLITS for part in store.parts(sides, split)}
 
 
 def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
@@ -73,7 +74,7 @@ def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
 
 def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
     """Common parts alone would make a coder's rows depend on its companions."""
-    found = {side: _parts(store, side) for side in sides}
+    found = {side: parts_of(store, [side]) for side in sides}
     everything = set[int]().union(*found.values())
     if any(parts != everything for parts in found.values()):
         told = "; ".join(

@@ -1,22 +1,33 @@
 """Carry out an experiment: collect and train what is missing, draw, judge. Goes on where it was."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mptrain.checkpoint import write_json
 from mptrain.config import ListedConfig
-from mptrain.evaluate import evaluate_coder
+from mptrain.evaluate import evaluate_coder, sides_of, sides_of_all
 from mptrain.experiment import Experiment, FigurePlan
 from mptrain.figure_text import caption, other_k_rows, page, point_rows, write_rows
 from mptrain.fit import fit
-from mptrain.metrics import writing_in
+from mptrain.loader import open_store
+from mptrain.metrics import json_value, writing_in
 from mptrain.outcome import Coders, Verdict, faults, judge
 from mptrain.panels import Axis, OtherK, draw_figure
-from mptrain.runs import FREE
-from mptrain.sweep_runs import SweepRun, Trained, find_runs, plan_runs, read_trained
+from mptrain.ranks import is_one_of_several
+from mptrain.suited import parts_of, ranges
+from mptrain.sweep_runs import (
+    SweepRun,
+    Trained,
+    find_runs,
+    plan_runs,
+    read_trained,
+    refuse_other_rows,
+    refuse_other_settings,
+    saved_settings,
+)
 
 Collect = Callable[[Sequence[str]], str]
 
@@ -43,22 +54,31 @@ def sweep(
     """Bring the experiment, or the part that `only` names, to its figures.
 
     `collected` are the settings of the collection, which `collect` carries out: it gets the sides
-    that are needed, and gives the store. It is called only where something is left to do.
+    that are needed, and gives the store. It is called only where something is left to do. All runs
+    read the parts that the first one began with, also where the store has grown since.
 
     Raises:
         ValueError: the user's mistake, such as a folder that holds other settings' coders.
         KeyboardInterrupt: as it comes; the same call goes on.
     """
+    if is_one_of_several():
+        raise ValueError("a sweep is one process, got several of torchrun; start it without")
     folder = Path(experiment.head.run)
     part = experiment.only(only)
     keep_experiment(folder, experiment.resolved(collected))
-    left = plan_runs(folder, part.coders, find_runs(folder))
-    store = collect(part.sides) if left else None
+    begun = find_runs(folder)
+    refuse_other_rows(begun)
+    parts = begun[0].parts if begun else None
+    left = plan_runs(folder, part.coders, begun)
+    store = None
+    if left:
+        store = collect(part.sides)
+        _refuse_unsuited(part, left, parts, store)
     for run in left:
         _note_hardware(folder, run, hardware)
-        fit(config_of(experiment, run, store or ""), quiet=quiet)
+        fit(config_of(experiment, run, store or ""), quiet=quiet, parts=parts)
     runs = find_runs(folder)
-    _refuse_other_rows(runs)
+    refuse_other_rows(runs)
     coders = {c.name: one for c in part.coders if (one := read_trained(runs).get(c.name))}
     other_k = _other_k(part, folder, coders, store, collect)
     files = [
@@ -74,28 +94,10 @@ def sweep(
 
 
 def keep_experiment(folder: Path, resolved: Mapping[str, Any]) -> None:
-    """Save the resolved file beside the results, if it goes with what is there.
-
-    Figures, variants and coders may change: what is new is trained beside what is there. Rows and
-    how they are read may not, because the coders of a panel are to have the same.
-    """
-    file = folder / "experiment.json"
-    wanted = json.loads(json.dumps(resolved))
-    if file.exists():
-        there = json.loads(file.read_bytes())
-        different = [
-            f"{table}.{name}: {json.dumps(there[table].get(name))} there, {json.dumps(value)} asked"
-            for table in ("collect", "fit")
-            for name, value in wanted[table].items()
-            if name not in FREE and there[table].get(name) != value
-        ]
-        if different:
-            raise ValueError(
-                f"{folder} has coders of other rows ({'; '.join(different)}); use its settings, or "
-                "another run"
-            )
+    """Save the resolved file beside the results, if it goes with what is there."""
+    refuse_other_settings(folder, resolved)
     with writing_in(folder):
-        write_json(file, wanted)
+        write_json(saved_settings(folder), resolved)
 
 
 def config_of(experiment: Experiment, run: SweepRun, store: str) -> ListedConfig:
@@ -118,13 +120,19 @@ def _hardware(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _refuse_other_rows(runs: Sequence[SweepRun]) -> None:
-    if len({run.order_digest for run in runs}) > 1:
-        told = " and ".join(str(run.folder) for run in runs)
-        raise ValueError(
-            f"{told} have trained on different rows, because the store has grown in between, and "
-            "cannot be compared; name another run"
-        )
+def _refuse_unsuited(
+    part: Experiment, left: Sequence[SweepRun], parts: Collection[int] | None, place: str
+) -> None:
+    """Check before any training what would else be found after it."""
+    store = open_store(place)
+    part.refuse_other_k(lambda coder: coder.latents_of(store.width(*sides_of(coder)[0])))
+    for run in left:
+        there = parts_of(store, sides_of_all(run.coders))
+        if lost := set(parts or ()) - there:
+            raise ValueError(
+                f"{store.place} lacks parts {ranges(lost)}, which the coders in {part.head.run} "
+                "have trained on; collect them again, or name another run"
+            )
 
 
 def _other_k(
@@ -141,7 +149,7 @@ def _other_k(
                 if not {*plan.table.other_k, config.k} <= there.keys():
                     store = store or collect(part.sides)
                     there |= _evaluate(part, trained, store, plan.table.other_k)
-                    write_json(file, {str(k): there[k] for k in sorted(there)})
+                    write_json(file, {str(k): json_value(there[k]) for k in sorted(there)})
                 found[config.name] = {k: there[k] for k in sorted({*plan.table.other_k, config.k})}
     return found
 
@@ -157,7 +165,8 @@ def _evaluate(
 ) -> dict[int, float]:
     place = trained.folder / "coders" / trained.config.name
     rows, device = part.fit["eval_rows"], part.fit["device"]
-    return {one.k: one.fvu for one in evaluate_coder(place, Path(store), other_k, rows, device)}
+    found = evaluate_coder(place, store, other_k, rows, device, parts=trained.parts)
+    return {one.k: one.fvu for one in found}
 
 
 def _figure(

@@ -1,4 +1,7 @@
-"""The runs of a sweep: each trains a list of coders, and each coder is in one of them."""
+"""The runs of a sweep: each trains a list of coders, and each coder is in one of them.
+
+All have the same settings, those of the sweep, and the same rows.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,10 @@ from typing import Any
 
 from mptrain.metrics import Record, read_records
 from mptrain.recipe import CoderConfig
+from mptrain.runs import FREE
+from mptrain.suited import numbers_of
+
+_FREE = {*FREE, "write_threads"}
 
 
 @dataclass(frozen=True)
@@ -19,6 +26,8 @@ class SweepRun:
     is_finished: bool = False
     order_digest: str | None = None
     "of the rows it reads; None before it has begun"
+    parts: frozenset[int] = frozenset()
+    "of the store, that it reads; none before it has begun"
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class Trained:
     "its lines of metrics.jsonl"
     result: Mapping[str, Any] | None
     "its row of results.json; None before the run has finished"
+    parts: frozenset[int] = frozenset()
+    "of the store, that its run reads"
 
     @property
     def latents(self) -> int | None:
@@ -49,8 +60,47 @@ class Trained:
 
 def find_runs(folder: Path) -> tuple[SweepRun, ...]:
     """Runs that have begun, in their order."""
-    files = sorted(_place(folder).glob("*/config.json"), key=lambda file: int(file.parent.name))
-    return tuple(_run(file.parent, json.loads(file.read_bytes())) for file in files)
+    files = (f for f in _place(folder).glob("*/config.json") if f.parent.name.isdecimal())
+    ordered = sorted(files, key=lambda file: int(file.parent.name))
+    return tuple(_run(file.parent, json.loads(file.read_bytes())) for file in ordered)
+
+
+def saved_settings(folder: Path) -> Path:
+    """Where a sweep keeps its experiment file, with all defaults."""
+    return folder / "experiment.json"
+
+
+def refuse_other_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Check that a resolved experiment file goes with what is there; writes nothing.
+
+    Figures, variants and coders may change: what is new is trained beside what is there. Rows and
+    how they are read may not, nor at which steps is logged: the coders of a panel are to share it.
+    """
+    file = saved_settings(folder)
+    if not file.exists():
+        return
+    there = json.loads(file.read_bytes())
+    different = [
+        f"{table}.{name}: {json.dumps(there[table].get(name))} there, {json.dumps(value)} asked"
+        for table in ("collect", "fit")
+        for name, value in resolved[table].items()
+        if name not in _FREE and there[table].get(name) != json.loads(json.dumps(value))
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} has coders of other settings ({'; '.join(different)}), which all coders of "
+            "a panel are to share; use the settings that are there, or another run"
+        )
+
+
+def refuse_other_rows(runs: Sequence[SweepRun]) -> None:
+    """Check that all runs read the same rows."""
+    if len({run.order_digest for run in runs}) > 1:
+        told = " and ".join(str(run.folder) for run in runs)
+        raise ValueError(
+            f"{told} have trained on different rows, of a store that grew in between, and cannot "
+            "be compared; name another run"
+        )
 
 
 def plan_runs(
@@ -87,7 +137,8 @@ def _run(folder: Path, config: Mapping[str, Any]) -> SweepRun:
         for one in config["coders"]
     )
     finished = {coder.name for coder in coders} <= {row["coder"] for row in _results(folder)}
-    return SweepRun(folder, coders, finished, config["order_digest"])
+    parts = frozenset(numbers_of(config["parts"]))
+    return SweepRun(folder, coders, finished, config["order_digest"], parts)
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
@@ -109,6 +160,6 @@ def _trained(one: SweepRun) -> list[Trained]:
         by_name[record.coder].append(record)
     results = {row["coder"]: row for row in _results(one.folder)}
     return [
-        Trained(coder, one.folder, tuple(by_name[coder.name]), results.get(coder.name))
+        Trained(coder, one.folder, tuple(by_name[coder.name]), results.get(coder.name), one.parts)
         for coder in one.coders
     ]

@@ -61,11 +61,11 @@ def tiny_experiment(folder: Path, *changes: str) -> Experiment:
 class Collecting:
     """What a sweep is handed to collect with; counts how often it is asked."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.asked = folder, list[tuple[str, ...]]()
+    def __init__(self, folder: Path, **changes: object) -> None:
+        self.folder, self.asked, self.changes = folder, list[tuple[str, ...]](), changes
 
     def __call__(self, sides: Sequence[str]) -> str:
         self.asked.append(tuple(sides))
         store = self.folder / "store"
-        collect(small_config(self.folder, hookpoints=tuple(sides)), store)
+        collect(small_config(self.folder, hookpoints=tuple(sides), **self.changes), store)
         return str(store)

@@ -12,7 +12,10 @@ from typing import Any
 from mptrain import checkpoint, metrics
 from mptrain import fit as fit_stage
 from mptrain.config import FitConfig
+from mptrain.experiment import experiment_of
 from mptrain.fit import fit
+from mptrain.settings import read_settings
+from mptrain.sweep import sweep
 
 
 class Killer:
@@ -65,6 +68,21 @@ def torn(killer: Killer) -> Callable[..., Any]:
 
 def fit_until_killed(settings: FitConfig, kind: str, moment: int, log: Path) -> None:
     """Runs in a process of its own; moment 0 is never."""
+    arm(kind, moment, log)
+    fit(settings)
+
+
+def sweep_until_killed(
+    file: Path, collected: dict[str, str], store: str, kind: str, moment: int, log: Path
+) -> None:
+    """The same for a sweep whose rows are there."""
+    arm(kind, moment, log)
+    experiment = experiment_of(read_settings(file))
+    sweep(experiment, (), collected, collect=lambda _: store, hardware="two cores")
+
+
+def arm(kind: str, moment: int, log: Path) -> None:
+    """From here on this process trains until that moment."""
     killer = Killer(kind, moment, log)
     fitting: Any = fit_stage.Fitting
     fitting._train_one = killer.before("train", "train step", fitting._train_one)
@@ -76,4 +94,3 @@ def fit_until_killed(settings: FitConfig, kind: str, moment: int, log: Path) -> 
     path.rename = killer.before("save", "rename", path.rename)
     path.replace = killer.before("save", "replace", path.replace)
     checkpoint.shutil.rmtree = killer.before("save", "drop", checkpoint.shutil.rmtree)  # type: ignore[assignment]
-    fit(settings)

@@ -88,6 +88,14 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("figures.fvu.variants=[]", "figures.fvu cannot be so: variants is empty"),
         ("figures.fvu.seeds=[1, 1]", "seeds must name each value once"),
         ("figures.fvu.k=[0]", "k and other_k must be at least 1, got 0"),
+        (
+            "figures.fvu.variants=['mp', 'sliced']",
+            "figures.fvu.other_k has 5, which is not for sliced: k mu",
+        ),
+        (
+            "variants.batch-mp-nested.latents=4",
+            "other_k has 5, which is not for batch-mp-nested: k",
+        ),
         ("variants.detach.detach=true", "variants.detach is the name of a preset or an archit"),
         ("variants.new.label=x", "variants.new sets nothing that it differs by"),
         ("variants.batch-mp-nested.color=red", "takes a color such as #7d0a14, got 'red'"),

@@ -109,6 +109,7 @@ def test_nothing_overlaps(tmp_path, panels, lines):
         "figures.fvu.kind=skip-transcoder",
         f"figures.fvu.variants={ALL[:lines]}",
         "figures.fvu.seeds=[0]",
+        "figures.fvu.other_k=[]",
     ]
     experiment = tiny_experiment(tmp_path, *changes)
     with matplotlib.rc_context(RC):

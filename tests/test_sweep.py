@@ -2,20 +2,25 @@
 
 import csv
 import json
+import multiprocessing
+import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from cli.mptrain import app
-from cli.sweep import read
+from cli.sweep import read, settings_of
 from experiments import TEXT, Collecting, tiny_experiment, write_experiment
 from fits import equal, lasting, weights
+from killers import sweep_until_killed
 from mptrain import fit as fit_stage
 from mptrain import sweep as sweep_stage
 from mptrain.forecast import forecast
 from mptrain.sweep import sweep
-from mptrain.sweep_runs import find_runs, plan_runs
+from mptrain.sweep_runs import find_runs, plan_runs, refuse_other_settings
 from stores import small_config, write_corpus
 
 COLLECTED = {"model": "tiny", "dataset": "random letters"}
@@ -137,7 +142,7 @@ def test_interrupted_equals_uninterrupted(whole, tmp_path):
             run(tmp_path)
     (begun,) = find_runs(tmp_path / "run")
     assert not begun.is_finished
-    assert run(tmp_path).faults == ()
+    assert run(tmp_path, "fit.max_memory=1_000_000_000").faults == ()  # which may change
     (done,) = find_runs(tmp_path / "run")
     assert equal(weights(done.folder), weights(folder / "run" / "runs" / "1"))
     assert lasting(done.folder) == lasting(folder / "run" / "runs" / "1")
@@ -156,9 +161,124 @@ def test_a_variant_added_later_is_trained_alone(tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_coders_of_other_rows_are_refused(tmp_path):
     run(tmp_path, *SMALL, only=["fvu"])
-    with pytest.raises(ValueError, match=r"coders of other rows \(fit.rows: 384 there, 448 asked"):
+    with pytest.raises(ValueError, match=r"of other settings \(fit.rows: 384 there, 448 asked"):
         run(tmp_path, *SMALL, "fit.rows=448")
     run(tmp_path, *SMALL, "fit.save_every=1", only=["fvu"])  # how it is saved is free
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_changes_no_row_and_no_step_may_change(whole, tmp_path):
+    folder, _ = whole
+    free = ("fit.max_memory=1_000_000_000", "fit.read_threads=1", "fit.window_bytes=1_000_000")
+    experiment = tiny_experiment(tmp_path, *free)
+    there = tiny_experiment(folder).resolved({**COLLECTED, "write_threads": None})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "experiment.json").write_text(json.dumps(there))
+    refuse_other_settings(tmp_path / "run", experiment.resolved({"write_threads": 3}))
+    for name, value in (("log_every", 7), ("eval_every", 5)):
+        other = tiny_experiment(tmp_path, f"fit.{name}={value}").resolved(COLLECTED)
+        with pytest.raises(ValueError, match=rf"coders of other settings \(fit.{name}: "):
+            refuse_other_settings(tmp_path / "run", other)
+
+
+def test_a_dry_run_refuses_what_the_sweep_would(tmp_path):
+    file, place = on_disk(tmp_path), tmp_path / "run"
+    experiment, config = read(file, ())
+    place.mkdir()
+    text = json.dumps(experiment.resolved(settings_of(config)))
+    (place / "experiment.json").write_text(text)
+    told = command(file, "--dry-run", "--set", "fit.rows=448")
+    assert (told.exit_code, "fit.rows: 384 there, 448 asked" in told.stderr) == (2, True)
+    assert [f.read_text() for f in place.iterdir()] == [text]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_store_that_grew_gives_later_runs_the_rows_of_the_first(tmp_path):
+    run(tmp_path, *SMALL, only=["fvu"])
+    grown = Collecting(tmp_path, rows=2400)
+    run(tmp_path, collecting=grown)
+    first, second = find_runs(tmp_path / "run")
+    assert len(grown.asked) == 1
+    assert first.parts == second.parts == set(range(8))
+    assert first.order_digest == second.order_digest
+    for part in ("marks/7", "marks/8"):  # those of the first run, lost
+        shutil.rmtree(tmp_path / "store" / part)
+    wider = "figures.fvu.seeds=[0, 1, 2]"
+    with pytest.raises(ValueError, match=r"lacks parts 7, which the coders in .* have trained on"):
+        run(tmp_path, wider, collecting=lambda _: str(tmp_path / "store"))
+    assert len(find_runs(tmp_path / "run")) == 2
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_runs_of_different_rows_are_refused_before_anything_is_done(whole, tmp_path):
+    folder, _ = whole
+    for name in ("1", "2", "1-copy"):  # the last is none of the sweep's
+        shutil.copytree(folder / "run" / "runs" / "1", tmp_path / "run" / "runs" / name)
+    assert [one.folder.name for one in find_runs(tmp_path / "run")] == ["1", "2"]
+    file = tmp_path / "run" / "runs" / "2" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "order_digest": "other"}))
+    collecting = Collecting(tmp_path)
+    with pytest.raises(ValueError, match="have trained on different rows"):
+        run(tmp_path, "figures.fvu.seeds=[0, 1, 2]", collecting=collecting)
+    assert collecting.asked == []
+
+
+def test_other_k_is_checked_before_training(tmp_path):
+    changes = ("figures.fvu.k=[4]", "figures.fvu.variants=['topk', 'groupmax']")
+    told = r"figures.fvu.other_k has 5, which is not for groupmax: k must divide the number of lat"
+    with pytest.raises(ValueError, match=told):
+        forecast(tiny_experiment(tmp_path, *changes), (), WIDTHS)
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, *changes, only=["fvu"])
+    assert find_runs(tmp_path / "run") == ()
+
+
+def test_an_fvu_that_is_not_finite_is_kept_and_not_drawn(whole, tmp_path, monkeypatch):
+    folder, _ = whole
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "other-k")
+    stores = []
+
+    def evaluated(_, store, *__, **___):
+        stores.append(store)
+        fvus = {3: 0.5, 2: float("inf"), 5: float("nan")}
+        return [SimpleNamespace(k=k, fvu=fvu) for k, fvu in fvus.items()]
+
+    monkeypatch.setattr(sweep_stage, "evaluate_coder", evaluated)
+    changes = (*SMALL, "store=s3://bucket/store")
+    for _ in range(2):
+        run(tmp_path, *changes, only=["fvu"], collecting=lambda _: "s3://bucket/store")
+    assert stores == 3 * ["s3://bucket/store"]  # as it is told, and once for each coder
+    kept = (tmp_path / "run" / "figures" / "fvu" / "other-k.json").read_text()
+    assert [row["fvu"] for row in json.loads(kept)] == 3 * ["inf", 0.5, "nan"]
+
+
+def test_torchruns_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    collecting = Collecting(tmp_path)
+    with pytest.raises(ValueError, match="a sweep is one process, got several of torchrun"):
+        run(tmp_path, collecting=collecting)
+    assert collecting.asked == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_killed_equals_never_killed(whole, tmp_path):
+    folder, _ = whole
+    store, log = str(folder / "store"), tmp_path / "log"
+    context = multiprocessing.get_context("forkserver")
+    # each step of a coder and each line are a moment: in the fourth step, of which two are saved
+    arguments = (write_experiment(tmp_path), COLLECTED, store, "train", 3 * 28 + 2, log)
+    process = context.Process(target=sweep_until_killed, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (begun,) = find_runs(tmp_path / "run")
+    assert not begun.is_finished
+    experiment = tiny_experiment(tmp_path)
+    outcome = sweep(experiment, (), COLLECTED, collect=lambda _: store, hardware="two cores")
+    assert outcome.faults == ()
+    assert equal(weights(begun.folder), weights(folder / "run" / "runs" / "1"))
+    assert lasting(begun.folder) == lasting(folder / "run" / "runs" / "1")
 
 
 def test_a_variant_that_does_nothing_and_a_missing_curve_are_faults(tmp_path):
