@@ -7,10 +7,11 @@ import math
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
+
+from mpcache.kernels import compiled
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 @no_type_check
 def largest_bits(bits_RW):
     """Largest magnitude of float32 values, all given as their bits, infinity or NaN included.
@@ -27,7 +28,7 @@ def largest_bits(bits_RW):
 
 
 # sums may be reordered (SIMD); values that are not finite must stay so
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+@compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
 @no_type_check
 def add_rows_(x_RW, shift_W, sum_W, square_W, norms_R):
     """Add to float64 sums of `x - shift` and of its square; norms of the rows of `x` itself.

@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba.core import caching
 
+from mpcache.kernels import compiled
 from mpcache.moments import measure, merged
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -50,3 +52,15 @@ def test_a_dimension_far_from_zero_loses_nothing() -> None:
     found, exact = measure(x_RW).moments, x_RW.double()
     torch.testing.assert_close(found.variance_W, exact.var(0, correction=0), rtol=1e-10, atol=0)
     assert merged([found, found]).rows == 10_000
+
+
+def test_kernels_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only installation without a home, as in containers."""
+
+    def refused(_: object) -> None:
+        raise PermissionError
+
+    for kind in vars(caching).values():
+        if isinstance(kind, type) and hasattr(kind, "ensure_cache_path"):
+            monkeypatch.setattr(kind, "ensure_cache_path", refused)
+    assert compiled()(lambda x: x + 1)(2) == 3

@@ -7,13 +7,14 @@ off what Numba compiles. b rows, D input width, M latents, K pursuit steps.
 from typing import no_type_check
 
 import numpy as np
-from numba import njit
+
+from mpcache.kernels import compiled
 
 LANES = 128  # running maxima side by side: as fast as the cache gives the scores
 MODES = {"positive": 0, "signed": 1, "magnitude": 2}
 
 # sums may be reordered (SIMD); values that are not finite must stay so
-_compiled = njit(nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+_compiled = compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 
 @_compiled
