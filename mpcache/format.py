@@ -24,6 +24,7 @@ from mpcache.place import Place
 
 FORMAT_VERSION = 1
 STORE_FILE = "store.json"
+_CLAIM = ".claim.partial"
 MARKS = "marks"
 TOKENS = "tokens"
 SEQUENCE = "rows/sequence"
@@ -129,7 +130,12 @@ def mark_path(part: int, array: str) -> str:
 
 def claim_path(part: int, array: str, number: int) -> str:
     """Path in the store of a claim that is to become that mark; named as temporary files are."""
-    return f"{mark_path(part, array)}.{number}.claim.partial"
+    return f"{mark_path(part, array)}.{number}{_CLAIM}"
+
+
+def is_claim(name: str) -> bool:
+    """Whether an object is a claim."""
+    return name.startswith(f"{MARKS}/") and name.endswith(_CLAIM)
 
 
 def marked_array(path: PurePosixPath) -> tuple[int, str] | None:

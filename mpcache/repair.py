@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mpcache.config import RepairConfig
 from mpcache.convert import give_converted
 from mpcache.findings import Finding
-from mpcache.format import POSITION, SEQUENCE, TOKENS
+from mpcache.format import POSITION, SEQUENCE, TOKENS, is_claim
 from mpcache.guard import DamagedStoreError
 from mpcache.mend import Mended, Mender
 from mpcache.move import copy_part
@@ -67,6 +67,7 @@ def repair(
     store = open_store(place)
     findings = verify(place, hands, quiet=quiet).findings
     deleted = [f.path for f in findings if f.fault == "leftover" and config.delete_leftovers]
+    deleted.sort(key=is_claim, reverse=True)  # one that lost its objects might still be begun with
     for name in deleted:
         place.delete(name)
     metadata = _mend_metadata(store, [f.path for f in findings if f.fault == "metadata"])
