@@ -3,11 +3,16 @@
 There are no folders, links or renames. What is to become an object is uploaded under a temporary
 name and copied to its own by the server, which also decides who creates an object that must be new.
 Amazon's, Google's and compatible servers show every write to all who ask from then on.
+
+Memory: an object is held whole while it is uploaded, should its server lose it halfway; reading
+holds eight pieces of 8 MiB of each object at a time.
 """
 
 import contextlib
 import itertools
+import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +27,11 @@ from mpcache.objects import temporary_name
 _PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
 _ABREAST = 8  # requests for one object at a time, either way
 _PAGE = 1000  # names of an answer; no server gives more
-_TRIES = 5
-_SOON = 10.0  # seconds; where obstore gives up later, it has tried for as long as is worth it
+_TRIES = 5  # of what fails at once
+_SOON = 1.0  # seconds; where obstore gives up later, it has tried more than once
+_PATIENCE = 120.0  # seconds; who is away for a minute costs a wait, for longer ends the command
 _PAUSE = 0.2  # seconds before the second try, doubled for each later one
+_LONGEST_PAUSE = 10.0
 
 Answer = TypeVar("Answer")
 
@@ -33,6 +40,7 @@ class Bucket:
     """A prefix of a bucket; mpcache.place has the contract."""
 
     abreast = 8
+    largest: int | None = 5_000_000_000  # bytes that a server copies in one request
 
     def __init__(self, url: str) -> None:
         self.scheme, self.bucket, self.prefix = split_url(url)
@@ -140,7 +148,8 @@ class Bucket:
 
         if self.size(name) is not None:  # spares a write, also where nothing can be written
             return False
-        for pause in _pauses():
+        _see_conditions(self.scheme, self.bucket, self.prefix)
+        for pause in itertools.islice(_pauses(), _TRIES):
             try:
                 self._ask(obstore.put, self._key(name), data, mode="create")
             except (AlreadyExistsError, PreconditionError):
@@ -162,7 +171,7 @@ class Bucket:
         import obstore
 
         temporary, rest = temporary_name(name, key), iter(pieces)
-        kept = list(_first(rest, _PART))
+        kept, failed = list(_first(rest, _PART)), list[BaseException]()
         if sum(map(len, kept)) < _PART:
             self.replace(temporary, b"".join(kept))
             return temporary
@@ -171,15 +180,20 @@ class Bucket:
             try:
                 # in parts, several on their way at a time
                 obstore.put(
-                    bucket, path, itertools.chain(kept.copy(), _keeping(rest, kept)),
+                    bucket, path, itertools.chain(kept.copy(), _keeping(rest, kept, failed)),
                     use_multipart=True, chunk_size=_PART, max_concurrency=_ABREAST,
                 )  # fmt: skip
             except FileNotFoundError:
                 # done, but the answer was lost; asked again, the server knows of no upload
-                if obstore.head(bucket, path)["size"] != sum(map(len, kept)):
+                if not failed and obstore.head(bucket, path)["size"] != sum(map(len, kept)):
+                    raise
+            except Exception:
+                if not failed:  # else it is no fault of this server, and nothing to ask again
                     raise
 
         self._ask(put, self._key(temporary))
+        if failed:
+            raise failed[0]
         return temporary
 
     def publish(self, temporary: str, name: str) -> bool:
@@ -208,13 +222,14 @@ class Bucket:
     def rests(self) -> "tuple[Bucket, ...]":
         return ()
 
-    def remove(self, head: str, told: str) -> None:
+    def remove(self, head: str, told: str, first: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.replace(told, self.read(head))
         self.delete(head)
-        names = [name for name in self.names() if name != told]
-        for _ in _requests().map(self.delete, names):
-            pass
+        for prefix in (first, ""):
+            names = [name for name in self.names(prefix) if name != told]
+            for _ in _requests().map(self.delete, names):
+                pass
         self.delete(told)
 
     # --- asking ---
@@ -236,22 +251,35 @@ class Bucket:
 def _ask(
     scheme: Scheme, bucket: str, function: Callable[..., Answer], *arguments: Any, **options: Any
 ) -> Answer:
-    """Call one of obstore's functions; where it gives up soon, a few times.
+    """Call one of obstore's functions, again and again where the server is away.
 
-    It does not ask again where an answer breaks off, or where asking twice might do harm, which
-    nothing that we ask does.
+    Most of the patience is here: while obstore waits, Ctrl-C does. And obstore does not ask again
+    where an answer breaks off, or where asking twice might do harm, which nothing that we ask does.
     """
-    url, soon = f"{scheme}://{bucket}/{arguments[0] or ''}", time.monotonic() + _SOON
+    url = f"{scheme}://{bucket}/{arguments[0] or ''}"
+    until, at_once = 0.0, 0
     for pause in _pauses():
+        asked = time.monotonic()
         try:
             with asking(url):
                 return function(client(scheme, bucket), *arguments, **options)
         except ConnectionError as error:
             last = error
-        if time.monotonic() > soon:
+        failed = time.monotonic()
+        until = until or failed + _PATIENCE
+        at_once += failed - asked < _SOON
+        if at_once == _TRIES or failed > until:
             break
+        if failed - asked > _SOON:
+            _tell_waiting(scheme, bucket)
         time.sleep(pause)
     raise last
+
+
+@lru_cache
+def _tell_waiting(scheme: Scheme, bucket: str) -> None:
+    """Once in a process: it may be long."""
+    sys.stderr.write(f"waiting for the server of {scheme}://{bucket}\n")
 
 
 def _page(bucket: Any, prefix: str | None, after: str | None) -> list[str]:
@@ -269,9 +297,30 @@ def _see_bucket(scheme: Scheme, bucket: str) -> None:
         _ask(scheme, bucket, _page, None, None)
 
 
+@lru_cache
+def _see_conditions(scheme: Scheme, bucket: str, prefix: str) -> None:
+    """Raise ValueError where a server creates what is there already: no writer would be safe."""
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    probe = f"{prefix}/{temporary_name('probe', uuid.uuid4().hex)}".removeprefix("/")
+    try:
+        for _ in range(2):
+            _ask(scheme, bucket, obstore.put, probe, b"probe", mode="create")
+    except (AlreadyExistsError, PreconditionError):
+        return
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            _ask(scheme, bucket, obstore.delete, probe)
+    raise ValueError(
+        f"a server must keep to If-None-Match, that of {scheme}://{bucket} does not, and a writer "
+        "would overwrite what others wrote; use another server, or a folder"
+    )
+
+
 def _pauses() -> Iterator[float]:
     """Seconds to wait after each try."""
-    return (_PAUSE * 2**number for number in range(_TRIES))
+    return (min(_PAUSE * 2.0**number, _LONGEST_PAUSE) for number in itertools.count())
 
 
 @lru_cache
@@ -290,8 +339,20 @@ def _first(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
         yield piece
 
 
-def _keeping(pieces: Iterator[bytes], kept: list[bytes]) -> Iterator[bytes]:
-    """The pieces, which are also kept, should they be asked for again."""
-    for piece in pieces:
+def _keeping(
+    pieces: Iterator[bytes], kept: list[bytes], failed: list[BaseException]
+) -> Iterator[bytes]:
+    """The pieces, which are also kept, should they be asked for again; and why there are no more.
+
+    An error of where they come from, asked again, would look like their end.
+    """
+    while True:
+        try:
+            piece = next(pieces, None)
+        except BaseException as error:
+            failed.append(error)
+            raise
+        if piece is None:
+            return
         kept.append(piece)
         yield piece

@@ -23,15 +23,15 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 _METADATA = "169.254.169.254"
 _SECONDS = datetime.timedelta(seconds=1)
 
-# a server that is away for a minute costs a wait, one that is away for longer ends the command
+# not for long: until obstore gives up, Python does not see Ctrl-C
 _RETRIES: dict[str, Any] = {
     "max_retries": 100,
-    "backoff": {"init_backoff": 0.2 * _SECONDS, "max_backoff": 10 * _SECONDS, "base": 2},
-    "retry_timeout": 120 * _SECONDS,
+    "backoff": {"init_backoff": 0.2 * _SECONDS, "max_backoff": 1 * _SECONDS, "base": 2},
+    "retry_timeout": 5 * _SECONDS,
 }
 _TIMEOUTS: dict[str, Any] = {
     "connect_timeout": 5 * _SECONDS,
-    "read_timeout": 30 * _SECONDS,
+    "read_timeout": 30 * _SECONDS,  # also of sending a few megabytes, and of a large copy
     "timeout": 180 * _SECONDS,  # of one request; none asks for more than a few megabytes
 }
 
@@ -46,8 +46,10 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.removesuffix("/")
-    if "@" in bucket:
-        raise ValueError("a URL must not hold credentials; set them in the environment")
+    if re.search("[@:?]", rest):  # and is not shown
+        raise ValueError(
+            "a URL must not hold credentials, nor @, : or ?; set them in the environment"
+        )
     if scheme not in ("s3", "gs") or not _BUCKET.fullmatch(bucket):
         raise ValueError(
             f"a place must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got {printable(url)}"
@@ -163,4 +165,8 @@ def _unusable(url: str, told: str) -> OSError:
 
 
 def _line(error: Exception) -> str:
-    return printable(str(error).partition("\n")[0])
+    """What an error says, without what only the server and its user should know."""
+    line, *_ = re.split(r"[<{\n]", str(error))  # what follows is the body of an answer
+    code = re.search(r"<Code>(\w+)</Code>", str(error))
+    line = re.sub(r"://[^/\s]*@", "://", line).rstrip(" :")
+    return printable(f"{line}: {code[1]}" if code else line)

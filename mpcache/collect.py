@@ -46,7 +46,7 @@ from mpcache.tokens import (
     row_permutation,
 )
 from mpcache.workforce import Workforce
-from mpcache.writer import Writer
+from mpcache.writer import Writer, refuse_large
 
 TOKEN_PATIENCE = 60.0  # seconds that a share waits for the next part's tokens from the first one
 _LOOK_EVERY = 1.0
@@ -232,6 +232,7 @@ class Collection:
                 bar.update()
 
     def open_place(self) -> None:
+        refuse_large(self.place, self.layout, self.facts.widths.values())
         # by its files a later collection below the same root knows the model without loading it
         files = None if is_store(self.place) else files_digest(self.config)
         provenance = {

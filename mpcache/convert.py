@@ -59,7 +59,7 @@ def convert(
     arrays += [acts(side.hookpoint, side.side) for side in sides]
     cut = Recut(store, layout, arrays)
     data = seal(_content(store, layout, sides))
-    receive(to, data)
+    receive(to, data, layout, [store.width(side.hookpoint, side.side) for side in sides])
     writer = Writer(to, layout, store.fingerprint)
     for array in arrays:
         cut.grow(array, writer)

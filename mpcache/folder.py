@@ -30,6 +30,7 @@ class Folder:
     """A place on a file system; mpcache.place has the contract."""
 
     abreast = 1
+    largest: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -150,7 +151,7 @@ class Folder:
         folders = [n for n in found if (above.path / n).is_dir() and not above.is_link(n)]
         return tuple(above.child(name) for name in folders)
 
-    def remove(self, head: str, told: str) -> None:
+    def remove(self, head: str, told: str, first: str) -> None:
         rest = self.path
         if not re.fullmatch(_REST.format(".+"), rest.name):
             rest = rest.with_name(f".{rest.name}.{uuid.uuid4().hex}.removed")

@@ -5,7 +5,7 @@ is never taken for a store, and the same call goes on with it.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mpcache.arrays import GROUP
 from mpcache.format import (
     MARKS,
     STORE_FILE,
+    Layout,
     check_metadata,
     is_store,
     mark_path,
@@ -31,9 +32,10 @@ from mpcache.objects import is_temporary
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.workforce import Hands
-from mpcache.writer import Writer
+from mpcache.writer import Writer, refuse_large
 
 _INCOMING = f"{STORE_FILE}.incoming.partial"  # what is to become store.json
+_REMOVED = f"{STORE_FILE}.removed.partial"  # what was store.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ def copy(
 ) -> Moved:
     """Copy what is committed, comparing each object with its mark on the way.
 
-    Goes on with half a copy, and adds to a copy what its source has got since. Memory: a megabyte
-    for each part in work at a time.
+    Goes on with half a copy, and adds to a copy what its source has got since. Memory, for each
+    part in work at a time: a megabyte; of a bucket 64 MiB; to a bucket also the object itself.
 
     Raises:
         ValueError: `target` holds something else; nothing was written.
@@ -70,7 +72,8 @@ def copy(
     store, to = open_store(source), place_of(target)
     data = store.place.read(STORE_FILE)
     refuse_nesting(store.place, to)
-    receive(to, data)
+    widths = [store.width(name, side) for name in store.hookpoints for side in store.sides(name)]
+    receive(to, data, store.layout, widths)
     writer = Writer(to, store.layout, store.fingerprint)
     marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     for array in store.arrays:
@@ -124,13 +127,18 @@ def refuse_nesting(source: Place, to: Place) -> None:
         raise ValueError(f"{to} and {source} must not lie in each other; name another place")
 
 
-def receive(to: Place, data: bytes) -> None:
+def receive(to: Place, data: bytes, layout: Layout, widths: Iterable[int]) -> None:
     """Make the place that is to become a store with this `store.json`, or find it again."""
     check_printable(to)
+    refuse_large(to, layout, widths)
     if is_store(to):
         if to.read(STORE_FILE) != data:
             raise ValueError(f"{to} is another store; name a new or empty folder")
         return
+    if to.size(_REMOVED) is not None:
+        raise ValueError(
+            f"{to} is half removed; finish that with mpcache remove {to}, or name another place"
+        )
     if to.size(_INCOMING) is None:
         refuse_other_content(to)
         to.put_new(_INCOMING, data)
@@ -165,8 +173,10 @@ def find_removable(where: str | Path | Place) -> Leaving:
     rests = place.rests()
     if not place.exists() and rests:
         return Leaving(rests, "the rest of an interrupted removal")
-    if not is_store(place) and place.size(_INCOMING) is not None:
-        store_content(place.read(_INCOMING), f"{place}/{_INCOMING}")
+    halves = () if is_store(place) else (_REMOVED, _INCOMING)
+    half = next((name for name in halves if place.size(name) is not None), None)
+    if half is not None:
+        store_content(place.read(half), f"{place}/{half}")
         told = "half of a store, copied or removed"
     else:
         read_store_file(place)
@@ -183,4 +193,4 @@ def find_removable(where: str | Path | Place) -> Leaving:
 def remove(leaving: Leaving) -> None:
     """Delete for good. From the first moment on there is no store, whatever happens."""
     for place in leaving.places:
-        place.remove(STORE_FILE, _INCOMING)
+        place.remove(STORE_FILE if is_store(place) else _INCOMING, _REMOVED, MARKS)

@@ -24,6 +24,8 @@ class Place(Protocol):
 
     abreast: int
     "calls that are worth making at a time, each from a thread: where they wait for a server"
+    largest: int | None
+    "bytes of the largest object that can be published; None where there is no limit"
 
     @property
     def name(self) -> str:
@@ -36,7 +38,7 @@ class Place(Protocol):
         ...
 
     def child(self, name: str) -> "Place":
-        """The place of this name directly below."""
+        """The place of this name directly below; ValueError where a place cannot have it."""
         ...
 
     def children(self) -> list[str]:
@@ -100,7 +102,7 @@ class Place(Protocol):
         """Write what is to become an object; gives its temporary name, which depends on `key`.
 
         Pieces of a megabyte or so are best: on ext4, syncing a file that came in one large write
-        took ten times the processor time.
+        took ten times the processor time. A bucket holds them all in memory until they are sent.
         """
         ...
 
@@ -132,10 +134,11 @@ class Place(Protocol):
         """What interrupted removals of this place have left beside it."""
         ...
 
-    def remove(self, head: str, told: str) -> None:
+    def remove(self, head: str, told: str, first: str) -> None:
         """Delete everything for good. First `head` goes: then there is no store any more.
 
-        Until all is gone, `told` has the content of `head`, where the rest does not move away.
+        Until all is gone, `told` has the content of `head`, where the rest does not move away; then
+        all below `first` goes before anything else.
         Links are deleted, what they lead to is not.
         """
         ...
@@ -151,5 +154,5 @@ def place_of(where: str | Path | Place) -> Place:
     if not isinstance(where, Path):
         return where
     if where.parts[:1] in (("s3:",), ("gs:",)):
-        raise ValueError(f"a Path cannot hold a URL, got {where}; give the URL as text")
+        raise ValueError("a Path cannot hold a URL; give the URL as text")
     return Folder(where)

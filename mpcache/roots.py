@@ -93,10 +93,14 @@ def check_root(root: Place) -> None:
 def _stores(root: Place) -> Iterator[Store | tuple[str, Exception]]:
     """The stores of a root by name; of one that cannot be opened why."""
     for name in root.children():
-        if name.startswith(".") or root.is_link(name) or not is_store(root.child(name)):
+        try:
+            place = root.child(name)
+        except ValueError:  # no URL leads there, so no store was made there
+            continue
+        if name.startswith(".") or root.is_link(name) or not is_store(place):
             continue
         try:
-            yield open_store(root.child(name))
+            yield open_store(place)
         except (DamagedStoreError, ValueError, PermissionError) as error:
             yield name, error
 

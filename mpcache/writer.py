@@ -6,6 +6,7 @@ Many may write the same part at once, on unlike machines, without locks, clocks 
 2. Each tries to create the claim, which is that mark under another name: one of them succeeds.
 3. Whoever finds a claim carries it out, its author, another, or a later run: gives the objects that
    it names their own names, then creates the mark from it, then removes it and what is temporary.
+   Where an object has neither its temporary name nor its own, the claim is lost: none is touched.
 
 A folder renames: a step of 3 that was done already finds nothing left to do. A bucket copies, and
 whoever does a step again copies the same bytes: what is temporary stays until the mark is there. So
@@ -157,13 +158,26 @@ class Writer:
         if is_new:
             key = _key(claim)
             with self._preparing(part, array, key) as prepared:
+                told = unseal(claim, mark)["objects"]
                 for name, pieces in sources.items():
                     prepared.append(self.place.prepare(name, key, pieces))
+                    if self._is_spoilt(prepared[-1], told[name]):
+                        raise DamagedStoreError(
+                            f"{self.place}/{name} does not read back as its mark says; copy again"
+                        )
                 if not self._settle(part, array, claim):
                     raise DamagedStoreError(f"{self.place}/{mark} cannot be made; copy again")
         if self.place.read(mark) != claim:
             raise ValueError(f"{self.place}/{mark} is of other values; name a new or empty folder")
         return is_new
+
+    def _is_spoilt(self, temporary: str, told: Mapping[str, Any]) -> bool:
+        """Whether something else was prepared; it may be gone: who copies the same shares it."""
+        try:
+            is_wrong = not is_as_told(self.place, temporary, told)
+            return is_wrong and self.place.size(temporary) is not None
+        except FileNotFoundError:
+            return False
 
     def _is_marked(self, part: int, array: str) -> bool:
         return self.place.size(mark_path(part, array)) is not None
@@ -228,6 +242,10 @@ class Writer:
         if content is None:
             return False
         key, told = _key(data), content["objects"]
+        lost = (name for name in told if self.place.size(temporary_name(name, key)) is None)
+        if not all(is_as_told(self.place, name, told[name]) for name in lost):
+            # the next claim counts; had we begun with this one, we might end over what is marked
+            return False
         published = [n for n in told if self.place.publish(temporary_name(n, key), n)]
         for spec in specs(array, self.layout, content.get("width", 0)):
             self.place.sync(spec.object_path(part), f"{GROUP}/{spec.name}")
@@ -263,6 +281,17 @@ class Writer:
             "xxh3_128": found,
             "values_xxh3_128": values_digest([data]),
         }
+
+
+def refuse_large(place: Place, layout: Layout, widths: Iterable[int]) -> None:
+    """Raise ValueError where a part of rows this wide is no object for the place."""
+    row = max(widths, default=0) * getattr(torch, layout.dtype).itemsize
+    if place.largest is not None and row * layout.part_rows > place.largest:
+        raise ValueError(
+            f"an object in {place} must be at most {place.largest / 1e9:.0f} GB, the largest part "
+            f"would be {row * layout.part_rows / 1e9:.1f} GB; "
+            f"use smaller part_rows, at most {place.largest // row}"
+        )
 
 
 def is_as_told(place: Place, name: str, told: Mapping[str, Any]) -> bool:

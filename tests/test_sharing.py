@@ -121,12 +121,26 @@ def shared(
     return place_of("gs://in-memory/store")
 
 
-@pytest.mark.parametrize("kills", [0, 2])
+def claim_and_lose(place: Place, lost: int) -> None:
+    """A writer dies after its claim, and of what the claim names one object is lost."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(place), "publish", refused)
+        with pytest.raises(AssertionError):
+            Writer(place, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.zeros(8, 3))
+    names = [name for name in place.names("arrays.zarr") if name.endswith(".partial")]
+    assert len(names) == 3
+    place.delete(names[lost])
+
+
+@pytest.mark.parametrize(("kills", "lost"), [(0, None), (2, None), (0, 1), (2, 2)])
 @pytest.mark.parametrize("seed", range(12))
 def test_what_is_marked_is_never_overwritten(
-    shared: Place, scheduled: list[Schedule], seed: int, kills: int
+    shared: Place, scheduled: list[Schedule], seed: int, kills: int, lost: int | None
 ) -> None:
-    """Three writers of the same part with unlike values, in any order, killed anywhere."""
+    """Three writers of the same part with unlike values, in any order, killed anywhere.
+
+    Or they find the claim of a fourth, whose objects are not all there.
+    """
     values = [torch.full((8, 3), float(v)) for v in (1, 2, 3)]
     mark = "marks/0/layers.0/output.json"
     first: list[bytes] = []
@@ -144,13 +158,15 @@ def test_what_is_marked_is_never_overwritten(
     scheduled.append(Schedule(random.Random(seed), look))
     scheduled[-1].gates = {}
     Writer(shared, LAYOUT, "0" * 64).grow(ARRAY, 1, 3)
+    if lost is not None:
+        claim_and_lose(shared, lost)
     scheduled[-1].run([writer(x) for x in values], kills)
     writer(values[0])()  # whatever was left behind, the next run ends well
     look()
     stored = shared.read("arrays.zarr/acts/layers.0/output/c/0/0")
     assert stored[:4] in [x.numpy().tobytes()[:4] for x in values]
     rests = [name for name in shared.names() if name.endswith(".partial")]
-    assert kills or not rests
+    assert kills or lost is not None or not rests
 
 
 def refused(*_: object, **__: object) -> None:
