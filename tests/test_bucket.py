@@ -188,7 +188,7 @@ def test_damage_in_a_bucket_is_named(made: tuple[Path, str], url: str) -> None:
     place.replace("arrays.zarr/foreign", b"")
     found = {finding.path: finding.fault for finding in verify(url).findings}
     assert found == {
-        name.format(0): "truncated", name.format(1): "changed", name.format(2): "missing",
+        name.format(0): "truncated", name.format(1): "flipped", name.format(2): "missing",
         "arrays.zarr/foreign": "uncommitted",
     }  # fmt: skip
     assert "0/0 is damaged" in command("copy", url, f"{url}-copy", code=1)
