@@ -83,13 +83,25 @@ def fit(
     except KeyboardInterrupt as stop:
         raise type(stop)(_how_to_go_on(Path(config.run))) from None
     if json:
-        return print_json(results)
+        print_json(results)
+    else:
+        _tell_results(Path(config.run), results)
+    if all(result["diverged"] for result in results):
+        typer.echo("error: all coders diverged, and none is saved; use a lower --lr", err=True)
+        raise typer.Exit(1)
+    return None
+
+
+def _tell_results(run: Path, results: list[dict[str, Any]]) -> None:
     trained = [result for result in results if not result["diverged"]]
-    print_table(_RESULTS, [{**result, **result["validation"]} for result in trained])
     for result in results:
         if result["diverged"]:
             typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
-    return typer.echo(f"coders in {config.run}/coders, this table in {config.run}/results.json")
+    if trained:
+        unevaluated = dict.fromkeys(_RESULTS)
+        rows = [{**unevaluated, **one, **(one["validation"] or {})} for one in trained]
+        print_table(_RESULTS, rows)
+        typer.echo(f"coders in {run}/coders, this table in {run}/results.json")
 
 
 def _print_plan(config: RunConfig, json: bool) -> None:

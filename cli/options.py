@@ -64,7 +64,7 @@ def from_config(
         _refuse_twins(*groups, own)
 
         def command(**values: Any) -> None:
-            chosen = [_given(t, values, g) for t, g in zip(config_types, groups, strict=True)]
+            chosen = [_given(values, group) for group in groups]
             place = values.pop(instead.name) if instead else None
             if instead and place is not None:
                 function(instead.load(place, chosen[0]), **values)
@@ -154,25 +154,26 @@ def _parameter(
     required = field.default is dataclasses.MISSING
     element, several = _element(hint), typing.get_origin(hint) is tuple
     info = typer.Argument if positional else typer.Option
+    # a default is only shown, and filled in by the config: so what was given is told apart from it
+    shown = "" if required or field.default in (None, ()) else _default(field.name, field.default)
     annotation: Any
     if element is bool:
-        annotation, default = Annotated[bool, info(help=doc)], field.default
+        annotation = Annotated[bool, info(help=doc + shown)]
     else:
-        # Typer would run a default through the parser, so it is only shown, and filled in later
-        shown = (
-            ""
-            if required or field.default in (None, ())
-            else f" [default: {_shown(field.default)}]"
-        )
         metavar = field.name.upper() if positional else _metavar(element, several)
         told = info(help=doc + shown, parser=_parser(element, several), metavar=metavar)
-        annotation, default = Annotated[list[str] if several else str, told], None
+        annotation = Annotated[list[str] if several else str, told]
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if required else default,
+        default=inspect.Parameter.empty if required else None,
         annotation=annotation,
     )
+
+
+def _default(name: str, value: Any) -> str:
+    shown = option(name, value).removeprefix("--") if isinstance(value, bool) else _shown(value)
+    return f" [default: {shown}]"
 
 
 def _element(hint: Any) -> Any:
@@ -230,11 +231,8 @@ def _refuse_twins(*groups: Sequence[inspect.Parameter]) -> None:
     assert not twins, f"options defined twice: {sorted(twins)}"
 
 
-def _given(
-    config_type: type, values: dict[str, Any], group: Sequence[inspect.Parameter]
-) -> dict[str, Any]:
-    """Take a config's fields out of the values: those that were given and are not default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config_type)}
+def _given(values: dict[str, Any], group: Sequence[inspect.Parameter]) -> dict[str, Any]:
+    """Take a config's fields out of the values: those that were given."""
     given = {}
     for name in (parameter.name for parameter in group):
         value = values.pop(name)
@@ -242,8 +240,7 @@ def _given(
             continue  # not given; an empty list that was given is for the config to judge
         if isinstance(value, list):  # --k 16,32 --k 64 arrives as [(16, 32), (64,)]
             value = tuple(x for group in value for x in group)
-        if value != defaults[name]:
-            given[name] = value
+        given[name] = value
     return given
 
 

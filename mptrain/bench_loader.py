@@ -26,7 +26,7 @@ from mptrain.order import Chunk
 from mptrain.peers import saelens_reads
 from mptrain.recipe import Arch
 from mptrain.trainee import make_trainee
-from mptrain.windows import SEQUENCE, endless_plans
+from mptrain.windows import SEQUENCE, Fact, endless_plans
 
 MIXED_ROWS = 4096  # of the batches whose mixing is looked at
 _MIXED_BATCHES = 100
@@ -99,17 +99,27 @@ def bench_loader(config: LoaderBenchConfig) -> LoaderReport:
     )
 
 
-def open_loader(config: LoaderBenchConfig, store: Store, side: Side, **options: object) -> Loader:
-    """The loader of a run with these settings."""
-    settings = {
-        "batch_rows": config.batch_rows,
-        "seed": 0,
-        "window_rows": config.window_rows,
-        "threads": config.read_threads,
-        "device": resolve_device(config.device),
-        **options,
-    }
-    return Loader(store, (side,), "train", **settings)  # type: ignore[arg-type]
+def open_loader(
+    config: LoaderBenchConfig,
+    store: Store,
+    side: Side,
+    *,
+    batch_rows: int | None = None,
+    device: torch.device | None = None,
+    facts: Sequence[Fact] = (),
+) -> Loader:
+    """The loader of a run with these settings, but for what is given here."""
+    return Loader(
+        store,
+        (side,),
+        "train",
+        batch_rows=batch_rows or config.batch_rows,
+        seed=0,
+        window_rows=config.window_rows,
+        threads=config.read_threads,
+        device=device or resolve_device(config.device),
+        facts=facts,
+    )
 
 
 # --- reading ---

@@ -41,9 +41,8 @@ class Code(NamedTuple):
     "what the pursuit left of the input (mp only)"
 
     def detached(self) -> "Code":
-        """The same without gradients."""
-        residual_BD = None if self.residual_BD is None else self.residual_BD.detach()
-        return Code(self.idx_BK, self.val_BK.detach(), residual_BD)
+        """The entries alone, without gradients: what may be kept of many rows."""
+        return Code(self.idx_BK, self.val_BK.detach(), None)
 
     @property
     def smallest(self) -> Tensor:

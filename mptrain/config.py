@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -150,7 +151,7 @@ class FitConfig(RunConfig, Recipe):
             )
         self._refuse_presets()
         self._refuse_useless()
-        self.coders()
+        self._refuse_equal_names()
 
     def coders(self) -> tuple[CoderConfig, ...]:
         """The grid: the product of all fields that take several values."""
@@ -207,6 +208,15 @@ class FitConfig(RunConfig, Recipe):
                     f"preset {name} is for none of kind {','.join(self.kind)} with arch "
                     f"{','.join(self.arch)}; leave it out, or train other coders too"
                 )
+
+    def _refuse_equal_names(self) -> None:
+        names = [coder.name for coder in self.coders()]
+        twins = [name for name, count in Counter(names).items() if count > 1]
+        if twins:
+            raise ValueError(
+                f"each coder needs a name of its own, got {', '.join(twins)} several times; "
+                "numbers in names have 6 digits: give values that differ in them"
+            )
 
     def _pairs(self) -> list[tuple[Kind, Arch]]:
         return list(itertools.product(self.kind, self.arch))

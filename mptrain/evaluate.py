@@ -66,7 +66,7 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate coders, each with its K and codes, on the same batches."""
     tallies = [_Tally(*one, filters) for one in coders]
-    for batch in batches:
+    for batch in batches if tallies else ():
         for tally in tallies:
             tally.add_(batch)
     return [tally.evaluation() for tally in tallies]
@@ -144,21 +144,23 @@ class _Tally:
         usable_B = self.filters.usable(batch, sides)
         kept_B = self.filters.kept(batch, sides)[usable_B]
         x_BD, y_BE = (batch.values[side][usable_B].float() for side in sides)
+        # apart, as a batch- coder at another K keeps the strongest entries of the rows it is given
+        self._add_(x_BD[kept_B], y_BE[kept_B], is_kept=True)
+        self._add_(x_BD[~kept_B], y_BE[~kept_B], is_kept=False)
+
+    def _add_(
+        self, x_BD: Float[Tensor, "batch input"], y_BE: Float[Tensor, "batch target"], is_kept: bool
+    ) -> None:
+        if not len(x_BD):
+            return
         code = self.coder.encode(x_BD, self.k, codes=self.codes)
         y_hat_BE = self.coder.predict(code, x_BD)
         self.all.add_(y_BE, y_hat_BE)
-        self._add_kept_(y_BE[kept_B], y_hat_BE[kept_B], code.idx_BK[kept_B], code.val_BK[kept_B])
-
-    def _add_kept_(
-        self,
-        y_BE: Float[Tensor, "batch target"],
-        y_hat_BE: Float[Tensor, "batch target"],
-        idx_BK: Tensor,
-        val_BK: Tensor,
-    ) -> None:
+        if not is_kept:
+            return
         self.kept.add_(y_BE, y_hat_BE)
-        self.active += float(active_latents(idx_BK, val_BK).double().sum())
-        self.fired_M[idx_BK.flatten() + 1] = True  # place 0 takes the -1 of unused entries
+        self.active += float(active_latents(code.idx_BK, code.val_BK).double().sum())
+        self.fired_M[code.idx_BK.flatten() + 1] = True  # place 0 takes the -1 of unused entries
 
     def evaluation(self) -> Evaluation:
         return Evaluation(

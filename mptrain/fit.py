@@ -25,7 +25,7 @@ from mptrain.observe import in_short, record_of
 from mptrain.plan import Plan, make_plan
 from mptrain.progress import Progress, gathered, load_progress, restore_
 from mptrain.ranks import ALONE, Ranks, joined
-from mptrain.runs import Run, open_run, parts_begun_with
+from mptrain.runs import Run, open_run, parts_begun_with, refuse_other
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
 from mptrain.trainee import Trainee, make_trainee, train_steps
@@ -57,9 +57,10 @@ def _fit(
     if not ranks.is_first:
         ranks.meet()  # the run has begun then: all take the parts that it began with
     device = resolve_device(config.device)
-    store, plan = _planned(config, device, ranks, only_parts, quiet=quiet)
     coders = {one.name: one for one in config.coders()}
-    progress = load_progress(Path(config.run), list(coders)) or Progress(passes=plan.passes)
+    begun = load_progress(Path(config.run), list(coders))
+    store, plan = _planned(config, device, ranks, only_parts, begun, quiet=quiet)
+    progress = begun or Progress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):
         together = [coders[name] for name in progress.names]
@@ -82,7 +83,10 @@ def _fit(
 
 def plan_of(config: RunConfig) -> Plan:
     """What `fit` would do; raises as it does, and writes nothing."""
-    return _planned(config, resolve_device(config.device), ALONE, None, quiet=True)[1]
+    begun = load_progress(Path(config.run), [one.name for one in config.coders()])
+    store, plan = _planned(config, resolve_device(config.device), ALONE, None, begun, quiet=True)
+    refuse_other(config, store.fingerprint)
+    return plan
 
 
 def _planned(
@@ -90,6 +94,7 @@ def _planned(
     device: torch.device,
     ranks: Ranks,
     only_parts: Collection[int] | None,
+    begun: Progress | None,
     *,
     quiet: bool,
 ) -> tuple[Store, Plan]:
@@ -98,7 +103,7 @@ def _planned(
     begun_with = parts_begun_with(config)
     only_parts = only_parts if begun_with is None else begun_with
     store = suited_store(config, everything, only_parts, quiet=quiet)
-    return store, make_plan(config, store, device, ranks)
+    return store, make_plan(config, store, device, ranks, begun.passes if begun else None)
 
 
 class Fitting:
@@ -130,7 +135,9 @@ class Fitting:
         self._saved_at = time.monotonic()
 
     def fit(self) -> list[dict[str, Any]]:
-        """Train to the last step, then evaluate on the whole validation split and save."""
+        """Train to the last step, or as long as a coder is left that has not diverged; then
+        evaluate on the whole validation split and save.
+        """
         self._continue()
         start = self.progress.step
         batches = self.train.batches(start * self.config.batch_rows)
@@ -147,6 +154,8 @@ class Fitting:
             ) as bar,
         ):
             for step in range(start + 1, self.steps + 1):
+                if not self.ranks.any(any(not trainee.diverged for trainee in self.trainees)):
+                    break
                 self._train_and_observe(step, next(batches), bar)
                 self.progress.step, self.progress.waited = step, self._waited
                 signalled = interrupted()
@@ -171,7 +180,7 @@ class Fitting:
         is_due = is_evaluated or step % self.config.log_every == 0
         self._log(step, is_due, results, evaluations)
         if is_due and self.trainees:  # a rank may have none of a pass
-            bar.set_postfix_str(in_short(self.trainees, results, self._waited))
+            bar.set_postfix_str(in_short(results, self._waited, self._trained))
 
     def _train(self, batch: Batch) -> list[StepResult | None]:
         return [
@@ -252,6 +261,12 @@ class Fitting:
     def _waited(self) -> float:
         return self.waited_before + self.train.wait_seconds
 
+    @property
+    def _trained(self) -> float:
+        """Seconds in train steps, of the passes before too."""
+        before = sum(result["train_seconds"] for result in self.progress.finished)
+        return float(before + sum(trainee.train_seconds for trainee in self.trainees))
+
     def _is_save_due(self, step: int) -> bool:
         minutes = self.config.save_minutes
         is_time = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
@@ -302,8 +317,12 @@ class Fitting:
         return results
 
     def _judged(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
-        if evaluation is not None and not evaluation.is_finite:
+        if evaluation is not None and evaluation.rows and not evaluation.is_finite:
             trainee.diverged, evaluation = True, None  # in its last update
+        if evaluation is not None and not evaluation.rows:
+            evaluation = None
+            told = f"no validation row passes the filters of {trainee.config.name}"
+            warnings.warn(f"{told}; it is saved, not evaluated", RuntimeWarning, stacklevel=2)
         result = self._result(trainee, evaluation)
         if self.ranks.writes_coders and not trainee.diverged:
             folder = self.run.folder / "coders" / trainee.config.name
@@ -313,7 +332,7 @@ class Fitting:
         return result
 
     def _result(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
-        rows = self.steps * self.config.batch_rows
+        rows = self.progress.step * self.config.batch_rows
         return {
             "coder": trainee.config.name,
             "diverged": trainee.diverged,

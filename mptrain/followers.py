@@ -9,8 +9,10 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,16 +61,26 @@ class Followers:
 
     def add(self, record: Record) -> None:
         for log, follower in list(self._followers.items()):
-            try:
-                follower.add(record)
-            except Exception as error:  # whatever others' services raise must not end a training
+            if not _done(log, partial(follower.add, record)):
                 del self._followers[log]
-                told = f"{log} failed and gets no more records: {error}; metrics.jsonl goes on"
-                warnings.warn(told, RuntimeWarning, stacklevel=2)
+                with suppress(Exception):  # its failure is told already
+                    follower.close()
 
     def close(self) -> None:
-        for follower in self._followers.values():
-            follower.close()
+        """End them all, also where some fail."""
+        for log, follower in self._followers.items():
+            _done(log, follower.close)
+
+
+def _done(log: Log, call: Callable[[], None]) -> bool:
+    """Whether a follower did it; what others' services raise must not end a training."""
+    try:
+        call()
+    except Exception as error:
+        told = f"{log} failed and gets no more records: {error}; metrics.jsonl has them all"
+        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        return False
+    return True
 
 
 class TensorBoard:

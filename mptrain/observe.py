@@ -41,10 +41,10 @@ def record_of(
 
 
 def in_short(
-    trainees: Sequence[Trainee], results: Sequence[StepResult | None], wait_seconds: float
+    results: Sequence[StepResult | None], wait_seconds: float, train_seconds: float
 ) -> str:
     """Range of the coders' FVU, and the share of waiting for data in waiting and training."""
-    wait_share = wait_seconds / (wait_seconds + sum(t.train_seconds for t in trainees))
+    wait_share = wait_seconds / (wait_seconds + train_seconds)
     fvus = [float(result.fvu) for result in results if result is not None]
     told = f"FVU {min(fvus):.3f} to {max(fvus):.3f}, " if fvus else ""
     return f"{told}wait {wait_share:.0%}"

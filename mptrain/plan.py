@@ -11,6 +11,7 @@ from mptrain.loader import Side, Split, Store, row_bytes
 from mptrain.memory import Needs, in_passes, most_bytes, needs_of
 from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import CoderConfig
+from mptrain.trainee import train_steps
 
 _POSITION = 8  # bytes of a row's position, and of its place in the order
 _WINDOWS = 2
@@ -36,23 +37,29 @@ class Plan:
     "of the store, as stored: rows to train on, and to validate on"
 
 
-def make_plan(config: RunConfig, store: Store, device: torch.device, ranks: Ranks = ALONE) -> Plan:
-    """Plan a run; reads marks of the store and no rows.
+def make_plan(
+    config: RunConfig,
+    store: Store,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    passes: list[list[str]] | None = None,
+) -> Plan:
+    """Plan a run; reads marks of the store and no rows. `passes` are those of a run that goes on.
 
     Raises:
         ValueError: a coder cannot be made for the store's widths, or does not fit into max_memory.
     """
     coders = {one.name: one for one in config.coders()}
     needs = {name: _needs(one, config, store, device) for name, one in coders.items()}
-    passes = in_passes(list(needs.values()), config.max_memory, ranks)
+    passes = passes or in_passes(list(needs.values()), config.max_memory, ranks)
     grouped = [[coders[name] for name in names] for names in passes]
     largest = max(passes, key=lambda names: most_bytes([needs[name] for name in names]))
     rows = sum(part.rows for part in store.parts(sides_of_all(coders.values()), "train"))
     return Plan(
         needs=tuple(needs.values()),
         passes=passes,
-        train_steps=config.rows // config.batch_rows,
-        epochs=config.rows // config.batch_rows * config.batch_rows / rows,
+        train_steps=train_steps(config),
+        epochs=train_steps(config) * config.batch_rows / rows,
         device=str(device),
         memory_bytes=_memory(
             [needs[name] for name in largest], [coders[name] for name in largest], config, store
@@ -85,7 +92,7 @@ def _memory(
 def _read_bytes(coders: Sequence[CoderConfig], config: RunConfig, store: Store) -> int:
     """Of a pass: its train steps, each validation on the way, and the last one of all rows."""
     sides = sides_of_all(coders)
-    steps = config.rows // config.batch_rows
+    steps = train_steps(config)
     train, validation = _stored(store, sides, "train"), _stored(store, sides, "validation")
     validated = min(config.eval_rows, validation.rows) * -(-steps // config.eval_every)
     read = train.a_row * steps * config.batch_rows

@@ -45,7 +45,13 @@ class Progress:
 
     def next_pass(self, results: list[dict[str, Any]]) -> "Progress":
         """The beginning of the pass after this one, with all results so far."""
-        return Progress(passes=self.passes, number=self.number + 1, finished=results)
+        return Progress(
+            passes=self.passes,
+            number=self.number + 1,
+            waited=self.waited,
+            validated=self.validated,
+            finished=results,
+        )
 
 
 def load_progress(run: Path, names: Sequence[str]) -> Progress | None:

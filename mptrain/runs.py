@@ -33,11 +33,14 @@ class Run:
 
 
 def parts_begun_with(config: RunConfig) -> set[int] | None:
-    """The store's parts that the run there reads; None where there is none yet."""
+    """The store's parts that the run there reads; None where there is none yet, or one of an
+    earlier version, which did not keep them.
+    """
     file = Path(config.run) / "config.json"
     if not file.exists():
         return None
-    return numbers_of(json.loads(file.read_bytes())["parts"])
+    parts = json.loads(file.read_bytes()).get("parts")
+    return None if parts is None else numbers_of(parts)
 
 
 def open_run(
@@ -51,6 +54,7 @@ def open_run(
         ValueError: the folder holds another run, or something that is no run, or cannot be written;
             says what differs.
     """
+    refuse_other(config, fingerprint)
     folder = Path(config.run)
     provenance = {"store_fingerprint": fingerprint, "order_digest": order_digest}
     started = {
@@ -61,18 +65,34 @@ def open_run(
         "parts": ranges(parts),
     }
     file = folder / "config.json"
-    if file.exists():
-        _refuse_difference(file, json.loads(json.dumps(started)))
-    elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
-        raise ValueError(f"{folder} exists and is no run; name a new or empty folder")
-    else:
+    if not file.exists():
         with writing_in(folder):
             write_json(file, started)
+    elif json.loads(file.read_bytes())["order_digest"] != order_digest:
+        raise ValueError(
+            f"{folder} cannot go on: the store lacks parts that were there when the run "
+            "began; name another run"
+        )
     return Run(folder, provenance)
+
+
+def refuse_other(config: RunConfig, fingerprint: str) -> None:
+    """ValueError where the folder holds another run, or something that is no run; writes nothing.
+
+    `fingerprint` is that of the store. Says what differs.
+    """
+    folder = Path(config.run)
+    file = folder / "config.json"
+    if file.exists():
+        _refuse_difference(file, json.loads(json.dumps(asdict(config))), fingerprint)
+    elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
+        raise ValueError(f"{folder} exists and is no run; name a new or empty folder")
 
 
 def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
     """The config of a run that was begun; `given` is what may change between its commands.
+
+    What processes share is of the command alone: another one may start more of them, or only one.
 
     Raises:
         ValueError: there is no such run, or something else is given.
@@ -87,17 +107,17 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
     except FileNotFoundError:
         raise ValueError(f"{run} is no run that was begun: no {file}") from None
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
-    changes = {**given, "run": run}
+    changes = {"spread": None, **given, "run": run}
     if "listed" not in values:
         return FitConfig(**{**values, **changes})
     listed = tuple(CoderConfig(**one) for one in values.pop("listed"))
     return ListedConfig(listed=listed, **{**values, **changes})
 
 
-def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
+def _refuse_difference(file: Path, wanted: dict[str, Any], fingerprint: str) -> None:
     stored = json.loads(file.read_bytes())
-    pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted["fit"].items() if n not in FREE]
-    pairs += [("store_fingerprint", stored["store_fingerprint"], wanted["store_fingerprint"])]
+    pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted.items() if n not in FREE]
+    pairs += [("store_fingerprint", stored["store_fingerprint"], fingerprint)]
     different = [
         f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new
     ]
@@ -105,11 +125,6 @@ def _refuse_difference(file: Path, wanted: dict[str, Any]) -> None:
         raise ValueError(
             f"{file.parent} is a run with another config ({'; '.join(different)}); "
             "use its config, or name another run"
-        )
-    if stored["order_digest"] != wanted["order_digest"]:
-        raise ValueError(
-            f"{file.parent} cannot go on: the store lacks parts that were there when the run "
-            "began; name another run"
         )
 
 

@@ -1,6 +1,7 @@
 """The store that a run trains on: waited for, whole, and with rows for it, or refused in words."""
 
 import time
+import warnings
 from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
@@ -41,6 +42,7 @@ def suited_store(
 def await_parts(path: str, sides: Sequence[Side], *, quiet: bool = True) -> Store:
     """The store once its collection has committed all that it plans of these sides."""
     told = f"waiting for {', '.join(map(':'.join, sides))} in {path}"
+    is_told = False
     with tqdm(desc=told, unit="part", disable=quiet) as bar:
         while True:
             store = open_store(path)
@@ -49,7 +51,23 @@ def await_parts(path: str, sides: Sequence[Side], *, quiet: bool = True) -> Stor
             bar.refresh()
             if store.is_planned and done >= set(planned):
                 return store
+            if not is_told and (warning := _doubt(store, sides)):
+                warnings.warn(warning, RuntimeWarning, stacklevel=2)
+                is_told = True
             time.sleep(_LOOK_EVERY)
+
+
+def _doubt(store: Store, sides: Sequence[Side]) -> str | None:
+    """What may be wrong where all that was collected is whole, and a side was never begun."""
+    there = [(name, side) for name in store.hookpoints for side in store.sides(name)]
+    absent = [side for side in sides if side not in there]
+    is_whole = all(parts_of(store, [side]) >= set(store.planned_parts) for side in there)
+    if not (store.is_planned and there and absent and is_whole):
+        return None
+    return (
+        f"{store.place} is whole, with {', '.join(map(':'.join, there))}, and has nothing of "
+        f"{', '.join(map(':'.join, absent))}; the fit waits until that is collected"
+    )
 
 
 def _common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
@@ -114,10 +132,11 @@ def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) ->
 
 def _refuse_small(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
     rows = sum(part.rows for part in store.parts(sides, "train"))
-    if 0 < rows < config.batch_rows:
+    if rows < config.batch_rows:
+        fewer = f", or use --batch-rows {rows} or less" if rows else ""
         raise ValueError(
             f"{config.store} has {rows} train rows, too few for one batch of {config.batch_rows}; "
-            f"collect more rows, or use --batch-rows {rows} or less"
+            f"collect more rows, wait for a collection that is under way with --follow{fewer}"
         )
 
 

@@ -27,14 +27,10 @@ class StepResult(NamedTuple):
     "reconstruction and auxiliary loss; not finite: the parameters are spoilt, do not save them"
     fvu: Tensor
     "of this batch, by its own mean"
+    l0: Tensor
+    "mean number of distinct latents with a non-zero value"
     codes: list[Code]
-    "of the micro-batches of this rank, without gradients"
-
-    @property
-    def l0(self) -> Tensor:
-        """Mean number of distinct latents with a non-zero value, over this rank's rows."""
-        active = [active_latents(code.idx_BK, code.val_BK) for code in self.codes]
-        return torch.cat(active).double().mean()
+    "of the micro-batches of this rank, without gradients and residuals"
 
 
 class _Piece(NamedTuple):
@@ -131,13 +127,16 @@ class Learner:
     def _result(self, pieces: list[_Piece], y_BE: Tensor, rows: int) -> StepResult:
         """Of the whole batch, but for the codes."""
         mean_E = self.ranks.add_(y_BE.sum(0)) / rows
-        sums = y_BE.new_zeros(3)
+        sums = y_BE.new_zeros(4, dtype=torch.float64)  # float32 cannot count all active latents
         sums[0] = (y_BE - mean_E).square().sum()
         for piece in pieces:
             sums[1] += piece.squared_error
             sums[2] += piece.loss
-        varied, squared_error, loss = self.ranks.add_(sums).unbind()
-        return StepResult(loss, squared_error / varied, [piece.code for piece in pieces])
+            sums[3] += active_latents(piece.code.idx_BK, piece.code.val_BK).sum()
+        varied, squared_error, loss, active = self.ranks.add_(sums).unbind()
+        fvu = squared_error.to(y_BE.dtype) / varied.to(y_BE.dtype)
+        codes = [piece.code for piece in pieces]
+        return StepResult(loss.to(y_BE.dtype), fvu, active / rows, codes)
 
     def evaluated(self) -> Coder:
         """The coder to evaluate and to save: averaged weights where the optimizer averages, and for

@@ -109,15 +109,16 @@ class Memory:
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
         self._used: deque[np.ndarray] = deque()
+        # how many references Python counts in an array that nobody else has: its versions differ
+        self._alone = _oldest(deque([np.empty(0, np.uint8)]))[1]
 
     def take(self, size: int) -> Shaped[Tensor, " bytes"]:
         """So many bytes that nobody else has."""
         if self.pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         for _ in range(len(self._used)):
-            found = self._used.popleft()
-            # this name and the argument: a tensor made of it would hold one more
-            is_free = sys.getrefcount(found) <= 2
+            found, references = _oldest(self._used)
+            is_free = references <= self._alone  # a tensor made of it holds one more
             if is_free and len(found) >= size:
                 break
             if not is_free:
@@ -126,6 +127,12 @@ class Memory:
             found = np.empty(size, np.uint8)
         self._used.append(found)
         return torch.from_numpy(found)[:size]
+
+
+def _oldest(arrays: deque[np.ndarray]) -> tuple[np.ndarray, int]:
+    """Take the first of these arrays, and the references to it."""
+    found = arrays.popleft()
+    return found, sys.getrefcount(found)
 
 
 def read_windows(

@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from mpcache.reader import open_store
+from mptrain.coder import Coder
 from mptrain.config import FitConfig
-from mptrain.evaluate import evaluate_coder, sides_of
+from mptrain.evaluate import evaluate, evaluate_coder, sides_of
 from mptrain.filters import Filters, make_filters, median_norm, stored_filters
 from mptrain.fit import fit
 from mptrain.loader import Batch, Loader, Store
+from mptrain.recipe import Arch, CoderConfig
 from mptrain.trainee import make_trainee
 from mptrain.windows import TOKEN, norm_of
 from stores import small_store
@@ -95,6 +97,31 @@ def test_rows_that_are_not_finite_are_left_out_where_they_may_be() -> None:
     assert allowed.kept(batch, [IN, OUT]).tolist() == [False, True, False, False]
     refused = Filters(norm_limits={})
     assert refused.kept(batch, [IN, OUT]).tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("arch", ["batch-topk", "batch-mp"])
+def test_rows_left_out_do_not_change_what_is_told_of_the_others(arch: Arch) -> None:
+    """Also at another K, where the strongest entries of many rows are kept."""
+    one = CoderConfig(hookpoint="h", kind="sae", arch=arch, k=3, expansion=4)
+    coder = Coder(one, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    coder.initialise_(torch.zeros(8), torch.zeros(8), generator)
+    x_BD = torch.randn(40, 8, generator=generator)
+    positions_B = torch.arange(40) % 4
+    louder_BD = torch.where((positions_B < 2)[:, None], 100 * x_BD, x_BD)
+    filters = Filters(skip_positions=2, norm_limits={})
+    found = [
+        evaluate(
+            [(coder, 5, one.codes)],
+            [Batch(offset=0, positions_B=positions_B, values={("h", "output"): rows_BD})],
+            filters,
+        )[0]
+        for rows_BD in (x_BD, louder_BD)
+    ]
+    assert found[0].rows == 20
+    assert 0 < found[0].l0 <= 5
+    assert found[0].fvu_all != found[1].fvu_all
+    assert (found[0].fvu, found[0].l0) == (found[1].fvu, found[1].l0)
 
 
 def test_the_median_is_that_of_the_first_train_part(store: Store) -> None:

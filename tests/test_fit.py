@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from cli.mptrain import app as mptrain
 from fits import config, equal, lasting, state, weights
 from mptrain import checkpoint
 from mptrain import fit as fit_stage
@@ -154,6 +156,62 @@ def test_a_diverged_coder_stops_and_the_others_go_on(
     assert len({name.split("/")[0] for name in ill}) == 3
     assert all(torch.equal(tensor, well[name]) for name, tensor in ill.items())
     json.loads((tmp_path / "ill" / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_run_without_a_coder_left_ends(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, train, steps = fit_stage.make_trainee, fit_stage.Fitting._train, 0
+
+    def spoilt(*given: Any) -> Any:
+        trainee = make(*given)
+        trainee.learner.coder.b_D.data.fill_(float("nan"))
+        return trainee
+
+    def counted(self: fit_stage.Fitting, batch: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return train(self, batch)
+
+    monkeypatch.setattr(fit_stage, "make_trainee", spoilt)
+    monkeypatch.setattr(fit_stage.Fitting, "_train", counted)
+    fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
+              "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
+    told = CliRunner().invoke(mptrain, fitted)
+    assert steps == 1
+    assert told.exit_code == 1
+    assert "all coders diverged, and none is saved" in told.stderr
+    assert not told.stdout
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [(r["diverged"], r["rows_trained"]) for r in results] == [(True, 64)] * 2
+    assert {r.step for r in lasting(tmp_path / "run")} == {1}
+
+
+def test_a_coder_without_validation_rows_is_saved(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = fit_stage.evaluate
+
+    def of_no_rows(*given: Any) -> list[Evaluation]:
+        return [dataclasses.replace(e, rows=0, fvu=math.nan, l0=0.0) for e in evaluate(*given)]
+
+    monkeypatch.setattr(fit_stage, "evaluate", of_no_rows)
+    fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
+              "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
+    told = CliRunner().invoke(mptrain, fitted)
+    assert told.exit_code == 0, told.output
+    assert "no validation row passes the filters of layers.0-sae-mp" in told.stderr
+    assert "diverged" not in told.stderr
+    assert len(list((tmp_path / "run/coders").iterdir())) == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64))
+    file = tmp_path / "run/config.json"
+    about = json.loads(file.read_text())
+    del about["parts"]
+    file.write_text(json.dumps(about))
+    fit(config(store, tmp_path / "run", rows=64))
 
 
 def test_training_explains_more_and_atoms_keep_unit_norm(store: str, tmp_path: Path) -> None:
@@ -301,6 +359,7 @@ def test_a_final_fvu_that_is_no_number_is_a_divergence(
         ({"lr": (1.0, 1.0)}, "lr must name each value once, got 1.0,1.0"),
         ({"latents": (32,)}, "got latents=32, expansion=2; give one of them"),
         ({"latents": (0,), "expansion": (64,)}, "latents must be at least 1, got 0"),
+        ({"lr": (0.1234567, 0.1234568)}, "a name of its own, got .*lr0.123457.* several times"),
         ({"k": (16, 16)}, "k must name each value once, got 16,16"),
         ({"hookpoints": ("a", "b", "a")}, "hookpoints must name each value once, got a,b,a"),
     ],

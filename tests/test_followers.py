@@ -118,6 +118,31 @@ def test_a_follower_that_fails_ends_no_training(
     assert len(read_records(tmp_path / "run/metrics.jsonl")) == 12
 
 
+def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = 0
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("connection lost")
+
+    def fails_to_close(self: followers.TensorBoard) -> None:
+        nonlocal closed
+        closed += 1
+        close(self)
+        raise RuntimeError("nobody there")
+
+    close = followers.TensorBoard.close
+    monkeypatch.setattr(followers.TensorBoard, "close", fails_to_close)
+    with pytest.warns(RuntimeWarning, match="tensorboard failed .* nobody there"):
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **FEW))
+    assert (tmp_path / "run/results.json").exists()
+    monkeypatch.setattr(followers.TensorBoard, "add", fails)
+    with pytest.warns(RuntimeWarning, match="connection lost"):
+        fit(config(store, tmp_path / "other", log=("tensorboard",), **FEW))
+    assert closed == 2
+
+
 class FakeRun:
     """What a run of Weights & Biases does: it refuses steps that it has."""
 

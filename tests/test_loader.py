@@ -1,6 +1,7 @@
 """The loader hands over every row once an epoch, restarts bit for bit, and cleans up."""
 
 import gc
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -303,6 +304,23 @@ def test_the_memory_of_windows_is_used_again():
     del third, fourth, looked_at
     assert memory.take(2000).data_ptr()
     assert sum(len(array) for array in memory._used) <= 2000 + 2 * 1000
+
+
+@pytest.mark.parametrize("more", [-1, 0, 2])
+def test_memory_is_used_again_however_python_counts_references(monkeypatch, more):
+    count = sys.getrefcount
+
+    def other(array):
+        return count(array) + more
+
+    monkeypatch.setattr(sys, "getrefcount", other)
+    memory = Memory(pinned=False)
+    first, second = memory.take(1000), memory.take(1000)
+    place = first.data_ptr()
+    del first
+    third = memory.take(1000)
+    assert third.data_ptr() == place
+    assert second.data_ptr() != memory.take(1000).data_ptr()
 
 
 def test_order_digest_tells_orders_apart():

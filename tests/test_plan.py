@@ -20,12 +20,14 @@ from fits import config, equal, lasting, state, weights
 from learners import BASE, D, make_learner, train_
 from mpcache.reader import open_store
 from mptrain import fit as fit_stage
+from mptrain import runs
 from mptrain.coder import Coder
 from mptrain.fit import fit, plan_of
 from mptrain.measure import peak_bytes
 from mptrain.memory import MOMENTS, Needs, in_passes, most_bytes, needs_of
 from mptrain.optimize import make_optimizers
 from mptrain.plan import Plan
+from mptrain.progress import Progress
 from mptrain.pursuit.cpu import free_room
 from mptrain.ranks import Ranks
 from mptrain.recipe import Optimizer
@@ -137,7 +139,7 @@ def test_passes_hold_all_coders_in_order_and_fit(
 def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> None:
     """Widths, K, architectures and hookpoints side by side, in one pass and in several."""
     fit(config(store, tmp_path / "together", **MIXED))
-    plan = plan_of(config(store, tmp_path, **MIXED))
+    plan = plan_of(config(store, tmp_path / "split", **MIXED))
     most = most_bytes(plan.needs[:5]) + 1
     split = config(store, tmp_path / "split", **MIXED, max_memory=most)
     assert len(plan_of(split).passes) > 2
@@ -218,6 +220,7 @@ def test_passes_are_those_that_the_run_began_with(
         patch.setattr(fit_stage.Fitting, "_train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(config(store, tmp_path / "broken", **few, save_every=1))
+    assert len(plan_of(config(store, tmp_path / "broken", **few)).passes) == 2
     monkeypatch.setattr(fit_stage.Fitting, "_train", interrupted)
     fit(config(store, tmp_path / "broken", **few, save_every=1))
     assert calls == 13, "six steps for each of two coders, and one that was interrupted"
@@ -324,6 +327,8 @@ def test_resume_needs_no_other_option(
     ("options", "told"),
     [
         (("--resume", "RUN", "--k", "4"), "--resume takes k from the run; beside it may be given"),
+        (("--resume", "RUN", "--k", "64"), "--resume takes k from the run"),
+        (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
         (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
         (("--resume", "nowhere"), "nowhere is no run that was begun"),
         ((), "--hookpoints, STORE, --run must be given, or --resume RUN"),
@@ -339,6 +344,47 @@ def test_what_cannot_be_resumed(
     assert found.exit_code == 2
     assert told in found.stderr
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_given_counts_also_where_it_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def noted(run: str, given: dict[str, Any]) -> None:
+        seen.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "resumed_config", noted)
+    invoke("--resume", "RUN", "--save-every", "200", "--device", "auto", "--no-follow")
+    assert seen == {"save_every": 200, "device": "auto", "follow": False}
+    assert "[default: no-follow]" in " ".join(invoke("--help").stdout.split())
+
+
+def test_what_processes_share_is_of_the_command(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
+    file = tmp_path / "run/config.json"
+    about = json.loads(file.read_text())
+    about["fit"]["spread"] = "rows"
+    file.write_text(json.dumps(about))
+    assert runs.resumed_config(str(tmp_path / "run"), {}).spread is None
+    assert runs.resumed_config(str(tmp_path / "run"), {"spread": "coders"}).spread == "coders"
+
+
+def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter").touch()
+    with pytest.raises(ValueError, match="exists and is no run"):
+        plan_of(config(store, tmp_path / "full"))
+    fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
+    with pytest.raises(ValueError, match=r"another config .*rows: 64 there, 128 asked"):
+        plan_of(config(store, tmp_path / "run", rows=128, kind=("sae",)))
+
+
+def test_clocks_go_on_in_the_next_pass() -> None:
+    first = Progress(passes=[["a"], ["b"]], step=9, waited=1.5, validated=2.5)
+    following = Progress(passes=first.passes, number=1, waited=1.5, validated=2.5, finished=[{}])
+    assert first.next_pass([{}]) == following
 
 
 @pytest.mark.parametrize(

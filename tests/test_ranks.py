@@ -69,7 +69,7 @@ def step_of(learner: Learner, rows: int, ranks: Ranks) -> dict[str, Tensor]:
     gradients = {GRADIENT + n: p.grad.clone() for n, p in named if p.grad is not None}
     step_()
     state = {STATE + n: t.clone() for n, t in learner.state_tensors().items()}
-    return gradients | state | {"loss": result.loss, "fvu": result.fvu}
+    return gradients | state | {"loss": result.loss, "fvu": result.fvu, "l0": result.l0}
 
 
 def work(rank: int, folder: Path) -> None:

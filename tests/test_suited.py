@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mpcache.reader import open_store
 from mptrain import suited
 from mptrain.config import FitConfig
-from mptrain.fit import fit
+from mptrain.fit import fit, plan_of
 from mptrain.suited import await_parts, numbers_of, ranges, suited_store
 from stores import small_store, write_corpus
 
@@ -58,8 +58,8 @@ def go_on(begun: Path, made: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"batch_rows": 2048, "rows": 4096}, r"too few for one batch of 2048; collect more rows, "
-         r"or use --batch-rows \d+ or less"),
+        ({"batch_rows": 2048, "rows": 4096}, r"too few for one batch of 2048; collect more rows, .*"
+         r"--follow, or use --batch-rows \d+ or less"),
         ({"window_bytes": 1000}, r"more than window_bytes=1000; use --window-rows \d+ or less"),
         ({"hookpoints": ("layers.7",)}, "has no hookpoint 'layers.7'; it has layers.0, layers.1"),
         ({"hookpoints": ("layers.0",), "kind": ("transcoder",)},
@@ -84,6 +84,35 @@ def test_windows_within_the_bound_are_taken(made: Path) -> None:
 
 def test_a_store_under_way_is_trained_on_as_far_as_it_is_committed(begun: Path) -> None:
     assert {part.number for part in suited_store(config(begun), [MLP]).parts([MLP], "train")} == {0}
+
+
+def test_a_store_without_train_rows_yet_is_refused(begun: Path) -> None:
+    for mark in (begun / "marks/0").glob("layers*/*.json"):
+        mark.unlink()
+    with pytest.raises(ValueError, match=r"has 0 train rows, .* with --follow$"):
+        plan_of(config(begun))
+
+
+def test_a_side_that_nobody_collects_is_doubted_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def look(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", look)
+    with (
+        pytest.warns(
+            RuntimeWarning, match="is whole, with layers.0:output, .*layers.7:out"
+        ) as told,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        await_parts(str(made), [MLP, ("layers.7", "output")])
+    assert len(told) == 1
 
 
 def test_sides_under_way_are_waited_for_or_refused(begun: Path, made: Path) -> None:
