@@ -230,15 +230,18 @@ class Store:
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance per dimension, float64, over finite committed rows (of a split)."""
         array = self._acts(hookpoint, side)
-        _, _, spec = specs(array, self.layout, self.width(hookpoint, side))
         parts = [n for n in self.numbers(array) if split in (None, self.layout.split_of(n))]
         total = no_moments(self.width(hookpoint, side))
-        found = self._abreast(lambda part: self.read_object(array, spec, part, 0, 1)[0], parts)
-        for part, values in zip(parts, found, strict=True):
-            mean, variance = torch.from_numpy(values)
-            one = Moments(self.mark(part, array)["finite_rows"], mean, variance)
+        for one in self._abreast(lambda part: self.part_moments(array, part), parts):
             total = merged([total, one])
         return total.mean_W, total.variance_W
+
+    def part_moments(self, array: str, part: int) -> Moments:
+        """Moments of one part of an `acts` array, over its finite rows."""
+        mark = self.mark(part, array)
+        _, _, spec = specs(array, self.layout, int(mark["width"]))
+        mean_W, variance_W = torch.from_numpy(self.read_object(array, spec, part, 0, 1)[0])
+        return Moments(int(mark["finite_rows"]), mean_W, variance_W)
 
     def stored_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
         """Bytes of a split's rows on these sides, and of their positions, as they are stored."""

@@ -145,12 +145,11 @@ def _next(parts: Iterator[_PartRows], count: int) -> Iterator[_PartRows]:
 def _part_rows(store: Store, task: tuple[int, str]) -> _PartRows:
     part, array = task
     mark = store.mark(part, array)
-    _, norms, moments = specs(array, store.layout, int(mark["width"]))
-    mean_W, variance_W = torch.from_numpy(store.read_object(array, moments, part, 0, 1)[0])
+    _, norms, _ = specs(array, store.layout, int(mark["width"]))
     norms_R = store.read_object(array, norms, part, 0, int(mark["rows"]))
     return _PartRows(
         rows=int(mark["rows"]),
-        moments=Moments(int(mark["finite_rows"]), mean_W, variance_W),
+        moments=store.part_moments(array, part),
         norm_counts=_norm_counts(norms_R),
         largest=float(mark["largest"]),
         nonfinite=int(mark["nonfinite"]),

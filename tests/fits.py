@@ -4,14 +4,30 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from mptrain.config import FitConfig
+from mptrain.fit import Fitting
 from mptrain.metrics import Record, read_records
 
 BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "validation_seconds": 0.0}
 BLANK |= {"rows_per_second": 0.0, "peak_memory_bytes": 0}
+
+
+def interrupt_at(patch: pytest.MonkeyPatch, stops_at: int) -> None:
+    """Let Ctrl-C come in place of this train step, counted from 1 over all fits from now on."""
+    train, calls = Fitting._train, 0
+
+    def interrupted(self: Fitting, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == stops_at:
+            raise KeyboardInterrupt
+        return train(self, batch)
+
+    patch.setattr(Fitting, "_train", interrupted)
 
 
 def config(store: str, run: Path, **changes: Any) -> FitConfig:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cli.mptrain import app as mptrain
-from fits import config, equal, lasting, state, weights
+from fits import config, equal, interrupt_at, lasting, state, weights
 from mptrain import checkpoint
 from mptrain import fit as fit_stage
 from mptrain.checkpoint import load_coder, write_json
@@ -43,17 +43,8 @@ def test_interrupted_equals_uninterrupted(
 ) -> None:
     fit(config(store, tmp_path / "whole", optimizer=optimizer))
     broken = config(store, tmp_path / "broken", optimizer=optimizer)
-    train, calls = fit_stage.Fitting._train, 0
-
-    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == stops_at:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        interrupt_at(patch, stops_at)
         with pytest.raises(KeyboardInterrupt):
             fit(broken)
     fit(broken)
@@ -407,15 +398,8 @@ def test_a_run_goes_on_with_the_parts_it_began_with(
     store = str(small_store(tmp_path, rows=300)[0])
     fit(config(store, tmp_path / "whole", rows=64 * 8))
     broken = config(store, tmp_path / "broken", rows=64 * 8, save_every=3)
-    train, calls = fit_stage.Fitting._train, iter(range(99))
-
-    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        interrupt_at(patch, 6)
         with pytest.raises(KeyboardInterrupt):
             fit(broken)
     small_store(tmp_path, rows=1500)  # the store grows: more parts, and another mean

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from fits import config, equal, weights
-from mptrain import fit as fit_stage
+from fits import config, equal, interrupt_at, weights
 from mptrain import followers
 from mptrain.config import Log
 from mptrain.fit import fit
@@ -28,19 +27,6 @@ FEW: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 12, "eval_every": 4, "eval
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_store(tmp_path_factory.mktemp("follow"))[0])
-
-
-def interrupt_at(patch: pytest.MonkeyPatch, stops_at: int) -> None:
-    train, calls = fit_stage.Fitting._train, 0
-
-    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == stops_at:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
-    patch.setattr(fit_stage.Fitting, "_train", interrupted)
 
 
 def numbers(record: Record) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cli.mptrain import app as mptrain
 from cli.options import count
-from fits import config, equal, lasting, state, weights
+from fits import config, equal, interrupt_at, lasting, state, weights
 from learners import BASE, D, make_learner, train_
 from mpcache.reader import open_store
 from mptrain import fit as fit_stage
@@ -175,17 +175,8 @@ def test_passes_go_on_where_they_stopped(
     few |= {"max_memory": alone, "eval_rows": 64, "save_every": 4}
     assert len(plan_of(config(store, tmp_path, **few)).passes) == 3
     fit(config(store, tmp_path / "whole", **few))
-    train, calls = fit_stage.Fitting._train, 0
-
-    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == stops_at:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        interrupt_at(patch, stops_at)
         with pytest.raises(KeyboardInterrupt):
             fit(config(store, tmp_path / "broken", **few))
     fit(config(store, tmp_path / "broken", **few))
@@ -304,18 +295,9 @@ def test_resume_needs_no_other_option(
     arguments = (store, "--run", str(run), "--hookpoints", "layers.0", *FIT, "--lr", "1e-3,2e-3")
     assert invoke(*arguments, "--save-every", "5").exit_code == 0
     whole = weights(run)
-    train, calls = fit_stage.Fitting._train, 0
-
-    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 8:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
     other = ("--run", str(tmp_path / "other"), "--save-every", "5")
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        interrupt_at(patch, 8)
         assert invoke(*arguments, *other).exit_code == 130
     (tmp_path / "other").rename(moved)
     resumed = invoke("--resume", str(moved))

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor
 
 import fits
 from learners import BASE, TRANSCODER, make_learner, rows_of, train_
-from mptrain import fit as fit_stage
 from mptrain.fit import fit
 from mptrain.metrics import read_records
 from mptrain.optimize import make_optimizers
@@ -174,19 +172,6 @@ def torchrun(
     )
 
 
-def stopping(stops_at: int) -> Callable[..., Any]:
-    train, calls = fit_stage.Fitting._train, 0
-
-    def stopped(self: fit_stage.Fitting, batch: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == stops_at:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
-    return stopped
-
-
 @pytest.mark.slow
 def test_spread_coders_equal_solo_runs_and_go_on_where_one_process_stopped(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,7 +180,7 @@ def test_spread_coders_equal_solo_runs_and_go_on_where_one_process_stopped(
     whole, broken = (fits.config(store, tmp_path / name) for name in ("whole", "broken"))
     fit(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage.Fitting, "_train", stopping(8))
+        fits.interrupt_at(patch, 8)
         with pytest.raises(KeyboardInterrupt):
             fit(broken)
     process = torchrun(store, tmp_path / "broken", "--spread", "coders")
