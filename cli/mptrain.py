@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli.errors import guarded, warnings_in_words
-from cli.options import Instead, choices, count, counts, from_config, option
+from cli.options import Instead, choices, count, counts, field_docs, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig, LoaderBenchConfig, RunConfig
 from mptrain.recipe import Codes
@@ -31,6 +31,7 @@ _RESULTS = (
     "rows_per_second",
     "train_seconds",
 )
+_OF_A_RUN = field_docs(RunConfig)
 _NEEDS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
 
 
@@ -117,9 +118,15 @@ def _print_plan(config: RunConfig, json: bool) -> None:
     print_table(("memory", "MB"), [{"memory": k, "MB": v / 1e6} for k, v in memory.items()])
     return typer.echo(
         f"passes: {len(plan.passes)}, each of {plan.train_steps} train steps "
-        f"({plan.epochs:.3g} epochs) on {plan.device}; {plan.read_bytes / 1e9:.3g} GB to read; "
-        "nothing was written"
+        f"({plan.epochs:.3g} epochs) on {plan.device}; {plan.read_bytes / 1e9:.3g} GB to read"
+        f"{_told_tier(config, plan.store_bytes)}; nothing was written"
     )
+
+
+def _told_tier(config: RunConfig, store_bytes: int) -> str:
+    if config.tier is None:
+        return ""
+    return f", {store_bytes / 1e9:.3g} GB of it from {config.store}, the rest from {config.tier}"
 
 
 @app.command()
@@ -225,6 +232,10 @@ def evaluate(
         typer.Option(help="mp: with values by these codes too: mp, gp, omp", metavar="CODES,.."),
     ] = None,
     rows: Annotated[int | None, typer.Option(parser=count, help="rows [default: all]")] = None,
+    tier: Annotated[str | None, typer.Option(help=_OF_A_RUN["tier"])] = None,
+    tier_bytes: Annotated[
+        int | None, typer.Option(parser=count, help=_OF_A_RUN["tier_bytes"])
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="the store's model: also the cross-entropy it keeps")
     ] = None,
@@ -239,7 +250,9 @@ def evaluate(
     from mptrain.evaluate import evaluate_coder
 
     other_codes = choices(codes or (), Codes)
-    evaluations = evaluate_coder(coder, store, counts(k or ()), rows, device, other_codes)
+    evaluations = evaluate_coder(
+        coder, store, counts(k or ()), rows, device, other_codes, tier=tier, tier_bytes=tier_bytes
+    )
     found = [dataclasses.asdict(one) for one in evaluations]
     kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
     if json:

@@ -7,7 +7,7 @@ its index and of each chunk that is read.
 import functools
 import re
 import socket
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mpcache.arrays import ArraySpec
+from mpcache.arrays import ArraySpec, ReadRange
 from mpcache.config import Split
 from mpcache.format import (
     MARKS,
@@ -42,6 +42,7 @@ from mpcache.format import (
 from mpcache.guard import DamagedStoreError
 from mpcache.moments import Moments, merged, no_moments
 from mpcache.place import Place, place_of
+from mpcache.tier import Tier
 
 __all__ = ["DamagedStoreError", "Part", "Store", "open_store"]
 
@@ -69,9 +70,10 @@ class Store:
         self.provenance: dict[str, Any] = content["provenance"]
         self.layout = Layout(**content["layout"])
         self.digest: str = digest(content)
+        self.tier: Tier | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Where it arrives, it is opened anew."""
+        """Where it arrives, it is opened anew, without a tier."""
         return _opened_there, (self.place, self.digest)
 
     @functools.cached_property
@@ -120,6 +122,7 @@ class Store:
     def limited_to(self, parts: Collection[int]) -> "Store":
         """The same store as it would be if no other parts were committed."""
         other = Store(self.place)
+        other.tier = self.tier
         left = {array: found & set(parts) for array, found in self._marks.items()}
         other._marks = {array: found for array, found in left.items() if found}
         return other
@@ -245,14 +248,22 @@ class Store:
 
     def stored_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
         """Bytes of a split's rows on these sides, and of their positions, as they are stored."""
+        return sum(int(told["bytes"]) for told in self._objects(sides, split))
+
+    def kept_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
+        """Of those bytes, the ones that the tier has."""
+        if self.tier is None:
+            return 0
+        return sum(self.tier.size(told["xxh3_128"]) for told in self._objects(sides, split))
+
+    def _objects(self, sides: Sequence[tuple[str, str]], split: Split) -> Iterator[dict[str, Any]]:
+        """What marks say of the objects with a split's rows on these sides and their positions."""
         arrays = {POSITION, *(self._acts(*side) for side in sides)}
-        total = 0
         for part in self.parts(sides, split):
             for array in arrays:
                 mark = self.mark(part.number, array)
                 spec = specs(array, self.layout, int(mark.get("width", 0)))[0]
-                total += int(mark["objects"][spec.object_path(part.number)]["bytes"])
-        return total
+                yield mark["objects"][spec.object_path(part.number)]
 
     def nonfinite(self, hookpoint: str, side: str) -> int:
         """Values of one side that are infinite or not a number, in all committed parts."""
@@ -292,22 +303,28 @@ class Store:
     ) -> np.ndarray:
         """Entries `start` to `stop` of one part of one Zarr array, checked against the mark."""
         name = spec.object_path(part)
-        size = int(self.mark(part, array)["objects"][name]["bytes"])
+        told = self.mark(part, array)["objects"][name]
+        size, key = int(told["bytes"]), told["xxh3_128"]
         if part >= self._span(spec):
             raise DamagedStoreError(f"{self.place}/{spec.metadata_path} claims too few rows")
-        read = functools.partial(self.place.read_range, name)
         try:
-            return spec.decode(read, self._ends(name, spec, size), start, stop)
+            ends = self._ends(name, spec, size, key)
+            return self._made(name, key, lambda read: spec.decode(read, ends, start, stop))
         except FileNotFoundError:
             raise DamagedStoreError(f"{self.place}/{name} is missing") from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
             raise DamagedStoreError(f"{self.place}/{name} is damaged: {error}") from error
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  as above, of the objects read last
-    def _ends(self, name: str, spec: ArraySpec, size: int) -> tuple[int, ...]:
+    def _ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
         # once will do, and a look takes as long as a read: later ones raise where bytes are missing
         self._check_size(name, size)
-        return spec.ends(functools.partial(self.place.read_range, name), size)
+        return self._made(name, key, lambda read: spec.ends(read, size))
+
+    def _made(self, name: str, key: str, make: Callable[[ReadRange], Result]) -> Result:
+        """What is made of an object's bytes; `key` is its digest."""
+        read = functools.partial(self.place.read_range, name)
+        return make(read) if self.tier is None else self.tier.made(key, read, make)
 
     def _check_size(self, name: str, size: int) -> None:
         found = self.place.size(name)
@@ -322,14 +339,19 @@ class Store:
         return check_metadata(self.place, spec)
 
 
-def open_store(where: str | Path | Place) -> Store:
-    """Open a store for reading.
+def open_store(
+    where: str | Path | Place, tier: str | None = None, tier_bytes: int | None = None
+) -> Store:
+    """Open a store for reading; `tier` is a folder that keeps what is read, `tier_bytes` at most.
 
     Raises:
-        ValueError: there is no store, or it has an unknown format version.
+        ValueError: there is no store, or it has an unknown format version; or the tier is none.
         DamagedStoreError: `store.json` is not what was written.
     """
-    return Store(place_of(where))
+    store = Store(place_of(where))
+    if tier is not None:
+        store.tier = Tier(tier, tier_bytes, store.place, store.digest)
+    return store
 
 
 def _opened_there(place: Place, told: str) -> Store:

@@ -57,6 +57,10 @@ class RunConfig:
     "most bytes that the two windows may take; a run that needs more is refused"
     read_threads: int = 4
     "chunks read at once; more of them for a store that is far away"
+    tier: str | None = None
+    "folder of this machine that keeps what is read of a store that is far away, for the next time"
+    tier_bytes: int | None = None
+    "most bytes that are kept there; None: as long as a twentieth of its file system is free"
     follow: bool = False
     "wait until a collection that is under way has all parts that it plans"
     log_every: int = 10
@@ -91,6 +95,7 @@ class RunConfig:
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}"
             )
+        refuse_lone_bound(self.tier, self.tier_bytes)
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
             raise ValueError(f"save_minutes must be positive and finite, got {self.save_minutes}")
 
@@ -310,6 +315,8 @@ class LoaderBenchConfig:
     "rows mixed in memory"
     read_threads: int = RunConfig.read_threads
     "chunks read at once, by the loader and by the bare loop"
+    tier: str | None = None
+    "folder of this machine that keeps what is read: to measure a store from there"
     peer_rows: int = 200_000
     "rows that SAELens reads from its own cache of them, where it is installed"
     steps: int = 0
@@ -330,6 +337,15 @@ class LoaderBenchConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def refuse_lone_bound(tier: str | None, tier_bytes: int | None) -> None:
+    """Raise ValueError where there is a bound of no tier, or one that bounds nothing."""
+    if tier_bytes is not None and (tier is None or tier_bytes < 1):
+        raise ValueError(
+            f"tier_bytes must be at least 1, and goes with a tier, got tier_bytes={tier_bytes}, "
+            f"tier={tier}; name the tier's folder too"
+        )
 
 
 def refuse_empty(name: str, values: tuple[object, ...]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
+from mptrain.config import refuse_lone_bound
 from mptrain.filters import Filters, stored_filters
 from mptrain.loader import Batch, Loader, Side, Store, open_store
 from mptrain.loss import Fvu
@@ -80,10 +81,13 @@ def evaluate_coder(
     device: str = "auto",
     other_codes: Sequence[Codes] = (),
     parts: Collection[int] | None = None,
+    tier: str | None = None,
+    tier_bytes: int | None = None,
 ) -> list[Evaluation]:
     """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
 
-    Filters are those it was trained with; `parts` are those of the store to read, all if None.
+    Filters are those it was trained with; `parts` are those of the store to read, all if None;
+    `tier` and `tier_bytes` are as in a run.
     The store must have the fingerprint of the one it was trained on: another dataset or seed may
     hold train rows among its held-out ones.
 
@@ -93,9 +97,10 @@ def evaluate_coder(
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
+    refuse_lone_bound(tier, tier_bytes)
     place = resolve_device(device)
     coder, trained = load_coder(folder)
-    store = open_store(store_path)
+    store = open_store(store_path, tier, tier_bytes)
     if parts is not None:
         store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)

@@ -35,6 +35,8 @@ class Plan:
     "by item, of the pass that takes most; a train step's is an estimate"
     read_bytes: int
     "of the store, as stored: rows to train on, and to validate on"
+    store_bytes: int
+    "of these, the ones that come from the store itself: a tier has the others, if it has room"
 
 
 def make_plan(
@@ -54,7 +56,9 @@ def make_plan(
     passes = passes or in_passes(list(needs.values()), config.max_memory, ranks)
     grouped = [[coders[name] for name in names] for names in passes]
     largest = max(passes, key=lambda names: most_bytes([needs[name] for name in names]))
-    rows = sum(part.rows for part in store.parts(sides_of_all(coders.values()), "train"))
+    sides = sides_of_all(coders.values())
+    rows = sum(part.rows for part in store.parts(sides, "train"))
+    read_bytes = sum(_read_bytes(together, config, store) for together in grouped)
     return Plan(
         needs=tuple(needs.values()),
         passes=passes,
@@ -64,7 +68,8 @@ def make_plan(
         memory_bytes=_memory(
             [needs[name] for name in largest], [coders[name] for name in largest], config, store
         ),
-        read_bytes=sum(_read_bytes(together, config, store) for together in grouped),
+        read_bytes=read_bytes,
+        store_bytes=_store_bytes(read_bytes, sides, config, store),
     )
 
 
@@ -97,6 +102,16 @@ def _read_bytes(coders: Sequence[CoderConfig], config: RunConfig, store: Store) 
     validated = min(config.eval_rows, validation.rows) * -(-steps // config.eval_every)
     read = train.a_row * steps * config.batch_rows
     return round(read + validation.a_row * (validated + validation.rows))
+
+
+def _store_bytes(read_bytes: int, sides: Sequence[Side], config: RunConfig, store: Store) -> int:
+    """Of what is read: with a tier each byte once, and none that it has already."""
+    if config.tier is None:
+        return read_bytes
+    splits: tuple[Split, ...] = ("train", "validation")
+    there = sum(store.stored_bytes(sides, split) for split in splits)
+    kept = sum(store.kept_bytes(sides, split) for split in splits)
+    return max(0, min(read_bytes, there) - kept)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mptrain.suited import numbers_of, ranges
 # into memory may change between its commands; passes are those of the last saved state, if any
 FREE = {
     "run", "store", "device", "spread", "log", "save_every", "save_minutes", "window_bytes",
-    "read_threads", "follow", "max_memory",
+    "read_threads", "tier", "tier_bytes", "follow", "max_memory",
 }  # fmt: skip
 
 

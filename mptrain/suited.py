@@ -25,12 +25,13 @@ def suited_store(
     Raises:
         ValueError: with a remedy, where the store or the filters leave no rows to train on.
     """
+    tier = config.tier, config.tier_bytes
     if only_parts is not None:
-        store = open_store(config.store).limited_to(only_parts)
+        store = open_store(config.store, *tier).limited_to(only_parts)
     elif config.follow:
-        store = await_parts(config.store, sides, quiet=quiet)
+        store = await_parts(config.store, sides, *tier, quiet=quiet)
     else:
-        store = open_store(config.store)
+        store = open_store(config.store, *tier)
     _refuse_skipping_all(config, store)
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
@@ -39,13 +40,20 @@ def suited_store(
     return store
 
 
-def await_parts(path: str, sides: Sequence[Side], *, quiet: bool = True) -> Store:
+def await_parts(
+    path: str,
+    sides: Sequence[Side],
+    tier: str | None = None,
+    tier_bytes: int | None = None,
+    *,
+    quiet: bool = True,
+) -> Store:
     """The store once its collection has committed all that it plans of these sides."""
     told = f"waiting for {', '.join(map(':'.join, sides))} in {path}"
     is_told = False
     with tqdm(desc=told, unit="part", disable=quiet) as bar:
         while True:
-            store = open_store(path)
+            store = open_store(path, tier, tier_bytes)
             planned, done = store.planned_parts, _common_parts(store, sides)
             bar.total, bar.n = len(planned), len(done & set(planned))
             bar.refresh()

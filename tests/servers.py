@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -43,9 +43,12 @@ def environment(address: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def faulty(address: str, seed: int, share: float) -> Iterator[str]:
-    """The address of a proxy that lets a share of all requests fail, each in some way."""
-    with _served(str(Path(__file__)), address, str(seed), str(share)) as proxy:
+def faulty(address: str, seed: int, share: float, log: str = os.devnull) -> Iterator[str]:
+    """The address of a proxy that lets a share of all requests fail, each in some way.
+
+    It writes a line for each request to a file: method, path and range.
+    """
+    with _served(str(Path(__file__)), address, str(seed), str(share), log) as proxy:
         yield proxy
 
 
@@ -99,11 +102,13 @@ class Proxy(BaseHTTPRequestHandler):
     upstream = ""
     draw = random.Random(0)
     share = 0.0
+    log: TextIO = sys.stderr
     lock = threading.Lock()
 
     def handle_any(self) -> None:
         with self.lock:
             fault = self.draw.choice(FAULTS) if self.draw.random() < self.share else ""
+            print(self.command, self.path, self.headers.get("Range"), file=self.log, flush=True)
         if fault == "refuse":
             return self._hang_up()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -152,10 +157,11 @@ class Proxy(BaseHTTPRequestHandler):
 _OF_THE_CONNECTION = {"connection", "transfer-encoding", "keep-alive", "server", "date"}
 
 
-def serve_faults(address: str, seed: str, share: str, port: str) -> None:
+def serve_faults(address: str, seed: str, share: str, log: str, port: str) -> None:
     Proxy.upstream = address.removeprefix("http://")
     Proxy.draw, Proxy.share = random.Random(int(seed)), float(share)
-    ThreadingHTTPServer(("127.0.0.1", int(port)), Proxy).serve_forever()
+    with Path(log).open("a") as Proxy.log:
+        ThreadingHTTPServer(("127.0.0.1", int(port)), Proxy).serve_forever()
 
 
 if __name__ == "__main__":
