@@ -28,6 +28,8 @@ from mpcache import cloud, tier
 from mpcache.move import copy
 from mpcache.place import place_of
 from mpcache.reader import DamagedStoreError, Store, open_store
+from mptrain.bench_loader import bench_loader
+from mptrain.config import LoaderBenchConfig
 from mptrain.fit import fit, plan_of
 from mptrain.loader import Loader
 from stores import small_store
@@ -160,6 +162,18 @@ def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: P
     words += ["--rows", "1920", "--batch-rows", "64", "--dry-run", "--tier", str(run.tier)]
     told = CliRunner().invoke(app, words).stdout
     assert f" GB of it from {url}, the rest from {run.tier}; nothing was written" in told
+
+
+def test_the_benchmark_reads_from_a_tier(
+    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+) -> None:
+    settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
+    run = LoaderBenchConfig(store=made[1], tier=str(tmp_path / "tier"), peer_rows=64, **settings)
+    bench_loader(run)
+    assert asked()
+    assert kept(tmp_path / "tier")
+    bench_loader(run)
+    assert asked() == []
 
 
 # --- what may happen to it ---
