@@ -1,14 +1,16 @@
 """Stores on an S3 server: every command, and nothing lost whatever the server and processes do."""
 
+import itertools
 import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import dask
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import cli.mptrain
@@ -19,8 +21,12 @@ from mpcache.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.move import copy
 from mpcache.place import Place, place_of
+from mpcache.reader import open_store
 from mpcache.verify import verify
-from stores import small_config, write_corpus
+from mpcache.workforce import Hands
+from stores import SIDES, files_of, marks_of, small_config, write_corpus
+from test_convert import rows_of
+from test_repair import whole
 from test_workers import clean, collect_with_four, equal, start, wait_for, workers_of
 
 pytestmark = pytest.mark.filterwarnings(
@@ -177,21 +183,134 @@ def test_fit_and_eval_read_a_bucket(made: tuple[Path, str], tmp_path: Path) -> N
     assert found[0] == found[1]
 
 
-def test_damage_in_a_bucket_is_named(made: tuple[Path, str], url: str) -> None:
-    copy(made[0] / "store", url)
-    place = place_of(url)
-    name = "arrays.zarr/acts/layers.0/output/c/{}/0"
-    data = place.read(name.format(0))
-    place.replace(name.format(0), data[:-1])
-    place.replace(name.format(1), data[:40] + b"?" + data[41:])
-    place.delete(name.format(2))
-    place.replace("arrays.zarr/foreign", b"")
-    found = {finding.path: finding.fault for finding in verify(url).findings}
-    assert found == {
-        name.format(0): "truncated", name.format(1): "flipped", name.format(2): "missing",
-        "arrays.zarr/foreign": "uncommitted",
+# --- care ---
+
+
+def harm(url: str) -> dict[str, str]:
+    """Damage a store by a client that is not ours; gives what each damaged object is called."""
+    client, (_, _, bucket_name, prefix) = servers.raw_client(), url.split("/", 3)
+
+    def put(name: str, change: Callable[[bytes], bytes]) -> None:
+        key = f"{prefix}/{name}"
+        data = change(client.get_object(Bucket=bucket_name, Key=key)["Body"].read())
+        client.put_object(Bucket=bucket_name, Key=key, Body=data)
+
+    def flipped(data: bytes) -> bytes:
+        return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+    acts, other = "arrays.zarr/acts/layers.0/output/c/{}/0", "arrays.zarr/acts/layers.1.mlp"
+    put(acts.format(0), lambda data: data[:-1])
+    put(acts.format(1), flipped)
+    put(f"{other}/input/c/1/0", lambda data: data + b"?")
+    put("arrays.zarr/tokens/c/1/0", flipped)
+    put("marks/0/layers.1.mlp/output.json", flipped)
+    put("arrays.zarr/norms/layers.0/output/zarr.json", flipped)
+    gone = [acts.format(2), "arrays.zarr/rows/position/c/2"]
+    gone += ["arrays.zarr/norms/layers.0/output/c/3"]
+    for name in gone:
+        client.delete_object(Bucket=bucket_name, Key=f"{prefix}/{name}")
+    client.put_object(Bucket=bucket_name, Key=f"{prefix}/arrays.zarr/foreign", Body=b"")
+    return {
+        acts.format(0): "truncated", acts.format(1): "flipped", f"{other}/input/c/1/0": "overlong",
+        "arrays.zarr/tokens/c/1/0": "flipped", "marks/0/layers.1.mlp/output.json": "mark",
+        "arrays.zarr/norms/layers.0/output/zarr.json": "metadata",
+        **dict.fromkeys(gone, "missing"), "arrays.zarr/foreign": "uncommitted",
     }  # fmt: skip
-    assert "0/0 is damaged" in command("copy", url, f"{url}-copy", code=1)
+
+
+def named(url: str) -> dict[str, str]:
+    return {finding.path: finding.fault for finding in verify(url).findings}
+
+
+@pytest.mark.parametrize("by", ["model", "copy"])
+def test_damage_in_a_bucket_is_named_and_mended(
+    made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    folder, source = made
+    copy(folder / "store", url)
+    before = stats_of(url)
+    harmed = harm(url)
+    assert named(url) == harmed
+    assert "layers.1.mlp/output.json is damaged" in command("copy", url, f"{url}-copy", code=1)
+    assert "norms/layers.0/output/zarr.json is damaged" in command("stats", url, code=1)
+    words = ["repair", url, *(["--source", source] if by == "copy" else [])]
+    publish, calls = bucket.Bucket.publish, 0
+
+    def stopped(*arguments: object) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ConnectionError("the server is gone")
+        return publish(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.Bucket, "publish", stopped)
+        assert "the server is gone" in command(*words, code=1)
+    left = {name: fault for name, fault in named(url).items() if fault != "leftover"}
+    assert left.items() < harmed.items()
+    done = json.loads(command(*words, "--delete-leftovers", "--json"))
+    assert len(done["deleted"]) == 1
+    assert done["intact"]
+    assert {one["outcome"] for one in done["marks"]} == {"mended"}
+    assert [one["path"] for one in done["left"]] == ["arrays.zarr/foreign"]
+    assert named(url) == {"arrays.zarr/foreign": "uncommitted"}
+    place_of(url).delete("arrays.zarr/foreign")
+    assert whole(download(place_of(url), tmp_path / "store")) == whole(folder / "store")
+    assert stats_of(url) == before
+
+
+def stats_of(store: object) -> object:
+    return json.loads(command("stats", store, "--json"))
+
+
+def test_parts_are_joined_and_cut_again_in_buckets(
+    made: tuple[Path, str], url: str, tmp_path: Path
+) -> None:
+    folder, source = made
+    here, there, other = tmp_path / "here", f"{url}/joined", f"{url}/uploaded"
+    for begin, to in ((folder / "store", here), (source, there), (folder / "store", other)):
+        command("convert", begin, to, "--part-rows", 384)
+    assert verify(there).findings == ()
+    assert stats_of(there) == stats_of(here)
+    for to in (there, other):
+        found = download(place_of(to), tmp_path / place_of(to).name)
+        assert (marks_of(found), arrays_of(found)) == (marks_of(here), arrays_of(here))
+    for side, split in itertools.product(SIDES, ("train", "validation")):
+        rows = rows_of(open_store(there), side, split)
+        assert torch.equal(rows, rows_of(open_store(folder / "store"), side, split))
+    for to in (f"{url}/cut", tmp_path / "cut"):
+        command("convert", there, to, "--part-rows", 192)
+    assert equal_parts(download(place_of(f"{url}/cut"), tmp_path / "back"), folder / "store")
+    assert equal_parts(tmp_path / "cut", folder / "store")
+    words = ("convert", there, f"{url}/no", "--part-rows", 96)
+    assert "must be a multiple of" in command(*words, code=2)
+    assert not place_of(f"{url}/no").exists()
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files_of(path).items() if name.startswith("arrays.zarr")}
+
+
+def equal_parts(path: Path, other: Path) -> bool:
+    """All marks and objects; arrays of a collection span all the rows that it wanted."""
+    found, wanted = ({n: d for n, d in arrays_of(p).items() if "/c/" in n} for p in (path, other))
+    return found == wanted and marks_of(path) == marks_of(other)
+
+
+@pytest.mark.slow
+def test_processes_take_care_of_a_bucket(made: tuple[Path, str], url: str, tmp_path: Path) -> None:
+    folder, source = made
+    copy(folder / "store", url)
+    harmed = harm(url)
+    found = {name: os.environ[name] for name in (*servers.CREDENTIALS, "AWS_ENDPOINT_URL")}
+    with dask.config.set({"distributed.nanny.environ": found}):
+        findings = verify(url, Hands(workers=2)).findings
+        assert {finding.path: finding.fault for finding in findings} == harmed
+        assert json.loads(command("stats", source, "--workers", 2, "--json")) == stats_of(source)
+        command("convert", source, f"{url}/joined", "--part-rows", 384, "--workers", 2)
+    command("convert", folder / "store", tmp_path / "here", "--part-rows", 384)
+    joined = download(place_of(f"{url}/joined"), tmp_path / "joined")
+    assert arrays_of(joined) == arrays_of(tmp_path / "here")
 
 
 def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
