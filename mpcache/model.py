@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
+from mpcache.heap import keep_freed_memory
 from mpcache.hub import explained, first_line, names_a_place
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
@@ -67,6 +68,8 @@ def load_model(
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
     device, tokenizer = resolve_device(config.device), load_tokenizer(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     with explained(f"model {config.model}", config.revision):
         architecture = AutoConfig.from_pretrained(
             model_source(config),

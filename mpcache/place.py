@@ -78,7 +78,11 @@ class Place(Protocol):
         ...
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of an object, a megabyte or so at a time; FileNotFoundError as `read`."""
+        """The bytes of an object, a megabyte or so at a time; FileNotFoundError as `read`.
+
+        For going through an object once: what was prepared comes from the medium, as far as the
+        system lets that be asked for, not from its cache.
+        """
         ...
 
     def read_range(self, name: str, offset: int, length: int) -> np.ndarray:
