@@ -317,7 +317,6 @@ class Store:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  as above, of the objects read last
     def _ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
-        # once will do, and a look takes as long as a read: later ones raise where bytes are missing
         self._check_size(name, size)
         return self._made(name, key, lambda read: spec.ends(read, size))
 
@@ -326,6 +325,8 @@ class Store:
         read = functools.partial(self.place.read_range, name)
         return make(read) if self.tier is None else self.tier.made(key, read, make)
 
+    # once will do, and a look takes as long as a read: later ones raise where bytes are missing
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  as above, of far more objects
     def _check_size(self, name: str, size: int) -> None:
         found = self.place.size(name)
         if found is None:

@@ -58,20 +58,25 @@ def own(made: tuple[Path, str], s3: str, tmp_path: Path) -> str:
 def asked(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], list[str]]]:
-    """What was asked of the server for the bytes of committed objects, since last looked."""
+    """What was asked of the server about committed objects since last looked: method and path."""
     log, seen = tmp_path / "requests", 0
 
     def look() -> list[str]:
         nonlocal seen
         lines = log.read_text().splitlines()
         found, seen = lines[seen:], len(lines)
-        return [line for line in found if line.startswith("GET") and "/c/" in line]
+        return [line for line in found if "/c/" in line]
 
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.0, str(log)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         cloud.client.cache_clear()
         yield look
     cloud.client.cache_clear()
+
+
+def got(requests: list[str]) -> bool:
+    """Whether bytes were asked for, and not sizes alone."""
+    return any(line.startswith("GET") for line in requests)
 
 
 def everything(store: Store) -> list[torch.Tensor]:
@@ -114,7 +119,8 @@ def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
         ) as loader:  # fmt: skip
             batches, epoch = loader.batches(), -(-loader.rows // 64)
             list(islice(batches, 2 * epoch))  # the first may still be read while the second is
-            assert bool(asked()) == (number == 0)
+            assert got(asked()) == (number == 0)
+            Store._ends.cache_clear()  # as if there were more objects than it remembers
             list(islice(batches, 2 * epoch))
             assert asked() == []
     assert all(NAME.fullmatch(name) for name in kept(folder))  # no marks, no metadata, no rests
@@ -130,7 +136,7 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
     for name in ("cold", "warm"):
         asked()
         fit(config(url, tmp_path / name, tier=folder, tier_bytes=10**9, **settings))
-        assert bool(asked()) == (name == "cold")
+        assert got(asked()) == (name == "cold")
         assert equal(weights(tmp_path / name), weights(tmp_path / "plain"))
         assert lasting(tmp_path / name) == lasting(tmp_path / "plain")
     # what is kept, and where, is of a command
@@ -139,7 +145,7 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
     asked()
     words = ["eval", str(coder), url, "--tier", folder, "--json"]
     there = json.loads(CliRunner().invoke(app, words).stdout)
-    assert asked() == []
+    assert not got(asked())
     words[2:5] = [str(path)]
     assert json.loads(CliRunner().invoke(app, words).stdout) == there
 
@@ -170,10 +176,10 @@ def test_the_benchmark_reads_from_a_tier(
     settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
     run = LoaderBenchConfig(store=made[1], tier=str(tmp_path / "tier"), peer_rows=64, **settings)
     bench_loader(run)
-    assert asked()
+    assert got(asked())
     assert kept(tmp_path / "tier")
     bench_loader(run)
-    assert asked() == []
+    assert not got(asked())
 
 
 # --- what may happen to it ---
