@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import google_crc32c
+import crc32c as checksums
 import numcodecs
 import numpy as np
 import zarr
@@ -150,7 +150,7 @@ class ArraySpec:
 
 def crc32c(data: bytes | np.ndarray) -> bytes:
     """The checksum that Zarr's `crc32c` codec puts behind data."""
-    return int(google_crc32c.value(data)).to_bytes(_CHECKSUM_BYTES, "little")
+    return int(checksums.crc32c(data)).to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _checked(data: np.ndarray) -> np.ndarray:

@@ -189,16 +189,16 @@ class Store:
         values = self._read_rows(self._acts(hookpoint, side), part, chunk)
         return torch.from_numpy(values).view(getattr(torch, self.layout.dtype))
 
-    def read_positions(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
-        """Position in its sequence of each row of one chunk."""
+    def read_positions(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
+        """Position in its sequence of each row of one chunk, or of a whole part."""
         return torch.from_numpy(self._read_rows(POSITION, part, chunk).astype(np.int64))
 
-    def read_sequences(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
-        """Sequence of each row of one chunk, counted over the whole store."""
+    def read_sequences(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
+        """Sequence of each row of one chunk, or of a whole part, counted over the whole store."""
         return torch.from_numpy(self._read_rows(SEQUENCE, part, chunk).astype(np.int64))
 
-    def read_token_ids(self, part: int, chunk: int) -> Int64[Tensor, " rows"]:
-        """Token id of each row of one chunk."""
+    def read_token_ids(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
+        """Token id of each row of one chunk, or of a whole part."""
         sequence = self._read_rows(SEQUENCE, part, chunk) - part * self.layout.part_sequences
         position = self._read_rows(POSITION, part, chunk)
         return torch.from_numpy(self.read_tokens(part)[sequence, position].astype(np.int64))
@@ -286,7 +286,7 @@ class Store:
             )
         return acts(hookpoint, side)
 
-    def _read_rows(self, array: str, part: int, chunk: int) -> np.ndarray:
+    def _read_rows(self, array: str, part: int, chunk: int | None) -> np.ndarray:
         spec = specs(array, self.layout, int(self.mark(part, array).get("width", 0)))[0]
         return self.read_object(array, spec, part, *self._extent(array, part, chunk))
 

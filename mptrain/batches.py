@@ -3,14 +3,14 @@
 Letters: B rows in a batch, N rows in a window. A side is (hookpoint, "input" or "output").
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from mptrain.windows import POSITION, Fact, Rows, Side
+from mptrain.windows import POSITION, Columns, Fact, Memory, ReadWindow, Rows, Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,39 +47,37 @@ def resolve_device(name: str) -> torch.device:
 
 
 def cut_batches(
-    windows: Iterable[Rows], batch_rows: int, offset: int, device: torch.device
+    windows: Iterable[ReadWindow],
+    columns: Columns,
+    batch_rows: int,
+    offset: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Batches of `batch_rows` rows across the windows' borders; only the last may be shorter."""
-    begun: list[Rows] = []  # of a batch that windows share
-    missing = batch_rows
+    memory = Memory(columns, pinned=device.type == "cuda")
+    begun, filled = memory.take(batch_rows), 0
     for window in windows:
-        rows, at = len(window[POSITION]), 0
-        while rows - at >= missing:
-            end = at + missing
-            # the last two may be held while the window's memory is used again
-            is_copied = rows - end < 2 * batch_rows
-            begun.append(_piece(window, at, end, is_copied))
-            yield _on_device(begun, offset, device)
-            begun, missing, at = [], batch_rows, end
-            offset += batch_rows
-        if at < rows:
-            begun.append(_piece(window, at, rows, True))
-            missing -= rows - at
+        at = 0
+        while at < len(window):
+            count = min(batch_rows - filled, len(window) - at)
+            window.take_(_piece(begun, filled, filled + count), at, at + count)
+            filled, at = filled + count, at + count
+            if filled == batch_rows:
+                yield _on_device(begun, offset, device)
+                del begun  # its memory may be the one after the next
+                begun, filled = memory.take(batch_rows), 0
+                offset += batch_rows
         del window  # else three are alive once the next one has come
-    if begun:
-        yield _on_device(begun, offset, device)
+    if filled:
+        yield _on_device(_piece(begun, 0, filled), offset, device)
 
 
-def _piece(window: Rows, first: int, end: int, is_copied: bool) -> Rows:
-    pieces = {key: rows[first:end] for key, rows in window.items()}
-    return {key: rows.clone() for key, rows in pieces.items()} if is_copied else pieces
+def _piece(rows: Rows, first: int, last: int) -> Rows:
+    return {key: values[first:last] for key, values in rows.items()}
 
 
-def _on_device(pieces: Sequence[Rows], offset: int, device: torch.device) -> Batch:
-    """A batch of these pieces; on CUDA copies are queued on the default stream, as training is."""
-    rows = pieces[0]
-    if len(pieces) > 1:
-        rows = {key: torch.cat([piece[key] for piece in pieces]) for key in rows}
+def _on_device(rows: Rows, offset: int, device: torch.device) -> Batch:
+    """On CUDA copies are queued on the default stream, as training is."""
     moved = {key: r.to(device, non_blocking=True) for key, r in rows.items()}
     return Batch(
         offset=offset,

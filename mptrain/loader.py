@@ -1,5 +1,6 @@
 """Read a store's rows in shuffled order, ahead of the trainer, and hand them over in batches."""
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from mpcache.reader import Part, Store, open_store
@@ -43,7 +45,8 @@ class Loader:
 
     Host memory, at most: (2 x window_rows + threads x chunk_rows + 3 x batch_rows) x row_bytes,
     where row_bytes is 8 for the position, as much for each fact, and the sides' values as stored.
-    A window holds whole chunks, and at least one. Who keeps batches keeps more.
+    A window holds whole chunks, and at least one. Who keeps batches keeps more. Of all rows of the
+    parts that were read, the position and the facts are kept, in 2 to 8 bytes each.
 
     An error of the store surfaces as itself, at the first batch that needs the damaged window.
     """
@@ -128,9 +131,8 @@ class Loader:
         return [part.rows for part in self.parts]
 
     def _cut(self, plans: Iterator[Plan], offset: int) -> Iterator[Batch]:
-        pinned = self.device.type == "cuda"
-        windows = read_windows(plans, self._columns, self._readers, pinned=pinned)
-        return cut_batches(windows, self.batch_rows, offset, self.device)
+        windows = read_windows(plans, self._columns, self._readers)
+        return cut_batches(windows, self._columns, self.batch_rows, offset, self.device)
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each made while the consumer works on the one before."""
@@ -159,18 +161,39 @@ def _dtype(store: Store) -> torch.dtype:
 def _columns(
     store: Store, sides: Sequence[Side], parts: Sequence[Part], facts: Sequence[Fact]
 ) -> Columns:
-    def placed(read: Callable[..., Tensor], *of: str) -> Callable[[Chunk], Tensor]:
+    def of_chunk(read: Callable[..., Tensor], *of: str) -> Callable[[Chunk], Tensor]:
         return lambda chunk: read(*of, parts[chunk.part].number, chunk.chunk)
 
+    def of_row(read: Callable[..., Tensor], *of: str, dtype: torch.dtype = torch.int64) -> Column:
+        # read by chunks, a few bytes a row would cost as much time as the values do
+        @functools.cache
+        def kept(part: int) -> Tensor:
+            return _compact(read(*of, parts[part].number))
+
+        def rows(chunk: Chunk) -> Tensor:
+            start = chunk.chunk * store.chunk_rows
+            return kept(chunk.part)[start : start + chunk.rows].to(dtype)
+
+        return Column(dtype, None, rows)
+
     known = {
-        POSITION: Column(torch.int64, None, placed(store.read_positions)),
-        SEQUENCE: Column(torch.int64, None, placed(store.read_sequences)),
-        TOKEN: Column(torch.int64, None, placed(store.read_token_ids)),
+        POSITION: of_row(store.read_positions),
+        SEQUENCE: of_row(store.read_sequences),
+        TOKEN: of_row(store.read_token_ids),
     }
     for side in sides:
-        known[norm_of(side)] = Column(torch.float32, None, placed(store.read_norms, *side))
+        known[norm_of(side)] = of_row(store.read_norms, *side, dtype=torch.float32)
     columns: dict[Side | Fact, Column] = {fact: known[fact] for fact in (POSITION, *facts)}
     for side in sides:
         width = store.width(*side)
-        columns[side] = Column(_dtype(store), width, placed(store.read_chunk, *side))
+        columns[side] = Column(_dtype(store), width, of_chunk(store.read_chunk, *side))
     return columns
+
+
+def _compact(fact_R: Shaped[Tensor, " R"]) -> Shaped[Tensor, " R"]:
+    """The same numbers in as few bytes as will do."""
+    if fact_R.is_floating_point():
+        return fact_R
+    top = int(fact_R.max())
+    small = (dtype for dtype in (torch.int16, torch.int32) if top <= torch.iinfo(dtype).max)
+    return fact_R.to(next(small, torch.int64))

@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,11 +20,11 @@ from mptrain.order import Chunk, Window, epoch_order
 
 Side = tuple[str, str]
 Fact = str
-Places = NDArray[np.int64]
+Order = NDArray[np.int64]
 Rows = Mapping[Side | Fact, Shaped[Tensor, "_ ..."]]
 "each side's values, and facts of each row by name, for the same rows"
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 POSITION: Fact = "position"
 SEQUENCE: Fact = "sequence"
 TOKEN: Fact = "token"
@@ -43,7 +43,7 @@ class Plan:
     """A window before it is read: chunks to lay end to end, and their rows in order."""
 
     window: Window
-    order_N: Int[Tensor, " N"]
+    order_N: Order
     "rows to hand over; all of the window's, or fewer where a stream starts or ends"
 
 
@@ -57,7 +57,7 @@ def endless_plans(
         first, skip = order.locate(within)
         for number in range(first, order.windows):
             coming = order.window(number)
-            yield Plan(coming, torch.from_numpy(coming.permutation())[skip:])
+            yield Plan(coming, coming.permutation()[skip:])
             skip = 0
         epoch, within = epoch + 1, 0
 
@@ -72,7 +72,7 @@ def one_pass_plans(
         if rest <= 0:
             return
         coming = order.window(number)
-        yield Plan(coming, torch.arange(min(rest, coming.rows)))
+        yield Plan(coming, np.arange(min(rest, coming.rows)))
 
 
 # --- reading ---
@@ -100,32 +100,38 @@ Columns = Mapping[Side | Fact, Column]
 
 
 class Memory:
-    """Memory for the rows of windows, used again once no tensor looks at it.
+    """Memory for rows that come and go, used again once no tensor looks at it.
 
     Fresh pages would cost as much time as filling them. For a GPU it is page-locked, so that copies
     are asynchronous, and PyTorch's own cache uses it again.
     """
 
-    def __init__(self, *, pinned: bool) -> None:
-        self.pinned = pinned
-        self._used: deque[np.ndarray] = deque()
+    def __init__(self, columns: Columns, *, pinned: bool = False) -> None:
+        self.columns, self.pinned = columns, pinned
+        self._used: dict[Side | Fact, deque[np.ndarray]] = {key: deque() for key in columns}
         # how many references Python counts in an array that nobody else has: its versions differ
         self._alone = _oldest(deque([np.empty(0, np.uint8)]))[1]
 
-    def take(self, size: int) -> Shaped[Tensor, " bytes"]:
-        """So many bytes that nobody else has."""
+    def take(self, rows: int) -> Rows:
+        """So many rows of every column that nobody else has."""
+        return {
+            key: column.shaped(self._bytes(rows * column.row_bytes, self._used[key]))
+            for key, column in self.columns.items()
+        }
+
+    def _bytes(self, size: int, used: deque[np.ndarray]) -> Shaped[Tensor, " bytes"]:
         if self.pinned:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        for _ in range(len(self._used)):
-            found, references = _oldest(self._used)
+        for _ in range(len(used)):
+            found, references = _oldest(used)
             is_free = references <= self._alone  # a tensor made of it holds one more
             if is_free and len(found) >= size:
                 break
             if not is_free:
-                self._used.append(found)
+                used.append(found)
         else:
             found = np.empty(size, np.uint8)
-        self._used.append(found)
+        used.append(found)
         return torch.from_numpy(found)[:size]
 
 
@@ -135,14 +141,32 @@ def _oldest(arrays: deque[np.ndarray]) -> tuple[np.ndarray, int]:
     return found, sys.getrefcount(found)
 
 
+@dataclass(frozen=True)
+class ReadWindow:
+    """The rows of a plan's chunks laid end to end, and which of them to hand over, in order."""
+
+    rows: Rows
+    order_N: Order
+
+    def __len__(self) -> int:
+        return len(self.order_N)
+
+    def take_(self, out: Rows, first: int, last: int) -> None:
+        """Copy rows `first` to `last` of the order into `out`."""
+        order = self.order_N[first:last]
+        for key, rows in self.rows.items():
+            # clip: else NumPy copies once more, to leave `out` alone where an index is wrong
+            np.take(as_array(rows), order, axis=0, out=as_array(out[key]), mode="clip")
+
+
 def read_windows(
-    plans: Iterator[Plan], columns: Columns, readers: Executor, *, pinned: bool = False
-) -> Iterator[Rows]:
-    """Windows, their rows in order, each read while the one before is consumed.
+    plans: Iterator[Plan], columns: Columns, readers: Executor
+) -> Iterator[ReadWindow]:
+    """Each window is read while the one before is consumed.
 
     An error of a column surfaces as itself, when its window comes.
     """
-    memory = {key: Memory(pinned=pinned) for key in columns}
+    memory = Memory(columns)
     started = (_start(plan, columns, readers, memory) for plan in plans)
     coming = next(started, None)
     try:
@@ -159,40 +183,30 @@ def read_windows(
 
 
 def _start(
-    plan: Plan, columns: Columns, readers: Executor, memory: Mapping[Side | Fact, Memory]
-) -> tuple[Rows, list[Future[None]]]:
+    plan: Plan, columns: Columns, readers: Executor, memory: Memory
+) -> tuple[ReadWindow, list[Future[None]]]:
     """Take memory for a window and have it filled by the reading threads."""
-    rows, order_N = plan.window.rows, plan.order_N.numpy()
-    window = {
-        key: column.shaped(memory[key].take(len(order_N) * column.row_bytes))
-        for key, column in columns.items()
-    }
-    place = np.full(rows, -1)  # of each row read: where it goes, or nowhere
-    place[order_N] = np.arange(len(order_N))
-    ends = np.cumsum([chunk.rows for chunk in plan.window.chunks])
+    window = ReadWindow(memory.take(plan.window.rows), plan.order_N)
+    ends = list(accumulate((chunk.rows for chunk in plan.window.chunks), initial=0))
     reads = [
-        readers.submit(_fill_, window[key], here, partial(column.read, chunk))
-        for chunk, here in zip(plan.window.chunks, np.split(place, ends[:-1]), strict=True)
-        for key, column in columns.items()
+        readers.submit(_fill_, window.rows, columns, chunk, slice(*span))
+        for chunk, span in zip(plan.window.chunks, pairwise(ends), strict=True)
     ]
     return window, reads
 
 
-def _fill_(window: Shaped[Tensor, "..."], place: Places, read: Callable[[], Tensor]) -> None:
-    """Read a chunk and put its rows where they go, while they are in the processor's cache."""
-    found = read()
-    same = (len(place), *window.shape[1:]) == found.shape and found.dtype == window.dtype
-    assert same, f"{read} gave {found.dtype} {found.shape}"
-    wanted = place >= 0
-    if wanted.all():
-        _array(window)[place] = _array(found)
-    else:
-        _array(window)[place[wanted]] = _array(found)[wanted]
+def _fill_(window: Rows, columns: Columns, chunk: Chunk, place: slice) -> None:
+    """Read a chunk into its place in a window."""
+    for key, column in columns.items():
+        found, wanted = column.read(chunk), window[key][place]
+        same = wanted.shape == found.shape and wanted.dtype == found.dtype
+        assert same, f"{key} of {chunk} is {found.dtype} {found.shape}"
+        as_array(wanted)[:] = as_array(found)
 
 
-def _array(rows: Shaped[Tensor, "_ ..."]) -> np.ndarray:
-    """The same memory for NumPy, whose copies by row are faster, as integers: it has no bfloat16.
+def as_array(rows: Shaped[Tensor, "_ ..."]) -> np.ndarray:
+    """The same memory for NumPy, as integers: it has no bfloat16.
 
     Not as single items of a row's size: such are copied under Python's lock.
     """
-    return rows.view(_INTEGERS[rows.element_size()]).numpy()
+    return rows.view(torch.uint8).numpy().view(_INTEGERS[rows.element_size()])
