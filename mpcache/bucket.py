@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -120,11 +120,17 @@ class Bucket:
             if len(waiting) == _ABREAST:
                 yield waiting.popleft().result().tobytes()
             length = min(_PART, size - offset)
-            waiting.append(_requests().submit(self.read_range, name, offset, length))
+            waiting.append(_requests().submit(self._range, name, offset, length))
         while waiting:
             yield waiting.popleft().result().tobytes()
 
-    def read_range(self, name: str, offset: int, length: int) -> np.ndarray:
+    def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        found = self._range(name, offset, sum(one.nbytes for one in buffers))
+        for one in buffers:
+            one.reshape(-1).view(np.uint8)[:] = found[: one.nbytes]
+            found = found[one.nbytes :]
+
+    def _range(self, name: str, offset: int, length: int) -> np.ndarray:
         import obstore
 
         try:
@@ -135,7 +141,7 @@ class Bucket:
             if offset < (self.size(name) or 0):
                 raise
             found = obstore.Bytes()
-        data = np.frombuffer(memoryview(found), np.uint8).copy()
+        data = np.frombuffer(memoryview(found), np.uint8)
         if len(data) != length:
             raise ValueError(f"it ends before byte {offset + length}")
         return data

@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +24,8 @@ import numpy as np
 from mpcache.guard import DamagedStoreError
 from mpcache.objects import PIECE, temporary_name
 
+# Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
+_CALL, _CALL_BUFFERS = 1 << 30, 1024
 _REST = r"\.{}\.[0-9a-f]{{32}}\.removed"
 
 
@@ -92,13 +94,16 @@ class Folder:
                 yield piece
                 _forget(file)
 
-    def read_range(self, name: str, offset: int, length: int) -> np.ndarray:
-        data = np.empty(length, np.uint8)
-        with self._readable(name).open("rb") as file:
-            file.seek(offset)
-            if file.readinto(data.data) != length:
-                raise ValueError(f"it ends before byte {offset + length}")
-        return data
+    def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        descriptor = os.open(self._readable(name), os.O_RDONLY)
+        try:
+            for some in _calls(buffers):
+                wanted = sum(len(one) for one in some)
+                if os.preadv(descriptor, some, offset) != wanted:
+                    raise ValueError(f"it ends before byte {offset + wanted}")
+                offset += wanted
+        finally:
+            os.close(descriptor)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019  holds a path; a look at each step takes long
     def _readable(self, name: str) -> Path:
@@ -184,6 +189,20 @@ class Folder:
             if stat.S_ISLNK(found.st_mode):
                 raise DamagedStoreError(f"{place} is a symbolic link, which a store must not have")
         return found
+
+
+def _calls(buffers: Sequence[np.ndarray]) -> Iterator[list[memoryview]]:
+    """The memory of buffers, as much at a time as the system fills in one call."""
+    whole = [one.reshape(-1).view(np.uint8).data for one in buffers]
+    some: list[memoryview] = []
+    size = 0
+    for piece in (one[at : at + _CALL] for one in whole for at in range(0, len(one), _CALL)):
+        if len(some) == _CALL_BUFFERS or size + len(piece) > _CALL:
+            yield some
+            some, size = [], 0
+        some.append(piece)
+        size += len(piece)
+    yield some
 
 
 def _link_new(source: Path, path: Path) -> bool:

@@ -3,7 +3,7 @@
 No module above knows which. Names are those of the store format: relative, steps joined by `/`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -85,8 +85,8 @@ class Place(Protocol):
         """
         ...
 
-    def read_range(self, name: str, offset: int, length: int) -> np.ndarray:
-        """So many bytes of an object from an offset on, as `uint8` that may be written to.
+    def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        """Fill buffers, one after the other, with an object's bytes from an offset on.
 
         Raises FileNotFoundError if it is not there, ValueError if it ends before.
         """

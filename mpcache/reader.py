@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mpcache.arrays import ArraySpec, ReadRange
+from mpcache.arrays import ArraySpec, ReadInto
 from mpcache.config import Split
 from mpcache.format import (
     MARKS,
     POSITION,
     SEQUENCE,
     TOKENS,
+    ZARR_DTYPE,
     Layout,
     acts,
     check_mark,
@@ -183,11 +184,20 @@ class Store:
         return content
 
     def read_chunk(
-        self, hookpoint: str, side: str, part: int, chunk: int
+        self,
+        hookpoint: str,
+        side: str,
+        part: int,
+        chunk: int,
+        out: Float[Tensor, "rows width"] | None = None,
     ) -> Float[Tensor, "rows width"]:
-        """Rows of one chunk that are real, in the storage dtype."""
-        values = self._read_rows(self._acts(hookpoint, side), part, chunk)
-        return torch.from_numpy(values).view(getattr(torch, self.layout.dtype))
+        """Rows of one chunk that are real, in the storage dtype; `out`, filled, if it is given."""
+        array, dtype = self._acts(hookpoint, side), getattr(torch, self.layout.dtype)
+        memory = (
+            None if out is None else out.view(getattr(torch, ZARR_DTYPE[self.layout.dtype])).numpy()
+        )
+        values = self._read_rows(array, part, chunk, memory)
+        return torch.from_numpy(values).view(dtype)
 
     def read_positions(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
         """Position in its sequence of each row of one chunk, or of a whole part."""
@@ -286,9 +296,11 @@ class Store:
             )
         return acts(hookpoint, side)
 
-    def _read_rows(self, array: str, part: int, chunk: int | None) -> np.ndarray:
+    def _read_rows(
+        self, array: str, part: int, chunk: int | None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         spec = specs(array, self.layout, int(self.mark(part, array).get("width", 0)))[0]
-        return self.read_object(array, spec, part, *self._extent(array, part, chunk))
+        return self.read_object(array, spec, part, *self._extent(array, part, chunk), out)
 
     def _extent(self, array: str, part: int, chunk: int | None) -> tuple[int, int]:
         """First row of a chunk in its part, or of all of them, and the one after its last."""
@@ -299,9 +311,18 @@ class Store:
         return start, min(start + self.chunk_rows, rows)
 
     def read_object(
-        self, array: str, spec: ArraySpec, part: int, start: int, stop: int
+        self,
+        array: str,
+        spec: ArraySpec,
+        part: int,
+        start: int,
+        stop: int,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Entries `start` to `stop` of one part of one Zarr array, checked against the mark."""
+        """Entries `start` to `stop` of one part of one Zarr array, checked against the mark.
+
+        They are put into `out`, of the array's type, if it is given.
+        """
         name = spec.object_path(part)
         told = self.mark(part, array)["objects"][name]
         size, key = int(told["bytes"]), told["xxh3_128"]
@@ -309,7 +330,7 @@ class Store:
             raise DamagedStoreError(f"{self.place}/{spec.metadata_path} claims too few rows")
         try:
             ends = self._ends(name, spec, size, key)
-            return self._made(name, key, lambda read: spec.decode(read, ends, start, stop))
+            return self._made(name, key, lambda read: spec.decode(read, ends, start, stop, out))
         except FileNotFoundError:
             raise DamagedStoreError(f"{self.place}/{name} is missing") from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
@@ -320,9 +341,9 @@ class Store:
         self._check_size(name, size)
         return self._made(name, key, lambda read: spec.ends(read, size))
 
-    def _made(self, name: str, key: str, make: Callable[[ReadRange], Result]) -> Result:
+    def _made(self, name: str, key: str, make: Callable[[ReadInto], Result]) -> Result:
         """What is made of an object's bytes; `key` is its digest."""
-        read = functools.partial(self.place.read_range, name)
+        read = functools.partial(self.place.read_into, name)
         return make(read) if self.tier is None else self.tier.made(key, read, make)
 
     # once will do, and a look takes as long as a read: later ones raise where bytes are missing

@@ -23,13 +23,13 @@ import shutil
 import threading
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from mpcache.arrays import ReadRange
+from mpcache.arrays import ReadInto
 from mpcache.cloud import is_url
 from mpcache.folder import Folder, make_folders, open_to_group
 from mpcache.objects import is_temporary, temporary_name
@@ -63,7 +63,7 @@ class Tier:
         self._ending, self._has_ended = threading.Lock(), False
         _refuse(self.folder.path, place)
 
-    def made(self, key: str, read: ReadRange, make: Callable[[ReadRange], Made]) -> Made:
+    def made(self, key: str, read: ReadInto, make: Callable[[ReadInto], Made]) -> Made:
         """What `make` makes of an object's bytes: of those kept here, else of those `read` gives.
 
         `key` is the object's digest. `make` raises ValueError or RuntimeError where bytes are not
@@ -76,9 +76,9 @@ class Tier:
             pass  # not here, or not whole
         fresh: list[tuple[int, np.ndarray]] = []
 
-        def reading(offset: int, length: int) -> np.ndarray:
-            fresh.append((offset, read(offset, length)))
-            return fresh[-1][1]
+        def reading(offset: int, buffers: Sequence[np.ndarray]) -> None:
+            read(offset, buffers)
+            fresh.append((offset, np.concatenate([b.reshape(-1).view(np.uint8) for b in buffers])))
 
         made = make(reading)
         for offset, data in fresh:
@@ -90,8 +90,9 @@ class Tier:
         folder = self.folder.child(f"{self._store}/{key}")
         return sum(folder.size(name) or 0 for name in folder.children() if not is_temporary(name))
 
-    def _kept(self, name: str, offset: int, length: int) -> np.ndarray:
-        return self.folder.read_range(f"{name}/{offset}-{length}", 0, length)
+    def _kept(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        length = sum(one.nbytes for one in buffers)
+        self.folder.read_into(f"{name}/{offset}-{length}", 0, buffers)
 
     def _keep(self, name: str, data: np.ndarray) -> None:
         if self._has_ended:

@@ -193,7 +193,7 @@ def _values(
     place: Place, name: str, size: int, spec: ArraySpec, length: int
 ) -> Iterator[np.ndarray]:
     """What an object decodes to, whole chunks at a time; its array's metadata may be damaged."""
-    read = functools.partial(place.read_range, name)
+    read = functools.partial(place.read_into, name)
     ends = spec.ends(read, size)
     return (spec.decode(read, ends, *span) for span in spec.steps(length))
 

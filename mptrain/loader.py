@@ -161,8 +161,10 @@ def _dtype(store: Store) -> torch.dtype:
 def _columns(
     store: Store, sides: Sequence[Side], parts: Sequence[Part], facts: Sequence[Fact]
 ) -> Columns:
-    def of_chunk(read: Callable[..., Tensor], *of: str) -> Callable[[Chunk], Tensor]:
-        return lambda chunk: read(*of, parts[chunk.part].number, chunk.chunk)
+    def of_side(hookpoint: str, name: str) -> Callable[[Chunk, Tensor], object]:
+        return lambda chunk, out: store.read_chunk(
+            hookpoint, name, parts[chunk.part].number, chunk.chunk, out
+        )
 
     def of_row(read: Callable[..., Tensor], *of: str, dtype: torch.dtype = torch.int64) -> Column:
         # read by chunks, a few bytes a row would cost as much time as the values do
@@ -170,11 +172,11 @@ def _columns(
         def kept(part: int) -> Tensor:
             return _compact(read(*of, parts[part].number))
 
-        def rows(chunk: Chunk) -> Tensor:
+        def copy(chunk: Chunk, out: Tensor) -> None:
             start = chunk.chunk * store.chunk_rows
-            return kept(chunk.part)[start : start + chunk.rows].to(dtype)
+            out.copy_(kept(chunk.part)[start : start + chunk.rows])
 
-        return Column(dtype, None, rows)
+        return Column(dtype, None, copy)
 
     known = {
         POSITION: of_row(store.read_positions),
@@ -185,8 +187,7 @@ def _columns(
         known[norm_of(side)] = of_row(store.read_norms, *side, dtype=torch.float32)
     columns: dict[Side | Fact, Column] = {fact: known[fact] for fact in (POSITION, *facts)}
     for side in sides:
-        width = store.width(*side)
-        columns[side] = Column(_dtype(store), width, of_chunk(store.read_chunk, *side))
+        columns[side] = Column(_dtype(store), store.width(*side), of_side(*side))
     return columns
 
 

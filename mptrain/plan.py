@@ -14,6 +14,7 @@ from mptrain.recipe import CoderConfig
 from mptrain.trainee import train_steps
 
 _POSITION = 8  # bytes of a row's position, and of its place in the order
+_KEPT_POSITION = 2  # of all rows that are read; 4 where sequences are longer than 32768
 _WINDOWS = 2
 _BATCHES = 3
 
@@ -91,6 +92,8 @@ def _memory(
         "train step": max(one.step_bytes for one in needs),
         "batches": _BATCHES * config.batch_rows * (_POSITION + 4 * values),
         "windows of rows (host)": _WINDOWS * max(config.window_rows, store.chunk_rows) * a_row,
+        "positions of rows (host)": _KEPT_POSITION
+        * sum(p.rows for p in store.parts(sides, "train")),
     }
 
 

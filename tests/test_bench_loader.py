@@ -36,7 +36,7 @@ def test_both_read_the_same_chunks(
     read, seen = store.read_chunk, []
 
     def watched(*place: object) -> torch.Tensor:
-        seen.append(place)
+        seen.append(place[:4])
         return read(*place)
 
     monkeypatch.setattr(store, "read_chunk", watched)

@@ -1,6 +1,7 @@
 """Objects are encoded here as Zarr itself encodes them, byte for byte, and decoded to the same."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import LocalStore
 
-from mpcache.arrays import GROUP, ArraySpec, ReadRange, crc32c
+from mpcache.arrays import GROUP, ArraySpec, ReadInto, crc32c
 from mpcache.config import Codec
 from mpcache.format import mark_path, marked_array
 
@@ -34,8 +35,13 @@ def draw_values(spec: ArraySpec, seed: int, zeros: bool) -> np.ndarray:
     return (draw.integers(0, 200, spec.part_shape) * (not zeros)).astype(spec.dtype)
 
 
-def reader_of(data: bytes) -> ReadRange:
-    return lambda offset, length: np.frombuffer(data[offset : offset + length], np.uint8).copy()
+def reader_of(data: bytes) -> ReadInto:
+    def read(offset: int, buffers: Sequence[np.ndarray]) -> None:
+        for one in buffers:
+            one.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)[offset:][: one.nbytes]
+            offset += one.nbytes
+
+    return read
 
 
 def decoded(spec: ArraySpec, data: bytes, start: int, stop: int) -> np.ndarray:

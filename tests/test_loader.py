@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mpcache.reader import DamagedStoreError, Part, Store
 from mptrain.loader import Batch, Loader
 from mptrain.order import epoch_order
-from mptrain.windows import Memory
+from mptrain.windows import POSITION, Column, Memory
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
 WIDE = ("layers.1", "output")
@@ -53,15 +53,18 @@ class FakeStore(Store):
         rows = range(self.sizes[part // 2])[chunk * self.chunk :][: self.chunk]
         return torch.tensor([sum(self.sizes[: part // 2]) + row for row in rows])
 
-    def read_chunk(self, hookpoint, side, part, chunk):
+    def read_chunk(self, hookpoint, side, part, chunk, out):
         self.before_read(part, chunk)
         self.reads.append((part, chunk))
         width = WIDTHS[hookpoint, side]
         rows = self._numbers(part, chunk)[:, None] * 10 + torch.arange(width)
-        return rows.to(getattr(torch, self.dtype))
+        return out.copy_(rows)
 
-    def read_positions(self, part, chunk):
-        return self._numbers(part, chunk) % 7
+    def read_positions(self, part):
+        return torch.cat([self._numbers(part, chunk) % 7 for chunk in range(self._chunks(part))])
+
+    def _chunks(self, part):
+        return -(-self.sizes[part // 2] // self.chunk)
 
 
 def make(store, *, sides=(IN, OUT), batch_rows=5, seed=0, window=2, device=CPU, threads=3):
@@ -265,11 +268,12 @@ def test_memory_stays_within_the_bound(monkeypatch):
     window, batch_rows, threads = 8, 128, 3
     row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 16  # with position and order
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
+    bound += 2 * sum(store.sizes)  # positions, which fit 16 bits
     seen: list[int] = []
     take, outside = Memory.take, live_bytes()
 
-    def weigh(self, size):
-        taken = take(self, size)
+    def weigh(self, rows):
+        taken = take(self, rows)
         seen.append(live_bytes() - outside)
         return taken
 
@@ -285,25 +289,32 @@ def live_bytes() -> int:
     """Of all tensors, and of memory that the loader keeps to use it again."""
     items = gc.get_objects()
     storages = [item.untyped_storage() for item in items if type(item) is torch.Tensor]
-    kept = [array for item in items if type(item) is Memory for array in item._used]
+    memories = [item for item in items if type(item) is Memory]
+    kept = [array for memory in memories for used in memory._used.values() for array in used]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     sizes |= {array.ctypes.data: array.nbytes for array in kept}
     return sum(sizes.values())
 
 
-def test_the_memory_of_windows_is_used_again():
-    memory = Memory(pinned=False)
-    first, second = memory.take(1000), memory.take(1000)
+def bytes_of(count):
+    """Memory for rows of one byte, as it is taken."""
+    memory = Memory({POSITION: Column(torch.uint8, None, lambda chunk, out: None)})
+    return memory, lambda rows=count: memory.take(rows)[POSITION]
+
+
+def test_memory_is_used_again():
+    memory, take = bytes_of(1000)
+    first, second = take(), take()
     places = {first.data_ptr(), second.data_ptr()}
     looked_at = first[:10]
     del first, second
-    third, fourth = memory.take(900), memory.take(900)
+    third, fourth = take(900), take(900)
     assert len(places) == 2
     assert third.data_ptr() in places - {looked_at.data_ptr()}
     assert fourth.data_ptr() not in places
     del third, fourth, looked_at
-    assert memory.take(2000).data_ptr()
-    assert sum(len(array) for array in memory._used) <= 2000 + 2 * 1000
+    assert take(2000).data_ptr()
+    assert sum(len(array) for array in memory._used[POSITION]) <= 2000 + 2 * 1000
 
 
 @pytest.mark.parametrize("more", [-1, 0, 2])
@@ -314,13 +325,13 @@ def test_memory_is_used_again_however_python_counts_references(monkeypatch, more
         return count(array) + more
 
     monkeypatch.setattr(sys, "getrefcount", other)
-    memory = Memory(pinned=False)
-    first, second = memory.take(1000), memory.take(1000)
+    _, take = bytes_of(1000)
+    first, second = take(), take()
     place = first.data_ptr()
     del first
-    third = memory.take(1000)
+    third = take()
     assert third.data_ptr() == place
-    assert second.data_ptr() != memory.take(1000).data_ptr()
+    assert second.data_ptr() != take().data_ptr()
 
 
 def test_order_digest_tells_orders_apart():

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -25,6 +25,7 @@ import servers
 from cli.mptrain import app
 from fits import config, equal, lasting, weights
 from mpcache import cloud, tier
+from mpcache.arrays import ReadInto
 from mpcache.move import copy
 from mpcache.place import place_of
 from mpcache.reader import DamagedStoreError, Store, open_store
@@ -246,9 +247,25 @@ def test_other_content_in_the_same_place_is_never_mistaken(
     ):
         content = np.full(4, number, np.uint8)
         for _ in range(2):
-            made_of = of.made(key, lambda *_, data=content: data.copy(), lambda read: read(0, 4))
+            made_of = of.made(key, filling(content), lambda read: taken(read, 0, 4))
             assert made_of.tolist() == content.tolist()
         assert of.size(key) == 4
+
+
+def filling(content: np.ndarray) -> ReadInto:
+    """Reads as if this were at every offset."""
+
+    def read(_: int, buffers: Sequence[np.ndarray]) -> None:
+        (one,) = buffers
+        one[:] = content
+
+    return read
+
+
+def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
+    found = np.empty(length, np.uint8)
+    read(offset, [found])
+    return found
 
 
 # --- a tier without room ---
@@ -355,7 +372,7 @@ def test_no_two_take_the_same_room(
     def keep(number: int) -> None:
         one = tier.Tier(str(tmp_path / "tier"), 1000, place, "digest")
         content = np.full(30, number, np.uint8)
-        one.made(f"{number // 3:032x}", lambda *_: content, lambda read: read(number, 30))
+        one.made(f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30))
 
     with ThreadPoolExecutor(8) as pool, pytest.warns(RuntimeWarning, match="990 of 1000 bytes"):
         list(pool.map(keep, range(60)))
