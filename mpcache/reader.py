@@ -184,20 +184,13 @@ class Store:
         return content
 
     def read_chunk(
-        self,
-        hookpoint: str,
-        side: str,
-        part: int,
-        chunk: int,
-        out: Float[Tensor, "rows width"] | None = None,
+        self, hookpoint: str, side: str, part: int, chunk: int, out: Tensor | None = None
     ) -> Float[Tensor, "rows width"]:
         """Rows of one chunk that are real, in the storage dtype; `out`, filled, if it is given."""
         array, dtype = self._acts(hookpoint, side), getattr(torch, self.layout.dtype)
-        memory = (
-            None if out is None else out.view(getattr(torch, ZARR_DTYPE[self.layout.dtype])).numpy()
-        )
-        values = self._read_rows(array, part, chunk, memory)
-        return torch.from_numpy(values).view(dtype)
+        stored = getattr(torch, ZARR_DTYPE[self.layout.dtype])
+        memory = None if out is None else out.view(stored).numpy()
+        return torch.from_numpy(self._read_rows(array, part, chunk, memory)).view(dtype)
 
     def read_positions(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
         """Position in its sequence of each row of one chunk, or of a whole part."""
