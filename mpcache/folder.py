@@ -225,7 +225,6 @@ def _write_temporary(path: Path, pieces: Iterable[bytes]) -> Path:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
-            _forget(file)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename and error.errno:
@@ -235,13 +234,13 @@ def _write_temporary(path: Path, pieces: Iterable[bytes]) -> Path:
 
 
 def _forget(file: BinaryIO) -> None:
-    """Let the system's cache drop what is on the disk of a file that is gone through once.
+    """Let the system's cache drop what was read of a file that is gone through once.
 
-    What is read back after a write is then the disk's, and pages are used again: fresh ones cost
-    several times what filling them does, and others' data would have to go for them.
+    Its pages are used again for what is written next: fresh ones cost several times what filling
+    them does, and others' data would have to go for them.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, file.tell(), os.POSIX_FADV_DONTNEED)
 
 
 def make_folders(folder: Path) -> None:

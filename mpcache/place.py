@@ -80,8 +80,7 @@ class Place(Protocol):
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of an object, a megabyte or so at a time; FileNotFoundError as `read`.
 
-        For going through an object once: what was prepared comes from the medium, as far as the
-        system lets that be asked for, not from its cache.
+        For going through an object once: it does not stay in the system's cache.
         """
         ...
 

@@ -3,6 +3,7 @@
 B rows in a batch, D input width, E target width, M latents, K code entries a row.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 
 from mptrain.coder import Coder
 from mptrain.objective import WIDE
+from mptrain.pursuit.refit import refit_rows
 from mptrain.pursuit.search import microbatch_rows, resolve
 from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import PURSUITS, CoderConfig, Optimizer
@@ -107,12 +109,14 @@ def _step_bytes(coder: Coder, D: int, E: int, rows: int, device: torch.device) -
     whole = _FLOAT * rows * (2 * E + (D if config.kind == "sae" else D + E))  # filtered, centred
     at_work = _FLOAT * _ROW_COPIES * B * (D + E)
     codes = _ENTRY * B * _entries(config, M, D)
-    return gradients + whole + at_work + codes + _scores(coder, B, device) + _update(coder)
+    scores = _scores(coder, B, device) + _refit(coder, D, device)
+    return gradients + whole + at_work + codes + scores + _update(coder)
 
 
 def _entries(config: CoderConfig, M: int, D: int) -> int:
     """Entries of a row's codes that are there together, those of the dead included."""
-    own = config.k * {"batch-mp": 2, "batch-topk": 4}.get(config.arch, 1)
+    own = math.ceil(config.k_factor * config.k)  # at the beginning
+    own *= {"batch-mp": 2, "batch-topk": 4}.get(config.arch, 1)
     wide = WIDE * config.k if config.multi_topk else 0
     dead = D // 2 if config.auxk_alpha else 0
     return min(own, M) + min(wide, M) + min(dead, M)
@@ -126,6 +130,17 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
         return scores
     backend = resolve(coder.search, M, B * config.k, config.blocks != "none")
     return scores + (_FLOAT * M**2 if backend == "gram" else 0)
+
+
+def _refit(coder: Coder, D: int, device: torch.device) -> int:
+    """A micro-batch's chosen atoms and their products, and what autograd keeps of the way back."""
+    config = coder.config
+    if config.arch not in PURSUITS or config.codes == "mp":
+        return 0
+    k = config.k * (2 if config.arch == "batch-mp" else 1)
+    rows = refit_rows(coder.latents, D, k, device)
+    steps = k if config.codes == "gp" else 2  # gp's fit is a chain of K steps, omp's in float64
+    return _FLOAT * rows * k * (4 * D + (3 + steps) * k) + _FLOAT * coder.latents * D
 
 
 def _update(coder: Coder) -> int:

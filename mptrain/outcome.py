@@ -80,7 +80,7 @@ def _verdict(
         panel=panel.name,
         variant=line.variant.name,
         seeds=len(seeds),
-        diverged=sum(one.result is not None and one.validation is None for one in seeds),
+        diverged=sum(one.result is not None and one.result["diverged"] for one in seeds),
         fvu=_mean(fvus),
         fvu_low=min(fvus, default=None),
         fvu_high=max(fvus, default=None),
