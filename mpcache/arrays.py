@@ -97,14 +97,17 @@ class ArraySpec:
         """Entries `start` to `stop` of an object, the inverse of `encode`: several times faster
         than through Zarr. Whole chunks that are not compressed are read right into their place.
 
-        Gives `out`, of the array's type, filled, or new memory; once more as much is used where
-        chunks are compressed.
+        Gives `out`, of the array's type, filled, or new memory. Beside it takes the bytes of
+        chunks that are compressed, and the values of those that are wanted in part.
 
-        Raises ValueError or RuntimeError where the bytes are not what `encode` makes; what is in
-        `out` is then anything.
+        Raises ValueError or RuntimeError where the bytes are not what `encode` makes, or not as
+        many entries as `out` has room for; what is in `out` is then anything.
         """
+        shape = (max(0, stop - start), *self.part_shape[1:])
         if out is None:
-            out = np.empty((stop - start, *self.part_shape[1:]), self.dtype)
+            out = np.empty(shape, self.dtype)
+        if out.shape != shape:
+            raise ValueError(f"it has entries {shape}, not {out.shape}")
         first, last = start // self.chunk, -(-stop // self.chunk)
         sizes = [ends[n + 1] - ends[n] for n in range(first, last)]
         spans = [self._span(n, start, stop) for n in range(first, last)]
@@ -195,7 +198,9 @@ class ArraySpec:
 
 def crc32c(data: bytes | np.ndarray) -> bytes:
     """The checksum that Zarr's `crc32c` codec puts behind data."""
-    return int(checksums.crc32c(data)).to_bytes(_CHECKSUM_BYTES, "little")
+    # NumPy does not tell Python 3.11 that its arrays are buffers
+    value = checksums.crc32c(data)  # type: ignore[arg-type]
+    return value.to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mpcache.guard import DamagedStoreError
-from mpcache.objects import PIECE, temporary_name
+from mpcache.objects import PIECE, is_temporary, temporary_name
 
 # Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
 _CALL, _CALL_BUFFERS = 1 << 30, 1024
@@ -92,16 +92,14 @@ class Folder:
         with self.locate(name).open("rb") as file:
             while piece := file.read(PIECE):
                 yield piece
-                _forget(file)
+                if is_temporary(name):
+                    _forget(file)
 
     def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
         descriptor = os.open(self._readable(name), os.O_RDONLY)
         try:
             for some in _calls(buffers):
-                wanted = sum(len(one) for one in some)
-                if os.preadv(descriptor, some, offset) != wanted:
-                    raise ValueError(f"it ends before byte {offset + wanted}")
-                offset += wanted
+                offset = _fill(descriptor, some, offset)
         finally:
             os.close(descriptor)
 
@@ -191,6 +189,21 @@ class Folder:
         return found
 
 
+def _fill(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    """Fill buffers, however little the system gives at a time; gives the next offset."""
+    missing = sum(map(len, buffers))
+    while missing:
+        count = os.preadv(descriptor, buffers, offset)
+        if not count:
+            raise ValueError(f"it ends before byte {offset + missing}")
+        offset, missing = offset + count, missing - count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = buffers[0][count:]
+    return offset
+
+
 def _calls(buffers: Sequence[np.ndarray]) -> Iterator[list[memoryview]]:
     """The memory of buffers, as much at a time as the system fills in one call."""
     whole = [one.reshape(-1).view(np.uint8).data for one in buffers]
@@ -234,13 +247,14 @@ def _write_temporary(path: Path, pieces: Iterable[bytes]) -> Path:
 
 
 def _forget(file: BinaryIO) -> None:
-    """Let the system's cache drop what was read of a file that is gone through once.
+    """Let the system's cache drop what was read back of a file that was just written.
 
     Its pages are used again for what is written next: fresh ones cost several times what filling
     them does, and others' data would have to go for them.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, file.tell(), os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, file.tell(), os.POSIX_FADV_DONTNEED)
 
 
 def make_folders(folder: Path) -> None:

@@ -13,6 +13,7 @@ has two companions, `norms/...` and `moments/...`, that are committed by the sam
 import functools
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, get_args
@@ -207,7 +208,7 @@ def _is_told(one: Sealed) -> bool:
     return (
         type(one["bytes"]) is int
         and one["bytes"] > 0
-        and all(type(d) is str and len(d) == 32 for d in digests)
+        and all(type(d) is str and re.fullmatch("[0-9a-f]{32}", d) for d in digests)
     )
 
 

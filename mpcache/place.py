@@ -80,7 +80,7 @@ class Place(Protocol):
     def pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of an object, a megabyte or so at a time; FileNotFoundError as `read`.
 
-        For going through an object once: it does not stay in the system's cache.
+        What was prepared is read back so, and does not stay in the system's cache then.
         """
         ...
 

@@ -1,7 +1,7 @@
 """Read a store: only what is marked, and nothing that differs from its mark.
 
-Existence and size of an object are checked against the mark before every read, then the `crc32c` of
-its index and of each chunk that is read.
+Existence and size of an object are checked against the mark before its first read, then the
+`crc32c` of its index and of each chunk that is read.
 """
 
 import functools
@@ -160,12 +160,20 @@ class Store:
         return tuple(sorted(self._marks.get(array, ())))
 
     def parts(self, sides: Sequence[tuple[str, str]], split: Split) -> tuple[Part, ...]:
-        """Parts of a split that are committed for all the named sides, in order."""
+        """Parts of a split that are committed for all the named sides, in order.
+
+        Raises DamagedStoreError where their marks do not tell of the same number of rows.
+        """
         arrays = [self._acts(*side) for side in sides]
         common = set.intersection(*(self._marks[a] for a in [*arrays, POSITION]))
         wanted = [n for n in sorted(common) if self.layout.split_of(n) == split]
-        marks = zip(wanted, self.marks(arrays[0], wanted), strict=True)
-        return tuple(Part(number, int(mark["rows"]), split) for number, mark in marks)
+        rows = [[int(mark["rows"]) for mark in self.marks(a, wanted)] for a in [*arrays, POSITION]]
+        for number, *told in zip(wanted, *rows, strict=True):
+            if len(set(told)) > 1:
+                raise DamagedStoreError(
+                    f"marks of part {number} in {self.place} differ in their rows; run verify"
+                )
+        return tuple(Part(*one, split) for one in zip(wanted, rows[0], strict=True))
 
     def marks(self, array: str, parts: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Commit marks of some parts of one array, or of all, in order; several read at a time."""

@@ -14,12 +14,14 @@ every row once, so that what was read last is no likelier to be read next.
 Processes may share the folder, several stores too. It may be deleted at any time, whole.
 """
 
+import contextlib
 import errno
 import fcntl
 import functools
 import hashlib
 import os
 import shutil
+import stat
 import threading
 import uuid
 import warnings
@@ -73,7 +75,9 @@ class Tier:
         try:
             return make(functools.partial(self._kept, name))
         except (OSError, ValueError, RuntimeError):
-            pass  # not here, or not whole
+            if self._has_ended:
+                return make(read)
+        # it is not here, or not whole
         fresh: list[tuple[int, np.ndarray]] = []
 
         def reading(offset: int, buffers: Sequence[np.ndarray]) -> None:
@@ -95,8 +99,6 @@ class Tier:
         self.folder.read_into(f"{name}/{offset}-{length}", 0, buffers)
 
     def _keep(self, name: str, data: np.ndarray) -> None:
-        if self._has_ended:
-            return
         try:
             told = self._put(name, data)
         except OSError as error:
@@ -107,6 +109,7 @@ class Tier:
     def _put(self, name: str, data: np.ndarray) -> str:
         """Keep bytes, all or nothing; else say why there is no room for them."""
         path = self.folder.locate(name)
+        self._make()
         make_folders(path.parent)
         disk = shutil.disk_usage(path.parent)
         if disk.free - len(data) < disk.total // _SPARED:
@@ -120,6 +123,16 @@ class Tier:
             return self._publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _make(self) -> None:
+        """Make the folder; where anyone may write, as in /dev/shm, it is its owner's alone."""
+        folder = self.folder.path
+        if folder.is_dir():
+            return
+        make_folders(folder.parent)
+        if folder.parent.stat().st_mode & stat.S_IWOTH:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(0o700)
 
     def _publish(self, temporary: Path, path: Path) -> str:
         """Give a file its name, and count it if it is new, one process and thread at a time."""

@@ -77,8 +77,9 @@ def _piece(rows: Rows, first: int, last: int) -> Rows:
 
 
 def _on_device(rows: Rows, offset: int, device: torch.device) -> Batch:
-    """On CUDA copies are queued on the default stream, as training is."""
-    moved = {key: r.to(device, non_blocking=True) for key, r in rows.items()}
+    """On CUDA copies are queued on the default stream, as training is; PyTorch keeps page-locked
+    memory until they are done. Elsewhere nothing would, so that copies are waited for."""
+    moved = {key: r.to(device, non_blocking=device.type == "cuda") for key, r in rows.items()}
     return Batch(
         offset=offset,
         positions_B=moved.pop(POSITION),

@@ -308,7 +308,7 @@ class LoaderBenchConfig:
     hookpoint: str | None = None
     "hookpoint whose output is read; None: the store's first"
     rows: int = 1_000_000
-    "rows to read, at most an epoch"
+    "rows to read, in as many epochs as that takes"
     batch_rows: int = RunConfig.batch_rows
     "rows in a batch"
     window_rows: int = RunConfig.window_rows

@@ -44,11 +44,13 @@ class Loader:
     are read; not on the sides or facts, nor on batch_rows, threads or device.
 
     Host memory, at most: (2 x window_rows + threads x chunk_rows + 3 x batch_rows) x row_bytes,
-    where row_bytes is 8 for the position, as much for each fact, and the sides' values as stored.
+    where row_bytes is 8 for the position, as much for each fact, and the sides' values as stored;
+    and 8 bytes for each row in the order of three windows.
     A window holds whole chunks, and at least one. Who keeps batches keeps more. Of all rows of the
     parts that were read, the position and the facts are kept, in 2 to 8 bytes each.
 
-    An error of the store surfaces as itself, at the first batch that needs the damaged window.
+    An error of the store surfaces as itself, at the first batch that needs a window with the
+    damaged chunk, or with any chunk of a part whose positions or facts are damaged.
     """
 
     def __init__(

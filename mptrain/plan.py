@@ -14,7 +14,7 @@ from mptrain.recipe import CoderConfig
 from mptrain.trainee import train_steps
 
 _POSITION = 8  # bytes of a row's position, and of its place in the order
-_KEPT_POSITION = 2  # of all rows that are read; 4 where sequences are longer than 32768
+_KEPT_POSITION, _KEPT_FACT = 2, 4  # of all rows that are read: the position; the token, a norm
 _WINDOWS = 2
 _BATCHES = 3
 
@@ -86,14 +86,15 @@ def _memory(
     sides = sides_of_all(coders)
     values = sum(store.width(*side) for side in sides)
     a_row = 2 * _POSITION + row_bytes(store, sides)
+    a_fact = _KEPT_POSITION + _KEPT_FACT * bool(config.skip_tokens)
+    a_fact += _KEPT_FACT * len(sides) * (config.max_norm is not None)
     return {
         "weights": sum(one.weights_bytes for one in needs),
         "optimizer": sum(one.optimizer_bytes for one in needs),
         "train step": max(one.step_bytes for one in needs),
         "batches": _BATCHES * config.batch_rows * (_POSITION + 4 * values),
         "windows of rows (host)": _WINDOWS * max(config.window_rows, store.chunk_rows) * a_row,
-        "positions of rows (host)": _KEPT_POSITION
-        * sum(p.rows for p in store.parts(sides, "train")),
+        "facts of rows (host)": a_fact * sum(p.rows for p in store.parts(sides, "train")),
     }
 
 
@@ -114,7 +115,7 @@ def _store_bytes(read_bytes: int, sides: Sequence[Side], config: RunConfig, stor
     splits: tuple[Split, ...] = ("train", "validation")
     there = sum(store.stored_bytes(sides, split) for split in splits)
     kept = sum(store.kept_bytes(sides, split) for split in splits)
-    return max(0, min(read_bytes, there) - kept)
+    return round(min(read_bytes, there) * (1 - kept / max(1, there)))
 
 
 @dataclass(frozen=True)

@@ -191,10 +191,20 @@ def _start(
     window = ReadWindow(memory.take(plan.window.rows), plan.order_N)
     ends = list(accumulate((chunk.rows for chunk in plan.window.chunks), initial=0))
     reads = [
-        readers.submit(_fill_, window.rows, columns, chunk, slice(*span))
+        readers.submit(_fill_, window.rows, some, chunk, slice(*span))
         for chunk, span in zip(plan.window.chunks, pairwise(ends), strict=True)
+        for some in _apart(columns)
     ]
     return window, reads
+
+
+def _apart(columns: Columns) -> list[Columns]:
+    """What a thread reads of a chunk at a time: one side; facts, which take no time, with one."""
+    apart: list[dict[Side | Fact, Column]] = [
+        {key: column} for key, column in columns.items() if isinstance(key, tuple)
+    ]
+    apart[0] |= {key: column for key, column in columns.items() if isinstance(key, str)}
+    return [*apart]
 
 
 def _fill_(window: Rows, columns: Columns, chunk: Chunk, place: slice) -> None:

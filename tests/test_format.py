@@ -92,6 +92,23 @@ def test_reads_what_zarr_reads(tmp_path_factory, codec, dtype, shape, seed, zero
 
 
 @CODECS
+@pytest.mark.parametrize(("start", "stop"), [(0, 12), (4, 8), (0, 4), (8, 11), (2, 9)])
+def test_values_are_put_where_they_are_wanted(codec: Codec, start: int, stop: int) -> None:
+    spec = spec_of((3, 4, 1, 5), "uint16", codec)
+    values = draw_values(spec, 1, zeros=False)
+    read = reader_of(b"".join(spec.encode(values)))
+    ends = spec.ends(read, len(b"".join(spec.encode(values))))
+    whole = np.full((20, 5), 7, np.uint16)
+    out = whole[3 : 3 + stop - start]
+    assert spec.decode(read, ends, start, stop, out) is out
+    assert (out == values[start:stop]).all()
+    assert (whole[:3] == 7).all()
+    assert (whole[3 + stop - start :] == 7).all()
+    with pytest.raises(ValueError, match="entries"):
+        spec.decode(read, ends, start, stop, whole)
+
+
+@CODECS
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_any_changed_byte_is_refused(codec: Codec, chunks: int) -> None:
     spec = spec_of((chunks, 4, 1, 5), "uint16", codec)

@@ -213,6 +213,9 @@ MARKS = {
     "objects of another kind": put(objects=[1]),
     "size of another kind": lambda m: m["objects"][f"arrays.zarr/{SIDE}/c/2/0"].update(bytes="9"),
     "no digest": lambda m: m["objects"][f"arrays.zarr/{SIDE}/c/2/0"].pop("xxh3_128"),
+    "digest that is a path": lambda m: m["objects"][f"arrays.zarr/{SIDE}/c/2/0"].update(
+        xxh3_128="../" * 10 + "xx"
+    ),
     "width": put(width=10**15),
     "no width": lambda m: m.pop("width"),
     "rows below": put(rows=0),
@@ -240,6 +243,15 @@ def test_a_mark_edited_and_sealed_again_is_refused(
             command(*words, *["--dtype", "float32"][: 2 * (words[0] != "copy")])
         )
         assert not is_store(place_of(words[2]))
+
+
+def test_a_mark_of_other_rows_than_the_positions_is_refused(
+    made: Path, store: Path, outside: Path
+) -> None:
+    """Else what was in memory before would pass for the rows that it lacks."""
+    edit(store / MARK, put(rows=1, finite_rows=1))
+    with pytest.raises(DamagedStoreError, match=r"part 2 .* differ in their rows"):
+        open_store(store).parts([("layers.0", "output")], "train")
 
 
 LAYOUTS = {

@@ -266,7 +266,7 @@ def test_an_abandoned_stream_stops_reading():
 def test_memory_stays_within_the_bound(monkeypatch):
     store = FakeStore((4096,) * 4, chunk=64)
     window, batch_rows, threads = 8, 128, 3
-    row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 16  # with position and order
+    row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 8  # with the position; orders are NumPy's
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
     bound += 2 * sum(store.sizes)  # positions, which fit 16 bits
     seen: list[int] = []

@@ -1,5 +1,6 @@
 """Folder and bucket keep one contract: that of a dictionary of names, whoever else writes."""
 
+import os
 import pickle
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 from obstore import exceptions
 
-from mpcache import bucket, cloud
+from mpcache import bucket, cloud, folder
 from mpcache.guard import DamagedStoreError
 from mpcache.place import Place, place_of
 
@@ -113,6 +114,25 @@ def test_ranges_are_exact_or_refused(place: Place) -> None:
     for offset, length in ((8, 3), (10, 1), (40, 1)):
         with pytest.raises(ValueError, match=f"ends before byte {offset + length}"):
             read(place, "a", offset, length)
+
+
+def test_much_is_read_in_several_calls(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many buffers there are, and however little the system gives at a time."""
+    monkeypatch.setattr(folder, "_CALL", 300)
+    monkeypatch.setattr(folder, "_CALL_BUFFERS", 3)
+    preadv = os.preadv
+
+    def little(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        assert len(buffers) <= 3
+        assert sum(map(len, buffers)) <= 300
+        return preadv(descriptor, [buffers[0][: max(1, len(buffers[0]) // 2)]], offset)
+
+    monkeypatch.setattr(os, "preadv", little)
+    whole = np.random.default_rng(0).bytes(3000)
+    place.put_new("a", whole)
+    assert read(place, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == whole[5 : 5 + 1403]
+    with pytest.raises(ValueError, match="ends before byte 3001"):
+        read(place, "a", 2900, 50, 51)
 
 
 def test_large_objects_go_and_come_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -271,7 +271,7 @@ def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
     assert plan["passes"] == [["layers.0-sae-mp-k3-x2-seed0", "layers.0-sae-topk-k3-x2-seed0"]]
     assert [one["parameters"] for one in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
     items = ["weights", "optimizer", "train step", "batches"]
-    host = ["windows of rows (host)", "positions of rows (host)"]
+    host = ["windows of rows (host)", "facts of rows (host)"]
     assert list(plan["memory_bytes"]) == items + host
     assert plan["memory_bytes"]["weights"] == 4 * sum(one["parameters"] for one in plan["needs"])
     assert not list(tmp_path.iterdir())

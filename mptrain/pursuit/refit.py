@@ -63,7 +63,7 @@ class _PursueRefit(torch.autograd.Function):
         idx_BK = torch.empty(len(x_BD), k, dtype=torch.int64, device=x_BD.device)
         val_BK = torch.empty(len(x_BD), k, dtype=x_BD.dtype, device=x_BD.device)
         residual_BD = torch.empty_like(x_BD, memory_format=torch.contiguous_format)
-        rows = refit_rows(*W_MD.shape, k, W_MD.device)
+        rows = refit_rows(len(W_MD), W_MD.shape[1], k, W_MD.device)
         for x_bD, idx_bK, val_bK, r_bD in _microbatches(rows, x_BD, idx_BK, val_BK, residual_BD):
             _choose_(x_bD, W_MD, rule, codes, idx_bK, val_bK, r_bD)
         ctx.save_for_backward(idx_BK, x_BD, W_MD)
@@ -82,7 +82,7 @@ class _PursueRefit(torch.autograd.Function):
         dval_BK = torch.zeros_like(idx_BK, dtype=x_BD.dtype) if dval_BK is None else dval_BK
         dresidual_BD = torch.zeros_like(x_BD) if dresidual_BD is None else dresidual_BD
         dx_BD, dW_MD = torch.empty_like(x_BD), torch.zeros_like(W_MD)
-        rows = refit_rows(*W_MD.shape, idx_BK.shape[1], W_MD.device)
+        rows = refit_rows(len(W_MD), W_MD.shape[1], idx_BK.shape[1], W_MD.device)
         for idx_bK, x_bD, dval_bK, dr_bD, dx_bD in _microbatches(
             rows, idx_BK, x_BD, dval_BK, dresidual_BD, dx_BD
         ):
