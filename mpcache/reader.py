@@ -160,19 +160,14 @@ class Store:
         return tuple(sorted(self._marks.get(array, ())))
 
     def parts(self, sides: Sequence[tuple[str, str]], split: Split) -> tuple[Part, ...]:
-        """Parts of a split that are committed for all the named sides, in order.
-
-        Raises DamagedStoreError where their marks do not tell of the same number of rows.
-        """
+        """Parts of a split that are committed for all the named sides, in order."""
         arrays = [self._acts(*side) for side in sides]
         common = set.intersection(*(self._marks[a] for a in [*arrays, POSITION]))
         wanted = [n for n in sorted(common) if self.layout.split_of(n) == split]
         rows = [[int(mark["rows"]) for mark in self.marks(a, wanted)] for a in [*arrays, POSITION]]
         for number, *told in zip(wanted, *rows, strict=True):
             if len(set(told)) > 1:
-                raise DamagedStoreError(
-                    f"marks of part {number} in {self.place} differ in their rows; run verify"
-                )
+                raise DamagedStoreError(f"marks of part {number} in {self.place} differ in rows")
         return tuple(Part(*one, split) for one in zip(wanted, rows[0], strict=True))
 
     def marks(self, array: str, parts: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -220,9 +215,8 @@ class Store:
         """Euclidean norm of each row of one chunk, or of a whole part."""
         array = self._acts(hookpoint, side)
         _, spec, _ = specs(array, self.layout, self.width(hookpoint, side))
-        return torch.from_numpy(
-            self.read_object(array, spec, part, *self._extent(array, part, chunk))
-        )
+        norms = self.read_object(array, spec, part, *self._extent(array, part, chunk))
+        return torch.from_numpy(norms)
 
     def read_tokens(self, part: int) -> np.ndarray:
         """Token ids `[sequences, ctx_len]` of a part."""

@@ -250,7 +250,7 @@ def test_a_mark_of_other_rows_than_the_positions_is_refused(
 ) -> None:
     """Else what was in memory before would pass for the rows that it lacks."""
     edit(store / MARK, put(rows=1, finite_rows=1))
-    with pytest.raises(DamagedStoreError, match=r"part 2 .* differ in their rows"):
+    with pytest.raises(DamagedStoreError, match=r"part 2 .* differ in rows"):
         open_store(store).parts([("layers.0", "output")], "train")
 
 

@@ -38,7 +38,7 @@ def trained(
     """A coder with a validation every train step, each of which took so many seconds."""
     records = [record(config.name, n, fvu, n * seconds) for n, fvu in enumerate(fvus, 1)]
     validation = {"fvu": fvus[-1], "l0": 3.0, "dead_share": 0.0} if fvus else None
-    result = {"validation": None if diverged else validation}
+    result = {"validation": None if diverged else validation, "diverged": diverged}
     return Trained(config, folder, tuple(records), result)
 
 
