@@ -132,14 +132,18 @@ class Folder:
         return temporary
 
     def publish(self, temporary: str, name: str) -> bool:
+        path = self.locate(name)
+        make_folders(path.parent)
         try:
-            self.locate(temporary).replace(self.locate(name))
+            self.locate(temporary).replace(path)
         except FileNotFoundError:
             return False
         return True
 
     def link_new(self, source: str, name: str) -> bool:
-        return _link_new(self.locate(source), self.locate(name))
+        path = self.locate(name)
+        make_folders(path.parent)
+        return _link_new(self.locate(source), path)
 
     def delete(self, name: str) -> None:
         self.locate(name).unlink(missing_ok=True)

@@ -55,6 +55,8 @@ OPERATIONS = st.one_of(
     suppress_health_check=list(hypothesis.HealthCheck),  # a place a test is enough, and may be slow
 )
 @hypothesis.given(st.lists(OPERATIONS, max_size=12))
+@hypothesis.example([("put_new", "a", b"0"), ("link_new", "a", "b/c")])  # the folder is not there
+@hypothesis.example([("prepare", "a", b"0"), ("publish", "a", "d/e/f")])
 def test_a_place_is_a_dictionary(place: Place, operations: list[tuple[str, str, object]]) -> None:
     for name in list(place.names()):
         place.delete(name)
