@@ -169,6 +169,7 @@ def read_bare(config: LoaderBenchConfig, store: Store, side: Side) -> int:
     """Decode the chunks that the loader reads, in its order, each over the one before."""
     with open_loader(config, store, side) as loader:
         parts, chunk_rows, window = loader.parts, loader.chunk_rows, loader.window
+        column = loader.columns[side]
     plans = endless_plans(
         [part.rows for part in parts], chunk_rows, seed=0, window=window, offset=0
     )
@@ -178,9 +179,9 @@ def read_bare(config: LoaderBenchConfig, store: Store, side: Side) -> int:
 
     def decode(chunk: Chunk) -> int:
         if not hasattr(held, "rows"):
-            held.rows = torch.empty_like(store.read_chunk(*side, parts[0].number, 0))
-        out = held.rows[: chunk.rows]
-        return len(store.read_chunk(*side, parts[chunk.part].number, chunk.chunk, out))
+            held.rows = column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
+        column.read(chunk, held.rows[: chunk.rows])
+        return chunk.rows
 
     with ThreadPoolExecutor(config.read_threads) as pool:
         return sum(pool.map(decode, islice(chunks, -(-config.rows // chunk_rows))))

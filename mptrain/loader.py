@@ -82,7 +82,8 @@ class Loader:
             )
         self.wait_seconds = 0.0
         "time that consumers spent waiting for batches"
-        self._columns = _columns(store, self.sides, self.parts, facts)
+        self.columns = _columns(store, self.sides, self.parts, facts)
+        "what is read of each row, and how"
         # before a thread is told to use one core, else this one would be told so too
         torch.get_num_threads()
         alone = partial(torch.set_num_threads, 1)
@@ -133,8 +134,8 @@ class Loader:
         return [part.rows for part in self.parts]
 
     def _cut(self, plans: Iterator[Plan], offset: int) -> Iterator[Batch]:
-        windows = read_windows(plans, self._columns, self._readers)
-        return cut_batches(windows, self._columns, self.batch_rows, offset, self.device)
+        windows = read_windows(plans, self.columns, self._readers)
+        return cut_batches(windows, self.columns, self.batch_rows, offset, self.device)
 
     def _ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, each made while the consumer works on the one before."""

@@ -6,7 +6,9 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dask
 import pytest
@@ -110,23 +112,27 @@ def test_a_collection_goes_on_below_a_root(made: tuple[Path, str], s3: str, tmp_
     assert (entry["rows"], entry["complete"]) == (more["rows"], 1.0)
 
 
+@contextmanager
+def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator[None]:
+    """The server is gone at that call of one of a bucket's methods."""
+    real, calls = getattr(bucket.Bucket, method), itertools.count(1)
+
+    def stopped(*arguments: object) -> Any:
+        if next(calls) == call:
+            raise ConnectionError("the server is gone")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket.Bucket, method, stopped)
+        yield
+
+
 def test_copies_go_both_ways_and_on_after_a_stop(
     made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, source = made
-    prepare, calls = bucket.Bucket.prepare, 0
-
-    def stopped(*arguments: object) -> str:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise ConnectionError("the server is gone")
-        return prepare(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bucket.Bucket, "prepare", stopped)
-        with pytest.raises(ConnectionError):
-            copy(folder / "store", url)
+    with gone_at(monkeypatch, "prepare", 20), pytest.raises(ConnectionError):
+        copy(folder / "store", url)
     assert "is no store" in command("info", url, code=2)
     done = json.loads(command("copy", folder / "store", url, "--json"))
     assert 0 < done["written"] < done["parts"]
@@ -234,17 +240,7 @@ def test_damage_in_a_bucket_is_named_and_mended(
     assert "layers.1.mlp/output.json is damaged" in command("copy", url, f"{url}-copy", code=1)
     assert "norms/layers.0/output/zarr.json is damaged" in command("stats", url, code=1)
     words = ["repair", url, *(["--source", source] if by == "copy" else [])]
-    publish, calls = bucket.Bucket.publish, 0
-
-    def stopped(*arguments: object) -> bool:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise ConnectionError("the server is gone")
-        return publish(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bucket.Bucket, "publish", stopped)
+    with gone_at(monkeypatch, "publish", 4):
         assert "the server is gone" in command(*words, code=1)
     left = {name: fault for name, fault in named(url).items() if fault != "leftover"}
     assert left.items() < harmed.items()
