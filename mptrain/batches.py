@@ -53,33 +53,33 @@ def cut_batches(
     offset: int,
     device: torch.device,
 ) -> Iterator[Batch]:
-    """Batches of `batch_rows` rows across the windows' borders; only the last may be shorter."""
+    """Batches of `batch_rows` rows across the windows' borders; only the last may be shorter.
+
+    Of several readers each has its own rows of each batch.
+    """
     memory = Memory(columns, pinned=device.type == "cuda")
-    begun, filled = memory.take(batch_rows), 0
+    begun, own, filled = memory.take(batch_rows), 0, 0
     for window in windows:
         at = 0
         while at < len(window):
             count = min(batch_rows - filled, len(window) - at)
-            window.take_(_piece(begun, filled, filled + count), at, at + count)
+            own = window.take_(begun, own, at, at + count)
             filled, at = filled + count, at + count
             if filled == batch_rows:
-                yield _on_device(begun, offset, device)
+                yield _on_device(begun, own, offset, device)
                 del begun  # its memory may be the one after the next
-                begun, filled = memory.take(batch_rows), 0
+                begun, own, filled = memory.take(batch_rows), 0, 0
                 offset += batch_rows
         del window  # else three are alive once the next one has come
     if filled:
-        yield _on_device(_piece(begun, 0, filled), offset, device)
+        yield _on_device(begun, own, offset, device)
 
 
-def _piece(rows: Rows, first: int, last: int) -> Rows:
-    return {key: values[first:last] for key, values in rows.items()}
-
-
-def _on_device(rows: Rows, offset: int, device: torch.device) -> Batch:
+def _on_device(begun: Rows, own: int, offset: int, device: torch.device) -> Batch:
     """On CUDA copies are queued on the default stream, as training is; PyTorch keeps page-locked
     memory until they are done. Elsewhere nothing would, so that copies are waited for."""
-    moved = {key: r.to(device, non_blocking=device.type == "cuda") for key, r in rows.items()}
+    is_queued = device.type == "cuda"
+    moved = {key: r[:own].to(device, non_blocking=is_queued) for key, r in begun.items()}
     return Batch(
         offset=offset,
         positions_B=moved.pop(POSITION),

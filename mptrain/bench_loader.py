@@ -4,7 +4,6 @@ All of it of one side, in one process, alternating with what it is compared to.
 """
 
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -169,22 +168,22 @@ def read_bare(config: LoaderBenchConfig, store: Store, side: Side) -> int:
     """Decode the chunks that the loader reads, in its order, each over the one before."""
     with open_loader(config, store, side) as loader:
         parts, chunk_rows, window = loader.parts, loader.chunk_rows, loader.window
-        column = loader.columns[side]
+        column, threads = loader.columns[side], loader.threads
     plans = endless_plans(
         [part.rows for part in parts], chunk_rows, seed=0, window=window, offset=0
     )
-    chunks = (chunk for plan in plans for chunk in plan.window.chunks)
+    chunks = (chunk for plan in plans for chunk in plan.chunks)
+    wanted = list(islice(chunks, -(-config.rows // chunk_rows)))
 
-    held = threading.local()  # fresh memory would cost as much as reading into it
+    def decode(some: Sequence[Chunk]) -> int:
+        # fresh memory would cost as much as reading into it
+        held = column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
+        for chunk in some:
+            column.read(chunk, held[: chunk.rows])
+        return sum(chunk.rows for chunk in some)
 
-    def decode(chunk: Chunk) -> int:
-        if not hasattr(held, "rows"):
-            held.rows = column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
-        column.read(chunk, held.rows[: chunk.rows])
-        return chunk.rows
-
-    with ThreadPoolExecutor(config.read_threads) as pool:
-        return sum(pool.map(decode, islice(chunks, -(-config.rows // chunk_rows))))
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(decode, [wanted[first::threads] for first in range(threads)]))
 
 
 def _first_rows(config: LoaderBenchConfig, store: Store, side: Side) -> Tensor:

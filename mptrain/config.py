@@ -55,8 +55,8 @@ class RunConfig:
     "rows mixed in memory, in two windows; on it and order_seed the order of rows depends"
     window_bytes: int = 4_000_000_000
     "most bytes that the two windows may take; a run that needs more is refused"
-    read_threads: int = 4
-    "chunks read at once; more of them for a store that is far away"
+    read_threads: int | None = None
+    "threads that read; default one for each that computes, 2 to 4; 8 from a bucket"
     tier: str | None = None
     "folder of this machine that keeps what is read of a store that is far away, for the next time"
     tier_bytes: int | None = None
@@ -86,7 +86,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         refuse_twice("log", self.log)
         self._refuse_filters()
@@ -313,8 +313,8 @@ class LoaderBenchConfig:
     "rows in a batch"
     window_rows: int = RunConfig.window_rows
     "rows mixed in memory"
-    read_threads: int = RunConfig.read_threads
-    "chunks read at once, by the loader and by the bare loop"
+    read_threads: int | None = None
+    "threads that read, of the loader and of the bare loop; default as for fit"
     tier: str | None = None
     "folder of this machine that keeps what is read: to measure a store from there"
     peer_rows: int = 200_000
@@ -335,8 +335,8 @@ class LoaderBenchConfig:
         for name in ("rows", "batch_rows", "window_rows", "read_threads", "peer_rows", "repeats"):
             at_least[name] = 1
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def refuse_lone_bound(tier: str | None, tier_bytes: int | None) -> None:

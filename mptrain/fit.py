@@ -29,6 +29,7 @@ from mptrain.runs import Run, open_run, parts_begun_with, refuse_other
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
 from mptrain.trainee import Trainee, make_trainee, train_steps
+from mptrain.windows import ALL, Share
 
 
 def fit(
@@ -69,7 +70,7 @@ def _fit(
         filters = make_filters(config, store, sides)
         trainees = [make_trainee(one, config, filters, store, device, ranks) for one in own]
         with (
-            _loader(config, store, sides, "train", filters, device) as train,
+            _loader(config, store, sides, "train", filters, device, ranks.share) as train,
             _loader(config, store, sides, "validation", filters, device) as validation,
         ):
             parts = {part.number for loader in (train, validation) for part in loader.parts}
@@ -172,7 +173,7 @@ class Fitting:
 
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
         results = self._train(batch)
-        bar.update(batch.rows)
+        bar.update(self.config.batch_rows)
         evaluations: list[Evaluation | None] = [None] * len(self.trainees)
         is_evaluated = step % self.config.eval_every == 0 or step == self.steps
         if is_evaluated:
@@ -198,10 +199,10 @@ class Fitting:
 
     def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
         kept_B = self.filters.kept(batch, (source, target))
-        x_BD = self.ranks.rows(batch.values[source][kept_B]).float()
+        x_BD = batch.values[source][kept_B].float()
         if target == source:
             return x_BD, x_BD
-        return x_BD, self.ranks.rows(batch.values[target][kept_B]).float()
+        return x_BD, batch.values[target][kept_B].float()
 
     def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
         trainee.lr = trainee.learner.optimizers.lr
@@ -354,6 +355,7 @@ def _loader(
     split: Split,
     filters: Filters,
     device: torch.device,
+    share: Share = ALL,
 ) -> Loader:
     return Loader(
         store,
@@ -365,4 +367,5 @@ def _loader(
         threads=config.read_threads,
         facts=filters.of(sides).facts,
         device=device,
+        share=share,
     )

@@ -17,6 +17,7 @@ from mptrain.batches import Batch, cut_batches
 from mptrain.config import RunConfig
 from mptrain.order import Chunk
 from mptrain.windows import (
+    ALL,
     POSITION,
     SEQUENCE,
     TOKEN,
@@ -24,6 +25,7 @@ from mptrain.windows import (
     Columns,
     Fact,
     Plan,
+    Share,
     Side,
     endless_plans,
     norm_of,
@@ -63,12 +65,18 @@ class Loader:
         seed: int,
         device: torch.device,
         window_rows: int = RunConfig.window_rows,
-        threads: int = RunConfig.read_threads,
+        threads: int | None = None,
         facts: Sequence[Fact] = (),
+        share: Share = ALL,
     ) -> None:
-        """Read the parts that all sides have; `facts` are to be told of each row beside them."""
+        """Read the parts that all sides have; `facts` are to be told of each row beside them.
+
+        Of several loaders with a `share` each reads chunks of its own, and gives its rows of the
+        endless batches: together they give what one alone would.
+        """
         self.sides = tuple(dict.fromkeys(sides))
         self.batch_rows, self.seed, self.device = batch_rows, seed, device
+        self.share = share
         self.chunk_rows = store.chunk_rows
         self.window = max(1, window_rows // store.chunk_rows)
         "chunks whose rows are mixed"
@@ -84,10 +92,12 @@ class Loader:
         "time that consumers spent waiting for batches"
         self.columns = _columns(store, self.sides, self.parts, facts)
         "what is read of each row, and how"
-        # before a thread is told to use one core, else this one would be told so too
-        torch.get_num_threads()
+        # asked before a thread is told to use one core, else this one would be told so too
+        computing = torch.get_num_threads()
+        self.threads = threads or max(min(4, max(2, computing)), store.place.abreast)
+        "threads that read: more than there are cores only take Python's lock from each other"
         alone = partial(torch.set_num_threads, 1)
-        self._readers = ThreadPoolExecutor(threads, "read", initializer=alone)
+        self._readers = ThreadPoolExecutor(self.threads, "read", initializer=alone)
         # runs one batch ahead: cuts it from a window and moves it to the device
         self._assembler = ThreadPoolExecutor(1, "assemble", initializer=alone)
 
@@ -101,8 +111,9 @@ class Loader:
     def batches(self, offset: int = 0) -> Iterator[Batch]:
         """Endless batches from row `offset` of the stream; each epoch is shuffled differently."""
         plans = endless_plans(
-            self._sizes, self.chunk_rows, seed=self.seed, window=self.window, offset=offset
-        )
+            self._sizes, self.chunk_rows, seed=self.seed, window=self.window, offset=offset,
+            share=self.share,
+        )  # fmt: skip
         return self._ahead(self._cut(plans, offset))
 
     def one_pass(self, max_rows: int | None = None) -> Iterator[Batch]:

@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
 from torch import Tensor
 
 from mptrain.config import RunConfig, Spread
+from mptrain.windows import ALL, Share
 
 T = TypeVar("T")
 
@@ -60,9 +60,10 @@ class Ranks:
             return [coders] * self.size
         return [coders[rank :: self.size] for rank in range(self.size)]
 
-    def rows(self, x_BD: Float[Tensor, "batch width"]) -> Float[Tensor, "share width"]:
-        """Its rows of those that a coder takes from a batch; their numbers differ by one."""
-        return x_BD.tensor_split(self.size)[self.rank] if self.shares_rows else x_BD
+    @property
+    def share(self) -> Share:
+        """What it reads of the train rows."""
+        return Share(self.rank, self.size) if self.shares_rows else ALL
 
     def add_(self, tensor: Tensor) -> Tensor:
         """Where rows are shared, the sum over ranks, in place and the same bits on all of them."""

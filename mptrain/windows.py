@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ Order = NDArray[np.int64]
 Rows = Mapping[Side | Fact, Shaped[Tensor, "_ ..."]]
 "each side's values, and facts of each row by name, for the same rows"
 
+# chunks that a thread reads at a time at most, and times at least that a window has: threads take
+# as long to hand over a chunk as to read half of it, and should end together
+_CHUNKS, _TIMES = 8, 16
 _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 POSITION: Fact = "position"
 SEQUENCE: Fact = "sequence"
@@ -39,16 +43,47 @@ def norm_of(side: Side) -> Fact:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A window before it is read: chunks to lay end to end, and their rows in order."""
+class Share:
+    """One of several readers of a stream: each reads chunks of its own."""
 
-    window: Window
+    rank: int = 0
+    size: int = 1
+
+
+ALL = Share()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A window before it is read: chunks to lay end to end, and which of their rows comes when."""
+
+    chunks: tuple[Chunk, ...]
+    rows: int
+    "rows that all readers hand over; fewer than their chunks have where a stream starts or ends"
     order_N: Order
-    "rows to hand over; all of the window's, or fewer where a stream starts or ends"
+    "rows to hand over, as places in these chunks"
+    turns_N: Order
+    "when each comes: rows that all readers hand over before it; ascending"
+
+
+def _plan(window: Window, order: Order, share: Share) -> Plan:
+    """What one of several readers does of a window whose rows go out in this order."""
+    chunks = np.arange(len(window.chunks))
+    owner = np.repeat(chunks % share.size, [chunk.rows for chunk in window.chunks])
+    place = np.cumsum(owner == share.rank) - 1  # of its own rows
+    (turns_N,) = np.nonzero(owner[order] == share.rank)
+    own = window.chunks[share.rank :: share.size]
+    return Plan(own, len(order), place[order[turns_N]], turns_N)
 
 
 def endless_plans(
-    part_sizes: Sequence[int], chunk_rows: int, *, seed: int, window: int, offset: int
+    part_sizes: Sequence[int],
+    chunk_rows: int,
+    *,
+    seed: int,
+    window: int,
+    offset: int,
+    share: Share = ALL,
 ) -> Iterator[Plan]:
     """Epoch after epoch from row `offset` of the stream; each epoch is shuffled differently."""
     epoch, within = divmod(offset, sum(part_sizes))
@@ -57,7 +92,7 @@ def endless_plans(
         first, skip = order.locate(within)
         for number in range(first, order.windows):
             coming = order.window(number)
-            yield Plan(coming, coming.permutation()[skip:])
+            yield _plan(coming, coming.permutation()[skip:], share)
             skip = 0
         epoch, within = epoch + 1, 0
 
@@ -72,7 +107,7 @@ def one_pass_plans(
         if rest <= 0:
             return
         coming = order.window(number)
-        yield Plan(coming, np.arange(min(rest, coming.rows)))
+        yield _plan(coming, np.arange(min(rest, coming.rows)), ALL)
 
 
 # --- reading ---
@@ -98,6 +133,14 @@ class Column:
 
 
 Columns = Mapping[Side | Fact, Column]
+
+
+class Piece(NamedTuple):
+    """Some columns of a chunk, and its place in a window."""
+
+    columns: Columns
+    chunk: Chunk
+    place: slice
 
 
 class Memory:
@@ -131,7 +174,7 @@ class Memory:
             if not is_free:
                 used.append(found)
         else:
-            found = np.empty(size, np.uint8)
+            found = np.empty(max(1, size), np.uint8)  # PyTorch views nothing as nothing else
         used.append(found)
         return torch.from_numpy(found)[:size]
 
@@ -144,20 +187,25 @@ def _oldest(arrays: deque[np.ndarray]) -> tuple[np.ndarray, int]:
 
 @dataclass(frozen=True)
 class ReadWindow:
-    """The rows of a plan's chunks laid end to end, and which of them to hand over, in order."""
+    """The rows of a plan's chunks laid end to end."""
 
     rows: Rows
-    order_N: Order
+    plan: Plan
 
     def __len__(self) -> int:
-        return len(self.order_N)
+        return self.plan.rows
 
-    def take_(self, out: Rows, first: int, last: int) -> None:
-        """Copy rows `first` to `last` of the order into `out`."""
-        order = self.order_N[first:last]
+    def take_(self, out: Rows, at: int, first: int, last: int) -> int:
+        """Copy its own of rows `first` to `last` of the stream into `out` from row `at` on.
+
+        Gives the row of `out` after them.
+        """
+        low, high = np.searchsorted(self.plan.turns_N, (first, last))
+        order, end = self.plan.order_N[low:high], at + int(high - low)
         for key, rows in self.rows.items():
             # clip: else NumPy copies once more, to leave `out` alone where an index is wrong
-            np.take(as_array(rows), order, axis=0, out=as_array(out[key]), mode="clip")
+            np.take(as_array(rows), order, axis=0, out=as_array(out[key][at:end]), mode="clip")
+        return end
 
 
 def read_windows(
@@ -188,14 +236,18 @@ def _start(
     plan: Plan, columns: Columns, readers: Executor, memory: Memory
 ) -> tuple[ReadWindow, list[Future[None]]]:
     """Take memory for a window and have it filled by the reading threads."""
-    window = ReadWindow(memory.take(plan.window.rows), plan.order_N)
-    ends = list(accumulate((chunk.rows for chunk in plan.window.chunks), initial=0))
-    reads = [
-        readers.submit(_fill_, window.rows, some, chunk, slice(*span))
-        for chunk, span in zip(plan.window.chunks, pairwise(ends), strict=True)
+    ends = list(accumulate((chunk.rows for chunk in plan.chunks), initial=0))
+    window = ReadWindow(memory.take(ends[-1]), plan)
+    pieces = [
+        Piece(some, chunk, slice(*span))
+        for chunk, span in zip(plan.chunks, pairwise(ends), strict=True)
         for some in _apart(columns)
     ]
-    return window, reads
+    step = min(_CHUNKS, max(1, len(pieces) // _TIMES))
+    return window, [
+        readers.submit(_fill_, window.rows, pieces[at : at + step])
+        for at in range(0, len(pieces), step)
+    ]
 
 
 def _apart(columns: Columns) -> list[Columns]:
@@ -207,10 +259,11 @@ def _apart(columns: Columns) -> list[Columns]:
     return [*apart]
 
 
-def _fill_(window: Rows, columns: Columns, chunk: Chunk, place: slice) -> None:
-    """Read a chunk into its place in a window."""
-    for key, column in columns.items():
-        column.read(chunk, window[key][place])
+def _fill_(window: Rows, pieces: Sequence[Piece]) -> None:
+    """Read chunks into their places in a window."""
+    for piece in pieces:
+        for key, column in piece.columns.items():
+            column.read(piece.chunk, window[key][piece.place])
 
 
 def as_array(rows: Shaped[Tensor, "_ ..."]) -> np.ndarray:

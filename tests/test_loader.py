@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpcache.folder import Folder
 from mpcache.reader import DamagedStoreError, Part, Store
 from mptrain.loader import Batch, Loader
 from mptrain.order import epoch_order
-from mptrain.windows import POSITION, Column, Memory
+from mptrain.windows import ALL, POSITION, Column, Memory, Share, endless_plans
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
 WIDE = ("layers.1", "output")
@@ -33,7 +35,7 @@ class FakeStore(Store):
     dtype: str = "float32"
     before_read: object = staticmethod(lambda part, chunk: None)
     reads: list[tuple[int, int]] = field(default_factory=list)
-    place: str = "fake"
+    place: Folder = field(default_factory=lambda: Folder(Path("fake")))
 
     def __post_init__(self):
         self.layout = SimpleNamespace(dtype=self.dtype)
@@ -67,9 +69,11 @@ class FakeStore(Store):
         return -(-self.sizes[part // 2] // self.chunk)
 
 
-def make(store, *, sides=(IN, OUT), batch_rows=5, seed=0, window=2, device=CPU, threads=3):
+def make(
+    store, *, sides=(IN, OUT), batch_rows=5, seed=0, window=2, device=CPU, threads=3, share=ALL
+):
     return Loader(
-        store, sides, "train", batch_rows=batch_rows, seed=seed,
+        store, sides, "train", batch_rows=batch_rows, seed=seed, share=share,
         window_rows=window * store.chunk_rows, device=device, threads=threads,
     )  # fmt: skip
 
@@ -122,6 +126,39 @@ def test_a_restart_gives_the_next_batch(store, batch_rows, offset):
 def test_the_order_of_rows_does_not_depend_on_the_batch_size(store, some, others):
     with make(store, batch_rows=some) as a, make(store, batch_rows=others) as b:
         assert first_numbers(a, 40) == first_numbers(b, 40)
+
+
+@settings(deadline=None, max_examples=40)
+@given(stores, st.integers(1, 9), st.integers(1, 6), st.integers(1, 4), st.integers(0, 40))
+def test_shares_of_a_stream_are_it_together(store, batch_rows, window, size, offset):
+    sizes = {"batch_rows": batch_rows, "window": window}
+    with make(store, **sizes) as loader:
+        whole = [numbers(batch) for batch in islice(loader.batches(offset), 9)]
+    shares = []
+    for rank in range(size):
+        with make(store, **sizes, share=Share(rank, size)) as loader:
+            batches = list(islice(loader.batches(offset), 9))
+        assert [batch.offset for batch in batches] == [offset + i * batch_rows for i in range(9)]
+        shares.append([numbers(batch) for batch in batches])
+    for together, *apart in zip(whole, *shares, strict=True):
+        assert sorted(number for one in apart for number in one) == sorted(together)
+        for one in apart:
+            rest = iter(together)
+            assert all(number in rest for number in one)  # in the order of the whole
+
+
+@given(stores, st.integers(1, 6), st.integers(1, 4))
+def test_shares_of_a_stream_are_of_other_chunks(store, window, size):
+    def plans(share):
+        parts = store.sizes, store.chunk_rows
+        return islice(endless_plans(*parts, seed=0, window=window, offset=0, share=share), 5)
+
+    shares = zip(*(plans(Share(rank, size)) for rank in range(size)), strict=True)
+    for alone, apart in zip(plans(ALL), shares, strict=True):
+        read = [chunk for plan in apart for chunk in plan.chunks]
+        assert len(read) == len(alone.chunks)
+        assert set(read) == set(alone.chunks)
+        assert max(len(p.chunks) for p in apart) - min(len(p.chunks) for p in apart) <= 1
 
 
 @settings(deadline=None, max_examples=20)

@@ -62,7 +62,10 @@ def step_of(learner: Learner, rows: int, ranks: Ranks) -> dict[str, Tensor]:
     """Gradients of a step that updates counters only, what it tells, and its state."""
     x_BD, y_BE = rows_of(learner.coder.config, rows, 9)
     step_, learner.optimizers.step_ = learner.optimizers.step_, lambda: None  # type: ignore[method-assign]
-    result = learner.step(ranks.rows(x_BD), ranks.rows(y_BE))
+    share = slice(None)
+    if ranks.shares_rows:
+        share = slice(*((rows * one + 1) // 2 for one in (ranks.rank, ranks.rank + 1)))
+    result = learner.step(x_BD[share], y_BE[share])
     named = learner.coder.named_parameters()
     gradients = {GRADIENT + n: p.grad.clone() for n, p in named if p.grad is not None}
     step_()
