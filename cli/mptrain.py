@@ -197,14 +197,18 @@ def _tell_forecast(found: dict[str, Any], json: bool) -> None:
         return print_json(found)
     seconds = found["train_seconds"]
     time = "unknown: nothing like it is measured yet" if seconds is None else f"{seconds:,.0f} s"
+    sides = "1 side" if found["sides"] == 1 else f"{found['sides']} sides"
     typer.echo(
-        f"store     {found['rows_collected']:,} rows of {found['sides']} sides, "
-        f"{found['store_bytes'] / 1e9:,.2f} GB\n"
+        f"store     {found['rows_collected']:,} rows of {sides}, "
+        f"{found['store_bytes'] / 1e9:,.2f} GB; {found['train_rows']:,} rows to train on\n"
+        f"panels    {' '.join(found['panels'])}\n"
         f"coders    {found['coders_left']} to train, of {found['coders']}, on "
-        f"{found['rows_trained']:,} rows each; {found['coders_bytes'] / 1e9:,.2f} GB\n"
+        f"{found['rows_trained']:,} rows each, {found['epochs']:.2f} epochs; "
+        f"{found['coders_bytes'] / 1e9:,.2f} GB\n"
         f"passes    {found['passes']}\n"
         f"memory    {found['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
-        f"time      {time}, of train steps alone"
+        f"time      {time}, of train steps alone\n"
+        "nothing was written"
     )
     return None
 

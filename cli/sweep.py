@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.mpcache import place_of
-from mpcache.config import CollectConfig
+from mpcache.config import CollectConfig, split_of
 from mptrain.experiment import Experiment, experiment_of
 from mptrain.settings import read_settings
 
@@ -65,8 +65,13 @@ def forecast(experiment: Experiment, config: CollectConfig, only: Sequence[str])
     widths = widths_of(config)
     parts = max(2, -(-config.rows // config.part_rows))  # both splits have a part
     rows = parts * config.part_rows
+    splits = [split_of(part, config.validation_every) for part in range(parts)]
+    train_rows = splits.count("train") * config.part_rows
     return {
         "rows_collected": rows,
+        "train_rows": train_rows,
+        "epochs": experiment.fit["rows"] / train_rows,
+        "panels": [panel.name for panel in experiment.only(only).panels],
         "sides": len(widths),
         "store_bytes": rows * sum(widths.values()) * _BYTES.get(config.dtype, 2),
         **dataclasses.asdict(of_training(experiment, only, widths)),

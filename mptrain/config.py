@@ -116,7 +116,14 @@ class RunConfig:
     def warnings(self) -> list[str]:
         """What may not be meant, to be told before a run starts."""
         free = [coder.name for coder in self.coders() if coder.free_norm]
-        return [f"{name}: with free_norm a step can enlarge the residual" for name in free]
+        told = [f"{name}: with free_norm a step can enlarge the residual" for name in free]
+        late = [c for c in self.coders() if c.auxk_alpha and c.dead_rows >= self.rows]
+        if late:
+            told.append(
+                f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, and it "
+                f"trains on {self.rows:,}: none will be revived; use a lower dead_rows"
+            )
+        return told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import fnmatch
 import itertools
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mptrain.config import RunConfig, refuse_empty, refuse_twice
@@ -205,8 +205,9 @@ def experiment_of(settings: Settings) -> Experiment:
         ValueError: names file, key, what is wrong with it, and a remedy.
     """
     head = settings.build((), Head, beside=TABLES)
-    run = settings.build(("fit",), RunConfig, **_NOT_OF_A_FILE)
     hints = {n: h for n, h in typing.get_type_hints(CoderConfig).items() if n not in _OF_PANELS}
+    _refuse_misplaced(settings, hints)
+    run = settings.build(("fit",), RunConfig, **_NOT_OF_A_FILE)
     shared = settings.values(("coders",), {n: h for n, h in hints.items() if n != "arch"})
     told = {"label": str | None, "color": str | None}
     variants = {
@@ -230,6 +231,21 @@ def experiment_of(settings: Settings) -> Experiment:
     )
 
 
+def _refuse_misplaced(settings: Settings, of_coders: Collection[str]) -> None:
+    """Refuse a setting in the wrong table, and say which is the right one."""
+    of_figures = {*_OF_PANELS, "hookpoints", "seeds"}
+    where = {
+        ("fit",): dict.fromkeys(of_coders, "coders"),
+        ("coders",): {field.name: "fit" for field in fields(RunConfig)},
+        ("collect",): {"hookpoints": "figures.NAME"},
+    }
+    for table, right in where.items():
+        right |= {name: "figures.NAME" for name in of_figures if table != ("collect",)}
+        for name in settings.table(table):
+            if name in right:
+                raise settings.wrong((*table, name), f"is set elsewhere: in [{right[name]}]")
+
+
 def _built_in() -> dict[str, Variant]:
     """The variants that need no table: presets of mp, and architectures as they are."""
     presets = {name: Variant(name, None, None, changes) for name, changes in PRESETS.items()}
@@ -239,7 +255,8 @@ def _built_in() -> dict[str, Variant]:
 def _variant(settings: Settings, name: str, hints: Mapping[str, Any]) -> Variant:
     key = ("variants", name)
     if name in _built_in():
-        raise settings.wrong(key, "is the name of a preset or an architecture; use another name")
+        told = "is there without a table; use another name, or name it in variants of a figure"
+        raise settings.wrong(key, told)
     changes = {n: v for n, v in settings.values(key, hints).items() if v is not None}
     label, color = changes.pop("label", None), changes.pop("color", None)
     if color is not None and not re.fullmatch("#[0-9a-fA-F]{6}", color):
@@ -260,6 +277,9 @@ def _figure(
         if one not in variants:
             raise settings.wrong((*key, "variants", one), unknown(one, list(variants)))
     chosen = [variants[one] for one in table.variants]
+    if not all({"expansion", "latents"} & {*shared, *one.changes} for one in chosen):
+        told = "is missing; set it, or latents, to say how many latents coders have"
+        raise settings.wrong(("coders", "expansion"), told)
     try:
         panels = tuple(
             Panel(name, place, table.kind, k, tuple(_lines(place, k, table, shared, chosen)))

@@ -1,6 +1,7 @@
 """Carry out an experiment: collect and train what is missing, draw, judge. Goes on where it was."""
 
 import json
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,10 @@ def sweep(
         _refuse_unsuited(part, left, parts, store)
     for run in left:
         _note_hardware(folder, run, hardware)
-        fit(config_of(experiment, run, store or ""), quiet=quiet, parts=parts)
+        config = config_of(experiment, run, store or "")
+        for told in config.warnings():
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
+        fit(config, quiet=quiet, parts=parts)
     runs = find_runs(folder)
     refuse_other_rows(runs)
     coders = {c.name: one for c in part.coders if (one := read_trained(runs).get(c.name))}

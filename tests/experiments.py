@@ -23,6 +23,7 @@ window_rows = 128
 device = "cpu"
 
 [coders]
+dead_rows = 200
 expansion = 2
 lr = 0.01
 

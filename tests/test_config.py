@@ -136,8 +136,16 @@ def test_every_preset_is_for_a_transcoder(name: str):
 
 
 def test_free_dictionaries_are_warned_of():
-    (told,) = config(preset=("mp", "free-norm"), arch=("mp",)).warnings()
-    assert told == "h-sae-mp-k4-x64-seed0-free-norm: with free_norm a step can enlarge the residual"
+    (told,) = config(preset=("mp", "free-norm"), arch=("mp",), dead_rows=9).warnings()
+    assert told.endswith("-dead-rows9: with free_norm a step can enlarge the residual")
+
+
+def test_latents_that_never_count_as_dead_are_warned_of():
+    sizes = {"arch": ("mp",), "rows": 1000, "batch_rows": 10}
+    (told,) = config(**sizes, dead_rows=1000).warnings()
+    assert "count as dead after 1,000 rows, and it trains on 1,000" in told
+    assert config(**sizes, dead_rows=999).warnings() == []
+    assert config(**sizes, dead_rows=1000, auxk_alpha=0.0).warnings() == []
 
 
 def test_a_list_of_coders_need_be_no_grid() -> None:

@@ -20,8 +20,8 @@ def test_a_panel_for_each_k_and_hookpoint_and_a_coder_for_each_variant_and_seed(
     ]
     mp, topk, nested = experiment.panels[2].lines
     assert [coder.name for coder in mp.coders] == [
-        "layers.0-sae-mp-k4-x2-seed0-lr0.01",
-        "layers.0-sae-mp-k4-x2-seed1-lr0.01",
+        "layers.0-sae-mp-k4-x2-seed0-lr0.01-dead-rows200",
+        "layers.0-sae-mp-k4-x2-seed1-lr0.01-dead-rows200",
     ]
     assert [(c.arch, c.nested) for c in (topk.coders[0], nested.coders[0])] == [
         ("topk", False),
@@ -79,7 +79,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("fit.run=x", "fit.run is unknown"),
         ("fit.spread=rows", "fit.spread is unknown"),
         ("fit.batch_rows=1000", "fit cannot be so: rows must be at least batch_rows"),
-        ("coders.k=3", "coders.k is unknown"),
+        ("coders.k=3", "coders.k is set elsewhere"),
         ("coders.arch=mp", "coders.arch is unknown"),
         ("coders.input_loss=0.5", ""),
         ("coders.shortlist_size=8", "fvu.variants has mp, but shortlist_size is for backend short"),
@@ -96,7 +96,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
             "variants.batch-mp-nested.latents=4",
             "other_k has 5, which is not for batch-mp-nested: k",
         ),
-        ("variants.detach.detach=true", "variants.detach is the name of a preset or an archit"),
+        ("variants.detach.detach=true", "variants.detach is there without a table"),
         ("variants.new.label=x", "variants.new sets nothing that it differs by"),
         ("variants.batch-mp-nested.color=red", "takes a color such as #7d0a14, got 'red'"),
         ("figures.a/b.k=[3]", "figures.a/b becomes a folder's name"),
