@@ -74,10 +74,10 @@ def fit(
         if not dry_run:
             run(config)
         return None
-    if dry_run:
-        return _print_plan(config, json)
     for warning in config.warnings():
         typer.echo(f"warning: {warning}", err=True)
+    if dry_run:
+        return _print_plan(config, json)
     try:
         with warnings_in_words():
             results = run(config, quiet=False)

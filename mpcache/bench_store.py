@@ -150,11 +150,10 @@ def _ours(config: CollectConfig, threads: int) -> Way:
     def read(folder: Path) -> int:
         store = open_store(folder / "store")
         chunks = range(layout.part_rows // layout.chunk_rows)
-        places = [(part, chunk) for part in store.numbers(ARRAY) for chunk in chunks]
+        places = iter([(part, chunk) for part in store.numbers(ARRAY) for chunk in chunks])
 
-        def read_some(first: int) -> int:  # a task of each chunk would take as long as half of it
-            some = (store.read_chunk("rows", "output", *one) for one in places[first::threads])
-            return sum(map(touch, some))
+        def read_some(_: int) -> int:  # a task of each chunk would take as long as half of it
+            return sum(touch(store.read_chunk("rows", "output", *one)) for one in places)
 
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(read_some, range(threads)))

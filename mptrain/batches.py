@@ -15,7 +15,7 @@ from mptrain.windows import POSITION, Columns, Fact, Memory, ReadWindow, Rows, S
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Consecutive rows of the stream, unfiltered, on the loader's device."""
+    """Consecutive rows of the stream, or a share of them, unfiltered, on the loader's device."""
 
     offset: int
     "rows of the stream before this batch"
@@ -32,11 +32,16 @@ class Batch:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device named; auto takes the first GPU, else the CPU. ValueError: there is none such."""
+    """The device named; auto takes this process' GPU, else the CPU. ValueError: there is none such.
+
+    A GPU has its number: the current one is that of a thread, and threads make batches.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.zeros((), device=device).item()  # its name may be right, and no such device be here
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__

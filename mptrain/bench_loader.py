@@ -22,7 +22,6 @@ from mptrain.evaluate import sides_of
 from mptrain.filters import make_filters
 from mptrain.loader import Batch, Loader, Side, Store, open_store
 from mptrain.measure import seconds
-from mptrain.order import Chunk
 from mptrain.peers import saelens_reads
 from mptrain.recipe import Arch
 from mptrain.trainee import make_trainee
@@ -173,17 +172,19 @@ def read_bare(config: LoaderBenchConfig, store: Store, side: Side) -> int:
         [part.rows for part in parts], chunk_rows, seed=0, window=window, offset=0
     )
     chunks = (chunk for plan in plans for chunk in plan.chunks)
-    wanted = list(islice(chunks, -(-config.rows // chunk_rows)))
+    wanted = iter(list(islice(chunks, -(-config.rows // chunk_rows))))
 
-    def decode(some: Sequence[Chunk]) -> int:
+    def decode(_: int) -> int:
         # fresh memory would cost as much as reading into it
         held = column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
-        for chunk in some:
+        rows = 0
+        for chunk in wanted:  # each thread takes the next one; a list's iterator is thread-safe
             column.read(chunk, held[: chunk.rows])
-        return sum(chunk.rows for chunk in some)
+            rows += chunk.rows
+        return rows
 
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(decode, [wanted[first::threads] for first in range(threads)]))
+        return sum(pool.map(decode, range(threads)))
 
 
 def _first_rows(config: LoaderBenchConfig, store: Store, side: Side) -> Tensor:

@@ -87,7 +87,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         refuse_twice("log", self.log)
         self._refuse_filters()
         if self.rows < self.batch_rows:
@@ -117,7 +117,8 @@ class RunConfig:
         """What may not be meant, to be told before a run starts."""
         free = [coder.name for coder in self.coders() if coder.free_norm]
         told = [f"{name}: with free_norm a step can enlarge the residual" for name in free]
-        late = [c for c in self.coders() if c.auxk_alpha and c.dead_rows >= self.rows]
+        before_last = (self.rows // self.batch_rows - 1) * self.batch_rows
+        late = [c for c in self.coders() if c.auxk_alpha and c.dead_rows > before_last]
         if late:
             told.append(
                 f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, and it "

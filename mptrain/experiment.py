@@ -232,18 +232,28 @@ def experiment_of(settings: Settings) -> Experiment:
 
 
 def _refuse_misplaced(settings: Settings, of_coders: Collection[str]) -> None:
-    """Refuse a setting in the wrong table, and say which is the right one."""
-    of_figures = {*_OF_PANELS, "hookpoints", "seeds"}
-    where = {
-        ("fit",): dict.fromkeys(of_coders, "coders"),
-        ("coders",): {field.name: "fit" for field in fields(RunConfig)},
-        ("collect",): {"hookpoints": "figures.NAME"},
+    """Refuse a setting in the wrong table, and say what sets it in the right one."""
+    of_run = [field.name for field in fields(RunConfig) if field.name not in _NOT_OF_A_FILE]
+    of_figure = [field.name for field in fields(FigureTable)]
+    right = {
+        **{name: f"{name} in [fit]" for name in of_run},
+        **{name: f"{name} in [coders]" for name in of_coders},
+        **{name: f"{name} in [figures.NAME]" for name in of_figure},
+        "hookpoint": "hookpoints in [figures.NAME]",
+        "seed": "seeds in [figures.NAME]",
+        "arch": "arch in [variants.NAME], or its name in variants of a figure",
     }
-    for table, right in where.items():
-        right |= {name: "figures.NAME" for name in of_figures if table != ("collect",)}
+    own: dict[tuple[str, ...], set[str]] = {
+        ("collect",): set(right) - {"hookpoints"},
+        ("fit",): set(of_run),
+        ("coders",): {*of_coders} - {"arch"},
+        **{("variants", name): {*of_coders} for name in settings.table(("variants",))},
+        **{("figures", name): {*of_figure} for name in settings.table(("figures",))},
+    }
+    for table, allowed in own.items():
         for name in settings.table(table):
-            if name in right:
-                raise settings.wrong((*table, name), f"is set elsewhere: in [{right[name]}]")
+            if name in right and name not in allowed:
+                raise settings.wrong((*table, name), f"is not set here, but by {right[name]}")
 
 
 def _built_in() -> dict[str, Variant]:

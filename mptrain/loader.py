@@ -47,7 +47,7 @@ class Loader:
 
     Host memory, at most: (2 x window_rows + threads x chunk_rows + 3 x batch_rows) x row_bytes,
     where row_bytes is 8 for the position, as much for each fact, and the sides' values as stored;
-    and 8 bytes for each row in the order of three windows.
+    and 16 bytes for each row in the order of three windows.
     A window holds whole chunks, and at least one. Who keeps batches keeps more. Of all rows of the
     parts that were read, the position and the facts are kept, in 2 to 8 bytes each.
 
@@ -80,6 +80,12 @@ class Loader:
         self.chunk_rows = store.chunk_rows
         self.window = max(1, window_rows // store.chunk_rows)
         "chunks whose rows are mixed"
+        if self.window < share.size:
+            raise ValueError(
+                f"each of {share.size} processes reads chunks of its own, got windows of "
+                f"{self.window}; use window_rows {share.size * store.chunk_rows} or, so that "
+                "shares are even, several times more"
+            )
         self.parts = store.parts(self.sides, split)
         self.rows = sum(part.rows for part in self.parts)
         "rows in an epoch"
@@ -129,7 +135,7 @@ class Loader:
         return self._ahead(self._cut(plans, 0))
 
     def close(self) -> None:
-        """Stop reading and end all threads; a chunk that is being read is read to its end."""
+        """Stop reading and end all threads; what a thread has begun, a few chunks, is read."""
         self._readers.shutdown(wait=False, cancel_futures=True)  # wakes the assembler
         self._assembler.shutdown(cancel_futures=True)
         self._readers.shutdown()

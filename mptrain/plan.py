@@ -13,7 +13,7 @@ from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import CoderConfig
 from mptrain.trainee import train_steps
 
-_POSITION = 8  # bytes of a row's position, and of its place in the order
+_POSITION = 8  # bytes of a row's position, of its place in a window, and of its turn
 _KEPT_POSITION, _KEPT_FACT = 2, 4  # of all rows that are read: the position; the token, a norm
 _WINDOWS = 2
 _BATCHES = 3
@@ -85,7 +85,7 @@ def _memory(
 ) -> dict[str, int]:
     sides = sides_of_all(coders)
     values = sum(store.width(*side) for side in sides)
-    a_row = 2 * _POSITION + row_bytes(store, sides)
+    a_row = 3 * _POSITION + row_bytes(store, sides)
     a_fact = _KEPT_POSITION + _KEPT_FACT * bool(config.skip_tokens)
     a_fact += _KEPT_FACT * len(sides) * (config.max_norm is not None)
     return {

@@ -93,7 +93,7 @@ class Recipe:
     "mp transcoder: weight of the loss of the input that its pursuit leaves, as share of variance"
     auxk_alpha: float = 0.03125
     "weight of the auxiliary loss that revives dead latents (0: off)"
-    dead_rows: int = 10_000_000
+    dead_rows: int = 1_000_000
     "a latent that did not fire for this many rows is dead"
     begin_as: BeginAs = "mp"
     "mp: train as topk or groupmax, by the same dictionaries, before the switch to mp"

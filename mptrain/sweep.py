@@ -73,14 +73,13 @@ def sweep(
     left = plan_runs(folder, part.coders, begun)
     store = None
     if left:
+        for told in (told for run in left for told in config_of(experiment, run, "").warnings()):
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
         store = collect(part.sides)
         _refuse_unsuited(part, left, parts, store)
     for run in left:
         _note_hardware(folder, run, hardware)
-        config = config_of(experiment, run, store or "")
-        for told in config.warnings():
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-        fit(config, quiet=quiet, parts=parts)
+        fit(config_of(experiment, run, store or ""), quiet=quiet, parts=parts)
     runs = find_runs(folder)
     refuse_other_rows(runs)
     coders = {c.name: one for c in part.coders if (one := read_trained(runs).get(c.name))}

@@ -189,16 +189,18 @@ class Learner:
         self.coder.coded_as = coded_as(self.coder.config, optimizers.steps_done, optimizers.steps)
 
     def _follow_threshold_(self, codes: list[Code]) -> None:
-        """Towards the mean over micro-batches with a value of the smallest one that each kept."""
+        """Towards the mean of the smallest value that each micro-batch kept, weighed by rows."""
         if self.coder.threshold is None:
             return
-        sums = self.coder.threshold.new_zeros(2)
-        for smallest in (code.smallest for code in codes):
-            is_there = smallest.isfinite()
-            sums[0] += smallest.masked_fill(~is_there, 0)
-            sums[1] += is_there
+        # float64: the mean of one is that one, to the bit
+        sums = self.coder.threshold.new_zeros(2, dtype=torch.float64)
+        for code in codes:
+            is_there = code.smallest.isfinite()
+            sums[0] += len(code.idx_BK) * code.smallest.masked_fill(~is_there, 0).double()
+            sums[1] += len(code.idx_BK) * is_there
         self.ranks.add_(sums)
-        self.coder.follow_threshold_(sums[0] / sums[1])  # NaN without a value: nothing to follow
+        mean = (sums[0] / sums[1]).to(self.coder.threshold)  # NaN without a value: none to follow
+        self.coder.follow_threshold_(mean)
 
     @torch.no_grad()
     def _count_fired_(self, codes: list[Code], rows: int) -> None:

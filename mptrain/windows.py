@@ -25,9 +25,9 @@ Order = NDArray[np.int64]
 Rows = Mapping[Side | Fact, Shaped[Tensor, "_ ..."]]
 "each side's values, and facts of each row by name, for the same rows"
 
-# chunks that a thread reads at a time at most, and times at least that a window has: threads take
-# as long to hand over a chunk as to read half of it, and should end together
-_CHUNKS, _TIMES = 8, 16
+# handing over a task takes as long as reading half a chunk; and threads should end together
+_MOST_CHUNKS = 8  # of a task
+_LEAST_TASKS = 16  # of a window
 _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 POSITION: Fact = "position"
 SEQUENCE: Fact = "sequence"
@@ -68,6 +68,8 @@ class Plan:
 
 def _plan(window: Window, order: Order, share: Share) -> Plan:
     """What one of several readers does of a window whose rows go out in this order."""
+    if share.size == 1:
+        return Plan(window.chunks, len(order), order, np.arange(len(order)))
     chunks = np.arange(len(window.chunks))
     owner = np.repeat(chunks % share.size, [chunk.rows for chunk in window.chunks])
     place = np.cumsum(owner == share.rank) - 1  # of its own rows
@@ -243,7 +245,7 @@ def _start(
         for chunk, span in zip(plan.chunks, pairwise(ends), strict=True)
         for some in _apart(columns)
     ]
-    step = min(_CHUNKS, max(1, len(pieces) // _TIMES))
+    step = min(_MOST_CHUNKS, max(1, len(pieces) // _LEAST_TASKS))
     return window, [
         readers.submit(_fill_, window.rows, pieces[at : at + step])
         for at in range(0, len(pieces), step)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mpcache.folder import Folder
 from mpcache.reader import DamagedStoreError, Part, Store
+from mptrain import windows
 from mptrain.loader import Batch, Loader
 from mptrain.order import epoch_order
 from mptrain.windows import ALL, POSITION, Column, Memory, Share, endless_plans
@@ -131,7 +132,7 @@ def test_the_order_of_rows_does_not_depend_on_the_batch_size(store, some, others
 @settings(deadline=None, max_examples=40)
 @given(stores, st.integers(1, 9), st.integers(1, 6), st.integers(1, 4), st.integers(0, 40))
 def test_shares_of_a_stream_are_it_together(store, batch_rows, window, size, offset):
-    sizes = {"batch_rows": batch_rows, "window": window}
+    sizes = {"batch_rows": batch_rows, "window": max(window, size)}
     with make(store, **sizes) as loader:
         whole = [numbers(batch) for batch in islice(loader.batches(offset), 9)]
     shares = []
@@ -241,6 +242,32 @@ def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
         with pytest.raises(DamagedStoreError, match="part 0 chunk 1"):
             next(batches)
     assert time.perf_counter() - began < 5
+
+
+def test_tasks_of_several_chunks_read_the_same(monkeypatch):
+    read = []
+    for chunks in (1, 8):
+        monkeypatch.setattr(windows, "_MOST_CHUNKS", chunks)
+        monkeypatch.setattr(windows, "_LEAST_TASKS", 1)
+        with make(FakeStore((40, 7, 33), chunk=2), window=20) as loader:
+            read.append(first_numbers(loader, 200))
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize(
+    ("computing", "abreast", "threads"), [(1, 1, 2), (3, 1, 3), (64, 1, 4), (64, 8, 8)]
+)
+def test_threads_by_default(monkeypatch, computing, abreast, threads):
+    store = FakeStore((8,))
+    monkeypatch.setattr(store.place, "abreast", abreast, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: computing)
+    with make(store, threads=None) as loader:
+        assert loader.threads == threads
+
+
+def test_a_window_has_a_chunk_for_each_share():
+    with pytest.raises(ValueError, match=r"3 processes .* windows of 2; use window_rows 12 or"):
+        make(FakeStore((8,)), window=2, share=Share(0, 3))
 
 
 def test_the_next_window_is_read_while_one_is_consumed():

@@ -374,7 +374,7 @@ def test_gram_equals_direct_in_float32():
 def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     dtype: str, atoms_twice: bool, is_compiled: bool
 ):
-    """As far as CODERS.md says, with the defaults; whether an atom or its double is no difference."""
+    """As far as CODERS.md says, by default; whether an atom or its double is no difference."""
     generator = torch.Generator().manual_seed(8)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 512, 16)

@@ -375,10 +375,7 @@ def test_the_command_collects_trains_and_draws(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (("collect.hookpoints=['layers.0']",), "hookpoints is set elsewhere: in [figures.NAME]"),
-        (("fit.dead_rows=9",), "fit.dead_rows is set elsewhere: in [coders]"),
-        (("coders.k=9",), "coders.k is set elsewhere: in [figures.NAME]"),
-        (("coders.rows=9",), "coders.rows is set elsewhere: in [fit]"),
+        (("collect.hookpoints=['layers.0']",), "but by hookpoints in [figures.NAME]"),
         (("collect.ctx_len=17",), "part_rows must be a multiple of ctx_len"),
         (("collect.model=3",), "collect.model takes text in quotes, got 3"),
         (("fit.rows=1M",), "fit.rows takes a whole number such as 10_000_000, got '1M'"),
