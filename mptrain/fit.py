@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,12 @@ class Fitting:
             ) as bar,
         ):
             for step in range(start + 1, self.steps + 1):
+                batch = next(batches)
+                if step == start + 1:
+                    self._rehearse(batch)
                 if not self.ranks.any(any(not trainee.diverged for trainee in self.trainees)):
                     break
-                self._train_and_observe(step, next(batches), bar)
+                self._train_and_observe(step, batch, bar)
                 self.progress.step, self.progress.waited = step, self._waited
                 signalled = interrupted()
                 stops = self.ranks.any(signalled is not None)
@@ -188,6 +191,15 @@ class Fitting:
             None if trainee.diverged else self._train_one(trainee, *rows)
             for trainee, rows in zip(self.trainees, self._rows_of_each(batch), strict=True)
         ]
+
+    def _rehearse(self, batch: Batch) -> None:
+        """Have what train steps need compiled now, so that no coder's train time has it in it."""
+        rehearsed = set()
+        for trainee, rows in zip(self.trainees, self._rows_of_each(batch), strict=True):
+            alike = replace(trainee.config, hookpoint="", seed=0, lr=None)
+            if alike not in rehearsed and not trainee.diverged:
+                trainee.learner.rehearse(*rows)
+                rehearsed.add(alike)
 
     def _rows_of_each(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Input and target rows of each coder, filtered once for coders with the same sides."""

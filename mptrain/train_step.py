@@ -94,6 +94,15 @@ class Learner:
         self._count_fired_([piece.code for piece in pieces], rows)
         return self._result(pieces, y_BE, rows)
 
+    def rehearse(self, x_BD: Tensor, y_BE: Tensor) -> None:
+        """Go through a step's gradient and drop it: kernels are compiled at their first use."""
+        x_BD, y_BE = self.scale.applied(x_BD, y_BE)
+        dead_M = self.dead_M(self.coder.config.dead_rows)
+        for x_bD, y_bE in self._micro_batches(x_BD, y_BE):
+            self._add_gradient_(x_bD, y_bE, dead_M, 1.0)
+        for parameter in self.coder.parameters():
+            parameter.grad = None
+
     def _micro_batches(self, x_BD: Tensor, y_BE: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if len(x_BD):  # a rank may have no row
             size = self.coder.config.micro_batch_rows or len(x_BD)

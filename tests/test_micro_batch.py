@@ -85,3 +85,17 @@ def test_batch_coders_select_in_each_micro_batch(config: CoderConfig):
     torch.testing.assert_close(parts.coder.threshold, sum(thresholds) / 2)  # type: ignore[arg-type]
     whole = gradients(prepared(config), x_BD, x_BD)
     assert any(not torch.allclose(found[n], whole[n], rtol=1e-3, atol=1e-6) for n in found)
+
+
+@pytest.mark.parametrize("config", [*OVER_BATCH, *OTHERS], ids=lambda config: config.name)
+def test_a_rehearsal_changes_nothing(config: CoderConfig) -> None:
+    rehearsed, plain = prepared(config), prepared(config)
+    before = {name: tensor.clone() for name, tensor in rehearsed.state_tensors().items()}
+    rehearsed.rehearse(*rows_of(config, 64, 8))
+    for name, tensor in rehearsed.state_tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    rows = rows_of(config, 64, 9)
+    found, expected = gradients(rehearsed, *rows), gradients(plain, *rows)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
