@@ -135,7 +135,7 @@ def _layouts(config: StoreBenchConfig) -> Iterator[CollectConfig]:
 
 def _ours(config: CollectConfig, threads: int) -> Way:
     """All that `collect` does for the parts of one array, and what a loader does to read them."""
-    layout = layout_of(config, "uint16")
+    layout, dtype = layout_of(config, "uint16"), getattr(torch, config.dtype)
 
     def write(folder: Path, x_RW: Tensor, parts: int) -> None:
         place = Folder(folder / "store")
@@ -152,8 +152,9 @@ def _ours(config: CollectConfig, threads: int) -> Way:
         chunks = range(layout.part_rows // layout.chunk_rows)
         places = iter([(part, chunk) for part in store.numbers(ARRAY) for chunk in chunks])
 
-        def read_some(_: int) -> int:  # a task of each chunk would take as long as half of it
-            return sum(touch(store.read_chunk("rows", "output", *one)) for one in places)
+        def read_some(_: int) -> int:  # as the loader does: several chunks a task, into used memory
+            held = torch.empty(layout.chunk_rows, store.width("rows", "output"), dtype=dtype)
+            return sum(touch(store.read_chunk("rows", "output", *one, held)) for one in places)
 
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(read_some, range(threads)))
