@@ -232,9 +232,13 @@ class Fitting:
         """Of every coder on the same held-out rows; None for those that diverged."""
         began = time.perf_counter()
         healthy = [trainee for trainee in self.trainees if not trainee.diverged]
+        batches = self.validation.one_pass(max_rows)
+        if max_rows is None:  # the last one, of all rows: it takes a while
+            steps = -(-self.validation.rows // self.config.batch_rows)
+            batches = iter(tqdm(batches, "validate", steps, unit="batch", disable=self.quiet))
         found = evaluate(
             [(t.learner.evaluated(), t.config.k, t.config.codes) for t in healthy],
-            self.validation.one_pass(max_rows),
+            batches,
             self.filters,
         )
         self.progress.validated += time.perf_counter() - began

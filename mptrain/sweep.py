@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from mptrain.checkpoint import write_json
 from mptrain.config import ListedConfig
 from mptrain.evaluate import evaluate_coder, sides_of, sides_of_all
@@ -83,7 +85,7 @@ def sweep(
     runs = find_runs(folder)
     refuse_other_rows(runs)
     coders = {c.name: one for c in part.coders if (one := read_trained(runs).get(c.name))}
-    other_k = _other_k(part, folder, coders, store, collect)
+    other_k = _other_k(part, folder, coders, store, collect, quiet=quiet)
     files = [
         file
         for plan in part.figures
@@ -139,21 +141,34 @@ def _refuse_unsuited(
 
 
 def _other_k(
-    part: Experiment, folder: Path, coders: Coders, store: str | None, collect: Collect
+    part: Experiment,
+    folder: Path,
+    coders: Coders,
+    store: str | None,
+    collect: Collect,
+    *,
+    quiet: bool,
 ) -> OtherK:
     """FVU of the figures' coders at other K than their own; what is there is not done again."""
     found: dict[str, dict[int, float]] = {}
-    for plan in part.figures:
-        for config in (c for p in plan.panels for line in p.lines for c in line.coders):
-            trained = coders.get(config.name)
-            if plan.table.other_k and trained is not None and trained.validation is not None:
-                file = folder / "other-k" / f"{config.name}.json"
-                there = _read_fvus(file)
-                if not {*plan.table.other_k, config.k} <= there.keys():
-                    store = store or collect(part.sides)
-                    there |= _evaluate(part, trained, store, plan.table.other_k)
-                    write_json(file, {str(k): json_value(there[k]) for k in sorted(there)})
-                found[config.name] = {k: there[k] for k in sorted({*plan.table.other_k, config.k})}
+    wanted = [
+        (coder, figure.table.other_k)
+        for figure in part.figures
+        for panel in figure.panels
+        for line in panel.lines
+        for coder in line.coders
+        if figure.table.other_k
+    ]
+    for config, other_k in tqdm(wanted, "other K", unit="coder", disable=quiet or not wanted):
+        trained = coders.get(config.name)
+        if trained is not None and trained.validation is not None:
+            file = folder / "other-k" / f"{config.name}.json"
+            there = _read_fvus(file)
+            if not {*other_k, config.k} <= there.keys():
+                store = store or collect(part.sides)
+                there |= _evaluate(part, trained, store, other_k)
+                write_json(file, {str(k): json_value(there[k]) for k in sorted(there)})
+            found[config.name] = {k: there[k] for k in sorted({*other_k, config.k})}
     return found
 
 
