@@ -147,10 +147,12 @@ def _seeds(plan: FigurePlan) -> str:
 def _where(
     axis: Axis, fit: Mapping[str, Any], shown: Sequence[Trained], hardware: Sequence[str]
 ) -> Iterator[str]:
+    there = [one.validation["rows"] for one in shown if one.validation is not None]
+    rows = min(fit["eval_rows"], max(there, default=fit["eval_rows"]))
     if axis == "other-k":
-        yield f"FVU of the trained coders on {fit['eval_rows']:,} held-out rows"
+        yield f"FVU of the trained coders on {rows:,} held-out rows"
     else:
-        yield f"FVU on {fit['eval_rows']:,} held-out rows"
+        yield f"FVU on {rows:,} held-out rows"
     if axis == "time":
         lasts = [(one.folder, one.records[-1]) for one in shown if one.records]
         waited, validated = (

@@ -18,9 +18,10 @@ from fits import equal, lasting, weights
 from killers import sweep_until_killed
 from mptrain import fit as fit_stage
 from mptrain import sweep as sweep_stage
+from mptrain.figure_text import caption
 from mptrain.forecast import forecast
 from mptrain.sweep import sweep
-from mptrain.sweep_runs import find_runs, plan_runs, refuse_other_settings
+from mptrain.sweep_runs import find_runs, plan_runs, read_trained, refuse_other_settings
 from stores import small_config, write_corpus
 
 COLLECTED = {"model": "tiny", "dataset": "random letters"}
@@ -93,6 +94,16 @@ def test_the_caption_says_what_is_shown(whole):
         "| layers.0-sae-k3 | batch-mp-nested |",
     ):
         assert told in page
+
+
+def test_a_caption_counts_the_held_out_rows_that_there_are(whole):
+    experiment = tiny_experiment(whole[0], "fit.eval_rows=100_000")
+    coders = read_trained(find_runs(Path(experiment.head.run)))
+    (figure, *_) = experiment.figures
+    told = caption(experiment, COLLECTED, figure, coders, ["two cores"], "rows")
+    rows = next(iter(coders.values())).validation["rows"]
+    assert 256 < rows < 1000
+    assert f"FVU on {rows} held-out rows" in told
 
 
 def test_what_is_there_is_not_done_again(whole):
