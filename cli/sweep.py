@@ -61,17 +61,18 @@ def forecast(experiment: Experiment, config: CollectConfig, only: Sequence[str])
     from mptrain.sweep_runs import refuse_other_settings
 
     refuse_other_settings(Path(experiment.head.run), experiment.resolved(settings_of(config)))
-    config = dataclasses.replace(config, hookpoints=experiment.only(only).sides)
+    part = experiment.only(only)
+    config = dataclasses.replace(config, hookpoints=part.sides)
     widths = widths_of(config)
     parts = max(2, -(-config.rows // config.part_rows))  # both splits have a part
     rows = parts * config.part_rows
-    splits = [split_of(part, config.validation_every) for part in range(parts)]
+    splits = [split_of(number, config.validation_every) for number in range(parts)]
     train_rows = splits.count("train") * config.part_rows
     return {
         "rows_collected": rows,
         "train_rows": train_rows,
         "epochs": experiment.fit["rows"] / train_rows,
-        "panels": [panel.name for panel in experiment.only(only).panels],
+        "panels": [panel.name for panel in part.panels],
         "sides": len(widths),
         "store_bytes": rows * sum(widths.values()) * _BYTES.get(config.dtype, 2),
         **dataclasses.asdict(of_training(experiment, only, widths)),

@@ -85,9 +85,7 @@ class RunConfig:
     "what torchrun's processes share: the rows of each batch, or the coders of the grid"
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        _refuse_less(self, _LEAST)
         refuse_twice("log", self.log)
         self._refuse_filters()
         if self.rows < self.batch_rows:
@@ -295,9 +293,8 @@ class BenchConfig:
     "torch device; auto takes the first GPU, else the CPU"
 
     def __post_init__(self) -> None:
-        for name in ("rows", "width", "latents", "k", "peer_rows", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("rows", "width", "latents", "k", "peer_rows", "repeats")
+        _refuse_less(self, dict.fromkeys(counts, 1))
         if self.latents % self.width:
             raise ValueError(
                 f"width must divide latents, got width={self.width}, latents={self.latents}; "
@@ -339,12 +336,15 @@ class LoaderBenchConfig:
     "torch device of batches and training; auto takes the first GPU, else the CPU"
 
     def __post_init__(self) -> None:
-        at_least = {"steps": 0}
-        for name in ("rows", "batch_rows", "window_rows", "read_threads", "peer_rows", "repeats"):
-            at_least[name] = 1
-        for name, least in at_least.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        counts = ("rows", "batch_rows", "window_rows", "read_threads", "peer_rows", "repeats")
+        _refuse_less(self, {"steps": 0, **dict.fromkeys(counts, 1)})
+
+
+def _refuse_less(config: object, at_least: Mapping[str, int]) -> None:
+    """Raise ValueError where a field that is not None is below its least value."""
+    for name, least in at_least.items():
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def refuse_lone_bound(tier: str | None, tier_bytes: int | None) -> None:

@@ -149,10 +149,8 @@ def _where(
 ) -> Iterator[str]:
     there = [one.validation["rows"] for one in shown if one.validation is not None]
     rows = min(fit["eval_rows"], max(there, default=fit["eval_rows"]))
-    if axis == "other-k":
-        yield f"FVU of the trained coders on {rows:,} held-out rows"
-    else:
-        yield f"FVU on {rows:,} held-out rows"
+    what = "FVU of the trained coders" if axis == "other-k" else "FVU"
+    yield f"{what} on {rows:,} held-out rows"
     if axis == "time":
         lasts = [(one.folder, one.records[-1]) for one in shown if one.records]
         waited, validated = (

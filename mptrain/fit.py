@@ -155,11 +155,11 @@ class Fitting:
             ) as bar,
         ):
             for step in range(start + 1, self.steps + 1):
+                if not self.ranks.any(any(not trainee.diverged for trainee in self.trainees)):
+                    break
                 batch = next(batches)
                 if step == start + 1:
                     self._rehearse(batch)
-                if not self.ranks.any(any(not trainee.diverged for trainee in self.trainees)):
-                    break
                 self._train_and_observe(step, batch, bar)
                 self.progress.step, self.progress.waited = step, self._waited
                 signalled = interrupted()
