@@ -17,9 +17,9 @@ class CollectConfig:
     """A collection: which model reads which dataset, and what of it is kept."""
 
     model: str
-    "Hugging Face model id, or a local folder"
+    "Hugging Face model id, a local folder, or a .gguf file"
     dataset: str
-    "Hugging Face dataset id, or local .jsonl, .parquet, .txt, arrow folder, tokenised .bin"
+    "Hugging Face dataset id, or local files and folders: paths or globs, joined by commas"
     hookpoints: tuple[str, ...]
     "module paths inside the base model, `*` for one segment, `:input` or `:output` for one side"
     rows: int = 10_000_000
@@ -47,7 +47,15 @@ class CollectConfig:
     split: str = "train"
     "split of the dataset that is read"
     text_column: str = "text"
-    "column that holds the documents"
+    "column that holds the documents: text, token ids or chat messages; a.b is field b of column a"
+    chat_template: str | None = None
+    "file with the chat template for messages; default the tokenizer's own"
+    parse_special_tokens: bool = False
+    "read the name of a special token in a text, such as <|endoftext|>, as that token"
+    keep_empty_documents: bool = False
+    "keep documents without text, which are lone special tokens, instead of leaving them out"
+    one_document_per_sequence: bool = False
+    "run the model on each document alone, in pieces of ctx_len tokens; padding is not stored"
     streaming: bool = False
     "stream a Hugging Face dataset instead of downloading it; order is a seeded buffer shuffle"
     bos: Literal["none", "document", "sequence"] = "none"
