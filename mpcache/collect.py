@@ -286,9 +286,13 @@ class Collection:
         return cursors
 
     def commit_tokens(self, one: PartTokens) -> None:
-        progress = {"cursor": list(one.cursor), "next_cursor": list(one.next_cursor)}
-        self.writer.commit_tokens(one.part, one.tokens, {**progress, "last": one.last})
-        order = row_permutation(self.config.seed, one.part, one.tokens.size)
+        progress: dict[str, Any] = {
+            "cursor": list(one.cursor),
+            "next_cursor": list(one.next_cursor),
+        }
+        progress["last"] = one.last
+        self.writer.commit_tokens(one.part, one.tokens, one.flags, progress, one.rows)
+        order = row_permutation(self.config.seed, one.part, one.rows)
         self.writer.commit_rows(one.part, order)
 
     def settle(self) -> None:

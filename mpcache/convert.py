@@ -118,7 +118,7 @@ def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str,
     changed = {"dtype": layout.dtype, "codec": layout.codec, "chunk_rows": layout.chunk_rows}
     return {
         **content,
-        "layout": dataclasses.asdict(layout),
+        "layout": layout.as_json(),
         "config": {**store.config, **changed, "hookpoints": [str(side) for side in sides]},
         "provenance": {**store.provenance, "converted_from": source},
     }
@@ -141,7 +141,9 @@ def _convert_part(cut: Recut, writer: Writer, mark: tuple[int, str]) -> tuple[in
 def give_converted(cut: Recut, writer: Writer, part: int, array: str) -> int:
     """Have a part written in the new layout; gives its values that were not finite before."""
     if array == TOKENS:
-        writer.commit_tokens(part, cut.values(part, array), cut.progress(part))
+        flags = cut.values(part, array, 1) if cut.layout.token_flags else None
+        tokens = cut.values(part, array)
+        writer.commit_tokens(part, tokens, flags, cut.progress(part), cut.rows(part))
     elif array in (SEQUENCE, POSITION):
         writer.commit_index(part, array, cut.values(part, array))
     else:

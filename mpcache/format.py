@@ -1,4 +1,4 @@
-"""Store format, version 1: every name, path, array and file form of a store is decided here.
+"""Store format, versions 1 and 2: every name, path, array and file form of a store is decided here.
 
 How the values of an array become bytes, and these values again, is decided in mpcache.arrays.
 
@@ -7,14 +7,15 @@ How the values of an array become bytes, and these values again, is decided in m
     STORE/marks/<part>/<array>.json               commit mark of one array's part, sealed
 
 A mark's array is `tokens`, `rows/sequence`, `rows/position` or `acts/<hookpoint>/<side>`; the last
-has two companions, `norms/...` and `moments/...`, that are committed by the same mark.
+has two companions, `norms/...` and `moments/...`, that are committed by the same mark. So is
+`token_flags` by the mark of `tokens`, in stores of version 2.
 """
 
 import functools
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, get_args
 
@@ -23,11 +24,16 @@ from mpcache.config import Codec, Split, split_of
 from mpcache.guard import DamagedStoreError, is_acts, is_part
 from mpcache.place import Place
 
-FORMAT_VERSION = 1
+PLAIN_VERSION = 1
+FLAGS_VERSION = 2  # with token_flags
+FORMAT_VERSIONS = (PLAIN_VERSION, FLAGS_VERSION)
 STORE_FILE = "store.json"
 _CLAIM = ".claim.partial"
 MARKS = "marks"
 TOKENS = "tokens"
+TOKEN_FLAGS = "token_flags"
+STARTS_DOCUMENT = 1  # bit of token_flags: a document, or a piece of one, starts with this token
+BY_ASSISTANT = 2  # bit of token_flags: the assistant wrote this token
 SEQUENCE = "rows/sequence"
 POSITION = "rows/position"
 ZARR_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
@@ -48,6 +54,8 @@ class Layout:
     dtype: str
     codec: Codec
     token_dtype: str
+    token_flags: bool = False
+    "token_flags is stored beside tokens; parts may then end within a sequence"
 
     def __post_init__(self) -> None:
         for name in ("ctx_len", "part_rows", "chunk_rows", "validation_every"):
@@ -58,12 +66,24 @@ class Layout:
         for name, allowed in (choices | {"token_dtype": _TOKEN_DTYPES}).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}")
+        if type(self.token_flags) is not bool:
+            raise ValueError(f"token_flags must be true or false, got {self.token_flags!r}")
         if self.part_rows % self.ctx_len or self.part_rows % self.chunk_rows:
             raise ValueError("part_rows must be a multiple of ctx_len and of chunk_rows")
 
     @property
     def part_sequences(self) -> int:
         return self.part_rows // self.ctx_len
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version whose readers understand such a store."""
+        return FLAGS_VERSION if self.token_flags else PLAIN_VERSION
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as `store.json` names them; version 1 does not know token_flags."""
+        fields = asdict(self)
+        return fields if self.token_flags else {k: fields[k] for k in fields if k != "token_flags"}
 
     def split_of(self, part: int) -> Split:
         return split_of(part, self.validation_every)
@@ -104,7 +124,12 @@ def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
     """The Zarr arrays that one mark commits; `width` is that of an `acts` array."""
     if array == TOKENS:
         shape = (layout.part_sequences, layout.ctx_len)
-        return (ArraySpec(name=TOKENS, dtype=layout.token_dtype, part_shape=shape, chunk=shape[0]),)
+        dtypes = {TOKENS: layout.token_dtype}
+        dtypes |= {TOKEN_FLAGS: "uint8"} if layout.token_flags else {}
+        return tuple(
+            ArraySpec(name=name, dtype=dtype, part_shape=shape, chunk=shape[0])
+            for name, dtype in dtypes.items()
+        )
     rows, chunk = layout.part_rows, layout.chunk_rows
     assert array in (SEQUENCE, POSITION) or is_acts(array), array
     if array in (SEQUENCE, POSITION):
@@ -156,7 +181,7 @@ def committed_length(spec: ArraySpec, array: str, rows: int, ctx_len: int) -> in
     """Entries along the first axis that a mark of `rows` rows vouches for."""
     if spec.name.startswith("moments/"):
         return 1
-    return rows // ctx_len if array == TOKENS else rows
+    return -(-rows // ctx_len) if array == TOKENS else rows
 
 
 def check_mark(
@@ -180,7 +205,7 @@ def check_mark(
         counts |= {"nonfinite": (0, _LARGEST * _LARGEST)}
     try:
         good = all(type(content[k]) is int and a <= content[k] <= b for k, (a, b) in counts.items())
-        good = good and (array != TOKENS or _is_progress(content, layout.ctx_len))
+        good = good and (array != TOKENS or _is_progress(content, layout))
         good = good and (not is_acts(array) or 0 <= content["largest"] < float("inf"))
         if good:
             names = {s.object_path(part) for s in specs(array, layout, content.get("width", 0))}
@@ -192,11 +217,11 @@ def check_mark(
         raise DamagedStoreError(f"{file} is damaged: no writer says what it says")
 
 
-def _is_progress(content: Sealed, ctx_len: int) -> bool:
+def _is_progress(content: Sealed, layout: Layout) -> bool:
     """Whether a mark of tokens says where its part and the next one start."""
     cursors = [content["cursor"], content["next_cursor"]]
     return (
-        content["rows"] % ctx_len == 0
+        (layout.token_flags or content["rows"] % layout.ctx_len == 0)
         and type(content["last"]) is bool
         and all(len(c) == 2 and all(type(n) is int and n >= 0 for n in c) for c in cursors)
     )
@@ -259,7 +284,9 @@ def store_content(data: bytes, file: str) -> Sealed:
     refuse_unknown_version(data, file)
     content = unseal(data, file)
     try:
-        Layout(**content["layout"])
+        layout = Layout(**content["layout"])
+        if content["format_version"] != layout.format_version:
+            raise ValueError("format_version and layout contradict each other")
         good = content["fingerprint"] == digest(content["identity"])
         good = good and all(isinstance(content[key], dict) for key in ("config", "provenance"))
         good = good and all(content["provenance"][key][key] for key in ("model", "dataset"))
@@ -276,8 +303,8 @@ def refuse_unknown_version(data: bytes, file: str) -> None:
         version = json.loads(data)["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return  # no version to speak of: the seal will say that it is damaged
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS or type(version) is not int:
         raise ValueError(
-            f"{file} has format version {version}, this mpcache reads version {FORMAT_VERSION}; "
-            "use the mpcache that made it"
+            f"{file} has format version {version}, this mpcache reads versions "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the mpcache that made it"
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 from mpcache.config import CollectConfig
 from mpcache.format import (
-    FORMAT_VERSION,
     STORE_FILE,
     Layout,
     canonical,
@@ -66,10 +65,10 @@ def open_place(
     """Make the store, or check that the one there holds the same rows in the same layout."""
     content = {
         "format": "mpcache",
-        "format_version": FORMAT_VERSION,
+        "format_version": layout.format_version,
         "fingerprint": digest(identity),
         "identity": identity,
-        "layout": asdict(layout),
+        "layout": layout.as_json(),
         "config": asdict(config),
         "provenance": provenance,
     }

@@ -15,15 +15,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from mpcache.arrays import ArraySpec, ReadInto
 from mpcache.config import Split
 from mpcache.format import (
+    BY_ASSISTANT,
     MARKS,
     POSITION,
     SEQUENCE,
+    STARTS_DOCUMENT,
+    TOKEN_FLAGS,
     TOKENS,
     ZARR_DTYPE,
     Layout,
@@ -104,6 +107,16 @@ class Store:
         """Token ids that the tokenizer calls special; None: the store does not tell."""
         found = self.provenance.get("tokenizer", {}).get("special_ids")
         return None if found is None else tuple(map(int, found))
+
+    @property
+    def has_lone_documents(self) -> bool:
+        """Whether the model saw each document alone, in pieces of at most ctx_len tokens."""
+        return bool(self.identity.get("one_document_per_sequence"))
+
+    @property
+    def has_assistant(self) -> bool:
+        """Whether the store says which tokens the assistant of a conversation wrote."""
+        return "chat_template" in self.identity
 
     @property
     def planned_parts(self) -> tuple[int, ...]:
@@ -196,8 +209,15 @@ class Store:
         return torch.from_numpy(self._read_rows(array, part, chunk, memory)).view(dtype)
 
     def read_positions(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
-        """Position in its sequence of each row of one chunk, or of a whole part."""
-        return torch.from_numpy(self._read_rows(POSITION, part, chunk).astype(np.int64))
+        """Position of each row of one chunk, or of a whole part, in what the model saw together.
+
+        That is the row's sequence, or its piece of a document where each was run alone.
+        """
+        position = self._read_rows(POSITION, part, chunk).astype(np.int64)
+        if (starts_SL := self.read_document_starts(part)) is not None:
+            sequence = self.read_sequences(part, chunk).numpy()
+            position = _piece_positions(starts_SL)[self._token(sequence, position, part)]
+        return torch.from_numpy(position)
 
     def read_sequences(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
         """Sequence of each row of one chunk, or of a whole part, counted over the whole store."""
@@ -205,9 +225,17 @@ class Store:
 
     def read_token_ids(self, part: int, chunk: int | None = None) -> Int64[Tensor, " rows"]:
         """Token id of each row of one chunk, or of a whole part."""
-        sequence = self._read_rows(SEQUENCE, part, chunk) - part * self.layout.part_sequences
-        position = self._read_rows(POSITION, part, chunk)
-        return torch.from_numpy(self.read_tokens(part)[sequence, position].astype(np.int64))
+        token = self._token_of_row(part, chunk)
+        return torch.from_numpy(self.read_tokens(part).reshape(-1)[token].astype(np.int64))
+
+    def read_assistant(self, part: int, chunk: int | None = None) -> Bool[Tensor, " rows"] | None:
+        """Whether the assistant wrote the token of each row; None: the store does not say."""
+        if not self.has_assistant:
+            return None
+        flags_SL = self.read_flags(part)
+        assert flags_SL is not None
+        written = (flags_SL.reshape(-1)[self._token_of_row(part, chunk)] & BY_ASSISTANT) > 0
+        return torch.from_numpy(written)
 
     def read_norms(
         self, hookpoint: str, side: str, part: int, chunk: int | None = None
@@ -219,10 +247,27 @@ class Store:
         return torch.from_numpy(norms)
 
     def read_tokens(self, part: int) -> np.ndarray:
-        """Token ids `[sequences, ctx_len]` of a part."""
-        (spec,) = specs(TOKENS, self.layout)
-        rows = int(self.mark(part, TOKENS)["rows"]) // self.ctx_len
-        return self.read_object(TOKENS, spec, part, 0, rows)
+        """Token ids `[sequences, ctx_len]` of a part; zeros fill up the last sequence."""
+        return self._read_beside_tokens(TOKENS, part)
+
+    def read_flags(self, part: int) -> UInt8[np.ndarray, "S L"] | None:
+        """Flags of the tokens of a part, as bits; None: the store has none."""
+        return self._read_beside_tokens(TOKEN_FLAGS, part) if self.layout.token_flags else None
+
+    def read_document_starts(self, part: int) -> Bool[np.ndarray, "S L"] | None:
+        """Where the pieces of documents start that the model saw one by one.
+
+        None: the model saw whole sequences.
+        """
+        if not self.has_lone_documents:
+            return None
+        flags_SL = self.read_flags(part)
+        assert flags_SL is not None
+        return (flags_SL & STARTS_DOCUMENT) > 0
+
+    def token_count(self, part: int) -> int:
+        """True tokens of a part, which are its rows."""
+        return int(self.mark(part, TOKENS)["rows"])
 
     def read_part(self, array: str, part: int) -> dict[str, np.ndarray]:
         """All that one mark committed, as stored (bfloat16 as its 16 bits), by array name."""
@@ -290,6 +335,20 @@ class Store:
                 f"collect it with --hookpoints {hookpoint}:{side}"
             )
         return acts(hookpoint, side)
+
+    def _read_beside_tokens(self, name: str, part: int) -> np.ndarray:
+        (spec,) = (spec for spec in specs(TOKENS, self.layout) if spec.name == name)
+        sequences = committed_length(spec, TOKENS, self.token_count(part), self.ctx_len)
+        return self.read_object(TOKENS, spec, part, 0, sequences)
+
+    def _token_of_row(self, part: int, chunk: int | None) -> np.ndarray:
+        """The token of each row, counted along the part's sequences."""
+        sequence = self._read_rows(SEQUENCE, part, chunk).astype(np.int64)
+        return self._token(sequence, self._read_rows(POSITION, part, chunk), part)
+
+    def _token(self, sequence: np.ndarray, position: np.ndarray, part: int) -> np.ndarray:
+        token: np.ndarray = (sequence - part * self.layout.part_sequences) * self.ctx_len + position
+        return token
 
     def _read_rows(
         self, array: str, part: int, chunk: int | None, out: np.ndarray | None = None
@@ -379,6 +438,12 @@ def _opened_there(place: Place, told: str) -> Store:
             f"{socket.gethostname()}; use a path on a shared file system"
         )
     return store
+
+
+def _piece_positions(starts_SL: Bool[np.ndarray, "S L"]) -> Int64[np.ndarray, " tokens"]:
+    """Position of each token of a part in its piece."""
+    token = np.arange(starts_SL.size)
+    return token - np.maximum.accumulate(np.where(starts_SL.reshape(-1), token, 0))
 
 
 def _marked_parts(place: Place) -> dict[str, set[int]]:

@@ -41,6 +41,13 @@ class Recut:
         self.is_same = store.part_rows == layout.part_rows
         size = store.part_rows if self.is_same else unit_rows(store.identity, store.layout)
         self.old, self.new = Units(store.layout, size), Units(layout, size)
+        if not self.is_same and store.has_lone_documents:
+            raise ValueError(
+                "part_rows cannot change where each document was run alone: a part holds whole "
+                "pieces of documents, so that its rows are fewer than part_rows and cannot be "
+                f"joined to the next part's; keep part_rows {store.part_rows}, or collect with "
+                f"--part-rows {layout.part_rows}"
+            )
         if not self.is_same:
             self._refuse_gaps(arrays)
 
@@ -72,8 +79,10 @@ class Recut:
         """Whether new parts of an array are those of the source, byte for byte."""
         return self.is_same and specs(array, self.store.layout, 1) == specs(array, self.layout, 1)
 
-    def values(self, part: int, array: str) -> np.ndarray:
+    def values(self, part: int, array: str, which: int = 0) -> np.ndarray:
         """What a new part holds, as stored in the source.
+
+        `which` counts the Zarr arrays that one mark commits.
 
         Raises DamagedStoreError where the source is not what was committed.
         """
@@ -82,9 +91,9 @@ class Recut:
         made, whole, read, filled = np.empty(0), np.empty(0), -1, 0
         for source in sources:
             if source.part != read:  # several units of a part are read at once
-                whole, read = self._checked(source.part, array), source.part
+                whole, read = self._checked(source.part, array, which), source.part
             start = source.index * self.old.unit_rows
-            piece = whole[start // entries : (start + source.rows) // entries]
+            piece = whole[start // entries : -(-(start + source.rows) // entries)]
             if array == SEQUENCE:
                 piece = self._renumbered(piece, part, source)
             if len(sources) == 1:
@@ -114,15 +123,17 @@ class Recut:
             **({"cursors": starts} if len(starts) > 1 else {}),
         }
 
+    def rows(self, part: int) -> int:
+        """True rows of a new part."""
+        return sum(source.rows for source in self._sources(part))
+
     def refuse_growth(self, part: int, array: str, writer: Writer) -> None:
         """Raise ValueError where a part that is there would have more rows by now."""
-        if not self.is_same:
-            rows = sum(source.rows for source in self._sources(part))
-            if writer.mark(part, array)["rows"] != rows:
-                raise ValueError(
-                    f"{writer.place} ends with a part of fewer rows than its source has by now; "
-                    "convert into a new place"
-                )
+        if not self.is_same and writer.mark(part, array)["rows"] != self.rows(part):
+            raise ValueError(
+                f"{writer.place} ends with a part of fewer rows than its source has by now; "
+                "convert into a new place"
+            )
 
     def _rows(self, part: int) -> int:
         return int(self.store.mark(part, TOKENS)["rows"])
@@ -138,9 +149,9 @@ class Recut:
             if index < len(units):
                 yield _Source(place, old, index, units[index][1])
 
-    def _checked(self, part: int, array: str) -> np.ndarray:
+    def _checked(self, part: int, array: str, which: int) -> np.ndarray:
         mark = self.store.mark(part, array)
-        spec = specs(array, self.store.layout, int(mark.get("width", 0)))[0]
+        spec = specs(array, self.store.layout, int(mark.get("width", 0)))[which]
         length = committed_length(spec, array, int(mark["rows"]), self.store.ctx_len)
         values = np.empty((length, *spec.part_shape[1:]), spec.dtype)
         for start, stop in spec.steps(length):  # at once it would take as much memory again

@@ -103,7 +103,10 @@ class Retrace:
         if [one.part for one in found] != list(wanted[: len(found)]) or not found:
             raise DamagedStoreError(f"the dataset has no tokens for part {part}")
         tokens_SL = np.concatenate([one.tokens for one in found])
-        writer.commit_tokens(part, tokens_SL, _progress(found))
+        flags = [one.flags for one in found if one.flags is not None]
+        flags_SL = np.concatenate(flags) if flags else None
+        rows = sum(one.rows for one in found)
+        writer.commit_tokens(part, tokens_SL, flags_SL, _progress(found), rows)
 
     def _cursor(self, part: int, writer: Writer) -> Cursor:
         """Where a part starts in the documents: its mark knows, or that of the part before."""
@@ -149,7 +152,7 @@ class Retrace:
     def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
         store = open_store(self.store.place)  # its tokens may have been mended since
         tokens_SL = store.read_tokens(part)
-        units = self.units.within(part, tokens_SL.size)
+        units = self.units.within(part, store.token_count(part))
         cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
         found = [
             self._station.read(unit, unit_SL, sides, lambda _: None)

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt
+from jaxtyping import Bool, Int64, UInt, UInt8
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, Split, split_of
@@ -44,6 +44,14 @@ class PartTokens:
     next_cursor: Cursor
     last: bool
     "the split ends with this part"
+    flags: UInt8[np.ndarray, "S L"] | None = None
+    "of each token; None where the store has no token_flags"
+    rows: int = -1
+    "true tokens: zeros fill up the last sequence; -1 stands for all"
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.tokens.size)
 
 
 @dataclass(frozen=True)

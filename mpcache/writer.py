@@ -67,10 +67,22 @@ class Writer:
             if not is_new[-1] and check_metadata(self.place, spec) < parts:
                 self.place.replace(spec.metadata_path, files[spec.metadata_path])
 
-    def commit_tokens(self, part: int, tokens: np.ndarray, progress: Mapping[str, Any]) -> None:
-        """Commit the tokens `[sequences, ctx_len]` of a part, with where the next one starts."""
-        (spec,) = specs(TOKENS, self.layout)
-        self._commit(part, TOKENS, tokens.size, {spec: tokens}, progress)
+    def commit_tokens(
+        self,
+        part: int,
+        tokens: np.ndarray,
+        flags: np.ndarray | None,
+        progress: Mapping[str, Any],
+        rows: int | None = None,
+    ) -> None:
+        """Commit the tokens `[sequences, ctx_len]` of a part, with where the next part starts.
+
+        `flags`, of the same shape, are given where the layout has token_flags. `rows` counts the
+        true tokens, where the last sequence is filled up with zeros.
+        """
+        arrays = [tokens] if flags is None else [tokens, flags]
+        values = dict(zip(specs(TOKENS, self.layout), arrays, strict=True))
+        self._commit(part, TOKENS, tokens.size if rows is None else rows, values, progress)
 
     def commit_rows(self, part: int, token_of_row: np.ndarray) -> None:
         """Commit which token each row of a part is, given as its place in the part."""

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from mpcache.collect import collect
-from mpcache.format import FORMAT_VERSION
+from mpcache.format import PLAIN_VERSION
 from mpcache.reader import Store, open_store
 from stores import small_config
 
@@ -30,7 +30,7 @@ def sums(store: Store) -> dict[str, int]:
 
 
 def main() -> None:
-    place = FOLDER / f"store-v{FORMAT_VERSION}"
+    place = FOLDER / f"store-v{PLAIN_VERSION}"
     shutil.rmtree(place, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         config = small_config(

@@ -67,7 +67,7 @@ def store(memory: MemoryStore) -> Bucket:
     for array in ("tokens", "rows/sequence", "rows/position", ARRAY):
         writer.grow(array, 1, 3)
     progress = {"cursor": [0, 0], "next_cursor": [1, 0], "last": True}
-    writer.commit_tokens(0, np.zeros((2, 4), np.uint8), progress)
+    writer.commit_tokens(0, np.zeros((2, 4), np.uint8), None, progress)
     writer.commit_rows(0, np.arange(8))
     writer.commit_acts(0, ARRAY, torch.randn(8, 3))
     return place

@@ -14,7 +14,7 @@ from transformers import AutoModel
 from golden import sums
 from mpcache import folder
 from mpcache.collect import Collection, collect
-from mpcache.format import FORMAT_VERSION, canonical, seal, unseal
+from mpcache.format import canonical, seal, unseal
 from mpcache.reader import DamagedStoreError, open_store
 from mpcache.stats import info, stats
 from mpcache.verify import verify
@@ -304,7 +304,7 @@ def test_an_unmarked_part_is_not_read(store: Path) -> None:
 def test_unknown_format_version_is_refused_by_name(store: Path) -> None:
     content = unseal((store / "store.json").read_bytes(), "store")
     (store / "store.json").write_bytes(seal({**content, "format_version": 9}))
-    with pytest.raises(ValueError, match=f"version 9, this mpcache reads version {FORMAT_VERSION}"):
+    with pytest.raises(ValueError, match="version 9, this mpcache reads versions 1 and 2"):
         open_store(store)
 
 
