@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
+from mpcache.format import BY_ASSISTANT
 from mpcache.forward import Reading
 from mpcache.hooks import input_of, output_of
+from mpcache.identity import ways_of
 from mpcache.inputs import find_separation
 from mpcache.model import load_model, model_digest
 from mpcache.place import Place
@@ -38,7 +40,8 @@ class SplicedModel:
             ValueError: there is no store, or `model` is not the one it was made from.
         """
         self.store = open_store(store)
-        stored = {**self.store.config, "hookpoints": tuple(self.store.config["hookpoints"])}
+        ways = ways_of(self.store.identity)
+        stored = {**self.store.config, **ways, "hookpoints": tuple(self.store.config["hookpoints"])}
         config = replace(
             CollectConfig(**stored),
             model=model,
@@ -66,6 +69,16 @@ class SplicedModel:
         for part in self.store.numbers("tokens"):
             if self.store.layout.split_of(part) == "validation":
                 yield from self.reading.batches(self.store.read_tokens(part))
+
+    def assistant(self) -> Iterator[Bool[Tensor, "B L"]]:
+        """Of the tokens of each batch whether the assistant wrote them."""
+        for part in self.store.numbers("tokens"):
+            if self.store.layout.split_of(part) == "validation":
+                flags_SL = self.store.read_flags(part)
+                assert flags_SL is not None
+                written_SL = torch.from_numpy((flags_SL & BY_ASSISTANT) > 0)
+                on_device_SL = written_SL.to(self.model.device)
+                yield from torch.split(on_device_SL, self.reading.batch_sequences)
 
     @torch.no_grad()
     def logits(
