@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt
-from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, Split, split_of
-from mpcache.documents import Document, Documents, permutation
-from mpcache.tokenised import Tokens, end_token, token_dtype
+from mpcache.documents import Documents, permutation
+from mpcache.records import Document
+from mpcache.tokenised import TokenIds, Tokenizer, Tokens, end_token, token_dtype
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
 
@@ -64,7 +64,7 @@ def following(part: int, validation_every: int) -> int:
     return part + 1 if split_of(part + 1, validation_every) == "train" else part + 2
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, config: CollectConfig) -> Specials:
+def special_tokens(tokenizer: Tokenizer, config: CollectConfig) -> Specials:
     """What `config` asks of the tokenizer. Raises ValueError where it has no such token."""
     begin = next(
         (t for t in (tokenizer.bos_token_id, tokenizer.cls_token_id) if isinstance(t, int)), None
@@ -96,7 +96,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, config: CollectConfig) ->
 class Encoder:
     """Documents -> their tokens, with the special tokens of each document."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, specials: Specials) -> None:
+    def __init__(self, tokenizer: Tokenizer, specials: Specials) -> None:
         self.tokenizer = tokenizer
         begins = specials.begin is not None and specials.begins == "document"
         self.head = np.array([specials.begin] if begins else [], np.uint32)
@@ -109,6 +109,8 @@ class Encoder:
         texts = [document for document in batch if isinstance(document, str)]
         if not texts:
             return [np.asarray(tokens, np.uint32) for tokens in batch]
+        # a dataset of texts is refused where there is no tokenizer
+        assert not isinstance(self.tokenizer, TokenIds)
         # verbose=False: it would warn of documents longer than the model's context, which we cut
         ids = self.tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, verbose=False
@@ -204,7 +206,7 @@ class Feed:
 
 def iter_parts(
     documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: CollectConfig,
     cursors: Mapping[int, Cursor] = FIRST_PARTS,
 ) -> Iterator[PartTokens]:
