@@ -150,7 +150,7 @@ Where = Callable[[int], object]
 
 
 def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
-    """The records of a column of texts, and their lengths; an empty one for a null."""
+    """The records of a column of texts, and their bytes; an empty one for a null."""
     texts = array.cast(pa.large_string())
     if texts.null_count:
         texts = texts.fill_null("")
@@ -183,7 +183,7 @@ def token_records(
         ids = ids[kept != 0]
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept != 0)])
         lengths = np.diff(before[np.concatenate([np.zeros(1, np.int64), ends])])
-    return ids.astype(RECORD_IDS).tobytes(), lengths
+    return ids.astype(RECORD_IDS).tobytes(), lengths * RECORD_IDS.itemsize
 
 
 def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
