@@ -18,6 +18,7 @@ from mpcache.hardware import hardware
 from mpcache.hooks import Side
 from mpcache.jobs import Job, Progress
 from mpcache.reader import open_store
+from mpcache.sketch import load_vocabulary
 from mpcache.station import Station, load
 
 
@@ -45,7 +46,7 @@ class _Reached(Exception):
 def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
     """Alternate both on `config.rows` rows in temporary stores; the first pair only warms up."""
     loaded = load(config)
-    documents = open_documents(config, loaded.tokenizer)
+    documents = open_documents(config, load_vocabulary(config, loaded.tokenizer))
     station = Station(config, loaded)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:

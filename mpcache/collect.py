@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, split_of
 from mpcache.documents import Documents, open_documents
@@ -36,9 +35,9 @@ from mpcache.jobs import Job, Missing, Progress
 from mpcache.model import load_tokenizer
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
-from mpcache.sketch import files_digest
+from mpcache.sketch import files_digest, load_vocabulary
 from mpcache.station import Background, Facts, Station, commit_side, load, write_threads
-from mpcache.tokenised import largest_id
+from mpcache.tokenised import Tokenizer, largest_id
 from mpcache.tokens import (
     FIRST_PARTS,
     Cursor,
@@ -99,8 +98,10 @@ def collect(
     place = place_of(where)
     if workforce.is_wanted:
         return _collect_with_workers(config, place, workforce, quiet)
-    loaded = load(config)
-    documents = open_documents(config, loaded.tokenizer)
+    tokenizer = load_tokenizer(config)
+    # before the weights, which take long: what is wrong with the dataset is said at once
+    documents = open_documents(config, load_vocabulary(config, tokenizer))
+    loaded = load(config, tokenizer)
     station = Station(config, loaded)
     collection = Collection(
         config, place, station.facts, loaded.tokenizer, documents, workforce, quiet
@@ -114,7 +115,7 @@ def _collect_with_workers(
     from mpcache.crew import Crew  # brings Dask's scheduler, which one process does not need
 
     tokenizer = load_tokenizer(config)
-    documents = open_documents(config, tokenizer)
+    documents = open_documents(config, load_vocabulary(config, tokenizer))
     with Crew(workforce, config, place, quiet=quiet) as crew:
         facts = crew.facts()
         collection = Collection(config, place, facts, tokenizer, documents, workforce, quiet)
@@ -153,7 +154,7 @@ class Collection:
         config: CollectConfig,
         where: str | Path | Place,
         facts: Facts,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         documents: Documents,
         workforce: Workforce = Workforce(),  # noqa: B008  frozen
         quiet: bool = True,

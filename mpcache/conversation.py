@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+# ShareGPT's names of the roles; a name that is not listed stays as it is
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -11,3 +14,59 @@ class Conversation:
 
     messages: tuple[Mapping[str, Any], ...]
     "each has `role` and `content`; other fields are those of the dataset that are not null"
+
+
+def conversation_of(messages: Any, where: object) -> Conversation:
+    """The conversation of a row's value. Raises ValueError, which begins with `where`."""
+    if messages is None:
+        return Conversation(())
+    if not isinstance(messages, list):
+        raise ValueError(
+            f"{where} must hold a list of messages, got {type(messages).__name__}; repair it"
+        )
+    return Conversation(
+        tuple(_message(message, f"message {i} in {where}") for i, message in enumerate(messages, 1))
+    )
+
+
+def _message(message: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(
+            f"{where} must have role and content, got {type(message).__name__}; repair it"
+        )
+    role, content = ("from", "value") if "from" in message else ("role", "content")
+    if not isinstance(message.get(role), str) or not message[role]:
+        raise ValueError(f"{where} must have a text as its {role}, got {message.get(role)!r:.40}")
+    # a table fills fields that a message lacks with null: both forms of a dataset must agree
+    others = {k: v for k, v in message.items() if k not in (role, content) and v is not None}
+    name = message[role]
+    text = _text(message.get(content), content, where, may_lack="tool_calls" in others)
+    return {"role": _ROLES.get(name, name), "content": text, **others}
+
+
+def _text(content: Any, field: str, where: str, *, may_lack: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_lack:
+        return ""  # an assistant that only calls tools
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        return "".join(part["text"] for part in content)
+    raise ValueError(
+        f"{where} must have a text as its {field}, got {_named(content)}; "
+        "leave the message out, or give it a text"
+    )
+
+
+def _is_text(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+    )
+
+
+def _named(content: Any) -> str:
+    if isinstance(content, list):
+        kinds = [p.get("type") if isinstance(p, dict) else type(p).__name__ for p in content]
+        return f"parts of type {', '.join(dict.fromkeys(map(str, kinds)))}"
+    return "none" if content is None else type(content).__name__

@@ -1,37 +1,35 @@
 """DATASET -> documents, in one seeded order.
 
-A document is a text, or from a `.bin` a run of token ids. Its place is its rank in the permuted
+A document is a text, a run of token ids, or a conversation. Its place is its rank in the permuted
 order: the same config gives the same document at the same place, on any machine, with any numpy.
+The digest is of the bytes that the documents were read from: no cache lies between the two.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import datasets
 import numpy as np
 from jaxtyping import Int64
-from transformers import PreTrainedTokenizerBase
 
+from mpcache.columns import mask_beside, path_in, value_at
 from mpcache.config import CollectConfig
-from mpcache.conversation import Conversation
-from mpcache.hub import first_line, load_hub, names_a_place, resolve_commit
-from mpcache.tokenised import Indices, Tokens, token_source
+from mpcache.files import read_files
+from mpcache.gathered import Row, refuse_without_tokenizer
+from mpcache.hub import load_hub, resolve_commit
+from mpcache.records import Document, Kind, document_of, kind_of, record_of
+from mpcache.shards import find_shards
+from mpcache.tokenised import Indices, Vocabulary
 
-Document = str | Tokens | Conversation
-Kind = Literal["text", "tokens", "conversations"]
 Fetch = Callable[[Indices], Sequence[Document]]
 
 FETCH_DOCUMENTS = 64  # documents read at once; enough to hide the cost of a random arrow read
 SHUFFLE_BUFFER = 10_000  # documents; of a streamed dataset, part of what defines its order
-FILE_KINDS = {".jsonl": "json", ".parquet": "parquet"}
-LOCAL_SUFFIXES = (*FILE_KINDS, ".txt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,19 @@ class Documents:
         return enumerate(self.order(start), start)
 
 
-def open_documents(config: CollectConfig, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    """The documents that `config` names; the tokenizer tells the documents of a `.bin` apart.
+def open_documents(config: CollectConfig, vocabulary: Vocabulary) -> Documents:
+    """The documents that `config` names, all of local files checked.
 
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
-    path = Path(config.dataset).expanduser()
-    if path.exists():
-        return open_local(path, config, tokenizer)
-    if path.suffix in LOCAL_SUFFIXES or names_a_place(config.dataset):
-        raise ValueError(f"dataset must exist, got {config.dataset}; check the path")
-    return open_hub(config)
+    if (shards := find_shards(config)) is None:
+        return open_hub(config, vocabulary)
+    files = read_files(shards, config, vocabulary)
+    if not files.count:
+        raise ValueError(f"dataset must hold a document, got none in {shards.label}")
+    provenance = {"dataset": shards.label, "dataset_revision": None, "dataset_config": None}
+    order = partial(permuted, files.fetch, files.count, config.seed)
+    return Documents(files.digest, {**provenance, "split": config.split}, order, files.kind)
 
 
 def permutation(count: int, key: str) -> Int64[np.ndarray, " count"]:
@@ -75,116 +75,14 @@ def permutation(count: int, key: str) -> Int64[np.ndarray, " count"]:
     return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable").astype(np.int64, copy=False)
 
 
-# --- local ---
-
-
-def open_local(path: Path, config: CollectConfig, tokenizer: PreTrainedTokenizerBase) -> Documents:
-    path = split_folder(path, config.split)
-    count, fetch = local_source(path, config, tokenizer)
-    if not count:
-        raise ValueError(
-            f"dataset must hold a document, got none in {path.name}; "
-            "a folder holds .txt files, or is made by save_to_disk"
-        )
-    provenance = {"dataset": path.name, "dataset_revision": None, "dataset_config": None}
-    order = partial(permuted, fetch, count, config.seed)
-    return Documents(digest_path(path), {**provenance, "split": config.split}, order)
-
-
-def local_source(
-    path: Path, config: CollectConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, Fetch]:
-    """How many documents there are, and what fetches them by index."""
-    if path.suffix == ".bin":
-        return token_source(path, tokenizer)
-    if path.suffix == ".txt":
-        paragraphs = re.split(r"\n\s*\n", read_text(path).strip())
-        return len(paragraphs), lambda indices: [paragraphs[i] for i in indices]
-    if (texts := text_files(path)) is not None:
-        return len(texts), lambda indices: [read_text(texts[i]) for i in indices]
-    if path.is_dir():
-        return table_source(datasets.load_from_disk(str(path)), config)
-    if path.suffix not in FILE_KINDS:
-        raise ValueError(
-            f"a local dataset is a {', '.join(LOCAL_SUFFIXES)} file, a folder of .txt "
-            f"or an arrow folder, got {path.name}; convert it"
-        )
-    return table_source(load_table(path), config)
-
-
-def split_folder(path: Path, split: str) -> Path:
-    """The folder of one split, where `path` is an arrow folder that holds several."""
-    if not (path / "dataset_dict.json").exists():
-        return path
-    splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-    if split not in splits:
-        raise ValueError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
-    return path / split
-
-
-def text_files(path: Path) -> list[Path] | None:
-    """The .txt files of a folder, by name: a document each; None for what is no such folder."""
-    if path.is_file() or (path / "state.json").exists():
-        return None
-    return sorted(path.rglob("*.txt"))
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text must be UTF-8, got {path.name}: {error}; convert it") from error
-
-
-def load_table(path: Path) -> datasets.Dataset:
-    if not path.stat().st_size:
-        raise ValueError(f"dataset must hold a document, got the empty file {path.name}")
-    try:
-        return datasets.load_dataset(FILE_KINDS[path.suffix], data_files=str(path), split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, OSError):  # such as a full disk: the cache is written here
-            raise error.__cause__ from error
-        why = first_line(error.__cause__ or error)
-        raise ValueError(
-            f"{path.name} cannot be read as {path.suffix[1:]}: {why}; repair it"
-        ) from error
-
-
-def table_source(table: datasets.Dataset, config: CollectConfig) -> tuple[int, Fetch]:
-    check_column(table.column_names, config)
-    texts = table.select_columns(config.text_column)
-    return len(table), lambda indices: [
-        text_of(row, config) for row in texts[indices][config.text_column]
-    ]
-
-
-def check_column(columns: Iterable[str], config: CollectConfig) -> None:
-    if config.text_column not in (columns := list(columns)):
-        raise ValueError(
-            f"text_column must be a column of {config.dataset}, got {config.text_column}; "
-            f"use one of {', '.join(columns)}"
-        )
-
-
-def text_of(value: object, config: CollectConfig) -> str:
-    """The text of a row; a null one is an empty document."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(
-            f"text_column must hold text, got {type(value).__name__} in {config.text_column}; "
-            "name another"
-        )
-    return value
-
-
 # --- Hub ---
 
 
-def open_hub(config: CollectConfig) -> Documents:
+def open_hub(config: CollectConfig, vocabulary: Vocabulary) -> Documents:
     commit = resolve_commit(config)
     table = load_hub(config, commit)
     identity = (config.dataset, commit, config.dataset_config, config.split, config.text_column)
+    rows = HubRows(table, config, vocabulary)
     return Documents(
         hashlib.sha256(json.dumps([*identity, config.streaming]).encode()).hexdigest(),
         {
@@ -193,23 +91,65 @@ def open_hub(config: CollectConfig) -> Documents:
             "dataset_config": config.dataset_config,
             "split": config.split,
         },
-        hub_order(table, config),
+        rows.order,
+        rows.kind,
     )
 
 
-def hub_order(
-    table: datasets.Dataset | datasets.IterableDataset, config: CollectConfig
-) -> Callable[[int], Iterator[Document]]:
-    if isinstance(table, datasets.IterableDataset):
-        first = next(iter(table), None)
-        if first is None:
+class HubRows:
+    """The documents of a Hub dataset, converted as they are read: a row is checked then."""
+
+    def __init__(
+        self,
+        table: datasets.Dataset | datasets.IterableDataset,
+        config: CollectConfig,
+        vocabulary: Vocabulary,
+    ) -> None:
+        self.config, self.vocabulary = config, vocabulary
+        is_stream = isinstance(table, datasets.IterableDataset)
+        self.first = list(islice(table, 1))
+        if not self.first:
             raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
-        check_column(first, config)
-        return partial(streamed, table, config)
-    count, fetch = table_source(table, config)
-    if not count:
-        raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
-    return partial(permuted, fetch, count, config.seed)
+        self.path = path_in(self.first[0], config, config.dataset)
+        self.kind: Kind = self._kind(table)
+        refuse_without_tokenizer(self.kind, vocabulary, config)
+        columns = [self.path[0], *(c for c in mask_beside(self.path)[:1] if c in self.first[0])]
+        self.table = table.select_columns(list(dict.fromkeys(columns)))
+        if is_stream:
+            self.order: Callable[[int], Iterator[Document]] = partial(
+                streamed, self.table, config.seed, self.document
+            )
+        else:
+            self.order = partial(permuted, self.fetch, len(table), config.seed)
+
+    def _kind(self, table: datasets.Dataset | datasets.IterableDataset) -> Kind:
+        """Of the first row that is not empty, among the first few."""
+        for row in islice(table, FETCH_DOCUMENTS):
+            try:
+                kind = kind_of(value_at(row, self.path))
+            except (TypeError, KeyError) as error:
+                raise ValueError(
+                    f"text_column must hold text, token ids or chat messages, got {error} in "
+                    f"{self.config.text_column} of {self.config.dataset}; name another"
+                ) from error
+            if kind:
+                return kind
+        return "text"
+
+    def fetch(self, indices: Indices) -> list[Document]:
+        rows = [self.table[int(i)] for i in indices]
+        return [self.document(row, int(i)) for row, i in zip(rows, indices, strict=True)]
+
+    def document(self, row: dict[str, Any], place: int) -> Document:
+        where = Row(self.config.dataset, place, "row")
+        try:
+            value, mask = value_at(row, self.path), None
+            mask_path = mask_beside(self.path)
+            if self.kind == "tokens" and mask_path[0] in row:
+                mask = value_at(row, mask_path)
+        except KeyError as error:
+            raise ValueError(f"{where} has no {error.args[0]}; use another text_column") from error
+        return document_of(record_of(value, mask, self.kind, self.vocabulary, where), self.kind)
 
 
 # --- orders ---
@@ -222,30 +162,13 @@ def permuted(fetch: Fetch, count: int, seed: int, start: int) -> Iterator[Docume
 
 
 def streamed(
-    table: datasets.IterableDataset, config: CollectConfig, start: int
+    table: datasets.IterableDataset,
+    seed: int,
+    document: Callable[[dict[str, Any], int], Document],
+    start: int,
 ) -> Iterator[Document]:
     """Shards in a seeded order through a seeded buffer: less mixed than a permutation, and to start
     at a place is to read what comes before it."""
-    shuffled = table.shuffle(seed=config.seed, buffer_size=SHUFFLE_BUFFER)
-    for row in islice(shuffled, start, None):
-        yield text_of(row[config.text_column], config)
-
-
-# --- digests ---
-
-
-def arrow_files(path: Path) -> list[Path]:
-    """The files of an arrow folder's table; not the caches that `datasets` leaves beside them."""
-    state = json.loads((path / "state.json").read_text())
-    return [path / one["filename"] for one in state["_data_files"]]
-
-
-def digest_path(path: Path) -> str:
-    """sha256 of a file's bytes, or of a folder's relative names and bytes."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for one in text_files(path) or arrow_files(path):
-        digest.update(f"{one.relative_to(path).as_posix()}\0{digest_path(one)}\0".encode())
-    return digest.hexdigest()
+    shuffled = table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    for place, row in enumerate(islice(shuffled, start, None), start):
+        yield document(row, place)

@@ -16,9 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from mpcache.chat import ChatEncoder, ChatTokens, find_template, template_digest
 from mpcache.config import CollectConfig
 from mpcache.conversation import Conversation
-from mpcache.documents import Document, Documents
+from mpcache.documents import Documents
 from mpcache.format import BY_ASSISTANT
 from mpcache.plain_text import ParsedText, PlainText
+from mpcache.records import Document
+from mpcache.tokenised import TokenIds, Tokenizer
 
 Stream = UInt[np.ndarray, " _"]
 FLAG_SHIFT = np.uint64(32)
@@ -40,9 +42,7 @@ def has_flags(documents: Documents, config: CollectConfig) -> bool:
     return documents.kind == "conversations" or config.one_document_per_sequence
 
 
-def template_of(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, config: CollectConfig
-) -> str | None:
+def template_of(documents: Documents, tokenizer: Tokenizer, config: CollectConfig) -> str | None:
     """The chat template, where the documents are conversations.
 
     Raises ValueError where conversations cannot be read so.
@@ -59,6 +59,8 @@ def template_of(
             "conversations cannot be kept apart within a sequence: end tokens stand within them; "
             "use --one-document-per-sequence"
         )
+    # a dataset of conversations is refused where there is no tokenizer
+    assert not isinstance(tokenizer, TokenIds)
     return find_template(tokenizer, config.chat_template)
 
 
@@ -74,7 +76,7 @@ class Encoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, specials: Specials, config: CollectConfig,
+        self, tokenizer: Tokenizer, specials: Specials, config: CollectConfig,
         documents: Documents, template: str | None = None,
     ) -> None:  # fmt: skip
         """Without a `template` that of the config is taken."""
@@ -85,15 +87,21 @@ class Encoder:
         self.tail = np.array([] if specials.end is None else [specials.end], dtype)
         self.keeps_empty, self.config = config.keep_empty_documents, config
 
+    @property
+    def _of_text(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; where there is none, a dataset of texts or conversations is refused."""
+        assert not isinstance(self.tokenizer, TokenIds)
+        return self.tokenizer
+
     @functools.cached_property
     def text(self) -> PlainText | ParsedText:
         parses = self.config.parse_special_tokens
-        return ParsedText(self.tokenizer) if parses else PlainText(self.tokenizer)
+        return ParsedText(self._of_text) if parses else PlainText(self._of_text)
 
     @functools.cached_property
     def chat(self) -> ChatEncoder:
-        template = self.template or find_template(self.tokenizer, self.config.chat_template)
-        return ChatEncoder(self.tokenizer, template, self.text)
+        template = self.template or find_template(self._of_text, self.config.chat_template)
+        return ChatEncoder(self._of_text, template, self.text)
 
     def __call__(self, batch: Sequence[tuple[int, Document]]) -> list[Stream | None]:
         documents = dict(batch)
@@ -105,7 +113,7 @@ class Encoder:
         chats = [(p, one) for p, one in batch if isinstance(one, Conversation) and one.messages]
         if chats:
             end = self.specials.end
-            name = None if end is None else str(self.tokenizer.convert_ids_to_tokens(end))
+            name = None if end is None else str(self._of_text.convert_ids_to_tokens(end))
             told = zip(chats, self.chat(chats, name), strict=True)
             whole |= {place: self._whole_chat(one) for (place, _), one in told if len(one.ids)}
         ids = {p: one for p, one in batch if isinstance(one, np.ndarray) and len(one)}

@@ -34,13 +34,29 @@ def resolve_commit(config: CollectConfig) -> str:
 
 
 def load_hub(config: CollectConfig, commit: str) -> datasets.Dataset | datasets.IterableDataset:
+    """The split at a commit; never what a cache holds of another one."""
     with explained(f"dataset {config.dataset}", commit):
-        return datasets.load_dataset(
-            config.dataset,
-            config.dataset_config,
-            split=config.split,
-            revision=commit,
-            streaming=config.streaming,
+        builder = datasets.load_dataset_builder(
+            config.dataset, config.dataset_config, revision=commit
+        )
+    refuse_other_commit(builder.hash, config, commit)
+    with explained(f"dataset {config.dataset}", commit):
+        if config.streaming:
+            return builder.as_streaming_dataset(split=config.split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=config.split)
+
+
+def refuse_other_commit(cached: str | None, config: CollectConfig, commit: str) -> None:
+    """Without the Hub, `datasets` takes the latest commit that its cache has, whatever was asked.
+
+    A builder for a commit has the commit as its hash, and so has the folder that it prepares.
+    """
+    if cached != commit:
+        raise ConnectionError(
+            f"the Hub cannot be reached for dataset {config.dataset} at {commit}; the local cache "
+            f"has another version, {cached}: check the connection (and HF_HUB_OFFLINE), "
+            "or name that version with --dataset-revision"
         )
 
 

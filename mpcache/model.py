@@ -24,6 +24,7 @@ from transformers import (
 from mpcache.config import CollectConfig
 from mpcache.heap import keep_freed_memory
 from mpcache.hub import explained, first_line, names_a_place
+from mpcache.tokenised import TokenIds, Tokenizer
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -43,9 +44,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_tokenizer(config: CollectConfig) -> PreTrainedTokenizerBase:
-    """Raises ValueError where there is none, or a slow one, ConnectionError without the Hub."""
+def load_tokenizer(config: CollectConfig) -> Tokenizer:
+    """The model's tokenizer, or the token ids that its config tells where it has none.
+
+    Raises ValueError where it is a slow one, ConnectionError without the Hub.
+    """
     source = model_source(config)
+    if Path(source).is_dir() and not has_tokenizer(Path(source)):
+        return token_ids(config)
     with explained(f"tokenizer of {config.model}", config.revision):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -58,16 +64,43 @@ def load_tokenizer(config: CollectConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a vocabulary: without one, some classes make one of a token."""
+    patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def token_ids(config: CollectConfig) -> TokenIds:
+    """What the model's config says of its tokens."""
+    with explained(f"model {config.model}", config.revision):
+        architecture = AutoConfig.from_pretrained(
+            model_source(config),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    text = architecture.get_text_config()
+    if not isinstance(size := getattr(text, "vocab_size", None), int):
+        raise ValueError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
+    names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    return TokenIds(size, *(_first_id(getattr(text, name, None), size) for name in names))
+
+
+def _first_id(value: Any, size: int) -> int | None:
+    """A token's id; some configs list several, and some name one that they do not have."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first if isinstance(first, int) and 0 <= first < size else None
+
+
 def load_model(
-    config: CollectConfig, *, with_head: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config: CollectConfig, *, with_head: bool = False, tokenizer: Tokenizer | None = None
+) -> tuple[PreTrainedModel, Tokenizer]:
     """The base model, or the causal language model around it, and its tokenizer.
 
     The model is on its device and frozen.
 
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
-    device, tokenizer = resolve_device(config.device), load_tokenizer(config)
+    device, tokenizer = resolve_device(config.device), tokenizer or load_tokenizer(config)
     if device.type == "cpu":
         keep_freed_memory()
     with explained(f"model {config.model}", config.revision):
@@ -194,8 +227,14 @@ def model_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what turns text into tokens; not of padding and truncation, which calls change."""
+def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
+    """sha256 of what turns text into tokens; not of padding and truncation, which calls change.
+
+    None for a model without a tokenizer: its config, which tells the special tokens, is a part of
+    the model's own digest.
+    """
+    if isinstance(tokenizer, TokenIds):
+        return None
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"padding": None, "truncation": None}
     specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}

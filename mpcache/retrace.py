@@ -22,6 +22,7 @@ from mpcache.identity import dtypes_of, ways_of
 from mpcache.joined import Units, joined_progress, unit_rows
 from mpcache.model import load_tokenizer, tokenizer_digest
 from mpcache.reader import Store, open_store
+from mpcache.sketch import load_vocabulary
 from mpcache.station import Station, load
 from mpcache.tokens import Cursor, PartTokens, iter_parts, row_permutation
 from mpcache.writer import Writer
@@ -53,9 +54,9 @@ class Retrace:
 
     @functools.cached_property
     def _documents(self) -> Documents:
-        tokenizer = self._tokenizer
+        vocabulary = load_vocabulary(self.config, self._tokenizer)
         try:
-            documents = open_documents(self.config, tokenizer)
+            documents = open_documents(self.config, vocabulary)
             self._refuse_other("dataset", documents.digest, "dataset")
         except (ValueError, OSError) as error:
             raise NoDatasetError(str(error)) from error
@@ -67,7 +68,7 @@ class Retrace:
         self._refuse_other("model", loaded.digests["model_digest"], "model")
         return Station(self.config, loaded)
 
-    def _refuse_other(self, name: str, digest: str, option: str) -> None:
+    def _refuse_other(self, name: str, digest: str | None, option: str) -> None:
         if digest != self.store.identity.get(f"{name}_digest"):
             raise ValueError(
                 f"{self.store.place} was made from another {name} than that of "

@@ -13,7 +13,7 @@ from typing import Any
 
 from mpcache.collect import Summary
 from mpcache.config import CollectConfig
-from mpcache.documents import LOCAL_SUFFIXES, open_documents
+from mpcache.documents import open_documents
 from mpcache.encode import template_digests, template_of
 from mpcache.format import (
     POSITION,
@@ -36,7 +36,8 @@ from mpcache.model import (
 )
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
-from mpcache.sketch import files_digest, skeleton
+from mpcache.shards import LOCAL_SUFFIXES
+from mpcache.sketch import files_digest, load_vocabulary, skeleton
 from mpcache.tokens import FIRST_PARTS, following
 
 _NAME = 48  # characters of a model's or dataset's name in a folder's
@@ -109,19 +110,20 @@ def _stores(root: Place) -> Iterator[Store | tuple[str, Exception]]:
 def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
     """What determines the rows asked for, from a store that was made from the same files."""
     tokenizer = load_tokenizer(config)
-    documents = open_documents(config, tokenizer)
+    documents = open_documents(config, load_vocabulary(config, tokenizer))
     digests = {
-        "tokenizer_digest": tokenizer_digest(tokenizer),
         "dataset_digest": documents.digest,
         **template_digests(template_of(documents, tokenizer, config)),
     }
+    if (own := tokenizer_digest(tokenizer)) is not None:
+        digests["tokenizer_digest"] = own
     alike = [store for store in stores if _differ_in_model_alone(store, config, digests)]
     if alike and (files := files_digest(config)) is not None:
         here = {"model_files": files, "transformers_version": library_version("transformers")}
         for store in alike:
             if store.provenance["model"].items() >= here.items():
                 return store.identity
-    model, _ = load_model(config)
+    model, _ = load_model(config, tokenizer=tokenizer)
     digests["model_digest"] = model_digest(model)
     found: dict[str, Any] = as_stored(
         identify(config, digests, str(model.config._attn_implementation))
@@ -155,7 +157,7 @@ def _size(store: Store) -> int:
 def _new_place(root: Place, config: CollectConfig, fingerprint: str) -> Place:
     """A readable name that cannot lead out of the root."""
     dataset = Path(config.dataset).expanduser().resolve()
-    if dataset.suffix in LOCAL_SUFFIXES:
+    while dataset.suffix.lower() in LOCAL_SUFFIXES:
         dataset = dataset.with_suffix("")
     model = Path(config.model).expanduser().resolve()
     readable = f"{_safe(model.name)}-{_safe(dataset.name)}"

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from mpcache.config import CollectConfig
 from mpcache.hub import explained
 from mpcache.model import check_architecture, model_source
+from mpcache.tokenised import Tokenizer, Vocabulary, vocabulary_of
 
 
 def load_architecture(config: CollectConfig) -> PreTrainedConfig:
@@ -22,6 +23,12 @@ def load_architecture(config: CollectConfig) -> PreTrainedConfig:
         )
     check_architecture(architecture, config)
     return architecture
+
+
+def load_vocabulary(config: CollectConfig, tokenizer: Tokenizer) -> Vocabulary:
+    """The token ids that the model can read, by its config."""
+    size = getattr(load_architecture(config).get_text_config(), "vocab_size", None)
+    return vocabulary_of(tokenizer, size if isinstance(size, int) else None)
 
 
 def files_digest(config: CollectConfig) -> str | None:

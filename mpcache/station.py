@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mpcache.compiled import Compiled
 from mpcache.config import CollectConfig
@@ -32,7 +32,7 @@ from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.inputs import find_separation
 from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
 from mpcache.place import Place
-from mpcache.tokenised import token_dtype
+from mpcache.tokenised import Tokenizer, token_dtype
 from mpcache.tokens import row_permutation, special_tokens
 from mpcache.transfer import Transfer
 from mpcache.writer import Writer
@@ -62,17 +62,19 @@ class Loaded:
     """A model in memory, its tokenizer and their digests, which take time with large models."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     digests: Mapping[str, str]
 
 
-def load(config: CollectConfig) -> Loaded:
-    """Raises ValueError where the user can help it, ConnectionError without the Hub."""
-    model, tokenizer = load_model(config)
-    digests = {
-        "model_digest": model_digest(model),
-        "tokenizer_digest": tokenizer_digest(tokenizer),
-    }
+def load(config: CollectConfig, tokenizer: Tokenizer | None = None) -> Loaded:
+    """With the tokenizer that was loaded before, if it was.
+
+    Raises ValueError where the user can help it, ConnectionError without the Hub.
+    """
+    model, tokenizer = load_model(config, tokenizer=tokenizer)
+    digests = {"model_digest": model_digest(model)}
+    if (own := tokenizer_digest(tokenizer)) is not None:  # a model without a tokenizer has no key
+        digests["tokenizer_digest"] = own
     return Loaded(model, tokenizer, digests)
 
 

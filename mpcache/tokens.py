@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt, UInt8
-from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, Split, split_of
 from mpcache.documents import Documents, permutation
 from mpcache.encode import FLAG_SHIFT, Encoder, Stream
 from mpcache.encode import Specials as Specials
 from mpcache.format import STARTS_DOCUMENT
-from mpcache.tokenised import end_token, token_dtype
+from mpcache.tokenised import Tokenizer, end_token, token_dtype
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
 _TOKEN = (1 << int(FLAG_SHIFT)) - 1  # bits of an item that are its token
@@ -75,7 +74,7 @@ def following(part: int, validation_every: int) -> int:
     return part + 1 if split_of(part + 1, validation_every) == "train" else part + 2
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, config: CollectConfig) -> Specials:
+def special_tokens(tokenizer: Tokenizer, config: CollectConfig) -> Specials:
     """What `config` asks of the tokenizer. Raises ValueError where it has no such token."""
     begin = next(
         (t for t in (tokenizer.bos_token_id, tokenizer.cls_token_id) if isinstance(t, int)), None
@@ -283,7 +282,7 @@ class Feed:
 
 def iter_parts(
     documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: CollectConfig,
     cursors: Mapping[int, Cursor] = FIRST_PARTS,
     template: str | None = None,

@@ -17,11 +17,11 @@ from mpcache.config import CollectConfig
 from mpcache.documents import (
     SHUFFLE_BUFFER,
     Documents,
-    hub_order,
+    HubRows,
     open_documents,
     permutation,
 )
-from mpcache.tokenised import token_dtype
+from mpcache.tokenised import token_dtype, vocabulary_of
 
 TEXTS = [f"document {i} é\n" + "x" * (i % 5) for i in range(150)]
 TOKENIZER = tiny_tokenizer()
@@ -76,7 +76,7 @@ def make_config(dataset, **changes) -> CollectConfig:
 
 
 def open_(dataset, **changes) -> Documents:
-    return open_documents(make_config(dataset, **changes), TOKENIZER)
+    return open_documents(make_config(dataset, **changes), vocabulary_of(TOKENIZER))
 
 
 def texts_of(documents, start=0) -> list[str]:
@@ -156,6 +156,10 @@ def test_tokens_are_as_wide_as_ids_need():
 # --- a stream, as of the Hub ---
 
 
+def hub_order(table, config):
+    return HubRows(table, config, vocabulary_of(TOKENIZER)).order
+
+
 @pytest.mark.parametrize("count", [50, 500])
 def test_a_stream_starts_at_any_place(monkeypatch, count):
     monkeypatch.setattr("mpcache.documents.SHUFFLE_BUFFER", 100)
@@ -187,7 +191,7 @@ def make_damaged(folder):
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "numbers.jsonl").write_text('{"text": 1}\n')
     (folder / "latin.txt").write_bytes(b"caf\xe9")
-    (folder / "a.csv").write_text("text\na\n")
+    (folder / "a.doc").write_text("text\na\n")
     (folder / "odd.bin").write_bytes(b"123")
     (folder / "none").mkdir()
     np.array([1, 2], "<u2").tofile(folder / "endless.bin")
@@ -199,15 +203,18 @@ def make_damaged(folder):
     [
         ("missing.jsonl", r"must exist, got .*missing\.jsonl; check the path"),
         ("empty.jsonl", r"must hold a document, got the empty file empty\.jsonl"),
-        ("broken.jsonl", r"broken\.jsonl cannot be read as jsonl: .*; repair it"),
-        ("numbers.jsonl", "must hold text, got int in text; name another"),
+        ("broken.jsonl", r"line 2 of broken\.jsonl is not JSON: .*cut short: repair it"),
+        (
+            "numbers.jsonl",
+            r"line 1 of numbers\.jsonl: text_column must .*, got int in text; name",
+        ),
         ("latin.txt", r"must be UTF-8, got latin\.txt"),
-        ("a.csv", r"is a \.jsonl, \.parquet, \.txt, \.bin file.*got a\.csv; convert it"),
-        ("none", "must hold a document, got none in none; a folder holds .txt"),
+        ("a.doc", r"is a folder or a file \.jsonl, .*, got a\.doc; convert it"),
+        ("none", "must hold a document, got none in none; a folder holds files .jsonl"),
         ("odd.bin", r"must hold uint16 tokens, got 3 bytes in odd\.bin"),
-        ("empty.bin", r"must hold uint16 tokens, got 0 bytes in empty\.bin"),
+        ("empty.bin", r"must hold a document, got the empty file empty\.bin"),
         ("endless.bin", r"documents in endless\.bin must end with token 257, got no such"),
-        ("foreign.bin", r"must be at most 257 for this tokenizer, got 9999 in foreign\.bin"),
+        ("foreign.bin", r"must be at most 257 for this model, got 9999 at token 1 of foreign\.bin"),
     ],
 )
 def test_refuses_in_one_line(tmp_path, name, message):

@@ -28,6 +28,7 @@ from mpcache.crew import Crew
 from mpcache.documents import open_documents
 from mpcache.model import load_tokenizer
 from mpcache.place import place_of
+from mpcache.tokenised import vocabulary_of
 from mpcache.verify import verify
 from mpcache.workforce import Share, Workforce
 from stores import files_of, marks_of, small_config, write_corpus
@@ -148,7 +149,8 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
     path, whole = tmp_path / "store", tmp_path / "whole"
     tokenizer = load_tokenizer(config)
     with Crew(workforce, config, place_of(path), quiet=True) as staff:
-        facts, documents = staff.facts(), open_documents(config, tokenizer)
+        facts = staff.facts()
+        documents = open_documents(config, vocabulary_of(tokenizer))
         staff.client.run(slow_down, 0.05)
         pids = staff.client.run(os.getpid)
 

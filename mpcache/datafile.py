@@ -1,0 +1,220 @@
+"""One file of a dataset: opened once, then digested and read through the same descriptor.
+
+A file that is put in its place later is never read. A file that is changed in place is noticed: its
+content is compared with the digest when its size or times are other ones than when it was digested.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import stat
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+
+from mpcache.hub import first_line
+
+COMPRESSIONS = (".gz", ".zst")
+_COPY_BYTES = 1 << 20
+_HEAD_BYTES = 512
+_LFS = b"version https://git-lfs.github.com/spec/"
+_PAGES = (b"<!doctype html", b"<html")
+# a change within this time of the digest can leave the same time stamps: clocks of files are coarse
+_COARSE_NS = 2_000_000_000
+
+
+class DataFile:
+    """A regular file with data. Raises ValueError where it cannot be one, with its name."""
+
+    descriptor = -1
+
+    def __init__(self, path: Path, name: str, *, may_be_empty: bool = False) -> None:
+        self.path, self.name = path, name
+        self.compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+        self.descriptor = _opened(path, name)
+        try:
+            size = self._stamp()[0]
+            if not size and not may_be_empty:
+                raise ValueError(
+                    f"dataset must hold a document, got the empty file {name}; "
+                    "remove it, or get it again"
+                )
+            _refuse_pointer(os.pread(self.descriptor, _HEAD_BYTES, 0), name)
+            self.digest = self._digest()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; once is enough, more do no harm."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+    def __enter__(self) -> "DataFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # --- what was digested is what is read ---
+
+    def _stamp(self) -> tuple[int, int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+    def _digest(self) -> str:
+        self.stamp, self.digested_ns = self._stamp(), time.time_ns()
+        with self.raw() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def check_unchanged(self, *, thorough: bool = True) -> None:
+        """Raise ValueError if the content is another one than when it was digested.
+
+        `thorough` also looks for a change so soon after the digest that no time stamp tells.
+        """
+        soon = self.digested_ns - max(self.stamp[1:]) < _COARSE_NS
+        if self._stamp() == self.stamp and not (thorough and soon):
+            return
+        before = self.digest  # other times alone are no harm: the file may have got another name
+        if self._digest() != before:
+            raise ValueError(
+                f"{self.name} was changed while it was read; wait until nothing writes to it, "
+                "then give the same command again"
+            )
+
+    # --- reading ---
+
+    def raw(self) -> io.BufferedReader:
+        """The bytes of the file from its start."""
+        return io.BufferedReader(_At(self.descriptor), _COPY_BYTES)
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[io.BufferedIOBase]:
+        """The content from its start, decompressed."""
+        with self.raw() as raw:
+            if self.compression == ".gz":
+                with gzip.GzipFile(fileobj=raw) as unzipped:
+                    yield io.BufferedReader(unzipped, _COPY_BYTES)
+            elif self.compression == ".zst":
+                with pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as unzipped:
+                    yield io.BufferedReader(_Native(unzipped), _COPY_BYTES)
+            else:
+                yield raw
+
+    @contextlib.contextmanager
+    def seekable(self) -> Iterator[io.BufferedIOBase]:
+        """The content for reading in any order: of a compressed file, in a temporary file."""
+        if not self.compression:
+            with self.raw() as raw:
+                yield raw
+            return
+        with temporary_file() as copy:
+            with self.stream() as stream:
+                while piece := stream.read(_COPY_BYTES):
+                    copy.write(piece)
+            copy.seek(0)
+            yield copy
+
+    @contextlib.contextmanager
+    def explained(self, kind: str) -> Iterator[None]:
+        """Errors of a library that reads the file, in one line with the file's name."""
+        try:
+            yield
+        except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk, not the content
+            raise ValueError(
+                f"{self.name} cannot be read as {kind}: {first_line(error)}; "
+                "it may be cut short or damaged: write it again, or download it again"
+            ) from error
+
+
+class _At(io.RawIOBase):
+    """A reader with its own position, so that many can share a descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.position = descriptor, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        size = os.fstat(self.descriptor).st_size
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position}.get(whence, size)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self.descriptor, [buffer], self.position)
+        self.position += count
+        return count
+
+
+class _Native(io.RawIOBase):
+    """A stream of pyarrow's as a raw stream of Python's."""
+
+    def __init__(self, stream: pa.NativeFile) -> None:
+        self.stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.stream.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def temporary_file() -> io.BufferedRandom:
+    """A file without a name, which is gone when it is closed, whatever happens."""
+    return cast(io.BufferedRandom, tempfile.TemporaryFile(prefix="mpcache-", buffering=_COPY_BYTES))
+
+
+def _opened(path: Path, name: str) -> int:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise ValueError(
+                f"{name} is a link to {os.readlink(path)}, which does not exist; "
+                "mend the link, or download the file again"
+            ) from error
+        raise ValueError(f"dataset must exist, got {name}; check the path") from error
+    except PermissionError as error:
+        raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{name} must be a regular file; name a file with data")
+    return descriptor
+
+
+def _refuse_pointer(head: bytes, name: str) -> None:
+    if head.startswith(_LFS):
+        raise ValueError(
+            f"{name} is a Git LFS pointer, not the data; run git lfs pull where it was cloned"
+        )
+
+
+def is_web_page(file: DataFile) -> bool:
+    """Whether the content begins as an HTML page does: such as the answer of a wrong URL."""
+    with contextlib.suppress(OSError, EOFError, zlib.error, pa.ArrowException):
+        with file.stream() as stream:
+            head = stream.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        return head.startswith(_PAGES)
+    return False

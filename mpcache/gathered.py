@@ -1,0 +1,112 @@
+"""The documents of all files of a dataset, in order, while they are read and after."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from mpcache.config import CollectConfig
+from mpcache.records import (
+    Document,
+    Kind,
+    Where,
+    document_of,
+    kind_of,
+    kind_of_type,
+    record_of,
+    text_records,
+    token_records,
+)
+from mpcache.spool import Spool
+from mpcache.tokenised import Indices, Vocabulary
+
+
+class Gathered:
+    """Documents of one kind, which the first row that is not empty decides."""
+
+    def __init__(self, config: CollectConfig, vocabulary: Vocabulary) -> None:
+        self.config, self.vocabulary = config, vocabulary
+        self.spool = Spool()
+        self.kind: Kind | None = None
+
+    def __len__(self) -> int:
+        return len(self.spool)
+
+    def add(self, value: Any, mask: Any, where: object) -> None:
+        """Add the document of a row. Raises ValueError, which names `where` the row is."""
+        try:
+            kind = self._settled(kind_of(value), where)
+        except TypeError as error:
+            raise self._unusable(error, where) from error
+        record = record_of(value, mask, kind, self.vocabulary, where) if kind else b""
+        self.spool.add(record)
+
+    def add_text(self, text: str, where: object) -> None:
+        """Add a document that is known to be a text."""
+        self.add(text, None, where)
+
+    def check_type(self, kind: pa.DataType, where: object) -> None:
+        """Raise ValueError for an arrow column that can hold no documents, or of another kind."""
+        try:
+            self._settled(kind_of_type(kind), where)
+        except TypeError as error:
+            raise self._unusable(error, where) from error
+
+    def add_array(self, array: pa.Array, mask: pa.Array | None, where: Where) -> None:
+        """Add the documents of an arrow column whose type was checked."""
+        array.validate(full=True)  # a damaged file may hold bounds that lead anywhere
+        kind = kind_of_type(array.type)
+        if kind == "text":
+            self.spool.add_all(*text_records(array))
+        elif kind == "tokens":
+            self.spool.add_all(*token_records(array, mask, self.vocabulary, where))
+        else:
+            for place, value in enumerate(array.to_pylist()):
+                self.add(value, None, where(place))
+
+    def _settled(self, kind: Kind | None, where: object) -> Kind | None:
+        if kind is not None and self.kind is None:
+            self.kind = kind
+            refuse_without_tokenizer(kind, self.vocabulary, self.config)
+        if kind is not None and kind != self.kind and not isinstance(where, Row):
+            raise ValueError(
+                f"all files must hold the same kind of documents, got {kind} in {where} "
+                f"after {self.kind}; name files of one kind"
+            )
+        return self.kind
+
+    def _unusable(self, error: TypeError, where: object) -> ValueError:
+        return ValueError(
+            f"{where}: text_column must hold text, token ids or chat messages, got {error} in "
+            f"{self.config.text_column}; name another"
+        )
+
+    def fetch(self, indices: Indices) -> Sequence[Document]:
+        """Documents by their places in the files; `spool` is finished."""
+        return [document_of(self.spool[int(index)], self.kind) for index in indices]
+
+
+def refuse_without_tokenizer(kind: Kind, vocabulary: Vocabulary, config: CollectConfig) -> None:
+    """Texts and chats need a tokenizer."""
+    if kind != "tokens" and not vocabulary.has_tokenizer:
+        raise ValueError(
+            f"{config.dataset} holds {kind}, and the model {config.model} has no tokenizer; "
+            "put its tokenizer.json beside the model, or name a column of token ids with "
+            "--text-column"
+        )
+
+
+class Row:
+    """A row of a file, in words, which are made where they are needed only."""
+
+    def __init__(self, name: str, number: int, unit: str = "line") -> None:
+        self.name, self.number, self.unit = name, number, unit
+
+    def __str__(self) -> str:
+        first = " (the first is 0)" if self.unit == "row" else ""
+        return f"{self.unit} {self.number} of {self.name}{first}"
+
+
+def rows_from(name: str, first: int) -> Where:
+    """Names the rows of an array by its place in the file."""
+    return lambda place: Row(name, first + int(place), "row")

@@ -1,0 +1,74 @@
+"""Which files of a downloaded folder are those of a split, and whether all of them are there."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+_ALIASES = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+_NUMBERED = re.compile(r"(.*?)-(\d{5})-of-(\d{5}).*")
+
+
+def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Path, ...]:
+    """Those of the split where names of files or folders tell splits, else all.
+
+    Raises ValueError where only some tell, or where the files are those of several datasets.
+    """
+    splits = {file: split_of_name(file.relative_to(folder)) for file in files}
+    named = [file for file in files if splits[file]]
+    if not named:
+        return tuple(files)
+    if len(named) < len(files):
+        other = next(file for file in files if not splits[file])
+        raise ValueError(
+            f"files in {folder.name} must all name a split or none, got {named[0].name} and "
+            f"{other.name}; name those to read with a glob, or with commas"
+        )
+    wanted = _ALIASES.get(split, split)
+    chosen = [file for file in files if splits[file] == wanted]
+    if not chosen:
+        there = ", ".join(dict.fromkeys(str(splits[file]) for file in files))
+        raise ValueError(f"split must be one of {there} in {folder.name}, got {split}")
+    if len(folders := dict.fromkeys(f.parent for f in chosen if split_of_name(Path(f.name)))) > 1:
+        names = ", ".join(place.relative_to(folder).as_posix() for place in folders)
+        raise ValueError(
+            f"{folder.name} holds several datasets, {split} files are in {names}; "
+            "name one of these folders"
+        )
+    return tuple(chosen)
+
+
+def split_of_name(path: Path) -> str | None:
+    """The split that a file's name tells, else one of the folders that it lies in."""
+    for part in reversed(path.parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            if word in _ALIASES:
+                return _ALIASES[word]
+    return None
+
+
+def complete(files: Sequence[Path], folder: Path) -> None:
+    """Raise ValueError where names such as a-00000-of-00002 tell of files that are not there."""
+    groups: defaultdict[tuple[Path, str, str], set[int]] = defaultdict(set)
+    for file in files:
+        if match := _NUMBERED.fullmatch(file.name):
+            name, number, count = match.groups()
+            groups[file.parent, name, count].add(int(number))
+    for (_, name, count), numbers in groups.items():
+        if missing := sorted(set(range(int(count))) - numbers):
+            raise ValueError(
+                f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
+                f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "
+                "those to read with a glob"
+            )
