@@ -83,6 +83,8 @@ def fit(
             results = run(config, quiet=False)
     except KeyboardInterrupt as stop:
         raise type(stop)(_how_to_go_on(Path(config.run))) from None
+    for warning in (warning for result in results for warning in result.get("warnings", ())):
+        typer.echo(f"warning: {warning}", err=True)
     if json:
         print_json(results)
     else:
@@ -95,9 +97,6 @@ def fit(
 
 def _tell_results(run: Path, results: list[dict[str, Any]]) -> None:
     trained = [result for result in results if not result["diverged"]]
-    for result in results:
-        if result["diverged"]:
-            typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
     if trained:
         unevaluated = dict.fromkeys(_RESULTS)
         rows = [{**unevaluated, **one, **(one["validation"] or {})} for one in trained]
@@ -181,6 +180,8 @@ def sweep(
             )
     except KeyboardInterrupt as stop:
         raise type(stop)("interrupted; the same command goes on from there") from None
+    for warning in outcome.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     rows = [dataclasses.asdict(verdict) for verdict in outcome.verdicts]
     if json:
         print_json({"verdicts": rows, "files": list(map(str, outcome.files))})
@@ -300,7 +301,10 @@ def plot(
         typer.echo(file)
     for curve in (curve for run in runs for curve in read_curves(run)):
         if curve.diverged:
-            typer.echo(f"warning: {curve.coder.name} in {curve.run} diverged", err=True)
+            rows = f"{curve.records[-1].rows:,}"
+            typer.echo(
+                f"warning: {curve.coder.name} in {curve.run} diverged after {rows} rows", err=True
+            )
 
 
 @app.command()

@@ -43,6 +43,8 @@ class Outcome:
     verdicts: tuple[Verdict, ...]
     faults: tuple[str, ...]
     "panels without a curve, variants that do nothing"
+    warnings: tuple[str, ...]
+    "of the coders' results"
 
 
 def sweep(
@@ -95,6 +97,7 @@ def sweep(
         tuple(files),
         tuple(verdict for panel in part.panels for verdict in judge(panel, coders)),
         tuple(faults(part.panels, coders)),
+        tuple(warning for one in coders.values() for warning in one.warnings),
     )
 
 

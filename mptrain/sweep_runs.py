@@ -53,6 +53,11 @@ class Trained:
         return self.config.latents_of(json.loads(file.read_bytes())["input_width"])
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its user has to know about it; nothing before the end."""
+        return () if self.result is None else tuple(self.result.get("warnings", ()))
+
+    @property
     def validation(self) -> Mapping[str, Any] | None:
         """On all held-out rows; None where it diverged, or before the end."""
         return None if self.result is None else self.result["validation"]

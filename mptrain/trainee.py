@@ -30,6 +30,10 @@ class Trainee:
     config: CoderConfig
     learner: Learner
     train_seconds: float = 0.0
+    rows_read: int = 0
+    "rows in the batches of its train steps, with those that its filters left out"
+    rows_trained: int = 0
+    "rows that its train steps took"
     lr: float = 0.0
     "learning rate of the last train step"
     diverged: bool = False
@@ -38,9 +42,10 @@ class Trainee:
     def sides(self) -> tuple[Side, Side]:
         return sides_of(self.config)
 
-    def rows_per_second(self, rows: int) -> float:
-        """Of this many rows read; 0 where no batch had a row to train on."""
-        return rows / self.train_seconds if self.train_seconds else 0.0
+    @property
+    def rows_per_second(self) -> float:
+        """Rows trained in a second of its own train time; 0 where no batch had a row for it."""
+        return self.rows_trained / self.train_seconds if self.train_seconds else 0.0
 
 
 def train_steps(config: RunConfig) -> int:
