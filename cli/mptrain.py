@@ -220,7 +220,42 @@ def _how_to_go_on(run: Path) -> str:
     step = last_step(run)
     if step is None:
         return "interrupted before a state was saved; the same command starts anew"
-    return f"interrupted; the same command goes on after train step {step}, saved in {run}/state"
+    return (
+        f"interrupted; the same command goes on after train step {step}, saved in {run}/state; "
+        f"mptrain save-coders {run} makes coders of that state"
+    )
+
+
+@app.command()
+@guarded
+def save_coders(
+    *,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that has not ended")],
+    store: Annotated[
+        str | None, typer.Option(help="where its store is now [default: where it was]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="torch device to use")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Save the coders of a run's last saved state, as RUN/coders/NAME-stepN.
+
+    The run may be under way or interrupted; nothing of it changes, and it may go on later.
+    """
+    from mptrain.save_coders import save_coders as run_it
+
+    places = {"device": device} if store is None else {"device": device, "store": store}
+    saved = run_it(run, places)
+    for one in saved:
+        if one["diverged"]:
+            typer.echo(f"warning: {one['coder']} has diverged and is not saved", err=True)
+    if json:
+        return print_json(saved)
+    for one in saved:
+        if not one["diverged"]:
+            typer.echo(f"{one['folder']}: after {one['step']:,} of {one['steps']:,} train steps")
+    if not saved:
+        typer.echo(f"the coders of the last saved state are finished; they are in {run}/coders")
+    return None
 
 
 @app.command(name="eval")

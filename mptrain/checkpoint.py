@@ -74,15 +74,20 @@ def save_state(
 def load_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The last state that was kept whole; None where there is none.
 
+    The run may be under way: where a later state takes the place of this one, that one is read.
+
     Raises:
         ValueError: its bytes are not what was kept.
     """
-    step = last_step(run)
-    if step is None:
-        return None
-    folder = run / "state" / str(step)
-    with _damage_in_words(folder):
-        return _about(folder), load_file(folder / "state.safetensors")
+    while (step := last_step(run)) is not None:
+        folder = run / "state" / str(step)
+        try:
+            with _damage_in_words(folder):
+                return _about(folder), load_file(folder / "state.safetensors")
+        except ValueError:
+            if last_step(run) == step:
+                raise
+    return None
 
 
 def load_about(run: Path) -> dict[str, Any] | None:

@@ -133,7 +133,8 @@ class Coder(nn.Module):
 
         batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`, those above `threshold`;
         with `over_batch`, or a `k` that is not their own, the strongest of all these rows instead,
-        `k` a row on average (`thresholds.at_k` gives a coder with a threshold for another `k`). `among` are the latents that mp may choose (None: all).
+        `k` a row on average; `thresholds.at_k` makes a coder that has a threshold for another `k`.
+        `among` are the latents that mp may choose (None: all).
 
         Raises ValueError where this coder cannot be run with such a `k` or such codes.
         """

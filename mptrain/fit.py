@@ -21,7 +21,7 @@ from mptrain.evaluate import Evaluation, evaluate, set_thresholds_, sides_of_all
 from mptrain.filters import Filters, make_filters
 from mptrain.followers import Followers, refuse_absent
 from mptrain.interrupt import held_interrupt
-from mptrain.loader import Batch, Loader, Side, Split, Store
+from mptrain.loader import Batch, Loader, Side, Store
 from mptrain.metrics import MetricsFile, Record, rewind
 from mptrain.observe import in_short, record_of
 from mptrain.plan import Plan, make_plan
@@ -31,8 +31,7 @@ from mptrain.results import result_of
 from mptrain.runs import Run, open_run, parts_begun_with, refuse_other
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
-from mptrain.trainee import Trainee, make_trainee, train_steps
-from mptrain.windows import ALL, Share
+from mptrain.trainee import Trainee, loader_of, make_trainee, train_steps
 
 
 def fit(
@@ -73,7 +72,7 @@ def _fit(
         filters = make_filters(config, store, sides)
         trainees = [make_trainee(one, config, filters, store, device, ranks) for one in own]
         with ExitStack() as stack:
-            open_loader = partial(_loader, config, store, filters=filters, device=device)
+            open_loader = partial(loader_of, config, store, filters=filters, device=device)
             train = stack.enter_context(open_loader(sides, "train", share=ranks.share))
             validation = stack.enter_context(open_loader(sides, "validation"))
             sample = None
@@ -374,27 +373,3 @@ class Fitting:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _loader(
-    config: RunConfig,
-    store: Store,
-    sides: Sequence[Side],
-    split: Split,
-    *,
-    filters: Filters,
-    device: torch.device,
-    share: Share = ALL,
-) -> Loader:
-    return Loader(
-        store,
-        sides,
-        split,
-        batch_rows=config.batch_rows,
-        seed=config.order_seed,
-        window_rows=config.window_rows,
-        threads=config.read_threads,
-        facts=filters.of(sides).facts,
-        device=device,
-        share=share,
-    )

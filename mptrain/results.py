@@ -14,7 +14,17 @@ L0_TOLERANCE = 0.05  # of K
 def result_of(
     trainee: Trainee, steps: int, batch_rows: int, evaluation: Evaluation | None
 ) -> dict[str, Any]:
-    """A coder after its last train step, of `steps` planned; `evaluation` is on held-out rows.
+    """A coder at the end of its training; `evaluation` is on all held-out rows."""
+    so_far = result_so_far(trainee, steps, batch_rows)
+    return {
+        **so_far,
+        "validation": None if evaluation is None else asdict(evaluation),
+        "warnings": list(_warnings(trainee, so_far["step"], evaluation)),
+    }
+
+
+def result_so_far(trainee: Trainee, steps: int, batch_rows: int) -> dict[str, Any]:
+    """A coder after its last train step, of `steps` planned.
 
     Rows and seconds are the coder's own: others may have trained on after it diverged.
     """
@@ -29,8 +39,6 @@ def result_of(
         "rows_trained": trainee.rows_trained,  # of these, the ones that its filters left
         "train_seconds": trainee.train_seconds,
         "rows_per_second": trainee.rows_per_second,
-        "validation": None if evaluation is None else asdict(evaluation),
-        "warnings": list(_warnings(trainee, step, evaluation)),
     }
 
 
