@@ -288,11 +288,14 @@ def evaluate(
     With --model, the coder is spliced into the language model: cross-entropy and KL.
     """
     from mptrain.evaluate import evaluate_coder
+    from mptrain.results import l0_warnings
 
     other_codes = choices(codes or (), Codes)
     evaluations = evaluate_coder(
         coder, store, counts(k or ()), rows, device, other_codes, tier=tier, tier_bytes=tier_bytes
     )
+    for warning in l0_warnings(coder, evaluations):
+        typer.echo(f"warning: {warning}", err=True)
     found = [dataclasses.asdict(one) for one in evaluations]
     kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
     if json:

@@ -63,6 +63,9 @@ def _fit(
     coders = {one.name: one for one in config.coders()}
     begun = load_progress(Path(config.run), list(coders))
     store, plan = _planned(config, device, ranks, only_parts, begun, quiet=quiet)
+    if plan.epochs > 1 and not quiet:
+        told = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,} train"
+        warnings.warn(f"{told} rows of {store.place}", RuntimeWarning, stacklevel=2)
     progress = begun or Progress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):

@@ -1,7 +1,9 @@
 """What a coder came to: its row of results.json, and what its user has to know about it."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mptrain.evaluate import Evaluation
@@ -66,6 +68,13 @@ def l0_fault(config: CoderConfig, evaluation: Evaluation) -> str | None:
         f"has an L0 of {evaluation.l0:.4g} on held-out rows, its K is {evaluation.k} "
         f"({evaluation.l0_deviation:+.1%}): {_reason(config)}"
     )
+
+
+def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
+    """What a user has to know of a saved coder's evaluations."""
+    config = CoderConfig(**json.loads((folder / "coder.json").read_bytes())["config"])
+    faults = (l0_fault(config, evaluation) for evaluation in evaluations)
+    return [f"{folder.name} {fault}" for fault in faults if fault]
 
 
 def _reason(config: CoderConfig) -> str:
