@@ -40,8 +40,8 @@ def collect(experiment: Experiment, config: CollectConfig, sides: Sequence[str])
     if done.missing:
         told = "; ".join(f"part {part.part}: {part.cause}" for part in done.missing)
         raise OSError(f"parts are missing in {done.store} ({told}); the same command goes on")
-    if told := fewer_rows(done):
-        warnings.warn(f"{done.store} has {told}", RuntimeWarning, stacklevel=2)
+    if fewer := fewer_rows(done):
+        warnings.warn(f"{done.store} has {fewer}", RuntimeWarning, stacklevel=2)
     return str(place)
 
 

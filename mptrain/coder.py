@@ -309,7 +309,10 @@ class Coder(nn.Module):
         """`codes`, where this coder can be run with them; else ValueError."""
         if codes != self.config.codes:
             if self.W_MD is None:
-                raise ValueError(f"codes {codes} are for mp coders, got arch {self.config.arch}")
+                raise ValueError(
+                    f"codes {codes} are for mp coders, got arch {self.config.arch}; "
+                    "leave --codes out"
+                )
             training_only = {name: getattr(CoderConfig, name) for name in _NOT_FOR_REFIT}
             replace(self.config, codes=codes, **training_only)
         return codes

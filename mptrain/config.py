@@ -91,7 +91,7 @@ class RunConfig:
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
-                f"batch_rows={self.batch_rows}"
+                f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
             )
         refuse_lone_bound(self.tier, self.tier_bytes)
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:

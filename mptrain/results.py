@@ -1,11 +1,11 @@
 """What a coder came to: its row of results.json, and what its user has to know about it."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mptrain.checkpoint import read_json
 from mptrain.evaluate import Evaluation
 from mptrain.recipe import PURSUITS, CoderConfig
 from mptrain.trainee import Trainee
@@ -72,7 +72,7 @@ def l0_fault(config: CoderConfig, evaluation: Evaluation) -> str | None:
 
 def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
     """What a user has to know of a saved coder's evaluations."""
-    config = CoderConfig(**json.loads((folder / "coder.json").read_bytes())["config"])
+    config = CoderConfig(**read_json(folder / "coder.json")["config"])
     faults = (l0_fault(config, evaluation) for evaluation in evaluations)
     return [f"{folder.name} {fault}" for fault in faults if fault]
 

@@ -3,14 +3,13 @@
 Only the run's folder of coders is written, so that the run may be under way, or go on later.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mptrain.batches import resolve_device
-from mptrain.checkpoint import load_state, save_coder
+from mptrain.checkpoint import load_state, read_json, save_coder
 from mptrain.coder import Coder
 from mptrain.config import RunConfig
 from mptrain.evaluate import set_thresholds_, sides_of_all
@@ -56,14 +55,14 @@ def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _finished(run: Path) -> set[str]:
     """Names of the coders that were evaluated and saved at the end of their training."""
     file = run / "results.json"
-    return {result["coder"] for result in json.loads(file.read_bytes())} if file.exists() else set()
+    return {result["coder"] for result in read_json(file)} if file.exists() else set()
 
 
 def _save(
     config: RunConfig, trainees: list[Trainee], store: Store, filters: Filters
 ) -> list[dict[str, Any]]:
     run = Path(config.run)
-    started = json.loads((run / "config.json").read_bytes())
+    started = read_json(run / "config.json")
     provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
     healthy = [trainee for trainee in trainees if not trainee.diverged]
     coders = {trainee.config.name: trainee.learner.evaluated() for trainee in healthy}
