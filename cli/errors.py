@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 import typer
 
-from mpcache.guard import printable
+from mpcache.guard import DamagedStoreError, printable
 from mptrain.interrupt import Terminated
 
 # what is wrong with the place that was named, not with the disk or the network
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 _OURS = {"mpcache", "mptrain", "cli"}
+_MENDING = {"verify", "repair"}  # commands
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -35,6 +36,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if not _raised_by_us(error):
                 raise  # a fault of ours or of a library; the traceback is what helps
             _end(f"error: {error}", 2)
+        except DamagedStoreError as error:
+            _end(f"error: {error}{_remedy(command.__name__, values.get('store'))}", 1)
         except OSError as error:
             if error.errno in _PLACES:
                 _end(f"error: cannot use {error.filename}: {error.strerror}; name another place", 2)
@@ -54,6 +57,14 @@ def warnings_in_words() -> Iterator[None]:
 
 def _show(message: Warning | str, *_: object, **__: object) -> None:
     typer.echo(f"warning: {printable(str(message))}", err=True)
+
+
+def _remedy(command: str, store: object) -> str:
+    """What mends a store; nothing where a command that does so has met the damage."""
+    if command in _MENDING:
+        return ""
+    name = store if isinstance(store, str) else "STORE"
+    return f"; mpcache verify {name} lists what is damaged, mpcache repair {name} collects it again"
 
 
 def _raised_by_us(error: BaseException) -> bool:

@@ -79,12 +79,12 @@ def collect(
     if json:
         print_json(dataclasses.asdict(done))
     else:
-        _tell(done, config.rows)
+        _tell(done)
     if done.missing:
         raise typer.Exit(1)
 
 
-def _tell(done: Any, wanted: int) -> None:
+def _tell(done: Any) -> None:
     if not done.forward_rows:
         typer.echo("everything was there already: no forward pass was needed")
     share = "" if done.share == "1/1" else f", share {done.share}"
@@ -94,8 +94,8 @@ def _tell(done: Any, wanted: int) -> None:
     )
     if done.empty_documents:
         typer.echo(f"{done.empty_documents:,} documents without tokens were left out")
-    if done.exhausted:
-        typer.echo(f"the dataset ended before the {wanted:,} rows wanted", err=True)
+    if told := fewer_rows(done):
+        typer.echo(f"warning: {told}", err=True)
     if done.nonfinite:
         typer.echo(
             f"warning: {done.nonfinite:,} values are not finite; see mpcache stats", err=True
@@ -107,6 +107,14 @@ def _tell(done: Any, wanted: int) -> None:
             f"error: {len(done.missing)} parts are missing; the same command tries them again",
             err=True,
         )
+
+
+def fewer_rows(done: Any) -> str | None:
+    """Why a collection has fewer rows than were wanted, where it has."""
+    if done.rows_planned >= done.rows_wanted:
+        return None
+    reason = "the dataset ended" if done.exhausted else "parts end where documents do"
+    return f"{done.rows_planned:,} rows of {done.rows_wanted:,} wanted: {reason}"
 
 
 def place_of(
@@ -136,7 +144,7 @@ def list_stores(
     root: Annotated[str, typer.Argument(metavar="ROOT", help="folder or bucket of stores")],
     json: Json = False,
 ) -> None:
-    """Model, dataset, hookpoints, rows, bytes, completeness and age of every store in a root."""
+    """Model, dataset, hookpoints, rows (also wanted), bytes, completeness and age of all stores."""
     from mpcache.roots import entries
 
     found = [dataclasses.asdict(one) for one in entries(root)]
@@ -149,6 +157,7 @@ def list_stores(
         "hookpoints",
         "dtype",
         "rows",
+        "rows_wanted",
         "bytes",
         "complete",
         "age",
@@ -156,6 +165,9 @@ def list_stores(
     shown = [{**one, "complete": f"{one['complete']:.0%}", "age": age(one)} for one in found]
     print_table(columns, [one for one in shown if one["fault"] is None])
     for one in found:
+        if one["exhausted"]:
+            told = f"{one['rows']:,} rows of {one['rows_wanted']:,} wanted: the dataset ended"
+            typer.echo(printable(f"warning: {one['store']}: {told}"), err=True)
         if one["fault"] is not None:
             typer.echo(printable(f"warning: {one['store']}: {one['fault']}"), err=True)
     return None
@@ -243,6 +255,8 @@ def info(*, store: StorePath, json: Json = False) -> None:
     for line in _ways(found):
         typer.echo(line)
     typer.echo(f"planned      {found['rows_planned']:,} rows in {found['parts_planned']} parts")
+    ended = ": the dataset ended" if found["exhausted"] else ""
+    typer.echo(f"wanted       {found['rows_wanted']:,} rows{ended}")
     columns = (
         "hookpoint",
         "side",

@@ -83,6 +83,8 @@ def fit(
             results = run(config, quiet=False)
     except KeyboardInterrupt as stop:
         raise type(stop)(_how_to_go_on(Path(config.run))) from None
+    for warning in (warning for result in results for warning in result.get("warnings", ())):
+        typer.echo(f"warning: {warning}", err=True)
     if json:
         print_json(results)
     else:
@@ -95,9 +97,6 @@ def fit(
 
 def _tell_results(run: Path, results: list[dict[str, Any]]) -> None:
     trained = [result for result in results if not result["diverged"]]
-    for result in results:
-        if result["diverged"]:
-            typer.echo(f"warning: {result['coder']} diverged and was stopped", err=True)
     if trained:
         unevaluated = dict.fromkeys(_RESULTS)
         rows = [{**unevaluated, **one, **(one["validation"] or {})} for one in trained]
@@ -181,6 +180,8 @@ def sweep(
             )
     except KeyboardInterrupt as stop:
         raise type(stop)("interrupted; the same command goes on from there") from None
+    for warning in outcome.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     rows = [dataclasses.asdict(verdict) for verdict in outcome.verdicts]
     if json:
         print_json({"verdicts": rows, "files": list(map(str, outcome.files))})
@@ -219,7 +220,42 @@ def _how_to_go_on(run: Path) -> str:
     step = last_step(run)
     if step is None:
         return "interrupted before a state was saved; the same command starts anew"
-    return f"interrupted; the same command goes on after train step {step}, saved in {run}/state"
+    return (
+        f"interrupted; the same command goes on after train step {step}, saved in {run}/state; "
+        f"mptrain save-coders {run} makes coders of that state"
+    )
+
+
+@app.command()
+@guarded
+def save_coders(
+    *,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that has not ended")],
+    store: Annotated[
+        str | None, typer.Option(help="where its store is now [default: where it was]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="torch device to use")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Save the coders of a run's last saved state, as RUN/coders/NAME-stepN.
+
+    The run may be under way or interrupted; nothing of it changes, and it may go on later.
+    """
+    from mptrain.save_coders import save_coders as run_it
+
+    places = {"device": device} if store is None else {"device": device, "store": store}
+    saved = run_it(run, places)
+    for one in saved:
+        if one["diverged"]:
+            typer.echo(f"warning: {one['coder']} has diverged and is not saved", err=True)
+    if json:
+        return print_json(saved)
+    for one in saved:
+        if not one["diverged"]:
+            typer.echo(f"{one['folder']}: after {one['step']:,} of {one['steps']:,} train steps")
+    if not saved:
+        typer.echo(f"the coders of the last saved state are finished; they are in {run}/coders")
+    return None
 
 
 @app.command(name="eval")
@@ -252,11 +288,14 @@ def evaluate(
     With --model, the coder is spliced into the language model: cross-entropy and KL.
     """
     from mptrain.evaluate import evaluate_coder
+    from mptrain.results import l0_warnings
 
     other_codes = choices(codes or (), Codes)
     evaluations = evaluate_coder(
         coder, store, counts(k or ()), rows, device, other_codes, tier=tier, tier_bytes=tier_bytes
     )
+    for warning in l0_warnings(coder, evaluations):
+        typer.echo(f"warning: {warning}", err=True)
     found = [dataclasses.asdict(one) for one in evaluations]
     kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
     if json:
@@ -302,7 +341,10 @@ def plot(
         typer.echo(file)
     for curve in (curve for run in runs for curve in read_curves(run)):
         if curve.diverged:
-            typer.echo(f"warning: {curve.coder.name} in {curve.run} diverged", err=True)
+            rows = f"{curve.records[-1].rows:,}"
+            typer.echo(
+                f"warning: {curve.coder.name} in {curve.run} diverged after {rows} rows", err=True
+            )
 
 
 @app.command()

@@ -46,6 +46,7 @@ from mpcache.tokens import (
     iter_parts,
     row_permutation,
 )
+from mpcache.wanted import extent_of, wanted_parts
 from mpcache.workforce import Workforce
 from mpcache.writer import Writer, refuse_large
 
@@ -64,6 +65,10 @@ class Summary:
     parts: int
     "parts that hold all wanted hookpoints"
     rows: int
+    rows_wanted: int
+    "rows asked for"
+    rows_planned: int
+    "rows that there are for it, of all shares"
     exhausted: bool
     "the dataset ended before the rows wanted"
     forward_rows: int
@@ -170,8 +175,7 @@ class Collection:
         digests |= template_digests(self.template)
         self.identity = identify(config, digests, facts.attention)
         self.writer = Writer(self.place, self.layout, digest(self.identity))
-        # both splits want at least one part, whatever --rows says
-        self.wanted_parts = max(2, -(-config.rows // config.part_rows))
+        self.wanted_parts = wanted_parts(config.rows, config.part_rows)
 
     def run(self, work: Work) -> Summary:
         """Write what is missing; `work` does the parts."""
@@ -347,11 +351,14 @@ class Collection:
         arrays = [self.array(side) for side in self.sides]
         whole = [p for p in self.share_of(store) if not self.missing_sides(store, p)]
         marks = [mark for array in arrays for mark in store.marks(array, whole)]
+        extent = extent_of(store, self.config.rows)
         return Summary(
             store=str(self.place),
             parts=len(whole),
             rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in whole),
-            exhausted=len(self.parts(store)) < self.wanted_parts,
+            rows_wanted=extent.rows_wanted,
+            rows_planned=extent.rows_planned,
+            exhausted=extent.exhausted,
             forward_rows=forward_rows,
             bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
             nonfinite=sum(int(mark["nonfinite"]) for mark in marks),

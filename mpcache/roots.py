@@ -15,15 +15,7 @@ from mpcache.collect import Summary
 from mpcache.config import CollectConfig
 from mpcache.documents import open_documents
 from mpcache.encode import template_digests, template_of
-from mpcache.format import (
-    POSITION,
-    SEQUENCE,
-    TOKENS,
-    acts,
-    digest,
-    is_store,
-    read_store_file,
-)
+from mpcache.format import TOKENS, acts, digest, is_store, read_store_file
 from mpcache.guard import DamagedStoreError, check_printable
 from mpcache.hooks import resolve
 from mpcache.identity import as_stored, identify
@@ -38,7 +30,7 @@ from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.shards import LOCAL_SUFFIXES
 from mpcache.sketch import files_digest, load_vocabulary, skeleton
-from mpcache.tokens import FIRST_PARTS, following
+from mpcache.wanted import Extent, extent_of
 
 _NAME = 48  # characters of a model's or dataset's name in a folder's
 _PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name
@@ -175,41 +167,20 @@ def _safe(name: str) -> str:
 # --- progress ---
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    parts: int
-
-    def planned(self, store: Store) -> bool:
-        """Whether all wanted parts that the dataset has are there as tokens and rows."""
-        there = set.intersection(*(set(store.numbers(a)) for a in (TOKENS, SEQUENCE, POSITION)))
-        return all(self._ends(store, there, part) for part in FIRST_PARTS)
-
-    def _ends(self, store: Store, there: set[int], part: int) -> bool:
-        while part < self.parts:
-            if part not in there:
-                return False
-            if store.mark(part, TOKENS)["last"]:
-                return True
-            part = following(part, store.layout.validation_every)
-        return True
-
-
-def _wanted(rows: int, part_rows: int) -> _Wanted:
-    return _Wanted(max(2, -(-rows // part_rows)))  # both splits have a part, as collect sees to
-
-
 def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summary | None:
     """What a collection of these arrays would find done; None if something is missing."""
-    wanted = _wanted(config.rows, config.part_rows)
-    parts = [part for part in store.numbers(TOKENS) if part < wanted.parts]
-    if not wanted.planned(store) or any(set(parts) - set(store.numbers(a)) for a in arrays):
+    extent = extent_of(store, config.rows)
+    parts = [part for part in store.numbers(TOKENS) if part < extent.parts_wanted]
+    if not extent.is_planned or any(set(parts) - set(store.numbers(a)) for a in arrays):
         return None
     marks = [mark for array in arrays for mark in store.marks(array, parts)]
     return Summary(
         store=str(store.place),
         parts=len(parts),
         rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in parts),
-        exhausted=len(parts) < wanted.parts,
+        rows_wanted=extent.rows_wanted,
+        rows_planned=extent.rows_planned,
+        exhausted=extent.exhausted,
         forward_rows=0,
         bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
         nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
@@ -233,10 +204,14 @@ class Entry:
     dtype: str | None
     rows: int
     "rows that all its hookpoints have"
+    rows_wanted: int
+    "rows asked for; of an extended store the most that were, in whole parts"
+    exhausted: bool
+    "the dataset ended before the rows wanted"
     bytes: int
     "of all that is committed"
     complete: float
-    "share of the parts of all its arrays that are there, of those first asked for or planned"
+    "share of the rows wanted that its arrays have"
     changed: str | None
     "time of the last commit"
     age_seconds: float | None
@@ -261,8 +236,9 @@ def _entry(found: Store | tuple[str, Exception]) -> Entry:
             found = (found.place.name, error)
     name, fault = found
     return Entry(
-        store=name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0, bytes=0,
-        complete=0.0, changed=None, age_seconds=None, fault=str(fault),
+        store=name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0,
+        rows_wanted=0, exhausted=False, bytes=0, complete=0.0, changed=None, age_seconds=None,
+        fault=str(fault),
     )  # fmt: skip
 
 
@@ -273,6 +249,7 @@ def _entry_of(store: Store) -> Entry:
     times = [time for mark in marks if (time := _time(mark.get("time"))) is not None]
     changed = max(times, default=None)
     now = datetime.datetime.now(datetime.UTC)
+    extent = extent_of(store)
     return Entry(
         store=store.place.name,
         model=str(store.provenance["model"]["model"]),
@@ -280,8 +257,10 @@ def _entry_of(store: Store) -> Entry:
         hookpoints=store.hookpoints,
         dtype=store.layout.dtype,
         rows=sum(store.mark(part, TOKENS)["rows"] for part in whole) if sides else 0,
+        rows_wanted=extent.rows_wanted,
+        exhausted=extent.exhausted,
         bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
-        complete=_complete(store, sides),
+        complete=_complete(store, sides, extent),
         changed=None if changed is None else changed.isoformat(timespec="seconds"),
         # the clock of another machine may be ahead of ours
         age_seconds=None if changed is None else max(0.0, (now - changed).total_seconds()),
@@ -289,14 +268,12 @@ def _entry_of(store: Store) -> Entry:
     )
 
 
-def _complete(store: Store, sides: Sequence[str]) -> float:
-    """Share of the parts of all arrays; parts that are not planned yet count as missing."""
-    asked = store.config.get("rows")
-    wanted = _wanted(asked if type(asked) is int else 0, store.part_rows)
-    parts = len(store.numbers(TOKENS))
-    if not wanted.planned(store):
-        parts = max(parts, wanted.parts)
-    return sum(len(store.numbers(a)) for a in sides) / (parts * len(sides)) if sides else 0.0
+def _complete(store: Store, sides: Sequence[str], extent: Extent) -> float:
+    """Share of the rows wanted, mean over the arrays."""
+    if not sides:
+        return 0.0
+    rows = sum(int(mark["rows"]) for array in sides for mark in store.marks(array))
+    return min(1.0, extent.share(rows / len(sides), store.part_rows))
 
 
 def _time(text: object) -> datetime.datetime | None:

@@ -22,6 +22,7 @@ from mpcache.hands import each
 from mpcache.moments import Moments, merged, no_moments
 from mpcache.place import Place
 from mpcache.reader import Store, open_store
+from mpcache.wanted import extent_of
 from mpcache.workforce import Hands
 
 _OUTLIER = 10.0  # a dimension's root mean square over the median dimension's
@@ -52,9 +53,9 @@ class SideStats:
 
 
 def info(where: str | Path | Place) -> dict[str, Any]:
-    """Provenance, and rows, bytes and parts done of each array, as plain values."""
+    """Provenance, rows wanted, and rows, bytes and parts done of each array, as plain values."""
     store = open_store(where)
-    planned = set(store.numbers(TOKENS))
+    planned, extent = set(store.numbers(TOKENS)), extent_of(store)
     return {
         "store": str(store.place),
         "fingerprint": store.fingerprint,
@@ -67,6 +68,8 @@ def info(where: str | Path | Place) -> dict[str, Any]:
         "parts_planned": len(planned),
         "rows_planned": _rows(store, TOKENS),
         "empty_documents": store.empty_documents(),
+        "rows_wanted": extent.rows_wanted,
+        "exhausted": extent.exhausted,
         "hookpoints": [_side_info(store, h, s) for h in store.hookpoints for s in store.sides(h)],
     }
 

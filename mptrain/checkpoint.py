@@ -42,7 +42,7 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
         ValueError: the folder holds no coder, a damaged one, or one of an unknown format version.
     """
     try:
-        about = json.loads((folder / "coder.json").read_bytes())
+        about = read_json(folder / "coder.json")
         if about["format_version"] != CODER_FORMAT:
             raise ValueError(
                 f"{folder} has coder format {about['format_version']}, this mptrain reads "
@@ -52,8 +52,10 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
         coder.load_state_dict(load_file(folder / "coder.safetensors"))
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
-    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{folder} holds a damaged coder: {error}") from None
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} holds a damaged coder: {error}; copy it again, or train it again"
+        ) from None
     return coder, about["trained"]
 
 
@@ -74,15 +76,20 @@ def save_state(
 def load_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """The last state that was kept whole; None where there is none.
 
+    The run may be under way: where a later state takes the place of this one, that one is read.
+
     Raises:
         ValueError: its bytes are not what was kept.
     """
-    step = last_step(run)
-    if step is None:
-        return None
-    folder = run / "state" / str(step)
-    with _damage_in_words(folder):
-        return _about(folder), load_file(folder / "state.safetensors")
+    while (step := last_step(run)) is not None:
+        folder = run / "state" / str(step)
+        try:
+            with _damage_in_words(folder):
+                return _about(folder), load_file(folder / "state.safetensors")
+        except ValueError:
+            if last_step(run) == step:
+                raise
+    return None
 
 
 def load_about(run: Path) -> dict[str, Any] | None:
@@ -106,6 +113,16 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(_PARTIAL)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. ValueError: it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: it is not JSON ({error}); copy it again, or remove {path.parent}"
+        ) from None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +134,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _about(state: Path) -> dict[str, Any]:
-    about: dict[str, Any] = json.loads((state / "state.json").read_bytes())
+    about: dict[str, Any] = read_json(state / "state.json")
     return about
 
 
@@ -125,7 +142,7 @@ def _about(state: Path) -> dict[str, Any]:
 def _damage_in_words(state: Path) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, json.JSONDecodeError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"{state} is damaged ({error}); delete {state.parent}, and the run starts anew"
         ) from None

@@ -4,6 +4,7 @@ B rows in a batch, D input width, E target width, M latents, K code entries a ro
 have a row for each latent, or one for each latent of a block where all blocks share them.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -27,7 +28,6 @@ _NOT_FOR_REFIT = (
     "detach", "per_step_loss", "multi_topk", "begin_as", "begin_share",
     "backend", "score_dtype", "shortlist_size", "shortlist_refresh",
 )  # fmt: skip
-_FOLLOW = 0.01  # share of a batch in the running threshold
 
 
 class Code(NamedTuple):
@@ -44,12 +44,6 @@ class Code(NamedTuple):
         """The entries alone, without gradients: what may be kept of many rows."""
         return Code(self.idx_BK, self.val_BK.detach(), None)
 
-    @property
-    def smallest(self) -> Tensor:
-        """The smallest size of a value; infinity without values."""
-        size_BK = self.val_BK.detach().abs()
-        return size_BK.masked_fill(size_BK == 0, torch.inf).min()
-
 
 class Coder(nn.Module):
     """An SAE or transcoder with the parameters of its kind and architecture.
@@ -64,7 +58,7 @@ class Coder(nn.Module):
     | `V_ME` predicting dictionary, unit norm | SAEs of the others; mp, subtract predicting |
       the encoder; `W_MD` |
     | `V_ME`, free norm | other transcoders | 0 |
-    | `threshold`, not trained but followed | batch- | 0: no entry is dropped |
+    | `threshold`, not trained but computed (`thresholds.py`) | batch- | 0: no entry is dropped |
     | `S_ED` linear skip (Paulo et al. 2025, arXiv 2501.18823) | skip-transcoder | 0 |
 
     An mp SAE predicts with `W_MD`, but where it subtracts what predicts. With `free_norm`, no
@@ -139,7 +133,8 @@ class Coder(nn.Module):
 
         batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`, those above `threshold`;
         with `over_batch`, or a `k` that is not their own, the strongest of all these rows instead,
-        `k` a row on average. `among` are the latents that mp may choose (None: all).
+        `k` a row on average; `thresholds.at_k` makes a coder that has a threshold for another `k`.
+        `among` are the latents that mp may choose (None: all).
 
         Raises ValueError where this coder cannot be run with such a `k` or such codes.
         """
@@ -224,14 +219,6 @@ class Coder(nn.Module):
         """Bring the rows of `unit_norm` back to unit norm, but for rounding."""
         for name in self.unit_norm:
             normalise_rows_(self.get_parameter(name))
-
-    @torch.no_grad()
-    def follow_threshold_(self, smallest: Float[Tensor, ""]) -> None:
-        """Move the threshold of batch- towards the smallest value kept in a batch, if any was."""
-        if self.threshold is None:
-            return
-        followed = torch.where(self.threshold > 0, self.threshold.lerp(smallest, _FOLLOW), smallest)
-        self.threshold.copy_(torch.where(smallest.isfinite(), followed, self.threshold))
 
     @torch.no_grad()
     def project_gradient_(self) -> None:
@@ -322,10 +309,22 @@ class Coder(nn.Module):
         """`codes`, where this coder can be run with them; else ValueError."""
         if codes != self.config.codes:
             if self.W_MD is None:
-                raise ValueError(f"codes {codes} are for mp coders, got arch {self.config.arch}")
+                raise ValueError(
+                    f"codes {codes} are for mp coders, got arch {self.config.arch}; "
+                    "leave --codes out"
+                )
             training_only = {name: getattr(CoderConfig, name) for name in _NOT_FOR_REFIT}
             replace(self.config, codes=codes, **training_only)
         return codes
+
+
+def coder_of(config: CoderConfig, tensors: Mapping[str, Tensor]) -> Coder:
+    """A coder that holds these tensors themselves, not copies of them."""
+    target_width = len(tensors.get("c_E", tensors["b_D"]))
+    with torch.device("meta"):  # no memory for the zeros of a new coder
+        coder = Coder(config, len(tensors["b_D"]), target_width)
+    coder.load_state_dict(tensors, assign=True)
+    return coder
 
 
 def _zeros(*shape: int, trained: bool = True) -> nn.Parameter:

@@ -94,7 +94,7 @@ class RunConfig:
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
-                f"batch_rows={self.batch_rows}"
+                f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
             )
         refuse_lone_bound(self.tier, self.tier_bytes)
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
@@ -123,9 +123,21 @@ class RunConfig:
         if late:
             told.append(
                 f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, and it "
-                f"trains on {self.rows:,}: none will be revived; use a lower dead_rows"
+                f"trains on {self.rows:,}: none will be revived; {self._how_to_revive(before_last)}"
             )
         return told
+
+    def _how_to_revive(self, before_last: int) -> str:
+        """What to change where latents are dead too late; filters may leave out half of the rows
+        before the last train step.
+        """
+        if before_last < 2:
+            steps = self.rows // self.batch_rows
+            return (
+                f"{steps} train steps are too few for any --dead-rows: train on more rows, "
+                "or turn it off with --auxk-alpha 0"
+            )
+        return f"use --dead-rows {before_last // 2} or less, or train on more rows"
 
 
 @dataclass(frozen=True, kw_only=True)

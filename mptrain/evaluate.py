@@ -13,15 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mptrain import thresholds
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
 from mptrain.config import refuse_lone_bound
 from mptrain.filters import Filters, stored_filters
-from mptrain.loader import Batch, Loader, Side, Store, open_store
+from mptrain.loader import Batch, Loader, Side, Split, Store, open_store
 from mptrain.loss import Fvu
-from mptrain.recipe import CoderConfig, Codes
+from mptrain.recipe import PURSUITS, CoderConfig, Codes
 from mptrain.sparse import active_latents
+from mptrain.thresholds import at_k, has_threshold
 
 _BATCH_ROWS = 8192
 
@@ -31,7 +33,8 @@ class Evaluation:
     """How well a coder does on a set of rows."""
 
     k: int
-    codes: Codes
+    codes: Codes | None
+    "how the values of a pursuit were computed; None: the coder has an encoder"
     rows: int
     "rows evaluated, without those left out"
     fvu: float
@@ -40,13 +43,15 @@ class Evaluation:
     "the same with the rows that the filters leave out, as training does"
     l0: float
     "mean number of distinct latents with a non-zero value"
+    l0_deviation: float
+    "l0 / k - 1"
     dead_share: float
     "share of latents that fired in none of these rows"
 
     @property
     def is_finite(self) -> bool:
         """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
-        return all(math.isfinite(v) for v in asdict(self).values() if not isinstance(v, str))
+        return all(math.isfinite(v) for v in asdict(self).values() if isinstance(v, float))
 
 
 def sides_of(config: CoderConfig) -> tuple[Side, Side]:
@@ -87,7 +92,8 @@ def evaluate_coder(
     """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
 
     Filters are those it was trained with; `parts` are those of the store to read, all if None;
-    `tier` and `tier_bytes` are as in a run.
+    `tier` and `tier_bytes` are as in a run. At another K, a batch- coder gets a threshold from the
+    store's train rows, as it did for its own K at the end of its training.
     The store must have the fingerprint of the one it was trained on: another dataset or seed may
     hold train rows among its held-out ones.
 
@@ -109,12 +115,29 @@ def evaluate_coder(
     codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
     filters = stored_filters(trained)
-    with Loader(
-        store, sides, "validation", batch_rows=_BATCH_ROWS, seed=0, device=place,
-        facts=filters.facts,
-    ) as loader:  # fmt: skip
-        coders = [(coder, k, c) for c in codes for k in ks]
+    others = {k: at_k(coder, k) for k in ks if k != coder.config.k and has_threshold(coder)}
+    if others:
+        with _loader(store, sides, "train", filters, place) as loader:
+            set_thresholds_(list(others.values()), loader, filters)
+    of_k = dict.fromkeys(ks, coder) | others
+    with _loader(store, sides, "validation", filters, place) as loader:
+        coders = [(of_k[k], k, c) for c in codes for k in ks]
         return evaluate(coders, loader.one_pass(rows), filters)
+
+
+def set_thresholds_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
+    """Give those coders that have a threshold one from a loader's rows."""
+    with_sides = [(coder, sides_of(coder.config)) for coder in coders if has_threshold(coder)]
+    if with_sides:
+        thresholds.set_thresholds_(with_sides, loader.one_pass(thresholds.MOST_ROWS_READ), filters)
+
+
+def _loader(
+    store: Store, sides: Sequence[Side], split: Split, filters: Filters, device: torch.device
+) -> Loader:
+    return Loader(
+        store, sides, split, batch_rows=_BATCH_ROWS, seed=0, device=device, facts=filters.facts
+    )
 
 
 def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -> None:
@@ -149,7 +172,7 @@ class _Tally:
         usable_B = self.filters.usable(batch, sides)
         kept_B = self.filters.kept(batch, sides)[usable_B]
         x_BD, y_BE = (batch.values[side][usable_B].float() for side in sides)
-        # apart, as a batch- coder at another K keeps the strongest entries of the rows it is given
+        # apart, as only those that are kept are counted
         self._add_(x_BD[kept_B], y_BE[kept_B], is_kept=True)
         self._add_(x_BD[~kept_B], y_BE[~kept_B], is_kept=False)
 
@@ -168,12 +191,14 @@ class _Tally:
         self.fired_M[code.idx_BK.flatten() + 1] = True  # place 0 takes the -1 of unused entries
 
     def evaluation(self) -> Evaluation:
+        l0 = self.active / max(1, self.kept.rows)
         return Evaluation(
             k=self.k,
-            codes=self.codes,
+            codes=self.codes if self.coder.config.arch in PURSUITS else None,
             rows=self.kept.rows,
             fvu=self.kept.value,
             fvu_all=self.all.value,
-            l0=self.active / max(1, self.kept.rows),
+            l0=l0,
+            l0_deviation=l0 / self.k - 1,
             dead_share=float(1 - self.fired_M[1:].double().mean()),
         )

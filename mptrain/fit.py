@@ -3,8 +3,9 @@
 import time
 import warnings
 from collections.abc import Collection, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mptrain.batches import resolve_device
-from mptrain.checkpoint import save_coder, save_state, write_json
+from mptrain.checkpoint import load_state, save_coder, save_state, write_json
+from mptrain.coder import Coder
 from mptrain.config import RunConfig
-from mptrain.evaluate import Evaluation, evaluate, sides_of_all
+from mptrain.evaluate import Evaluation, evaluate, set_thresholds_, sides_of_all
 from mptrain.filters import Filters, make_filters
 from mptrain.followers import Followers, refuse_absent
 from mptrain.interrupt import held_interrupt
-from mptrain.loader import Batch, Loader, Side, Split, Store
+from mptrain.loader import Batch, Loader, Side, Store
 from mptrain.metrics import MetricsFile, Record, rewind
 from mptrain.observe import in_short, record_of
 from mptrain.plan import Plan, make_plan
 from mptrain.progress import Progress, gathered, load_progress, restore_
 from mptrain.ranks import ALONE, Ranks, joined
+from mptrain.results import result_of
 from mptrain.runs import Run, open_run, parts_begun_with, refuse_other
 from mptrain.suited import suited_store
 from mptrain.train_step import StepResult
-from mptrain.trainee import Trainee, make_trainee, train_steps
-from mptrain.windows import ALL, Share
+from mptrain.trainee import Trainee, loader_of, make_trainee, train_steps
 
 
 def fit(
@@ -61,6 +63,9 @@ def _fit(
     coders = {one.name: one for one in config.coders()}
     begun = load_progress(Path(config.run), list(coders))
     store, plan = _planned(config, device, ranks, only_parts, begun, quiet=quiet)
+    if plan.epochs > 1 and not quiet:
+        told = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,} train"
+        warnings.warn(f"{told} rows of {store.place}", RuntimeWarning, stacklevel=2)
     progress = begun or Progress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):
@@ -69,15 +74,18 @@ def _fit(
         sides = sides_of_all(own or together)
         filters = make_filters(config, store, sides)
         trainees = [make_trainee(one, config, filters, store, device, ranks) for one in own]
-        with (
-            _loader(config, store, sides, "train", filters, device, ranks.share) as train,
-            _loader(config, store, sides, "validation", filters, device) as validation,
-        ):
+        with ExitStack() as stack:
+            open_loader = partial(loader_of, config, store, filters=filters, device=device)
+            train = stack.enter_context(open_loader(sides, "train", share=ranks.share))
+            validation = stack.enter_context(open_loader(sides, "validation"))
+            sample = None
+            if batch := [one for one in own if one.arch.startswith("batch-")]:
+                sample = stack.enter_context(open_loader(sides_of_all(batch), "train"))
             parts = {part.number for loader in (train, validation) for part in loader.parts}
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
             if ranks.is_first and progress.number == first:
                 ranks.meet()
-            of_pass = (progress, trainees, filters, train, validation)
+            of_pass = (progress, trainees, filters, train, validation, sample)
             progress = progress.next_pass(Fitting(config, ranks, run, *of_pass, quiet).fit())
     return progress.finished
 
@@ -120,12 +128,16 @@ class Fitting:
         filters: Filters,
         train: Loader,
         validation: Loader,
+        sample: Loader | None,
         quiet: bool,
     ) -> None:
-        """`trainees`: the coders of the pass that this rank trains."""
+        """`trainees`: the coders of the pass that this rank trains; `sample`: train rows from which
+        those with a threshold get it.
+        """
         self.config, self.ranks, self.run, self.quiet = config, ranks, run, quiet
         self.progress, self.filters = progress, filters
         self.trainees, self.train, self.validation = trainees, train, validation
+        self.sample = sample
         self.records: list[Record] = []  # to be written
         self.device = train.device
         self.steps = train_steps(config)
@@ -180,7 +192,7 @@ class Fitting:
         evaluations: list[Evaluation | None] = [None] * len(self.trainees)
         is_evaluated = step % self.config.eval_every == 0 or step == self.steps
         if is_evaluated:
-            evaluations = self._evaluate(self.config.eval_rows)
+            evaluations = self._evaluate(self._coders(), self.config.eval_rows)
         is_due = is_evaluated or step % self.config.log_every == 0
         self._log(step, is_due, results, evaluations)
         if is_due and self.trainees:  # a rank may have none of a pass
@@ -218,7 +230,9 @@ class Fitting:
 
     def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
         trainee.lr = trainee.learner.optimizers.lr
-        if not self.ranks.total(len(x_BD)):
+        rows = self.ranks.total(len(x_BD))
+        trainee.rows_read += self.config.batch_rows
+        if not rows:
             return None  # the mean over no rows would be NaN
         self._synchronise()
         began = time.perf_counter()
@@ -226,24 +240,32 @@ class Fitting:
         trainee.diverged = not bool(result.loss.isfinite())
         self._synchronise()
         trainee.train_seconds += time.perf_counter() - began
+        trainee.rows_trained += rows
         return result
 
-    def _evaluate(self, max_rows: int | None) -> list[Evaluation | None]:
+    def _coders(self) -> list[Coder | None]:
+        """Every coder as it would be saved now; None for those that diverged."""
+        began = time.perf_counter()
+        coders = [None if t.diverged else t.learner.evaluated() for t in self.trainees]
+        if self.sample is not None:
+            healthy = [coder for coder in coders if coder is not None]
+            set_thresholds_(healthy, self.sample, self.filters)
+        self.progress.validated += time.perf_counter() - began
+        return coders
+
+    def _evaluate(
+        self, coders: Sequence[Coder | None], max_rows: int | None
+    ) -> list[Evaluation | None]:
         """Of every coder on the same held-out rows; None for those that diverged."""
         began = time.perf_counter()
-        healthy = [trainee for trainee in self.trainees if not trainee.diverged]
         batches = self.validation.one_pass(max_rows)
         if max_rows is None:  # the last one, of all rows: it takes a while
             steps = -(-self.validation.rows // self.config.batch_rows)
             batches = iter(tqdm(batches, "validate", steps, unit="batch", disable=self.quiet))
-        found = evaluate(
-            [(t.learner.evaluated(), t.config.k, t.config.codes) for t in healthy],
-            batches,
-            self.filters,
-        )
+        healthy = [(c, c.config.k, c.config.codes) for c in coders if c is not None]
+        evaluations = iter(evaluate(healthy, batches, self.filters))
         self.progress.validated += time.perf_counter() - began
-        evaluations = iter(found)
-        return [None if trainee.diverged else next(evaluations) for trainee in self.trainees]
+        return [None if coder is None else next(evaluations) for coder in coders]
 
     def _log(
         self,
@@ -253,12 +275,11 @@ class Fitting:
         evaluations: Sequence[Evaluation | None],
     ) -> None:
         """A record of each coder where one is due, and a last one of those that diverge here."""
-        rows = step * self.config.batch_rows
         for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
             just_diverged = trainee.diverged and result is not None
             if just_diverged or (is_due and not trainee.diverged):
                 seconds = (self._waited, self.progress.validated)
-                self.records.append(record_of(step, rows, trainee, result, evaluation, *seconds))
+                self.records.append(record_of(step, trainee, result, evaluation, *seconds))
         if is_due:
             self._write_records()
 
@@ -311,7 +332,9 @@ class Fitting:
     def _continue(self) -> None:
         """Load the last state, if it is of this pass, and drop the lines that are later."""
         if self.progress.step:
-            restore_(self.run.folder, self.trainees)
+            state = load_state(self.run.folder)
+            assert state is not None
+            restore_(*state, self.trainees, self.config.batch_rows)
         if self.ranks.is_first:
             rewind(self.run.metrics, self._is_before)
             self.followers.catch_up(self.run.metrics)
@@ -325,63 +348,31 @@ class Fitting:
         """Evaluate all coders on the whole validation split, and save them with their results."""
         self._write_records()
         self.metrics.flush()
-        evaluations = self._evaluate(None)
-        found = [self._judged(*one) for one in zip(self.trainees, evaluations, strict=True)]
+        coders = self._coders()
+        evaluations = self._evaluate(coders, None)
+        of_each = zip(self.trainees, coders, evaluations, strict=True)
+        found = [self._judged(*one) for one in of_each]
         own = sorted(self.ranks.gathered(found), key=lambda r: self._place(r["coder"]))
         results = [*self.progress.finished, *own]
         if self.ranks.is_first:
             write_json(self.run.folder / "results.json", results)
         return results
 
-    def _judged(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
+    def _judged(
+        self, trainee: Trainee, coder: Coder | None, evaluation: Evaluation | None
+    ) -> dict[str, Any]:
         if evaluation is not None and evaluation.rows and not evaluation.is_finite:
             trainee.diverged, evaluation = True, None  # in its last update
         if evaluation is not None and not evaluation.rows:
             evaluation = None
-            told = f"no validation row passes the filters of {trainee.config.name}"
-            warnings.warn(f"{told}; it is saved, not evaluated", RuntimeWarning, stacklevel=2)
-        result = self._result(trainee, evaluation)
-        if self.ranks.writes_coders and not trainee.diverged:
+        result = result_of(trainee, self.steps, self.config.batch_rows, evaluation)
+        if self.ranks.writes_coders and coder is not None and not trainee.diverged:
             folder = self.run.folder / "coders" / trainee.config.name
             filters = self.filters.of(trainee.sides).as_json()
             trained = {**self.run.provenance, **filters, **result}
-            save_coder(folder, trainee.learner.evaluated(), trained)
+            save_coder(folder, coder, trained)
         return result
-
-    def _result(self, trainee: Trainee, evaluation: Evaluation | None) -> dict[str, Any]:
-        rows = self.progress.step * self.config.batch_rows
-        return {
-            "coder": trainee.config.name,
-            "diverged": trainee.diverged,
-            "rows_trained": rows,
-            "train_seconds": trainee.train_seconds,
-            "rows_per_second": trainee.rows_per_second(rows),
-            "validation": None if evaluation is None else asdict(evaluation),
-        }
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _loader(
-    config: RunConfig,
-    store: Store,
-    sides: Sequence[Side],
-    split: Split,
-    filters: Filters,
-    device: torch.device,
-    share: Share = ALL,
-) -> Loader:
-    return Loader(
-        store,
-        sides,
-        split,
-        batch_rows=config.batch_rows,
-        seed=config.order_seed,
-        window_rows=config.window_rows,
-        threads=config.read_threads,
-        facts=filters.of(sides).facts,
-        device=device,
-        share=share,
-    )

@@ -5,7 +5,6 @@ what they show is what it says, however often the run was stopped.
 """
 
 import importlib.util
-import json
 import os
 import uuid
 import warnings
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from mptrain.checkpoint import write_json
+from mptrain.checkpoint import read_json, write_json
 from mptrain.config import Log
 from mptrain.metrics import Record, read_records
 from mptrain.recipe import CoderConfig
@@ -148,7 +147,7 @@ def _group(run: Path) -> str:
     file = run / "wandb.json"
     if not file.exists():
         write_json(file, {"group": uuid.uuid4().hex[:12]})
-    return str(json.loads(file.read_bytes())["group"])
+    return str(read_json(file)["group"])
 
 
 def _values(record: Record) -> dict[str, float]:

@@ -76,6 +76,8 @@ def _seconds(
     total = 0.0
     for coder in left:
         own = trained.get(coder.name)
+        if own is not None and own.records and own.records[-1].is_diverged:
+            continue  # no train step is left for it
         done = own.records[-1].rows if own is not None and own.records else 0
         like = [t for t in trained.values() if (t.config.arch, t.config.k) == (coder.arch, coder.k)]
         rates = _rates([own] if own is not None else []) or _rates(like)
@@ -87,4 +89,5 @@ def _seconds(
 
 def _rates(trained: Sequence[Trained]) -> list[float]:
     lasts = [one.records[-1] for one in trained if one.records]
-    return [last.rows_per_second for last in lasts if last.rows_per_second > 0]
+    # rows read, not rows trained on: what is left is counted in rows to read
+    return [last.rows / last.train_seconds for last in lasts if last.rows and last.train_seconds]

@@ -21,7 +21,9 @@ class Record:
     step: int
     "train steps done"
     rows: int
-    "rows read for training since the run began, filtered ones included"
+    "rows in the batches of this coder's train steps so far, filtered ones included"
+    rows_trained: int | None = None
+    "of these, the ones that its filters left; None: recorded by an earlier version"
     train_seconds: float
     "time in this coder's own train steps since the run began; neither waiting nor validation"
     wait_seconds: float
@@ -39,9 +41,14 @@ class Record:
     lr: float
     "learning rate of the step"
     rows_per_second: float
-    "`rows` by `train_seconds`"
+    "`rows_trained` by `train_seconds`"
     peak_memory_bytes: int
     "largest memory in use so far: of the GPU if there is one, else of the process"
+
+    @property
+    def is_diverged(self) -> bool:
+        """Whether the coder diverged in this train step, its last one."""
+        return self.validation_fvu is not None and math.isnan(self.validation_fvu)
 
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}

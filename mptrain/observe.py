@@ -14,7 +14,6 @@ from mptrain.trainee import Trainee
 
 def record_of(
     step: int,
-    rows: int,
     trainee: Trainee,
     result: StepResult | None,
     evaluation: Evaluation | None,
@@ -22,11 +21,12 @@ def record_of(
     validation_seconds: float,
 ) -> Record:
     """A coder after its train step; `result` is None where its batch had no rows."""
-    validation_fvu = None if evaluation is None else evaluation.fvu
+    validation_fvu = None if evaluation is None or not evaluation.rows else evaluation.fvu
     return Record(
         coder=trainee.config.name,
         step=step,
-        rows=rows,
+        rows=trainee.rows_read,
+        rows_trained=trainee.rows_trained,
         train_seconds=trainee.train_seconds,
         wait_seconds=wait_seconds,
         validation_seconds=validation_seconds,
@@ -35,7 +35,7 @@ def record_of(
         l0=math.nan if result is None else float(result.l0),
         dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
         lr=trainee.lr,
-        rows_per_second=trainee.rows_per_second(rows),
+        rows_per_second=trainee.rows_per_second,
         peak_memory_bytes=peak_memory_bytes(trainee.learner.coder.b_D.device),
     )
 

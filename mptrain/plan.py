@@ -29,6 +29,8 @@ class Plan:
     "names of the coders that are trained together, in one reading of the rows"
     train_steps: int
     "of each pass"
+    train_rows: int
+    "rows of the train split"
     epochs: float
     "how often a pass reads the train split"
     device: str
@@ -64,6 +66,7 @@ def make_plan(
         needs=tuple(needs.values()),
         passes=passes,
         train_steps=train_steps(config),
+        train_rows=rows,
         epochs=train_steps(config) * config.batch_rows / rows,
         device=str(device),
         memory_bytes=_memory(

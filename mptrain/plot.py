@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from mptrain.checkpoint import read_json
 from mptrain.metrics import Record, json_value, read_records, writing_in
 from mptrain.recipe import CoderConfig
 
@@ -103,7 +104,7 @@ def read_curves(run: Path) -> list[Curve]:
 
 def _config(run: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads((run / "config.json").read_bytes())
+        content: dict[str, Any] = read_json(run / "config.json")
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run: no {error.filename}") from error
     return content

@@ -5,14 +5,14 @@ All that is random is drawn from the config's seeds and the number of the train 
 state has to be kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mptrain.checkpoint import load_about, load_state
+from mptrain.checkpoint import load_about
 from mptrain.ranks import Ranks
 from mptrain.trainee import Trainee
 
@@ -78,6 +78,9 @@ def gathered(
     about = {
         "progress": asdict(progress),
         "train_seconds": dict(ranks.gathered([(t.config.name, t.train_seconds) for t in trainees])),
+        "rows": dict(
+            ranks.gathered([(t.config.name, [t.rows_read, t.rows_trained]) for t in trainees])
+        ),
         "diverged": ranks.gathered([t.config.name for t in trainees if t.diverged]),
     }
     tensors = {
@@ -88,14 +91,21 @@ def gathered(
     return about, ranks.gathered_tensors(tensors)
 
 
-def restore_(run: Path, trainees: Sequence[Trainee]) -> None:
-    """Bring the coders of the pass that was kept last to where they were."""
-    found = load_state(run)
-    assert found is not None
-    about, tensors = found
+def restore_(
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    trainees: Sequence[Trainee],
+    batch_rows: int,
+) -> None:
+    """Bring coders to where they were, from what `load_state` gives."""
+    # a state of an earlier version has no counts of each coder's rows
+    all_rows = about["progress"]["step"] * batch_rows
+    rows = about.get("rows", {})
     for trainee in trainees:
-        prefix = f"{trainee.config.name}/"
+        name = trainee.config.name
+        prefix = f"{name}/"
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         trainee.learner.load_state_tensors_(own)
-        trainee.train_seconds = about["train_seconds"][trainee.config.name]
-        trainee.diverged = trainee.config.name in about["diverged"]
+        trainee.train_seconds = about["train_seconds"][name]
+        trainee.rows_read, trainee.rows_trained = rows.get(name, (all_rows, all_rows))
+        trainee.diverged = name in about["diverged"]

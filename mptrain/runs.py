@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mptrain.checkpoint import is_partial, write_json
+from mptrain.checkpoint import is_partial, read_json, write_json
 from mptrain.config import FitConfig, ListedConfig, RunConfig
 from mptrain.metrics import writing_in
 from mptrain.recipe import CoderConfig
@@ -39,7 +39,7 @@ def parts_begun_with(config: RunConfig) -> set[int] | None:
     file = Path(config.run) / "config.json"
     if not file.exists():
         return None
-    parts = json.loads(file.read_bytes()).get("parts")
+    parts = read_json(file).get("parts")
     return None if parts is None else numbers_of(parts)
 
 
@@ -68,7 +68,7 @@ def open_run(
     if not file.exists():
         with writing_in(folder):
             write_json(file, started)
-    elif json.loads(file.read_bytes())["order_digest"] != order_digest:
+    elif read_json(file)["order_digest"] != order_digest:
         raise ValueError(
             f"{folder} cannot go on: the store lacks parts that were there when the run "
             "began; name another run"
@@ -103,7 +103,7 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
         told = ", ".join(sorted(allowed))
         raise ValueError(f"--resume takes {name} from the run; beside it may be given {told}")
     try:
-        started = json.loads(file.read_bytes())["fit"]
+        started = read_json(file)["fit"]
     except FileNotFoundError:
         raise ValueError(f"{run} is no run that was begun: no {file}") from None
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
@@ -115,7 +115,7 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
 
 
 def _refuse_difference(file: Path, wanted: dict[str, Any], fingerprint: str) -> None:
-    stored = json.loads(file.read_bytes())
+    stored = read_json(file)
     pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted.items() if n not in FREE]
     pairs += [("store_fingerprint", stored["store_fingerprint"], fingerprint)]
     different = [

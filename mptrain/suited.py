@@ -35,6 +35,7 @@ def suited_store(
     _refuse_skipping_all(config, store)
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
+    _refuse_constant(store, sides)
     _refuse_small(config, store, sides)
     _refuse_large_windows(config, store, sides)
     return store
@@ -136,6 +137,16 @@ def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) ->
             "collect with another --model-dtype or --dtype, or leave such rows out with "
             "--allow-nonfinite"
         )
+
+
+def _refuse_constant(store: Store, sides: Sequence[Side]) -> None:
+    """Losses are shares of a side's variance; and there is nothing to code in equal rows."""
+    for side in sides:
+        if not float(store.moments(*side, "train")[1].sum()) > 0:
+            raise ValueError(
+                f"{':'.join(side)} has no variance in {store.place}: its train rows are equal, or "
+                f"none is finite; leave {side[0]} out, or collect other rows"
+            )
 
 
 def _refuse_small(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:

@@ -1,6 +1,5 @@
 """Carry out an experiment: collect and train what is missing, draw, judge. Goes on where it was."""
 
-import json
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mptrain.checkpoint import write_json
+from mptrain.checkpoint import read_json, write_json
 from mptrain.config import ListedConfig
 from mptrain.evaluate import evaluate_coder, sides_of, sides_of_all
 from mptrain.experiment import Experiment, FigurePlan
@@ -43,6 +42,8 @@ class Outcome:
     verdicts: tuple[Verdict, ...]
     faults: tuple[str, ...]
     "panels without a curve, variants that do nothing"
+    warnings: tuple[str, ...]
+    "of the coders' results"
 
 
 def sweep(
@@ -95,6 +96,7 @@ def sweep(
         tuple(files),
         tuple(verdict for panel in part.panels for verdict in judge(panel, coders)),
         tuple(faults(part.panels, coders)),
+        tuple(warning for one in coders.values() for warning in one.warnings),
     )
 
 
@@ -121,7 +123,7 @@ def _note_hardware(folder: Path, run: SweepRun, hardware: str) -> None:
 
 def _hardware(folder: Path) -> dict[str, list[str]]:
     file = folder / "hardware.json"
-    found: dict[str, list[str]] = json.loads(file.read_bytes()) if file.exists() else {}
+    found: dict[str, list[str]] = read_json(file) if file.exists() else {}
     return found
 
 
@@ -175,7 +177,7 @@ def _other_k(
 def _read_fvus(file: Path) -> dict[int, float]:
     if not file.exists():
         return {}
-    return {int(k): float(fvu) for k, fvu in json.loads(file.read_bytes()).items()}
+    return {int(k): float(fvu) for k, fvu in read_json(file).items()}
 
 
 def _evaluate(

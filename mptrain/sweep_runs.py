@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mptrain.checkpoint import read_json
 from mptrain.metrics import Record, read_records
 from mptrain.recipe import CoderConfig
 from mptrain.runs import FREE
@@ -50,7 +51,12 @@ class Trained:
         file = self.folder / "coders" / self.config.name / "coder.json"
         if not file.exists():
             return None
-        return self.config.latents_of(json.loads(file.read_bytes())["input_width"])
+        return self.config.latents_of(read_json(file)["input_width"])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What its user has to know about it; nothing before the end."""
+        return () if self.result is None else tuple(self.result.get("warnings", ()))
 
     @property
     def validation(self) -> Mapping[str, Any] | None:
@@ -62,7 +68,7 @@ def find_runs(folder: Path) -> tuple[SweepRun, ...]:
     """Runs that have begun, in their order."""
     files = (f for f in _place(folder).glob("*/config.json") if f.parent.name.isdecimal())
     ordered = sorted(files, key=lambda file: int(file.parent.name))
-    return tuple(_run(file.parent, json.loads(file.read_bytes())) for file in ordered)
+    return tuple(_run(file.parent, read_json(file)) for file in ordered)
 
 
 def saved_settings(folder: Path) -> Path:
@@ -79,7 +85,7 @@ def refuse_other_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     file = saved_settings(folder)
     if not file.exists():
         return
-    there = json.loads(file.read_bytes())
+    there = read_json(file)
     different = [
         f"{table}.{name}: {json.dumps(there[table].get(name))} there, {json.dumps(value)} asked"
         for table in ("collect", "fit")
@@ -144,7 +150,7 @@ def _run(folder: Path, config: Mapping[str, Any]) -> SweepRun:
 def _results(folder: Path) -> list[dict[str, Any]]:
     """Of the run's coders that have come to their end."""
     file = folder / "results.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_bytes()) if file.exists() else []
+    rows: list[dict[str, Any]] = read_json(file) if file.exists() else []
     return rows
 
 

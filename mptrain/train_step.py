@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mptrain.coder import Code, Coder
+from mptrain.coder import Code, Coder, coder_of
 from mptrain.objective import WIDE, Objective
 from mptrain.optimize import Optimizers
 from mptrain.ranks import ALONE, Ranks
@@ -73,7 +73,7 @@ class Learner:
 
         Gradients of micro-batches add up to that of the batch. What the whole batch decides stays
         so: which latents are dead before it and which fired in it, the draw of available atoms.
-        But batch- coders keep the strongest of each micro-batch, and follow their mean threshold.
+        But batch- coders keep the strongest of each micro-batch.
         Where ranks share rows, these are the rank's share, and as many micro-batches of the batch.
 
         Waits for no device but in the auxiliary loss, which counts the dead.
@@ -90,7 +90,6 @@ class Learner:
         self.optimizers.step_()
         self._follow_schedule_()
         self.coder.normalise_()
-        self._follow_threshold_([piece.code for piece in pieces])
         self._count_fired_([piece.code for piece in pieces], rows)
         return self._result(pieces, y_BE, rows)
 
@@ -151,13 +150,12 @@ class Learner:
         """The coder to evaluate and to save: averaged weights where the optimizer averages, and for
         rows as they are.
 
-        Shares with the training all tensors that are the same in both; changes none of them.
+        Shares with the training all tensors that are the same in both; changes none of them. The
+        threshold of a batch- coder has yet to be set.
         """
         trained = {name: tensor.detach() for name, tensor in self.optimizers.averages().items()}
         tensors = for_unscaled_rows({**self.coder.state_dict(), **trained}, self.scale)
-        with torch.device("meta"):  # no memory for the zeros of a new coder
-            coder = Coder(self.coder.config, len(self.coder.b_D), len(self.coder.output_bias_E))
-        coder.load_state_dict(tensors, assign=True)
+        coder = coder_of(self.coder.config, tensors)
         coder.coded_as = self.coder.coded_as
         return coder
 
@@ -196,20 +194,6 @@ class Learner:
     def _follow_schedule_(self) -> None:
         optimizers = self.optimizers
         self.coder.coded_as = coded_as(self.coder.config, optimizers.steps_done, optimizers.steps)
-
-    def _follow_threshold_(self, codes: list[Code]) -> None:
-        """Towards the mean of the smallest value that each micro-batch kept, weighed by rows."""
-        if self.coder.threshold is None:
-            return
-        # float64: the mean of one is that one, to the bit
-        sums = self.coder.threshold.new_zeros(2, dtype=torch.float64)
-        for code in codes:
-            is_there = code.smallest.isfinite()
-            sums[0] += len(code.idx_BK) * code.smallest.masked_fill(~is_there, 0).double()
-            sums[1] += len(code.idx_BK) * is_there
-        self.ranks.add_(sums)
-        mean = (sums[0] / sums[1]).to(self.coder.threshold)  # NaN without a value: none to follow
-        self.coder.follow_threshold_(mean)
 
     @torch.no_grad()
     def _count_fired_(self, codes: list[Code], rows: int) -> None:

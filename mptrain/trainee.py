@@ -3,6 +3,7 @@
 N rows, D input width, E target width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,13 +13,14 @@ from mptrain.coder import Coder
 from mptrain.config import RunConfig
 from mptrain.evaluate import sides_of
 from mptrain.filters import Filters
-from mptrain.loader import Loader, Side, Store
+from mptrain.loader import Loader, Side, Split, Store
 from mptrain.median import geometric_median
 from mptrain.optimize import make_optimizers
 from mptrain.ranks import ALONE, Ranks
 from mptrain.recipe import CoderConfig
 from mptrain.scale import AS_THEY_ARE, scale_of
 from mptrain.train_step import Learner
+from mptrain.windows import ALL, Share
 
 _SAMPLE_ROWS = 16_384  # of the train split, read for a geometric median or a scale
 
@@ -30,6 +32,10 @@ class Trainee:
     config: CoderConfig
     learner: Learner
     train_seconds: float = 0.0
+    rows_read: int = 0
+    "rows in the batches of its train steps, with those that its filters left out"
+    rows_trained: int = 0
+    "rows that its train steps took"
     lr: float = 0.0
     "learning rate of the last train step"
     diverged: bool = False
@@ -38,9 +44,10 @@ class Trainee:
     def sides(self) -> tuple[Side, Side]:
         return sides_of(self.config)
 
-    def rows_per_second(self, rows: int) -> float:
-        """Of this many rows read; 0 where no batch had a row to train on."""
-        return rows / self.train_seconds if self.train_seconds else 0.0
+    @property
+    def rows_per_second(self) -> float:
+        """Rows trained in a second of its own train time; 0 where no batch had a row for it."""
+        return self.rows_trained / self.train_seconds if self.train_seconds else 0.0
 
 
 def train_steps(config: RunConfig) -> int:
@@ -80,6 +87,31 @@ def make_trainee(
     optimizers = make_optimizers(coder, config, train_steps(run))
     variances = float(variance_E.sum()), float(variance_D.sum())
     return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale, ranks))
+
+
+def loader_of(
+    config: RunConfig,
+    store: Store,
+    sides: Sequence[Side],
+    split: Split,
+    *,
+    filters: Filters,
+    device: torch.device,
+    share: Share = ALL,
+) -> Loader:
+    """What a run reads of a split, in its order."""
+    return Loader(
+        store,
+        sides,
+        split,
+        batch_rows=config.batch_rows,
+        seed=config.order_seed,
+        window_rows=config.window_rows,
+        threads=config.read_threads,
+        facts=filters.of(sides).facts,
+        device=device,
+        share=share,
+    )
 
 
 def _mean_square(x_ND: Tensor) -> float:

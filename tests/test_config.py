@@ -144,6 +144,10 @@ def test_latents_that_never_count_as_dead_are_warned_of():
     sizes = {"arch": ("mp",), "rows": 1000, "batch_rows": 10}
     (told,) = config(**sizes, dead_rows=1000).warnings()
     assert "count as dead after 1,000 rows, and it trains on 1,000" in told
+    assert told.endswith("use --dead-rows 495 or less, or train on more rows")
+    assert config(**sizes, dead_rows=495).warnings() == []
+    (told,) = config(**{**sizes, "batch_rows": 1000}, dead_rows=1).warnings()
+    assert "1 train steps are too few for any --dead-rows" in told
     assert len(config(**sizes, dead_rows=991).warnings()) == 1  # too late for the last step
     assert config(**sizes, dead_rows=990).warnings() == []
     assert config(**sizes, dead_rows=1000, auxk_alpha=0.0).warnings() == []

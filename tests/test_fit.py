@@ -176,7 +176,8 @@ def test_a_run_without_a_coder_left_ends(
     assert "all coders diverged, and none is saved" in told.stderr
     assert not told.stdout
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert [(r["diverged"], r["rows_trained"]) for r in results] == [(True, 64)] * 2
+    assert [(r["diverged"], r["rows_read"]) for r in results] == [(True, 64)] * 2
+    assert all(0 < r["rows_trained"] < 64 for r in results), "first positions are left out"
     assert {r.step for r in lasting(tmp_path / "run")} == {1}
 
 
