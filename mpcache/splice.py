@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
-from mpcache.forward import Reading
-from mpcache.hooks import input_of, output_of
-from mpcache.inputs import find_separation
+from mpcache.forward import PartInput, Reading, part_input, piece_places
+from mpcache.hooks import input_of, output_of, resolve
+from mpcache.inputs import ModelInputs, piece_inputs
+from mpcache.isolation import find_separation
 from mpcache.model import load_model, model_digest
 from mpcache.place import Place
 from mpcache.reader import open_store
@@ -54,22 +55,29 @@ class SplicedModel:
                 f"{self.store.place} was made from another model than {model}; name "
                 f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
             )
-        separation = find_separation(
-            base, config.cross_document_attention, getattr(torch, config.model_dtype)
-        )
+        separation = find_separation(base, config, resolve(config.hookpoints, base))
         specials = special_tokens(tokenizer, config)
         # one sequence at a time: logits of a large vocabulary are what memory goes to
         self.reading = Reading(self.model, specials, separation, batch_sequences=1)
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Iterator[ModelInputs]:
         """The model's arguments for all committed validation tokens."""
         for part in self.store.numbers("tokens"):
             if self.store.layout.split_of(part) == "validation":
-                yield from self.reading.batches(self.store.read_tokens(part))
+                yield from self._inputs(part_input(self.store, part))
+
+    def _inputs(self, part: PartInput) -> Iterator[ModelInputs]:
+        if part.starts_SL is None:
+            yield from (batch.inputs for batch in self.reading.batches(*part))
+            return
+        for place in piece_places(part.starts_SL, part.rows):
+            if len(place) > 1:  # a lone token predicts nothing
+                piece = part.tokens_SL.reshape(-1)[place]
+                yield piece_inputs([piece], self.reading.separation, self.model)[0]
 
     @torch.no_grad()
     def logits(
-        self, inputs: dict[str, Tensor], hookpoint: str, new: Replace | None = None
+        self, inputs: ModelInputs, hookpoint: str, new: Replace | None = None
     ) -> Float[Tensor, "B L V"]:
         """Next-token logits, with the hookpoint's output replaced if `new` is given."""
         module: nn.Module = self.model.base_model.get_submodule(hookpoint)
