@@ -25,17 +25,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mpcache.config import CollectConfig
 from mpcache.hooks import Capture, Side
 from mpcache.inputs import PACKED_SEPARATIONS, ModelInputs, Separation, packed_inputs, padded_inputs
-from mpcache.trial import InputsOf, Sequences, Trial, TrialError, made_up_documents
+from mpcache.trial import InputsOf, Sequences, Trial, TrialError, Values, made_up_documents
 
 # A state, a short convolution, a token shift or an open mask shows in the next document already.
 # So documents are short: one token, a few, and more than the 64 tokens that linear attention takes
 # as a chunk, with a boundary inside of a chunk and another one in the next chunk.
 CHUNK = 64
-FLOW_LENGTHS = ((9, 1, CHUNK + 3, 3), (1, 5, 2, 17))
+SHORT_LENGTHS = (5, 1, 2, 17)
 PADDED_LENGTHS = ((5, CHUNK), (1, 3))  # a document and the padding behind it
-# A window shows only in a document that is longer; settings with these words in their names say
-# how long windows, chunks and blocks are.
-_REACH = ("window", "chunk", "block", "local")
+# Settings with these words in their names say how long chunks and windows are. A longer chunk may
+# hand on what it holds where it ends. A window shows only in a document that is longer.
+_CHUNKS = ("chunk", "block")
+_WINDOWS = (*_CHUNKS, "window", "local")
 
 EARLIER, LATER = slice(0, 1), slice(1, None)  # documents of a sequence
 
@@ -100,13 +101,19 @@ def _packed_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Faul
         positions_SL = np.stack([_positions(sequence) for sequence in sequences])
         return packed_inputs(tokens_SL, positions_SL, way, trial.model)
 
-    reach = reach_of(trial.model.config, ctx_len)
+    config = trial.model.config
+    chunk, window = (longest(config, words, ctx_len) for words in (_CHUNKS, _WINDOWS))
     try:
-        for seed, lengths in enumerate(FLOW_LENGTHS):
-            sequences = _two_sequences(trial, fitted(lengths, ctx_len), seed)
-            yield from _flow_faults(trial, sequences, inputs_of, (EARLIER, LATER))
-        sequences = _two_sequences(trial, fitted((9, 1, reach + 3, 3), ctx_len), 0)
-        yield from _alone_faults(trial, sequences[1], inputs_of(sequences))
+        short = _two_sequences(trial, fitted(SHORT_LENGTHS, ctx_len))
+        before = trial.values(inputs_of(short))
+        yield from _flow_faults(trial, before, short, inputs_of, (EARLIER, LATER))
+        long = _two_sequences(trial, fitted(_long_lengths(chunk), ctx_len))
+        before = trial.values(inputs_of(long))
+        yield from _flow_faults(trial, before, long, inputs_of, (EARLIER,))
+        if window > chunk:
+            long = _two_sequences(trial, fitted(_long_lengths(window), ctx_len))
+            before = trial.values(inputs_of(long))
+        yield from _alone_faults(trial, before, long[1])
         if "position_ids" not in inspect.signature(trial.model.forward).parameters:
             # such as ALiBi's biases, whose rounding grows with the distance to the sequence's end
             yield Fault(1, lambda: "it counts positions over the whole sequence")
@@ -124,12 +131,13 @@ def _padded_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Faul
         return padded_inputs(tokens_SL, is_token_SL, way, trial.model)
 
     try:
-        for seed, lengths in enumerate(PADDED_LENGTHS):
-            sequences = _two_sequences(trial, fitted(lengths, ctx_len), seed)
+        for lengths in PADDED_LENGTHS:
+            sequences = _two_sequences(trial, fitted(lengths, ctx_len))
             if way == "alone unpadded":
                 sequences = [sequence[:1] for sequence in sequences]
-            yield from _flow_faults(trial, sequences, inputs_of, (LATER,))
-            yield from _alone_faults(trial, sequences[1][:1], inputs_of(sequences))
+            before = trial.values(inputs_of(sequences))
+            yield from _flow_faults(trial, before, sequences, inputs_of, (LATER,))
+            yield from _alone_faults(trial, before, sequences[1][:1])
     except TrialError as error:
         yield _error_fault("it takes no mask of padding", error)
 
@@ -139,16 +147,15 @@ def _error_fault(reason: str, error: TrialError) -> Fault:
     return Fault(0, lambda: cause)
 
 
-def _alone_faults(
-    trial: Trial, documents: Sequence[np.ndarray], inputs: ModelInputs
-) -> Iterator[Fault]:
+def _alone_faults(trial: Trial, values: Values, documents: Sequence[np.ndarray]) -> Iterator[Fault]:
     """Documents that have other values alone than in the second sequence of a batch."""
-    if trial.differs_from_alone(documents, trial.values(inputs), row=1):
+    if trial.differs_from_alone(documents, values, row=1):
         yield Fault(1, lambda: "a document's values are not those of the document alone")
 
 
 def _flow_faults(
     trial: Trial,
+    before: Values,
     sequences: Sequences,
     inputs_of: InputsOf,
     exchanges: Sequence[slice],
@@ -162,12 +169,12 @@ def _flow_faults(
     for documents in exchanges:
         watched = (1, slice(end, None)) if documents == EARLIER else (0, slice(0, end))
         what = (sequences, documents, inputs_of, *watched)
-        if trial.has_flow(*what):
+        if trial.has_flow(before, *what):
             yield Fault(2, lambda what=what: f"{trial.first_module(*what)} lets it flow")  # type: ignore[misc]
 
 
-def _two_sequences(trial: Trial, lengths: Sequence[int], seed: int) -> Sequences:
-    return [made_up_documents(trial.model, lengths, 2 * seed + n) for n in range(2)]
+def _two_sequences(trial: Trial, lengths: Sequence[int]) -> Sequences:
+    return [made_up_documents(trial.model, lengths, seed) for seed in range(2)]
 
 
 def _positions(sequence: Sequence[np.ndarray]) -> np.ndarray:
@@ -175,6 +182,10 @@ def _positions(sequence: Sequence[np.ndarray]) -> np.ndarray:
 
 
 # --- lengths ---
+
+
+def _long_lengths(long: int) -> tuple[int, ...]:
+    return 9, 1, long + 3, 3
 
 
 def fitted(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
@@ -187,17 +198,17 @@ def fitted(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def reach_of(config: PreTrainedConfig, ctx_len: int) -> int:
-    """Tokens of the longest window, chunk or block that a document of `ctx_len` tokens exceeds."""
+def longest(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int:
+    """Tokens of the longest chunk or window that a document of `ctx_len` tokens exceeds."""
     settings = config.get_text_config().to_dict()
-    found = [
-        number
+    lengths = [
+        length
         for name, value in settings.items()
-        if any(word in name for word in _REACH)
-        for number in (value if isinstance(value, list | tuple) else [value])
-        if type(number) is int and number < ctx_len
+        if any(word in name for word in words)
+        for length in (value if isinstance(value, list | tuple) else [value])
+        if type(length) is int and length < ctx_len
     ]
-    return max([CHUNK, *found])
+    return max([CHUNK, *lengths])
 
 
 # --- settings that tie a token to its whole batch, at lengths that a trial does not reach ---

@@ -73,11 +73,20 @@ class Trial:
         return copies
 
     def has_flow(
-        self, sequences: Sequences, documents: slice, inputs_of: InputsOf, row: int, tokens: slice
+        self,
+        before: Values,
+        sequences: Sequences,
+        documents: slice,
+        inputs_of: InputsOf,
+        row: int,
+        tokens: slice,
     ) -> bool:
-        """Whether an exchange of documents changes the values of tokens in a row of the batch."""
+        """Whether an exchange of documents changes the values of tokens in a row of the batch.
+
+        `before` has the values of the sequences as they are.
+        """
         changed = exchanged(sequences, documents)
-        before, after = self.values(inputs_of(sequences)), self.values(inputs_of(changed))
+        after = self.values(inputs_of(changed))
         if all(same_bits(x[row, tokens], after[side][row, tokens]) for side, x in before.items()):
             return False
         # a kernel may add in another order each time: how much changes without any way for it
