@@ -92,6 +92,8 @@ def _tell(done: Any, wanted: int) -> None:
         f"{done.store}{share}: {done.rows:,} rows in {done.parts} parts, {done.bytes / 1e9:.2f} GB"
         f", {done.forward_rows:,} rows collected now in {done.seconds:.0f} s"
     )
+    if done.empty_documents:
+        typer.echo(f"{done.empty_documents:,} documents without tokens were left out")
     if done.exhausted:
         typer.echo(f"the dataset ended before the {wanted:,} rows wanted", err=True)
     if done.nonfinite:
@@ -238,6 +240,8 @@ def info(*, store: StorePath, json: Json = False) -> None:
     typer.echo(f"model        {_pairs(model)}")
     typer.echo(f"dataset      {_pairs(dataset)}")
     typer.echo(f"fingerprint  {found['fingerprint']}")
+    for line in _ways(found):
+        typer.echo(line)
     typer.echo(f"planned      {found['rows_planned']:,} rows in {found['parts_planned']} parts")
     columns = (
         "hookpoint",
@@ -385,6 +389,23 @@ def bench_store(
     for name, why in report.absent.items():
         typer.echo(f"not measured: {name} ({why}); {HOW_TO_INSTALL}")
     return None
+
+
+def _ways(found: dict[str, Any]) -> list[str]:
+    """How the documents of a store became tokens."""
+    identity = found["identity"]
+    special = "text" if identity.get("special_tokens") == "text" else "parsed as special tokens"
+    empty = found["empty_documents"]
+    lines = [
+        f"names of special tokens in texts: {special}",
+        "empty documents: kept" if empty is None else f"empty documents: {empty:,} left out",
+    ]
+    if identity.get("one_document_per_sequence"):
+        lines.append("each document run alone, in pieces")
+    if "chat_template" in identity:
+        template = str(identity["chat_template"])[:12]
+        lines.append(f"chat template {template}; the assistant's tokens are known")
+    return [f"documents    {line}" for line in lines]
 
 
 def _pairs(content: dict[str, Any]) -> str:

@@ -282,7 +282,9 @@ def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -
         (inputs["input_ids"], functools.partial(spliced.logits, inputs, hookpoint))
         for inputs in spliced.batches()
     )
-    return dataclasses.asdict(recovered(coder, batches, stored_filters(trained)))
+    filters = stored_filters(trained)
+    assistant = spliced.assistant() if filters.only_tokens == "assistant" else None
+    return dataclasses.asdict(recovered(coder, batches, filters, assistant))
 
 
 @app.command()

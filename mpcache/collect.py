@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig, split_of
 from mpcache.documents import Documents, open_documents
+from mpcache.encode import has_flags, template_digests, template_of
 from mpcache.format import (
     POSITION,
     SEQUENCE,
@@ -38,6 +39,7 @@ from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.sketch import files_digest
 from mpcache.station import Background, Facts, Station, commit_side, load, write_threads
+from mpcache.tokenised import largest_id
 from mpcache.tokens import (
     FIRST_PARTS,
     Cursor,
@@ -77,6 +79,8 @@ class Summary:
     "the share that parts, rows and bytes are counted in"
     missing: tuple[Missing, ...] = ()
     "wanted parts that could not be collected"
+    empty_documents: int | None = None
+    "documents without tokens that all wanted parts left out; None: such are kept"
 
 
 def collect(
@@ -159,8 +163,11 @@ class Collection:
         self.place = place_of(where)
         self.tokenizer, self.documents, self.share = tokenizer, documents, workforce.parts
         self.sides = facts.sides
-        self.layout = layout_of(config, facts.token_dtype)
+        flags = has_flags(documents, config)
+        self.layout = layout_of(config, facts.token_dtype, token_flags=flags)
         digests = {**facts.digests, "dataset_digest": documents.digest}
+        self.template = template_of(documents, tokenizer, config)
+        digests |= template_digests(self.template)
         self.identity = identify(config, digests, facts.attention)
         self.writer = Writer(self.place, self.layout, digest(self.identity))
         # both splits want at least one part, whatever --rows says
@@ -236,11 +243,15 @@ class Collection:
         refuse_large(self.place, self.layout, self.facts.widths.values())
         # by its files a later collection below the same root knows the model without loading it
         files = None if is_store(self.place) else files_digest(self.config)
-        provenance = {
+        provenance: dict[str, Any] = {
             "model": {**self.facts.provenance, "model_files": files},
             "dataset": self.documents.provenance,
             "tokenizer": {"special_ids": sorted(set(self.tokenizer.all_special_ids))},
         }
+        if self.documents.kind != "tokens":  # token ids may be any that the model has
+            provenance["tokenizer"]["largest_id"] = largest_id(self.tokenizer)
+        if self.template is not None:
+            provenance["chat_template"] = self.template
         open_place(self.place, self.config, self.identity, self.layout, provenance)
 
     def grow(self, store: Store | None) -> None:
@@ -262,7 +273,7 @@ class Collection:
         cursors = self.cursors(store) if store else dict(FIRST_PARTS)
         if not cursors:
             return iter(())
-        found = iter_parts(self.documents, self.tokenizer, self.config, cursors)
+        found = iter_parts(self.documents, self.tokenizer, self.config, cursors, self.template)
         # a count, not a condition: looking at one part more would tokenise it
         every = self.config.validation_every
         first = {split_of(part, every): part for part in cursors}
@@ -287,12 +298,7 @@ class Collection:
         return cursors
 
     def commit_tokens(self, one: PartTokens) -> None:
-        progress: dict[str, Any] = {
-            "cursor": list(one.cursor),
-            "next_cursor": list(one.next_cursor),
-        }
-        progress["last"] = one.last
-        self.writer.commit_tokens(one.part, one.tokens, one.flags, progress, one.rows)
+        self.writer.commit_tokens(one.part, one.tokens, one.flags, one.progress, one.rows)
         order = row_permutation(self.config.seed, one.part, one.rows)
         self.writer.commit_rows(one.part, order)
 
@@ -352,4 +358,5 @@ class Collection:
             seconds=seconds,
             share=str(self.share),
             missing=missing,
+            empty_documents=store.empty_documents(self.parts(store)),
         )

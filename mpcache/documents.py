@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -19,10 +20,12 @@ from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
+from mpcache.conversation import Conversation
 from mpcache.hub import first_line, load_hub, names_a_place, resolve_commit
 from mpcache.tokenised import Indices, Tokens, token_source
 
-Document = str | Tokens
+Document = str | Tokens | Conversation
+Kind = Literal["text", "tokens", "conversations"]
 Fetch = Callable[[Indices], Sequence[Document]]
 
 FETCH_DOCUMENTS = 64  # documents read at once; enough to hide the cost of a random arrow read
@@ -39,6 +42,7 @@ class Documents:
     provenance: dict[str, str | None]
     order: Callable[[int], Iterator[Document]]
     "documents from a place on"
+    kind: Kind = "text"
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Document]]:
         """Documents with their places, from place `start` on; free to start unless streamed."""

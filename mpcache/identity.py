@@ -35,17 +35,46 @@ _DETERMINING = (
     "seed",
 )
 # these came later: named only where they are on, so that older stores keep their fingerprints
-_SWITCHES = ("autocast", "compile")
+_SWITCHES = ("autocast", "compile", "one_document_per_sequence")
+# what a store does that lacks the key: it was made before there was a choice
+_OLD_WAYS: dict[str, Any] = {
+    **dict.fromkeys(_SWITCHES, False),
+    "special_tokens": "parsed",
+    "empty_documents": "kept",
+    "chat_template": None,
+}
+# what asks for the old way
+_OPTIONS = {
+    "special_tokens": "--parse-special-tokens",
+    "empty_documents": "--keep-empty-documents",
+}
 
 
 def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> dict[str, Any]:
     """Everything that determines the rows; `digests` are those of model, tokenizer and dataset."""
     chosen = {name: getattr(config, name) for name in _DETERMINING}
     chosen |= {name: True for name in _SWITCHES if getattr(config, name)}
+    if not config.parse_special_tokens:
+        chosen["special_tokens"] = "text"
+    if not config.keep_empty_documents:
+        chosen["empty_documents"] = "left out"
     return {**chosen, **digests, "attention": attention}
 
 
-def layout_of(config: CollectConfig, token_dtype: str) -> Layout:
+def ways_of(identity: Mapping[str, Any]) -> dict[str, bool]:
+    """The settings of a collection that a store's identity knows better than its config.
+
+    An older store's config lacks them, and their defaults are not what was done then.
+    """
+    ways = {**_OLD_WAYS, **identity}
+    return {
+        "parse_special_tokens": ways["special_tokens"] == "parsed",
+        "keep_empty_documents": ways["empty_documents"] == "kept",
+        "one_document_per_sequence": bool(ways["one_document_per_sequence"]),
+    }
+
+
+def layout_of(config: CollectConfig, token_dtype: str, *, token_flags: bool = False) -> Layout:
     """How a store of this config cuts its rows."""
     return Layout(
         ctx_len=config.ctx_len,
@@ -55,6 +84,7 @@ def layout_of(config: CollectConfig, token_dtype: str) -> Layout:
         dtype=config.dtype,
         codec=config.codec,
         token_dtype=token_dtype,
+        token_flags=token_flags,
     )
 
 
@@ -94,16 +124,18 @@ def refuse_other_content(place: Place) -> None:
 
 
 def _refuse_difference(place: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    off = dict.fromkeys(_SWITCHES, False)
-    stored, wanted = {**off, **stored}, {**off, **wanted}
+    stored, wanted = {**_OLD_WAYS, **stored}, {**_OLD_WAYS, **wanted}
     different = [key for key in wanted if stored.get(key) != wanted[key]]
     if different:
         told = "; ".join(
             f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different
         )
+        old = [_OPTIONS.get(k, "") for k in different if stored.get(k) == _OLD_WAYS.get(k)]
+        can_continue = len(old) == len(different) and all(old)
+        remedy = f"continue it with {' '.join(old)}" if can_continue else "use its settings"
         raise ValueError(
             f"{place} was made from another model or with other settings ({told}); "
-            "use its settings, or name another store"
+            f"{remedy}, or name another store"
         )
 
 

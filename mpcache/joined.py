@@ -6,7 +6,7 @@ so that it always has the tokens of its rows. Parts and units are numbered by th
 n-th number is validation.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,35 @@ class Units:
             (unit, min(self.unit_rows, rows - start))
             for unit, start in zip(self.of(part), starts, strict=False)
         )
+
+
+def joined_progress(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the mark of a part's tokens says of the documents, given what each unit's would say."""
+    first, last = units[0], units[-1]
+    whole = {key: last[key] for key in ("next_cursor", "last")} | {"cursor": first["cursor"]}
+    empty = [unit["empty_documents"] for unit in units if "empty_documents" in unit]
+    if empty:
+        whole["empty_documents"] = sum(empty)
+    if len(units) > 1:
+        whole["cursors"] = [unit["cursor"] for unit in units]
+        whole |= {"empty_documents_of_units": empty} if empty else {}
+    return whole
+
+
+def unit_progress(mark: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the marks of a part's units would say, the inverse of `joined_progress`."""
+    starts = mark.get("cursors", [mark["cursor"]])
+    ends = [*starts[1:], mark["next_cursor"]]
+    units = [
+        {"cursor": start, "next_cursor": end, "last": False}
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    units[-1]["last"] = mark["last"]
+    if "empty_documents" in mark:
+        counts = mark.get("empty_documents_of_units", [mark["empty_documents"]])
+        for unit, count in zip(units, counts, strict=True):
+            unit["empty_documents"] = count
+    return units
 
 
 def _placed(number: int, every: int) -> tuple[Split, int]:

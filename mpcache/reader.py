@@ -109,6 +109,13 @@ class Store:
         return None if found is None else tuple(map(int, found))
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id that can be in the store, as far as the store knows."""
+        known = self.provenance.get("tokenizer", {}).get("largest_id")
+        largest = np.iinfo(self.layout.token_dtype).max if known is None else known
+        return int(largest)
+
+    @property
     def has_lone_documents(self) -> bool:
         """Whether the model saw each document alone, in pieces of at most ctx_len tokens."""
         return bool(self.identity.get("one_document_per_sequence"))
@@ -264,6 +271,12 @@ class Store:
         flags_SL = self.read_flags(part)
         assert flags_SL is not None
         return (flags_SL & STARTS_DOCUMENT) > 0
+
+    def empty_documents(self, parts: Sequence[int] | None = None) -> int | None:
+        """Documents without tokens that some parts, or all, left out; None: such are kept."""
+        if "empty_documents" not in self.identity:
+            return None
+        return sum(int(mark.get("empty_documents", 0)) for mark in self.marks(TOKENS, parts))
 
     def token_count(self, part: int) -> int:
         """True tokens of a part, which are its rows."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpcache.format import SEQUENCE, TOKENS, Layout, committed_length, specs
 from mpcache.guard import DamagedStoreError
-from mpcache.joined import Units, unit_rows
+from mpcache.joined import Units, joined_progress, unit_progress, unit_rows
 from mpcache.move import grow_alike
 from mpcache.reader import Store
 from mpcache.writer import Writer, values_digest
@@ -112,16 +112,11 @@ class Recut:
 
     def progress(self, part: int) -> dict[str, Any]:
         """What the mark of a new part's tokens says of the documents."""
-        sources = list(self._sources(part))
-        starts = [self._cursors(source.part)[source.index] for source in sources]
-        last = sources[-1]
-        mark, after = self.store.mark(last.part, TOKENS), self._cursors(last.part)[last.index + 1 :]
-        return {
-            "cursor": starts[0],
-            "next_cursor": after[0] if after else mark["next_cursor"],
-            "last": mark["last"] and not after,
-            **({"cursors": starts} if len(starts) > 1 else {}),
-        }
+        units = [
+            unit_progress(self.store.mark(source.part, TOKENS))[source.index]
+            for source in self._sources(part)
+        ]
+        return joined_progress(units)
 
     def rows(self, part: int) -> int:
         """True rows of a new part."""
@@ -170,9 +165,3 @@ class Recut:
         old = source.part * self.store.layout.part_sequences + source.index * size
         new = part * self.layout.part_sequences + source.place * size
         return (sequence_R.astype(np.int64) + (new - old)).astype(np.uint32)
-
-    def _cursors(self, part: int) -> list[Any]:
-        """Where the units of a part of the source start."""
-        mark = self.store.mark(part, TOKENS)
-        found: list[Any] = mark.get("cursors", [mark["cursor"]])
-        return found

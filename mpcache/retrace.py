@@ -19,8 +19,8 @@ from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, mark_
 from mpcache.forward import PartInput, part_input
 from mpcache.guard import DamagedStoreError
 from mpcache.hooks import Side
-from mpcache.identity import dtypes_of
-from mpcache.joined import Units, unit_rows
+from mpcache.identity import dtypes_of, ways_of
+from mpcache.joined import Units, joined_progress, unit_rows
 from mpcache.model import load_tokenizer, tokenizer_digest
 from mpcache.reader import Store, open_store
 from mpcache.station import Station, load
@@ -99,7 +99,9 @@ class Retrace:
     def _give_tokens(self, part: int, writer: Writer) -> None:
         wanted = self.units.of(part)
         cursors = {wanted[0]: self._cursor(part, writer)}
-        parts = iter_parts(self._documents, self._tokenizer, self.config, cursors)
+        # the file of a chat template may have changed since: the store has its text
+        template = self.store.provenance.get("chat_template")
+        parts = iter_parts(self._documents, self._tokenizer, self.config, cursors, template)
         found = list(islice(parts, self._count(part, writer)))
         if [one.part for one in found] != list(wanted[: len(found)]) or not found:
             raise DamagedStoreError(f"the dataset has no tokens for part {part}")
@@ -172,9 +174,7 @@ class Retrace:
 
 def _progress(found: Sequence[PartTokens]) -> dict[str, Any]:
     """What the mark of these parts' tokens says of the documents."""
-    starts = [list(one.cursor) for one in found]
-    end = {"next_cursor": list(found[-1].next_cursor), "last": found[-1].last}
-    return {"cursor": starts[0], **end, **({"cursors": starts} if len(starts) > 1 else {})}
+    return joined_progress([one.progress for one in found])
 
 
 def _config(
@@ -184,6 +184,7 @@ def _config(
     elsewhere = {name: getattr(config, name) for name in ("model", "revision", "dataset")}
     settings = {
         **store.config,
+        **ways_of(store.identity),
         **{name: value for name, value in elsewhere.items() if value is not None},
         "hookpoints": tuple(hookpoints) or ("*",),  # at least one, though none is looked up
         "dtype": dtype,

@@ -14,6 +14,7 @@ from typing import Any
 from mpcache.collect import Summary
 from mpcache.config import CollectConfig
 from mpcache.documents import LOCAL_SUFFIXES, open_documents
+from mpcache.encode import template_digests, template_of
 from mpcache.format import (
     POSITION,
     SEQUENCE,
@@ -108,9 +109,11 @@ def _stores(root: Place) -> Iterator[Store | tuple[str, Exception]]:
 def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
     """What determines the rows asked for, from a store that was made from the same files."""
     tokenizer = load_tokenizer(config)
+    documents = open_documents(config, tokenizer)
     digests = {
         "tokenizer_digest": tokenizer_digest(tokenizer),
-        "dataset_digest": open_documents(config, tokenizer).digest,
+        "dataset_digest": documents.digest,
+        **template_digests(template_of(documents, tokenizer, config)),
     }
     alike = [store for store in stores if _differ_in_model_alone(store, config, digests)]
     if alike and (files := files_digest(config)) is not None:
@@ -209,6 +212,7 @@ def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summ
         bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
         nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
         seconds=0.0,
+        empty_documents=store.empty_documents(parts),
     )
 
 

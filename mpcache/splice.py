@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
+from mpcache.format import BY_ASSISTANT
 from mpcache.forward import PartInput, Reading, part_input, piece_places
 from mpcache.hooks import input_of, output_of, resolve
+from mpcache.identity import ways_of
 from mpcache.inputs import ModelInputs, piece_inputs
 from mpcache.isolation import find_separation
 from mpcache.model import load_model, model_digest
@@ -39,7 +42,8 @@ class SplicedModel:
             ValueError: there is no store, or `model` is not the one it was made from.
         """
         self.store = open_store(store)
-        stored = {**self.store.config, "hookpoints": tuple(self.store.config["hookpoints"])}
+        ways = ways_of(self.store.identity)
+        stored = {**self.store.config, **ways, "hookpoints": tuple(self.store.config["hookpoints"])}
         config = replace(
             CollectConfig(**stored),
             model=model,
@@ -75,6 +79,16 @@ class SplicedModel:
                 piece = part.tokens_SL.reshape(-1)[place]
                 yield piece_inputs([piece], self.reading.separation, self.model)[0]
 
+    def assistant(self) -> Iterator[Bool[Tensor, "B L"]]:
+        """Of the tokens of each batch whether the assistant wrote them."""
+        for part in self.store.numbers("tokens"):
+            if self.store.layout.split_of(part) == "validation":
+                flags_SL = self.store.read_flags(part)
+                assert flags_SL is not None
+                for place in _places(part_input(self.store, part)):
+                    written_L = (flags_SL.reshape(-1)[place] & BY_ASSISTANT) > 0
+                    yield torch.from_numpy(written_L)[None].to(self.model.device)
+
     @torch.no_grad()
     def logits(
         self, inputs: ModelInputs, hookpoint: str, new: Replace | None = None
@@ -88,6 +102,13 @@ class SplicedModel:
             for hook in hooks:
                 hook.remove()
         return logits.float()
+
+
+def _places(part: PartInput) -> list[Int64[np.ndarray, " _"]]:
+    """For each batch its tokens, counted along the part's sequences."""
+    if part.starts_SL is None:
+        return list(np.arange(part.tokens_SL.size).reshape(part.tokens_SL.shape))
+    return [place for place in piece_places(part.starts_SL, part.rows) if len(place) > 1]
 
 
 def _replacing(new: Replace) -> Callable[..., Any]:

@@ -66,6 +66,7 @@ def info(where: str | Path | Place) -> dict[str, Any]:
         "chunk_rows": store.chunk_rows,
         "parts_planned": len(planned),
         "rows_planned": _rows(store, TOKENS),
+        "empty_documents": store.empty_documents(),
         "hookpoints": [_side_info(store, h, s) for h in store.hookpoints for s in store.sides(h)],
     }
 

@@ -22,9 +22,14 @@ def end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None
 
 
+def largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest token id; ids may leave gaps, so it is no count."""
+    return max(tokenizer.get_vocab().values())
+
+
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype[Any]:
-    """Smallest unsigned integer that holds every token id; ids may leave gaps, so not by count."""
-    return np.dtype(np.min_scalar_type(max(tokenizer.get_vocab().values())))
+    """Smallest unsigned integer that holds every token id."""
+    return np.dtype(np.min_scalar_type(largest_id(tokenizer)))
 
 
 def token_source(

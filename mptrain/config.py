@@ -12,6 +12,7 @@ from mptrain.recipe import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no
 
 Spread = Literal["rows", "coders"]
 Log = Literal["tensorboard", "wandb"]
+OnlyTokens = Literal["all", "assistant"]
 Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
 _LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
@@ -47,6 +48,8 @@ class RunConfig:
     "leave out rows of the first n positions of each sequence (first tokens are outliers)"
     skip_tokens: tuple[str, ...] = ()
     "leave out rows of these tokens: ids, or special for those that the tokenizer calls so"
+    only_tokens: OnlyTokens = "all"
+    "whose tokens' rows to take: assistant takes those that the assistant of a chat wrote"
     max_norm: float | None = None
     "leave out rows whose norm on a side of the coder is over so many times the median"
     order_seed: int = 0

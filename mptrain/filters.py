@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mptrain.config import RunConfig
-from mptrain.loader import Batch, Side, Store
-from mptrain.windows import TOKEN, Fact, norm_of
+from mptrain.config import OnlyTokens, RunConfig
+from mptrain.loader import Batch, Side, Store, refuse_without_assistant
+from mptrain.windows import ASSISTANT, TOKEN, Fact, norm_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,15 @@ class Filters:
     "largest norm of a row that is taken; none for a side that is not named"
     allow_nonfinite: bool = False
     "there may be rows with non-finite values, and they are left out"
+    only_tokens: OnlyTokens = "all"
+    "whose tokens' rows are taken"
 
     @property
     def facts(self) -> tuple[Fact, ...]:
         """What a loader has to tell of each row."""
-        return (*((TOKEN,) if self.skip_tokens else ()), *map(norm_of, self.norm_limits))
+        tokens = (TOKEN,) if self.skip_tokens else ()
+        assistant = (ASSISTANT,) if self.only_tokens == "assistant" else ()
+        return (*tokens, *assistant, *map(norm_of, self.norm_limits))
 
     def usable(self, batch: Batch, sides: Sequence[Side]) -> Bool[Tensor, " B"]:
         """Rows that can be coded at all: finite on the named sides."""
@@ -42,17 +46,28 @@ class Filters:
     def kept(self, batch: Batch, sides: Sequence[Side]) -> Bool[Tensor, " B"]:
         """Rows that a coder of these sides takes."""
         norms = {side: batch.facts[norm_of(side)] for side in self.of(sides).norm_limits}
-        kept_B = self.of(sides).passed(batch.positions_B, batch.facts.get(TOKEN), norms)
+        tokens, assistant = batch.facts.get(TOKEN), batch.facts.get(ASSISTANT)
+        kept_B = self.of(sides).passed(batch.positions_B, tokens, norms, assistant)
         return kept_B & self.usable(batch, sides)
 
     def passed(
-        self, positions: Tensor, tokens: Tensor | None, norms: Mapping[Side, Tensor]
+        self,
+        positions: Tensor,
+        tokens: Tensor | None,
+        norms: Mapping[Side, Tensor],
+        assistant: Tensor | None = None,
     ) -> Tensor:
-        """Which rows pass, given in any shape; tokens are asked for where some are skipped."""
+        """Which rows pass, given in any shape; tokens are needed where some are skipped.
+
+        `assistant`, whether the assistant wrote the token, is needed where only such are taken.
+        """
         passed = positions >= self.skip_positions
         if self.skip_tokens:
             assert tokens is not None
             passed = passed & ~torch.isin(tokens, torch.tensor(self.skip_tokens).to(tokens))
+        if self.only_tokens == "assistant":
+            assert assistant is not None
+            passed = passed & (assistant != 0)
         for side, limit in self.norm_limits.items():
             passed = passed & (norms[side] <= limit)
         return passed
@@ -75,11 +90,14 @@ def stored_filters(trained: Mapping[str, Any]) -> Filters:
         skip_tokens=tuple(trained.get("skip_tokens", ())),
         norm_limits={_side(name): limit for name, limit in limits.items()},
         allow_nonfinite=trained["allow_nonfinite"],
+        only_tokens=trained.get("only_tokens", "all"),
     )
 
 
 def make_filters(config: RunConfig, store: Store, sides: Sequence[Side]) -> Filters:
-    """The filters of a run. ValueError: the store does not tell which tokens are special."""
+    """The filters of a run. ValueError: the store does not know what a filter asks for."""
+    if config.only_tokens == "assistant":
+        refuse_without_assistant(store)
     limits = {}
     if config.max_norm is not None:
         limits = {side: config.max_norm * median_norm(store, side) for side in sides}
@@ -88,6 +106,7 @@ def make_filters(config: RunConfig, store: Store, sides: Sequence[Side]) -> Filt
         skip_tokens=_token_ids(config.skip_tokens, store),
         norm_limits=limits,
         allow_nonfinite=config.allow_nonfinite,
+        only_tokens=config.only_tokens,
     )
 
 
@@ -99,6 +118,11 @@ def median_norm(store: Store, side: Side) -> float:
 
 def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     ids = {int(token) for token in skip_tokens if token != "special"}
+    if ids and max(ids) > store.largest_id:
+        raise ValueError(
+            f"skip_tokens must be token ids of {store.place}, at most {store.largest_id}, "
+            f"got {max(ids)}; leave it out"
+        )
     if "special" in skip_tokens:
         if store.special_ids is None:
             raise ValueError(

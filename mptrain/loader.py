@@ -18,6 +18,7 @@ from mptrain.config import RunConfig
 from mptrain.order import Chunk
 from mptrain.windows import (
     ALL,
+    ASSISTANT,
     POSITION,
     SEQUENCE,
     TOKEN,
@@ -167,6 +168,21 @@ class Loader:
             yield batch
 
 
+def _assistant(store: Store, part: int) -> Tensor:
+    assistant_R = store.read_assistant(part)
+    assert assistant_R is not None
+    return assistant_R
+
+
+def refuse_without_assistant(store: Store) -> None:
+    """Raise ValueError where the store does not say which tokens the assistant wrote."""
+    if not store.has_assistant:
+        raise ValueError(
+            f"{store.place} does not say which tokens an assistant wrote: it was not made from "
+            "chat messages; use only_tokens all, or collect a dataset of messages"
+        )
+
+
 def row_bytes(store: Store, sides: Sequence[Side]) -> int:
     """Bytes of a row's values on these sides, as they are held in memory."""
     return _dtype(store).itemsize * sum(store.width(*side) for side in sides)
@@ -203,6 +219,9 @@ def _columns(
         SEQUENCE: of_row(store.read_sequences),
         TOKEN: of_row(store.read_token_ids),
     }
+    if ASSISTANT in facts:
+        refuse_without_assistant(store)
+        known[ASSISTANT] = of_row(partial(_assistant, store))
     for side in sides:
         known[norm_of(side)] = of_row(store.read_norms, *side, dtype=torch.float32)
     columns: dict[Side | Fact, Column] = {fact: known[fact] for fact in (POSITION, *facts)}

@@ -87,6 +87,7 @@ def _memory(
     values = sum(store.width(*side) for side in sides)
     a_row = 3 * _POSITION + row_bytes(store, sides)
     a_fact = _KEPT_POSITION + _KEPT_FACT * bool(config.skip_tokens)
+    a_fact += _KEPT_POSITION * (config.only_tokens != "all")
     a_fact += _KEPT_FACT * len(sides) * (config.max_norm is not None)
     return {
         "weights": sum(one.weights_bytes for one in needs),

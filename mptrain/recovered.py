@@ -3,12 +3,13 @@
 B: sequences. L: tokens in a sequence. V: size of the vocabulary. D: input width, E: target width.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mptrain.coder import Coder
@@ -37,13 +38,20 @@ class Recovered:
 
 
 def recovered(
-    coder: Coder, batches: Iterable[tuple[Int64[Tensor, "B L"], Run]], filters: Filters
+    coder: Coder,
+    batches: Iterable[tuple[Int64[Tensor, "B L"], Run]],
+    filters: Filters,
+    assistant: Iterable[Bool[Tensor, "B L"]] | None = None,
 ) -> Recovered:
-    """Splice the coder into the model; tokens whose rows it never saw stay clean."""
+    """Splice the coder into the model; tokens whose rows it never saw stay clean.
+
+    `assistant` says of each batch's tokens whether the assistant wrote them.
+    """
+    masks = itertools.repeat(None) if assistant is None else iter(assistant)
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     for tokens_BL, run in batches:
-        sums += _sums(coder, tokens_BL, run, filters)
+        sums += _sums(coder, tokens_BL, run, filters, next(masks))
         tokens += tokens_BL[:, 1:].numel()
     clean, spliced, zero, kl = (sums / tokens).tolist()
     return Recovered(
@@ -57,7 +65,11 @@ def recovered(
 
 
 def _sums(
-    coder: Coder, tokens_BL: Int64[Tensor, "B L"], run: Run, filters: Filters
+    coder: Coder,
+    tokens_BL: Int64[Tensor, "B L"],
+    run: Run,
+    filters: Filters,
+    assistant_BL: Bool[Tensor, "B L"] | None,
 ) -> Float[Tensor, " 4"]:
     def predicted(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
         source_BLD = y_BLE if coder.config.kind == "sae" else x_BLD
@@ -72,7 +84,7 @@ def _sums(
         pairs = {"input": x_BLD, "output": y_BLE}
         norms = {(hookpoint, side): v.float().norm(dim=-1) for side, v in pairs.items()}
         position_BL = position_L.to(tokens_BL.device).expand_as(tokens_BL)
-        return filters.passed(position_BL, tokens_BL, norms)[..., None]
+        return filters.passed(position_BL, tokens_BL, norms, assistant_BL)[..., None]
 
     logs = [F.log_softmax(run(new)[:, :-1], dim=-1) for new in (None, predicted, zero)]
     following_BL1 = tokens_BL[:, 1:, None]

@@ -32,6 +32,7 @@ _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 POSITION: Fact = "position"
 SEQUENCE: Fact = "sequence"
 TOKEN: Fact = "token"
+ASSISTANT: Fact = "assistant"
 
 
 def norm_of(side: Side) -> Fact:
