@@ -14,6 +14,7 @@ from torch import nn
 from mpcache.collect import Collection, work_here
 from mpcache.config import CollectConfig
 from mpcache.documents import open_documents
+from mpcache.forward import part_input
 from mpcache.hardware import hardware
 from mpcache.hooks import Side
 from mpcache.jobs import Job, Progress
@@ -78,9 +79,9 @@ def _forward_seconds(station: Station, path: Path) -> float:
     began = time.perf_counter()
     with _stop_at(station.model, station.sides[-1]), torch.no_grad(), station.computing():
         for part in store.numbers("tokens"):
-            for inputs in station.reading.batches(store.read_tokens(part)):
+            for batch in station.reading.batches(*part_input(store, part)):
                 with contextlib.suppress(_Reached):
-                    station.model(**inputs, use_cache=False)
+                    station.model(**batch.inputs, use_cache=False)
     return time.perf_counter() - began
 
 

@@ -29,6 +29,7 @@ from mpcache.format import (
     is_store,
     specs,
 )
+from mpcache.forward import part_input
 from mpcache.hooks import Side
 from mpcache.identity import identify, layout_of, open_place
 from mpcache.jobs import Job, Missing, Progress
@@ -140,7 +141,7 @@ def work_here(
     try:
         with Background(write_threads(station.config, store.place)) as background:
             for job in jobs:
-                tokens = store.read_tokens(job.part)
+                tokens = part_input(store, job.part)
                 buffers = station.read(job.part, tokens, job.sides, progress.reader(job.part))
                 works = [functools.partial(commit, job.part, *one) for one in buffers.items()]
                 del buffers  # an array's memory is free as soon as it is written

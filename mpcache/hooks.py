@@ -153,7 +153,7 @@ class Capture:
     ) -> None:
         self._remove()
 
-    def run(self, model_inputs: Mapping[str, Tensor], keep: Keep) -> None:
+    def run(self, model_inputs: Mapping[str, Any], keep: Keep) -> None:
         """One pass, no deeper than needed; `keep` is given each value while the model stands at it.
 
         It must copy what it wants and change nothing: some models go on in place (Falcon adds its

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mpcache.config import CollectConfig
 from mpcache.format import acts, is_store, mark_path, read_store_file
+from mpcache.forward import part_input
 from mpcache.jobs import Job
 from mpcache.place import place_of
 from mpcache.reader import open_store
@@ -183,7 +184,7 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
             _refuse_other_content(orders, station)
         store = open_store(place)
         report = Report(orders, job)
-        buffers = station.read(job.part, store.read_tokens(job.part), sides, report.advance)
+        buffers = station.read(job.part, part_input(store, job.part), sides, report.advance)
     writer = Writer(place, store.layout, store.fingerprint)
     commits = WORKSHOP.commits(write_threads(orders.config, store.place))
     work = [commits.submit(commit_side, writer, job.part, *one) for one in buffers.items()]

@@ -16,6 +16,7 @@ from torch import Tensor
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.documents import Documents, open_documents
 from mpcache.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, mark_path
+from mpcache.forward import PartInput, part_input
 from mpcache.guard import DamagedStoreError
 from mpcache.hooks import Side
 from mpcache.identity import dtypes_of, ways_of
@@ -154,12 +155,15 @@ class Retrace:
 
     def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
         store = open_store(self.store.place)  # its tokens may have been mended since
-        tokens_SL = store.read_tokens(part)
+        tokens = part_input(store, part)
         units = self.units.within(part, store.token_count(part))
         cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
+        units_SL = np.split(tokens.tokens_SL, cuts)
+        # a part of lone documents is one unit: such parts are never joined
+        inputs = [PartInput(unit_SL) for unit_SL in units_SL] if cuts else [tokens]
         found = [
-            self._station.read(unit, unit_SL, sides, lambda _: None)
-            for (unit, _), unit_SL in zip(units, np.split(tokens_SL, cuts), strict=True)
+            self._station.read(unit, unit_input, sides, lambda _: None)
+            for (unit, _), unit_input in zip(units, inputs, strict=True)
         ]
         return {side: self._rounded(torch.cat([one[side] for one in found])) for side in sides}
 

@@ -8,17 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
 from mpcache.format import BY_ASSISTANT
-from mpcache.forward import Reading
-from mpcache.hooks import input_of, output_of
+from mpcache.forward import PartInput, Reading, part_input, piece_places
+from mpcache.hooks import input_of, output_of, resolve
 from mpcache.identity import ways_of
-from mpcache.inputs import find_separation
+from mpcache.inputs import ModelInputs, piece_inputs
+from mpcache.isolation import find_separation
 from mpcache.model import load_model, model_digest
 from mpcache.place import Place
 from mpcache.reader import open_store
@@ -57,18 +59,25 @@ class SplicedModel:
                 f"{self.store.place} was made from another model than {model}; name "
                 f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
             )
-        separation = find_separation(
-            base, config.cross_document_attention, getattr(torch, config.model_dtype)
-        )
+        separation = find_separation(base, config, resolve(config.hookpoints, base))
         specials = special_tokens(tokenizer, config)
         # one sequence at a time: logits of a large vocabulary are what memory goes to
         self.reading = Reading(self.model, specials, separation, batch_sequences=1)
 
-    def batches(self) -> Iterator[dict[str, Tensor]]:
+    def batches(self) -> Iterator[ModelInputs]:
         """The model's arguments for all committed validation tokens."""
         for part in self.store.numbers("tokens"):
             if self.store.layout.split_of(part) == "validation":
-                yield from self.reading.batches(self.store.read_tokens(part))
+                yield from self._inputs(part_input(self.store, part))
+
+    def _inputs(self, part: PartInput) -> Iterator[ModelInputs]:
+        if part.starts_SL is None:
+            yield from (batch.inputs for batch in self.reading.batches(*part))
+            return
+        for place in piece_places(part.starts_SL, part.rows):
+            if len(place) > 1:  # a lone token predicts nothing
+                piece = part.tokens_SL.reshape(-1)[place]
+                yield piece_inputs([piece], self.reading.separation, self.model)[0]
 
     def assistant(self) -> Iterator[Bool[Tensor, "B L"]]:
         """Of the tokens of each batch whether the assistant wrote them."""
@@ -76,13 +85,13 @@ class SplicedModel:
             if self.store.layout.split_of(part) == "validation":
                 flags_SL = self.store.read_flags(part)
                 assert flags_SL is not None
-                written_SL = torch.from_numpy((flags_SL & BY_ASSISTANT) > 0)
-                on_device_SL = written_SL.to(self.model.device)
-                yield from torch.split(on_device_SL, self.reading.batch_sequences)
+                for place in _places(part_input(self.store, part)):
+                    written_L = (flags_SL.reshape(-1)[place] & BY_ASSISTANT) > 0
+                    yield torch.from_numpy(written_L)[None].to(self.model.device)
 
     @torch.no_grad()
     def logits(
-        self, inputs: dict[str, Tensor], hookpoint: str, new: Replace | None = None
+        self, inputs: ModelInputs, hookpoint: str, new: Replace | None = None
     ) -> Float[Tensor, "B L V"]:
         """Next-token logits, with the hookpoint's output replaced if `new` is given."""
         module: nn.Module = self.model.base_model.get_submodule(hookpoint)
@@ -93,6 +102,13 @@ class SplicedModel:
             for hook in hooks:
                 hook.remove()
         return logits.float()
+
+
+def _places(part: PartInput) -> list[Int64[np.ndarray, " _"]]:
+    """For each batch its tokens, counted along the part's sequences."""
+    if part.starts_SL is None:
+        return list(np.arange(part.tokens_SL.size).reshape(part.tokens_SL.shape))
+    return [place for place in piece_places(part.starts_SL, part.rows) if len(place) > 1]
 
 
 def _replacing(new: Replace) -> Callable[..., Any]:

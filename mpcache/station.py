@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from mpcache.compiled import Compiled
 from mpcache.config import CollectConfig
 from mpcache.format import acts
-from mpcache.forward import Reading, capture_part
+from mpcache.forward import PartInput, Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
-from mpcache.inputs import find_separation
+from mpcache.isolation import find_separation
 from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
 from mpcache.place import Place
 from mpcache.tokenised import Tokenizer, token_dtype
@@ -88,9 +88,7 @@ class Station:
         self.reading = Reading(
             self.model,
             special_tokens(loaded.tokenizer, config),
-            find_separation(
-                self.model, config.cross_document_attention, getattr(torch, config.model_dtype)
-            ),
+            find_separation(self.model, config, self.sides),
             config.batch_sequences,
         )
         self.facts = Facts(
@@ -109,15 +107,16 @@ class Station:
     def read(
         self,
         part: int,
-        tokens_SL: np.ndarray,
+        tokens: PartInput,
         sides: tuple[Side, ...],
         advance: Callable[[int], object],
     ) -> dict[Side, Tensor]:
-        """The rows `[R, W]` of a part in the storage dtype; `advance` is told those of a batch."""
-        dtype, rows = getattr(torch, self.config.dtype), tokens_SL.size
+        """The rows `[R, W]` of a part in the storage dtype; `advance` gets the count of a batch."""
+        rows = tokens.tokens_SL.size if tokens.rows is None else tokens.rows
+        dtype = getattr(torch, self.config.dtype)
         buffers = {side: empty_rows(rows, self.widths[side], dtype) for side in sides}
         order_R = row_permutation(self.config.seed, part, rows)
-        batches = self.reading.batches(tokens_SL)
+        batches = self.reading.batches(*tokens)
         capture = self._capturing(sides)
         with self.computing():
             capture_part(capture, batches, order_R, buffers, advance, self._copy)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import captured, tiny_model
-from mpcache.forward import Copy, capture_part, scatter_
+from mpcache.forward import Batch, Copy, capture_part, piece_batches, piece_places, scatter_
 from mpcache.hooks import Capture, Side, resolve
 from mpcache.station import Background, empty_rows, yield_to_others
 from mpcache.transfer import Transfer
@@ -31,7 +31,11 @@ def read_part(
     buffers = {side: empty_rows(TOKENS.numel(), 16, dtype) for side in sides}
     told: list[int] = []
     with Capture(model, sides) as capture:
-        batches = ({"input_ids": batch.to(device)} for batch in TOKENS.split(3))
+        firsts = range(0, TOKENS.numel(), 3 * TOKENS.shape[1])
+        batches = (
+            Batch({"input_ids": batch.to(device)}, np.arange(first, first + batch.numel()))
+            for first, batch in zip(firsts, TOKENS.split(3), strict=True)
+        )
         capture_part(capture, batches, order_R, buffers, told.append, copy)
     assert told == [18, 18, 6]
     return buffers
@@ -118,12 +122,44 @@ def test_scatter_is_an_indexed_assignment(
 ) -> None:
     count = data.draw(st.integers(1, rows))
     at = np.random.default_rng(rows).permutation(rows)[:count]
-    x_BLW = torch.randn(1, width, count).mT if strided else torch.randn(1, count, width)
+    x_RW = torch.randn(width, count).mT if strided else torch.randn(count, width)
     buffer = torch.randn(rows, width).to(dtypes[1])
     wanted = buffer.clone()
-    wanted[torch.from_numpy(at)] = x_BLW[0].to(dtypes[0]).to(dtypes[1])
-    scatter_(buffer, at, x_BLW.to(dtypes[0]))
+    wanted[torch.from_numpy(at)] = x_RW.to(dtypes[0]).to(dtypes[1])
+    scatter_(buffer, at, x_RW.to(dtypes[0]))
     assert torch.equal(buffer, wanted)
+
+
+# --- lone documents ---
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    sequences=st.integers(1, 4),
+    is_padding_allowed=st.booleans(),
+)
+def test_batches_of_pieces_have_each_piece_once(
+    lengths: list[int], sequences: int, is_padding_allowed: bool
+) -> None:
+    most = sequences * 9
+    batches = list(piece_batches(lengths, most, is_padding_allowed))
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    for batch in batches:
+        sizes = [lengths[piece] for piece in batch]
+        assert max(sizes) * len(sizes) <= most
+        assert is_padding_allowed or len(set(sizes)) == 1
+    longest = [max(lengths[piece] for piece in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True), "the first batch takes the most memory"
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30), fill=st.integers(0, 20))
+def test_places_of_pieces_cover_the_true_tokens(lengths: list[int], fill: int) -> None:
+    rows = sum(lengths)
+    starts = np.zeros(rows + fill, np.bool_)
+    starts[np.cumsum([0, *lengths[:-1]])] = True
+    places = piece_places(starts[None], rows)
+    assert [len(place) for place in places] == lengths
+    assert np.array_equal(np.concatenate(places), np.arange(rows))
 
 
 # --- writing beside the model ---

@@ -1,4 +1,4 @@
-"""Loading is silent and identified; documents of a sequence stay apart where a model can do it."""
+"""Loading is silent and identified."""
 
 import importlib.metadata
 import os
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import (
@@ -24,11 +23,9 @@ from transformers import (
     RobertaConfig,
 )
 
-from models import captured, save_tiny, tiny_model, tiny_tokenizer, transformers_log
+from models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
 from mpcache.config import CollectConfig
-from mpcache.hooks import Capture, resolve
 from mpcache.hub import explained, hub_error
-from mpcache.inputs import find_separation, model_inputs
 from mpcache.model import (
     load_model,
     model_digest,
@@ -36,7 +33,6 @@ from mpcache.model import (
     resolve_device,
     tokenizer_digest,
 )
-from mpcache.tokens import Specials
 
 
 def make_config(model, **changes) -> CollectConfig:
@@ -209,45 +205,3 @@ def test_provenance(tmp_path):
     assert provenance["model_revision"] is None
     assert provenance["attention"] == "eager"
     assert provenance["torch_version"] == importlib.metadata.version("torch")
-
-
-# --- documents of a sequence ---
-
-END = Specials(begin=None, begins="document", end=257)
-PACKED = np.array([[*range(20, 30), 257, *range(40, 49), 257, 7, 8, 9]], np.uint16)
-DOCUMENTS = [slice(0, 11), slice(11, 21), slice(21, 24)]
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    ("name", "pattern", "separation"),
-    [
-        ("llama", "layers.*", "positions"),
-        ("gpt2", "h.*", "positions"),
-        ("neox", "layers.*", "positions"),
-        ("bert", "encoder.layer.*", "mask"),
-    ],
-)
-def test_a_packed_document_is_as_alone(name, pattern, separation, attention):
-    model = tiny_model(name)
-    model.set_attn_implementation(attention)
-    assert find_separation(model, False, torch.float32) == separation
-    with Capture(model, resolve([pattern], model)) as hooks:
-        packed = captured(hooks, model_inputs(PACKED, END, separation, model))
-        together = captured(hooks, model_inputs(PACKED, END, "none", model))
-        for document in DOCUMENTS:
-            alone = captured(hooks, model_inputs(PACKED[:, document], END, "none", model))
-            for side, value in alone.items():
-                torch.testing.assert_close(packed[side][:, document], value, rtol=1e-3, atol=1e-4)
-        assert not torch.allclose(together[side], packed[side], atol=1e-2)
-
-
-def test_refuses_where_documents_cannot_be_kept_apart():
-    with pytest.raises(ValueError, match="ModernBertModel cannot keep the documents"):
-        find_separation(tiny_model("modernbert"), False, torch.float32)
-
-
-def test_asks_nothing_where_documents_may_mix():
-    model = tiny_model()
-    assert find_separation(model, True, torch.float32) == "none"
-    assert list(model_inputs(PACKED, END, "none", model)) == ["input_ids"]
