@@ -31,6 +31,8 @@ from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.inputs import find_separation
 from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.model_files import ModelFiles
+from mpcache.model_source import find_source
 from mpcache.place import Place
 from mpcache.tokenised import token_dtype
 from mpcache.tokens import row_permutation, special_tokens
@@ -51,6 +53,8 @@ class Facts:
     widths: Mapping[Side, int]
     "of the wanted sides, in the model's order"
     provenance: Mapping[str, str | None]
+    model_files: str | None = None
+    "digest of the files that the model was loaded from, where a new store needs it"
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -64,16 +68,26 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digests: Mapping[str, str]
+    files: ModelFiles
+    "what the model was loaded from"
+    has_code: bool
+    "code that came with the model was run, and may have read anything"
+
+    def files_digest(self) -> str | None:
+        """Raises ValueError where the files are no longer those that were loaded."""
+        return None if self.has_code else self.files.digest()
 
 
 def load(config: CollectConfig) -> Loaded:
     """Raises ValueError where the user can help it, ConnectionError without the Hub."""
+    files = ModelFiles.of(find_source(config))  # before anything is loaded
     model, tokenizer = load_model(config)
+    files.check_unchanged()
     digests = {
         "model_digest": model_digest(model),
         "tokenizer_digest": tokenizer_digest(tokenizer),
     }
-    return Loaded(model, tokenizer, digests)
+    return Loaded(model, tokenizer, digests, files, config.trust_remote_code)
 
 
 class Station:

@@ -85,7 +85,7 @@ def test_missing_weights_are_refused(tmp_path):
         ({"ctx_len": 128, "part_rows": 65536}, "must not exceed the model's 64 positions, got 128"),
         ({"device": "cuda:99"}, "device must be a torch device here, got cuda:99"),
         ({"device": "gpu"}, "device must be a torch device here, got gpu"),
-        ({"attention": "flash_attention_2"}, "use attention=sdpa"),
+        ({"attention": "flash_attention_2"}, "use --attention sdpa"),
     ],
 )
 def test_refuses_in_one_line(tmp_path, changes, message):
@@ -136,7 +136,7 @@ except ConnectionError as error:
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("the Hub cannot be reached for tokenizer of no/such")
+    assert done.stdout.startswith("the Hub cannot be reached for model no/such")
 
 
 def hub_says(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
