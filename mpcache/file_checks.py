@@ -7,9 +7,11 @@ the whole of a large file.
 import json
 import math
 import os
-import zipfile
+import pickle
 from pathlib import Path
 from typing import Any
+
+import torch
 
 AGAIN = "download it again, for instance with `hf download`"
 _HEAD = 1024  # bytes, enough for a Git LFS pointer and for the start of a page
@@ -20,6 +22,12 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, 
          "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
          "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
          "U64": 64, "I64": 64, "F64": 64, "C64": 64}  # fmt: skip
+
+
+# integers of PyTorch; its other dtypes are for computing
+_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+          torch.int64: "I64", torch.bool: "BOOL"}  # fmt: skip
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def check_present(path: Path) -> None:
@@ -79,7 +87,7 @@ def check_index(path: Path) -> list[str]:
 # --- weights ---
 
 
-def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+def check_safetensors(path: Path) -> Tensors:
     """Dtype and shape of each tensor; the file must have the very size that its header says."""
     check_present(path)
     size = path.stat().st_size
@@ -136,19 +144,24 @@ def _pair(offsets: Any) -> tuple[int, int]:
     return begin, end
 
 
-def check_torch(path: Path) -> None:
-    """A .bin file: a zip archive, or what PyTorch wrote before 1.6, whose size nothing tells."""
-    check_present(path)
+def check_torch(path: Path) -> Tensors:
+    """Dtype and shape of each tensor of a .bin file, without reading the tensors.
+
+    Empty for what PyTorch wrote before 1.6, which is read in one piece.
+    """
     head = read_head(path)
-    if head.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-        except (zipfile.BadZipFile, OSError, EOFError):
-            raise ValueError(
-                f"{path} is cut short or damaged: its archive has no end; {AGAIN}"
-            ) from None
-        if not any(name.endswith("data.pkl") for name in names):
-            raise ValueError(f"{path} must be weights of PyTorch, got another archive; {AGAIN}")
-    elif not head.startswith(b"\x80"):  # a pickle
-        raise ValueError(f"{path} must be weights of PyTorch, got other content; {AGAIN}")
+    check_present(path)
+    if not head.startswith(b"PK"):
+        if not head.startswith(b"\x80"):  # a pickle
+            raise ValueError(f"{path} must be weights of PyTorch, got other content; {AGAIN}")
+        return {}
+    try:
+        content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is cut short or damaged: {str(error).splitlines()[0]}; {AGAIN}"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold weights by name, got other content; {AGAIN}")
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    return {str(name): (_NAMES.get(t.dtype, "F32"), tuple(t.shape)) for name, t in tensors.items()}

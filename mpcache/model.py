@@ -64,7 +64,7 @@ def load_tokenizer(config: CollectConfig) -> PreTrainedTokenizerBase:
 
 def tokenizer_of(source: ModelSource, config: CollectConfig) -> PreTrainedTokenizerBase:
     allow_code(config)
-    with explained_load(source, "tokenizer of"):
+    with explained_load(source, "tokenizer of", config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
@@ -113,7 +113,7 @@ def allow_code(config: CollectConfig) -> None:
 def architecture_of(source: ModelSource, config: CollectConfig) -> PreTrainedConfig:
     """The model's config, checked."""
     allow_code(config)
-    with explained_load(source, "model"):
+    with explained_load(source, "model", config):
         architecture: PreTrainedConfig = AutoConfig.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
@@ -176,7 +176,7 @@ def load_weights(
         )
         return model, info
 
-    with explained_load(source, "model", config.attention), quiet_load_report():
+    with explained_load(source, "model", config), quiet_load_report():
         try:
             model, info = load()
         except RuntimeError as error:
@@ -245,12 +245,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def model_provenance(model: PreTrainedModel, config: CollectConfig) -> dict[str, str | None]:
-    """Where the model comes from and what computes it; `model_revision` is None for a folder."""
-    path = Path(config.model).expanduser()
+def model_provenance(model: PreTrainedModel, source: ModelSource) -> dict[str, str | None]:
+    """Where the model comes from and what computes it; `model_revision` is for the Hub alone."""
+    path = Path(source.name).expanduser()
     return {
-        "model": path.resolve().name if path.exists() else config.model,
-        "model_revision": None if path.exists() else getattr(model.config, "_commit_hash", None),
+        "model": source.name if source.folder is None else path.resolve().name,
+        "model_revision": source.commit,
         "model_class": type(model).__name__,
         "attention": model.config._attn_implementation,
         **{f"{library}_version": library_version(library) for library in LIBRARIES},

@@ -7,12 +7,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
-from mpcache.file_checks import check_json, check_safetensors, check_torch
+from mpcache.file_checks import Tensors, check_json, check_safetensors, check_torch
 from mpcache.gguf import check_gguf
 from mpcache.model_files import GENERATION, INDEX, TOKENIZER, weight_names
 from mpcache.model_source import CONFIG, ModelSource
-
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
@@ -84,7 +82,7 @@ def check_model_files(source: ModelSource) -> Tensors:
         if name.endswith(".safetensors"):
             found |= check_safetensors(path)
         elif not name.endswith(INDEX):
-            check_torch(path)
+            found |= check_torch(path)
     return found
 
 

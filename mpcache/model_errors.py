@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from mpcache.hub import explained, first_line
+from mpcache.config import CollectConfig
+from mpcache.hub import first_line, hub_error
 from mpcache.model_source import CONFIG, ModelSource
 
 # what reads weights of each quantisation
 _PACKAGES = {
-    "gptq": "gptqmodel and optimum",
+    "gptq": "gptqmodel optimum",
     "awq": "gptqmodel",
     "bitsandbytes": "bitsandbytes",
     "bitsandbytes_4bit": "bitsandbytes",
@@ -29,34 +30,26 @@ _PASSED_ON = (MemoryError, ConnectionError, torch.OutOfMemoryError)
 
 
 @contextmanager
-def explained_load(source: ModelSource, thing: str, attention: str = "sdpa") -> Iterator[None]:
-    """Errors of loading `thing`, "model" or "tokenizer", of a source.
+def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> Iterator[None]:
+    """Errors of loading `thing`, "model" or "tokenizer of", of a source.
 
     ValueError in one line for what is wrong with the files or the settings; ConnectionError
     without the Hub. A full disk or memory passes as it is.
     """
     try:
-        with explained(f"{thing} {source.name}", source.revision):
-            try:
-                yield
-            except _PASSED_ON:
-                raise
-            except Exception as error:
-                if (message := _known(error, source, attention)) is not None:
-                    raise _Mistake(message) from error
-                raise
-    except _Mistake as mistake:
-        raise ValueError(str(mistake)) from mistake.__cause__
-    except (OSError, *_PASSED_ON):
+        yield
+    except _PASSED_ON:
         raise
     except Exception as error:
         if isinstance(error, ValueError) and _is_ours(error):
             raise
+        if (message := _known(error, source, config)) is not None:
+            raise ValueError(message) from error
+        if source.folder is None or not isinstance(error, ValueError):
+            explanation = hub_error(error, f"{thing} {source.name}", source.revision)
+            if explanation is not error or isinstance(error, OSError):
+                raise explanation from error
         raise ValueError(_unknown(error, source, thing)) from error
-
-
-class _Mistake(Exception):
-    """Passes the Hub's explanations, which know other errors."""
 
 
 def _is_ours(error: Exception) -> bool:
@@ -67,10 +60,12 @@ def _is_ours(error: Exception) -> bool:
     return name.startswith("mpcache.")
 
 
-def _known(error: Exception, source: ModelSource, attention: str) -> str | None:
+def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str | None:
     """A line for an error whose cause and remedy are known."""
     text = str(error)
-    if "trust_remote_code" in text:
+    is_unknown = re.search(r"has model type `(.*?)` but", text)
+    has_code = "auto_map" in source.settings and not config.trust_remote_code
+    if "trust_remote_code" in text or (is_unknown and has_code):
         return (
             f"{source.location} comes with code of its own, which is not run unasked; read that "
             "code, then allow it with --trust-remote-code"
@@ -79,16 +74,21 @@ def _known(error: Exception, source: ModelSource, attention: str) -> str | None:
         return f"{text.split()[0]} has no SDPA attention; use --attention eager"
     if isinstance(error, ImportError) and (method := quantization(source)):
         return _quantized(source, method, error)
-    if "flash" in attention and isinstance(error, ImportError | ValueError):
+    if "flash" in config.attention and isinstance(error, ImportError | ValueError):
         return f"{first_line(error).rstrip('.')}; use --attention sdpa or eager"
-    if match := re.search(r"has model type `(.*?)` but", text):
+    if is_unknown:
         return (
-            f"{source.location}/{CONFIG} has the model_type {match[1]!r}, which transformers "
+            f"{source.location}/{CONFIG} has the model_type {is_unknown[1]!r}, which transformers "
             f"{version('transformers')} does not know; pip install --upgrade transformers"
         )
     if "Should have a `model_type` key" in text:
         return (
             f"{source.location}/{CONFIG} must have a model_type, got none; use a whole checkpoint"
+        )
+    if "Couldn't instantiate the backend tokenizer" in text:
+        return (
+            f"{source.location} must have a tokenizer that can be read, got no tokenizer.json; "
+            "copy the tokenizer's files of the original model into it"
         )
     if source.gguf and "not supported" in text:
         return (
@@ -108,10 +108,10 @@ def quantization(source: ModelSource) -> str | None:
 
 def _quantized(source: ModelSource, method: str, error: Exception) -> str:
     packages = _PACKAGES.get(method)
-    needs = f"the package {packages}" if packages else f"a package ({first_line(error)})"
+    remedy = f"pip install {packages}" if packages else first_line(error)
     return (
-        f"{source.location} is quantised by {method}, by its {CONFIG}, and needs {needs}; install "
-        "it, or use an unquantised checkpoint"
+        f"{source.location} is quantised by {method}, by its {CONFIG}, and needs packages that are "
+        f"not here; {remedy}, or use an unquantised checkpoint"
     )
 
 
@@ -123,7 +123,7 @@ def _unknown(error: Exception, source: ModelSource, thing: str) -> str:
         return f"the weights of {source.name} are damaged: {text}; download them again"
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
     files = "tokenizer files" if thing.startswith("tokenizer") else f"{CONFIG} and weights"
-    return (
-        f"{thing} {source.name} cannot be loaded: {kind}{text}; compare its {files} with the "
-        "original, or download them again"
-    )
+    remedy = f"compare its {files} with the original, or download them again"
+    if method := quantization(source):
+        remedy = f"its weights are quantised by {method}: use an unquantised checkpoint"
+    return f"{thing} {source.name} cannot be loaded: {kind}{text}; {remedy}"

@@ -41,7 +41,7 @@ class ModelFiles:
     @classmethod
     def of(cls, source: ModelSource) -> "ModelFiles":
         paths = _paths(source)
-        return cls(source, {name: _look(path, settle=True) for name, path in paths.items()}, paths)
+        return cls(source, {name: look(path, settle=True) for name, path in paths.items()}, paths)
 
     def is_unchanged(self) -> bool:
         return not self._changed()
@@ -74,7 +74,7 @@ class ModelFiles:
 
     def _changed(self) -> list[str]:
         now = _paths(self.source) if self.source.folder else self.paths
-        looks = {name: _look(path) for name, path in now.items()}
+        looks = {name: look(path) for name, path in now.items()}
         names = sorted(filter(_is_loaded, self.seen.keys() | looks.keys()))
         return [name for name in names if self.seen.get(name) != looks.get(name)]
 
@@ -164,7 +164,7 @@ def _is_loaded(name: str) -> bool:
     return Path(name).suffix.lower() in _SUFFIXES or Path(name).name in ("vocab.txt", "merges.txt")
 
 
-def _look(path: Path, settle: bool = False) -> tuple[int, ...]:
+def look(path: Path, settle: bool = False) -> tuple[int, ...]:
     """What changes whenever a file's content does."""
     stat = path.stat()
     if settle and abs(time.time() - stat.st_ctime) < _CLOCK:

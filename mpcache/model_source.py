@@ -1,6 +1,7 @@
 """MODEL -> where its files are: a folder, a .gguf file, or a commit of a Hub repository."""
 
 import functools
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ class ModelSource:
     def location(self) -> str:
         """The first argument of `from_pretrained`."""
         return self.name if self.folder is None else str(self.folder)
+
+    @property
+    def commit(self) -> str | None:
+        """Of a repository on the Hub, where it is known."""
+        is_commit = self.folder is None and re.fullmatch(r"[0-9a-f]{40}", self.revision)
+        return self.revision if is_commit else None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,6 +75,8 @@ def find_source(config: CollectConfig) -> ModelSource:
     """Raises ValueError where there is no model, ConnectionError without the Hub."""
     path = Path(config.model).expanduser()
     if path.is_dir():
+        if path.suffix.lower() == ".gguf" and not (path / CONFIG).exists():
+            check_present(path)  # says that it is a folder
         return _checked(ModelSource(config.model, folder=path))
     if path.suffix.lower() == ".gguf" and (path.exists() or path.is_symlink()):
         check_present(path)

@@ -31,14 +31,14 @@ def files_digest(config: CollectConfig) -> str | None:
         return None
     source = find_source(config)
     if source.folder is None:  # the commit is enough: what the Hub has there never changes
-        return f"commit {source.revision}" if len(source.revision) == 40 else None
+        return None if source.commit is None else f"commit {source.commit}"
     return ModelFiles.of(source).digest()
 
 
 def skeleton(config: CollectConfig) -> PreTrainedModel:
     """The base model without weights, on the meta device: its modules have their names."""
     architecture = load_architecture(config)
-    with explained_load(find_source(config), "model", config.attention), torch.device("meta"):
+    with explained_load(find_source(config), "model", config), torch.device("meta"):
         loader: Any = AutoModel  # hidden by a decorator
         model: PreTrainedModel = loader.from_config(
             architecture,

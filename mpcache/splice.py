@@ -48,7 +48,8 @@ class SplicedModel:
             CollectConfig(**stored),
             model=model,
             revision=revision or stored["revision"],
-            trust_remote_code=trust_remote_code,  # the store may be somebody else's: its word is not enough
+            # the store may be somebody else's: its word is not enough
+            trust_remote_code=trust_remote_code,
             device=device,
         )
         self.model, tokenizer = load_model(config, with_head=True)

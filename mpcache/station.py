@@ -110,7 +110,7 @@ class Station:
             attention=str(self.model.config._attn_implementation),
             token_dtype=token_dtype(loaded.tokenizer).name,
             widths={side: self.widths[side] for side in self.sides},
-            provenance=model_provenance(self.model, config),
+            provenance=model_provenance(self.model, loaded.files.source),
         )
         on_gpu = self.model.device.type == "cuda"
         self._copy = Transfer(self.model.device).start if on_gpu else None

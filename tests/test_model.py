@@ -36,6 +36,7 @@ from mpcache.model import (
     resolve_device,
     tokenizer_digest,
 )
+from mpcache.model_source import find_source
 from mpcache.tokens import Specials
 
 
@@ -204,7 +205,7 @@ def test_tokenizer_digest_ignores_calls_and_sees_tokens():
 
 def test_provenance(tmp_path):
     config = make_config(save_tiny(tmp_path / "name"), attention="eager")
-    provenance = model_provenance(load_model(config)[0], config)
+    provenance = model_provenance(load_model(config)[0], find_source(config))
     assert provenance["model"] == "name"
     assert provenance["model_revision"] is None
     assert provenance["attention"] == "eager"
