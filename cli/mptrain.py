@@ -21,6 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run model code that comes with the model")
+]
 _RESULTS = (
     "coder",
     "fvu",
@@ -156,12 +159,15 @@ def sweep(
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="in place of what the file says"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """A whole experiment file: collect what is missing, train its coders, draw its figures."""
     from cli.sweep import collect, forecast, read, settings_of
 
     experiment, config = read(file, changes or ())
+    if trust_remote_code:
+        config = dataclasses.replace(config, trust_remote_code=True)
     if dry_run:
         return _tell_forecast(forecast(experiment, config, only or ()), json)
     from mpcache.hardware import hardware
@@ -281,6 +287,7 @@ def evaluate(
     ] = None,
     revision: Annotated[str, typer.Option(help="revision of a Hugging Face model")] = "main",
     device: Annotated[str, typer.Option(help="torch device of coder and model")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K and codes.
@@ -297,7 +304,11 @@ def evaluate(
     for warning in l0_warnings(coder, evaluations):
         typer.echo(f"warning: {warning}", err=True)
     found = [dataclasses.asdict(one) for one in evaluations]
-    kept = [] if model is None else [_spliced(coder, store, model, revision, device)]
+    kept = (
+        []
+        if model is None
+        else [_spliced(coder, store, model, revision, device, trust_remote_code)]
+    )
     if json:
         return print_json({"rows": found, "model": kept[0] if kept else None})
     print_table(tuple(found[0]), found)
@@ -306,7 +317,9 @@ def evaluate(
     return None
 
 
-def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -> dict[str, float]:
+def _spliced(
+    folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
+) -> dict[str, float]:
     """The language model and the coder meet here only: neither package knows the other's."""
     from mpcache.splice import SplicedModel
     from mptrain.checkpoint import load_coder
@@ -314,7 +327,7 @@ def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -
     from mptrain.recovered import recovered
 
     coder, trained = load_coder(folder)
-    spliced = SplicedModel(store, model, revision, device)
+    spliced = SplicedModel(store, model, revision, device, trust_remote_code)
     coder.to(spliced.model.device)
     hookpoint = coder.config.hookpoint
     batches = (

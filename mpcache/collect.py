@@ -5,6 +5,7 @@ process, or by the workers of a Dask cluster. Nothing here trusts that nobody el
 the same time: whatever is written is create-only, and what is missing is looked up, never assumed.
 """
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -33,10 +34,12 @@ from mpcache.forward import part_input
 from mpcache.hooks import Side
 from mpcache.identity import identify, layout_of, open_place
 from mpcache.jobs import Job, Missing, Progress
-from mpcache.model import load_tokenizer
+from mpcache.model import load_tokenizer, tokenizer_digest
+from mpcache.model_files import ModelFiles
+from mpcache.model_source import find_source
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
-from mpcache.sketch import files_digest, load_vocabulary
+from mpcache.sketch import load_vocabulary
 from mpcache.station import Background, Facts, Station, commit_side, load, write_threads
 from mpcache.tokenised import Tokenizer, largest_id
 from mpcache.tokens import (
@@ -104,14 +107,16 @@ def collect(
     place = place_of(where)
     if workforce.is_wanted:
         return _collect_with_workers(config, place, workforce, quiet)
+    files = ModelFiles.of(find_source(config))
     tokenizer = load_tokenizer(config)
     # before the weights, which take long: what is wrong with the dataset is said at once
     documents = open_documents(config, load_vocabulary(config, tokenizer))
-    loaded = load(config, tokenizer)
+    loaded = load(config, tokenizer, files)
     station = Station(config, loaded)
-    collection = Collection(
-        config, place, station.facts, loaded.tokenizer, documents, workforce, quiet
-    )
+    # by its files a later collection below the same root knows the model without loading it
+    named = None if is_store(place) else loaded.files_digest()
+    facts = dataclasses.replace(station.facts, model_files=named)
+    collection = Collection(config, place, facts, loaded.tokenizer, documents, workforce, quiet)
     return collection.run(functools.partial(work_here, station, place))
 
 
@@ -124,8 +129,18 @@ def _collect_with_workers(
     documents = open_documents(config, load_vocabulary(config, tokenizer))
     with Crew(workforce, config, place, quiet=quiet) as crew:
         facts = crew.facts()
+        _refuse_other_tokenizer(tokenizer, facts)
         collection = Collection(config, place, facts, tokenizer, documents, workforce, quiet)
         return collection.run(crew.work)
+
+
+def _refuse_other_tokenizer(tokenizer: Tokenizer, facts: Facts) -> None:
+    """Tokens are made here, and the store names the tokenizer of the workers."""
+    if tokenizer_digest(tokenizer) != facts.digests.get("tokenizer_digest"):
+        raise ValueError(
+            "all machines must have the same tokenizer, got another one on a worker; copy the "
+            "model's folder there, and give the same command again"
+        )
 
 
 def work_here(
@@ -246,10 +261,8 @@ class Collection:
 
     def open_place(self) -> None:
         refuse_large(self.place, self.layout, self.facts.widths.values())
-        # by its files a later collection below the same root knows the model without loading it
-        files = None if is_store(self.place) else files_digest(self.config)
         provenance: dict[str, Any] = {
-            "model": {**self.facts.provenance, "model_files": files},
+            "model": {**self.facts.provenance, "model_files": self.facts.model_files},
             "dataset": self.documents.provenance,
             "tokenizer": {"special_ids": sorted(set(self.tokenizer.all_special_ids))},
         }

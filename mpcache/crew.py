@@ -216,9 +216,9 @@ def _raisable(failure: Failure) -> Exception:
 
 
 def _from_anywhere(config: CollectConfig) -> CollectConfig:
-    """The model's folder by its whole path: workers start elsewhere."""
-    folder = Path(config.model).expanduser()
-    return replace(config, model=str(folder.absolute())) if folder.is_dir() else config
+    """The model's folder or file by its whole path: workers start elsewhere."""
+    path = Path(config.model).expanduser()
+    return replace(config, model=str(path.absolute())) if path.exists() else config
 
 
 def _devices(config: CollectConfig, workers: int) -> tuple[str, ...]:

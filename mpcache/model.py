@@ -22,12 +22,25 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
+from mpcache.gguf import forget_quantization, weights_options
 from mpcache.heap import keep_freed_memory
-from mpcache.hub import explained, first_line, names_a_place
+from mpcache.hub import first_line
+from mpcache.model_checks import (
+    check_loaded,
+    check_model_files,
+    check_tokenizer_files,
+    check_vocabulary,
+    has_tokenizer,
+    refuse_other_shapes,
+)
+from mpcache.model_errors import explained_load
+from mpcache.model_source import ModelSource, find_source
+from mpcache.remote_code import code_digest, use_fresh_copies
 from mpcache.tokenised import TokenIds, Tokenizer
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+VOLATILE |= {"_model_name_or_path"}  # a title in a .gguf file
 LIBRARIES = ("mpcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
@@ -45,16 +58,22 @@ def resolve_device(name: str) -> torch.device:
 
 
 def load_tokenizer(config: CollectConfig) -> Tokenizer:
-    """The model's tokenizer, or the token ids that its config tells where it has none.
+    """The model's tokenizer, or the token ids that its config names where it has none.
 
-    Raises ValueError where it is a slow one, ConnectionError without the Hub.
+    Raises ValueError where it is damaged or a slow one, ConnectionError without the Hub.
     """
-    source = model_source(config)
-    if Path(source).is_dir() and not has_tokenizer(Path(source)):
-        return token_ids(config)
-    with explained(f"tokenizer of {config.model}", config.revision):
+    source = find_source(config)
+    if not has_tokenizer(source):
+        return token_ids(source, config)
+    check_tokenizer_files(source)
+    return tokenizer_of(source, config)
+
+
+def tokenizer_of(source: ModelSource, config: CollectConfig) -> PreTrainedTokenizerBase:
+    allow_code(config)
+    with explained_load(source, "tokenizer of", config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+            source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
     if not tokenizer.is_fast:
         raise ValueError(
@@ -64,21 +83,9 @@ def load_tokenizer(config: CollectConfig) -> Tokenizer:
     return tokenizer
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model's folder has a vocabulary: without one, some classes make one of a token."""
-    patterns = ("tokenizer.*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json")
-    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
-
-
-def token_ids(config: CollectConfig) -> TokenIds:
+def token_ids(source: ModelSource, config: CollectConfig) -> TokenIds:
     """What the model's config says of its tokens."""
-    with explained(f"model {config.model}", config.revision):
-        architecture = AutoConfig.from_pretrained(
-            model_source(config),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    text = architecture.get_text_config()
+    text = architecture_of(source, config).get_text_config()
     if not isinstance(size := getattr(text, "vocab_size", None), int):
         raise ValueError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
@@ -100,27 +107,18 @@ def load_model(
 
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
-    device, tokenizer = resolve_device(config.device), tokenizer or load_tokenizer(config)
+    device, source = resolve_device(config.device), find_source(config)
+    tensors = check_model_files(source)
+    tokenizer = tokenizer or load_tokenizer(config)
     if device.type == "cpu":
         keep_freed_memory()
-    with explained(f"model {config.model}", config.revision):
-        architecture = AutoConfig.from_pretrained(
-            model_source(config),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-        )
-    check_architecture(architecture, config)
-    model, missing = load_weights(architecture, config, with_head)
+    architecture = architecture_of(source, config)
+    model, info = load_weights(source, architecture, config, with_head)
     if (positions := usable_positions(model)) is not None:
         check_positions(positions, config)
-    if any(key.startswith("pooler.") for key in missing):
-        # encoders trained without a pooler get a random one, which no run could reproduce
-        model.register_module("pooler", None)
-    if missing := {key for key in missing if not key.startswith("pooler.")}:
-        raise ValueError(
-            f"the weights of {config.model} must fill {type(model).__name__}, got none for "
-            f"{', '.join(sorted(missing)[:3])}; use another checkpoint"
-        )
+    check_loaded(model, source, info, tensors)
+    if not isinstance(tokenizer, TokenIds):
+        check_vocabulary(model, tokenizer, config)
     model.train(False).requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]  # hidden by a decorator
     if config.autocast:
@@ -129,16 +127,20 @@ def load_model(
     return model, tokenizer
 
 
-def model_source(config: CollectConfig) -> str:
-    """A folder here, else a Hub id."""
-    path = Path(config.model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ValueError(f"a model folder must hold config.json, got {path}; check the path")
-        return str(path)
-    if names_a_place(config.model):
-        raise ValueError(f"model must exist, got {config.model}; check the path")
-    return config.model
+def allow_code(config: CollectConfig) -> None:
+    if config.trust_remote_code:
+        use_fresh_copies()
+
+
+def architecture_of(source: ModelSource, config: CollectConfig) -> PreTrainedConfig:
+    """The model's config, checked."""
+    allow_code(config)
+    with explained_load(source, "model", config):
+        architecture: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.location, trust_remote_code=config.trust_remote_code, **source.options
+        )
+    check_architecture(architecture, config)
+    return architecture
 
 
 def check_architecture(architecture: PreTrainedConfig, config: CollectConfig) -> None:
@@ -177,24 +179,44 @@ def usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def load_weights(
-    architecture: PreTrainedConfig, config: CollectConfig, with_head: bool
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model and the names of weights that the checkpoint lacks."""
+    source: ModelSource, architecture: PreTrainedConfig, config: CollectConfig, with_head: bool
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what of its weights the checkpoint lacks or has beyond them."""
     loader: Any = AutoModelForCausalLM if with_head else AutoModel  # hidden by a decorator
-    with explained(f"model {config.model}", config.revision), quiet_load_report():
+
+    def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model, info = loader.from_pretrained(
+            source.location,
+            config=architecture,
+            trust_remote_code=config.trust_remote_code,
+            dtype=torch.float32 if config.autocast else getattr(torch, config.model_dtype),
+            attn_implementation=config.attention,
+            output_loading_info=True,
+            **(weights_options() if source.gguf else {}),
+            **source.options,
+            **options,
+        )
+        return model, info
+
+    with explained_load(source, "model", config), quiet_load_report():
         try:
-            model, info = loader.from_pretrained(
-                model_source(config),
-                config=architecture,
-                revision=config.revision,
-                trust_remote_code=config.trust_remote_code,
-                dtype=torch.float32 if config.autocast else getattr(torch, config.model_dtype),
-                attn_implementation=config.attention,
-                output_loading_info=True,
-            )
-        except ImportError as error:  # flash_attention_2 that is not installed
-            raise ValueError(f"{first_line(error)}; use attention=sdpa") from error
-    return model, set(info["missing_keys"])
+            model, info = load()
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            refuse_other_shapes(source, load(ignore_mismatched_sizes=True)[1])
+            raise
+    if source.gguf:
+        forget_quantization(model)
+    keep_in_memory(model)
+    return model, info
+
+
+def keep_in_memory(model: PreTrainedModel) -> None:
+    """Copy weights that are still in their file: another program may write to it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
+            tensor.data = tensor.data.clone()  # the storage was not torch's own
 
 
 @contextmanager
@@ -216,7 +238,10 @@ def quiet_load_report() -> Iterator[None]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """sha256 of the architecture and the weights as computed with, however they are stored."""
+    """sha256 of the architecture and the weights as computed with, however they are stored.
+
+    Of code that came with the model too, where there is any.
+    """
     digest = hashlib.sha256()
     settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -224,6 +249,8 @@ def model_digest(model: PreTrainedModel) -> str:
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
+    if (code := code_digest({type(module) for module in model.modules()})) is not None:
+        digest.update(f"\0code {code}".encode())
     return digest.hexdigest()
 
 
@@ -238,15 +265,20 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"padding": None, "truncation": None}
     specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps([state, specials], sort_keys=True).encode()).hexdigest()
+    content = [state, specials]
+    if getattr(tokenizer, "split_special_tokens", False):
+        content.append({"split_special_tokens": True})
+    if (code := code_digest({type(tokenizer)})) is not None:
+        content.append({"code": code})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def model_provenance(model: PreTrainedModel, config: CollectConfig) -> dict[str, str | None]:
-    """Where the model comes from and what computes it; `model_revision` is None for a folder."""
-    is_folder = Path(config.model).expanduser().is_dir()
+def model_provenance(model: PreTrainedModel, source: ModelSource) -> dict[str, str | None]:
+    """Where the model comes from and what computes it; `model_revision` is for the Hub alone."""
+    path = Path(source.name).expanduser()
     return {
-        "model": Path(config.model).expanduser().resolve().name if is_folder else config.model,
-        "model_revision": None if is_folder else getattr(model.config, "_commit_hash", None),
+        "model": source.name if source.folder is None else path.resolve().name,
+        "model_revision": source.commit,
         "model_class": type(model).__name__,
         "attention": model.config._attn_implementation,
         **{f"{library}_version": library_version(library) for library in LIBRARIES},

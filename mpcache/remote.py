@@ -24,6 +24,8 @@ from mpcache.config import CollectConfig
 from mpcache.format import acts, is_store, mark_path, read_store_file
 from mpcache.forward import part_input
 from mpcache.jobs import Job
+from mpcache.model_files import ModelFiles
+from mpcache.model_source import find_source
 from mpcache.place import place_of
 from mpcache.reader import open_store
 from mpcache.station import (
@@ -100,7 +102,10 @@ def facts(orders: Orders) -> Facts | Failure:
     """Load the model, and tell the store's half of the collection about it."""
     try:
         with _set_up(), WORKSHOP.model:
-            return WORKSHOP.station(orders).facts
+            WORKSHOP.forget_old_files(orders.config)
+            facts = WORKSHOP.station(orders).facts
+            files = None if is_store(place_of(orders.place)) else WORKSHOP.files_digest()
+            return replace(facts, model_files=files)
     except Exception as error:
         return _failure(error)
 
@@ -145,7 +150,7 @@ class Workshop:
         if orders.threads is not None:
             torch.set_num_threads(orders.threads)  # of the calling thread, so for each task
         config = replace(orders.config, device=_device(orders))
-        key = [getattr(config, name) for name in _OF_THE_MODEL], _version(config.model)
+        key = [getattr(config, name) for name in _OF_THE_MODEL]
         if self._loaded is None or self._loaded[0] != key:
             self.clear()  # first, so that two models never have to fit
             self._loaded = key, load(config)
@@ -153,6 +158,15 @@ class Workshop:
             self._leave_station()
             self._station = orders, Station(config, self._loaded[1])
         return self._station[1]
+
+    def files_digest(self) -> str | None:
+        """Of the files that the model was loaded from; call with `model` held."""
+        return None if self._loaded is None else self._loaded[1].files_digest()
+
+    def forget_old_files(self, config: CollectConfig) -> None:
+        """Forget a model that would be loaded from other files now; call with `model` held."""
+        if self._loaded is not None and not _is_current(self._loaded[1].files, config):
+            self.clear()
 
     def clear(self) -> None:
         """Forget the model."""
@@ -243,11 +257,12 @@ def _device(orders: Orders) -> str:
     return orders.config.device
 
 
-def _version(model: str) -> tuple[tuple[str, int, int], ...]:
-    """Tells whether a model's folder was changed since; a Hub id never is."""
-    folder = Path(model)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+def _is_current(files: ModelFiles, config: CollectConfig) -> bool:
+    """Whether a model would be loaded from the same files now."""
+    try:
+        return files.source == find_source(config) and files.is_unchanged()
+    except (ValueError, OSError):
+        return False  # loading says what is wrong
 
 
 def _failure(error: Exception) -> Failure:

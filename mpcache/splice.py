@@ -34,7 +34,12 @@ class SplicedModel:
     """A causal language model and the tokens of a store's validation split."""
 
     def __init__(
-        self, store: str | Path | Place, model: str, revision: str | None, device: str
+        self,
+        store: str | Path | Place,
+        model: str,
+        revision: str | None,
+        device: str,
+        trust_remote_code: bool = False,
     ) -> None:
         """Load the model.
 
@@ -48,7 +53,8 @@ class SplicedModel:
             CollectConfig(**stored),
             model=model,
             revision=revision or stored["revision"],
-            trust_remote_code=False,  # the store may be somebody else's: its word is not enough
+            # the store may be somebody else's: its word is not enough
+            trust_remote_code=trust_remote_code,
             device=device,
         )
         self.model, tokenizer = load_model(config, with_head=True)

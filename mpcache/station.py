@@ -31,6 +31,8 @@ from mpcache.forward import PartInput, Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve, widths
 from mpcache.isolation import find_separation
 from mpcache.model import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.model_files import ModelFiles
+from mpcache.model_source import find_source
 from mpcache.place import Place
 from mpcache.tokenised import Tokenizer, token_dtype
 from mpcache.tokens import row_permutation, special_tokens
@@ -51,6 +53,8 @@ class Facts:
     widths: Mapping[Side, int]
     "of the wanted sides, in the model's order"
     provenance: Mapping[str, str | None]
+    model_files: str | None = None
+    "digest of the files that the model was loaded from, where a new store needs it"
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -64,18 +68,30 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: Tokenizer
     digests: Mapping[str, str]
+    files: ModelFiles
+    "what the model was loaded from"
+    has_code: bool
+    "code that came with the model was run, and may have read anything"
+
+    def files_digest(self) -> str | None:
+        """Raises ValueError where the files are no longer those that were loaded."""
+        return None if self.has_code else self.files.digest()
 
 
-def load(config: CollectConfig, tokenizer: Tokenizer | None = None) -> Loaded:
-    """With the tokenizer that was loaded before, if it was.
+def load(
+    config: CollectConfig, tokenizer: Tokenizer | None = None, files: ModelFiles | None = None
+) -> Loaded:
+    """Load the model; `tokenizer` is what was loaded of `files` before, if it was.
 
     Raises ValueError where the user can help it, ConnectionError without the Hub.
     """
+    files = files or ModelFiles.of(find_source(config))  # before anything is loaded
     model, tokenizer = load_model(config, tokenizer=tokenizer)
+    files.check_unchanged()
     digests = {"model_digest": model_digest(model)}
     if (own := tokenizer_digest(tokenizer)) is not None:  # a model without a tokenizer has no key
         digests["tokenizer_digest"] = own
-    return Loaded(model, tokenizer, digests)
+    return Loaded(model, tokenizer, digests, files, config.trust_remote_code)
 
 
 class Station:
@@ -96,7 +112,7 @@ class Station:
             attention=str(self.model.config._attn_implementation),
             token_dtype=token_dtype(loaded.tokenizer).name,
             widths={side: self.widths[side] for side in self.sides},
-            provenance=model_provenance(self.model, config),
+            provenance=model_provenance(self.model, loaded.files.source),
         )
         on_gpu = self.model.device.type == "cuda"
         self._copy = Transfer(self.model.device).start if on_gpu else None

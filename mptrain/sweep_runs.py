@@ -15,7 +15,7 @@ from mptrain.recipe import CoderConfig
 from mptrain.runs import FREE
 from mptrain.suited import numbers_of
 
-_FREE = {*FREE, "write_threads"}
+_FREE = {*FREE, "write_threads", "trust_remote_code"}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from mpcache.model import (
     resolve_device,
     tokenizer_digest,
 )
+from mpcache.model_source import find_source
 
 
 def make_config(model, **changes) -> CollectConfig:
@@ -81,7 +82,7 @@ def test_missing_weights_are_refused(tmp_path):
         ({"ctx_len": 128, "part_rows": 65536}, "must not exceed the model's 64 positions, got 128"),
         ({"device": "cuda:99"}, "device must be a torch device here, got cuda:99"),
         ({"device": "gpu"}, "device must be a torch device here, got gpu"),
-        ({"attention": "flash_attention_2"}, "use attention=sdpa"),
+        ({"attention": "flash_attention_2"}, "use --attention sdpa"),
     ],
 )
 def test_refuses_in_one_line(tmp_path, changes, message):
@@ -132,7 +133,7 @@ except ConnectionError as error:
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("the Hub cannot be reached for tokenizer of no/such")
+    assert done.stdout.startswith("the Hub cannot be reached for model no/such")
 
 
 def hub_says(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
@@ -200,7 +201,7 @@ def test_tokenizer_digest_ignores_calls_and_sees_tokens():
 
 def test_provenance(tmp_path):
     config = make_config(save_tiny(tmp_path / "name"), attention="eager")
-    provenance = model_provenance(load_model(config)[0], config)
+    provenance = model_provenance(load_model(config)[0], find_source(config))
     assert provenance["model"] == "name"
     assert provenance["model_revision"] is None
     assert provenance["attention"] == "eager"
