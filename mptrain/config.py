@@ -132,10 +132,9 @@ class RunConfig:
         before the last train step.
         """
         if before_last < 2:
-            steps = self.rows // self.batch_rows
             return (
-                f"{steps} train steps are too few for any --dead-rows: train on more rows, "
-                "or turn it off with --auxk-alpha 0"
+                "no --dead-rows is low enough for so short a run; train on more rows, "
+                "or turn this loss off with --auxk-alpha 0"
             )
         return f"use --dead-rows {before_last // 2} or less, or train on more rows"
 

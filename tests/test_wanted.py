@@ -92,4 +92,4 @@ def test_a_collection_that_was_cut_short_is_not_exhausted(tmp_path: Path) -> Non
         mark.unlink()
     extent = extent_of(open_store(path))
     assert (extent.is_planned, extent.exhausted) == (False, False)
-    assert extent.share(2 * 192, 192) == pytest.approx(2 / 3)
+    assert extent.share(2.0 * 192, 192) == pytest.approx(2 / 3)
