@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import mpcache
-from cli.errors import guarded
+from cli.errors import guarded, run_app
 from cli.options import from_config
 from cli.tables import print_json, print_table
 from mpcache.config import (
@@ -42,7 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 def main() -> None:
     """Entry point."""
-    app()
+    run_app(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.errors import guarded, warnings_in_words
+from cli.errors import guarded, run_app, warnings_in_words
 from cli.options import Instead, choices, count, counts, field_docs, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig, LoaderBenchConfig, RunConfig
@@ -37,7 +37,7 @@ _NEEDS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "
 
 def main() -> None:
     """Entry point."""
-    app()
+    run_app(app)
 
 
 def _resumed(run: str, given: dict[str, Any]) -> RunConfig:
@@ -267,22 +267,29 @@ def evaluate(
     return None
 
 
-def _spliced(folder: Path, store: str, model: str, revision: str, device: str) -> dict[str, float]:
+def _spliced(
+    folder: Path, store: str, model: str, revision: str, device: str
+) -> dict[str, float | None]:
     """The language model and the coder meet here only: neither package knows the other's."""
     from mpcache.splice import SplicedModel
     from mptrain.checkpoint import load_coder
     from mptrain.filters import stored_filters
-    from mptrain.recovered import recovered
+    from mptrain.recovered import Prediction, recovered
 
     coder, trained = load_coder(folder)
     spliced = SplicedModel(store, model, revision, device)
     coder.to(spliced.model.device)
     hookpoint = coder.config.hookpoint
-    batches = (
-        (inputs["input_ids"], functools.partial(spliced.logits, inputs, hookpoint))
-        for inputs in spliced.batches()
+    predictions = (
+        Prediction(
+            tokens_BL=example.tokens_BL,
+            wanted_BL=example.wanted_BL,
+            counts_BL=example.counts_BL,
+            run=functools.partial(spliced.logits, example.inputs, hookpoint),
+        )
+        for example in spliced.examples()
     )
-    return dataclasses.asdict(recovered(coder, batches, stored_filters(trained)))
+    return recovered(coder, predictions, stored_filters(trained)).figures(spliced.head)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -27,7 +29,12 @@ from mpcache.hub import explained, first_line, names_a_place
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+Head = Literal["causal", "masked"]
 LIBRARIES = ("mpcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
+
+
+class MissingWeights(ValueError):
+    """A checkpoint lacks weights of the model."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,9 +66,9 @@ def load_tokenizer(config: CollectConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    config: CollectConfig, *, with_head: bool = False
+    config: CollectConfig, *, head: Head | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, or the causal language model around it, and its tokenizer.
+    """The base model, or the language model with this head around it, and its tokenizer.
 
     The model is on its device and frozen.
 
@@ -77,14 +84,14 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
         )
     check_architecture(architecture, config)
-    model, missing = load_weights(architecture, config, with_head)
+    model, missing = load_weights(architecture, config, head)
     if (positions := usable_positions(model)) is not None:
         check_positions(positions, config)
     if any(key.startswith("pooler.") for key in missing):
         # encoders trained without a pooler get a random one, which no run could reproduce
         model.register_module("pooler", None)
     if missing := {key for key in missing if not key.startswith("pooler.")}:
-        raise ValueError(
+        raise MissingWeights(
             f"the weights of {config.model} must fill {type(model).__name__}, got none for "
             f"{', '.join(sorted(missing)[:3])}; use another checkpoint"
         )
@@ -144,10 +151,12 @@ def usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def load_weights(
-    architecture: PreTrainedConfig, config: CollectConfig, with_head: bool
+    architecture: PreTrainedConfig, config: CollectConfig, head: Head | None
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model and the names of weights that the checkpoint lacks."""
-    loader: Any = AutoModelForCausalLM if with_head else AutoModel  # hidden by a decorator
+    loader = loader_of(architecture, head)
+    if loader is None:
+        raise ValueError(f"{architecture.model_type} has no {head} head; use another model")
     with explained(f"model {config.model}", config.revision), quiet_load_report():
         try:
             model, info = loader.from_pretrained(
@@ -162,6 +171,25 @@ def load_weights(
         except ImportError as error:  # flash_attention_2 that is not installed
             raise ValueError(f"{first_line(error)}; use attention=sdpa") from error
     return model, set(info["missing_keys"])
+
+
+def loader_of(architecture: PreTrainedConfig, head: Head | None) -> Any | None:
+    """The class that loads a model with this head; None where there is none.
+
+    Models that also read images have their causal head in a class of their own.
+    """
+    loaders: dict[Head | None, tuple[Any, ...]] = {
+        None: (AutoModel,),
+        "causal": (AutoModelForCausalLM, AutoModelForImageTextToText),
+        "masked": (AutoModelForMaskedLM,),
+    }
+    of_model = getattr(architecture, "auto_map", None) or {}  # code that comes with the model
+    for loader in loaders[head]:
+        if head is None or loader.__name__ in of_model:
+            return loader
+        if type(architecture) in loader._model_mapping:
+            return loader
+    return None
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from mptrain.config import refuse_lone_bound
 from mptrain.filters import Filters, stored_filters
 from mptrain.loader import Batch, Loader, Side, Store, open_store
 from mptrain.loss import Fvu
-from mptrain.recipe import CoderConfig, Codes
+from mptrain.recipe import PURSUITS, CoderConfig, Codes
 from mptrain.sparse import active_latents
 
 _BATCH_ROWS = 8192
@@ -31,7 +31,8 @@ class Evaluation:
     """How well a coder does on a set of rows."""
 
     k: int
-    codes: Codes
+    codes: Codes | None
+    "how values are found, None for a coder with an encoder"
     rows: int
     "rows evaluated, without those left out"
     fvu: float
@@ -46,7 +47,7 @@ class Evaluation:
     @property
     def is_finite(self) -> bool:
         """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
-        return all(math.isfinite(v) for v in asdict(self).values() if not isinstance(v, str))
+        return all(math.isfinite(v) for v in asdict(self).values() if isinstance(v, int | float))
 
 
 def sides_of(config: CoderConfig) -> tuple[Side, Side]:
@@ -170,7 +171,7 @@ class _Tally:
     def evaluation(self) -> Evaluation:
         return Evaluation(
             k=self.k,
-            codes=self.codes,
+            codes=self.codes if self.coder.config.arch in PURSUITS else None,
             rows=self.kept.rows,
             fvu=self.kept.value,
             fvu_all=self.all.value,
