@@ -249,7 +249,8 @@ def evaluate(
 ) -> None:
     """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K and codes.
 
-    With --model, the coder is spliced into the language model: cross-entropy and KL.
+    With --model, the coder is spliced into the language model: cross-entropy and KL of the next
+    token, or for a bidirectional model of tokens that are masked as in BERT's training (masked_*).
     """
     from mptrain.evaluate import evaluate_coder
 

@@ -32,9 +32,10 @@ def is_causal(logits: Logits, inputs: Inputs) -> bool:
 
 
 def _cuts(inputs: Inputs) -> list[int]:
-    """Where the later tokens begin: near both ends, and between."""
+    """Where the later tokens begin: at both ends and between; odd, unlike borders of chunks."""
     length = inputs["input_ids"].shape[1]
-    return sorted({1, length // 4, length // 2, 3 * length // 4, length - 1} - {0})
+    cuts = {1, length // 4 | 1, length // 2 | 1, 3 * length // 4 | 1, length - 1}
+    return sorted(cut for cut in cuts if 0 < cut < length)
 
 
 def _leak(logits: Logits, inputs: Inputs, cut: int) -> float:

@@ -4,7 +4,6 @@ B: sequences in a forward pass. L: tokens in a sequence. V: size of the vocabula
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,15 +65,19 @@ class SplicedModel:
             trust_remote_code=False,  # the store may be somebody else's: its word is not enough
             device=device,
         )
+        missing = ""
         for head in heads_of(self.config):
-            with suppress(MissingWeights):  # such as those of a head in a checkpoint of a base
+            try:
                 tokenizer = self._load(head)
-                if (head == "causal") == is_causal(self._all_logits, self._first_inputs()):
-                    break
+            except MissingWeights as error:  # such as those of a head in a checkpoint of a base
+                missing = f" ({error})"
+                continue
+            if (head == "causal") == is_causal(self._all_logits, self._first_inputs()):
+                break
         else:
             raise ValueError(
                 f"{model} has neither a causal head nor, as a bidirectional model, the weights of "
-                "a masked one, so it predicts no tokens; leave it out"
+                f"a masked one{missing}; cross-entropy needs one, so leave --model out"
             )
         self.head: Head = head
         self.masking = masking_of(tokenizer, self.config) if head == "masked" else None

@@ -49,7 +49,7 @@ class Recovered:
     kl: float
     "divergence of the spliced model's distribution of a predicted token from the clean one's"
 
-    def figures(self, head: str) -> dict[str, float | None]:
+    def figures(self, head: str) -> dict[str, float | int | None]:
         """The figures by name: those of a masked head, which sees both sides, are others."""
         prefix = "masked_" if head == "masked" else ""
         return {f"{prefix}{name}": value for name, value in asdict(self).items()}
