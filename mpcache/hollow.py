@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import arg_tree_leaves, tree_map_only
 
+_ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_)
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _VECTOR = 2**16  # parameters up to here become zeros: to scale by them is fast
 _VALUES = 2**22  # computed values up to here become zeros; larger ones stand for weights
@@ -31,10 +32,17 @@ def hollow_(model: nn.Module) -> None:
 class ZeroWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no types
     """While it is active, operations on weights give zeros of the right shape at no cost."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.added: list[tuple[Tensor, ...]] = []
+        "the tensors of each addition, in order"
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.overloadpacket in _ADDITIONS:
+            self.added.append(tuple(x for x in args[:2] if isinstance(x, Tensor)))
         on_meta = any(isinstance(x, Tensor) and x.is_meta for x in arg_tree_leaves(*args, **kwargs))
         if not on_meta or func.is_view:
             return func(*args, **_placed(kwargs, _CPU))

@@ -106,11 +106,11 @@ def survey_hollow(model: PreTrainedModel) -> Survey:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny
     try:
-        with ZeroWeights():  # type: ignore[no-untyped-call]
+        with ZeroWeights() as weights:
             try:
-                return Survey(model.to(torch.bfloat16))  # type: ignore[arg-type]  # hidden by a decorator
+                return Survey(model.to(torch.bfloat16), weights.added)  # type: ignore[arg-type]  # hidden by a decorator
             except (RuntimeError, TypeError):  # few models compute in float32 alone
-                return Survey(model.to(torch.float32))  # type: ignore[arg-type]
+                return Survey(model.to(torch.float32), weights.added)  # type: ignore[arg-type]
     except Exception as error:  # what a model raises that lacks an input has no common base
         raise ValueError(
             f"{type(model).__name__} must run on tokens alone, but it raises "

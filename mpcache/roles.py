@@ -1,7 +1,8 @@
 """Where in a layer the residual stream is, what its MLP reads and what it adds to the stream.
 
 Found by following tensors through one pass, so that a norm after the MLP (Gemma 2 and 3, OLMo 2
-and 3) is seen without a list of models.
+and 3) is seen without a list of models. Where a layer adds something else than the output of a
+module, such as a multiple of it (Granite), nothing is named.
 """
 
 from collections.abc import Iterator
@@ -49,9 +50,10 @@ def _adds(survey: Survey, what: str, call: Call, calls: list[Call]) -> Iterator[
     for follower in calls[calls.index(call) + 1 :]:
         if follower.input is last.output:
             last = follower
-    if last is not call and survey.verdict(call.name, "output").width is not None:
+    is_added = survey.adds(call.name.rpartition(".")[0], last.output)
+    if not (last is call and is_added) and survey.verdict(call.name, "output").width is not None:
         yield _role(f"{what} writes", call.name, "output")
-    if survey.verdict(last.name, "output").width is not None:
+    if is_added and survey.verdict(last.name, "output").width is not None:
         yield _role(f"{what} adds to the stream", last.name, "output")
 
 

@@ -4,6 +4,7 @@ The verdicts are those of `Capture`, by the same functions.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +42,23 @@ class Call:
     name: str
     input: object
     output: object
+    additions: range
+    "which of the pass's additions were made during the call"
 
 
 class Survey:
-    """What one pass over text shows of every module."""
+    """What one pass over text shows of every module.
 
-    def __init__(self, model: nn.Module) -> None:
+    `added` is a list that grows by the tensors of each addition, if it is known.
+    """
+
+    def __init__(self, model: nn.Module, added: Sequence[tuple[Tensor, ...]] = ()) -> None:
+        self.added = added
         self.times: Counter[str] = Counter()
         self.calls: dict[str, list[Call]] = {}
         "calls of the modules directly inside a numbered one, such as a layer, in order"
+        self.layers: dict[str, Call] = {}
+        "the last call of each numbered module"
         self.idle: set[str] = set()
         "modules that do not run on text, nor does what is inside them"
         self._values: dict[Side, Verdict] = {}
@@ -78,18 +87,34 @@ class Survey:
         assert value is not None
         return value
 
+    def adds(self, layer: str, value: object) -> bool:
+        """Whether a layer itself, rather than a module inside it, adds this tensor to another."""
+        inside = {n for call in self.calls[layer] for n in call.additions}
+        return any(
+            operand is value
+            for number in self.layers[layer].additions
+            if number not in inside
+            for operand in self.added[number]
+        )
+
     def _on(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        began = 0
+
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal began
+            began = len(self.added)
             self.times[name] += 1
             self._see(Side(name, "input"), input_of(args, kwargs))
 
-        def after(_: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
             value = output_of(output)
             self._see(Side(name, "output"), value)
-            parent = name.rpartition(".")[0]
+            parent, _, last = name.rpartition(".")
+            call = Call(name, input_of(args, kwargs), value, range(began, len(self.added)))
             if parent.rpartition(".")[2].isdigit():
-                call = Call(name, input_of(args, kwargs), value)
                 self.calls.setdefault(parent, []).append(call)
+            if last.isdigit():
+                self.layers[name] = call
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),

@@ -35,6 +35,8 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "gemma2": lambda: t.Gemma2Config(**GROUPED),
     "olmo2": lambda: t.Olmo2Config(**GROUPED),
+    "granite": lambda: t.GraniteConfig(**GROUPED, residual_multiplier=0.3),
+    "bloom": lambda: t.BloomConfig(vocab_size=260, hidden_size=32, n_layer=3, n_head=4),
     "neox": lambda: t.GPTNeoXConfig(**BASE),
     "gpt2": lambda: t.GPT2Config(vocab_size=260, n_embd=32, n_layer=3, n_head=4, n_positions=64),
     "bert": lambda: t.BertConfig(**BASE),

@@ -95,6 +95,14 @@ def test_the_additions_make_the_stream(name: str, tmp_path: Path) -> None:
     assert torch.allclose(values[before] + added, values[after], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["granite", "bloom", "bert"])
+def test_what_is_not_added_as_it_is_has_no_such_role(name: str, tmp_path: Path) -> None:
+    """Granite adds a multiple, BLOOM adds inside its MLP, BERT's parts are normed streams."""
+    report, _ = report_of(name, tmp_path)
+    assert not any("adds" in role.role for role in report.roles)
+    assert any(role.role == "residual stream" for role in report.roles)
+
+
 def test_layers_that_differ_are_apart(tmp_path: Path) -> None:
     moe, _ = report_of("deepseek_v3", tmp_path)
     mlps = [(p.numbers, p.module) for p in moe.hookpoints if p.hookpoint == "layers.*.mlp"]
