@@ -1,11 +1,15 @@
 """How a command ends: one line for what a person can mend, a traceback for our faults.
 
-0 done · 2 the user's mistake · 1 anything else · 130 interrupted · 143 ended by SIGTERM.
+0 done · 2 the user's mistake · 1 anything else · 130 interrupted · 143 ended by SIGTERM ·
+141 the reader of the output has left, as `head` does (silently, as SIGPIPE ends other programs).
 """
 
 import errno
 import functools
+import os
+import select
 import signal
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,8 +22,20 @@ from mptrain.interrupt import Terminated
 
 # what is wrong with the place that was named, not with the disk or the network
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
+_READER_LEFT = 141  # 128 + SIGPIPE
 _OURS = {"mpcache", "mptrain", "cli"}
 _MENDING = {"verify", "repair"}  # commands
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line as a program; nothing is said where the reader of its output has left."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code not in (1, _READER_LEFT) or not _reader_left():
+            raise
+        _silence()
+        sys.exit(_READER_LEFT)  # typer itself says 1
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -39,6 +55,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except DamagedStoreError as error:
             _end(f"error: {error}{_remedy(command.__name__, values.get('store'))}", 1)
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and _reader_left():
+                _silence()
+                raise typer.Exit(_READER_LEFT) from None
             if error.errno in _PLACES:
                 _end(f"error: cannot use {error.filename}: {error.strerror}; name another place", 2)
             _end(f"error: {error}", 1)
@@ -76,3 +95,22 @@ def _raised_by_us(error: BaseException) -> bool:
 def _end(message: str, code: int) -> None:
     typer.echo(printable(message), err=True)
     raise typer.Exit(code) from None
+
+
+def _reader_left() -> bool:
+    """Whether what is printed goes to a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _silence() -> None:
+    """Let what is still in buffers go nowhere, also when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream is not None:
+            os.dup2(nowhere, stream.fileno())

@@ -9,10 +9,16 @@ from typing import Annotated, Any
 import typer
 
 import mpcache
-from cli.errors import guarded
+from cli.errors import guarded, run_app
 from cli.options import from_config
 from cli.tables import print_json, print_table
-from mpcache.config import CollectConfig, ConvertConfig, RepairConfig, StoreBenchConfig
+from mpcache.config import (
+    CollectConfig,
+    ConvertConfig,
+    HookpointsConfig,
+    RepairConfig,
+    StoreBenchConfig,
+)
 from mpcache.guard import check_printable, printable
 from mpcache.workforce import Hands, Workforce
 
@@ -36,7 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 def main() -> None:
     """Entry point."""
-    app()
+    run_app(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -135,6 +141,20 @@ def place_of(
         told = ", ".join(f"{name} {getattr(found.config, name)}" for name in kept)
         typer.echo(f"{found.place} is there with {told}, which stays", err=True)
     return found.place, found.config, found.done
+
+
+@app.command()
+@guarded
+@from_config(HookpointsConfig, arguments=("model",))
+def hookpoints(config: HookpointsConfig, json: Json = False) -> None:
+    """What can be collected from a model, from its config alone: paths, widths, bytes a row."""
+    from cli.hookpoints import print_report
+    from mpcache.hookpoints import find_hookpoints
+
+    report = find_hookpoints(config)
+    if json:
+        return print_json(report.as_json())
+    return print_report(report)
 
 
 @app.command(name="list")

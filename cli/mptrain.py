@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.errors import guarded, warnings_in_words
+from cli.errors import guarded, run_app, warnings_in_words
 from cli.options import Instead, choices, count, counts, field_docs, from_config, option
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig, LoaderBenchConfig, RunConfig
@@ -40,7 +40,7 @@ _NEEDS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "
 
 def main() -> None:
     """Entry point."""
-    app()
+    run_app(app)
 
 
 def _resumed(run: str, given: dict[str, Any]) -> RunConfig:
@@ -292,7 +292,8 @@ def evaluate(
 ) -> None:
     """FVU, L0 and dead latents of a coder on the store's held-out rows, also at other K and codes.
 
-    With --model, the coder is spliced into the language model: cross-entropy and KL.
+    With --model, the coder is spliced into the language model: cross-entropy and KL of the next
+    token, or for a bidirectional model of tokens that are masked as in BERT's training (masked_*).
     """
     from mptrain.evaluate import evaluate_coder
     from mptrain.results import l0_warnings
@@ -319,24 +320,28 @@ def evaluate(
 
 def _spliced(
     folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The language model and the coder meet here only: neither package knows the other's."""
     from mpcache.splice import SplicedModel
     from mptrain.checkpoint import load_coder
     from mptrain.filters import stored_filters
-    from mptrain.recovered import recovered
+    from mptrain.recovered import Prediction, recovered
 
     coder, trained = load_coder(folder)
     spliced = SplicedModel(store, model, revision, device, trust_remote_code)
     coder.to(spliced.model.device)
     hookpoint = coder.config.hookpoint
-    batches = (
-        (inputs["input_ids"], functools.partial(spliced.logits, inputs, hookpoint))
-        for inputs in spliced.batches()
+    predictions = (
+        Prediction(
+            tokens_BL=example.tokens_BL,
+            wanted_BL=example.wanted_BL,
+            counts_BL=example.counts_BL,
+            by_assistant_BL=example.by_assistant_BL,
+            run=functools.partial(spliced.logits, example.inputs, hookpoint),
+        )
+        for example in spliced.examples()
     )
-    filters = stored_filters(trained)
-    assistant = spliced.assistant() if filters.only_tokens == "assistant" else None
-    return dataclasses.asdict(recovered(coder, batches, filters, assistant))
+    return recovered(coder, predictions, stored_filters(trained)).figures(spliced.head)
 
 
 @app.command()

@@ -14,12 +14,21 @@ def print_json(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1))
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the named columns of rows, right-aligned under their names."""
-    cells = [list(columns), *([_cell(row[column]) for column in columns] for row in rows)]
+def print_table(
+    columns: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    left: Sequence[str] = (),
+    head: bool = True,
+) -> None:
+    """Print the named columns of rows, right-aligned under their names, those in `left` not."""
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    cells = [list(columns)] * head + cells
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    marks = ["<" if column in left else ">" for column in columns]
     for line in cells:
-        typer.echo("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+        texts = (f"{t:{m}{w}}" for t, m, w in zip(line, marks, widths, strict=True))
+        typer.echo("  ".join(texts).rstrip())
 
 
 def _cell(value: Any) -> str:

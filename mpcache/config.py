@@ -184,3 +184,17 @@ class RepairConfig:
             raise ValueError("source needs neither model nor dataset; leave them out")
         if self.source is not None and self.accept_other_bits:
             raise ValueError("accept_other_bits is for what is computed anew; leave source out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookpointsConfig:
+    """The model whose hookpoints `mpcache hookpoints` lists."""
+
+    model: str
+    "Hugging Face model id, a local folder, or a .gguf file; its weights are not needed"
+    revision: str = "main"
+    "revision of a Hugging Face model"
+    attention: Literal["sdpa", "eager"] | None = None
+    "attention implementation of the model; default sdpa, else eager"
+    trust_remote_code: bool = False
+    "run model code that comes with the model"

@@ -24,6 +24,7 @@ SideName = Literal["input", "output"]
 # the last segment of a hookpoint that is an MLP, of which a transcoder needs both sides
 MLP_NAMES = {"mlp", "ffn", "ff", "feed_forward", "feedforward", "block_sparse_moe"}
 PROBE = (2, 3)  # B, L of the pass that measures; unlike, so that swapped axes show
+LIST_THEM = "`mpcache hookpoints MODEL` lists all that can be collected"
 
 
 @dataclass(frozen=True, order=True)
@@ -38,6 +39,14 @@ class Side:
 
 
 Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
+
+
+class _Unfit(ValueError):
+    """A side that cannot be collected, and why."""
+
+    def __init__(self, side: Side, reason: str) -> None:
+        super().__init__(f"{side} cannot be collected: {reason}")
+        self.side, self.reason = side, reason
 
 
 class _AllSeen(Exception):
@@ -68,7 +77,7 @@ def match(pattern: str, names: list[str], model: nn.Module) -> list[Side]:
     if not found:
         raise ValueError(
             f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; "
-            f"near: {', '.join(near_names(hookpoint, names))}"
+            f"near: {', '.join(near_names(hookpoint, names))}; {LIST_THEM}"
         )
     if strange := [name for name in found if not is_hookpoint(name)]:
         raise ValueError(
@@ -140,6 +149,11 @@ class Capture:
             self._handles.append(self._register(modules[side.hookpoint], side))
         try:
             self._probe()
+        except _Unfit as unfit:
+            self._remove()
+            stream = one_stream(self.model, unfit.side) if "streams" in unfit.reason else None
+            remedy = f"use {stream}" if stream else LIST_THEM
+            raise ValueError(f"{unfit}; {remedy}") from None
         except BaseException:
             self._remove()
             raise
@@ -168,7 +182,8 @@ class Capture:
         except _AllSeen:
             pass
         for side in self.sides:
-            check_times(side, self._times[side])
+            if reason := times_fault(self._times[side]):
+                raise _Unfit(side, reason)
 
     def _probe(self) -> None:
         self._is_probe = True
@@ -194,7 +209,8 @@ class Capture:
 
     def _see(self, side: Side, value: object) -> None:
         self._times[side] += 1
-        check_value(side, value, self._shape)
+        if reason := value_fault(value, self._shape):
+            raise _Unfit(side, reason)
         assert isinstance(value, Tensor)
         self._keep(side, value)
         if len(self._times) == len(self.sides) and not self._is_probe:
@@ -210,6 +226,38 @@ def widths(model: nn.Module, sides: Iterable[Side]) -> dict[Side, int]:
     """The width of each side, by one tiny pass; raises what entering a Capture raises."""
     with Capture(model, sides) as capture:
         return capture.widths
+
+
+def one_stream(model: nn.Module, side: Side) -> Side | None:
+    """What a hookpoint with several streams reads as its rows: the input of its first module.
+
+    Gemma 3n keeps four streams side by side, of which a layer's modules read one.
+    """
+    seen: list[Side] = []
+
+    def look(child: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if value_fault(input_of(args, kwargs), PROBE) is None:
+            seen.append(Side(f"{side.hookpoint}.{child}", "input"))
+
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, child=child: look(child, args, kwargs), with_kwargs=True
+        )
+        for child, module in model.get_submodule(side.hookpoint).named_children()
+    ]
+    try:
+        probe(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0] if seen else None
+
+
+def probe(model: nn.Module) -> None:
+    """One tiny pass over text, to the end."""
+    tokens_BL = torch.ones(PROBE, dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(input_ids=tokens_BL, **forward_options(model))
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
@@ -230,22 +278,21 @@ def output_of(output: object) -> object:
     return output
 
 
-def check_value(side: Side, value: object, shape: tuple[int, ...]) -> None:
+def value_fault(value: object, shape: tuple[int, ...]) -> str | None:
+    """Why a value is not one row for each token of `shape`, (B, L); None if it is."""
     got = type(value).__name__
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.ndim == 3 and tuple(value.shape[:2]) == shape:
-            return
+            return None
         got = f"{value.dtype} {list(value.shape)}"
-    raise ValueError(
-        f"the value of {side} must be floats [B, L, width] with B, L = {list(shape)}, got {got}; "
-        "use another hookpoint, such as a whole layer"
-    )
+        if value.is_floating_point() and value.ndim == 4 and tuple(value.shape[1:3]) == shape:
+            got += f", which is {len(value)} streams of rows"
+    return f"its value must be floats [B, L, width] with B, L = {list(shape)}, got {got}"
 
 
-def check_times(side: Side, times: int) -> None:
+def times_fault(times: int) -> str | None:
+    """Why a module that ran `times` times in a pass over text has no rows; None if it has."""
     if times == 1:
-        return
-    raise ValueError(
-        f"{side.hookpoint} must run once in a forward pass, got {times} times; "
-        "use a hookpoint that the model calls once, such as a whole layer"
-    )
+        return None
+    times_ = "does not run" if times == 0 else f"runs {times} times"
+    return f"it must run once in a pass over text, but it {times_}"

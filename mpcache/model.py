@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -41,6 +43,7 @@ from mpcache.tokenised import TokenIds, Tokenizer
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 VOLATILE |= {"_model_name_or_path"}  # a title in a .gguf file
+Head = Literal["causal", "masked"]
 LIBRARIES = ("mpcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
@@ -99,9 +102,9 @@ def _first_id(value: Any, size: int) -> int | None:
 
 
 def load_model(
-    config: CollectConfig, *, with_head: bool = False, tokenizer: Tokenizer | None = None
+    config: CollectConfig, *, head: Head | None = None, tokenizer: Tokenizer | None = None
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """The base model, or the causal language model around it, and its tokenizer.
+    """The base model, or the language model with this head around it, and its tokenizer.
 
     The model is on its device and frozen.
 
@@ -113,7 +116,7 @@ def load_model(
     if device.type == "cpu":
         keep_freed_memory()
     architecture = architecture_of(source, config)
-    model, info = load_weights(source, architecture, config, with_head)
+    model, info = load_weights(source, architecture, config, head)
     if (positions := usable_positions(model)) is not None:
         check_positions(positions, config)
     check_loaded(model, source, info, tensors)
@@ -179,10 +182,15 @@ def usable_positions(model: PreTrainedModel) -> int | None:
 
 
 def load_weights(
-    source: ModelSource, architecture: PreTrainedConfig, config: CollectConfig, with_head: bool
+    source: ModelSource,
+    architecture: PreTrainedConfig,
+    config: CollectConfig,
+    head: Head | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what of its weights the checkpoint lacks or has beyond them."""
-    loader: Any = AutoModelForCausalLM if with_head else AutoModel  # hidden by a decorator
+    loader = loader_of(architecture, head)
+    if loader is None:
+        raise ValueError(f"{architecture.model_type} has no {head} head; use another model")
 
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         model, info = loader.from_pretrained(
@@ -217,6 +225,25 @@ def keep_in_memory(model: PreTrainedModel) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
             tensor.data = tensor.data.clone()  # the storage was not torch's own
+
+
+def loader_of(architecture: PreTrainedConfig, head: Head | None) -> Any | None:
+    """The class that loads a model with this head; None where there is none.
+
+    Models that also read images have their causal head in a class of their own.
+    """
+    loaders: dict[Head | None, tuple[Any, ...]] = {
+        None: (AutoModel,),
+        "causal": (AutoModelForCausalLM, AutoModelForImageTextToText),
+        "masked": (AutoModelForMaskedLM,),
+    }
+    of_model = getattr(architecture, "auto_map", None) or {}  # code that comes with the model
+    for loader in loaders[head]:
+        if head is None or loader.__name__ in of_model:
+            return loader
+        if type(architecture) in loader._model_mapping:
+            return loader
+    return None
 
 
 @contextmanager

@@ -19,6 +19,10 @@ _LEFTOVERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "positio
               "num_batches_tracked", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 
 
+class MissingWeights(ValueError):
+    """A checkpoint lacks weights of the model."""
+
+
 # --- before ---
 
 
@@ -125,7 +129,7 @@ def check_loaded(
         # encoders trained without a pooler get a random one, which no run could reproduce
         model.register_module("pooler", None)
     if missing := {key for key in missing if not key.startswith("pooler.")}:
-        raise ValueError(
+        raise MissingWeights(
             f"the weights of {source.name} must fill {type(model).__name__}, got none for "
             f"{_first(missing)}; use another checkpoint"
         )

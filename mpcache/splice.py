@@ -4,7 +4,7 @@ B: sequences in a forward pass. L: tokens in a sequence. V: size of the vocabula
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,45 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mpcache.causality import is_causal
 from mpcache.config import CollectConfig
 from mpcache.format import BY_ASSISTANT
-from mpcache.forward import PartInput, Reading, part_input, piece_places
+from mpcache.forward import Reading, part_input, piece_places
 from mpcache.hooks import input_of, output_of, resolve
 from mpcache.identity import ways_of
 from mpcache.inputs import ModelInputs, piece_inputs
 from mpcache.isolation import find_separation
-from mpcache.model import load_model, model_digest
+from mpcache.masking import Masking
+from mpcache.model import Head, load_model, loader_of, model_digest
+from mpcache.model_checks import MissingWeights
 from mpcache.place import Place
 from mpcache.reader import open_store
+from mpcache.sketch import load_architecture
+from mpcache.tokenised import TokenIds, Tokenizer, largest_id
 from mpcache.tokens import special_tokens
 
 # (input, output) of the hookpoint, each [B, L, width], to its new output
 Replace = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Example:
+    """Tokens of a store, and what the model is to predict of them."""
+
+    inputs: ModelInputs
+    "the model's arguments"
+    tokens_BL: Int64[Tensor, "B L"]
+    "as they are in the store, where some are hidden from the model"
+    wanted_BL: Int64[Tensor, "B L"]
+    "the token that the logits of a position are to predict"
+    counts_BL: Bool[Tensor, "B L"]
+    "whether the logits of a position count"
+    by_assistant_BL: Bool[Tensor, "B L"] | None
+    "whether the assistant of a conversation wrote the token; None: the store does not say"
+
+
 class SplicedModel:
-    """A causal language model and the tokens of a store's validation split."""
+    """A language model with its head, and the tokens of a store's validation split."""
 
     def __init__(
         self,
@@ -41,15 +62,16 @@ class SplicedModel:
         device: str,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the model.
+        """Load the model, with the causal head if it is causal, else with its masked head.
 
         Raises:
-            ValueError: there is no store, or `model` is not the one it was made from.
+            ValueError: there is no store, `model` is not the one it was made from, or it has no
+                head of the right kind.
         """
         self.store = open_store(store)
         ways = ways_of(self.store.identity)
         stored = {**self.store.config, **ways, "hookpoints": tuple(self.store.config["hookpoints"])}
-        config = replace(
+        self.config = replace(
             CollectConfig(**stored),
             model=model,
             revision=revision or stored["revision"],
@@ -57,49 +79,100 @@ class SplicedModel:
             trust_remote_code=trust_remote_code,
             device=device,
         )
-        self.model, tokenizer = load_model(config, with_head=True)
+        missing = ""
+        for head in heads_of(self.config):
+            try:
+                tokenizer = self._load(head)
+            except MissingWeights as error:  # such as those of a head in a checkpoint of a base
+                missing = f" ({error})"
+                continue
+            if (head == "causal") == is_causal(self._all_logits, self._longest_inputs()):
+                break
+        else:
+            raise ValueError(
+                f"{model} has neither a causal head nor, as a bidirectional model, the weights of "
+                f"a masked one{missing}; cross-entropy needs one, so leave --model out"
+            )
+        self.head: Head = head
+        self.masking = masking_of(tokenizer, self.config) if head == "masked" else None
+
+    def _load(self, head: Head) -> Tokenizer:
+        self.model, tokenizer = load_model(self.config, head=head)
         base = self.model.base_model
         assert isinstance(base, PreTrainedModel)
-        if model_digest(base) != self.store.identity["model_digest"]:
+        digest = self.store.identity["model_digest"]
+        if model_digest(base) != digest and not is_part_of_collected(base, self.config, digest):
             raise ValueError(
-                f"{self.store.place} was made from another model than {model}; name "
-                f"{self.store.provenance['model']['model']}, revision {stored['revision']}"
+                f"{self.store.place} was made from another model than {self.config.model}; name "
+                f"{self.store.provenance['model']['model']}, "
+                f"revision {self.store.config['revision']}"
             )
-        separation = find_separation(base, config, resolve(config.hookpoints, base))
-        specials = special_tokens(tokenizer, config)
+        separation = find_separation(base, self.config, resolve(self.config.hookpoints, base))
+        specials = special_tokens(tokenizer, self.config)
         # one sequence at a time: logits of a large vocabulary are what memory goes to
         self.reading = Reading(self.model, specials, separation, batch_sequences=1)
+        return tokenizer
 
-    def batches(self) -> Iterator[ModelInputs]:
-        """The model's arguments for all committed validation tokens."""
-        for part in self.store.numbers("tokens"):
-            if self.store.layout.split_of(part) == "validation":
-                yield from self._inputs(part_input(self.store, part))
+    def examples(self) -> Iterator[Example]:
+        """All committed validation tokens, with what the model is to predict.
 
-    def _inputs(self, part: PartInput) -> Iterator[ModelInputs]:
-        if part.starts_SL is None:
-            yield from (batch.inputs for batch in self.reading.batches(*part))
+        With a causal head that is the next token, with a masked head the tokens that are hidden.
+        """
+        for part in self._parts():
+            flags_SL = self.store.read_flags(part) if self.store.has_assistant else None
+            for inputs, tokens_L in self._inputs(part):
+                by_assistant_BL = None
+                if flags_SL is not None:
+                    written_L = (flags_SL.reshape(-1)[tokens_L] & BY_ASSISTANT) > 0
+                    by_assistant_BL = torch.from_numpy(written_L)[None].to(self.model.device)
+                yield self._example(inputs, by_assistant_BL)
+
+    def _example(self, inputs: ModelInputs, by_assistant_BL: Bool[Tensor, "B L"] | None) -> Example:
+        ids_BL = inputs["input_ids"]
+        if self.masking is None:
+            counts_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+            counts_BL[:, -1] = False
+            return Example(inputs, ids_BL, ids_BL.roll(-1, dims=1), counts_BL, by_assistant_BL)
+        hidden = [self.masking.hide(ids_L.cpu().numpy()) for ids_L in ids_BL]
+        shown_BL, counts_BL = (
+            torch.from_numpy(np.stack(arrays)).to(ids_BL.device)
+            for arrays in zip(*hidden, strict=True)
+        )
+        shown = {**inputs, "input_ids": shown_BL}
+        return Example(shown, ids_BL, ids_BL, counts_BL, by_assistant_BL)
+
+    def _parts(self) -> list[int]:
+        """The parts of the validation split."""
+        numbers = self.store.numbers("tokens")
+        return [part for part in numbers if self.store.layout.split_of(part) == "validation"]
+
+    def _inputs(self, part: int) -> Iterator[tuple[ModelInputs, Int64[np.ndarray, " L"]]]:
+        """The model's arguments for one sequence after the other, with its tokens' indices."""
+        held = part_input(self.store, part)
+        if held.starts_SL is None:
+            yield from ((batch.inputs, batch.tokens) for batch in self.reading.batches(*held))
             return
-        for place in piece_places(part.starts_SL, part.rows):
-            if len(place) > 1:  # a lone token predicts nothing
-                piece = part.tokens_SL.reshape(-1)[place]
-                yield piece_inputs([piece], self.reading.separation, self.model)[0]
+        for tokens_L in piece_places(held.starts_SL, held.rows):
+            if len(tokens_L) > 1:  # a lone token predicts nothing
+                piece = held.tokens_SL.reshape(-1)[tokens_L]
+                yield piece_inputs([piece], self.reading.separation, self.model)[0], tokens_L
 
-    def assistant(self) -> Iterator[Bool[Tensor, "B L"]]:
-        """Of the tokens of each batch whether the assistant wrote them."""
-        for part in self.store.numbers("tokens"):
-            if self.store.layout.split_of(part) == "validation":
-                flags_SL = self.store.read_flags(part)
-                assert flags_SL is not None
-                for place in _places(part_input(self.store, part)):
-                    written_L = (flags_SL.reshape(-1)[place] & BY_ASSISTANT) > 0
-                    yield torch.from_numpy(written_L)[None].to(self.model.device)
+    def _longest_inputs(self) -> ModelInputs:
+        """The longest sequence of the first validation part."""
+        inputs = (inputs for part in self._parts()[:1] for inputs, _ in self._inputs(part))
+        longest = max(inputs, key=lambda one: one["input_ids"].numel(), default=None)
+        if longest is None:
+            raise ValueError(f"{self.store.place} has no validation tokens yet; collect more rows")
+        return longest
+
+    def _all_logits(self, inputs: ModelInputs) -> Float[Tensor, "B L V"]:
+        return self.logits(inputs, "")
 
     @torch.no_grad()
     def logits(
         self, inputs: ModelInputs, hookpoint: str, new: Replace | None = None
     ) -> Float[Tensor, "B L V"]:
-        """Next-token logits, with the hookpoint's output replaced if `new` is given."""
+        """Logits of the head, with the hookpoint's output replaced if `new` is given."""
         module: nn.Module = self.model.base_model.get_submodule(hookpoint)
         hooks = [module.register_forward_hook(_replacing(new), with_kwargs=True)] if new else []
         try:
@@ -110,11 +183,36 @@ class SplicedModel:
         return logits.float()
 
 
-def _places(part: PartInput) -> list[Int64[np.ndarray, " _"]]:
-    """For each batch its tokens, counted along the part's sequences."""
-    if part.starts_SL is None:
-        return list(np.arange(part.tokens_SL.size).reshape(part.tokens_SL.shape))
-    return [place for place in piece_places(part.starts_SL, part.rows) if len(place) > 1]
+def heads_of(config: CollectConfig) -> list[Head]:
+    """The heads that models of this class have, first the one that is more likely to be meant."""
+    architecture = load_architecture(config)
+    is_decoder = getattr(architecture, "is_decoder", False)
+    heads: tuple[Head, ...] = ("causal", "masked") if is_decoder else ("masked", "causal")
+    return [head for head in heads if loader_of(architecture, head) is not None]
+
+
+def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: str) -> bool:
+    """Whether the model of that digest has all weights of this one, bit for bit, and more.
+
+    A masked language model of BERT's kind has no pooler, which its base model alone has.
+    """
+    collected, _ = load_model(config)
+    weights = collected.state_dict()
+    return model_digest(collected) == digest and all(
+        name in weights and torch.equal(weights[name], weight)
+        for name, weight in base.state_dict().items()
+    )
+
+
+def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
+    """Raises ValueError where the tokenizer has no mask token."""
+    mask = None if isinstance(tokenizer, TokenIds) else tokenizer.mask_token_id
+    if not isinstance(mask, int):
+        raise ValueError(
+            f"a bidirectional model must have a mask token, got none in the tokenizer of "
+            f"{config.model}; leave the model out"
+        )
+    return Masking(mask, set(tokenizer.all_special_ids), largest_id(tokenizer) + 1)
 
 
 def _replacing(new: Replace) -> Callable[..., Any]:

@@ -322,6 +322,18 @@ def test_eval_takes_lists_and_refuses_nothing_to_do(place: Path, tmp_path: Path)
         assert told in one_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
 
 
+def test_coders_with_an_encoder_have_no_codes(place: Path, tmp_path: Path) -> None:
+    store, run = str(place / "store"), str(tmp_path / "run")
+    fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", "--arch", "mp,topk", *FIT]
+    assert CliRunner().invoke(mptrain, fit).exit_code == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    codes = {one["coder"]: one["validation"]["codes"] for one in results}
+    assert sorted(codes.values(), key=str) == [None, "mp"]
+    name = next(name for name, value in codes.items() if value is None)
+    shown = CliRunner().invoke(mptrain, ["eval", f"{run}/coders/{name}", store]).stdout
+    assert [line.split()[1] for line in shown.splitlines()] == ["codes", "-"]
+
+
 def test_presets_are_told_as_options() -> None:
     told = CliRunner().invoke(mptrain, ["presets"]).stdout
     assert "paper             --select signed --no-bias" in told

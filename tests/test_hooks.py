@@ -97,13 +97,13 @@ def test_copies_before_the_model_goes_on_in_place():
 @pytest.mark.parametrize(
     ("hookpoint", "message"),
     [
-        ("twice", "twice must run once in a forward pass, got 2 times"),
-        ("never", "never must run once in a forward pass, got 0 times"),
+        ("twice", "twice:output cannot be collected: it must run once .* but it runs 2 times"),
+        ("never", "never:output .*but it does not run; `mpcache hookpoints MODEL` lists all"),
         (
             "last",
-            r"value of last:output must be floats \[B, L, width\].*got torch.float32 \[6, 4\]",
+            r"last:output .*: its value must be floats \[B, L, width\].*got torch.float32 \[6, 4\]",
         ),
-        ("embed:input", r"value of embed:input must be floats.*got torch.int64 \[2, 3\]"),
+        ("embed:input", r"embed:input .*: its value must be floats.*got torch.int64 \[2, 3\]"),
     ],
 )
 def test_refuses_what_is_not_one_row_per_token(hookpoint, message):
@@ -132,7 +132,7 @@ def test_resolve_keeps_the_order_of_the_model_and_each_side_once():
     ("pattern", "message"),
     [
         ("layer.1.mlp", "must be a module of LlamaModel, got layer.1.mlp; near: .*layers.*.mlp"),
-        ("layers.30.mlp", r"near: layers\.\*\.mlp"),
+        ("layers.30.mlp", r"near: layers\.\*\.mlp.*; `mpcache hookpoints MODEL` lists all"),
         ("model.layers.1", "must be a module of LlamaModel"),
         ("layers.1:residual", "must be input or output, got 'residual'"),
         ("layers.1*", "must be a whole segment"),

@@ -13,7 +13,7 @@ from mpcache.splice import SplicedModel
 from mptrain.coder import Coder
 from mptrain.filters import Filters
 from mptrain.recipe import CoderConfig
-from mptrain.recovered import recovered
+from mptrain.recovered import Prediction, recovered
 from stores import small_store
 
 
@@ -35,11 +35,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SplicedModel]:
 
 def scores(spliced: SplicedModel, coder: Coder, skip_positions: int = 0):
     hookpoint = coder.config.hookpoint
-    batches = (
-        (i["input_ids"], lambda new, i=i: spliced.logits(i, hookpoint, new))
-        for i in spliced.batches()
+    predictions = (
+        Prediction(
+            tokens_BL=e.tokens_BL,
+            wanted_BL=e.wanted_BL,
+            counts_BL=e.counts_BL,
+            run=lambda new, e=e: spliced.logits(e.inputs, hookpoint, new),
+        )
+        for e in spliced.examples()
     )
-    return recovered(coder, batches, Filters(skip_positions=skip_positions, norm_limits={}))
+    return recovered(coder, predictions, Filters(skip_positions=skip_positions, norm_limits={}))
 
 
 def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> Coder:
