@@ -55,7 +55,7 @@ def chat_config(folder: Path, **changes: object) -> CollectConfig:
     return small_config(folder, **{"chat_template": str(file), **changes})
 
 
-def chat_store(folder: Path, **changes: object) -> tuple[Path, Summary]:
+def chat_store(folder: Path, chats: int = 40, **changes: object) -> tuple[Path, Summary]:
     """A collected store."""
-    with dataset_of(conversations()):
+    with dataset_of(conversations(chats)):
         return folder / "store", collect(chat_config(folder, **changes), folder / "store")

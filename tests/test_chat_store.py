@@ -217,7 +217,7 @@ def test_a_coder_is_trained_and_judged_on_the_same_rows(store: Store, tmp_path: 
     (results,) = json.loads((tmp_path / "own/results.json").read_bytes())["coders"].values()
     assert results["fvu"] == pytest.approx(on_own.fvu)
     plain = small_store(make_folder(tmp_path / "plain"))[0]
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError):  # noqa: PT011
         evaluate_coder(own, str(plain), (), None, "cpu")
     (on_all,) = evaluate_coder(every, str(store.place), (), None, "cpu")
     assert on_own != on_all

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModel
 
-from golden import sums
+from golden import fitted, sums
 from mpcache import folder
 from mpcache.collect import Collection, collect
 from mpcache.format import canonical, seal, unseal
 from mpcache.reader import DamagedStoreError, open_store
+from mpcache.repair import repair
 from mpcache.stats import info, stats
 from mpcache.verify import verify
 from stores import SIDES, files_of, marks_of, small_config, small_store
@@ -308,10 +311,40 @@ def test_unknown_format_version_is_refused_by_name(store: Path) -> None:
         open_store(store)
 
 
-def test_a_golden_store_of_version_1_reads_the_same_for_ever() -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_golden_store_reads_the_same_for_ever(version: int) -> None:
     """Made once by `python tests/golden.py`, kept in the repository."""
-    golden = PROJECT / "tests/golden/store-v1"
-    expected = json.loads((PROJECT / "tests/golden/store-v1.json").read_bytes())
+    golden = PROJECT / f"tests/golden/store-v{version}"
+    expected = json.loads((PROJECT / f"tests/golden/store-v{version}.json").read_bytes())
     store = open_store(golden)
+    assert store.layout.format_version == version
     assert verify(golden).intact
     assert sums(store) == expected
+    assert store.has_assistant == store.has_lone_documents == (version == 2)
+
+
+def test_a_fit_on_the_golden_store_of_version_1_gives_the_same_bits(tmp_path: Path) -> None:
+    """On a processor of the kind that made the weights; close to them on another."""
+    file = PROJECT / "tests/golden/fit-v1.safetensors"
+    expected, found = load_file(file), fitted(PROJECT / "tests/golden/store-v1", tmp_path / "run")
+    with safe_open(file, "pt") as about:
+        made_by = about.metadata()
+    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    assert found.keys() == expected.keys()
+    for name, weights in found.items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-3, atol=1e-4)
+        assert made_by != here or torch.equal(weights, expected[name]), name
+
+
+def test_an_older_store_names_the_options_that_continue_it(tmp_path: Path) -> None:
+    old = {"keep_empty_documents": True, "parse_special_tokens": True}
+    path, _ = small_store(tmp_path, rows=300, **old)
+    content = unseal((path / "store.json").read_bytes(), "store")
+    for name in old:  # its config knew neither option
+        del content["config"][name]
+    (path / "store.json").write_bytes(seal(content))
+    with pytest.raises(ValueError, match="with --parse-special-tokens --keep-empty-documents, or"):
+        collect(small_config(tmp_path), path)
+    assert collect(small_config(tmp_path, rows=600, **old), path).empty_documents is None
+    (path / "arrays.zarr/tokens/c/0/0").unlink()
+    assert repair(path).intact
