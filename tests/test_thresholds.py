@@ -30,14 +30,21 @@ NEAR = 0.05  # of K
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Enough held-out rows that an L0 is known to a hundredth."""
+    """Enough held-out rows that an L0 is known to two hundredths."""
     folder = tmp_path_factory.mktemp("thresholds")
-    write_corpus(folder / "corpus.jsonl", documents=400)
-    return str(small_store(folder, rows=16_000, part_rows=960, hookpoints=("layers.0",))[0])
+    write_corpus(folder / "corpus.jsonl", documents=200)
+    return str(small_store(folder, rows=8_000, part_rows=480, hookpoints=("layers.0",))[0])
 
 
 def batch_config(store: str, run: Path, steps: int = 87, **changes: Any) -> Any:
-    settings = {"kind": ("sae",), "arch": ARCHS, "k": (4,), "expansion": (4,), "rows": 64 * steps}
+    settings = {
+        "kind": ("sae",),
+        "arch": ARCHS,
+        "k": (4,),
+        "expansion": (4,),
+        "rows": 128 * steps,
+        "batch_rows": 128,
+    }
     settings |= {"hookpoints": ("layers.0",), "eval_every": 10_000, "dead_rows": 100_000}
     return config(store, run, **{**settings, **changes})
 
