@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from fits import config, equal, interrupt_at, weights
 from mptrain import thresholds
-from mptrain.checkpoint import load_coder
+from mptrain.checkpoint import load_coder, save_coder
 from mptrain.coder import Coder
 from mptrain.evaluate import evaluate_coder
 from mptrain.filters import Filters
 from mptrain.fit import fit
 from mptrain.loader import Batch
 from mptrain.recipe import CoderConfig
+from mptrain.results import l0_warnings
 from mptrain.thresholds import at_k, first_entries, latent_strengths, set_thresholds_
 from stores import small_store, write_corpus
 
@@ -113,6 +114,21 @@ def test_thresholds_are_those_of_an_uninterrupted_run(
     assert any(name.endswith("threshold") and tensor > 0 for name, tensor in whole.items())
     assert equal(whole, weights(tmp_path / "stopped"))
     assert equal(whole, weights(tmp_path / "observed"))
+
+
+def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path: Path) -> None:
+    """And its user is told where that is why L0 is far from K."""
+    (result,) = fit(batch_config(store, tmp_path / "run", 20, arch=("batch-topk",)))
+    folder = tmp_path / "run/coders" / result["coder"]
+    coder, trained = load_coder(folder)
+    assert coder.threshold is not None
+    coder.threshold = coder.threshold * 1.5
+    save_coder(folder, coder, {name: v for name, v in trained.items() if name != "step"})
+    assert load_coder(folder)[0].threshold == coder.threshold
+    (evaluation,) = evaluate_coder(folder, store, ())
+    assert evaluation.l0_deviation < -NEAR
+    (told,) = l0_warnings(folder, [evaluation])
+    assert "an earlier version followed its threshold" in told
 
 
 # --- the parts, against slow references ---
