@@ -1,5 +1,6 @@
 """Train a grid of coders while a store is read; the same command goes on where it stopped."""
 
+import sys
 import time
 import warnings
 from collections.abc import Collection, Sequence
@@ -64,8 +65,8 @@ def _fit(
     begun = load_progress(Path(config.run), list(coders))
     store, plan = _planned(config, device, ranks, only_parts, begun, quiet=quiet)
     if plan.epochs > 1 and not quiet:
-        told = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,} train"
-        warnings.warn(f"{told} rows of {store.place}", RuntimeWarning, stacklevel=2)
+        rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
+        tqdm.write(f"{rows} train rows in {store.place}", file=sys.stderr)
     progress = begun or Progress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):

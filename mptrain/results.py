@@ -60,20 +60,26 @@ def _warnings(trainee: Trainee, step: int, evaluation: Evaluation | None) -> Ite
         yield f"{name} {fault}"
 
 
-def l0_fault(config: CoderConfig, evaluation: Evaluation) -> str | None:
-    """How far L0 on held-out rows is from K, where that is too far."""
+def l0_fault(config: CoderConfig, evaluation: Evaluation, reason: str | None = None) -> str | None:
+    """How far L0 on held-out rows is from K, where that is too far, and why."""
     if abs(evaluation.l0_deviation) <= L0_TOLERANCE or config.tolerance > 0:
         return None
     return (
         f"has an L0 of {evaluation.l0:.4g} on held-out rows, its K is {evaluation.k} "
-        f"({evaluation.l0_deviation:+.1%}): {_reason(config)}"
+        f"({evaluation.l0_deviation:+.1%}): {reason or _reason(config)}"
     )
 
 
 def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
     """What a user has to know of a saved coder's evaluations."""
-    config = CoderConfig(**read_json(folder / "coder.json")["config"])
-    faults = (l0_fault(config, evaluation) for evaluation in evaluations)
+    about = read_json(folder / "coder.json")
+    config = CoderConfig(**about["config"])
+    followed = "step" not in about["trained"] and config.arch.startswith("batch-")
+    old = "an earlier version followed its threshold during training; train it again"
+    faults = (
+        l0_fault(config, one, old if followed and one.k == config.k else None)
+        for one in evaluations
+    )
     return [f"{folder.name} {fault}" for fault in faults if fault]
 
 

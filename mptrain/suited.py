@@ -35,8 +35,8 @@ def suited_store(
     _refuse_skipping_all(config, store)
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
-    _refuse_constant(store, sides)
     _refuse_small(config, store, sides)
+    _refuse_constant(store, sides)
     _refuse_large_windows(config, store, sides)
     return store
 

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from fits import config, equal, interrupt_at, weights
 from mptrain import thresholds
-from mptrain.checkpoint import load_coder
+from mptrain.checkpoint import load_coder, save_coder
 from mptrain.coder import Coder
 from mptrain.evaluate import evaluate_coder
 from mptrain.filters import Filters
 from mptrain.fit import fit
 from mptrain.loader import Batch
 from mptrain.recipe import CoderConfig
+from mptrain.results import l0_warnings
 from mptrain.thresholds import at_k, first_entries, latent_strengths, set_thresholds_
 from stores import small_store, write_corpus
 
@@ -30,14 +31,21 @@ NEAR = 0.05  # of K
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Enough held-out rows that an L0 is known to a hundredth."""
+    """Enough held-out rows that an L0 is known to two hundredths."""
     folder = tmp_path_factory.mktemp("thresholds")
-    write_corpus(folder / "corpus.jsonl", documents=400)
-    return str(small_store(folder, rows=16_000, part_rows=960, hookpoints=("layers.0",))[0])
+    write_corpus(folder / "corpus.jsonl", documents=200)
+    return str(small_store(folder, rows=8_000, part_rows=480, hookpoints=("layers.0",))[0])
 
 
 def batch_config(store: str, run: Path, steps: int = 87, **changes: Any) -> Any:
-    settings = {"kind": ("sae",), "arch": ARCHS, "k": (4,), "expansion": (4,), "rows": 64 * steps}
+    settings = {
+        "kind": ("sae",),
+        "arch": ARCHS,
+        "k": (4,),
+        "expansion": (4,),
+        "rows": 128 * steps,
+        "batch_rows": 128,
+    }
     settings |= {"hookpoints": ("layers.0",), "eval_every": 10_000, "dead_rows": 100_000}
     return config(store, run, **{**settings, **changes})
 
@@ -106,6 +114,21 @@ def test_thresholds_are_those_of_an_uninterrupted_run(
     assert any(name.endswith("threshold") and tensor > 0 for name, tensor in whole.items())
     assert equal(whole, weights(tmp_path / "stopped"))
     assert equal(whole, weights(tmp_path / "observed"))
+
+
+def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path: Path) -> None:
+    """And its user is told where that is why L0 is far from K."""
+    (result,) = fit(batch_config(store, tmp_path / "run", 20, arch=("batch-topk",)))
+    folder = tmp_path / "run/coders" / result["coder"]
+    coder, trained = load_coder(folder)
+    assert coder.threshold is not None
+    coder.threshold = coder.threshold * 1.5
+    save_coder(folder, coder, {name: v for name, v in trained.items() if name != "step"})
+    assert load_coder(folder)[0].threshold == coder.threshold
+    (evaluation,) = evaluate_coder(folder, store, ())
+    assert evaluation.l0_deviation < -NEAR
+    (told,) = l0_warnings(folder, [evaluation])
+    assert "an earlier version followed its threshold" in told
 
 
 # --- the parts, against slow references ---
