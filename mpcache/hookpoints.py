@@ -88,14 +88,14 @@ def hollow_model(config: HookpointsConfig) -> tuple[PreTrainedModel, str]:
     except ValueError:
         if config.attention is not None:
             raise
+        other = replace(asked, attention="eager")
         try:
-            model, asked = (
-                skeleton(replace(asked, attention="eager")),
-                replace(asked, attention="eager"),
-            )
+            model, asked = skeleton(other), other
         except ValueError:
             skeleton(asked)  # the first error is the one that helps
             raise
+    except ImportError as error:
+        raise ValueError(f"{config.model} needs another library: {first_line(error)}") from error
     hollow_(model)
     model.train(False).requires_grad_(False)
     return model, asked.attention

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from mpcache.hooks import MLP_NAMES
 from mpcache.survey import Call, Survey, starred
 
+_ATTENTION_NAMES = {"attn", "attention"}  # the last word of a module's name
+
 
 @dataclass(frozen=True)
 class Role:
@@ -36,7 +38,7 @@ def _roles_of(survey: Survey, layer: str) -> Iterator[Role]:
         yield _role("stream that a layer reads", calls[0].name, "input")
     for call in calls:
         last = call.name.rpartition(".")[2].lower()
-        if "attn" in last.split("_") or "attention" in last.split("_")[-1:]:
+        if last.split("_")[-1] in _ATTENTION_NAMES:
             yield from _adds(survey, "attention", call, calls)
         elif last in MLP_NAMES:
             if survey.verdict(call.name, "input").width is not None:

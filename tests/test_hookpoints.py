@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, DeepseekV3Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    DeepseekV3Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    ViTConfig,
+)
 from typer.testing import CliRunner
 
 from cli.mpcache import app
@@ -71,6 +79,7 @@ def test_the_list_is_what_collect_accepts(name: str, tmp_path: Path) -> None:
                     "layers.*.post_feedforward_layernorm:output",
                     "attention adds to the stream": "layers.*.post_attention_layernorm:output"}),
         ("olmo2", {"MLP adds to the stream": "layers.*.post_feedforward_layernorm:output"}),
+        ("modernbert", {"attention adds to the stream": "layers.*.attn:output"}),
         ("gemma3n", {"stream that a layer reads": "layers.*.input_layernorm:input"}),
         ("llava", {"residual stream": "language_model.layers.*:output"}),
     ],
@@ -174,6 +183,15 @@ def test_a_model_without_sdpa_says_what_collect_needs(tmp_path: Path) -> None:
     FAMILIES["gpt_oss"]().save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["hookpoints", str(tmp_path)])
     assert "collect needs --attention eager" in done.stdout
+
+
+@pytest.mark.parametrize("config", [T5Config(), ViTConfig()])
+def test_models_that_do_not_run_on_text_alone(config: PreTrainedConfig, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    done = CliRunner().invoke(app, ["hookpoints", str(tmp_path)])
+    assert done.exit_code == 2
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "must be a decoder or an encoder" in told or "must run on tokens alone" in told
 
 
 def test_no_such_model(tmp_path: Path) -> None:
