@@ -63,7 +63,7 @@ class CollectConfig:
     eos: bool = True
     "end each document with the tokenizer's end token (EOS or SEP)"
     cross_document_attention: bool = True
-    "let tokens of one sequence attend to an earlier document in it"
+    "let tokens see an earlier document of their sequence; never with one_document_per_sequence"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     "attention implementation of the model"
     trust_remote_code: bool = False
@@ -102,6 +102,11 @@ class CollectConfig:
         if self.autocast and self.model_dtype == "float32":
             raise ValueError(
                 "autocast must have a model_dtype to cast to, got float32; use bfloat16 or float16"
+            )
+        if self.compile and self.one_document_per_sequence:
+            raise ValueError(
+                "compile needs batches of one shape, and one_document_per_sequence makes many; "
+                "leave compile out"
             )
         if self.validation_every < 2:
             raise ValueError(f"validation_every must be at least 2, got {self.validation_every}")

@@ -54,6 +54,8 @@ def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> 
     """Everything that determines the rows; `digests` are those of model, tokenizer and dataset."""
     chosen = {name: getattr(config, name) for name in _DETERMINING}
     chosen |= {name: True for name in _SWITCHES if getattr(config, name)}
+    if config.one_document_per_sequence:  # no document sees another, whatever the option says
+        chosen["cross_document_attention"] = False
     if not config.parse_special_tokens:
         chosen["special_tokens"] = "text"
     if not config.keep_empty_documents:

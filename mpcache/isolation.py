@@ -13,6 +13,7 @@ of information. Batch shapes differ there, so bits do. The bound is what a chang
 in their last bits makes of the document alone.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mpcache.config import CollectConfig
 from mpcache.hooks import Capture, Side
 from mpcache.inputs import PACKED_SEPARATIONS, ModelInputs, Separation, packed_inputs, padded_inputs
+from mpcache.lengths import CHUNK, changing_rotary, fitted, longest
 from mpcache.trial import InputsOf, Sequences, Trial, TrialError, Values, made_up_documents
 
 # A state, a short convolution, a token shift or an open mask shows in the next document already.
 # So documents are short: one token, a few, and more than the 64 tokens that linear attention takes
 # as a chunk, with a boundary inside of a chunk and another one in the next chunk.
-CHUNK = 64
 SHORT_LENGTHS = (5, 1, 2, 17)
 PADDED_LENGTHS = ((5, CHUNK), (1, 3))  # a document and the padding behind it
 # Settings with these words in their names say how long chunks and windows are. A longer chunk may
@@ -48,6 +49,8 @@ class Fault:
     rank: int
     "the fault with the largest one is reported"
     reason: Callable[[], str]
+    remedy: str = ""
+    "instead of the usual one"
 
 
 def find_separation(
@@ -86,8 +89,10 @@ def _first_without_fault(
             if (fault := next(faults_of(trial, way, config.ctx_len), None)) is None:
                 return way
             faults.append(fault)
-    reason = max(faults, key=lambda fault: fault.rank).reason()
-    raise ValueError(f"{type(model).__name__} cannot {task}: {reason}; {remedy}")
+    fault = max(faults, key=lambda fault: fault.rank)
+    raise ValueError(
+        f"{type(model).__name__} cannot {task}: {fault.reason()}; {fault.remedy or remedy}"
+    )
 
 
 # --- faults of one way ---
@@ -143,8 +148,7 @@ def _padded_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Faul
 
 
 def _error_fault(reason: str, error: TrialError) -> Fault:
-    cause = f"{reason} ({error})"
-    return Fault(0, lambda: cause)
+    return Fault(0, functools.partial(str, f"{reason} ({error})"))
 
 
 def _alone_faults(trial: Trial, values: Values, documents: Sequence[np.ndarray]) -> Iterator[Fault]:
@@ -168,9 +172,13 @@ def _flow_faults(
     end = len(sequences[0][0])
     for documents in exchanges:
         watched = (1, slice(end, None)) if documents == EARLIER else (0, slice(0, end))
-        what = (sequences, documents, inputs_of, *watched)
-        if trial.has_flow(before, *what):
-            yield Fault(2, lambda what=what: f"{trial.first_module(*what)} lets it flow")  # type: ignore[misc]
+        exchange = (sequences, documents, inputs_of, *watched)
+        if trial.has_flow(before, *exchange):
+            yield Fault(2, functools.partial(_flow_reason, trial, exchange))
+
+
+def _flow_reason(trial: Trial, exchange: Any) -> str:
+    return f"{trial.first_module(*exchange)} carries information between them"
 
 
 def _two_sequences(trial: Trial, lengths: Sequence[int]) -> Sequences:
@@ -181,34 +189,8 @@ def _positions(sequence: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.arange(len(document)) for document in sequence])
 
 
-# --- lengths ---
-
-
 def _long_lengths(long: int) -> tuple[int, ...]:
     return 9, 1, long + 3, 3
-
-
-def fitted(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
-    """The lengths, with the longest cut so that all fit a sequence."""
-    kept = [*lengths[:ctx_len]]
-    while sum(kept) > ctx_len:
-        longest = kept.index(max(kept))
-        rest = max(kept[:longest] + kept[longest + 1 :], default=1)
-        kept[longest] = max(kept[longest] - (sum(kept) - ctx_len), min(rest, kept[longest] - 1))
-    return tuple(kept)
-
-
-def longest(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int:
-    """Tokens of the longest chunk or window that a document of `ctx_len` tokens exceeds."""
-    settings = config.get_text_config().to_dict()
-    lengths = [
-        length
-        for name, value in settings.items()
-        if any(word in name for word in words)
-        for length in (value if isinstance(value, list | tuple) else [value])
-        if type(length) is int and length < ctx_len
-    ]
-    return max([CHUNK, *lengths])
 
 
 # --- settings that tie a token to its whole batch, at lengths that a trial does not reach ---
@@ -217,26 +199,20 @@ def longest(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int
 def _setting_faults(config: PreTrainedConfig, ctx_len: int) -> Iterator[Fault]:
     settings = config.get_text_config().to_dict()
     reasons = [
-        f"its experts take a limited number of tokens of a batch ({name}={value})"
+        (
+            f"its experts take a limited number of tokens of a batch ({name}={value})",
+            "let documents mix: use --cross-document-attention alone",
+        )
         for name, value in settings.items()
         if "capacity" in name and value
     ]
     reasons += [
-        f"its {kind} rotary embedding changes with the longest document of a batch beyond {limit} "
-        f"tokens, and ctx_len is {ctx_len}"
-        for kind, limit in _changing_rotary(settings)
+        (
+            f"its {kind} rotary embedding changes with the longest document of a batch beyond "
+            f"{limit} tokens, and ctx_len is {ctx_len}",
+            f"use --ctx-len {limit}",
+        )
+        for kind, limit in changing_rotary(settings)
         if ctx_len > limit
     ]
-    return (Fault(3, lambda reason=reason: reason) for reason in reasons)  # type: ignore[misc]
-
-
-def _changing_rotary(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Rotary embeddings that depend on the longest sequence, each with its limit."""
-    rope: dict[str, Any] = settings.get("rope_parameters") or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        name = "original_max_position_embeddings"
-        limit = parameters.get(name) or settings.get(name)
-        if parameters.get("rope_type") == "dynamic":
-            limit = limit or settings.get("max_position_embeddings")
-        if parameters.get("rope_type") in ("dynamic", "longrope") and limit:
-            yield parameters["rope_type"], int(limit)
+    return (Fault(3, functools.partial(str, reason), remedy) for reason, remedy in reasons)

@@ -16,7 +16,8 @@ from mpcache.config import CollectConfig
 from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve
 from mpcache.inputs import model_inputs
-from mpcache.isolation import _packed_faults, find_separation, fitted, longest
+from mpcache.isolation import _packed_faults, find_separation
+from mpcache.lengths import fitted, longest
 from mpcache.station import empty_rows
 from mpcache.tokens import Specials
 from mpcache.trial import Trial
@@ -129,7 +130,7 @@ def test_packed_documents_are_as_alone_or_refused(family: Family, dtype: torch.d
         return
     with pytest.raises(ValueError, match=r"use --one-document-per-sequence$") as error:
         find_separation(model, config, family.sides(model))
-    assert f"({family.packed}) lets it flow" in str(error.value)
+    assert f"({family.packed}) carries information between them" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -183,7 +184,9 @@ def test_layers_above_the_sides_do_not_matter() -> None:
     model = replace(family, settings=family.settings | kinds).model()
     config = make_config(torch.float32)
     assert find_separation(model, config, resolve(["layers.0"], model)) == "positions"
-    with pytest.raises(ValueError, match=r"layers\.1\.conv \(Lfm2ShortConv\) lets it flow"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.conv \(Lfm2ShortConv\) carries information between them"
+    ):
         find_separation(model, config, resolve(["layers.1"], model))
 
 
@@ -210,7 +213,9 @@ def test_a_leak_within_the_rounding_is_seen(
     sides = resolve(["layers.*"], model)
     assert find_separation(model, config, sides) == "positions"
     model.layers[1].mlp = Leak(model.layers[1].mlp, share, distance)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp \(Leak\) lets it flow"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between them"
+    ):
         find_separation(model, config, sides)
 
 
@@ -219,7 +224,9 @@ def test_a_leak_over_a_long_chunk_is_seen() -> None:
     config = make_config(torch.float32, ctx_len=128, part_rows=1280, chunk_rows=128)
     model.layers[1].mlp = Leak(model.layers[1].mlp, 1.0, distance=100)
     model.config.memory_chunk_size = 96
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp \(Leak\) lets it flow"):
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between them"
+    ):
         find_separation(model, config, resolve(["layers.*"], model))
 
 
@@ -273,11 +280,14 @@ def test_tokens_that_compete_within_a_batch_are_refused(changes: dict[str, bool]
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"expert_capacity": 64}, r"limited number of tokens of a batch \(expert_capacity=64\)"),
+        (
+            {"expert_capacity": 64},
+            r"limited number of tokens of a batch \(expert_capacity=64\); let documents mix",
+        ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
              "max_position_embeddings": 32},
-            "its dynamic rotary embedding changes .* beyond 32 tokens, and ctx_len is 40",
+            "its dynamic rotary embedding changes .* beyond 32 tokens, .* 40; use --ctx-len 32$",
         ),
     ],
 )  # fmt: skip

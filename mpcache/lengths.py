@@ -1,0 +1,43 @@
+"""Lengths of documents that show whether a model keeps documents apart."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+CHUNK = 64  # tokens that linear attention usually takes at once
+
+
+def fitted(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
+    """The lengths, with the longest cut so that all fit a sequence."""
+    kept = [*lengths[:ctx_len]]
+    while sum(kept) > ctx_len:
+        longest = kept.index(max(kept))
+        rest = max(kept[:longest] + kept[longest + 1 :], default=1)
+        kept[longest] = max(kept[longest] - (sum(kept) - ctx_len), min(rest, kept[longest] - 1))
+    return tuple(kept)
+
+
+def longest(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int:
+    """Tokens of the longest chunk or window that a document of `ctx_len` tokens exceeds."""
+    settings = config.get_text_config().to_dict()
+    lengths = [
+        length
+        for name, value in settings.items()
+        if any(word in name for word in words)
+        for length in (value if isinstance(value, list | tuple) else [value])
+        if type(length) is int and length < ctx_len
+    ]
+    return max([CHUNK, *lengths])
+
+
+def changing_rotary(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Rotary embeddings that depend on the longest sequence, each with its limit."""
+    rope: dict[str, Any] = settings.get("rope_parameters") or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        name = "original_max_position_embeddings"
+        limit = parameters.get(name) or settings.get(name)
+        if parameters.get("rope_type") == "dynamic":
+            limit = limit or settings.get("max_position_embeddings")
+        if parameters.get("rope_type") in ("dynamic", "longrope") and limit:
+            yield parameters["rope_type"], int(limit)
