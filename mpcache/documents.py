@@ -107,13 +107,13 @@ class HubRows:
     ) -> None:
         self.config, self.vocabulary = config, vocabulary
         is_stream = isinstance(table, datasets.IterableDataset)
-        self.first = list(islice(table, 1))
-        if not self.first:
+        first = list(islice(table, FETCH_DOCUMENTS))
+        if not first:
             raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
-        self.path = path_in(self.first[0], config, config.dataset)
-        self.kind: Kind = self._kind(table)
+        self.path = path_in(first[0], config, config.dataset)
+        self.kind: Kind = self._kind(first)
         refuse_without_tokenizer(self.kind, vocabulary, config)
-        columns = [self.path[0], *(c for c in mask_beside(self.path)[:1] if c in self.first[0])]
+        columns = [self.path[0], *(c for c in mask_beside(self.path)[:1] if c in first[0])]
         self.table = table.select_columns(list(dict.fromkeys(columns)))
         if is_stream:
             self.order: Callable[[int], Iterator[Document]] = partial(
@@ -122,9 +122,9 @@ class HubRows:
         else:
             self.order = partial(permuted, self.fetch, len(table), config.seed)
 
-    def _kind(self, table: datasets.Dataset | datasets.IterableDataset) -> Kind:
+    def _kind(self, first: list[dict[str, Any]]) -> Kind:
         """Of the first row that is not empty, among the first few."""
-        for row in islice(table, FETCH_DOCUMENTS):
+        for row in first:
             try:
                 kind = kind_of(value_at(row, self.path))
             except (TypeError, KeyError) as error:
@@ -137,7 +137,8 @@ class HubRows:
         return "text"
 
     def fetch(self, indices: Indices) -> list[Document]:
-        rows = [self.table[int(i)] for i in indices]
+        columns = self.table[indices]
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         return [self.document(row, int(i)) for row, i in zip(rows, indices, strict=True)]
 
     def document(self, row: dict[str, Any], place: int) -> Document:

@@ -54,7 +54,7 @@ class Gathered:
 
     def add_array(self, array: pa.Array, mask: pa.Array | None, where: Where) -> None:
         """Add the documents of an arrow column whose type was checked."""
-        array.validate(full=True)  # a damaged file may hold bounds that lead anywhere
+        array.validate(full=True)  # of UTF-8 too; a damaged file's bounds may lead anywhere
         kind = kind_of_type(array.type)
         if kind == "text":
             self.spool.add_all(*text_records(array))

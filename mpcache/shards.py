@@ -151,13 +151,19 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
 def _data_files(folder: Path) -> tuple[Path, ...]:
     """All files with data below a folder, links to files and folders included."""
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
         if real not in seen:
             found += [file for name in names if is_data(file := Path(place, name))]
         seen.add(real)
     return tuple(sorted(found, key=lambda file: natural_key(file.relative_to(folder))))
+
+
+def _refuse_folder(error: OSError) -> None:
+    """A folder that cannot be read would be left out without a word."""
+    name = Path(error.filename).name
+    raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
 
 
 def is_data(file: Path) -> bool:

@@ -72,7 +72,8 @@ def _refuse_twins(row: Any, path: Path, where: object) -> None:
         if isinstance(row, _Object) and step in row.twins:
             raise ValueError(f"{where} gives {step} twice; leave one of them out")
         row = row.get(step) if isinstance(row, dict) else None
-    for message in row if isinstance(row, list) else ():
+    is_chat = isinstance(row, list) and row and isinstance(row[0], dict)
+    for message in row if is_chat else ():
         if isinstance(message, _Object):
             raise ValueError(f"{where} gives {message.twins[0]} twice; leave one of them out")
 
