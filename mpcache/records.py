@@ -83,7 +83,7 @@ def record_of(value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: 
         return token_bytes(value, mask, vocabulary, where)
     if kind == "conversations" and isinstance(value, list):
         messages = [dict(message) for message in conversation_of(value, where).messages]
-        return json.dumps(messages, default=str).encode()
+        return text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
     raise ValueError(
         f"{where} must hold {_NAMES[kind]}, as the rows before it do, got "
         f"{_shown(value)}; repair it, or leave it out"
@@ -100,8 +100,8 @@ def text_bytes(text: str, where: object) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} must hold Unicode text, got half a surrogate pair at character "
-            f"{error.start}; repair it, or leave it out"
+            f"{where} must hold Unicode text, got half a surrogate pair, "
+            f"{error.object[error.start]!r}; repair it, or leave it out"
         ) from error
 
 
@@ -144,7 +144,7 @@ def document_of(record: bytes, kind: Kind | None) -> Document:
 # --- many values of an arrow column ---
 
 Where = Callable[[int], object]
-"names a row by its place in an array"
+"names a row by its index in an array"
 
 
 def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
@@ -152,10 +152,10 @@ def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
     texts = array.cast(pa.large_string())
     if texts.null_count:
         texts = texts.fill_null("")
-    _, places, data = texts.buffers()
+    _, offsets, data = texts.buffers()
     if data is None or not len(texts):
         return memoryview(b""), np.zeros(len(texts), np.int64)
-    bounds = np.frombuffer(places, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     return memoryview(data)[bounds[0] : bounds[-1]], np.diff(bounds)
 
 
@@ -189,7 +189,7 @@ def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
     lengths = lengths.astype(np.int64)
     numbers = pc.list_flatten(array)
     if numbers.null_count:
-        place = pc.index(pc.is_null(numbers), True).as_py()
-        row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        first = pc.index(pc.is_null(numbers), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
         raise ValueError(f"{where(row)} must hold numbers only, got null; repair it")
     return numbers.to_numpy(zero_copy_only=False), lengths

@@ -150,14 +150,14 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
 
 def _data_files(folder: Path) -> tuple[Path, ...]:
     """All files with data below a folder, links to files and folders included."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        real = os.path.realpath(place)
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
         if real not in seen:
-            found += [file for name in names if is_data(file := Path(place, name))]
+            files += [file for name in names if is_data(file := Path(parent, name))]
         seen.add(real)
-    return tuple(sorted(found, key=lambda file: natural_key(file.relative_to(folder))))
+    return tuple(sorted(files, key=lambda file: natural_key(file.relative_to(folder))))
 
 
 def _refuse_folder(error: OSError) -> None:
