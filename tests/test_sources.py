@@ -306,6 +306,11 @@ def test_what_could_be_meant_in_two_ways_is_refused(tmp_path, names, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_list_may_be_longer_than_a_path(tmp_path):
+    files = [write_at(tmp_path / f"{i:050}.jsonl", jsonl([str(i)])) for i in range(90)]
+    assert len(values(open_(",".join(map(str, files))))) == 90
+
+
 def test_paths_that_are_not_there_are_named(tmp_path):
     write_at(tmp_path / "a.jsonl", jsonl(["a"]))
     for dataset, message in (
