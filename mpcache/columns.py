@@ -77,6 +77,14 @@ def value_at(row: Tree, path: Path) -> Any:
     return value
 
 
+def mask_of(row: Tree, path: Path) -> Any:
+    """The mask that a row has beside its value; None where it has none."""
+    try:
+        return value_at(row, mask_beside(path))
+    except KeyError:
+        return None
+
+
 def array_at(batch: pa.RecordBatch, path: Path) -> pa.Array:
     """The values of a batch at a path; null below a null struct."""
     array = batch.column(path[0])

@@ -97,7 +97,7 @@ class DataFile:
 
     def raw(self) -> io.BufferedReader:
         """The bytes of the file from its start."""
-        return io.BufferedReader(_At(self.descriptor), _COPY_BYTES)
+        return io.BufferedReader(_Reader(self.descriptor), _COPY_BYTES)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[io.BufferedIOBase]:
@@ -140,7 +140,7 @@ class DataFile:
             ) from error
 
 
-class _At(io.RawIOBase):
+class _Reader(io.RawIOBase):
     """A reader with its own position, so that many can share a descriptor."""
 
     def __init__(self, descriptor: int) -> None:

@@ -7,17 +7,16 @@ The digest is of the bytes that the documents were read from: no cache lies betw
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import datasets
 import numpy as np
 from jaxtyping import Int64
 
-from mpcache.columns import mask_beside, path_in, value_at
+from mpcache.columns import mask_beside, mask_of, path_in, value_at
 from mpcache.config import CollectConfig
 from mpcache.files import read_files
 from mpcache.gathered import Row, refuse_without_tokenizer
@@ -97,34 +96,33 @@ def open_hub(config: CollectConfig, vocabulary: Vocabulary) -> Documents:
 
 
 class HubRows:
-    """The documents of a Hub dataset, converted as they are read: a row is checked then."""
+    """The documents of a Hub dataset or of a stream of one. A row is checked when it is read."""
 
     def __init__(
         self,
-        table: datasets.Dataset | datasets.IterableDataset,
+        table: Any,
         config: CollectConfig,
         vocabulary: Vocabulary,
     ) -> None:
         self.config, self.vocabulary = config, vocabulary
-        is_stream = isinstance(table, datasets.IterableDataset)
-        self.first = list(islice(table, 1))
-        if not self.first:
+        first = list(islice(table, FETCH_DOCUMENTS))
+        if not first:
             raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
-        self.path = path_in(self.first[0], config, config.dataset)
-        self.kind: Kind = self._kind(table)
+        self.path = path_in(first[0], config, config.dataset)
+        self.kind: Kind = self._kind(first)
         refuse_without_tokenizer(self.kind, vocabulary, config)
-        columns = [self.path[0], *(c for c in mask_beside(self.path)[:1] if c in self.first[0])]
+        columns = [self.path[0], *(c for c in mask_beside(self.path)[:1] if c in first[0])]
         self.table = table.select_columns(list(dict.fromkeys(columns)))
-        if is_stream:
+        if isinstance(table, Sized):
             self.order: Callable[[int], Iterator[Document]] = partial(
-                streamed, self.table, config.seed, self.document
+                permuted, self.fetch, len(table), config.seed
             )
-        else:
-            self.order = partial(permuted, self.fetch, len(table), config.seed)
+        else:  # a stream
+            self.order = partial(streamed, self.table, config.seed, self.document)
 
-    def _kind(self, table: datasets.Dataset | datasets.IterableDataset) -> Kind:
+    def _kind(self, first: list[dict[str, Any]]) -> Kind:
         """Of the first row that is not empty, among the first few."""
-        for row in islice(table, FETCH_DOCUMENTS):
+        for row in first:
             try:
                 kind = kind_of(value_at(row, self.path))
             except (TypeError, KeyError) as error:
@@ -137,18 +135,17 @@ class HubRows:
         return "text"
 
     def fetch(self, indices: Indices) -> list[Document]:
-        rows = [self.table[int(i)] for i in indices]
+        columns = self.table[indices]
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
         return [self.document(row, int(i)) for row, i in zip(rows, indices, strict=True)]
 
     def document(self, row: dict[str, Any], place: int) -> Document:
         where = Row(self.config.dataset, place, "row")
         try:
-            value, mask = value_at(row, self.path), None
-            mask_path = mask_beside(self.path)
-            if self.kind == "tokens" and mask_path[0] in row:
-                mask = value_at(row, mask_path)
+            value = value_at(row, self.path)
         except KeyError as error:
             raise ValueError(f"{where} has no {error.args[0]}; use another text_column") from error
+        mask = mask_of(row, self.path)
         return document_of(record_of(value, mask, self.kind, self.vocabulary, where), self.kind)
 
 
@@ -162,7 +159,7 @@ def permuted(fetch: Fetch, count: int, seed: int, start: int) -> Iterator[Docume
 
 
 def streamed(
-    table: datasets.IterableDataset,
+    table: Any,
     seed: int,
     document: Callable[[dict[str, Any], int], Document],
     start: int,

@@ -54,15 +54,15 @@ class Gathered:
 
     def add_array(self, array: pa.Array, mask: pa.Array | None, where: Where) -> None:
         """Add the documents of an arrow column whose type was checked."""
-        array.validate(full=True)  # a damaged file may hold bounds that lead anywhere
+        array.validate(full=True)  # of UTF-8 too; a damaged file's bounds may lead anywhere
         kind = kind_of_type(array.type)
         if kind == "text":
             self.spool.add_all(*text_records(array))
         elif kind == "tokens":
             self.spool.add_all(*token_records(array, mask, self.vocabulary, where))
         else:
-            for place, value in enumerate(array.to_pylist()):
-                self.add(value, None, where(place))
+            for index, value in enumerate(array.to_pylist()):
+                self.add(value, None, where(index))
 
     def _settled(self, kind: Kind | None, where: object) -> Kind | None:
         if kind is not None and self.kind is None:
@@ -82,7 +82,7 @@ class Gathered:
         )
 
     def fetch(self, indices: Indices) -> Sequence[Document]:
-        """Documents by their places in the files; `spool` is finished."""
+        """Documents by their indices; `spool` is finished."""
         return [document_of(self.spool[int(index)], self.kind) for index in indices]
 
 
@@ -108,5 +108,5 @@ class Row:
 
 
 def rows_from(name: str, first: int) -> Where:
-    """Names the rows of an array by its place in the file."""
-    return lambda place: Row(name, first + int(place), "row")
+    """Names the rows of an array; `first` is the number of the array's first row in the file."""
+    return lambda index: Row(name, first + int(index), "row")

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import datasets
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -33,8 +33,10 @@ def resolve_commit(config: CollectConfig) -> str:
         return str(HfApi().dataset_info(config.dataset, revision=config.dataset_revision).sha)
 
 
-def load_hub(config: CollectConfig, commit: str) -> datasets.Dataset | datasets.IterableDataset:
-    """The split at a commit; never what a cache holds of another one."""
+def load_hub(config: CollectConfig, commit: str) -> Any:
+    """The split at a commit, a Dataset or IterableDataset; never what a cache has of another."""
+    import datasets  # slow to import, and local files do without it
+
     with explained(f"dataset {config.dataset}", commit):
         builder = datasets.load_dataset_builder(
             config.dataset, config.dataset_config, revision=commit

@@ -3,6 +3,7 @@
 A text is UTF-8; token ids are little-endian uint32; a chat is the JSON of its messages.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, Literal
@@ -27,7 +28,7 @@ def kind_of(value: Any) -> Kind | None:
         return None
     if isinstance(value, str):
         return "text"
-    if isinstance(value, list) and is_id(value[0]):
+    if isinstance(value, list) and type(value[0]) is int:
         return "tokens"
     if isinstance(value, list) and isinstance(value[0], dict):
         return "conversations"
@@ -65,10 +66,6 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _type(value: Any) -> str:
     return {"dict": "an object", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
 
@@ -82,11 +79,11 @@ def record_of(value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: 
         return b""
     if kind == "text" and isinstance(value, str):
         return text_bytes(value, where)
-    if kind == "tokens" and isinstance(value, list) and all(map(is_id, value)):
+    if kind == "tokens" and isinstance(value, list) and set(map(type, value)) == {int}:
         return token_bytes(value, mask, vocabulary, where)
     if kind == "conversations" and isinstance(value, list):
         messages = [dict(message) for message in conversation_of(value, where).messages]
-        return json.dumps(messages, default=str).encode()
+        return text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
     raise ValueError(
         f"{where} must hold {_NAMES[kind]}, as the rows before it do, got "
         f"{_shown(value)}; repair it, or leave it out"
@@ -103,16 +100,17 @@ def text_bytes(text: str, where: object) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} must hold Unicode text, got half a surrogate pair at character "
-            f"{error.start}; repair it, or leave it out"
+            f"{where} must hold Unicode text, got half a surrogate pair, "
+            f"{error.object[error.start]!r}; repair it, or leave it out"
         ) from error
 
 
 def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object) -> bytes:
-    if (wrong := next((i for i in ids if not 0 <= i <= vocabulary.largest_id), None)) is not None:
-        raise ValueError(outside(vocabulary, wrong, where))
+    for extreme in (min(ids), max(ids)):
+        if not 0 <= extreme <= vocabulary.largest_id:
+            raise ValueError(outside(vocabulary, extreme, where))
     if mask is not None:
-        ids = [i for i, is_kept in zip(ids, _checked_mask(mask, len(ids), where)) if is_kept]  # noqa: B905  checked
+        ids = list(itertools.compress(ids, _checked_mask(mask, len(ids), where)))
     return np.array(ids, RECORD_IDS).tobytes()
 
 
@@ -146,7 +144,7 @@ def document_of(record: bytes, kind: Kind | None) -> Document:
 # --- many values of an arrow column ---
 
 Where = Callable[[int], object]
-"names a row by its place in an array"
+"names a row by its index in an array"
 
 
 def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
@@ -154,11 +152,10 @@ def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
     texts = array.cast(pa.large_string())
     if texts.null_count:
         texts = texts.fill_null("")
-    texts.validate(full=True)  # of UTF-8 too
-    _, places, data = texts.buffers()
+    _, offsets, data = texts.buffers()
     if data is None or not len(texts):
         return memoryview(b""), np.zeros(len(texts), np.int64)
-    bounds = np.frombuffer(places, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
     return memoryview(data)[bounds[0] : bounds[-1]], np.diff(bounds)
 
 
@@ -192,7 +189,7 @@ def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
     lengths = lengths.astype(np.int64)
     numbers = pc.list_flatten(array)
     if numbers.null_count:
-        place = pc.index(pc.is_null(numbers), True).as_py()
-        row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        first = pc.index(pc.is_null(numbers), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
         raise ValueError(f"{where(row)} must hold numbers only, got null; repair it")
     return numbers.to_numpy(zero_copy_only=False), lengths

@@ -243,7 +243,7 @@ def _refuse_other_content(orders: Orders, station: Station) -> None:
         )
     identity = read_store_file(place)["identity"]
     found = {**station.facts.digests, "attention": station.facts.attention}
-    if different := [name for name in found if found[name] != identity[name]]:
+    if different := [name for name in found if found[name] != identity.get(name)]:
         raise ValueError(
             f"all machines must have the same model, got another {', '.join(different)} on "
             f"{socket.gethostname()}; copy the model there, or name its --revision"

@@ -148,7 +148,7 @@ def _size(store: Store) -> int:
 
 def _new_place(root: Place, config: CollectConfig, fingerprint: str) -> Place:
     """A readable name that cannot lead out of the root."""
-    dataset = Path(config.dataset).expanduser().resolve()
+    dataset = Path(config.dataset.split(",")[0]).expanduser().resolve()
     while dataset.suffix.lower() in LOCAL_SUFFIXES:
         dataset = dataset.with_suffix("")
     model = Path(config.model).expanduser().resolve()

@@ -7,6 +7,7 @@ such as a README, are left out. Whatever could be meant in two ways is refused.
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,9 @@ def find_shards(config: CollectConfig) -> Shards | None:
     """The files that DATASET names; None where it is no path, so a name on the Hub."""
     dataset = config.dataset
     path = Path(dataset).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # a list can be longer than a path may be: Path's own would raise
         return _of_folder(path, config)
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         return Shards(path.name, _kind(path), (path,), (path.name,), "file")
     if "," in dataset or _GLOB & set(dataset):
         return _of_several(dataset, config)
@@ -125,7 +126,7 @@ def _of_several(dataset: str, config: CollectConfig) -> Shards:
     files: list[Path] = []
     for item in filter(None, map(str.strip, dataset.split(","))):
         files += _of_item(item, config)
-    if twice := [file for i, file in enumerate(files) if file in files[:i]]:
+    if twice := [file for file, count in Counter(files).items() if count > 1]:
         raise ValueError(f"dataset must name each file once, got {twice[0]} twice")
     label = ",".join(Path(item.strip()).name for item in dataset.split(",") if item.strip())
     names = tuple(map(str, files))
@@ -150,14 +151,20 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
 
 def _data_files(folder: Path) -> tuple[Path, ...]:
     """All files with data below a folder, links to files and folders included."""
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(parent)
         folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
         if real not in seen:
-            found += [file for name in names if is_data(file := Path(place, name))]
+            files += [file for name in names if is_data(file := Path(parent, name))]
         seen.add(real)
-    return tuple(sorted(found, key=lambda file: natural_key(file.relative_to(folder))))
+    return tuple(sorted(files, key=lambda file: natural_key(file.relative_to(folder))))
+
+
+def _refuse_folder(error: OSError) -> None:
+    """A folder that cannot be read would be left out without a word."""
+    name = Path(error.filename).name
+    raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
 
 
 def is_data(file: Path) -> bool:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from mpcache.columns import Path, mask_beside, path_in, value_at
+from mpcache.columns import Path, mask_of, path_in, value_at
 from mpcache.datafile import DataFile
 from mpcache.gathered import Gathered, Row
 
@@ -37,14 +37,7 @@ def read_json(file: DataFile, gathered: Gathered) -> None:
                     f"{where} has no {gathered.config.text_column}, as the rows before it have; "
                     "give it that field, or leave it out"
                 ) from error
-            gathered.add(value, _mask(row, path), where)
-
-
-def _mask(row: dict[str, Any], path: Path) -> Any:
-    try:
-        return value_at(row, mask_beside(path))
-    except KeyError:
-        return None
+            gathered.add(value, mask_of(row, path), where)
 
 
 class _Object(dict[str, Any]):
@@ -72,7 +65,8 @@ def _refuse_twins(row: Any, path: Path, where: object) -> None:
         if isinstance(row, _Object) and step in row.twins:
             raise ValueError(f"{where} gives {step} twice; leave one of them out")
         row = row.get(step) if isinstance(row, dict) else None
-    for message in row if isinstance(row, list) else ():
+    is_chat = isinstance(row, list) and row and isinstance(row[0], dict)
+    for message in row if is_chat else ():
         if isinstance(message, _Object):
             raise ValueError(f"{where} gives {message.twins[0]} twice; leave one of them out")
 
@@ -167,9 +161,9 @@ class _Window:
 
     def take(self, character: str) -> None:
         if self.buffer[:1] != character:
-            found = self.buffer[:1] or "the end of the file"
+            there = self.buffer[:1] or "the end of the file"
             raise ValueError(
-                f"{Row(self.file.name, self.line)} is not JSON: expected {character}, got {found}; "
+                f"{Row(self.file.name, self.line)} is not JSON: expected {character}, got {there}; "
                 "it may be cut short: repair it, or download it again"
             )
         self.drop(1)
@@ -202,21 +196,21 @@ def read_csv(file: DataFile, gathered: Gathered) -> None:
         reader = csv.reader(_text_of(stream), strict=True)
         where = Row(file.name, 1)
         header: list[str] | None = None
-        place = 0
+        index = 0
         for where, row in _csv_rows(reader, file):
             if header is None:
                 header = row
                 (name,) = path_in(dict.fromkeys(header, ""), gathered.config, file.name)
                 if header.count(name) > 1:
                     raise ValueError(f"{where} names the column {name} twice; rename one")
-                place = header.index(name)
+                index = header.index(name)
             elif len(row) != len(header):
                 raise ValueError(
                     f"{where} must have {len(header)} fields, got {len(row)}; "
                     "it may be cut short: repair it, or leave it out"
                 )
             else:
-                gathered.add_text(row[place], where)
+                gathered.add_text(row[index], where)
 
 
 def _csv_rows(reader: Any, file: DataFile) -> Iterator[tuple[Row, list[str]]]:

@@ -93,6 +93,11 @@ class TokenFile:
         self.dtype = np.promote_types(vocabulary.dtype, np.uint16).newbyteorder("<")
         if is_web_page(file):
             raise ValueError(f"{file.name} is a web page, not token ids; download it again")
+        if vocabulary.end is None:
+            raise ValueError(
+                f"documents in {file.name} must end with the model's end token, but the model "
+                "names none; give token ids in a column of a table instead"
+            )
         self.copy = temporary_file() if file.compression else None
         with file.explained("compressed tokens"):
             self.bounds = self._bounds(self._scanned())
@@ -118,7 +123,7 @@ class TokenFile:
 
     def _scanned(self) -> list[tuple[int, Indices]]:
         """Where end tokens are: a piece's start and the places in it. Checks all ids."""
-        found, start, size = [], 0, self.dtype.itemsize
+        ends, start, size = [], 0, self.dtype.itemsize
         with self.file.stream() as stream:
             while data := stream.read(SCAN_TOKENS * size):
                 if self.copy is not None:
@@ -127,24 +132,23 @@ class TokenFile:
                     raise ValueError(self._odd(start * size + len(data)))
                 piece = np.frombuffer(data, self.dtype)
                 self._check(piece, start)
-                found.append((start, np.flatnonzero(piece == self.vocabulary.end)))
+                ends.append((start, np.flatnonzero(piece == self.vocabulary.end)))
                 start += len(piece)
         if not start:
             raise ValueError(self._odd(0))
         if self.copy is not None:
             self.copy.flush()
         self.size = start
-        return found
+        return ends
 
     def _bounds(self, ends: list[tuple[int, Indices]]) -> Int64[np.ndarray, " bounds"]:
         """Where documents start, and one past the last one's end token."""
         starts = [np.zeros(1, np.int64), *(start + places + 1 for start, places in ends)]
         bounds = np.concatenate(starts)
         if len(bounds) == 1:
-            end = self.vocabulary.end
-            which = "an end token, of which the model names none" if end is None else f"token {end}"
             raise ValueError(
-                f"documents in {self.file.name} must end with {which}, got no such token"
+                f"documents in {self.file.name} must end with token {self.vocabulary.end}, "
+                "got no such token; write the file with it"
             )
         # the file may stop amid a document: as if its end token came next
         is_whole = bounds[-1] == self.size
@@ -158,9 +162,9 @@ class TokenFile:
 
     def _check(self, piece: Tokens, start: int) -> None:
         if piece.max() > self.vocabulary.largest_id:
-            place = int(np.argmax(piece > self.vocabulary.largest_id))
+            index = int(np.argmax(piece > self.vocabulary.largest_id))
             raise ValueError(
                 f"tokens must be at most {self.vocabulary.largest_id} for this model, got "
-                f"{piece[place]} at token {start + place} of {self.file.name}; "
+                f"{piece[index]} at token {start + index} of {self.file.name}; "
                 "tokenise it with the model's own tokenizer"
             )

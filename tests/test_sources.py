@@ -306,6 +306,11 @@ def test_what_could_be_meant_in_two_ways_is_refused(tmp_path, names, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_list_may_be_longer_than_a_path(tmp_path):
+    files = [write_at(tmp_path / f"{i:050}.jsonl", jsonl([str(i)])) for i in range(90)]
+    assert len(values(open_(",".join(map(str, files))))) == 90
+
+
 def test_paths_that_are_not_there_are_named(tmp_path):
     write_at(tmp_path / "a.jsonl", jsonl(["a"]))
     for dataset, message in (
@@ -429,6 +434,12 @@ def test_parts_of_text_are_joined_and_calls_have_no_text(tmp_path):
     assert conversation.messages[1]["tool_calls"] == [{"id": 1}]
 
 
+def test_half_a_surrogate_pair_in_a_message_is_told(tmp_path):
+    path = write_at(tmp_path / "a.jsonl", jsonl([[{"role": "user", "content": "\ud800"}]]))
+    with pytest.raises(ValueError, match=r"line 1 of a\.jsonl must hold Unicode text"):
+        open_(path)
+
+
 @pytest.mark.parametrize(
     ("message", "told"),
     [
@@ -486,6 +497,8 @@ def test_rows_of_the_hub_are_of_any_kind(streaming):
     documents = hub_rows([{"x": row} for row in masks], "x.ids", streaming=streaming)
     assert documents.kind == "tokens"
     assert sorted(d.tolist() for d in documents.order(0)) == [[2], [3]]
+    documents = hub_rows([{"x": {"ids": [1, 2]}}], "x.ids", streaming=streaming)
+    assert [d.tolist() for d in documents.order(0)] == [[1, 2]]
     documents = hub_rows([{"m": chat} for chat in CHATS[:2]], "m", streaming=streaming)
     got = sorted(documents.order(0), key=repr)
     assert got == sorted((Conversation(tuple(chat)) for chat in CHATS[:2]), key=repr)
