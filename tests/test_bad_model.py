@@ -102,7 +102,7 @@ def cut_short(path: Path) -> None:
 
 
 def cut_header(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:20])
+    path.write_bytes(path.read_bytes()[:12])
 
 
 def dangling(path: Path) -> None:
