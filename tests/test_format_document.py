@@ -12,6 +12,7 @@ import torch
 import xxhash
 
 import mpcache
+from chats import chat_store
 from mpcache.config import CollectConfig
 from mpcache.reader import Store, open_store
 from stores import SIDES, small_store
@@ -53,6 +54,20 @@ def test_the_plain_reader_reads_what_is_committed(made: Path) -> None:
             assert split == store.layout.split_of(part)
             wanted = rows_of(store, side, part, len(rows))
             assert np.array_equal(rows.astype(np.float32), wanted.numpy())
+
+
+def test_the_plain_reader_reads_flags(tmp_path: Path) -> None:
+    for name, changes in (("lone", {"one_document_per_sequence": True}), ("packed", {})):
+        (tmp_path / name).mkdir()
+        path, _ = chat_store(tmp_path / name, **changes)
+        store, read_flags = open_store(path), example("read_flags")
+        for part in store.numbers("tokens"):
+            position, own = read_flags(path, part)
+            assert position.tolist() == store.read_positions(part).tolist()
+            assistant = store.read_assistant(part)
+            assert assistant is not None
+            assert own.tolist() == assistant.tolist()
+        assert list(example("read_parts")(path, *SIDES[0]))
 
 
 def test_the_lazy_reader_reads_what_is_committed(made: Path) -> None:
