@@ -28,7 +28,7 @@ def read_json(file: DataFile, gathered: Gathered) -> None:
                     f"{where} must be a JSON object, got {type(row).__name__}; "
                     "give an object with named fields for each document"
                 )
-            path = path or path_in(row, gathered.config, str(where))
+            path = path or path_in(row, gathered.config, file.name)
             _refuse_twins(row, path, where)
             try:
                 value = value_at(row, path)
@@ -99,7 +99,11 @@ def _decoded(text: str, where: object) -> Any:
 
 
 def _not_json(where: object, error: BaseException) -> str:
-    why = error.msg if isinstance(error, json.JSONDecodeError) else str(error).splitlines()[0]
+    why = (
+        error.msg.removesuffix(" at")
+        if isinstance(error, json.JSONDecodeError)
+        else str(error).splitlines()[0]
+    )
     return f"{where} is not JSON: {why}; it may be cut short: repair it, or leave it out"
 
 
