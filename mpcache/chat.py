@@ -92,20 +92,18 @@ class ChatEncoder:
         compiled = _compile_jinja_template(template)
         compiled.globals["strftime_now"] = TEMPLATE_DATE.strftime
 
-    def __call__(
-        self, batch: Sequence[tuple[int, Conversation]], end: str | None
-    ) -> list[ChatTokens]:
-        """Tokens of conversations, each with its place; `end` is the name of the end token.
+    def __call__(self, batch: Sequence[Conversation], end: str | None) -> list[ChatTokens]:
+        """Tokens of conversations; `end` is the name of the end token.
 
-        Raises ValueError, which names the place, where the template does not take the messages.
+        Raises ValueError, which names the row, where the template does not take the messages.
         """
         texts, spans, is_ended = [], [], []
-        for place, conversation in batch:
+        for conversation in batch:
             try:
                 chat = _Chat(self, conversation)
                 cut, own = self._respelled(chat.whole, chat.spans())
             except ValueError as error:
-                raise ValueError(f"{_named(place, conversation)}: {error}") from error
+                raise ValueError(f"{conversation.where}: {error}") from error
             texts.append(cut)
             spans.append(own)
             is_ended.append(end is not None and chat.whole.rstrip().endswith(end))
@@ -266,12 +264,6 @@ def _unmatched(i: int) -> str:
         f"what the assistant wrote in message {i + 1} cannot be found in what the chat template "
         "writes; give a --chat-template with {% generation %} marks"
     )
-
-
-def _named(place: int, conversation: Conversation) -> str:
-    texts = (str(message.get("content") or "") for message in conversation.messages)
-    begins = next((text for text in texts if text.strip()), "").strip()[:40]
-    return f"document {place} of the seeded order, which begins {begins!r}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """A chat as a dataset holds it: messages with a role and a content."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # ShareGPT's names of the roles; a name that is not listed stays as it is
@@ -14,6 +14,8 @@ class Conversation:
 
     messages: tuple[Mapping[str, Any], ...]
     "each has `role` and `content`; other fields are those of the dataset that are not null"
+    where: str = field(default="a conversation", compare=False)
+    "names the row, for messages"
 
 
 def conversation_of(messages: Any, where: object) -> Conversation:

@@ -146,7 +146,8 @@ class HubRows:
         except KeyError as error:
             raise ValueError(f"{where} has no {error.args[0]}; use another text_column") from error
         mask = mask_of(row, self.path)
-        return document_of(record_of(value, mask, self.kind, self.vocabulary, where), self.kind)
+        record = record_of(value, mask, self.kind, self.vocabulary, where)
+        return document_of(record, self.kind, where)
 
 
 # --- orders ---

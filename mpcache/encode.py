@@ -5,9 +5,9 @@ packing cuts both alike.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt
@@ -70,7 +70,7 @@ def template_digests(template: str | None) -> dict[str, str]:
 
 
 class Encoder:
-    """Documents with their places -> their streams; None of a document without tokens of its own.
+    """Documents -> their streams; None of a document without tokens of its own.
 
     A conversation gets no begin or end token that its template wrote already.
     """
@@ -103,23 +103,33 @@ class Encoder:
         template = self.template or find_template(self._of_text, self.config.chat_template)
         return ChatEncoder(self._of_text, template, self.text)
 
-    def __call__(self, batch: Sequence[tuple[int, Document]]) -> list[Stream | None]:
-        documents = dict(batch)
-        whole: dict[int, Stream] = {}
-        texts = {place: one for place, one in batch if isinstance(one, str)}
-        if texts:
-            encoded = zip(texts, self.text.encode(list(texts.values())), strict=True)
-            whole |= {place: self._whole(ids) for place, ids in encoded if len(ids)}
-        chats = [(p, one) for p, one in batch if isinstance(one, Conversation) and one.messages]
-        if chats:
-            end = self.specials.end
-            name = None if end is None else str(self._of_text.convert_ids_to_tokens(end))
-            told = zip(chats, self.chat(chats, name), strict=True)
-            whole |= {place: self._whole_chat(one) for (place, _), one in told if len(one.ids)}
-        ids = {p: one for p, one in batch if isinstance(one, np.ndarray) and len(one)}
-        whole |= {place: self._whole(tokens) for place, tokens in ids.items()}
+    def __call__(self, batch: Sequence[Document]) -> list[Stream | None]:
         empty = self._whole(np.empty(0, np.uint32)) if self.keeps_empty else None
-        return [whole.get(place, empty) for place in documents]
+        streams = [empty] * len(batch)
+        encoders: tuple[tuple[type, Callable[[Any], list[Stream | None]]], ...] = (
+            (str, self._texts),
+            (Conversation, self._chats),
+            (np.ndarray, self._ids),
+        )
+        for kind, encode in encoders:
+            indices = [i for i, document in enumerate(batch) if isinstance(document, kind)]
+            encoded = encode([batch[i] for i in indices]) if indices else []
+            for i, stream in zip(indices, encoded, strict=True):
+                streams[i] = empty if stream is None else stream
+        return streams
+
+    def _texts(self, texts: Sequence[str]) -> list[Stream | None]:
+        return self._ids(self.text.encode(texts))
+
+    def _ids(self, documents: Sequence[Stream]) -> list[Stream | None]:
+        return [self._whole(ids) if len(ids) else None for ids in documents]
+
+    def _chats(self, chats: Sequence[Conversation]) -> list[Stream | None]:
+        end = self.specials.end
+        name = None if end is None else str(self._of_text.convert_ids_to_tokens(end))
+        written = iter(self.chat([chat for chat in chats if chat.messages], name))
+        tokens = [next(written) if chat.messages else None for chat in chats]
+        return [self._whole_chat(one) if one and len(one.ids) else None for one in tokens]
 
     def _whole(self, ids: Stream) -> Stream:
         return np.concatenate([self.head, ids.astype(self.head.dtype), self.tail])

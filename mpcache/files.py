@@ -47,6 +47,7 @@ def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) ->
         return _token_files(shards, vocabulary)
     gathered, digests = Gathered(config, vocabulary), []
     for path, name in zip(shards.files, shards.names, strict=True):
+        gathered.begin(name)
         with DataFile(path, name, may_be_empty=_may_be_empty(shards)) as file:
             if shards.kind == "text":
                 _read_texts(file, gathered, split=shards.form == "file")

@@ -1,5 +1,6 @@
 """The documents of all files of a dataset, in order, while they are read and after."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,9 +29,15 @@ class Gathered:
         self.config, self.vocabulary = config, vocabulary
         self.spool = Spool()
         self.kind: Kind | None = None
+        self.files: list[tuple[int, str]] = []
+        "of each file the first document, and the file's name"
 
     def __len__(self) -> int:
         return len(self.spool)
+
+    def begin(self, name: str) -> None:
+        """The documents of another file follow."""
+        self.files.append((len(self), name))
 
     def add(self, value: Any, mask: Any, where: object) -> None:
         """Add the document of a row. Raises ValueError, which names `where` the row is."""
@@ -83,7 +90,14 @@ class Gathered:
 
     def fetch(self, indices: Indices) -> Sequence[Document]:
         """Documents by their indices; `spool` is finished."""
-        return [document_of(self.spool[int(index)], self.kind) for index in indices]
+        return [
+            document_of(self.spool[int(index)], self.kind, self._row(int(index)))
+            for index in indices
+        ]
+
+    def _row(self, index: int) -> "Row":
+        first, name = self.files[bisect.bisect(self.files, index, key=lambda file: file[0]) - 1]
+        return Row(name, index - first, "row")
 
 
 def refuse_without_tokenizer(kind: Kind, vocabulary: Vocabulary, config: CollectConfig) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Bool, Int64, Integer, UInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpcache.tokens import Specials, position_ids
+from mpcache.encode import Specials
+from mpcache.tokens import position_ids
 
 PackedSeparation = Literal["positions", "mask", "causal mask"]
 Separation = Literal["none", PackedSeparation, "alone", "alone with mask", "alone unpadded"]

@@ -132,12 +132,12 @@ def outside(vocabulary: Vocabulary, wrong: int, where: object) -> str:
     )
 
 
-def document_of(record: bytes, kind: Kind | None) -> Document:
-    """The document of a record."""
+def document_of(record: bytes, kind: Kind | None, where: object) -> Document:
+    """The document of a record; `where` names its row."""
     if kind == "tokens":
         return np.frombuffer(record, RECORD_IDS).astype(np.uint32, copy=False)
     if kind == "conversations":
-        return Conversation(tuple(json.loads(record)) if record else ())
+        return Conversation(tuple(json.loads(record)) if record else (), str(where))
     return record.decode()
 
 

@@ -18,8 +18,7 @@ from jaxtyping import Bool, Int64, UInt, UInt8
 
 from mpcache.config import CollectConfig, Split, split_of
 from mpcache.documents import Documents, permutation
-from mpcache.encode import FLAG_SHIFT, Encoder, Stream
-from mpcache.encode import Specials as Specials
+from mpcache.encode import FLAG_SHIFT, Encoder, Specials, Stream
 from mpcache.format import STARTS_DOCUMENT
 from mpcache.tokenised import Tokenizer, end_token, token_dtype
 
@@ -268,7 +267,8 @@ class Feed:
         while not packer.ready and (batch := list(islice(self.reader, BATCH_DOCUMENTS))):
             self.count = batch[-1][0] + 1
             wanted = [(place, document) for place, document in batch if self.is_wanted(place)]
-            for (place, _), stream in zip(wanted, self.encode(wanted), strict=True):
+            streams = self.encode([document for _, document in wanted])
+            for (place, _), stream in zip(wanted, streams, strict=True):
                 own = self.packers[split_of(place, self.every)]
                 if stream is None:
                     own.leave_out(place)

@@ -40,7 +40,7 @@ def tokens_of(
     template: str, messages: Sequence[dict[str, Any]], parses: bool = False
 ) -> ChatTokens:
     encoder = ChatEncoder(TOKENIZER, TEMPLATES.get(template, template), TEXT[parses])
-    (found,) = encoder([(7, Conversation(tuple(messages)))], END)
+    (found,) = encoder([Conversation(tuple(messages), "row 7 of x.jsonl")], END)
     assert len(found.ids) == len(found.by_assistant)
     return found
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_read_is_told_in_one_line(
 ) -> None:
     with pytest.raises(ValueError, match=match) as caught:
         tokens_of(template, messages)
-    assert str(caught.value).startswith("document 7 of the seeded order, which begins '")
+    assert str(caught.value).startswith("row 7 of x.jsonl: ")
     assert "\n" not in str(caught.value)
 
 
