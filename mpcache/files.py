@@ -44,7 +44,7 @@ class Files:
 def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:
     """Raises ValueError for the first file that is not what its name says, with the place in it."""
     if shards.kind == "bin":
-        return _token_files(shards, vocabulary)
+        return _token_files(shards, config, vocabulary)
     gathered, digests = Gathered(config, vocabulary), []
     for path, name in zip(shards.files, shards.names, strict=True):
         gathered.begin(name)
@@ -57,7 +57,7 @@ def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) ->
             file.check_unchanged()
             digests.append(file.digest)
     gathered.spool.finish()
-    digest = _digest(shards, digests)
+    digest = _digest(shards, digests, config)
     return Files(digest, len(gathered), gathered.fetch, gathered.kind or "text")
 
 
@@ -88,7 +88,7 @@ def _read_texts(file: DataFile, gathered: Gathered, *, split: bool) -> None:
         gathered.add_text(paragraph, file.name)
 
 
-def _token_files(shards: Shards, vocabulary: Vocabulary) -> Files:
+def _token_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:
     files = [DataFile(path, name) for path, name in zip(shards.files, shards.names, strict=True)]
     parts = [TokenFile(file, vocabulary) for file in files]
     starts = np.array([0, *accumulate(len(part) for part in parts)])
@@ -97,18 +97,20 @@ def _token_files(shards: Shards, vocabulary: Vocabulary) -> Files:
         owners = np.searchsorted(starts, indices, side="right") - 1
         return [parts[o][int(i - starts[o])] for o, i in zip(owners, indices, strict=True)]
 
-    digest = _digest(shards, [file.digest for file in files])
+    digest = _digest(shards, [file.digest for file in files], config)
     return Files(digest, int(starts[-1]), fetch, "tokens")
 
 
 # --- digests ---
 
 
-def _digest(shards: Shards, digests: Sequence[str]) -> str:
+def _digest(shards: Shards, digests: Sequence[str], config: CollectConfig) -> str:
     """Names the content: the files' bytes in their order, and how they are read.
 
-    One plain file, a folder of texts and an arrow folder have the digests that they always had,
-    which in folders are of names too: stores that were made from them keep their fingerprints.
+    One table in a plain file, a folder of texts and an arrow folder have the digests that they
+    always had, which in folders are of names too: stores that were made from them keep their
+    fingerprints. A `.txt` or `.bin` has its old digest, which does not say how it is read, only
+    where an older store is continued.
     """
     compressions = [_compression(name) for name in shards.names]
     if shards.form in ("text folder", "arrow folder"):
@@ -117,8 +119,9 @@ def _digest(shards: Shards, digests: Sequence[str]) -> str:
             name = name.split("/")[-1] if shards.form == "arrow folder" else name
             digest.update(f"{name}\0{own}\0".encode())
         return digest.hexdigest()
+    continues_older = config.parse_special_tokens and config.keep_empty_documents
     is_old = shards.kind in ("json", "parquet") or (
-        shards.form == "file" and shards.kind in ("text", "bin")
+        shards.form == "file" and shards.kind in ("text", "bin") and continues_older
     )
     if is_old and len(digests) == 1 and not any(compressions):
         return digests[0]

@@ -202,9 +202,14 @@ def test_digests_are_those_that_stores_have(tmp_path):
     """Computed by the version before folders of shards; they must never change."""
     import hashlib
 
-    for name, data in (("a.jsonl", jsonl(TEXTS)), ("a.parquet", parquet(TEXTS)), ("a.txt", b"a")):
+    older = {"parse_special_tokens": True, "keep_empty_documents": True}
+    for name, data, changes in (
+        ("a.jsonl", jsonl(TEXTS), {}),
+        ("a.parquet", parquet(TEXTS), {}),
+        ("a.txt", b"a", older),
+    ):
         path = write_at(tmp_path / name, data)
-        assert open_(path).digest == hashlib.sha256(data).hexdigest()
+        assert open_(path, **changes).digest == hashlib.sha256(data).hexdigest()
     for name in ("t/10.txt", "t/9.txt", "t/deep/1.txt"):
         write_at(tmp_path / name, name.encode())
     content = hashlib.sha256()
@@ -218,6 +223,12 @@ def test_digests_are_those_that_stores_have(tmp_path):
         own = hashlib.sha256((tmp_path / "s" / name).read_bytes()).hexdigest()
         content.update(f"{name}\0{own}\0".encode())
     assert open_(tmp_path / "s").digest == content.hexdigest()
+
+
+def test_the_same_bytes_read_in_another_way_are_another_dataset(tmp_path):
+    data = jsonl(["a"])
+    digests = {open_(write_at(tmp_path / f"x{end}", data)).digest for end in (".jsonl", ".txt")}
+    assert len(digests) == 2
 
 
 def test_order_of_texts_in_a_folder_is_that_of_stores(tmp_path):
