@@ -77,15 +77,15 @@ def tokenizer_of(source: ModelSource, config: CollectConfig) -> PreTrainedTokeni
 
 
 def load_model(
-    config: CollectConfig, *, with_head: bool = False
+    config: CollectConfig, *, with_head: bool = False, source: ModelSource | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model, or the causal language model around it, and its tokenizer.
 
-    The model is on its device and frozen.
+    The model is on its device and frozen. `source` is where its files are, if that is known.
 
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
-    device, source = resolve_device(config.device), find_source(config)
+    device, source = resolve_device(config.device), source or find_source(config)
     check_tokenizer_files(source)
     tensors = check_model_files(source)
     tokenizer = tokenizer_of(source, config)

@@ -80,8 +80,9 @@ class Loaded:
 
 def load(config: CollectConfig) -> Loaded:
     """Raises ValueError where the user can help it, ConnectionError without the Hub."""
-    files = ModelFiles.of(find_source(config))  # before anything is loaded
-    model, tokenizer = load_model(config)
+    source = find_source(config)
+    files = ModelFiles.of(source)  # before anything is loaded
+    model, tokenizer = load_model(config, source=source)
     files.check_unchanged()
     digests = {
         "model_digest": model_digest(model),
