@@ -108,7 +108,7 @@ def collect(
     if workforce.is_wanted:
         return _collect_with_workers(config, place, workforce, quiet)
     files = ModelFiles.of(find_source(config))
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, files.source)
     # before the weights, which take long: what is wrong with the dataset is said at once
     documents = open_documents(config, load_vocabulary(config, tokenizer))
     loaded = load(config, tokenizer, files)

@@ -60,12 +60,14 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_tokenizer(config: CollectConfig) -> Tokenizer:
+def load_tokenizer(config: CollectConfig, source: ModelSource | None = None) -> Tokenizer:
     """The model's tokenizer, or the token ids that its config names where it has none.
+
+    `source` is where the model's files are, if that is known.
 
     Raises ValueError where it is damaged or a slow one, ConnectionError without the Hub.
     """
-    source = find_source(config)
+    source = source or find_source(config)
     if not has_tokenizer(source):
         return token_ids(source, config)
     check_tokenizer_files(source)
@@ -102,17 +104,21 @@ def _first_id(value: Any, size: int) -> int | None:
 
 
 def load_model(
-    config: CollectConfig, *, head: Head | None = None, tokenizer: Tokenizer | None = None
+    config: CollectConfig,
+    *,
+    head: Head | None = None,
+    source: ModelSource | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """The base model, or the language model with this head around it, and its tokenizer.
 
-    The model is on its device and frozen.
+    The model is on its device and frozen. `source` and `tokenizer` are given where they are known.
 
     Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
     """
-    device, source = resolve_device(config.device), find_source(config)
+    device, source = resolve_device(config.device), source or find_source(config)
     tensors = check_model_files(source)
-    tokenizer = tokenizer or load_tokenizer(config)
+    tokenizer = tokenizer or load_tokenizer(config, source)
     if device.type == "cpu":
         keep_freed_memory()
     architecture = architecture_of(source, config)

@@ -86,7 +86,7 @@ def load(
     Raises ValueError where the user can help it, ConnectionError without the Hub.
     """
     files = files or ModelFiles.of(find_source(config))  # before anything is loaded
-    model, tokenizer = load_model(config, tokenizer=tokenizer)
+    model, tokenizer = load_model(config, source=files.source, tokenizer=tokenizer)
     files.check_unchanged()
     digests = {"model_digest": model_digest(model)}
     if (own := tokenizer_digest(tokenizer)) is not None:  # a model without a tokenizer has no key
