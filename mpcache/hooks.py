@@ -3,6 +3,7 @@
 B: sequences in a forward pass. L: tokens in a sequence.
 """
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mpcache.guard import is_hookpoint
-from mpcache.inputs import forward_options
 
 SideName = Literal["input", "output"]
 
@@ -125,6 +125,12 @@ def near_names(hookpoint: str, names: list[str]) -> list[str]:
 
 
 # --- values ---
+
+
+def forward_options(model: nn.Module) -> dict[str, bool]:
+    """No cache, where a model knows one: beside one, restarting positions would make no mask."""
+    takes = inspect.signature(model.forward).parameters
+    return {"use_cache": False} if "use_cache" in takes else {}
 
 
 class Capture:

@@ -3,7 +3,6 @@
 B: sequences in a forward pass. L: tokens in a sequence. R: tokens of documents, without padding.
 """
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -83,12 +82,6 @@ def padded_inputs(
     if separation == "alone with mask":
         inputs["attention_mask"] = _on_device(is_token_BL, model)
     return inputs
-
-
-def forward_options(model: nn.Module) -> dict[str, bool]:
-    """No cache, where a model knows one: beside one, restarting positions would make no mask."""
-    takes = inspect.signature(model.forward).parameters
-    return {"use_cache": False} if "use_cache" in takes else {}
 
 
 def document_masks(

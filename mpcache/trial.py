@@ -12,9 +12,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpcache.hooks import Capture, Side, output_of
+from mpcache.hooks import Capture, Side, forward_options, output_of
 from mpcache.hub import first_line
-from mpcache.inputs import ModelInputs, forward_options
+from mpcache.inputs import ModelInputs
 
 Values = dict[Side, Tensor]
 Document = Int64[np.ndarray, " _"]
