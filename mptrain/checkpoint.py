@@ -31,6 +31,8 @@ def save_coder(folder: Path, coder: Coder, more: Mapping[str, Any]) -> None:
         "target_width": len(coder.output_bias_E),
         "trained": dict(more),
     }
+    if coder.coded_as != "mp":  # saved before its training switched to a pursuit
+        about["coded_as"] = coder.coded_as
     tensors = coder.state_dict()
     _write_folder(folder, {"coder.json": about}, {"coder.safetensors": tensors})
 
@@ -42,7 +44,7 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
         ValueError: the folder holds no coder, a damaged one, or one of an unknown format version.
     """
     try:
-        about = read_json(folder / "coder.json")
+        about = read_json(folder / "coder.json", remedy="train the coder again")
         if about["format_version"] != CODER_FORMAT:
             raise ValueError(
                 f"{folder} has coder format {about['format_version']}, this mptrain reads "
@@ -50,6 +52,7 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
             )
         coder = Coder(CoderConfig(**about["config"]), about["input_width"], about["target_width"])
         coder.load_state_dict(load_file(folder / "coder.safetensors"))
+        coder.coded_as = about.get("coded_as", "mp")
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
@@ -113,13 +116,13 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(_PARTIAL)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. ValueError: it is not JSON."""
+def read_json(path: Path, *, remedy: str = "remove this file") -> Any:
+    """What a JSON file holds. ValueError, with the remedy: it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is damaged: it is not JSON ({error}); copy it again, or remove {path.parent}"
+            f"{path} is damaged: it is not JSON ({error}); copy it again, or {remedy}"
         ) from None
 
 
@@ -134,7 +137,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _about(state: Path) -> dict[str, Any]:
-    about: dict[str, Any] = read_json(state / "state.json")
+    about: dict[str, Any] = read_json(
+        state / "state.json", remedy=f"delete {state.parent}: the run starts from its beginning"
+    )
     return about
 
 

@@ -70,7 +70,7 @@ class Coder(nn.Module):
         super().__init__()
         D, E, M = input_width, target_width, config.latents_of(input_width)
         sae, skip = config.kind == "sae", config.kind == "skip-transcoder"
-        mp, batch = config.arch in PURSUITS, config.arch.startswith("batch-")
+        mp = config.arch in PURSUITS
         if sae and D != E:
             raise ValueError(
                 f"an sae codes rows of one width, got input_width={D}, target_width={E}; "
@@ -99,7 +99,7 @@ class Coder(nn.Module):
         self.V_ME = None if sae and mp and not predicts_apart else _zeros(predicting, E)
         self.S_ED = _zeros(E, D) if skip else None
         self.threshold: Tensor | None
-        self.register_buffer("threshold", torch.zeros(()) if batch else None)
+        self.register_buffer("threshold", torch.zeros(()) if config.has_threshold else None)
 
     @property
     def unit_norm(self) -> tuple[str, ...]:

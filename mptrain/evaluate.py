@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mptrain import thresholds
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_coder
 from mptrain.coder import Coder
@@ -23,7 +22,7 @@ from mptrain.loader import Batch, Loader, Side, Split, Store, open_store
 from mptrain.loss import Fvu
 from mptrain.recipe import PURSUITS, CoderConfig, Codes
 from mptrain.sparse import active_latents
-from mptrain.thresholds import at_k, has_threshold
+from mptrain.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
 
 _BATCH_ROWS = 8192
 
@@ -115,21 +114,21 @@ def evaluate_coder(
     codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
     filters = stored_filters(trained)
-    others = {k: at_k(coder, k) for k in ks if k != coder.config.k and has_threshold(coder)}
+    others = {k: at_k(coder, k) for k in ks if k != coder.config.k and coder.config.has_threshold}
     if others:
         with _loader(store, sides, "train", filters, place) as loader:
-            set_thresholds_(list(others.values()), loader, filters)
+            calibrate_(list(others.values()), loader, filters)
     of_k = dict.fromkeys(ks, coder) | others
     with _loader(store, sides, "validation", filters, place) as loader:
         coders = [(of_k[k], k, c) for c in codes for k in ks]
         return evaluate(coders, loader.one_pass(rows), filters)
 
 
-def set_thresholds_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
-    """Give those coders that have a threshold one from a loader's rows."""
-    with_sides = [(coder, sides_of(coder.config)) for coder in coders if has_threshold(coder)]
+def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
+    """Set the thresholds of coders that have a threshold, from a loader's rows."""
+    with_sides = [(coder, sides_of(coder.config)) for coder in coders if coder.config.has_threshold]
     if with_sides:
-        thresholds.set_thresholds_(with_sides, loader.one_pass(thresholds.MOST_ROWS_READ), filters)
+        set_thresholds_(with_sides, loader.one_pass(MOST_ROWS_READ), filters)
 
 
 def _loader(

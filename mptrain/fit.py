@@ -18,7 +18,7 @@ from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_state, save_coder, save_state, write_json
 from mptrain.coder import Coder
 from mptrain.config import RunConfig
-from mptrain.evaluate import Evaluation, evaluate, set_thresholds_, sides_of_all
+from mptrain.evaluate import Evaluation, calibrate_, evaluate, sides_of_all
 from mptrain.filters import Filters, make_filters
 from mptrain.followers import Followers, refuse_absent
 from mptrain.interrupt import held_interrupt
@@ -80,7 +80,7 @@ def _fit(
             train = stack.enter_context(open_loader(sides, "train", share=ranks.share))
             validation = stack.enter_context(open_loader(sides, "validation"))
             sample = None
-            if batch := [one for one in own if one.arch.startswith("batch-")]:
+            if batch := [coder for coder in own if coder.has_threshold]:
                 sample = stack.enter_context(open_loader(sides_of_all(batch), "train"))
             parts = {part.number for loader in (train, validation) for part in loader.parts}
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
@@ -250,7 +250,7 @@ class Fitting:
         coders = [None if t.diverged else t.learner.evaluated() for t in self.trainees]
         if self.sample is not None:
             healthy = [coder for coder in coders if coder is not None]
-            set_thresholds_(healthy, self.sample, self.filters)
+            calibrate_(healthy, self.sample, self.filters)
         self.progress.validated += time.perf_counter() - began
         return coders
 

@@ -179,7 +179,7 @@ def refuse_without_assistant(store: Store) -> None:
     if not store.has_assistant:
         raise ValueError(
             f"{store.place} does not say which tokens an assistant wrote: it was not made from "
-            "chat messages; use only_tokens all, or collect a dataset of messages"
+            "chat messages; use --only-tokens all, or collect a dataset of messages"
         )
 
 

@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mptrain.checkpoint import read_json
 from mptrain.metrics import Record, json_value, read_records, writing_in
 from mptrain.recipe import CoderConfig
+from mptrain.runs import read_started
 
 ARCHS = {
     "mp": ("#c8202f", "matching pursuit (MP)"),
@@ -78,7 +78,7 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
     """
     curves = [curve for run in runs for curve in read_curves(run)]
     if title is None:
-        title = "; ".join(dict.fromkeys(_config(run)["source"] for run in runs))
+        title = "; ".join(dict.fromkeys(read_started(run)["source"] for run in runs))
     if not curves:
         raise ValueError("there is nothing to plot; name at least one run")
     stem = out.with_suffix("") if out.suffix in (".png", ".svg", ".csv", ".json") else out
@@ -94,20 +94,12 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
 
 def read_curves(run: Path) -> list[Curve]:
     """The curves of a run, in the order of its config."""
-    coders = _config(run)["coders"]
+    coders = read_started(run)["coders"]
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
         raise ValueError(f"{run} is no run that has been trained: no {error.filename}") from error
     return [_curve(run, coder, records) for coder in coders]
-
-
-def _config(run: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = read_json(run / "config.json")
-    except FileNotFoundError as error:
-        raise ValueError(f"{run} is no run: no {error.filename}") from error
-    return content
 
 
 def _curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> Curve:

@@ -131,6 +131,11 @@ class CoderConfig(Recipe):
             raise ValueError(wrong)
 
     @property
+    def has_threshold(self) -> bool:
+        """Whether one threshold decides how many latents a row has: K on average."""
+        return self.arch.startswith("batch-")
+
+    @property
     def decays_by(self) -> Schedule:
         """The schedule, or what None of it stands for."""
         default: Schedule = "constant" if self.optimizer == "signsgd" else "linear"

@@ -67,6 +67,11 @@ def recovered(coder: Coder, predictions: Iterable[Prediction], filters: Filters)
     for prediction in predictions:
         sums += _sums(coder, prediction, filters)
         tokens += int(prediction.counts_BL.sum())
+    if not tokens:
+        raise ValueError(
+            "the held-out sequences must have a token to predict, got none: they are too short, "
+            "or hold special tokens alone; collect with a longer ctx_len, or other documents"
+        )
     clean, spliced, zero, kl = (sums / tokens).tolist()
     return Recovered(
         tokens=tokens,

@@ -56,13 +56,16 @@ def _warnings(trainee: Trainee, step: int, evaluation: Evaluation | None) -> Ite
         yield f"no train row passes the filters of {name}; it is saved as it started"
     if evaluation is None:
         yield f"no validation row passes the filters of {name}; it is saved, not evaluated"
-    elif fault := l0_fault(trainee.config, evaluation):
-        yield f"{name} {fault}"
+    elif warning := l0_warning(trainee.config, evaluation):
+        yield f"{name} {warning}"
 
 
-def l0_fault(config: CoderConfig, evaluation: Evaluation, reason: str | None = None) -> str | None:
+def l0_warning(
+    config: CoderConfig, evaluation: Evaluation, reason: str | None = None
+) -> str | None:
     """How far L0 on held-out rows is from K, where that is too far, and why."""
-    if abs(evaluation.l0_deviation) <= L0_TOLERANCE or config.tolerance > 0:
+    ends_early = config.arch == "mp" and config.tolerance > 0  # as its user asked
+    if abs(evaluation.l0_deviation) <= L0_TOLERANCE or ends_early:
         return None
     return (
         f"has an L0 of {evaluation.l0:.4g} on held-out rows, its K is {evaluation.k} "
@@ -72,19 +75,21 @@ def l0_fault(config: CoderConfig, evaluation: Evaluation, reason: str | None = N
 
 def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
     """What a user has to know of a saved coder's evaluations."""
+    if not any(evaluation.rows for evaluation in evaluations):
+        return [f"no held-out row passes the filters of {folder.name}; train with other filters"]
     about = read_json(folder / "coder.json")
     config = CoderConfig(**about["config"])
-    followed = "step" not in about["trained"] and config.arch.startswith("batch-")
-    old = "an earlier version followed its threshold during training; train it again"
-    faults = (
-        l0_fault(config, one, old if followed and one.k == config.k else None)
+    has_running_threshold = "step" not in about["trained"] and config.has_threshold
+    reason = "an earlier version followed its threshold during training; train it again"
+    warnings = (
+        l0_warning(config, one, reason if has_running_threshold and one.k == config.k else None)
         for one in evaluations
     )
-    return [f"{folder.name} {fault}" for fault in faults if fault]
+    return [f"{folder.name} {warning}" for warning in warnings if warning]
 
 
 def _reason(config: CoderConfig) -> str:
-    if config.arch.startswith("batch-"):
+    if config.has_threshold:
         return "these rows differ from the train rows that its threshold is from"
     if config.arch in PURSUITS:
         return "rows end early, or choose a latent again"

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ FREE = {
 }  # fmt: skip
 
 
+_KEYS = ("fit", "coders", "store_fingerprint", "order_digest")
+
+
 @dataclass(frozen=True)
 class Run:
     """A run's folder and the provenance that its coders carry."""
@@ -32,14 +35,30 @@ class Run:
         return self.folder / "metrics.jsonl"
 
 
+def read_started(run: Path) -> dict[str, Any]:
+    """What a run was started with: its `config.json`.
+
+    Raises:
+        ValueError: there is no run, or the file is another tool's.
+    """
+    file = run / "config.json"
+    try:
+        started = read_json(file, remedy="name another run")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{run} is no run that was begun: no {file}; check the path") from None
+    if not isinstance(started, dict) or any(key not in started for key in _KEYS):
+        raise ValueError(f"{run} is no run: {file} is not a run's; name another folder")
+    return started
+
+
 def parts_begun_with(config: RunConfig) -> set[int] | None:
     """The store's parts that the run there reads; None where there is none yet, or one of an
     earlier version, which did not keep them.
     """
-    file = Path(config.run) / "config.json"
-    if not file.exists():
+    run = Path(config.run)
+    if not (run / "config.json").exists():
         return None
-    parts = read_json(file).get("parts")
+    parts = read_started(run).get("parts")
     return None if parts is None else numbers_of(parts)
 
 
@@ -68,7 +87,7 @@ def open_run(
     if not file.exists():
         with writing_in(folder):
             write_json(file, started)
-    elif read_json(file)["order_digest"] != order_digest:
+    elif read_started(folder)["order_digest"] != order_digest:
         raise ValueError(
             f"{folder} cannot go on: the store lacks parts that were there when the run "
             "began; name another run"
@@ -84,7 +103,7 @@ def refuse_other(config: RunConfig, fingerprint: str) -> None:
     folder = Path(config.run)
     file = folder / "config.json"
     if file.exists():
-        _refuse_difference(file, json.loads(json.dumps(asdict(config))), fingerprint)
+        _refuse_difference(folder, config, fingerprint)
     elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
         raise ValueError(f"{folder} exists and is no run; name a new or empty folder")
 
@@ -97,35 +116,46 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: there is no such run, or something else is given.
     """
-    file = Path(run) / "config.json"
     allowed = FREE - {"run"}
     for name in given.keys() - allowed:
         told = ", ".join(sorted(allowed))
         raise ValueError(f"--resume takes {name} from the run; beside it may be given {told}")
-    try:
-        started = read_json(file)["fit"]
-    except FileNotFoundError:
-        raise ValueError(f"{run} is no run that was begun: no {file}") from None
+    started = read_started(Path(run))["fit"]
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
     changes = {"spread": None, **given, "run": run}
-    if "listed" not in values:
-        return FitConfig(**{**values, **changes})
-    listed = tuple(CoderConfig(**one) for one in values.pop("listed"))
-    return ListedConfig(listed=listed, **{**values, **changes})
+    try:
+        if "listed" not in values:
+            return FitConfig(**{**values, **changes})
+        listed = tuple(CoderConfig(**coder) for coder in values.pop("listed"))
+        return ListedConfig(listed=listed, **{**values, **changes})
+    except TypeError as error:
+        raise ValueError(
+            f"{run} has settings that are unknown here ({error}); use the mptrain that began it"
+        ) from None
 
 
-def _refuse_difference(file: Path, wanted: dict[str, Any], fingerprint: str) -> None:
-    stored = read_json(file)
-    pairs = [(f"{n}", stored["fit"].get(n), v) for n, v in wanted.items() if n not in FREE]
+def _refuse_difference(folder: Path, config: RunConfig, fingerprint: str) -> None:
+    stored = read_started(folder)
+    wanted = _as_stored(asdict(config))
+    # a run of an earlier version did what is the default of a setting that came later
+    defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
+    there = {**_as_stored(defaults), **stored["fit"]}
+    pairs = [(name, there.get(name), value) for name, value in wanted.items() if name not in FREE]
     pairs += [("store_fingerprint", stored["store_fingerprint"], fingerprint)]
     different = [
         f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new
     ]
     if different:
         raise ValueError(
-            f"{file.parent} is a run with another config ({'; '.join(different)}); "
+            f"{folder} is a run with another config ({'; '.join(different)}); "
             "use its config, or name another run"
         )
+
+
+def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as they read back from JSON, so that tuples compare as lists."""
+    stored: dict[str, Any] = json.loads(json.dumps(values))
+    return stored
 
 
 def _told(value: Any) -> str:

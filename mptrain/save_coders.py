@@ -10,14 +10,13 @@ from typing import Any
 
 from mptrain.batches import resolve_device
 from mptrain.checkpoint import load_state, read_json, save_coder
-from mptrain.coder import Coder
 from mptrain.config import RunConfig
-from mptrain.evaluate import set_thresholds_, sides_of_all
+from mptrain.evaluate import calibrate_, sides_of_all
 from mptrain.filters import Filters, make_filters
 from mptrain.loader import Store
 from mptrain.progress import Progress, restore_
 from mptrain.results import result_so_far
-from mptrain.runs import parts_begun_with, refuse_other, resumed_config
+from mptrain.runs import parts_begun_with, read_started, refuse_other, resumed_config
 from mptrain.suited import suited_store
 from mptrain.trainee import Trainee, loader_of, make_trainee, train_steps
 
@@ -62,11 +61,15 @@ def _save(
     config: RunConfig, trainees: list[Trainee], store: Store, filters: Filters
 ) -> list[dict[str, Any]]:
     run = Path(config.run)
-    started = read_json(run / "config.json")
+    started = read_started(run)
     provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
     healthy = [trainee for trainee in trainees if not trainee.diverged]
     coders = {trainee.config.name: trainee.learner.evaluated() for trainee in healthy}
-    _set_thresholds_(list(coders.values()), config, store, filters)
+    if batch := [coder for coder in coders.values() if coder.config.has_threshold]:
+        sides = sides_of_all(coder.config for coder in batch)
+        device = batch[0].b_D.device
+        with loader_of(config, store, sides, "train", filters=filters, device=device) as sample:
+            calibrate_(batch, sample, filters)
     rows = []
     for trainee in trainees:
         result = result_so_far(trainee, train_steps(config), config.batch_rows)
@@ -77,14 +80,3 @@ def _save(
             save_coder(folder, coders[trainee.config.name], trained)
         rows.append({**result, "folder": None if folder is None else str(folder)})
     return rows
-
-
-def _set_thresholds_(
-    coders: list[Coder], config: RunConfig, store: Store, filters: Filters
-) -> None:
-    batch = [coder for coder in coders if coder.threshold is not None]
-    if batch:
-        sides = sides_of_all(coder.config for coder in batch)
-        device = batch[0].b_D.device
-        with loader_of(config, store, sides, "train", filters=filters, device=device) as sample:
-            set_thresholds_(batch, sample, filters)

@@ -23,10 +23,6 @@ MOST_ROWS_READ = 8 * THRESHOLD_ROWS  # in search of them
 Sides = tuple[Side, Side]
 
 
-def has_threshold(coder: Coder) -> bool:
-    return coder.threshold is not None
-
-
 def at_k(coder: Coder, k: int) -> Coder:
     """The same weights as a coder of another K; its threshold has yet to be set."""
     return coder_of(replace(coder.config, k=k), coder.state_dict())

@@ -261,8 +261,8 @@ def test_text_models_of_several_parts(tmp_path: Path, name: str, hookpoint: str)
     assert model.head == "causal"
     found = scores(model, hookpoint)
     total, count = 0.0, 0
-    for inputs in model.batches():
-        ids_BL = inputs["input_ids"]
+    for example in model.examples():
+        ids_BL = example.tokens_BL
         with torch.no_grad():
             logits_BLV = model.model(input_ids=ids_BL, use_cache=False).logits.float()
         total += float(F.cross_entropy(logits_BLV[0, :-1], ids_BL[0, 1:], reduction="sum"))

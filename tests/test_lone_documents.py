@@ -122,6 +122,6 @@ def test_the_language_model_reads_each_piece_alone(tmp_path: Path) -> None:
         for piece in pieces_of(store, part)
         if len(piece) > 1
     ]
-    inputs = list(spliced.batches())
+    inputs = [example.inputs for example in spliced.examples()]
     assert [one["input_ids"][0].tolist() for one in inputs] == [piece.tolist() for piece in pieces]
     assert all(list(one) == ["input_ids"] for one in inputs)

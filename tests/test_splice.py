@@ -79,8 +79,8 @@ def test_a_coder_that_predicts_zero_recovers_nothing(made: tuple[Path, SplicedMo
 def test_clean_cross_entropy_is_the_models_own(made: tuple[Path, SplicedModel]) -> None:
     spliced = made[1]
     total, tokens = 0.0, 0
-    for inputs in spliced.batches():
-        ids = inputs["input_ids"]
+    for example in spliced.examples():
+        ids = example.tokens_BL
         total += float(spliced.model(ids, labels=ids).loss) * ids[:, 1:].numel()
         tokens += ids[:, 1:].numel()
     found = scores(spliced, coder())
