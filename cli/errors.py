@@ -53,7 +53,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise  # a fault of ours or of a library; the traceback is what helps
             _end(f"error: {error}", 2)
         except DamagedStoreError as error:
-            _end(f"error: {error}{_remedy(command.__name__, values.get('store'))}", 1)
+            _end(f"error: {error}{_remedy(error, command.__name__, values.get('store'))}", 1)
         except OSError as error:
             if isinstance(error, BrokenPipeError) and _reader_left():
                 _silence()
@@ -78,10 +78,12 @@ def _show(message: Warning | str, *_: object, **__: object) -> None:
     typer.echo(f"warning: {printable(str(message))}", err=True)
 
 
-def _remedy(command: str, store: object) -> str:
+def _remedy(error: DamagedStoreError, command: str, store: object) -> str:
     """What mends a store; nothing where a command that does so has met the damage."""
     if command in _MENDING:
         return ""
+    if "store.json" in str(error):  # nothing else says what it held
+        return "; take store.json from a copy of the store"
     name = store if isinstance(store, str) else "STORE"
     return f"; mpcache verify {name} lists what is damaged, mpcache repair {name} collects it again"
 

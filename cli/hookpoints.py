@@ -17,7 +17,7 @@ def print_report(report: Any) -> None:
         printable(f"{report.model}: {report.model_class}, attention {report.attention}; ")
         + "widths, and bytes a row in bfloat16"
     )
-    if report.attention != "sdpa":
+    if report.has_no_sdpa:
         typer.echo(f"collect needs --attention {report.attention}: the model has no sdpa")
     rows = [_row(one) for one in report.hookpoints if one.input or one.output]
     print_table(_COLUMNS, rows, left=("hookpoint", "*", "module"))
@@ -25,8 +25,10 @@ def print_report(report: Any) -> None:
         typer.echo("\nwhere to look")
         roles = [{"role": f"  {role.role}", "side": role.side} for role in report.roles]
         print_table(("role", "side"), roles, left=("role", "side"), head=False)
-    typer.echo("\ncannot be collected")
-    for reason, sides in _refused(report.hookpoints).items():
+    refused = _refused(report.hookpoints)
+    if refused:
+        typer.echo("\ncannot be collected")
+    for reason, sides in refused.items():
         typer.echo(printable(f"  {', '.join(sides)}: {reason}"))
 
 

@@ -100,8 +100,8 @@ def _tell(done: Any) -> None:
     )
     if done.empty_documents:
         typer.echo(f"{done.empty_documents:,} documents without tokens were left out")
-    if told := fewer_rows(done):
-        typer.echo(f"warning: {told}", err=True)
+    if done.shortfall:
+        typer.echo(f"warning: {done.shortfall}", err=True)
     if done.nonfinite:
         typer.echo(
             f"warning: {done.nonfinite:,} values are not finite; see mpcache stats", err=True
@@ -113,14 +113,6 @@ def _tell(done: Any) -> None:
             f"error: {len(done.missing)} parts are missing; the same command tries them again",
             err=True,
         )
-
-
-def fewer_rows(done: Any) -> str | None:
-    """Why a collection has fewer rows than were wanted, where it has."""
-    if done.rows_planned >= done.rows_wanted:
-        return None
-    reason = "the dataset ended" if done.exhausted else "parts end where documents do"
-    return f"{done.rows_planned:,} rows of {done.rows_wanted:,} wanted: {reason}"
 
 
 def place_of(
@@ -185,9 +177,8 @@ def list_stores(
     shown = [{**one, "complete": f"{one['complete']:.0%}", "age": age(one)} for one in found]
     print_table(columns, [one for one in shown if one["fault"] is None])
     for one in found:
-        if one["exhausted"]:
-            told = f"{one['rows']:,} rows of {one['rows_wanted']:,} wanted: the dataset ended"
-            typer.echo(printable(f"warning: {one['store']}: {told}"), err=True)
+        if one["shortfall"]:
+            typer.echo(printable(f"warning: {one['store']}: {one['shortfall']}"), err=True)
         if one["fault"] is not None:
             typer.echo(printable(f"warning: {one['store']}: {one['fault']}"), err=True)
     return None
@@ -272,11 +263,12 @@ def info(*, store: StorePath, json: Json = False) -> None:
     typer.echo(f"model        {_pairs(model)}")
     typer.echo(f"dataset      {_pairs(dataset)}")
     typer.echo(f"fingerprint  {found['fingerprint']}")
-    for line in _ways(found):
+    for line in _document_lines(found):
         typer.echo(line)
     typer.echo(f"planned      {found['rows_planned']:,} rows in {found['parts_planned']} parts")
-    ended = ": the dataset ended" if found["exhausted"] else ""
-    typer.echo(f"wanted       {found['rows_wanted']:,} rows{ended}")
+    typer.echo(f"wanted       {found['rows_wanted']:,} rows")
+    if found["shortfall"]:
+        typer.echo(f"warning: {found['shortfall']}", err=True)
     columns = (
         "hookpoint",
         "side",
@@ -425,7 +417,7 @@ def bench_store(
     return None
 
 
-def _ways(found: dict[str, Any]) -> list[str]:
+def _document_lines(found: dict[str, Any]) -> list[str]:
     """How the documents of a store became tokens."""
     identity = found["identity"]
     special = "text" if identity.get("special_tokens") == "text" else "parsed as special tokens"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cli.mpcache import fewer_rows, place_of
+from cli.mpcache import place_of
 from mpcache.config import CollectConfig, split_of
 from mptrain.experiment import Experiment, experiment_of
 from mptrain.settings import read_settings
@@ -40,8 +40,8 @@ def collect(experiment: Experiment, config: CollectConfig, sides: Sequence[str])
     if done.missing:
         told = "; ".join(f"part {part.part}: {part.cause}" for part in done.missing)
         raise OSError(f"parts are missing in {done.store} ({told}); the same command goes on")
-    if fewer := fewer_rows(done):
-        warnings.warn(f"{done.store} has {fewer}", RuntimeWarning, stacklevel=2)
+    if done.shortfall:
+        warnings.warn(f"{done.store} has {done.shortfall}", RuntimeWarning, stacklevel=2)
     return str(place)
 
 

@@ -50,7 +50,7 @@ from mpcache.tokens import (
     iter_parts,
     row_permutation,
 )
-from mpcache.wanted import extent_of, wanted_parts
+from mpcache.wanted import extent_of
 from mpcache.workforce import Workforce
 from mpcache.writer import Writer, refuse_large
 
@@ -71,10 +71,10 @@ class Summary:
     rows: int
     rows_wanted: int
     "rows asked for"
-    rows_planned: int
-    "rows that there are for it, of all shares"
     exhausted: bool
     "the dataset ended before the rows wanted"
+    shortfall: str | None
+    "why there are fewer rows than were wanted, over all shares"
     forward_rows: int
     "rows that the model had to read"
     bytes: int
@@ -191,7 +191,7 @@ class Collection:
         digests |= template_digests(self.template)
         self.identity = identify(config, digests, facts.attention)
         self.writer = Writer(self.place, self.layout, digest(self.identity))
-        self.wanted_parts = wanted_parts(config.rows, config.part_rows)
+        self.wanted_parts = self.layout.parts_for(config.rows)
 
     def run(self, work: Work) -> Summary:
         """Write what is missing; `work` does the parts."""
@@ -371,8 +371,8 @@ class Collection:
             parts=len(whole),
             rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in whole),
             rows_wanted=extent.rows_wanted,
-            rows_planned=extent.rows_planned,
             exhausted=extent.exhausted,
+            shortfall=extent.shortfall,
             forward_rows=forward_rows,
             bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
             nonfinite=sum(int(mark["nonfinite"]) for mark in marks),

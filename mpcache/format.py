@@ -75,6 +75,10 @@ class Layout:
     def part_sequences(self) -> int:
         return self.part_rows // self.ctx_len
 
+    def parts_for(self, rows: int) -> int:
+        """Parts that hold this many rows; each of the two splits has at least one part."""
+        return max(2, -(-rows // self.part_rows))
+
     @property
     def format_version(self) -> int:
         """The oldest version whose readers understand such a store."""

@@ -50,7 +50,9 @@ class Report:
     model: str
     model_class: str
     attention: str
-    "attention implementation that the model takes"
+    "attention implementation of the model"
+    has_no_sdpa: bool
+    "the model has no sdpa attention, which collect takes by default"
     hookpoints: tuple[Hookpoint, ...]
     roles: tuple[Role, ...]
     "where to find what users of transcoders ask for"
@@ -67,6 +69,7 @@ def find_hookpoints(config: HookpointsConfig) -> Report:
         model=config.model,
         model_class=type(model).__name__,
         attention=attention,
+        has_no_sdpa=config.attention is None and attention != "sdpa",
         hookpoints=fold(model, survey),
         roles=roles(survey),
     )

@@ -133,12 +133,15 @@ class Store:
     @property
     def is_planned(self) -> bool:
         """Whether the tokens of all parts that its first collection asked for are committed."""
+        return self.has_planned(self.layout.parts_for(int(self.config["rows"])))
+
+    def has_planned(self, parts: int) -> bool:
+        """Whether the tokens of the first parts are committed, as far as the dataset has them."""
         tokens, there = self.numbers(TOKENS), set(self.planned_parts)
         newest = {self.layout.split_of(part): part for part in tokens}
         ended = {s: part for s, part in newest.items() if self.mark(part, TOKENS)["last"]}
-        # a collection makes a part of each split, whatever rows it is asked for
-        wanted = range(max(2, -(-int(self.config["rows"]) // self.part_rows)))
-        return all(p in there or ended.get(self.layout.split_of(p), p) < p for p in wanted)
+        splits = ((part, self.layout.split_of(part)) for part in range(parts))
+        return all(part in there or ended.get(split, part) < part for part, split in splits)
 
     def limited_to(self, parts: Collection[int]) -> "Store":
         """The same store as it would be if no other parts were committed."""

@@ -24,10 +24,11 @@ class Role:
 
 def roles(survey: Survey) -> tuple[Role, ...]:
     """Roles of all layers, each pattern once, in the model's order."""
-    layers = [n for n in survey.calls if sum(s.isdigit() for s in n.split(".")) == 1]
-    found = [role for layer in layers for role in _roles_of(survey, layer)]
-    order = {name: place for place, name in enumerate(dict.fromkeys(role.role for role in found))}
-    return tuple(sorted(dict.fromkeys(found), key=lambda role: order[role.role]))
+    numbered = [n for n in survey.calls if sum(s.isdigit() for s in n.split(".")) == 1]
+    layers = [name for name in numbered if name in survey.layers]  # others only hold modules
+    all_roles = [role for layer in layers for role in _roles_of(survey, layer)]
+    order = {name: i for i, name in enumerate(dict.fromkeys(role.role for role in all_roles))}
+    return tuple(sorted(dict.fromkeys(all_roles), key=lambda role: order[role.role]))
 
 
 def _roles_of(survey: Survey, layer: str) -> Iterator[Role]:

@@ -179,8 +179,8 @@ def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summ
         parts=len(parts),
         rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in parts),
         rows_wanted=extent.rows_wanted,
-        rows_planned=extent.rows_planned,
         exhausted=extent.exhausted,
+        shortfall=extent.shortfall,
         forward_rows=0,
         bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
         nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
@@ -208,6 +208,8 @@ class Entry:
     "rows asked for; of an extended store the most that were, in whole parts"
     exhausted: bool
     "the dataset ended before the rows wanted"
+    shortfall: str | None
+    "why there will be fewer rows than were wanted"
     bytes: int
     "of all that is committed"
     complete: float
@@ -237,8 +239,8 @@ def _entry(found: Store | tuple[str, Exception]) -> Entry:
     name, fault = found
     return Entry(
         store=name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0,
-        rows_wanted=0, exhausted=False, bytes=0, complete=0.0, changed=None, age_seconds=None,
-        fault=str(fault),
+        rows_wanted=0, exhausted=False, shortfall=None, bytes=0, complete=0.0, changed=None,
+        age_seconds=None, fault=str(fault),
     )  # fmt: skip
 
 
@@ -259,6 +261,7 @@ def _entry_of(store: Store) -> Entry:
         rows=sum(store.mark(part, TOKENS)["rows"] for part in whole) if sides else 0,
         rows_wanted=extent.rows_wanted,
         exhausted=extent.exhausted,
+        shortfall=extent.shortfall,
         bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
         complete=_complete(store, sides, extent),
         changed=None if changed is None else changed.isoformat(timespec="seconds"),

@@ -20,7 +20,7 @@ from mpcache.format import BY_ASSISTANT
 from mpcache.forward import Reading, part_input, piece_places
 from mpcache.hooks import input_of, output_of, resolve
 from mpcache.identity import ways_of
-from mpcache.inputs import ModelInputs, piece_inputs
+from mpcache.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
 from mpcache.isolation import find_separation
 from mpcache.masking import Masking
 from mpcache.model import Head, load_model, loader_of, model_digest
@@ -29,7 +29,7 @@ from mpcache.place import Place
 from mpcache.reader import open_store
 from mpcache.sketch import load_architecture
 from mpcache.tokenised import TokenIds, Tokenizer, largest_id
-from mpcache.tokens import special_tokens
+from mpcache.tokens import document_starts, special_tokens
 
 # (input, output) of the hookpoint, each [B, L, width], to its new output
 Replace = Callable[[Tensor, Tensor], Tensor]
@@ -75,7 +75,7 @@ class SplicedModel:
             CollectConfig(**stored),
             model=model,
             revision=revision or stored["revision"],
-            # the store may be somebody else's: its word is not enough
+            # the store may be somebody else's: only the user can allow its model's code
             trust_remote_code=trust_remote_code,
             device=device,
         )
@@ -130,8 +130,7 @@ class SplicedModel:
     def _example(self, inputs: ModelInputs, by_assistant_BL: Bool[Tensor, "B L"] | None) -> Example:
         ids_BL = inputs["input_ids"]
         if self.masking is None:
-            counts_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-            counts_BL[:, -1] = False
+            counts_BL = ~self._ends_document(ids_BL)
             return Example(inputs, ids_BL, ids_BL.roll(-1, dims=1), counts_BL, by_assistant_BL)
         hidden = [self.masking.hide(ids_L.cpu().numpy()) for ids_L in ids_BL]
         shown_BL, counts_BL = (
@@ -140,6 +139,19 @@ class SplicedModel:
         )
         shown = {**inputs, "input_ids": shown_BL}
         return Example(shown, ids_BL, ids_BL, counts_BL, by_assistant_BL)
+
+    def _ends_document(self, ids_BL: Int64[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
+        """Where the token that follows is no continuation for the model.
+
+        It is the end of a sequence, and where documents are kept apart, of a document.
+        """
+        ends_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+        ends_BL[:, -1] = True
+        if self.reading.separation in PACKED_SEPARATIONS:
+            tokens_BL = ids_BL.cpu().numpy().astype(np.uint32)
+            starts_BL = torch.from_numpy(document_starts(tokens_BL, self.reading.specials))
+            ends_BL[:, :-1] |= starts_BL[:, 1:].to(ids_BL.device)
+        return ends_BL
 
     def _parts(self) -> list[int]:
         """The parts of the validation split."""
@@ -161,8 +173,13 @@ class SplicedModel:
         """The longest sequence of the first validation part."""
         inputs = (inputs for part in self._parts()[:1] for inputs, _ in self._inputs(part))
         longest = max(inputs, key=lambda one: one["input_ids"].numel(), default=None)
-        if longest is None:
+        if longest is None and not self._parts():
             raise ValueError(f"{self.store.place} has no validation tokens yet; collect more rows")
+        if longest is None or longest["input_ids"].numel() < 2:
+            raise ValueError(
+                f"{self.store.place} must have a held-out sequence of two tokens or more, got none "
+                "to predict from; collect longer documents, or with a longer ctx_len"
+            )
         return longest
 
     def _all_logits(self, inputs: ModelInputs) -> Float[Tensor, "B L V"]:
@@ -210,7 +227,7 @@ def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
     if not isinstance(mask, int):
         raise ValueError(
             f"a bidirectional model must have a mask token, got none in the tokenizer of "
-            f"{config.model}; leave the model out"
+            f"{config.model}; leave --model out"
         )
     return Masking(mask, set(tokenizer.all_special_ids), largest_id(tokenizer) + 1)
 

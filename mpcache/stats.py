@@ -70,6 +70,7 @@ def info(where: str | Path | Place) -> dict[str, Any]:
         "empty_documents": store.empty_documents(),
         "rows_wanted": extent.rows_wanted,
         "exhausted": extent.exhausted,
+        "shortfall": extent.shortfall,
         "hookpoints": [_side_info(store, h, s) for h in store.hookpoints for s in store.sides(h)],
     }
 

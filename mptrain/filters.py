@@ -121,7 +121,7 @@ def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     if ids and max(ids) > store.largest_id:
         raise ValueError(
             f"skip_tokens must be token ids of {store.place}, at most {store.largest_id}, "
-            f"got {max(ids)}; leave it out"
+            f"got {max(ids)}; leave that id out"
         )
     if "special" in skip_tokens:
         if store.special_ids is None:

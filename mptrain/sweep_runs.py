@@ -16,6 +16,16 @@ from mptrain.runs import FREE
 from mptrain.suited import numbers_of
 
 _FREE = {*FREE, "write_threads", "trust_remote_code"}
+# what sweeps of earlier versions did, whose files lack these settings
+_EARLIER: dict[str, dict[str, Any]] = {
+    "fit": {"only_tokens": "all"},
+    "collect": {
+        "chat_template": None,
+        "one_document_per_sequence": False,
+        "parse_special_tokens": True,
+        "keep_empty_documents": True,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,8 @@ def refuse_other_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     file = saved_settings(folder)
     if not file.exists():
         return
-    there = read_json(file)
+    stored = read_json(file, remedy="name another run")
+    there = {table: {**earlier, **stored[table]} for table, earlier in _EARLIER.items()}
     different = [
         f"{table}.{name}: {json.dumps(there[table].get(name))} there, {json.dumps(value)} asked"
         for table in ("collect", "fit")
@@ -95,7 +106,8 @@ def refuse_other_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     if different:
         raise ValueError(
             f"{folder} has coders of other settings ({'; '.join(different)}), which all coders of "
-            "a panel are to share; use the settings that are there, or another run"
+            "a panel are to share; use the settings that are there (--set TABLE.NAME=VALUE), or "
+            "another run"
         )
 
 

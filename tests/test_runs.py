@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from cli.mptrain import app as mptrain
-from fits import config, equal, lasting, state, weights
+from fits import config, equal, interrupt_at, lasting, state, weights
 from mptrain import checkpoint, metrics
 from mptrain import fit as fit_stage
 from mptrain.fit import fit
@@ -287,3 +287,50 @@ def test_the_bar_tells_fvu_speed_waiting_and_time_left(
         r"FVU [\d.]+ to [\d.]+, wait \d+%\]",
         bar,
     )
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config lacks settings that came later, and its state the rows of each coder."""
+    fit(config(store, tmp_path / "whole", **FEW))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "run", **FEW))
+    file = tmp_path / "run/config.json"
+    started = json.loads(file.read_bytes())
+    assert started["fit"].pop("only_tokens") == "all"
+    file.write_text(json.dumps(started))
+    fit(config(store, tmp_path / "run", **FEW))
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    with pytest.raises(ValueError, match="skip_positions: 1 there, 2 asked"):
+        fit(config(store, tmp_path / "run", **FEW, skip_positions=2))
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], {"model_type": "llama"}, {"fit": {}, "coders": []}], ids=str
+)
+def test_another_tools_folder_is_no_run(store: str, tmp_path: Path, content: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for command in (
+        ["fit", store, "--run", str(tmp_path), "--hookpoints", "layers.0", "--k", "3"],
+        ["fit", "--resume", str(tmp_path)],
+        ["save-coders", str(tmp_path)],
+        ["plot", str(tmp_path)],
+    ):
+        done = CliRunner().invoke(mptrain, command)
+        assert done.exit_code == 2, done.output
+        assert "is no run" in done.stderr
+
+
+def test_settings_of_a_newer_version_are_named(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", **FEW, rows=64 * 5))
+    file = tmp_path / "run/config.json"
+    started = json.loads(file.read_bytes())
+    started["fit"]["novelty"] = 1
+    file.write_text(json.dumps(started))
+    done = CliRunner().invoke(mptrain, ["save-coders", str(tmp_path / "run")])
+    assert done.exit_code == 2
+    assert "novelty" in done.stderr
+    assert "use the mptrain that began it" in done.stderr

@@ -128,3 +128,18 @@ def test_a_state_that_a_later_one_replaces_is_no_damage(
     (states / "15/state.safetensors").unlink()
     with pytest.raises(ValueError, match="is damaged"):
         save_coders(str(tmp_path / "run"), {})
+
+
+def test_a_coder_before_its_switch_codes_as_it_was_trained(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"arch": ("mp",), "begin_as": "topk", "begin_share": 0.75}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "run", **{**GRID, **changes}))
+    (saved,) = save_coders(str(tmp_path / "run"), {})
+    (validation,) = (r.validation_fvu for r in lasting(tmp_path / "run") if r.step == 10)
+    coder, _ = load_coder(Path(saved["folder"]))
+    assert coder.coded_as == "topk"
+    assert evaluate_coder(Path(saved["folder"]), store, ())[0].fvu == pytest.approx(validation)

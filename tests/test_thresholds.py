@@ -93,10 +93,13 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
         assert [one.k for one in (own, fewer, more)] == [4, 2, 6]
         assert abs(fewer.l0_deviation) < NEAR
         assert abs(more.l0_deviation) < NEAR
-        # a row's code does not depend on the rows that are evaluated with it
-        some = evaluate_coder(folder, store, (2,), rows=50)[1]
-        coder = at_k(load_coder(folder)[0], 2)
-        assert coder.config.k == some.k == 2
+        # a row's code does not depend on the rows that are coded with it
+        coder = load_coder(folder)[0]
+        x_BD = torch.randn(50, len(coder.b_D), generator=torch.Generator().manual_seed(0))
+        together, apart = coder.encode(x_BD), coder.encode(x_BD[:7])
+        assert torch.equal(together.idx_BK[:7] < 0, apart.idx_BK < 0)
+        assert (apart.idx_BK < 0).any()
+        assert (apart.idx_BK >= 0).any()
 
 
 def test_thresholds_are_those_of_an_uninterrupted_run(

@@ -53,8 +53,9 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
     )
     assert (entry.rows_wanted, entry.exhausted) == (whole, True)
     assert entry.complete == pytest.approx(entry.rows / whole)
-    shown = CliRunner().invoke(app, ["info", store]).stdout
-    assert f"wanted       {whole:,} rows: the dataset ended" in shown
+    shown = CliRunner().invoke(app, ["info", store])
+    assert f"wanted       {whole:,} rows\n" in shown.stdout
+    assert f"{entry.rows:,} rows of {whole:,} wanted: the dataset ended" in shown.stderr
     listed = CliRunner().invoke(app, ["list", str(folder / "root")])
     assert f"{entry.rows:,} rows of {whole:,} wanted: the dataset ended" in listed.stderr
     (plain,) = json.loads(CliRunner().invoke(app, ["list", str(folder / "root"), "--json"]).stdout)
@@ -67,8 +68,9 @@ def test_every_share_says_it(folder: Path) -> None:
         collect(config, folder / "store", Workforce(share=f"{number}/2")) for number in (1, 2)
     ]
     assert all(summary.exhausted for summary in summaries)
-    assert len({(summary.rows_planned, summary.rows_wanted) for summary in summaries}) == 1
-    assert sum(summary.rows for summary in summaries) == summaries[0].rows_planned < 5000
+    rows = sum(summary.rows for summary in summaries)
+    shortfall = f"{rows:,} rows of 5,000 wanted: the dataset ended"
+    assert [summary.shortfall for summary in summaries] == [shortfall] * 2
 
 
 def test_nothing_is_said_where_all_is_there(folder: Path) -> None:
@@ -83,7 +85,19 @@ def test_nothing_is_said_where_all_is_there(folder: Path) -> None:
     assert extent.is_planned
     done = find_place(folder / "root", config).done
     assert done is not None
-    assert (done.rows_planned, done.rows_wanted, done.exhausted) == (576, 500, False)
+    assert (done.rows, done.rows_wanted, done.shortfall) == (576, 500, None)
+
+
+def test_parts_of_whole_documents_are_no_end_of_the_dataset(folder: Path) -> None:
+    write_corpus(folder / "corpus.jsonl", documents=60)
+    config = small_config(folder, rows=384, one_document_per_sequence=True)
+    summary = collect(config, folder / "root/store")
+    shortfall = f"{summary.rows:,} rows of 384 wanted: parts end where documents do"
+    assert (summary.shortfall, summary.exhausted) == (shortfall, False)
+    (entry,) = entries(folder / "root")
+    assert (entry.shortfall, info(folder / "root/store")["shortfall"]) == (shortfall, shortfall)
+    assert entry.complete == pytest.approx(entry.rows / 384)
+    assert entry.rows < 384
 
 
 def test_a_collection_that_was_cut_short_is_not_exhausted(tmp_path: Path) -> None:
