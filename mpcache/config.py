@@ -168,7 +168,7 @@ class RepairConfig:
     """Where `mpcache repair` finds what it needs, and what it may do."""
 
     model: str | None = None
-    "model, if it is elsewhere now: Hugging Face id, or a local folder"
+    "model, if it is elsewhere now: Hugging Face id, a local folder, or a .gguf file"
     revision: str | None = None
     "revision of a Hugging Face model, if it is another name now"
     dataset: str | None = None
