@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,15 @@ import typer
 import mpcache
 from cli.errors import guarded, run_app
 from cli.options import from_config
+from cli.reports import (
+    age,
+    document_lines,
+    finding_in_full,
+    pairs,
+    print_findings,
+    print_moved,
+    print_summary,
+)
 from cli.tables import print_json, print_table
 from mpcache.config import (
     CollectConfig,
@@ -85,34 +93,9 @@ def collect(
     if json:
         print_json(dataclasses.asdict(done))
     else:
-        _tell(done)
+        print_summary(done)
     if done.missing:
         raise typer.Exit(1)
-
-
-def _tell(done: Any) -> None:
-    if not done.forward_rows:
-        typer.echo("everything was there already: no forward pass was needed")
-    share = "" if done.share == "1/1" else f", share {done.share}"
-    typer.echo(
-        f"{done.store}{share}: {done.rows:,} rows in {done.parts} parts, {done.bytes / 1e9:.2f} GB"
-        f", {done.forward_rows:,} rows collected now in {done.seconds:.0f} s"
-    )
-    if done.empty_documents:
-        typer.echo(f"{done.empty_documents:,} documents without tokens were left out")
-    if done.shortfall:
-        typer.echo(f"warning: {done.shortfall}", err=True)
-    if done.nonfinite:
-        typer.echo(
-            f"warning: {done.nonfinite:,} values are not finite; see mpcache stats", err=True
-        )
-    for part in done.missing:
-        typer.echo(f"part {part.part} is missing, tried {part.times} times: {part.cause}", err=True)
-    if done.missing:
-        typer.echo(
-            f"error: {len(done.missing)} parts are missing; the same command tries them again",
-            err=True,
-        )
 
 
 def place_of(
@@ -184,16 +167,6 @@ def list_stores(
     return None
 
 
-def age(entry: dict[str, Any]) -> str:
-    """Time since the last commit, in the largest unit that counts at least one."""
-    seconds = entry["age_seconds"]
-    if seconds is None:
-        return "-"
-    units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
-    name, size = next((unit for unit in units if seconds >= unit[1]), units[-1])
-    return f"{seconds / size:.0f} {name}"
-
-
 @app.command()
 @guarded
 @from_config(Hands)
@@ -201,7 +174,7 @@ def copy(hands: Hands, store: StorePath, to: ToPath, json: Json = False) -> None
     """Copy a store, each byte checked on the way; the same command goes on after a stop."""
     from mpcache.move import copy as run
 
-    _tell_moved("copied", run(store, to, hands, quiet=json), json)
+    print_moved("copied", run(store, to, hands, quiet=json), json)
 
 
 @app.command()
@@ -213,19 +186,7 @@ def convert(
     """Rewrite a store in another dtype, codec, chunking or part size, or with some hookpoints."""
     from mpcache.convert import convert as run
 
-    _tell_moved("converted", run(store, to, config, hands, quiet=json), json)
-
-
-def _tell_moved(verb: str, done: Any, json: bool) -> None:
-    if json:
-        return print_json(dataclasses.asdict(done))
-    typer.echo(
-        f"{printable(done.store)}: {done.written} of {done.parts} marks {verb} now, "
-        f"{done.bytes / 1e9:.2f} GB"
-    )
-    if done.nonfinite:
-        typer.echo(f"warning: {done.nonfinite:,} values became infinite", err=True)
-    return None
+    print_moved("converted", run(store, to, config, hands, quiet=json), json)
 
 
 @app.command()
@@ -260,10 +221,10 @@ def info(*, store: StorePath, json: Json = False) -> None:
         return print_json(found)
     model, dataset = found["provenance"]["model"], found["provenance"]["dataset"]
     typer.echo(f"store        {printable(found['store'])}")
-    typer.echo(f"model        {_pairs(model)}")
-    typer.echo(f"dataset      {_pairs(dataset)}")
+    typer.echo(f"model        {pairs(model)}")
+    typer.echo(f"dataset      {pairs(dataset)}")
     typer.echo(f"fingerprint  {found['fingerprint']}")
-    for line in _document_lines(found):
+    for line in document_lines(found):
         typer.echo(line)
     typer.echo(f"planned      {found['rows_planned']:,} rows in {found['parts_planned']} parts")
     typer.echo(f"wanted       {found['rows_wanted']:,} rows")
@@ -291,11 +252,11 @@ def verify(hands: Hands, store: StorePath, journal: JournalPath = None, json: Js
 
     verdict = run(store, hands, journal=journal, quiet=json)
     if json:
-        findings = [_in_full(finding) for finding in verdict.findings]
+        findings = [finding_in_full(finding) for finding in verdict.findings]
         told = {**dataclasses.asdict(verdict), "findings": findings}
         print_json({"intact": verdict.intact, **told})
     else:
-        _tell_findings(verdict.findings)
+        print_findings(verdict.findings)
         state = "intact" if verdict.intact else "DAMAGED"
         earlier = f", {verdict.earlier} of the marks earlier" if verdict.earlier else ""
         typer.echo(
@@ -304,19 +265,6 @@ def verify(hands: Hands, store: StorePath, journal: JournalPath = None, json: Js
         )
     if not verdict.intact:
         raise typer.Exit(1)
-
-
-def _in_full(finding: Any) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(finding), "damaging": finding.damaging, "remedy": finding.remedy,
-    }  # fmt: skip
-
-
-def _tell_findings(findings: Sequence[Any]) -> None:
-    for finding in findings:
-        typer.echo(printable(f"{finding.fault:12}{finding.path}: {finding.told}"))
-    for fault, remedy in dict.fromkeys((f.fault, f.remedy) for f in findings):
-        typer.echo(f"-> {fault}: {remedy}")
 
 
 @app.command()
@@ -332,14 +280,14 @@ def repair(config: RepairConfig, hands: Hands, store: StorePath, json: Json = Fa
 
     done = run(store, config, hands, quiet=json)
     if json:
-        left = [_in_full(finding) for finding in done.left]
+        left = [finding_in_full(finding) for finding in done.left]
         print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})
     else:
         for name in (*done.metadata, *done.deleted):
             typer.echo(printable(f"{'mended' if name in done.metadata else 'deleted':14}{name}"))
         for one in done.marks:
             typer.echo(printable(f"{one.outcome:14}part {one.part} of {one.array}: {one.told}"))
-        _tell_findings(done.left)
+        print_findings(done.left)
         typer.echo(f"{printable(store)}: {'intact' if done.intact else 'DAMAGED'}")
     if any(one.outcome == "other bits" for one in done.marks):
         typer.echo(
@@ -415,24 +363,3 @@ def bench_store(
     for name, why in report.absent.items():
         typer.echo(f"not measured: {name} ({why}); {HOW_TO_INSTALL}")
     return None
-
-
-def _document_lines(found: dict[str, Any]) -> list[str]:
-    """How the documents of a store became tokens."""
-    identity = found["identity"]
-    special = "text" if identity.get("special_tokens") == "text" else "parsed as special tokens"
-    empty = found["empty_documents"]
-    lines = [
-        f"names of special tokens in texts: {special}",
-        "empty documents: kept" if empty is None else f"empty documents: {empty:,} left out",
-    ]
-    if identity.get("one_document_per_sequence"):
-        lines.append("each document run alone, in pieces")
-    if "chat_template" in identity:
-        template = str(identity["chat_template"])[:12]
-        lines.append(f"chat template {template}; the assistant's tokens are known")
-    return [f"documents    {line}" for line in lines]
-
-
-def _pairs(content: dict[str, Any]) -> str:
-    return printable(", ".join(f"{k} {v}" for k, v in content.items() if v is not None))

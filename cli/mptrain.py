@@ -9,6 +9,7 @@ import typer
 
 from cli.errors import guarded, run_app, warnings_in_words
 from cli.options import Instead, choices, count, counts, field_docs, from_config, option
+from cli.spliced import spliced_figures
 from cli.tables import print_json, print_table
 from mptrain.config import BenchConfig, FitConfig, LoaderBenchConfig, RunConfig
 from mptrain.recipe import Codes
@@ -308,7 +309,7 @@ def evaluate(
     kept = (
         []
         if model is None
-        else [_spliced(coder, store, model, revision, device, trust_remote_code)]
+        else [spliced_figures(coder, store, model, revision, device, trust_remote_code)]
     )
     if json:
         return print_json({"rows": found, "model": kept[0] if kept else None})
@@ -316,32 +317,6 @@ def evaluate(
     for one in kept:
         print_table(tuple(one), [one])
     return None
-
-
-def _spliced(
-    folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
-) -> dict[str, float | None]:
-    """The language model and the coder meet here only: neither package knows the other's."""
-    from mpcache.splice import SplicedModel
-    from mptrain.checkpoint import load_coder
-    from mptrain.filters import stored_filters
-    from mptrain.recovered import Prediction, recovered
-
-    coder, trained = load_coder(folder)
-    spliced = SplicedModel(store, model, revision, device, trust_remote_code)
-    coder.to(spliced.model.device)
-    hookpoint = coder.config.hookpoint
-    predictions = (
-        Prediction(
-            tokens_BL=example.tokens_BL,
-            wanted_BL=example.wanted_BL,
-            counts_BL=example.counts_BL,
-            by_assistant_BL=example.by_assistant_BL,
-            run=functools.partial(spliced.logits, example.inputs, hookpoint),
-        )
-        for example in spliced.examples()
-    )
-    return recovered(coder, predictions, stored_filters(trained)).figures(spliced.head)
 
 
 @app.command()

@@ -30,6 +30,7 @@ from mpcache.hub import first_line
 from mpcache.model_checks import (
     check_loaded,
     check_model_files,
+    check_settings,
     check_tokenizer_files,
     check_vocabulary,
     has_tokenizer,
@@ -143,6 +144,7 @@ def allow_code(config: CollectConfig) -> None:
 
 def architecture_of(source: ModelSource, config: CollectConfig) -> PreTrainedConfig:
     """The model's config, checked."""
+    check_settings(source)
     allow_code(config)
     with explained_load(source, "model", config):
         architecture: PreTrainedConfig = AutoConfig.from_pretrained(

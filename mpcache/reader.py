@@ -5,12 +5,11 @@ Existence and size of an object are checked against the mark before its first re
 """
 
 import functools
-import re
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,33 +17,30 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from mpcache.arrays import ArraySpec, ReadInto
+from mpcache.arrays import ArraySpec
 from mpcache.config import Split
+from mpcache.description import Description
 from mpcache.format import (
     BY_ASSISTANT,
-    MARKS,
     POSITION,
     SEQUENCE,
     STARTS_DOCUMENT,
     TOKEN_FLAGS,
     TOKENS,
     ZARR_DTYPE,
-    Layout,
     acts,
     check_mark,
-    check_metadata,
     committed_length,
-    digest,
     hookpoint_of,
     is_store,
     mark_path,
-    marked_array,
-    read_store_file,
     specs,
     unseal,
 )
 from mpcache.guard import DamagedStoreError
+from mpcache.mark_index import parts_of_arrays
 from mpcache.moments import Moments, merged, no_moments
+from mpcache.object_reader import ObjectReader
 from mpcache.place import Place, place_of
 from mpcache.tier import Tier
 
@@ -62,19 +58,21 @@ class Part:
     split: Split
 
 
-class Store:
+class Store(Description):
     """A store opened for reading. Threads may share it; it looks for commits once."""
 
     def __init__(self, place: Place) -> None:
-        content = read_store_file(place)
-        self.place = place
-        self.fingerprint: str = content["fingerprint"]
-        self.identity: dict[str, Any] = content["identity"]
-        self.config: dict[str, Any] = content["config"]
-        self.provenance: dict[str, Any] = content["provenance"]
-        self.layout = Layout(**content["layout"])
-        self.digest: str = digest(content)
-        self.tier: Tier | None = None
+        super().__init__(place)
+        self._objects_of = ObjectReader(place)
+
+    @property
+    def tier(self) -> Tier | None:
+        """What keeps the bytes that are read, so that they are near the next time."""
+        return self._objects_of.tier
+
+    @tier.setter
+    def tier(self, tier: Tier | None) -> None:
+        self._objects_of.tier = tier
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it arrives, it is opened anew, without a tier."""
@@ -83,47 +81,7 @@ class Store:
     @functools.cached_property
     def _marks(self) -> dict[str, set[int]]:
         # not in __init__: who wants one part alone, as a worker does, need not list all marks
-        return _marked_parts(self.place)
-
-    @property
-    def source(self) -> str:
-        """Model and dataset, in words."""
-        return f"{self.provenance['model']['model']} on {self.provenance['dataset']['dataset']}"
-
-    @property
-    def ctx_len(self) -> int:
-        return self.layout.ctx_len
-
-    @property
-    def part_rows(self) -> int:
-        return self.layout.part_rows
-
-    @property
-    def chunk_rows(self) -> int:
-        return self.layout.chunk_rows
-
-    @property
-    def special_ids(self) -> tuple[int, ...] | None:
-        """Token ids that the tokenizer calls special; None: the store does not tell."""
-        found = self.provenance.get("tokenizer", {}).get("special_ids")
-        return None if found is None else tuple(map(int, found))
-
-    @property
-    def largest_id(self) -> int:
-        """The largest token id that can be in the store, as far as the store knows."""
-        known = self.provenance.get("tokenizer", {}).get("largest_id")
-        largest = np.iinfo(self.layout.token_dtype).max if known is None else known
-        return int(largest)
-
-    @property
-    def has_lone_documents(self) -> bool:
-        """Whether the model saw each document alone, in pieces of at most ctx_len tokens."""
-        return bool(self.identity.get("one_document_per_sequence"))
-
-    @property
-    def has_assistant(self) -> bool:
-        """Whether the store says which tokens the assistant of a conversation wrote."""
-        return "chat_template" in self.identity
+        return parts_of_arrays(self.place)
 
     @property
     def planned_parts(self) -> tuple[int, ...]:
@@ -393,42 +351,8 @@ class Store:
 
         They are put into `out`, of the array's type, if it is given.
         """
-        name = spec.object_path(part)
-        told = self.mark(part, array)["objects"][name]
-        size, key = int(told["bytes"]), told["xxh3_128"]
-        if part >= self._span(spec):
-            raise DamagedStoreError(f"{self.place}/{spec.metadata_path} claims too few rows")
-        try:
-            ends = self._ends(name, spec, size, key)
-            return self._made(name, key, lambda read: spec.decode(read, ends, start, stop, out))
-        except FileNotFoundError:
-            raise DamagedStoreError(f"{self.place}/{name} is missing") from None
-        except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
-            raise DamagedStoreError(f"{self.place}/{name} is damaged: {error}") from error
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  as above, of the objects read last
-    def _ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
-        self._check_size(name, size)
-        return self._made(name, key, lambda read: spec.ends(read, size))
-
-    def _made(self, name: str, key: str, make: Callable[[ReadInto], Result]) -> Result:
-        """What is made of an object's bytes; `key` is its digest."""
-        read = functools.partial(self.place.read_into, name)
-        return make(read) if self.tier is None else self.tier.made(key, read, make)
-
-    # once will do, and a look takes as long as a read: later ones raise where bytes are missing
-    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  as above, of far more objects
-    def _check_size(self, name: str, size: int) -> None:
-        found = self.place.size(name)
-        if found is None:
-            raise DamagedStoreError(f"{self.place}/{name} is missing, though it was committed")
-        if found != size:
-            raise DamagedStoreError(f"{self.place}/{name} has {found} bytes, committed were {size}")
-
-    @functools.cache  # noqa: B019  as above
-    def _span(self, spec: ArraySpec) -> int:
-        """Parts of an array, by its metadata."""
-        return check_metadata(self.place, spec)
+        record = self.mark(part, array)["objects"][spec.object_path(part)]
+        return self._objects_of.read(spec, part, record, start, stop, out)
 
 
 def open_store(
@@ -460,21 +384,3 @@ def _piece_positions(starts_SL: Bool[np.ndarray, "S L"]) -> Int64[np.ndarray, " 
     """Position of each token of a part in its piece."""
     token = np.arange(starts_SL.size)
     return token - np.maximum.accumulate(np.where(starts_SL.reshape(-1), token, 0))
-
-
-def _marked_parts(place: Place) -> dict[str, set[int]]:
-    marks: dict[str, set[int]] = {}
-    for part, array in marked(place):
-        marks.setdefault(array, set()).add(part)
-    return {array: marks[array] for array in sorted(marks, key=_natural)}
-
-
-def _natural(array: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(s) if s.isdecimal() else -1, s) for s in re.split(r"(\d+)", array)]
-
-
-def marked(place: Place) -> Iterable[tuple[int, str]]:
-    """Part and array of every mark there is, by its name alone."""
-    found = (marked_array(PurePosixPath(name)) for name in place.names(MARKS))
-    return (one for one in found if one is not None)

@@ -30,7 +30,7 @@ from mptrain.progress import Progress, gathered, load_progress, restore_
 from mptrain.ranks import ALONE, Ranks, joined
 from mptrain.results import result_of
 from mptrain.runs import Run, open_run, parts_begun_with, refuse_other
-from mptrain.suited import suited_store
+from mptrain.suited import refuse_constant, suited_store
 from mptrain.train_step import StepResult
 from mptrain.trainee import Trainee, loader_of, make_trainee, train_steps
 
@@ -67,6 +67,7 @@ def _fit(
     if plan.epochs > 1 and not quiet:
         rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
         tqdm.write(f"{rows} train rows in {store.place}", file=sys.stderr)
+    refuse_constant(store, sides_of_all(list(coders.values())))
     progress = begun or Progress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):

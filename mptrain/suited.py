@@ -36,7 +36,6 @@ def suited_store(
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
     _refuse_small(config, store, sides)
-    _refuse_constant(store, sides)
     _refuse_large_windows(config, store, sides)
     return store
 
@@ -139,8 +138,8 @@ def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) ->
         )
 
 
-def _refuse_constant(store: Store, sides: Sequence[Side]) -> None:
-    """Losses are shares of a side's variance; and there is nothing to code in equal rows."""
+def refuse_constant(store: Store, sides: Sequence[Side]) -> None:
+    """ValueError for a side whose train rows are equal: losses are shares of its variance."""
     for side in sides:
         if not float(store.moments(*side, "train")[1].sum()) > 0:
             raise ValueError(

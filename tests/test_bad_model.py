@@ -236,10 +236,10 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
     [
         (lambda f: (f / "config.json").unlink(), "must hold config.json, got .*check the path"),
         (lambda f: (f / "model.safetensors").unlink(), "must have weights, got neither"),
-        (lambda f: (f / "tokenizer.json").unlink(), "got no tokenizer.json; copy"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer; put its tokenizer.json"),
         (
             lambda f: [(f / f"tokenizer{end}").unlink() for end in (".json", "_config.json")],
-            "must have tokenizer.json, got no tokenizer",
+            "has no tokenizer; put its tokenizer.json",
         ),
         (
             lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),

@@ -121,7 +121,7 @@ def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
             batches, epoch = loader.batches(), -(-loader.rows // 64)
             list(islice(batches, 2 * epoch))  # the first may still be read while the second is
             assert got(asked()) == (number == 0)
-            Store._ends.cache_clear()  # as if there were more objects than it remembers
+            store._objects_of._ends.cache_clear()  # as if there were more objects than it remembers
             list(islice(batches, 2 * epoch))
             assert asked() == []
     assert all(NAME.fullmatch(name) for name in kept(folder))  # no marks, no metadata, no rests
