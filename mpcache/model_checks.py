@@ -150,7 +150,7 @@ def _first(names: Iterable[str]) -> str:
 
 def _is_of(key: str, model: PreTrainedModel) -> bool:
     """Whether a tensor belongs to the base model, rather than to a head that is left out."""
-    if key.endswith(_LEFTOVERS):
+    if key.endswith(_LEFTOVERS) or "lm_head" in key.split("."):  # a text model's own, in LLaVA
         return False
     base = model.base_model
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
