@@ -104,8 +104,7 @@ def _of_folder(path: Path, config: CollectConfig) -> Shards:
         return Shards(label, "arrow", files, names, "arrow folder")
     files = _data_files(folder)
     if {KINDS[suffix_of(file)] for file in files} == {"text"} and not _compressed(files):
-        # by name as it is, and hidden files too: as it was before numbers counted
-        files = tuple(sorted(folder.rglob("*.txt")))
+        files = _text_files(folder, files)
         names = tuple(file.relative_to(folder).as_posix() for file in files)
         return Shards(label, "text", files, names, "text folder")
     if not files:
@@ -114,9 +113,8 @@ def _of_folder(path: Path, config: CollectConfig) -> Shards:
             "or is made by save_to_disk"
         )
     kind = _common_kind(files, label)
-    if kind not in ("text", "bin"):
-        files = files_of_split(files, folder, config.split)
-        complete(files, folder)
+    files = files_of_split(files, folder, config.split)
+    complete(files, folder)
     names = tuple(f"{label}/{file.relative_to(folder).as_posix()}" for file in files)
     return Shards(label, kind, files, names, "several")
 
@@ -154,11 +152,21 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
         if real not in seen:
             files += [file for name in names if is_data(file := Path(parent, name))]
         seen.add(real)
     return tuple(sorted(files, key=lambda file: natural_key(file.relative_to(folder))))
+
+
+def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
+    """Files of texts by name as it is, and hidden files too: as before numbers counted.
+
+    Stores were made from those alone; `data` has more where a name is `.TXT`, or a folder a link.
+    """
+    files = [file for file in folder.rglob("*.txt") if not file.is_dir()]
+    real = set(map(os.path.realpath, files))
+    return tuple(sorted([*files, *(file for file in data if os.path.realpath(file) not in real)]))
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -238,6 +238,18 @@ def test_order_of_texts_in_a_folder_is_that_of_stores(tmp_path):
     assert [path.stem for path in find_shards(config).files] == ["10", "9", "a"]
 
 
+def test_no_text_of_a_folder_is_left_out(tmp_path):
+    for name in ("t/a.txt", "t/b.TXT", "t/9.txt", "t/.h.txt", "other/c.txt", "other/deep/d.Txt"):
+        write_at(tmp_path / name, name.encode())
+    (tmp_path / "t" / "sub").symlink_to("../other")
+    (tmp_path / "t" / "again").symlink_to(".")
+    config = CollectConfig(model="m", dataset=str(tmp_path / "t"), hookpoints=("a",))
+    there = [path.relative_to(tmp_path / "t").as_posix() for path in find_shards(config).files]
+    assert there == [".h.txt", "9.txt", "a.txt", "b.TXT", "sub/c.txt", "sub/deep/d.Txt"]
+    write_at(tmp_path / "lone" / "b.TXT", b"b")
+    assert values(open_(tmp_path / "lone")) == ["b"]
+
+
 # --- folders, globs, lists ---
 
 
@@ -292,9 +304,22 @@ def test_splits_of_a_download(tmp_path):
     assert values(open_(tmp_path / "d", split="test")) == ["test-00000-of-00001"]
     with pytest.raises(ValueError, match="split must be one of test, train in d, got validation"):
         open_(tmp_path / "d", split="validation")
-    (tmp_path / "d" / "data" / "train-00000-of-00002.parquet").unlink()
+    first = tmp_path / "d" / "data" / "train-00000-of-00002.parquet"
+    first.rename(first.with_name("train-00002-of-00002.parquet"))  # some count from 1
+    assert len(values(open_(tmp_path / "d"))) == 2
+    first.with_name("train-00002-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match=r"2 shards, got 1: train-00000-of-00002 is missing"):
         open_(tmp_path / "d")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".bin.zst", ".txt.gz"])
+def test_files_of_every_kind_tell_their_split(tmp_path, suffix):
+    squeeze = SQUEEZED.get(Path(suffix).suffix, bytes)
+    for i, split in enumerate(("train", "val")):
+        data = np.array([65 + i, 257], "<u2").tobytes() if "bin" in suffix else b"AB"[i : i + 1]
+        write_at(tmp_path / "d" / f"{split}{suffix}", squeeze(data))
+    both = [values(open_(tmp_path / "d", split=split)) for split in ("train", "validation")]
+    assert both == ([[[65]], [[66]]] if "bin" in suffix else [["A"], ["B"]])
 
 
 @pytest.mark.parametrize(
@@ -306,6 +331,12 @@ def test_splits_of_a_download(tmp_path):
         (("a.jsonl", "b.jsonl.bz2"), r"b\.jsonl\.bz2 lies among the data and cannot be read"),
         (("train.jsonl", "more.jsonl"), r"a split or none, got train\.jsonl and more\.jsonl"),
         (("x/train.jsonl", "y/train.jsonl"), r"several datasets, train files are in x, y; name"),
+        (("en/train/0.jsonl", "de/train/0.jsonl"), r"several datasets, .* in de, en; name one"),
+        (("a/en/train/x/0.bin", "a/de/train-0.bin"), r"several datasets, .* in a/de, a/en; name"),
+        (("train.bin", "more.bin"), r"a split or none, got train\.bin and more\.bin"),
+        (("a-00001-of-00002.bin",), r"2 shards, got 1: a-00000-of-00002 is missing"),
+        (("a-00002-of-00003.jsonl", "a-00003-of-00003.jsonl"), "a-00001-of-00003 is missing"),
+        (("val.txt.gz",), "split must be one of validation in d, got train"),
         (("README.md",), "must hold a document, got none in d"),
     ],
 )
