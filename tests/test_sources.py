@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import tiny_tokenizer
-from mpcache import datafile, hub
+from mpcache import datafile, files, hub
 from mpcache.config import CollectConfig
 from mpcache.conversation import Conversation
 from mpcache.documents import Documents, HubRows, open_documents
@@ -506,6 +506,76 @@ def test_files_of_another_kind_are_refused(tmp_path):
         open_(tmp_path / "d")
 
 
+@pytest.mark.parametrize("mask", [None, "ab", [1.0, 1.0], [1, None], 1, [1]])
+@pytest.mark.parametrize("write", [jsonl, json_array, parquet, arrow, "hub"])
+def test_a_mask_that_is_none_is_told(tmp_path, write, mask):
+    """By one rule for all kinds of tables; beside empty ids no mask is needed."""
+    rows = [{"text": [], "attention_mask": None}, {"text": [1, 2], "attention_mask": mask}]
+    with pytest.raises(ValueError, match=r"attention_mask in (row|line|a\.)") as caught:
+        read_rows(rows, write, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def read_rows(rows, write, folder):
+    if write == "hub":
+        list(hub_rows(rows, "text").order(0))
+    elif write in (parquet, arrow):
+        path = folder / f"a.{write.__name__}"
+        (pq.write_table if write is parquet else write_stream)(pa.Table.from_pylist(rows), path)
+        open_(path)
+    else:
+        text = json.dumps(rows) if write is json_array else "\n".join(map(json.dumps, rows))
+        open_(write_at(folder / "a.json", text.encode()))
+
+
+def write_stream(table, path):
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_all_rows_have_a_mask_or_none(tmp_path):
+    rows = [{"text": [1, 2], "attention_mask": [1, 0]}, {"text": [3]}]
+    for order, message in ((rows, "has no attention_mask"), (rows[::-1], "has an attention_mask")):
+        path = write_at(tmp_path / "a.jsonl", "\n".join(map(json.dumps, order)).encode())
+        with pytest.raises(ValueError, match=f"line 2 of a.jsonl {message}"):
+            open_(path)
+    twice = b'{"text": [1], "attention_mask": [0], "attention_mask": [1]}\n'
+    with pytest.raises(ValueError, match=r"line 1 of a\.jsonl gives attention_mask twice"):
+        open_(write_at(tmp_path / "a.jsonl", twice))
+    twice = b'{"text": "a", "attention_mask": [0], "attention_mask": [1]}\n'
+    assert values(open_(write_at(tmp_path / "a.jsonl", twice))) == ["a"]
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet, arrow_file])
+@pytest.mark.parametrize("rows", [[None, None], [[], []], [None, []], ["", ""]])
+def test_a_dataset_without_any_token_is_refused(tmp_path, write, rows):
+    path = write_at(tmp_path / f"a{suffix_of(write)}", write(rows))
+    without = vocabulary_of(TokenIds(vocab_size=9, eos_token_id=2), 9)
+    with pytest.raises(ValueError, match=r"got 2 empty ones in a\.|has no tokenizer"):
+        open_(path, without)
+
+
+def test_suffixes_in_upper_case(tmp_path):
+    for suffix, write in FORMS.items():
+        assert sorted(values(open_(write_at(tmp_path / f"a{suffix.upper()}", write(["x"]))))) == [
+            "x"
+        ]
+    pretty = write_at(tmp_path / "b.JSON", json.dumps({"text": "a"}, indent=1).encode())
+    with pytest.raises(
+        ValueError, match=r"line 1 of b\.JSON .* one object a line, or in a \.json an"
+    ):
+        open_(pretty)
+
+
+def test_more_token_files_than_may_be_open(tmp_path, monkeypatch):
+    for i in range(5):
+        write_at(tmp_path / "d" / f"{i}.bin", np.array([i, 257], "<u2").tobytes())
+    monkeypatch.setattr(files.resource, "getrlimit", lambda _: (130, 130))
+    with pytest.raises(ValueError, match=r"d has 5 \.bin files, .* with ulimit -n 133, or join"):
+        open_(tmp_path / "d")
+    assert len(values(open_(tmp_path / "d" / "[01].bin"))) == 2
+
+
 # --- without a tokenizer ---
 
 
@@ -544,6 +614,19 @@ def test_rows_of_the_hub_are_of_any_kind(streaming):
     documents = hub_rows([{"m": chat} for chat in CHATS[:2]], "m", streaming=streaming)
     got = sorted(documents.order(0), key=repr)
     assert got == sorted((Conversation(tuple(chat)) for chat in CHATS[:2]), key=repr)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_is_not_asked_for_is_not_decoded(streaming):
+    images = datasets.Dataset.from_dict(
+        {"text": ["a", "b"], "image": [{"bytes": b"no image", "path": None}] * 2},
+        features=datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()}),
+    )
+    config = CollectConfig(model="m", dataset="id", hookpoints=("a",))
+    rows = HubRows(images.to_iterable_dataset() if streaming else images, config, VOCABULARY)
+    assert sorted(rows.order(0)) == ["a", "b"]
+    with pytest.raises(ValueError, match="got body; use one of text, image"):
+        HubRows(images, CollectConfig(**{**vars(config), "text_column": "body"}), VOCABULARY)
 
 
 def test_a_row_of_the_hub_is_told():
