@@ -76,8 +76,9 @@ def complete(files: Sequence[Path], folder: Path) -> None:
             groups[file.parent, name, count].add(int(number))
     for (_, name, count), numbers in groups.items():
         # counted from 0, as the Hub does, or from 1
-        complete_sets = [set(range(first, first + int(count))) for first in (0, 1)]
-        if missing := sorted(min((every - numbers for every in complete_sets), key=len)):
+        lacking = [set(range(first, first + int(count))) - numbers for first in (0, 1)]
+        lacking.sort(key=len)
+        if missing := sorted(lacking[0]):
             raise ValueError(
                 f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
                 f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "
