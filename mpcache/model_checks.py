@@ -71,7 +71,7 @@ def check_model_files(source: ModelSource) -> Tensors:
     """
     if source.gguf is not None:
         return {}  # looked at with the tokenizer, which is in the same file
-    _check_settings(source)
+    check_settings(source)
     if (path := source.file(GENERATION)) is not None:
         check_json(path)
     if not (names := weight_names(source)):
@@ -90,7 +90,10 @@ def check_model_files(source: ModelSource) -> Tensors:
     return found
 
 
-def _check_settings(source: ModelSource) -> None:
+def check_settings(source: ModelSource) -> None:
+    """Raises ValueError where config.json says things that no library would explain."""
+    if source.gguf is not None:
+        return
     settings = source.settings
     if not isinstance(settings.get("model_type"), str) and "auto_map" not in settings:
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from mpcache.config import CollectConfig
 from mpcache.datafile import COMPRESSIONS
+from mpcache.guard import user_path
 from mpcache.hub import names_a_place
 from mpcache.natural import natural_key
 from mpcache.splits import complete, files_of_split
@@ -64,7 +65,7 @@ class Shards:
 def find_shards(config: CollectConfig) -> Shards | None:
     """The files that DATASET names; None where it is no path, so a name on the Hub."""
     dataset = config.dataset
-    path = Path(dataset).expanduser()
+    path = user_path(dataset)
     if os.path.isdir(path):  # a list can be longer than a path may be: Path's own would raise
         return _of_folder(path, config)
     if os.path.lexists(path):
@@ -132,10 +133,10 @@ def _of_several(dataset: str, config: CollectConfig) -> Shards:
 
 
 def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
-    path = Path(item).expanduser()
-    if path.is_dir():
+    path = user_path(item)
+    if os.path.isdir(path):
         return _of_folder(path, config).files
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         _kind(path)
         return [path]
     if not _GLOB & set(item):
@@ -219,7 +220,7 @@ def _split_folder(path: Path, split: str) -> Path:
     splits = _json_of(path / "dataset_dict.json", "splits")
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
-    if not (path / split).is_dir():
+    if not os.path.isdir(path / split):
         raise ValueError(f"{path.name} must hold the folder {split}; save the dataset again")
     return path / split
 
