@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from mpcache.columns import Path, array_at, mask_beside, path_in, tree_of, value_at
 from mpcache.datafile import DataFile
 from mpcache.gathered import Gathered, rows_from
+from mpcache.records import check_mask_type
 
 _BATCH_ROWS = 512  # of a .parquet; few, because one document may be long
 _FILE_MAGIC = b"ARROW1"
@@ -67,6 +68,7 @@ class _Columns:
         gathered.check_type(_type_at(schema, self.path), file.name)
         if gathered.kind == "tokens" and _has(tree, mask_beside(self.path)):
             self.mask = mask_beside(self.path)
+            check_mask_type(_type_at(schema, self.mask), file.name)
 
     @property
     def names(self) -> list[str]:

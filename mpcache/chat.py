@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from mpcache.conversation import Conversation
+from mpcache.guard import user_path
+from mpcache.hub import first_line
 from mpcache.plain_text import ParsedText, PlainText
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
@@ -46,7 +48,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
     Raises ValueError where there is none, or it is no template.
     """
     if file is not None:
-        template = _read(Path(file).expanduser())
+        template = _read(user_path(file))
     else:
         try:
             template = tokenizer.get_chat_template()
@@ -58,7 +60,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
         _compile_jinja_template(template)
     except Exception as error:  # a template is foreign code
         where = file or "the tokenizer's chat template"
-        raise ValueError(f"{where} is no chat template: {_first_line(error)}; repair it") from error
+        raise ValueError(f"{where} is no chat template: {_fault(error)}; repair it") from error
     return template
 
 
@@ -126,7 +128,7 @@ class ChatEncoder:
             )
         except Exception as error:  # a template is foreign code
             raise ValueError(
-                f"the chat template does not take these messages: {_first_line(error)}; "
+                f"the chat template does not take these messages: {_fault(error)}; "
                 "change them, or give another --chat-template"
             ) from error
         (written,), marks = result
@@ -235,14 +237,9 @@ class _Chat:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """A message whose content is one text, without fields that are null."""
+    """A message without fields that are null; its content is a text already."""
     fields = {key: value for key, value in message.items() if value is not None}
-    content = fields.get("content", "")
-    if isinstance(content, list | tuple):
-        if not all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
-            raise ValueError("a message must hold text alone, got other parts; leave it out")
-        content = "".join(part["text"] for part in content)
-    return {**fields, "content": content}
+    return {"content": "", **fields}
 
 
 def _within(offsets: Sequence[Span], spans: Sequence[Span]) -> Bool[np.ndarray, " _"]:
@@ -266,7 +263,6 @@ def _unmatched(i: int) -> str:
     )
 
 
-def _first_line(error: Exception) -> str:
+def _fault(error: Exception) -> str:
     line = getattr(error, "lineno", None)
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return said if line is None else f"line {line}: {said}"
+    return first_line(error) if line is None else f"line {line}: {first_line(error)}"

@@ -49,6 +49,7 @@ from mpcache.tokens import (
     following,
     iter_parts,
     row_permutation,
+    special_tokens,
 )
 from mpcache.wanted import extent_of
 from mpcache.workforce import Workforce
@@ -109,8 +110,7 @@ def collect(
         return _collect_with_workers(config, place, workforce, quiet)
     files = ModelFiles.of(find_source(config))
     tokenizer = load_tokenizer(config, files.source)
-    # before the weights, which take long: what is wrong with the dataset is said at once
-    documents = open_documents(config, load_vocabulary(config, tokenizer))
+    documents = _checked_documents(config, tokenizer)
     loaded = load(config, tokenizer, files)
     station = Station(config, loaded)
     # by its files a later collection below the same root knows the model without loading it
@@ -120,13 +120,23 @@ def collect(
     return collection.run(functools.partial(work_here, station, place))
 
 
+def _checked_documents(config: CollectConfig, tokenizer: Tokenizer) -> Documents:
+    """Before the weights, which take long: what is wrong with the dataset, with the chat template
+    or with the special tokens asked for is said at once.
+    """
+    documents = open_documents(config, load_vocabulary(config, tokenizer))
+    template_of(documents, tokenizer, config)
+    special_tokens(tokenizer, config)
+    return documents
+
+
 def _collect_with_workers(
     config: CollectConfig, place: Place, workforce: Workforce, quiet: bool
 ) -> Summary:
     from mpcache.crew import Crew  # brings Dask's scheduler, which one process does not need
 
     tokenizer = load_tokenizer(config)
-    documents = open_documents(config, load_vocabulary(config, tokenizer))
+    documents = _checked_documents(config, tokenizer)
     with Crew(workforce, config, place, quiet=quiet) as crew:
         facts = crew.facts()
         _refuse_other_tokenizer(tokenizer, facts)

@@ -8,6 +8,8 @@ import pyarrow as pa
 from mpcache.config import CollectConfig
 
 MASK = "attention_mask"  # beside a column of token ids: tokens of mask 0 are left out
+NO_MASK: Any = object()
+"in place of a mask where a row has no such field; a null is a mask that is wrong"
 _LISTED = 20
 
 Path = tuple[str, ...]
@@ -78,11 +80,11 @@ def value_at(row: Tree, path: Path) -> Any:
 
 
 def mask_of(row: Tree, path: Path) -> Any:
-    """The mask that a row has beside its value; None where it has none."""
+    """The mask that a row has beside its value, if it has the field."""
     try:
         return value_at(row, mask_beside(path))
     except KeyError:
-        return None
+        return NO_MASK
 
 
 def array_at(batch: pa.RecordBatch, path: Path) -> pa.Array:

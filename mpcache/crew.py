@@ -11,7 +11,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from mpcache import remote
 from mpcache.cluster import connected
 from mpcache.config import CollectConfig
 from mpcache.format import read_store_file
+from mpcache.guard import user_path
 from mpcache.jobs import Job, Missing, Progress
 from mpcache.place import Place, place_of
 from mpcache.remote import Done, Failure, Orders
@@ -217,8 +217,8 @@ def _raisable(failure: Failure) -> Exception:
 
 def _from_anywhere(config: CollectConfig) -> CollectConfig:
     """The model's folder or file by its whole path: workers start elsewhere."""
-    path = Path(config.model).expanduser()
-    return replace(config, model=str(path.absolute())) if path.exists() else config
+    path = user_path(config.model)
+    return replace(config, model=str(path.absolute())) if os.path.exists(path) else config
 
 
 def _devices(config: CollectConfig, workers: int) -> tuple[str, ...]:

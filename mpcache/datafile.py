@@ -5,6 +5,7 @@ content is compared with the digest when its size or times are other ones than w
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -25,7 +26,7 @@ COMPRESSIONS = (".gz", ".zst")
 _COPY_BYTES = 1 << 20
 _HEAD_BYTES = 512
 _LFS = b"version https://git-lfs.github.com/spec/"
-_PAGES = (b"<!doctype html", b"<html")
+_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 # a change within this time of the digest can leave the same time stamps: clocks of files are coarse
 _COARSE_NS = 2_000_000_000
 
@@ -198,6 +199,12 @@ def _opened(path: Path, name: str) -> int:
         raise ValueError(f"dataset must exist, got {name}; check the path") from error
     except PermissionError as error:
         raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{name} is a link to itself; mend the link") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{name} is longer than a path may be; check the path") from error
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f"{name} must be a regular file; name a file with data")
@@ -205,16 +212,25 @@ def _opened(path: Path, name: str) -> int:
 
 
 def _refuse_pointer(head: bytes, name: str) -> None:
-    if head.startswith(_LFS):
+    if is_pointer(head):
         raise ValueError(
             f"{name} is a Git LFS pointer, not the data; run git lfs pull where it was cloned"
         )
 
 
+def is_pointer(head: bytes) -> bool:
+    """Whether a file's first bytes are those that Git LFS leaves in place of a file."""
+    return head.startswith(_LFS)
+
+
+def is_page(head: bytes) -> bool:
+    """Whether a content's first bytes are those of a page, such as HTML."""
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGES)
+
+
 def is_web_page(file: DataFile) -> bool:
     """Whether the content begins as an HTML page does: such as the answer of a wrong URL."""
-    with contextlib.suppress(OSError, EOFError, zlib.error, pa.ArrowException):
-        with file.stream() as stream:
-            head = stream.read(_HEAD_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-        return head.startswith(_PAGES)
+    unreadable = contextlib.suppress(OSError, EOFError, zlib.error, pa.ArrowException)
+    with unreadable, file.stream() as stream:
+        return is_page(stream.read(_HEAD_BYTES))
     return False

@@ -40,6 +40,8 @@ class Documents:
     order: Callable[[int], Iterator[Document]]
     "documents from a place on"
     kind: Kind = "text"
+    largest_id: int | None = None
+    "the largest token id that the model has an embedding for, where that is known"
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Document]]:
         """Documents with their places, from place `start` on; free to start unless streamed."""
@@ -58,7 +60,8 @@ def open_documents(config: CollectConfig, vocabulary: Vocabulary) -> Documents:
         raise ValueError(f"dataset must hold a document, got none in {shards.label}")
     provenance = {"dataset": shards.label, "dataset_revision": None, "dataset_config": None}
     order = partial(permuted, files.fetch, files.count, config.seed)
-    return Documents(files.digest, {**provenance, "split": config.split}, order, files.kind)
+    provenance["split"] = config.split
+    return Documents(files.digest, provenance, order, files.kind, vocabulary.largest_id)
 
 
 def permutation(count: int, key: str) -> Int64[np.ndarray, " count"]:
@@ -92,6 +95,7 @@ def open_hub(config: CollectConfig, vocabulary: Vocabulary) -> Documents:
         },
         rows.order,
         rows.kind,
+        vocabulary.largest_id,
     )
 
 
@@ -105,10 +109,14 @@ class HubRows:
         vocabulary: Vocabulary,
     ) -> None:
         self.config, self.vocabulary = config, vocabulary
+        names: list[str] = table.column_names or []  # a stream may not know them
+        if names:
+            table = self._chosen(table, names)
         first = list(islice(table, FETCH_DOCUMENTS))
         if not first:
             raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
-        self.path = path_in(first[0], config, config.dataset)
+        tree = {**dict.fromkeys(names, ""), **first[0]}
+        self.path = path_in(tree, config, config.dataset)
         self.kind: Kind = self._kind(first)
         refuse_without_tokenizer(self.kind, vocabulary, config)
         columns = [self.path[0], *(c for c in mask_beside(self.path)[:1] if c in first[0])]
@@ -119,6 +127,15 @@ class HubRows:
             )
         else:  # a stream
             self.order = partial(streamed, self.table, config.seed, self.document)
+
+    def _chosen(self, table: Any, names: list[str]) -> Any:
+        """The table without columns that are not needed, which may hold what cannot be decoded."""
+        wanted = self.config.text_column
+        top = wanted if wanted in names else wanted.split(".")[0]
+        if top not in names:
+            path_in(dict.fromkeys(names, ""), self.config, self.config.dataset)  # says so
+        columns = [top, *(mask_beside((top,)) if top == wanted else ())]
+        return table.select_columns([name for name in dict.fromkeys(columns) if name in names])
 
     def _kind(self, first: list[dict[str, Any]]) -> Kind:
         """Of the first row that is not empty, among the first few."""
@@ -132,7 +149,7 @@ class HubRows:
                 ) from error
             if kind:
                 return kind
-        return "text"
+        return "text" if self.vocabulary.has_tokenizer else "tokens"
 
     def fetch(self, indices: Indices) -> list[Document]:
         columns = self.table[indices]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import UInt, UInt32
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.chat import ChatEncoder, ChatTokens, find_template, template_digest
@@ -85,6 +85,7 @@ class Encoder:
         dtype = np.uint64 if has_flags(documents, config) else np.uint32
         self.head = np.array([specials.begin] if begins else [], dtype)
         self.tail = np.array([] if specials.end is None else [specials.end], dtype)
+        self.largest_id = documents.largest_id
         self.keeps_empty, self.config = config.keep_empty_documents, config
 
     @property
@@ -119,7 +120,10 @@ class Encoder:
         return streams
 
     def _texts(self, texts: Sequence[str]) -> list[Stream | None]:
-        return self._ids(self.text.encode(texts))
+        encoded = self.text.encode(texts)
+        for ids in encoded:
+            self._refuse_beyond(ids, "a text of the dataset")
+        return self._ids(encoded)
 
     def _ids(self, documents: Sequence[Stream]) -> list[Stream | None]:
         return [self._whole(ids) if len(ids) else None for ids in documents]
@@ -129,7 +133,21 @@ class Encoder:
         name = None if end is None else str(self._of_text.convert_ids_to_tokens(end))
         written = iter(self.chat([chat for chat in chats if chat.messages], name))
         tokens = [next(written) if chat.messages else None for chat in chats]
+        for chat, one in zip(chats, tokens, strict=True):
+            if one:
+                self._refuse_beyond(one.ids, chat.where)
         return [self._whole_chat(one) if one and len(one.ids) else None for one in tokens]
+
+    def _refuse_beyond(self, ids: UInt32[np.ndarray, " _"], where: str) -> None:
+        """Raise ValueError for a token without an embedding, as a special one may be."""
+        largest = self.largest_id
+        if largest is not None and len(ids) and (worst := int(ids.max())) > largest:
+            name = self._of_text.convert_ids_to_tokens(worst)
+            raise ValueError(
+                f"{where} has the token {name!r}, {worst}, and the embedding of "
+                f"{self.config.model} ends at {largest}; resize the model for its tokenizer, "
+                "or use the model's own tokenizer and chat template"
+            )
 
     def _whole(self, ids: Stream) -> Stream:
         return np.concatenate([self.head, ids.astype(self.head.dtype), self.tail])

@@ -4,6 +4,7 @@ Each check raises ValueError in one line with the file's name and what to do. No
 the whole of a large file.
 """
 
+import errno
 import json
 import math
 import os
@@ -13,10 +14,10 @@ from typing import Any
 
 import torch
 
+from mpcache.datafile import is_page, is_pointer
+
 AGAIN = "download it again, for instance with `hf download`"
 _HEAD = 1024  # bytes, enough for a Git LFS pointer and for the start of a page
-_LFS = b"version https://git-lfs.github.com/spec/"
-_PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 # bits of a value in a safetensors file
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
          "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -35,18 +36,20 @@ def check_present(path: Path) -> None:
     head = read_head(path)
     if not head:
         raise ValueError(f"{path} is empty; {AGAIN}")
-    if head.startswith(_LFS):
+    if is_pointer(head):
         raise ValueError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
             "or download it with `hf download`"
         )
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGES):
+    if is_page(head):
         raise ValueError(f"{path} is a web page, not the file itself; {AGAIN}")
 
 
 def read_head(path: Path) -> bytes:
     """The first bytes of a file. Raises ValueError where it cannot be read."""
-    if path.is_symlink() and not path.exists():
+    if os.path.islink(path) and not os.path.exists(path):
+        if _is_loop(path):
+            raise ValueError(f"{path} is a link to itself; {AGAIN}")
         raise ValueError(f"{path} is a link to a missing file, {os.readlink(path)}; {AGAIN}")
     try:
         with path.open("rb") as file:
@@ -55,6 +58,18 @@ def read_head(path: Path) -> bytes:
         raise ValueError(f"{path} must be a file, got a folder; {AGAIN}") from None
     except PermissionError:
         raise ValueError(f"{path} must be readable, got no permission; chmod +r it") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ValueError(f"{path} is longer than a path may be; check the path") from None
+
+
+def _is_loop(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def check_json(path: Path | None) -> dict[str, Any]:

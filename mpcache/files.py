@@ -8,6 +8,7 @@ too plain to be worth a copy: it stays open, and is watched for changes.
 import hashlib
 import json
 import re
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +23,8 @@ from mpcache.records import Document, Kind
 from mpcache.shards import FileKind, Shards
 from mpcache.text_tables import read_csv, read_json
 from mpcache.tokenised import Indices, TokenFile, Vocabulary
+
+_OTHER_FILES = 128  # that a collection has open besides its dataset's: a store's, a model's
 
 _READERS: dict[FileKind, Callable[[DataFile, Gathered], None]] = {
     "json": read_json,
@@ -57,6 +60,11 @@ def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) ->
             file.check_unchanged()
             digests.append(file.digest)
     gathered.spool.finish()
+    if len(gathered) and not gathered.spool.size and not vocabulary.has_tokenizer:
+        raise ValueError(
+            f"dataset must hold a document with token ids, got {len(gathered)} empty ones in "
+            f"{shards.label}; name another, or another column with --text-column"
+        )
     digest = _digest(shards, digests, config)
     return Files(digest, len(gathered), gathered.fetch, gathered.kind or "text")
 
@@ -89,8 +97,11 @@ def _read_texts(file: DataFile, gathered: Gathered, *, split: bool) -> None:
 
 
 def _token_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:
-    files = [DataFile(path, name) for path, name in zip(shards.files, shards.names, strict=True)]
-    parts = [TokenFile(file, vocabulary) for file in files]
+    _refuse_too_many(len(shards.files), shards.label)
+    files, parts = [], []
+    for path, name in zip(shards.files, shards.names, strict=True):
+        files.append(DataFile(path, name))
+        parts.append(TokenFile(files[-1], vocabulary))
     starts = np.array([0, *accumulate(len(part) for part in parts)])
 
     def fetch(indices: Indices) -> list[Document]:
@@ -99,6 +110,16 @@ def _token_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) 
 
     digest = _digest(shards, [file.digest for file in files], config)
     return Files(digest, int(starts[-1]), fetch, "tokens")
+
+
+def _refuse_too_many(count: int, label: str) -> None:
+    """Every `.bin` stays open, and a process may have so many files open and no more."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and count + _OTHER_FILES > limit:
+        raise ValueError(
+            f"{label} has {count} .bin files, too many where {limit} files may be open at once; "
+            f"allow more with ulimit -n {count + _OTHER_FILES}, or join some of the files"
+        )
 
 
 # --- digests ---

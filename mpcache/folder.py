@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mpcache.guard import DamagedStoreError
+from mpcache.guard import DamagedStoreError, user_path
 from mpcache.objects import PIECE, is_temporary, temporary_name
 
 # Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
@@ -50,7 +50,7 @@ class Folder:
 
     @property
     def address(self) -> str:
-        return str(self.path.expanduser().absolute())
+        return str(user_path(self.path).absolute())
 
     def child(self, name: str) -> "Folder":
         return Folder(self.path / name)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from mpcache.columns import NO_MASK
 from mpcache.config import CollectConfig
 from mpcache.records import (
     Document,
@@ -50,7 +51,7 @@ class Gathered:
 
     def add_text(self, text: str, where: object) -> None:
         """Add a document that is known to be a text."""
-        self.add(text, None, where)
+        self.add(text, NO_MASK, where)
 
     def check_type(self, kind: pa.DataType, where: object) -> None:
         """Raise ValueError for an arrow column that can hold no documents, or of another kind."""
@@ -69,7 +70,7 @@ class Gathered:
             self.spool.add_all(*token_records(array, mask, self.vocabulary, where))
         else:
             for index, value in enumerate(array.to_pylist()):
-                self.add(value, None, where(index))
+                self.add(value, NO_MASK, where(index))
 
     def _settled(self, kind: Kind | None, where: object) -> Kind | None:
         if kind is not None and self.kind is None:

@@ -5,6 +5,8 @@ command touches nothing outside it.
 """
 
 import re
+import traceback
+from pathlib import Path
 
 LONGEST_NAME = 200  # bytes; below every file system's limit with a temporary file's suffix
 _PART = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -45,3 +47,20 @@ def check_printable(place: object) -> None:
     """Refuse a place for a new store, or of a root, whose name would steer a terminal."""
     if not str(place).isprintable():
         raise ValueError(f"a path must be printable, got {str(place)!r}; name another place")
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as a user gives it, `~` at its start included. Raises ValueError for no user's `~`."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} must begin with a folder, got ~ with no home folder that is known here; "
+            "write the whole path"
+        ) from error
+
+
+def is_raised_by_us(error: BaseException) -> bool:
+    """Whether a line of this package raised it, rather than a library that it called."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    return any(str(f.f_globals.get("__name__", "")).startswith("mpcache.") for f in last)

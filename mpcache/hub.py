@@ -1,5 +1,6 @@
 """Datasets on the Hub: what a revision means now, loading, and the Hub's errors in one line."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from mpcache.config import CollectConfig
 def names_a_place(name: str) -> bool:
     """Whether a name that is no path here was meant as one, rather than as a Hub id."""
     parts = Path(name).parts
-    return name.startswith((".", "/", "~")) or (len(parts) > 1 and Path(parts[0]).is_dir())
+    return name.startswith((".", "/", "~")) or (len(parts) > 1 and os.path.isdir(parts[0]))
 
 
 def resolve_commit(config: CollectConfig) -> str:

@@ -126,8 +126,12 @@ def refuse_other_content(place: Place) -> None:
 
 
 def _refuse_difference(place: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    stored_keys = set(stored)
     stored, wanted = {**_OLD_WAYS, **stored}, {**_OLD_WAYS, **wanted}
     different = [key for key in wanted if stored.get(key) != wanted[key]]
+    if set(_OPTIONS) <= set(different) and not any(key in stored_keys for key in _OPTIONS):
+        # of a lone .txt or .bin the digest follows these options: alone it says nothing
+        different = [key for key in different if key != "dataset_digest"]
     if different:
         told = "; ".join(
             f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.encode import Specials
+from mpcache.model import padded_positions
 from mpcache.tokens import position_ids
 
 PackedSeparation = Literal["positions", "mask", "causal mask"]
@@ -126,11 +127,8 @@ def padding_index(model: nn.Module) -> int | None:
 
     RoBERTa and its kin number tokens from padding_idx + 1, and leave padding tokens out.
     """
-    for name, module in model.named_modules():
-        is_table = isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
-        if is_table and module.padding_idx is not None:
-            return int(module.padding_idx)
-    return None
+    table = padded_positions(model)
+    return None if table is None else table.padding_idx
 
 
 def _own_positions(

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,7 @@ from mpcache.model_checks import (
     refuse_other_shapes,
 )
 from mpcache.model_errors import explained_load
-from mpcache.model_source import ModelSource, find_source
+from mpcache.model_source import ModelSource, find_source, short_name
 from mpcache.remote_code import code_digest, use_fresh_copies
 from mpcache.tokenised import TokenIds, Tokenizer
 
@@ -69,6 +68,7 @@ def load_tokenizer(config: CollectConfig, source: ModelSource | None = None) -> 
     Raises ValueError where it is damaged or a slow one, ConnectionError without the Hub.
     """
     source = source or find_source(config)
+    check_settings(source)
     if not has_tokenizer(source):
         return token_ids(source, config)
     check_tokenizer_files(source)
@@ -179,13 +179,19 @@ def usable_positions(model: PreTrainedModel) -> int | None:
     RoBERTa and its kin number tokens from padding_idx + 1, so that the rows of their table up to
     there are never used: 514 rows, padding_idx 1, sequences of 512. No config says so.
     """
+    table = padded_positions(model)
+    if table is None or table.padding_idx is None:
+        return None
+    return table.num_embeddings - table.padding_idx - 1
+
+
+def padded_positions(model: nn.Module) -> nn.Embedding | None:
+    """The embedding of positions of a model that counts them from its padding token's id on."""
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-            and name.endswith("position_embeddings")
-        ):
-            return module.num_embeddings - module.padding_idx - 1
+        if not isinstance(module, nn.Embedding) or module.padding_idx is None:
+            continue
+        if name.endswith("position_embeddings"):
+            return module
     return None
 
 
@@ -310,9 +316,8 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
 
 def model_provenance(model: PreTrainedModel, source: ModelSource) -> dict[str, str | None]:
     """Where the model comes from and what computes it; `model_revision` is for the Hub alone."""
-    path = Path(source.name).expanduser()
     return {
-        "model": source.name if source.folder is None else path.resolve().name,
+        "model": source.name if source.folder is None else short_name(source.name),
         "model_revision": source.commit,
         "model_class": type(model).__name__,
         "attention": model.config._attn_implementation,

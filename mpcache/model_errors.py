@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mpcache.config import CollectConfig
+from mpcache.guard import is_raised_by_us
 from mpcache.hub import first_line, hub_error
 from mpcache.model_source import CONFIG, ModelSource
 
@@ -41,7 +42,7 @@ def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> It
     except _PASSED_ON:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and _is_ours(error):
+        if isinstance(error, ValueError) and is_raised_by_us(error):
             raise
         if (message := _known(error, source, config)) is not None:
             raise ValueError(message) from error
@@ -50,14 +51,6 @@ def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> It
             if explanation is not error or isinstance(error, OSError):
                 raise explanation from error
         raise ValueError(_unknown(error, source, thing)) from error
-
-
-def _is_ours(error: Exception) -> bool:
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    name = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
-    return name.startswith("mpcache.")
 
 
 def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str | None:
@@ -74,7 +67,7 @@ def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str 
         return f"{text.split()[0]} has no SDPA attention; use --attention eager"
     if isinstance(error, ImportError) and (method := quantization(source)):
         return _quantized(source, method, error)
-    if "flash" in config.attention and isinstance(error, ImportError | ValueError):
+    if _is_about_attention(error, config):
         return f"{first_line(error).rstrip('.')}; use --attention sdpa or eager"
     if is_unknown:
         return (
@@ -98,6 +91,11 @@ def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str 
     if isinstance(error, ImportError):
         return f"{source.name} needs a package that is not here: {first_line(error)}"
     return None
+
+
+def _is_about_attention(error: Exception, config: CollectConfig) -> bool:
+    is_flash = "flash" in config.attention and isinstance(error, ImportError | ValueError)
+    return is_flash and any(word in str(error).lower() for word in ("flash", "attn", "attention"))
 
 
 def quantization(source: ModelSource) -> str | None:

@@ -1,6 +1,7 @@
 """MODEL -> where its files are: a folder, a .gguf file, or a commit of a Hub repository."""
 
 import functools
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers.utils.hub import cached_file
 
 from mpcache.config import CollectConfig
 from mpcache.file_checks import check_json, check_present, read_head
+from mpcache.guard import user_path
 from mpcache.hub import explained, names_a_place
 
 CONFIG = "config.json"
@@ -73,22 +75,32 @@ class ModelSource:
 
 def find_source(config: CollectConfig) -> ModelSource:
     """Raises ValueError where there is no model, ConnectionError without the Hub."""
-    path = Path(config.model).expanduser()
-    if path.is_dir():
+    path = user_path(config.model)
+    if os.path.isdir(path):  # a name can be longer than a path may be: Path's own would raise
         if path.suffix.lower() == ".gguf" and not (path / CONFIG).exists():
             check_present(path)  # says that it is a folder
         return _checked(ModelSource(config.model, folder=path))
-    if path.suffix.lower() == ".gguf" and (path.exists() or path.is_symlink()):
+    if path.suffix.lower() == ".gguf" and os.path.lexists(path):
         check_present(path)
         return ModelSource(config.model, folder=path.parent, gguf=path.name)
-    if path.exists():
+    if os.path.exists(path):
         raise ValueError(
             f"model must be a folder, a .gguf file or a Hub id, got the file {config.model}; "
             f"name {_better_than(path)}"
         )
-    if names_a_place(config.model) or path.suffix.lower() == ".gguf" or path.is_symlink():
+    if names_a_place(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
         raise ValueError(f"model must exist, got {config.model}; check the path")
     return _checked(_at_commit(ModelSource(config.model, revision=config.revision)))
+
+
+def short_name(name: str) -> str:
+    """The last part of the name of a model or dataset.
+
+    Of a folder it is the true one; of a file the one given, which may be a link: in the Hub's cache
+    the file itself is named by its digest.
+    """
+    path = user_path(name)
+    return os.path.basename(os.path.realpath(path)) if os.path.isdir(path) else path.name
 
 
 def _better_than(path: Path) -> str:

@@ -101,8 +101,17 @@ class ParsedText:
 
     def encode_chats(self, respelled: Sequence[str]) -> list[Encoding]:
         """Tokens of rendered chats, with their offsets."""
-        backend: Tokenizer = self.tokenizer.backend_tokenizer
-        return backend.encode_batch(list(respelled), add_special_tokens=False)
+        return self._backend.encode_batch(list(respelled), add_special_tokens=False)
+
+    @functools.cached_property
+    def _backend(self) -> Tokenizer:
+        """A copy: calls of the tokenizer change truncation, padding and more of its own."""
+        backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        splits = getattr(self.tokenizer, "split_special_tokens", False)
+        backend.encode_special_tokens = bool(splits)
+        return backend
 
 
 def special_names(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mpcache.columns import MASK, NO_MASK
 from mpcache.conversation import Conversation, conversation_of
 from mpcache.tokenised import Tokens, Vocabulary
 
@@ -58,6 +59,18 @@ def is_list(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
+
+
+def check_mask_type(kind: pa.DataType, name: str) -> None:
+    """Raise ValueError for a column that can be no attention mask."""
+    values = kind.value_type if is_list(kind) else kind
+    if not is_list(kind) or not (
+        pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
+    ):
+        raise ValueError(
+            f"{MASK} in {name} must hold lists of 0 and 1, got {kind}; "
+            "write it again as whole numbers, or rename the column"
+        )
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -109,14 +122,17 @@ def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object
     for extreme in (min(ids), max(ids)):
         if not 0 <= extreme <= vocabulary.largest_id:
             raise ValueError(outside(vocabulary, extreme, where))
-    if mask is not None:
+    if mask is not NO_MASK:
         ids = list(itertools.compress(ids, _checked_mask(mask, len(ids), where)))
     return np.array(ids, RECORD_IDS).tobytes()
 
 
 def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
     if not isinstance(mask, list) or not all(isinstance(m, int) for m in mask):
-        raise ValueError(f"attention_mask in {where} must be a list of 0 and 1, got {_shown(mask)}")
+        raise ValueError(
+            f"{MASK} in {where} must be a list of 0 and 1, got {_shown(mask)}; "
+            "repair it, or rename the column"
+        )
     if len(mask) != count:
         raise ValueError(
             f"attention_mask in {where} must be as long as the tokens, {count}, got {len(mask)}"
@@ -170,7 +186,10 @@ def token_records(
             row = np.searchsorted(ends, np.flatnonzero(ids == value)[0], side="right")
             raise ValueError(outside(vocabulary, int(value), where(int(row))))
     if mask is not None:
-        kept, mask_lengths = _flat(mask, where)
+        is_null = pc.is_null(mask).to_numpy(zero_copy_only=False)
+        if (wrong := np.flatnonzero(is_null & (lengths > 0))).size:
+            _checked_mask(None, 0, where(int(wrong[0])))
+        kept, mask_lengths = _flat(mask, lambda index: f"{MASK} in {where(index)}")
         if (wrong := np.flatnonzero(mask_lengths != lengths)).size:
             row = int(wrong[0])
             raise ValueError(

@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from mpcache.config import CollectConfig
 from mpcache.format import acts, is_store, mark_path, read_store_file
 from mpcache.forward import part_input
+from mpcache.guard import is_raised_by_us
 from mpcache.jobs import Job
 from mpcache.model_files import ModelFiles
 from mpcache.model_source import find_source
@@ -283,15 +284,9 @@ def _kind(error: BaseException) -> Kind:
         return "stopped"
     if isinstance(error, OSError) and error.errno in _PLACE:
         return "place"
-    if isinstance(error, ValueError) and _is_ours(error):
+    if isinstance(error, ValueError) and is_raised_by_us(error):
         return "mistake"
     return "fault"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a line of ours raised it, rather than a library that we called."""
-    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return str(last.f_globals.get("__name__", "")).startswith("mpcache.")
 
 
 def _in_a_line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ from mpcache.model import (
     model_digest,
     tokenizer_digest,
 )
+from mpcache.model_source import short_name
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
 from mpcache.shards import LOCAL_SUFFIXES
@@ -148,11 +149,10 @@ def _size(store: Store) -> int:
 
 def _new_place(root: Place, config: CollectConfig, fingerprint: str) -> Place:
     """A readable name that cannot lead out of the root."""
-    dataset = Path(config.dataset.split(",")[0]).expanduser().resolve()
+    dataset = Path(short_name(config.dataset.split(",")[0]))
     while dataset.suffix.lower() in LOCAL_SUFFIXES:
         dataset = dataset.with_suffix("")
-    model = Path(config.model).expanduser().resolve()
-    readable = f"{_safe(model.name)}-{_safe(dataset.name)}"
+    readable = f"{_safe(short_name(config.model))}-{_safe(dataset.name)}"
     short = root.child(f"{readable}-{fingerprint[:_PREFIX]}")
     if is_store(short) and read_store_file(short)["fingerprint"] != fingerprint:
         return root.child(f"{readable}-{fingerprint}")

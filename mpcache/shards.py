@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from mpcache.config import CollectConfig
 from mpcache.datafile import COMPRESSIONS
+from mpcache.guard import user_path
 from mpcache.hub import names_a_place
 from mpcache.natural import natural_key
 from mpcache.splits import complete, files_of_split
@@ -64,7 +65,7 @@ class Shards:
 def find_shards(config: CollectConfig) -> Shards | None:
     """The files that DATASET names; None where it is no path, so a name on the Hub."""
     dataset = config.dataset
-    path = Path(dataset).expanduser()
+    path = user_path(dataset)
     if os.path.isdir(path):  # a list can be longer than a path may be: Path's own would raise
         return _of_folder(path, config)
     if os.path.lexists(path):
@@ -104,8 +105,7 @@ def _of_folder(path: Path, config: CollectConfig) -> Shards:
         return Shards(label, "arrow", files, names, "arrow folder")
     files = _data_files(folder)
     if {KINDS[suffix_of(file)] for file in files} == {"text"} and not _compressed(files):
-        # by name as it is, and hidden files too: as it was before numbers counted
-        files = tuple(sorted(folder.rglob("*.txt")))
+        files = _text_files(folder, files)
         names = tuple(file.relative_to(folder).as_posix() for file in files)
         return Shards(label, "text", files, names, "text folder")
     if not files:
@@ -114,9 +114,8 @@ def _of_folder(path: Path, config: CollectConfig) -> Shards:
             "or is made by save_to_disk"
         )
     kind = _common_kind(files, label)
-    if kind not in ("text", "bin"):
-        files = files_of_split(files, folder, config.split)
-        complete(files, folder)
+    files = files_of_split(files, folder, config.split)
+    complete(files, folder)
     names = tuple(f"{label}/{file.relative_to(folder).as_posix()}" for file in files)
     return Shards(label, kind, files, names, "several")
 
@@ -134,10 +133,10 @@ def _of_several(dataset: str, config: CollectConfig) -> Shards:
 
 
 def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
-    path = Path(item).expanduser()
-    if path.is_dir():
+    path = user_path(item)
+    if os.path.isdir(path):
         return _of_folder(path, config).files
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         _kind(path)
         return [path]
     if not _GLOB & set(item):
@@ -154,11 +153,21 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if name[0] != "."]
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
         if real not in seen:
             files += [file for name in names if is_data(file := Path(parent, name))]
         seen.add(real)
     return tuple(sorted(files, key=lambda file: natural_key(file.relative_to(folder))))
+
+
+def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
+    """Files of texts by name as it is, and hidden files too: as before numbers counted.
+
+    Stores were made from those alone; `data` has more where a name is `.TXT`, or a folder a link.
+    """
+    files = [file for file in folder.rglob("*.txt") if not file.is_dir()]
+    real = set(map(os.path.realpath, files))
+    return tuple(sorted([*files, *(file for file in data if os.path.realpath(file) not in real)]))
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -211,7 +220,7 @@ def _split_folder(path: Path, split: str) -> Path:
     splits = _json_of(path / "dataset_dict.json", "splits")
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
-    if not (path / split).is_dir():
+    if not os.path.isdir(path / split):
         raise ValueError(f"{path.name} must hold the folder {split}; save the dataset again")
     return path / split
 

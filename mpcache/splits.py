@@ -40,8 +40,9 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
     if not chosen:
         there = ", ".join(dict.fromkeys(str(splits[file]) for file in files))
         raise ValueError(f"split must be one of {there} in {folder.name}, got {split}")
-    if len(folders := dict.fromkeys(f.parent for f in chosen if split_of_name(Path(f.name)))) > 1:
-        names = ", ".join(place.relative_to(folder).as_posix() for place in folders)
+    groups = dict.fromkeys(_above_split(file.relative_to(folder)) for file in chosen)
+    if len(groups) > 1:
+        names = ", ".join(group.as_posix() for group in groups)
         raise ValueError(
             f"{folder.name} holds several datasets, {split} files are in {names}; "
             "name one of these folders"
@@ -51,11 +52,19 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
 
 def split_of_name(path: Path) -> str | None:
     """The split that a file's name tells, else one of the folders that it lies in."""
-    for part in reversed(path.parts):
-        for word in re.split(r"[^a-z]+", part.lower()):
-            if word in _ALIASES:
-                return _ALIASES[word]
-    return None
+    return next(filter(None, map(_split_in, reversed(path.parts))), None)
+
+
+def _split_in(name: str) -> str | None:
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((_ALIASES[word] for word in words if word in _ALIASES), None)
+
+
+def _above_split(path: Path) -> Path:
+    """The folder of the file or folder whose name tells the split: that of one dataset."""
+    while not _split_in(path.name):
+        path = path.parent
+    return path.parent
 
 
 def complete(files: Sequence[Path], folder: Path) -> None:
@@ -66,7 +75,10 @@ def complete(files: Sequence[Path], folder: Path) -> None:
             name, number, count = match.groups()
             groups[file.parent, name, count].add(int(number))
     for (_, name, count), numbers in groups.items():
-        if missing := sorted(set(range(int(count))) - numbers):
+        # counted from 0, as the Hub does, or from 1
+        lacking = [set(range(first, first + int(count))) - numbers for first in (0, 1)]
+        lacking.sort(key=len)
+        if missing := sorted(lacking[0]):
             raise ValueError(
                 f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
                 f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "

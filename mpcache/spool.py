@@ -39,6 +39,11 @@ class Spool:
             self.file.write(records)
         self.lengths.frombytes(lengths.tobytes())
 
+    @property
+    def size(self) -> int:
+        """Bytes of all records."""
+        return sum(self.lengths)
+
     def finish(self) -> None:
         """No record is added after this."""
         with _full_disk_explained():

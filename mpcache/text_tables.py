@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from mpcache.columns import Path, mask_of, path_in, value_at
+from mpcache.columns import MASK, NO_MASK, Path, mask_of, path_in, value_at
 from mpcache.datafile import DataFile
 from mpcache.gathered import Gathered, Row
 
@@ -19,9 +19,11 @@ _BOM = b"\xef\xbb\xbf"
 def read_json(file: DataFile, gathered: Gathered) -> None:
     """Add the documents of a file with one JSON object a line, or of a `.json` with an array."""
     with file.explained("JSON"), file.stream() as stream:
-        is_array = ".json" in file.path.suffixes and _begins_array(file)
+        is_json = ".json" in map(str.lower, file.path.suffixes)
+        is_array = is_json and _begins_array(file)
         rows = _array(stream, file) if is_array else _lines(stream, file)
         path: Path | None = None
+        has_mask: bool | None = None
         for where, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(
@@ -37,7 +39,20 @@ def read_json(file: DataFile, gathered: Gathered) -> None:
                     f"{where} has no {gathered.config.text_column}, as the rows before it have; "
                     "give it that field, or leave it out"
                 ) from error
-            gathered.add(value, mask_of(row, path), where)
+            mask = mask_of(row, path)
+            gathered.add(value, mask, where)
+            if gathered.kind == "tokens" and value:
+                has_mask = _same_for_all(has_mask, mask is not NO_MASK, where)
+
+
+def _same_for_all(before: bool | None, now: bool, where: object) -> bool:
+    """Whether rows have a mask: in a table of another kind, a row that lacks it has a null."""
+    if before not in (None, now):
+        raise ValueError(
+            f"{where} has {'an' if now else 'no'} {MASK}, unlike the rows before it; "
+            "give it in all rows, or in none"
+        )
+    return now
 
 
 class _Object(dict[str, Any]):
@@ -62,9 +77,13 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 def _refuse_twins(row: Any, path: Path, where: object) -> None:
     """A field given twice would lose one of its values without a word."""
     for step in path:
-        if isinstance(row, _Object) and step in row.twins:
-            raise ValueError(f"{where} gives {step} twice; leave one of them out")
-        row = row.get(step) if isinstance(row, dict) else None
+        beside, row = row, row.get(step) if isinstance(row, dict) else None
+        is_ids = isinstance(row, list) and row and type(row[0]) is int
+        names = [step, MASK] if is_ids else [step]
+        if twins := [
+            name for name in names if isinstance(beside, _Object) and name in beside.twins
+        ]:
+            raise ValueError(f"{where} gives {twins[0]} twice; leave one of them out")
     is_chat = isinstance(row, list) and row and isinstance(row[0], dict)
     for message in row if is_chat else ():
         if isinstance(message, _Object):
@@ -72,13 +91,15 @@ def _refuse_twins(row: Any, path: Path, where: object) -> None:
 
 
 def _lines(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any]]:
+    is_first = True
     for number, line in enumerate(stream, 1):
         where = Row(file.name, number)
         if number == 1:
             line = line.removeprefix(_BOM)
         if not line.strip():
             continue
-        yield where, _decoded(_utf8(line, where), where)
+        yield where, _decoded(_utf8(line, where), where, is_first=is_first)
+        is_first = False
 
 
 def _utf8(data: bytes, where: object) -> str:
@@ -91,11 +112,14 @@ def _utf8(data: bytes, where: object) -> str:
         ) from error
 
 
-def _decoded(text: str, where: object) -> Any:
+def _decoded(text: str, where: object, *, is_first: bool) -> Any:
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(_not_json(where, error)) from error
+        message = _not_json(where, error)
+        if is_first and text.lstrip()[:1] in "{[":  # perhaps over several lines
+            message += "; a file holds one object a line, or in a .json an array of objects"
+        raise ValueError(message) from error
 
 
 def _not_json(where: object, error: BaseException) -> str:

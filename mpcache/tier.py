@@ -34,6 +34,7 @@ import numpy as np
 from mpcache.arrays import ReadInto
 from mpcache.cloud import is_url
 from mpcache.folder import Folder, make_folders, open_to_group
+from mpcache.guard import user_path
 from mpcache.objects import is_temporary, temporary_name
 from mpcache.place import Place
 
@@ -59,7 +60,7 @@ class Tier:
         """
         if not folder or is_url(folder):
             raise ValueError(f"a tier must be a folder of this machine, got {folder!r}; name one")
-        self.folder = Folder(Path(folder).expanduser().absolute())
+        self.folder = Folder(user_path(folder).absolute())
         self.most = most
         self._store = hashlib.sha256(f"{place.address}\n{digest}".encode()).hexdigest()[:32]
         self._ending, self._has_ended = threading.Lock(), False

@@ -102,6 +102,8 @@ class TokenFile:
         with file.explained("compressed tokens"):
             self.bounds = self._bounds(self._scanned())
         file.check_unchanged()
+        if self.copy is not None:
+            file.close()
 
     def __del__(self) -> None:
         if (copy := getattr(self, "copy", None)) is not None:

@@ -14,11 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, Gemma2Config, GPTNeoXConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModel, Gemma2Config, GPTNeoXConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from cli.mpcache import app
 from models import save_tiny, tiny_tokenizer
+from mpcache.config import CollectConfig
+from mpcache.model_errors import explained_load
+from mpcache.model_source import find_source, short_name
 from stores import write_corpus
 from test_gguf import write_gguf
 
@@ -236,10 +242,13 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
     [
         (lambda f: (f / "config.json").unlink(), "must hold config.json, got .*check the path"),
         (lambda f: (f / "model.safetensors").unlink(), "must have weights, got neither"),
-        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer; put its tokenizer.json"),
+        (
+            lambda f: (f / "tokenizer.json").unlink(),
+            "holds text, and .* has no tokenizer; put its",
+        ),
         (
             lambda f: [(f / f"tokenizer{end}").unlink() for end in (".json", "_config.json")],
-            "has no tokenizer; put its tokenizer.json",
+            "has no tokenizer; put its tokenizer.json beside",
         ),
         (
             lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
@@ -339,3 +348,125 @@ def test_special_tokens_beyond_the_embedding_may_stay_unused(originals, copy):
     assert collect(originals, folder).exit_code == 0
     shutil.rmtree(folder.parent / "store")
     assert "got 262 for '<image4>'" in refusal(originals, folder, "--parse-special-tokens")
+
+
+@pytest.mark.parametrize("first", ["<image4>", ""])
+def test_a_chat_template_may_not_lead_beyond_the_embedding(originals, copy, first):
+    """Markers that were added to the tokenizer alone."""
+    folder = copy("whole")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<image{i}>" for i in range(5)]})
+    tokenizer.chat_template = first + "{% for m in messages %}{{ m.content }}<image0>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    chat = [{"role": role, "content": "abcdefg " * 4} for role in ("user", "assistant")]
+    chats = folder.parent / "chats.jsonl"
+    chats.write_text((json.dumps({"messages": chat}) + "\n") * 20)
+    arguments = [str(folder), str(chats), str(folder.parent / "store"), *SETTINGS]
+    result = CliRunner().invoke(app, ["collect", *arguments, "--text-column", "messages"])
+    if not first:  # the marker between messages has an embedding
+        assert result.exit_code == 0, result.output
+        return
+    assert result.exit_code == 2, result.output
+    assert not (folder.parent / "store").exists()
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert matches(r"row \d+ of chats.jsonl .* has the token '<image4>', 262, .* ends at 259", line)
+
+
+def test_an_unknown_token_beyond_the_embedding_is_refused(originals, copy):
+    """It is a special token, and a text leads to it."""
+    folder = copy("whole")
+    words = Tokenizer(WordLevel({"a": 0, "</s>": 1, "<unk>": 262}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.add_special_tokens(["</s>", "<unk>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="</s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    assert matches(
+        "a text .* has the token '<unk>', 262, .* ends at 259", refusal(originals, folder)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--chat-template", "nosuch.jinja"], "chat_template is for chat messages"),
+        (["--chat-template", "nosuch.jinja", "--text-column", "m"], "nosuch.jinja cannot be read"),
+        (["--bos", "document"], "bos=document needs a tokenizer with BOS"),
+    ],
+)
+@pytest.mark.parametrize("workers", [[], ["--workers", "1"]])
+def test_what_is_wrong_with_options_of_tokens_is_said_before_a_model_is_loaded(
+    originals, copy, monkeypatch, change, message, workers
+):
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("it was loaded")
+
+    monkeypatch.setattr("mpcache.collect.load", never)
+    monkeypatch.setattr("mpcache.crew.Crew.__enter__", never)
+    folder = copy("whole")
+    tiny_tokenizer(bos=None).save_pretrained(folder)
+    chat = [{"role": "user", "content": "a"}]
+    rows = [json.dumps({"text": "a", "m": chat}) + "\n" for _ in range(20)]
+    (originals / "both.jsonl").write_text("".join(rows))
+    arguments = [str(folder), str(originals / "both.jsonl"), str(folder.parent / "store")]
+    command = ["collect", *arguments, *SETTINGS, *change, *workers]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert not (folder.parent / "store").exists()
+
+
+# --- paths that no system takes ---
+
+
+@pytest.mark.parametrize("name", ["~nosuch/m", "~nosuch/m.gguf", "x" * 300, "x/" * 3000 + "m.gguf"])
+def test_a_path_that_can_be_none_is_one_line(originals, tmp_path, name):
+    for arguments in (
+        [name, str(originals / "corpus.jsonl")],
+        [str(originals / "whole"), name if "gguf" not in name else f"{name}.jsonl"],
+        [str(originals / "whole"), f"{name},{name}"],
+    ):
+        result = CliRunner().invoke(app, ["collect", *arguments, str(tmp_path / "s"), *SETTINGS])
+        is_hub = "x" * 300 in arguments  # a name as of the Hub, if a long one
+        assert result.exit_code == 2 or is_hub, (result.output, result.exception)
+        assert isinstance(result.exception, SystemExit)
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "m.gguf"])
+def test_a_link_to_itself_is_named(originals, copy, name):
+    folder = copy("whole")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(name)
+    model = folder / name if name.endswith("gguf") else folder
+    assert f"{name} is a link to itself" in refusal(originals, model)
+
+
+def test_a_type_that_is_unknown_is_no_matter_of_attention(originals):
+    source = find_source(
+        CollectConfig(model=str(originals / "whole"), dataset="d", hookpoints=("a",))
+    )
+    config = CollectConfig(model="m", dataset="d", hookpoints=("a",), attention="flash_attention_2")
+    for error, message in (
+        (
+            ValueError("The checkpoint has model type `new` but Transformers"),
+            "the model_type 'new'",
+        ),
+        (ValueError("the head sizes do not fit"), "the head sizes do not fit; compare"),
+        (ImportError("FlashAttention2 is not installed."), "installed; use --attention sdpa"),
+    ):
+        with pytest.raises(ValueError, match=message), explained_load(source, "model", config):
+            raise error
+
+
+def test_a_file_behind_a_link_has_the_name_of_the_link(tmp_path):
+    """As in the Hub's cache, where the file itself is named by its digest."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "0af3").write_bytes(b"GGUF")
+    (tmp_path / "tiny.gguf").symlink_to("blobs/0af3")
+    (tmp_path / "latest").symlink_to("blobs")
+    assert short_name(str(tmp_path / "tiny.gguf")) == "tiny.gguf"
+    assert short_name(str(tmp_path / "latest")) == "blobs"
+    assert short_name("owner/name") == "name"

@@ -144,18 +144,6 @@ def test_calls_of_tools_are_the_assistants() -> None:
         tokens_of("chatml", messages)
 
 
-def test_texts_in_parts_are_joined_and_other_parts_refused() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    joined = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
-    assert (
-        tokens_of("chatml", joined).ids.tolist()
-        == tokens_of("chatml", chat_of("ab", "c")).ids.tolist()
-    )
-    image = [{"role": "user", "content": [*parts, {"type": "image", "url": "x"}]}]
-    with pytest.raises(ValueError, match="must hold text alone"):
-        tokens_of("chatml", image)
-
-
 def test_a_message_that_the_template_leaves_out_is_refused() -> None:
     messages = [{"role": "system", "content": "be good"}, *chat_of("a", "b")]
     with pytest.raises(ValueError, match="leaves out message 1, of role system"):

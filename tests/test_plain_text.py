@@ -95,3 +95,22 @@ def test_the_tokenizer_itself_stays_as_it_was() -> None:
     before = tokenizer.backend_tokenizer.to_str()
     PlainText(tokenizer).encode(["the </s>"])
     assert tokenizer.backend_tokenizer.to_str() == before
+
+
+@pytest.mark.parametrize("policy", [ParsedText, PlainText])
+@EVERY_KIND
+def test_chats_are_never_cut_or_padded(
+    kind: str, policy: type[ParsedText] | type[PlainText]
+) -> None:
+    """Whatever `tokenizer.json` says, and whatever was read by the tokenizer before."""
+    chats = ["the cat sat on the mat, the cat sat", "A", "the"]
+    tokenizer = KINDS[kind]()
+    expected = [one.ids for one in policy(tokenizer).encode_chats(chats)]
+    assert max(map(len, expected)) > 4
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    text = policy(tokenizer)
+    assert [one.ids for one in text.encode_chats(chats)] == expected
+    text.encode(chats)
+    assert [one.ids for one in text.encode_chats(chats)] == expected
+    assert [one.ids for one in policy(tokenizer).encode_chats(chats)] == expected

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import tiny_tokenizer
-from mpcache import datafile, hub
+from mpcache import datafile, files, hub
 from mpcache.config import CollectConfig
 from mpcache.conversation import Conversation
 from mpcache.documents import Documents, HubRows, open_documents
@@ -238,6 +238,18 @@ def test_order_of_texts_in_a_folder_is_that_of_stores(tmp_path):
     assert [path.stem for path in find_shards(config).files] == ["10", "9", "a"]
 
 
+def test_no_text_of_a_folder_is_left_out(tmp_path):
+    for name in ("t/a.txt", "t/b.TXT", "t/9.txt", "t/.h.txt", "other/c.txt", "other/deep/d.Txt"):
+        write_at(tmp_path / name, name.encode())
+    (tmp_path / "t" / "sub").symlink_to("../other")
+    (tmp_path / "t" / "again").symlink_to(".")
+    config = CollectConfig(model="m", dataset=str(tmp_path / "t"), hookpoints=("a",))
+    there = [path.relative_to(tmp_path / "t").as_posix() for path in find_shards(config).files]
+    assert there == [".h.txt", "9.txt", "a.txt", "b.TXT", "sub/c.txt", "sub/deep/d.Txt"]
+    write_at(tmp_path / "lone" / "b.TXT", b"b")
+    assert values(open_(tmp_path / "lone")) == ["b"]
+
+
 # --- folders, globs, lists ---
 
 
@@ -292,9 +304,22 @@ def test_splits_of_a_download(tmp_path):
     assert values(open_(tmp_path / "d", split="test")) == ["test-00000-of-00001"]
     with pytest.raises(ValueError, match="split must be one of test, train in d, got validation"):
         open_(tmp_path / "d", split="validation")
-    (tmp_path / "d" / "data" / "train-00000-of-00002.parquet").unlink()
+    first = tmp_path / "d" / "data" / "train-00000-of-00002.parquet"
+    first.rename(first.with_name("train-00002-of-00002.parquet"))  # some count from 1
+    assert len(values(open_(tmp_path / "d"))) == 2
+    first.with_name("train-00002-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match=r"2 shards, got 1: train-00000-of-00002 is missing"):
         open_(tmp_path / "d")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".bin.zst", ".txt.gz"])
+def test_files_of_every_kind_tell_their_split(tmp_path, suffix):
+    squeeze = SQUEEZED.get(Path(suffix).suffix, bytes)
+    for i, split in enumerate(("train", "val")):
+        data = np.array([65 + i, 257], "<u2").tobytes() if "bin" in suffix else b"AB"[i : i + 1]
+        write_at(tmp_path / "d" / f"{split}{suffix}", squeeze(data))
+    both = [values(open_(tmp_path / "d", split=split)) for split in ("train", "validation")]
+    assert both == ([[[65]], [[66]]] if "bin" in suffix else [["A"], ["B"]])
 
 
 @pytest.mark.parametrize(
@@ -306,6 +331,12 @@ def test_splits_of_a_download(tmp_path):
         (("a.jsonl", "b.jsonl.bz2"), r"b\.jsonl\.bz2 lies among the data and cannot be read"),
         (("train.jsonl", "more.jsonl"), r"a split or none, got train\.jsonl and more\.jsonl"),
         (("x/train.jsonl", "y/train.jsonl"), r"several datasets, train files are in x, y; name"),
+        (("en/train/0.jsonl", "de/train/0.jsonl"), r"several datasets, .* in de, en; name one"),
+        (("a/en/train/x/0.bin", "a/de/train-0.bin"), r"several datasets, .* in a/de, a/en; name"),
+        (("train.bin", "more.bin"), r"a split or none, got train\.bin and more\.bin"),
+        (("a-00001-of-00002.bin",), r"2 shards, got 1: a-00000-of-00002 is missing"),
+        (("a-00002-of-00003.jsonl", "a-00003-of-00003.jsonl"), "a-00001-of-00003 is missing"),
+        (("val.txt.gz",), "split must be one of validation in d, got train"),
         (("README.md",), "must hold a document, got none in d"),
     ],
 )
@@ -475,6 +506,76 @@ def test_files_of_another_kind_are_refused(tmp_path):
         open_(tmp_path / "d")
 
 
+@pytest.mark.parametrize("mask", [None, "ab", [1.0, 1.0], [1, None], 1, [1]])
+@pytest.mark.parametrize("write", [jsonl, json_array, parquet, arrow, "hub"])
+def test_a_mask_that_is_none_is_told(tmp_path, write, mask):
+    """By one rule for all kinds of tables; beside empty ids no mask is needed."""
+    rows = [{"text": [], "attention_mask": None}, {"text": [1, 2], "attention_mask": mask}]
+    with pytest.raises(ValueError, match=r"attention_mask in (row|line|a\.)") as caught:
+        read_rows(rows, write, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def read_rows(rows, write, folder):
+    if write == "hub":
+        list(hub_rows(rows, "text").order(0))
+    elif write in (parquet, arrow):
+        path = folder / f"a.{write.__name__}"
+        (pq.write_table if write is parquet else write_stream)(pa.Table.from_pylist(rows), path)
+        open_(path)
+    else:
+        text = json.dumps(rows) if write is json_array else "\n".join(map(json.dumps, rows))
+        open_(write_at(folder / "a.json", text.encode()))
+
+
+def write_stream(table, path):
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+
+
+def test_all_rows_have_a_mask_or_none(tmp_path):
+    rows = [{"text": [1, 2], "attention_mask": [1, 0]}, {"text": [3]}]
+    for order, message in ((rows, "has no attention_mask"), (rows[::-1], "has an attention_mask")):
+        path = write_at(tmp_path / "a.jsonl", "\n".join(map(json.dumps, order)).encode())
+        with pytest.raises(ValueError, match=f"line 2 of a.jsonl {message}"):
+            open_(path)
+    twice = b'{"text": [1], "attention_mask": [0], "attention_mask": [1]}\n'
+    with pytest.raises(ValueError, match=r"line 1 of a\.jsonl gives attention_mask twice"):
+        open_(write_at(tmp_path / "a.jsonl", twice))
+    twice = b'{"text": "a", "attention_mask": [0], "attention_mask": [1]}\n'
+    assert values(open_(write_at(tmp_path / "a.jsonl", twice))) == ["a"]
+
+
+@pytest.mark.parametrize("write", [jsonl, parquet, arrow_file])
+@pytest.mark.parametrize("rows", [[None, None], [[], []], [None, []], ["", ""]])
+def test_a_dataset_without_any_token_is_refused(tmp_path, write, rows):
+    path = write_at(tmp_path / f"a{suffix_of(write)}", write(rows))
+    without = vocabulary_of(TokenIds(vocab_size=9, eos_token_id=2), 9)
+    with pytest.raises(ValueError, match=r"got 2 empty ones in a\.|has no tokenizer"):
+        open_(path, without)
+
+
+def test_suffixes_in_upper_case(tmp_path):
+    for suffix, write in FORMS.items():
+        assert sorted(values(open_(write_at(tmp_path / f"a{suffix.upper()}", write(["x"]))))) == [
+            "x"
+        ]
+    pretty = write_at(tmp_path / "b.JSON", json.dumps({"text": "a"}, indent=1).encode())
+    with pytest.raises(
+        ValueError, match=r"line 1 of b\.JSON .* one object a line, or in a \.json an"
+    ):
+        open_(pretty)
+
+
+def test_more_token_files_than_may_be_open(tmp_path, monkeypatch):
+    for i in range(5):
+        write_at(tmp_path / "d" / f"{i}.bin", np.array([i, 257], "<u2").tobytes())
+    monkeypatch.setattr(files.resource, "getrlimit", lambda _: (130, 130))
+    with pytest.raises(ValueError, match=r"d has 5 \.bin files, .* with ulimit -n 133, or join"):
+        open_(tmp_path / "d")
+    assert len(values(open_(tmp_path / "d" / "[01].bin"))) == 2
+
+
 # --- without a tokenizer ---
 
 
@@ -513,6 +614,19 @@ def test_rows_of_the_hub_are_of_any_kind(streaming):
     documents = hub_rows([{"m": chat} for chat in CHATS[:2]], "m", streaming=streaming)
     got = sorted(documents.order(0), key=repr)
     assert got == sorted((Conversation(tuple(chat)) for chat in CHATS[:2]), key=repr)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_is_not_asked_for_is_not_decoded(streaming):
+    images = datasets.Dataset.from_dict(
+        {"text": ["a", "b"], "image": [{"bytes": b"no image", "path": None}] * 2},
+        features=datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()}),
+    )
+    config = CollectConfig(model="m", dataset="id", hookpoints=("a",))
+    rows = HubRows(images.to_iterable_dataset() if streaming else images, config, VOCABULARY)
+    assert sorted(rows.order(0)) == ["a", "b"]
+    with pytest.raises(ValueError, match="got body; use one of text, image"):
+        HubRows(images, CollectConfig(**{**vars(config), "text_column": "body"}), VOCABULARY)
 
 
 def test_a_row_of_the_hub_is_told():

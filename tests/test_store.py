@@ -336,6 +336,20 @@ def test_a_fit_on_the_golden_store_of_version_1_gives_the_same_bits(tmp_path: Pa
         assert made_by != here or torch.equal(weights, expected[name]), name
 
 
+def test_an_older_store_of_a_text_file_names_the_options_too(tmp_path: Path) -> None:
+    """The digest of a lone .txt follows the options: it is no difference of its own."""
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n\n".join(f"document {i} " + "x" * (i % 40) for i in range(80)))
+    old = {"keep_empty_documents": True, "parse_special_tokens": True, "dataset": str(text)}
+    path, _ = small_store(tmp_path, rows=300, **old)
+    with pytest.raises(ValueError, match="continue it with --parse-special-tokens") as caught:
+        collect(small_config(tmp_path, dataset=str(text)), path)
+    assert "dataset_digest" not in str(caught.value)
+    text.write_text("another\n\n" * 80)
+    with pytest.raises(ValueError, match="dataset_digest"):
+        collect(small_config(tmp_path, rows=300, **old), path)
+
+
 def test_an_older_store_names_the_options_that_continue_it(tmp_path: Path) -> None:
     old = {"keep_empty_documents": True, "parse_special_tokens": True}
     path, _ = small_store(tmp_path, rows=300, **old)
