@@ -20,7 +20,7 @@ FREE = {
 }  # fmt: skip
 
 
-_KEYS = ("fit", "coders", "store_fingerprint", "order_digest")
+_KEYS = ("fit", "source", "coders")
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ def test_a_coder_without_validation_is_named(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run: no .*config\.json"):
+    with pytest.raises(ValueError, match=r"is no run that was begun: no .*config\.json"):
         plot_runs([tmp_path], tmp_path / "figure")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_runs([], tmp_path / "figure")
