@@ -98,6 +98,8 @@ def test_a_repaired_store_has_the_same_bits(folder: Path, tmp_path: Path) -> Non
     assert files_of(path) == files_of(folder / "store")
 
 
+# sockets of Dask's scheduler that it leaves to the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_a_worker_collects_the_same_bits(folder: Path, tmp_path: Path) -> None:
     config = small_config(folder, hookpoints=KINDS["llama"], **LONE)
