@@ -127,6 +127,7 @@ def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator
         yield
 
 
+@pytest.mark.slow
 def test_copies_go_both_ways_and_on_after_a_stop(
     made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +229,7 @@ def named(url: str) -> dict[str, str]:
     return {finding.path: finding.fault for finding in verify(url).findings}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["model", "copy"])
 def test_damage_in_a_bucket_is_named_and_mended(
     made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
@@ -259,6 +261,7 @@ def stats_of(store: object) -> object:
     return json.loads(command("stats", store, "--json"))
 
 
+@pytest.mark.slow
 def test_parts_are_joined_and_cut_again_in_buckets(
     made: tuple[Path, str], url: str, tmp_path: Path
 ) -> None:
@@ -367,6 +370,7 @@ def test_a_place_on_a_server_that_fails_a_third_of_the_time(
         assert len(place.children()) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3", "hurried")
 def test_a_collection_on_a_server_that_fails_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -57,6 +57,7 @@ def test_rows_are_the_sources_rounded_once(
             assert new.mark(part, array)["rows"] == source.mark(part, array)["rows"]
 
 
+@pytest.mark.slow
 def test_converting_equals_collecting(made: Path, tmp_path: Path) -> None:
     """One rounding of float32 values, whether before the first write or after it."""
     changes = {"dtype": "bfloat16", "codec": "zstd"}

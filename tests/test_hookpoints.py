@@ -146,6 +146,7 @@ def test_what_images_alone_run_is_idle(tmp_path: Path) -> None:
     assert "vision_tower, multi_modal_projector: it must run once in a pass over text" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -327,6 +327,7 @@ def test_an_abandoned_stream_stops_reading():
         assert len(store.reads) - stopped <= 3
 
 
+@pytest.mark.slow
 def test_memory_stays_within_the_bound(monkeypatch):
     store = FakeStore((4096,) * 4, chunk=64)
     window, batch_rows, threads = 8, 128, 3

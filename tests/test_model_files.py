@@ -197,6 +197,7 @@ def test_code_is_part_of_the_digest_whatever_is_cached(tmp_path):
     assert files_digest(dataclasses.replace(config, model=str(folder))) is None
 
 
+@pytest.mark.slow
 def test_code_in_the_common_cache_is_not_run(tmp_path):
     """A copy of the code that an earlier process left, and that says something else."""
     folder = own_model(tmp_path / "own", "2.0")
@@ -288,6 +289,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_what_its_commit_says(tmp_path, two):
     """Offline, in processes of their own: the Hub's client reads its settings once."""
     snapshot = cached_on_hub(tmp_path / "hub", two[0])

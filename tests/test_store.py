@@ -253,6 +253,7 @@ def test_a_fresh_store_is_intact(made: Path) -> None:
     assert {(h["hookpoint"], h["side"]) for h in info(made)["hookpoints"]} == set(SIDES)
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_fails_verify_by_name(store: Path) -> None:
     """Every file, metadata and marks included; one byte drawn anew for each, three bits."""
     draw = random.Random(0)

@@ -54,7 +54,9 @@ def l0_deviations(results: list[dict[str, Any]]) -> dict[str, float]:
     return {result["coder"]: result["validation"]["l0_deviation"] for result in results}
 
 
-@pytest.mark.parametrize("steps", [20, 87, 250, 1000])
+@pytest.mark.parametrize(
+    "steps", [20, 87, *(pytest.param(n, marks=pytest.mark.slow) for n in (250, 1000))]
+)
 def test_held_out_l0_is_near_k_however_long_a_training_is(
     store: str, tmp_path: Path, steps: int
 ) -> None:
@@ -66,15 +68,20 @@ def test_held_out_l0_is_near_k_however_long_a_training_is(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer": "adam"},
         {"optimizer": "signsgd"},
         {"micro_batch_rows": 24},
-        {"nested": True},
-        {"k_factor": 2.0, "k_decay_share": 0.5},
-        {"normalise": True},
         {"k": (2, 6)},
-        {"select": "magnitude", "arch": ("batch-mp",)},
-        {"ban_chosen": True, "arch": ("batch-mp",)},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"optimizer": "adam"},
+                {"nested": True},
+                {"k_factor": 2.0, "k_decay_share": 0.5},
+                {"normalise": True},
+                {"select": "magnitude", "arch": ("batch-mp",)},
+                {"ban_chosen": True, "arch": ("batch-mp",)},
+            )
+        ),
     ],
     ids=str,
 )
@@ -102,6 +109,7 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
         assert (apart.idx_BK >= 0).any()
 
 
+@pytest.mark.slow
 def test_thresholds_are_those_of_an_uninterrupted_run(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
