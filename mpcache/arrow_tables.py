@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpcache.columns import Path, array_at, mask_beside, path_in, tree_of, value_at
-from mpcache.datafile import DataFile
-from mpcache.gathered import Gathered, rows_from
+from mpcache.data_file import DataFile
+from mpcache.document_list import DocumentList, rows_from
 from mpcache.records import check_mask_type
 
 _BATCH_ROWS = 512  # of a .parquet; few, because one document may be long
@@ -16,16 +16,16 @@ _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(file: DataFile, gathered: Gathered) -> None:
+def read_parquet(file: DataFile, documents: DocumentList) -> None:
     """Add the documents of a `.parquet`."""
     with file.explained("parquet"), file.seekable() as stream:
         table = pq.ParquetFile(pa.PythonFile(stream, "r"), page_checksum_verification=True)
-        columns = _Columns(table.schema_arrow, file, gathered)
+        columns = _Columns(table.schema_arrow, file, documents)
         batches = table.iter_batches(_BATCH_ROWS, columns=columns.names)
         columns.add(batches)
 
 
-def read_arrow(file: DataFile, gathered: Gathered) -> None:
+def read_arrow(file: DataFile, documents: DocumentList) -> None:
     """Add the documents of an `.arrow`, a stream or a file in arrow's IPC format."""
     with file.explained("arrow"), file.seekable() as stream:
         native = pa.PythonFile(stream, "r")
@@ -38,7 +38,7 @@ def read_arrow(file: DataFile, gathered: Gathered) -> None:
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             reader = batches = pa.ipc.open_stream(native)
-        _Columns(reader.schema, file, gathered).add(batches)
+        _Columns(reader.schema, file, documents).add(batches)
 
 
 def _refuse_open_end(stream: io.BufferedIOBase, file: DataFile) -> None:
@@ -55,18 +55,18 @@ def _refuse_open_end(stream: io.BufferedIOBase, file: DataFile) -> None:
 class _Columns:
     """The columns of a table that hold its documents: values, and for token ids a mask."""
 
-    def __init__(self, schema: pa.Schema, file: DataFile, gathered: Gathered) -> None:
-        self.file, self.gathered = file, gathered
+    def __init__(self, schema: pa.Schema, file: DataFile, documents: DocumentList) -> None:
+        self.file, self.documents = file, documents
         try:
             tree = tree_of(schema)
         except KeyError as error:
             raise ValueError(
                 f"{file.name} names the column {error.args[0]} twice; rename one"
             ) from error
-        self.path = path_in(tree, gathered.config, file.name)
+        self.path = path_in(tree, documents.config, file.name)
         self.mask: Path | None = None
-        gathered.check_type(_type_at(schema, self.path), file.name)
-        if gathered.kind == "tokens" and _has(tree, mask_beside(self.path)):
+        documents.check_type(_type_at(schema, self.path), file.name)
+        if documents.kind == "tokens" and _has(tree, mask_beside(self.path)):
             self.mask = mask_beside(self.path)
             check_mask_type(_type_at(schema, self.mask), file.name)
 
@@ -80,7 +80,7 @@ class _Columns:
         for batch in batches:
             values = array_at(batch, self.path)
             mask = array_at(batch, self.mask) if self.mask else None
-            self.gathered.add_array(values, mask, rows_from(self.file.name, first))
+            self.documents.add_array(values, mask, rows_from(self.file.name, first))
             first += len(batch)
 
 

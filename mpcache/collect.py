@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from mpcache.config import CollectConfig, split_of
 from mpcache.documents import Documents, open_documents
-from mpcache.encode import has_flags, template_digests, template_of
+from mpcache.encoding import has_flags, template_digests, template_of
 from mpcache.format import (
     POSITION,
     SEQUENCE,
@@ -39,6 +39,7 @@ from mpcache.model_files import ModelFiles
 from mpcache.model_source import find_source
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
+from mpcache.rows_wanted import extent_of
 from mpcache.sketch import load_vocabulary
 from mpcache.station import Background, Facts, Station, commit_side, load, write_threads
 from mpcache.tokenised import Tokenizer, largest_id
@@ -51,7 +52,6 @@ from mpcache.tokens import (
     row_permutation,
     special_tokens,
 )
-from mpcache.wanted import extent_of
 from mpcache.workforce import Workforce
 from mpcache.writer import Writer, refuse_large
 

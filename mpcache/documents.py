@@ -18,8 +18,8 @@ from jaxtyping import Int64
 
 from mpcache.columns import mask_beside, mask_of, path_in, value_at
 from mpcache.config import CollectConfig
+from mpcache.document_list import Row, refuse_without_tokenizer
 from mpcache.files import read_files
-from mpcache.gathered import Row, refuse_without_tokenizer
 from mpcache.hub import load_hub, resolve_commit
 from mpcache.records import Document, Kind, document_of, kind_of, record_of
 from mpcache.shards import find_shards

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpcache.datafile import is_page, is_pointer
+from mpcache.data_file import is_page, is_pointer
 
 AGAIN = "download it again, for instance with `hf download`"
 _HEAD = 1024  # bytes, enough for a Git LFS pointer and for the start of a page

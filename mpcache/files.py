@@ -17,8 +17,8 @@ import numpy as np
 
 from mpcache.arrow_tables import read_arrow, read_parquet
 from mpcache.config import CollectConfig
-from mpcache.datafile import DataFile, is_web_page
-from mpcache.gathered import Gathered
+from mpcache.data_file import DataFile, is_web_page
+from mpcache.document_list import DocumentList
 from mpcache.records import Document, Kind
 from mpcache.shards import FileKind, Shards
 from mpcache.text_tables import read_csv, read_json
@@ -26,7 +26,7 @@ from mpcache.tokenised import Indices, TokenFile, Vocabulary
 
 _OTHER_FILES = 128  # that a collection has open besides its dataset's: a store's, a model's
 
-_READERS: dict[FileKind, Callable[[DataFile, Gathered], None]] = {
+_READERS: dict[FileKind, Callable[[DataFile, DocumentList], None]] = {
     "json": read_json,
     "csv": read_csv,
     "parquet": read_parquet,
@@ -48,25 +48,25 @@ def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) ->
     """Raises ValueError for the first file that is not what its name says, with the place in it."""
     if shards.kind == "bin":
         return _token_files(shards, config, vocabulary)
-    gathered, digests = Gathered(config, vocabulary), []
+    documents, digests = DocumentList(config, vocabulary), []
     for path, name in zip(shards.files, shards.names, strict=True):
-        gathered.begin(name)
+        documents.begin(name)
         with DataFile(path, name, may_be_empty=_may_be_empty(shards)) as file:
             if shards.kind == "text":
-                _read_texts(file, gathered, split=shards.form == "file")
+                _read_texts(file, documents, split=shards.form == "file")
             else:
                 _refuse_web_page(file, shards.kind)
-                _READERS[shards.kind](file, gathered)
+                _READERS[shards.kind](file, documents)
             file.check_unchanged()
             digests.append(file.digest)
-    gathered.spool.finish()
-    if len(gathered) and not gathered.spool.size and not vocabulary.has_tokenizer:
+    documents.spool.finish()
+    if len(documents) and not documents.spool.size and not vocabulary.has_tokenizer:
         raise ValueError(
-            f"dataset must hold a document with token ids, got {len(gathered)} empty ones in "
+            f"dataset must hold a document with token ids, got {len(documents)} empty ones in "
             f"{shards.label}; name another, or another column with --text-column"
         )
     digest = _digest(shards, digests, config)
-    return Files(digest, len(gathered), gathered.fetch, gathered.kind or "text")
+    return Files(digest, len(documents), documents.fetch, documents.kind or "text")
 
 
 def _may_be_empty(shards: Shards) -> bool:
@@ -82,7 +82,7 @@ def _refuse_web_page(file: DataFile, kind: str) -> None:
         )
 
 
-def _read_texts(file: DataFile, gathered: Gathered, *, split: bool) -> None:
+def _read_texts(file: DataFile, documents: DocumentList, *, split: bool) -> None:
     """A document a file; of a file that was named alone, a document a paragraph."""
     with file.explained("text"), file.stream() as stream:
         data = stream.read()
@@ -93,7 +93,7 @@ def _read_texts(file: DataFile, gathered: Gathered, *, split: bool) -> None:
     if split and not text.strip():
         raise ValueError(f"dataset must hold a document, got none in {file.name}; name another")
     for paragraph in re.split(r"\n\s*\n", text.strip()) if split else [text]:
-        gathered.add_text(paragraph, file.name)
+        documents.add_text(paragraph, file.name)
 
 
 def _token_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpcache.encode import Specials
+from mpcache.encoding import Specials
 from mpcache.hooks import Capture, Side
 from mpcache.inputs import ModelInputs, Separation, model_inputs, piece_inputs
 from mpcache.reader import Store

@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig, HookpointsConfig
-from mpcache.hollow import ZeroWeights, hollow_
+from mpcache.hookpoint_roles import Role, roles
+from mpcache.hookpoint_survey import Survey, Verdict, starred
 from mpcache.hub import first_line
-from mpcache.roles import Role, roles
 from mpcache.sketch import skeleton
-from mpcache.survey import Survey, Verdict, starred
+from mpcache.zero_weights import ZeroWeights, hollow_
 
 BYTES = 2  # of a value in bfloat16, the storage dtype that is the default
 

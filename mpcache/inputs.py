@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int64, Integer, UInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpcache.encode import Specials
+from mpcache.encoding import Specials
 from mpcache.model import padded_positions
 from mpcache.tokens import position_ids
 

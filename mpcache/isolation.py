@@ -26,8 +26,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from mpcache.config import CollectConfig
 from mpcache.hooks import Capture, Side
 from mpcache.inputs import PACKED_SEPARATIONS, ModelInputs, Separation, packed_inputs, padded_inputs
-from mpcache.lengths import CHUNK, changing_rotary, fitted, longest
-from mpcache.trial import InputsOf, Sequences, Trial, TrialError, Values, made_up_documents
+from mpcache.isolation_trial import (
+    InputsOf,
+    Sequences,
+    Trial,
+    TrialError,
+    Values,
+    made_up_documents,
+)
+from mpcache.trial_lengths import CHUNK, changing_rotary, fitted, longest
 
 # A state, a short convolution, a token shift or an open mask shows in the next document already.
 # So documents are short: one token, a few, and more than the 64 tokens that linear attention takes

@@ -14,7 +14,7 @@ from typing import Any
 from mpcache.collect import Summary
 from mpcache.config import CollectConfig
 from mpcache.documents import open_documents
-from mpcache.encode import template_digests, template_of
+from mpcache.encoding import template_digests, template_of
 from mpcache.format import TOKENS, acts, digest, is_store, read_store_file
 from mpcache.guard import DamagedStoreError, check_printable
 from mpcache.hooks import resolve
@@ -29,9 +29,9 @@ from mpcache.model import (
 from mpcache.model_source import short_name
 from mpcache.place import Place, place_of
 from mpcache.reader import Store, open_store
+from mpcache.rows_wanted import Extent, extent_of
 from mpcache.shards import LOCAL_SUFFIXES
 from mpcache.sketch import files_digest, load_vocabulary, skeleton
-from mpcache.wanted import Extent, extent_of
 
 _NAME = 48  # characters of a model's or dataset's name in a folder's
 _PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpcache.config import CollectConfig
-from mpcache.datafile import COMPRESSIONS
+from mpcache.data_file import COMPRESSIONS
 from mpcache.guard import user_path
 from mpcache.hub import names_a_place
-from mpcache.natural import natural_key
-from mpcache.splits import complete, files_of_split
+from mpcache.natural_sort import natural_key
+from mpcache.split_names import complete, files_of_split
 
 FileKind = Literal["json", "csv", "parquet", "arrow", "text", "bin"]
 KINDS: dict[str, FileKind] = {

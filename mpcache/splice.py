@@ -22,12 +22,12 @@ from mpcache.hooks import input_of, output_of, resolve
 from mpcache.identity import ways_of
 from mpcache.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
 from mpcache.isolation import find_separation
-from mpcache.masking import Masking
 from mpcache.model import Head, load_model, loader_of, model_digest
 from mpcache.model_checks import MissingWeights
 from mpcache.place import Place
 from mpcache.reader import open_store
 from mpcache.sketch import load_architecture
+from mpcache.token_masking import Masking
 from mpcache.tokenised import TokenIds, Tokenizer, largest_id
 from mpcache.tokens import document_starts, special_tokens
 

@@ -22,7 +22,7 @@ from mpcache.hands import each
 from mpcache.moments import Moments, merged, no_moments
 from mpcache.place import Place
 from mpcache.reader import Store, open_store
-from mpcache.wanted import extent_of
+from mpcache.rows_wanted import extent_of
 from mpcache.workforce import Hands
 
 _OUTLIER = 10.0  # a dimension's root mean square over the median dimension's

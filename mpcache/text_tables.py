@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from mpcache.columns import MASK, NO_MASK, Path, mask_of, path_in, value_at
-from mpcache.datafile import DataFile
-from mpcache.gathered import Gathered, Row
+from mpcache.data_file import DataFile
+from mpcache.document_list import DocumentList, Row
 
 _PIECE = 1 << 20  # characters of a .json read at once
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_json(file: DataFile, gathered: Gathered) -> None:
+def read_json(file: DataFile, documents: DocumentList) -> None:
     """Add the documents of a file with one JSON object a line, or of a `.json` with an array."""
     with file.explained("JSON"), file.stream() as stream:
         is_json = ".json" in map(str.lower, file.path.suffixes)
@@ -30,18 +30,18 @@ def read_json(file: DataFile, gathered: Gathered) -> None:
                     f"{where} must be a JSON object, got {type(row).__name__}; "
                     "give an object with named fields for each document"
                 )
-            path = path or path_in(row, gathered.config, file.name)
+            path = path or path_in(row, documents.config, file.name)
             _refuse_twins(row, path, where)
             try:
                 value = value_at(row, path)
             except KeyError as error:
                 raise ValueError(
-                    f"{where} has no {gathered.config.text_column}, as the rows before it have; "
+                    f"{where} has no {documents.config.text_column}, as the rows before it have; "
                     "give it that field, or leave it out"
                 ) from error
             mask = mask_of(row, path)
-            gathered.add(value, mask, where)
-            if gathered.kind == "tokens" and value:
+            documents.add(value, mask, where)
+            if documents.kind == "tokens" and value:
                 has_mask = _same_for_all(has_mask, mask is not NO_MASK, where)
 
 
@@ -217,7 +217,7 @@ def _text_of(stream: io.BufferedIOBase) -> io.TextIOWrapper:
 # --- csv ---
 
 
-def read_csv(file: DataFile, gathered: Gathered) -> None:
+def read_csv(file: DataFile, documents: DocumentList) -> None:
     """Add the texts of a column of a `.csv` with a header; a text may have line breaks."""
     csv.field_size_limit(sys.maxsize)
     with file.explained("CSV"), file.stream() as stream:
@@ -228,7 +228,7 @@ def read_csv(file: DataFile, gathered: Gathered) -> None:
         for where, row in _csv_rows(reader, file):
             if header is None:
                 header = row
-                (name,) = path_in(dict.fromkeys(header, ""), gathered.config, file.name)
+                (name,) = path_in(dict.fromkeys(header, ""), documents.config, file.name)
                 if header.count(name) > 1:
                     raise ValueError(f"{where} names the column {name} twice; rename one")
                 index = header.index(name)
@@ -238,7 +238,7 @@ def read_csv(file: DataFile, gathered: Gathered) -> None:
                     "it may be cut short: repair it, or leave it out"
                 )
             else:
-                gathered.add_text(row[index], where)
+                documents.add_text(row[index], where)
 
 
 def _csv_rows(reader: Any, file: DataFile) -> Iterator[tuple[Row, list[str]]]:

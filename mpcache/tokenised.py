@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int64, UInt
 from transformers import PreTrainedTokenizerBase
 
-from mpcache.datafile import DataFile, is_web_page, temporary_file
-from mpcache.spool import read_exactly
+from mpcache.data_file import DataFile, is_web_page, temporary_file
+from mpcache.temporary_records import read_exactly
 
 Tokens = UInt[np.ndarray, " _"]
 Indices = Int64[np.ndarray, " _"]

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int64, UInt, UInt8
 
 from mpcache.config import CollectConfig, Split, split_of
 from mpcache.documents import Documents, permutation
-from mpcache.encode import FLAG_SHIFT, Encoder, Specials, Stream
+from mpcache.encoding import FLAG_SHIFT, Encoder, Specials, Stream
 from mpcache.format import STARTS_DOCUMENT
 from mpcache.tokenised import Tokenizer, end_token, token_dtype
 

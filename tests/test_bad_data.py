@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cli.mpcache import app
 from models import save_tiny
-from mpcache import datafile
+from mpcache import data_file as datafile
 
 EOS = 257
 TEXTS = [f"document {i} é " + "x" * (i % 50) for i in range(400)]

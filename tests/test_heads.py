@@ -18,8 +18,8 @@ from hookpoint_families import FAMILIES, GROUPED
 from models import tiny_tokenizer
 from mpcache.causality import is_causal, others
 from mpcache.collect import collect
-from mpcache.masking import Masking
 from mpcache.splice import SplicedModel
+from mpcache.token_masking import Masking
 from mptrain.coder import Coder
 from mptrain.filters import Filters
 from mptrain.recipe import CoderConfig

@@ -13,14 +13,14 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 from families import FAMILIES, VOCABULARY, WINDOW, Family
 from models import tiny_model
 from mpcache.config import CollectConfig
-from mpcache.encode import Specials
+from mpcache.encoding import Specials
 from mpcache.forward import Reading, capture_part
 from mpcache.hooks import Capture, Side, resolve
 from mpcache.inputs import model_inputs
 from mpcache.isolation import _packed_faults, find_separation
-from mpcache.lengths import fitted, longest
+from mpcache.isolation_trial import Trial
 from mpcache.station import empty_rows
-from mpcache.trial import Trial
+from mpcache.trial_lengths import fitted, longest
 
 CTX_LEN = 40
 END = VOCABULARY - 1

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import tiny_tokenizer
-from mpcache import datafile, files, hub
+from mpcache import data_file as datafile
+from mpcache import files, hub
 from mpcache.config import CollectConfig
 from mpcache.conversation import Conversation
 from mpcache.documents import Documents, HubRows, open_documents

@@ -10,8 +10,8 @@ from cli.mpcache import app
 from mpcache.collect import collect
 from mpcache.reader import open_store
 from mpcache.roots import entries, find_place
+from mpcache.rows_wanted import extent_of
 from mpcache.stats import info
-from mpcache.wanted import extent_of
 from mpcache.workforce import Workforce
 from stores import small_config, small_store, write_corpus
 

@@ -19,16 +19,16 @@ from mpcache.records import (
     text_records,
     token_records,
 )
-from mpcache.spool import Spool
+from mpcache.temporary_records import TemporaryRecords
 from mpcache.tokenised import Indices, Vocabulary
 
 
-class Gathered:
+class DocumentList:
     """Documents of one kind, which the first row that is not empty decides."""
 
     def __init__(self, config: CollectConfig, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary = config, vocabulary
-        self.spool = Spool()
+        self.spool = TemporaryRecords()
         self.kind: Kind | None = None
         self.files: list[tuple[int, str]] = []
         "of each file the first document, and the file's name"

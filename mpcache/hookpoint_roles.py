@@ -8,8 +8,8 @@ module, such as a multiple of it (Granite), nothing is named.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mpcache.hookpoint_survey import Call, Survey, starred
 from mpcache.hooks import MLP_NAMES
-from mpcache.survey import Call, Survey, starred
 
 _ATTENTION_NAMES = {"attn", "attention"}  # the last word of a module's name
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import numpy as np
 from jaxtyping import Int64
 
-from mpcache.datafile import temporary_file
+from mpcache.data_file import temporary_file
 
 
-class Spool:
+class TemporaryRecords:
     """Records of bytes in order: first all are added, then they are read."""
 
     def __init__(self) -> None:
