@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer, LlamaConfig
 
-from mpcache.bench import bench
-from mpcache.collect import collect
+from mpcache.bench.collect import bench
+from mpcache.bench.hardware import hardware
+from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
-from mpcache.hardware import hardware
-from mptrain.batches import resolve_device
-from mptrain.config import FitConfig
-from mptrain.fit import fit
-from mptrain.metrics import read_records
+from mptrain.config.run import FitConfig
+from mptrain.data.batches import resolve_device
+from mptrain.runs.fit import fit
+from mptrain.runs.metrics import read_records
 
 HERE = Path(__file__).parent
 GRIDS = (1, 2, 4, 8, 16)

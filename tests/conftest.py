@@ -30,7 +30,7 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def s3():
     """The URL of a bucket on a server of its own, which lives as long as the tests."""
-    from servers import BUCKET, environment, s3_server
+    from tests.helpers.servers import BUCKET, environment, s3_server
 
     with s3_server() as address, environment(address):
         yield f"s3://{BUCKET}"

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mptrain.kernels.sparse import entry_sums
 from mptrain.pursuit.rule import Rule
-from mptrain.sparse import entry_sums
 
 _CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of scores, or [b, K, D] of chosen atoms
 _GPU_ELEMENTS = 1 << 28

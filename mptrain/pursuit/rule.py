@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mptrain.recipe import Select
+from mptrain.config.coder import Select
 
 FEW = 4  # best atoms by inexact scores that are scored again
 

@@ -3,8 +3,8 @@
 B rows in a batch, D input width, M latents, S candidates of a shortlist, K banned atoms, N groups
 of latents, P parts of the latents. Tiles are fixed: a tuned choice could change a sum.
 
-Import it where `mptrain.fused.available` says so. `no_type_check` keeps the tests' type-checking
-hook off the kernels, whose source Triton compiles.
+Import it where `kernels.triton_support.available` says so. `no_type_check` keeps the tests'
+type-checking hook off the kernels, whose source Triton compiles.
 """
 
 from typing import Literal, no_type_check

@@ -3,8 +3,8 @@
 B rows in a batch, D input width, M latents, S candidates of a shortlist, R pursuit steps from one
 shortlist to the next, K banned atoms.
 
-Import it where `mptrain.fused.available` says so. `no_type_check` keeps the tests' type-checking
-hook off the kernels, whose source Triton compiles.
+Import it where `kernels.triton_support.available` says so. `no_type_check` keeps the tests'
+type-checking hook off the kernels, whose source Triton compiles.
 """
 
 from typing import no_type_check

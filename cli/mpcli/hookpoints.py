@@ -1,0 +1,61 @@
+"""The report of `mpcache hookpoints` for people."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from mpcache.validation import printable
+from mpcli.tables import print_table
+
+_COLUMNS = ("hookpoint", "*", "input", "output", "bytes a row", "module")
+
+
+def print_report(report: Any) -> None:
+    """Print what can be collected, where to find what, and what cannot be collected."""
+    typer.echo(
+        printable(f"{report.model}: {report.model_class}, attention {report.attention}; ")
+        + "widths, and bytes a row in bfloat16"
+    )
+    if report.has_no_sdpa:
+        typer.echo(f"collect needs --attention {report.attention}: the model has no sdpa")
+    rows = [_row(one) for one in report.hookpoints if one.input or one.output]
+    print_table(_COLUMNS, rows, left=("hookpoint", "*", "module"))
+    if report.roles:
+        typer.echo("\nwhere to look")
+        roles = [{"role": f"  {role.role}", "side": role.side} for role in report.roles]
+        print_table(("role", "side"), roles, left=("role", "side"), head=False)
+    refused = _refused(report.hookpoints)
+    if refused:
+        typer.echo("\ncannot be collected")
+    for reason, sides in refused.items():
+        typer.echo(printable(f"  {', '.join(sides)}: {reason}"))
+
+
+def _row(hookpoint: Any) -> dict[str, Any]:
+    sizes = [size for size in (hookpoint.input_bytes, hookpoint.output_bytes) if size]
+    return {
+        "hookpoint": hookpoint.hookpoint,
+        "*": hookpoint.numbers,
+        "input": hookpoint.input,
+        "output": hookpoint.output,
+        "bytes a row": " + ".join(f"{size:,}" for size in sizes),
+        "module": hookpoint.module,
+    }
+
+
+def _refused(hookpoints: Sequence[Any]) -> dict[str, list[str]]:
+    """Sides by the reason; of modules that do not run, only the outermost."""
+    reasons: dict[str, list[str]] = {}
+    idle = {point.hookpoint for point in hookpoints if point.is_idle}
+    for point in hookpoints:
+        if point.is_idle and point.hookpoint.rpartition(".")[0] in idle:
+            continue
+        input_, output = point.input_reason, point.output_reason
+        if input_ is not None and (point.is_idle or input_ == output):
+            reasons.setdefault(input_, []).append(point.hookpoint)
+            continue
+        for side, reason in (("input", input_), ("output", output)):
+            if reason is not None:
+                reasons.setdefault(reason, []).append(f"{point.hookpoint}:{side}")
+    return {reason: list(dict.fromkeys(names)) for reason, names in reasons.items()}

@@ -1,0 +1,30 @@
+"""The language model with a coder in it: the one thing that needs both packages."""
+
+import functools
+from pathlib import Path
+
+
+def spliced_figures(
+    folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
+) -> dict[str, float | None]:
+    """The language model and the coder meet here only: neither package knows the other's."""
+    from mpcache.model.splice import SplicedModel
+    from mptrain.coders.checkpoint import load_coder
+    from mptrain.data.filters import stored_filters
+    from mptrain.evals.loss_recovered import Prediction, recovered
+
+    coder, trained = load_coder(folder)
+    spliced = SplicedModel(store, model, revision, device, trust_remote_code)
+    coder.to(spliced.model.device)
+    hookpoint = coder.config.hookpoint
+    predictions = (
+        Prediction(
+            tokens_BL=example.tokens_BL,
+            wanted_BL=example.wanted_BL,
+            counts_BL=example.counts_BL,
+            by_assistant_BL=example.by_assistant_BL,
+            run=functools.partial(spliced.logits, example.inputs, hookpoint),
+        )
+        for example in spliced.examples()
+    )
+    return recovered(coder, predictions, stored_filters(trained)).figures(spliced.head)

@@ -1,0 +1,287 @@
+"""A root: a folder or bucket of stores that a team shares. What it has, and where things belong.
+
+Only what lies directly in the root counts, neither links nor names that begin with a dot.
+"""
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpcache.collection.collect import Summary
+from mpcache.config import CollectConfig
+from mpcache.data.documents import open_documents
+from mpcache.data.encoding import template_digests, template_of
+from mpcache.data.shards import LOCAL_SUFFIXES
+from mpcache.model.hooks import resolve
+from mpcache.model.loading import (
+    library_version,
+    load_model,
+    load_tokenizer,
+    model_digest,
+    tokenizer_digest,
+)
+from mpcache.model.skeleton import files_digest, load_vocabulary, skeleton
+from mpcache.model.source import short_name
+from mpcache.storage.base import Place, place_of
+from mpcache.store.fingerprint import as_stored, identify
+from mpcache.store.format import TOKENS, acts, digest, is_store, read_store_file
+from mpcache.store.reader import Store, open_store
+from mpcache.store.rows_wanted import Extent, extent_of
+from mpcache.validation import DamagedStoreError, check_printable
+
+_NAME = 48  # characters of a model's or dataset's name in a folder's
+_PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name
+
+
+# --- finding ---
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a collection belongs."""
+
+    place: Place
+    config: CollectConfig
+    "as asked, with the codec and the chunks of the store that is there"
+    done: Summary | None
+    "what the store has, if that is all that was asked for"
+
+
+def find_place(where: str | Path | Place, config: CollectConfig) -> Found:
+    """The store below a root that holds these rows, or where it is to be made.
+
+    Loads the model's weights only where no store names the model's files.
+
+    Raises ValueError where the rows are there in another dtype only.
+    """
+    root = place_of(where)
+    check_root(root)
+    stores = tuple(s for s in _stores(root) if isinstance(s, Store))
+    identity = _identity(stores, config)
+    same = [
+        store
+        for store in stores  # a store of larger parts can hold these rows, but not their parts
+        if store.fingerprint == digest(identity) and store.part_rows == config.part_rows
+    ]
+    if not same:
+        return Found(_new_place(root, config, digest(identity)), config, None)
+    store = _with_dtype(same, config)
+    layout = store.layout
+    config = dataclasses.replace(config, codec=layout.codec, chunk_rows=layout.chunk_rows)
+    sides = resolve(config.hookpoints, skeleton(config))
+    done = _summary(store, [acts(side.hookpoint, side.side) for side in sides], config)
+    return Found(store.place, config, done)
+
+
+def check_root(root: Place) -> None:
+    check_printable(root)
+    if is_store(root):
+        raise ValueError(f"{root} is a store, not a root of stores; name the folder above it")
+    if not root.holds_places():
+        raise ValueError(f"a root must be a folder, got {root}; name another place")
+
+
+def _stores(root: Place) -> Iterator[Store | tuple[str, Exception]]:
+    """The stores of a root by name; of one that cannot be opened why."""
+    for name in root.children():
+        try:
+            place = root.child(name)
+        except ValueError:  # no URL leads there, so no store was made there
+            continue
+        if name.startswith(".") or root.is_link(name) or not is_store(place):
+            continue
+        try:
+            yield open_store(place)
+        except (DamagedStoreError, ValueError, PermissionError) as error:
+            yield name, error
+
+
+def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
+    """What determines the rows asked for, from a store that was made from the same files."""
+    tokenizer = load_tokenizer(config)
+    documents = open_documents(config, load_vocabulary(config, tokenizer))
+    digests = {
+        "dataset_digest": documents.digest,
+        **template_digests(template_of(documents, tokenizer, config)),
+    }
+    if (own := tokenizer_digest(tokenizer)) is not None:
+        digests["tokenizer_digest"] = own
+    alike = [store for store in stores if _differ_in_model_alone(store, config, digests)]
+    if alike and (files := files_digest(config)) is not None:
+        here = {"model_files": files, "transformers_version": library_version("transformers")}
+        for store in alike:
+            if store.provenance["model"].items() >= here.items():
+                return store.identity
+    model, _ = load_model(config, tokenizer=tokenizer)
+    digests["model_digest"] = model_digest(model)
+    found: dict[str, Any] = as_stored(
+        identify(config, digests, str(model.config._attn_implementation))
+    )
+    return found
+
+
+def _differ_in_model_alone(store: Store, config: CollectConfig, digests: dict[str, str]) -> bool:
+    wanted = identify(config, digests, config.attention)
+    found = {k: v for k, v in store.identity.items() if k != "model_digest"}
+    return bool(found == as_stored(wanted))
+
+
+def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
+    """Of stores of the same rows the one in the wanted dtype with the most parts."""
+    found = [store for store in same if store.layout.dtype == config.dtype]
+    if not found:
+        other = max(same, key=_size)
+        raise ValueError(
+            f"{other.place} holds these rows as {other.layout.dtype}, asked was {config.dtype}; "
+            f"mpcache convert {other.place} {other.place}-{config.dtype} --dtype {config.dtype} "
+            "does it"
+        )
+    return max(found, key=_size)
+
+
+def _size(store: Store) -> int:
+    return sum(len(store.numbers(array)) for array in store.arrays)
+
+
+def _new_place(root: Place, config: CollectConfig, fingerprint: str) -> Place:
+    """A readable name that cannot lead out of the root."""
+    dataset = Path(short_name(config.dataset.split(",")[0]))
+    while dataset.suffix.lower() in LOCAL_SUFFIXES:
+        dataset = dataset.with_suffix("")
+    readable = f"{_safe(short_name(config.model))}-{_safe(dataset.name)}"
+    short = root.child(f"{readable}-{fingerprint[:_PREFIX]}")
+    if is_store(short) and read_store_file(short)["fingerprint"] != fingerprint:
+        return root.child(f"{readable}-{fingerprint}")
+    return short
+
+
+def _safe(name: str) -> str:
+    """What of a name can be part of any folder's name on any system."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_NAME].strip("-.") or "unnamed"
+
+
+# --- progress ---
+
+
+def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summary | None:
+    """What a collection of these arrays would find done; None if something is missing."""
+    extent = extent_of(store, config.rows)
+    parts = [part for part in store.numbers(TOKENS) if part < extent.parts_wanted]
+    if not extent.is_planned or any(set(parts) - set(store.numbers(a)) for a in arrays):
+        return None
+    marks = [mark for array in arrays for mark in store.marks(array, parts)]
+    return Summary(
+        store=str(store.place),
+        parts=len(parts),
+        rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in parts),
+        rows_wanted=extent.rows_wanted,
+        exhausted=extent.exhausted,
+        shortfall=extent.shortfall,
+        forward_rows=0,
+        bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
+        nonfinite=sum(int(mark["nonfinite"]) for mark in marks),
+        seconds=0.0,
+        empty_documents=store.empty_documents(parts),
+    )
+
+
+# --- listing ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One store of a root."""
+
+    store: str
+    "its folder's name"
+    model: str | None
+    dataset: str | None
+    hookpoints: tuple[str, ...]
+    dtype: str | None
+    rows: int
+    "rows that all its hookpoints have"
+    rows_wanted: int
+    "rows asked for; of an extended store the most that were, in whole parts"
+    exhausted: bool
+    "the dataset ended before the rows wanted"
+    shortfall: str | None
+    "why there will be fewer rows than were wanted"
+    bytes: int
+    "of all that is committed"
+    complete: float
+    "share of the rows wanted that its arrays have"
+    changed: str | None
+    "time of the last commit"
+    age_seconds: float | None
+    fault: str | None
+    "why the store cannot be read"
+
+
+def entries(where: str | Path | Place) -> tuple[Entry, ...]:
+    """What a root has, by name; marks are read, not arrays."""
+    root = place_of(where)
+    check_root(root)
+    if not root.exists():
+        raise ValueError(f"a root must be a folder, got {root}; check the path")
+    return tuple(_entry(found) for found in _stores(root))
+
+
+def _entry(found: Store | tuple[str, Exception]) -> Entry:
+    if isinstance(found, Store):
+        try:
+            return _entry_of(found)
+        except DamagedStoreError as error:
+            found = (found.place.name, error)
+    name, fault = found
+    return Entry(
+        store=name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0,
+        rows_wanted=0, exhausted=False, shortfall=None, bytes=0, complete=0.0, changed=None,
+        age_seconds=None, fault=str(fault),
+    )  # fmt: skip
+
+
+def _entry_of(store: Store) -> Entry:
+    marks = [mark for array in store.arrays for mark in store.marks(array)]
+    sides = [array for array in store.arrays if array.startswith("acts/")]
+    whole = set(store.numbers(TOKENS)).intersection(*(store.numbers(array) for array in sides))
+    times = [time for mark in marks if (time := _time(mark.get("time"))) is not None]
+    changed = max(times, default=None)
+    now = datetime.datetime.now(datetime.UTC)
+    extent = extent_of(store)
+    return Entry(
+        store=store.place.name,
+        model=str(store.provenance["model"]["model"]),
+        dataset=str(store.provenance["dataset"]["dataset"]),
+        hookpoints=store.hookpoints,
+        dtype=store.layout.dtype,
+        rows=sum(store.mark(part, TOKENS)["rows"] for part in whole) if sides else 0,
+        rows_wanted=extent.rows_wanted,
+        exhausted=extent.exhausted,
+        shortfall=extent.shortfall,
+        bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
+        complete=_complete(store, sides, extent),
+        changed=None if changed is None else changed.isoformat(timespec="seconds"),
+        # the clock of another machine may be ahead of ours
+        age_seconds=None if changed is None else max(0.0, (now - changed).total_seconds()),
+        fault=None,
+    )
+
+
+def _complete(store: Store, sides: Sequence[str], extent: Extent) -> float:
+    """Share of the rows wanted, mean over the arrays."""
+    if not sides:
+        return 0.0
+    rows = sum(int(mark["rows"]) for array in sides for mark in store.marks(array))
+    return min(1.0, extent.share(rows / len(sides), store.part_rows))
+
+
+def _time(text: object) -> datetime.datetime | None:
+    try:
+        time = datetime.datetime.fromisoformat(str(text))
+    except ValueError:
+        return None
+    return time if time.tzinfo else None

@@ -1,0 +1,99 @@
+"""Tables in arrow's formats, `.parquet` and `.arrow`, read batch by batch."""
+
+import io
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mpcache.data.columns import Path, array_at, mask_beside, path_in, tree_of, value_at
+from mpcache.data.data_file import DataFile
+from mpcache.data.document_list import DocumentList, rows_from
+from mpcache.data.records import check_mask_type
+
+_BATCH_ROWS = 512  # of a .parquet; few, because one document may be long
+_FILE_MAGIC = b"ARROW1"
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def read_parquet(file: DataFile, documents: DocumentList) -> None:
+    """Add the documents of a `.parquet`."""
+    with file.explained("parquet"), file.seekable() as stream:
+        table = pq.ParquetFile(pa.PythonFile(stream, "r"), page_checksum_verification=True)
+        columns = _Columns(table.schema_arrow, file, documents)
+        batches = table.iter_batches(_BATCH_ROWS, columns=columns.names)
+        columns.add(batches)
+
+
+def read_arrow(file: DataFile, documents: DocumentList) -> None:
+    """Add the documents of an `.arrow`, a stream or a file in arrow's IPC format."""
+    with file.explained("arrow"), file.seekable() as stream:
+        native = pa.PythonFile(stream, "r")
+        is_file = stream.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+        if not is_file:
+            _refuse_open_end(stream, file)
+        stream.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(native)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            reader = batches = pa.ipc.open_stream(native)
+        _Columns(reader.schema, file, documents).add(batches)
+
+
+def _refuse_open_end(stream: io.BufferedIOBase, file: DataFile) -> None:
+    """A stream that is cut between two batches reads like a shorter one."""
+    size = stream.seek(0, 2)
+    stream.seek(max(0, size - 8))
+    if stream.read() != _STREAM_END:
+        raise ValueError(
+            f"{file.name} cannot be read as arrow: it has no end mark; "
+            "it is cut short or damaged: write it again, or download it again"
+        )
+
+
+class _Columns:
+    """The columns of a table that hold its documents: values, and for token ids a mask."""
+
+    def __init__(self, schema: pa.Schema, file: DataFile, documents: DocumentList) -> None:
+        self.file, self.documents = file, documents
+        try:
+            tree = tree_of(schema)
+        except KeyError as error:
+            raise ValueError(
+                f"{file.name} names the column {error.args[0]} twice; rename one"
+            ) from error
+        self.path = path_in(tree, documents.config, file.name)
+        self.mask: Path | None = None
+        documents.check_type(_type_at(schema, self.path), file.name)
+        if documents.kind == "tokens" and _has(tree, mask_beside(self.path)):
+            self.mask = mask_beside(self.path)
+            check_mask_type(_type_at(schema, self.mask), file.name)
+
+    @property
+    def names(self) -> list[str]:
+        """What to read of a `.parquet`, where a field of a struct can be read alone."""
+        return [".".join(path) for path in (self.path, self.mask) if path]
+
+    def add(self, batches: Iterable[pa.RecordBatch]) -> None:
+        first = 0
+        for batch in batches:
+            values = array_at(batch, self.path)
+            mask = array_at(batch, self.mask) if self.mask else None
+            self.documents.add_array(values, mask, rows_from(self.file.name, first))
+            first += len(batch)
+
+
+def _has(tree: dict[str, object], path: Path) -> bool:
+    try:
+        value_at(tree, path)
+    except KeyError:
+        return False
+    return True
+
+
+def _type_at(schema: pa.Schema, path: Path) -> pa.DataType:
+    kind = schema.field(path[0]).type
+    for step in path[1:]:
+        kind = kind.field(kind.get_field_index(step)).type
+    return kind

@@ -1,0 +1,214 @@
+"""Values of a dataset's rows -> records of bytes, and back to documents.
+
+A text is UTF-8; token ids are little-endian uint32; a chat is the JSON of its messages.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mpcache.data.columns import MASK, NO_MASK
+from mpcache.data.conversation import Conversation, conversation_of
+from mpcache.data.token_file import Tokens, Vocabulary
+
+Kind = Literal["text", "tokens", "conversations"]
+Document = str | Tokens | Conversation
+
+RECORD_IDS = np.dtype("<u4")
+_NAMES = {"text": "text", "tokens": "token ids", "conversations": "chat messages"}
+
+
+def kind_of(value: Any) -> Kind | None:
+    """The kind of a row's value; None where it is null or an empty list. Raises TypeError."""
+    if value is None or (isinstance(value, list) and not value):
+        return None
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and type(value[0]) is int:
+        return "tokens"
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return "conversations"
+    raise TypeError(f"a list of {_type(value[0])}" if isinstance(value, list) else _type(value))
+
+
+def kind_of_type(kind: pa.DataType) -> Kind | None:
+    """The kind of an arrow column; None for one of nulls. Raises TypeError."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_null(kind):
+        return None
+    if _is_text(kind):
+        return "text"
+    if is_list(kind):
+        if pa.types.is_null(kind.value_type):
+            return None
+        if pa.types.is_integer(kind.value_type):
+            return "tokens"
+        if pa.types.is_struct(kind.value_type):
+            return "conversations"
+    raise TypeError(str(kind))
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds a list in each row, of fixed or variable length."""
+    return bool(
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+
+
+def check_mask_type(kind: pa.DataType, name: str) -> None:
+    """Raise ValueError for a column that can be no attention mask."""
+    values = kind.value_type if is_list(kind) else kind
+    if not is_list(kind) or not (
+        pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
+    ):
+        raise ValueError(
+            f"{MASK} in {name} must hold lists of 0 and 1, got {kind}; "
+            "write it again as whole numbers, or rename the column"
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _type(value: Any) -> str:
+    return {"dict": "an object", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
+
+
+# --- one value ---
+
+
+def record_of(value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: object) -> bytes:
+    """The record of a row's value. Raises ValueError, which begins with `where`."""
+    if value is None or (isinstance(value, list) and not value):
+        return b""
+    if kind == "text" and isinstance(value, str):
+        return text_bytes(value, where)
+    if kind == "tokens" and isinstance(value, list) and set(map(type, value)) == {int}:
+        return token_bytes(value, mask, vocabulary, where)
+    if kind == "conversations" and isinstance(value, list):
+        messages = [dict(message) for message in conversation_of(value, where).messages]
+        return text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
+    raise ValueError(
+        f"{where} must hold {_NAMES[kind]}, as the rows before it do, got "
+        f"{_shown(value)}; repair it, or leave it out"
+    )
+
+
+def _shown(value: Any) -> str:
+    kinds = dict.fromkeys(map(_type, value)) if isinstance(value, list) else ()
+    return f"a list of {', '.join(kinds)}" if kinds else _type(value)
+
+
+def text_bytes(text: str, where: object) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} must hold Unicode text, got half a surrogate pair, "
+            f"{error.object[error.start]!r}; repair it, or leave it out"
+        ) from error
+
+
+def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object) -> bytes:
+    for extreme in (min(ids), max(ids)):
+        if not 0 <= extreme <= vocabulary.largest_id:
+            raise ValueError(outside(vocabulary, extreme, where))
+    if mask is not NO_MASK:
+        ids = list(itertools.compress(ids, _checked_mask(mask, len(ids), where)))
+    return np.array(ids, RECORD_IDS).tobytes()
+
+
+def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
+    if not isinstance(mask, list) or not all(isinstance(m, int) for m in mask):
+        raise ValueError(
+            f"{MASK} in {where} must be a list of 0 and 1, got {_shown(mask)}; "
+            "repair it, or rename the column"
+        )
+    if len(mask) != count:
+        raise ValueError(
+            f"attention_mask in {where} must be as long as the tokens, {count}, got {len(mask)}"
+        )
+    return mask
+
+
+def outside(vocabulary: Vocabulary, wrong: int, where: object) -> str:
+    """What is said of a token id that the model cannot read."""
+    return (
+        f"{where} must hold token ids from 0 to {vocabulary.largest_id} for this model, got "
+        f"{wrong}; tokenise the data with the model's own tokenizer"
+    )
+
+
+def document_of(record: bytes, kind: Kind | None, where: object) -> Document:
+    """The document of a record; `where` names its row."""
+    if kind == "tokens":
+        return np.frombuffer(record, RECORD_IDS).astype(np.uint32, copy=False)
+    if kind == "conversations":
+        return Conversation(tuple(json.loads(record)) if record else (), str(where))
+    return record.decode()
+
+
+# --- many values of an arrow column ---
+
+Where = Callable[[int], object]
+"names a row by its index in an array"
+
+
+def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
+    """The records of a column of texts, and their bytes; an empty one for a null."""
+    texts = array.cast(pa.large_string())
+    if texts.null_count:
+        texts = texts.fill_null("")
+    _, offsets, data = texts.buffers()
+    if data is None or not len(texts):
+        return memoryview(b""), np.zeros(len(texts), np.int64)
+    bounds = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    return memoryview(data)[bounds[0] : bounds[-1]], np.diff(bounds)
+
+
+def token_records(
+    array: pa.Array, mask: pa.Array | None, vocabulary: Vocabulary, where: Where
+) -> tuple[bytes, np.ndarray]:
+    """The same of a column of token ids; `mask` leaves tokens out."""
+    ids, lengths = _flat(array, where)
+    ends = np.cumsum(lengths)
+    for value in (ids.min(), ids.max()) if len(ids) else ():
+        if not 0 <= value <= vocabulary.largest_id:
+            row = np.searchsorted(ends, np.flatnonzero(ids == value)[0], side="right")
+            raise ValueError(outside(vocabulary, int(value), where(int(row))))
+    if mask is not None:
+        is_null = pc.is_null(mask).to_numpy(zero_copy_only=False)
+        if (wrong := np.flatnonzero(is_null & (lengths > 0))).size:
+            _checked_mask(None, 0, where(int(wrong[0])))
+        kept, mask_lengths = _flat(mask, lambda index: f"{MASK} in {where(index)}")
+        if (wrong := np.flatnonzero(mask_lengths != lengths)).size:
+            row = int(wrong[0])
+            raise ValueError(
+                f"attention_mask in {where(row)} must be as long as the tokens, {lengths[row]}, "
+                f"got {mask_lengths[row]}"
+            )
+        ids = ids[kept != 0]
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept != 0)])
+        lengths = np.diff(before[np.concatenate([np.zeros(1, np.int64), ends])])
+    return ids.astype(RECORD_IDS).tobytes(), lengths * RECORD_IDS.itemsize
+
+
+def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all lists, and how many each list has."""
+    lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+    lengths = lengths.astype(np.int64)
+    numbers = pc.list_flatten(array)
+    if numbers.null_count:
+        first = pc.index(pc.is_null(numbers), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
+        raise ValueError(f"{where(row)} must hold numbers only, got null; repair it")
+    return numbers.to_numpy(zero_copy_only=False), lengths

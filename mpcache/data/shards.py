@@ -1,0 +1,248 @@
+"""DATASET -> the files that hold it, in their order: a file, a folder, a glob, or several of these.
+
+Files of a folder or a glob are sorted by name, numbers in names by value. Files that are no data,
+such as a README, are left out. Whatever could be meant in two ways is refused.
+"""
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mpcache.config import CollectConfig
+from mpcache.data.data_file import COMPRESSIONS
+from mpcache.data.natural_sort import natural_key
+from mpcache.data.split_names import complete, files_of_split
+from mpcache.hub import names_a_place
+from mpcache.validation import user_path
+
+FileKind = Literal["json", "csv", "parquet", "arrow", "text", "bin"]
+KINDS: dict[str, FileKind] = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".bin": "bin",
+}
+LOCAL_SUFFIXES = (*KINDS, *COMPRESSIONS)
+_TAKEN = ".jsonl, .json, .csv, .parquet, .arrow, .txt or .bin, also with .gz or .zst"
+
+# beside data in a download or in what other programs write: never data
+_OTHER_NAMES = {
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json",
+    "croissant.json", "requirements.txt",
+}  # fmt: skip
+_OTHER_STEMS = ("readme", "license", "licence", "notice", "changelog", "citation")
+# data that is not read: to leave it out without a word would be to read half a dataset
+_UNREADABLE = {
+    ".7z", ".avro", ".bz2", ".crdownload", ".feather", ".h5", ".hdf5", ".idx", ".incomplete",
+    ".lz4", ".msgpack", ".npy", ".npz", ".orc", ".part", ".rar", ".sz", ".tar", ".tgz", ".tmp",
+    ".tsv", ".xml", ".xz", ".zip",
+}  # fmt: skip
+_GLOB = set("*?[")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of a dataset, in order."""
+
+    label: str
+    "names the dataset without the folder that it lies in"
+    kind: FileKind
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    "of the files, for messages"
+    form: Literal["file", "several", "text folder", "arrow folder"]
+
+
+def find_shards(config: CollectConfig) -> Shards | None:
+    """The files that DATASET names; None where it is no path, so a name on the Hub."""
+    dataset = config.dataset
+    path = user_path(dataset)
+    if os.path.isdir(path):  # a list can be longer than a path may be: Path's own would raise
+        return _of_folder(path, config)
+    if os.path.lexists(path):
+        return Shards(path.name, _kind(path), (path,), (path.name,), "file")
+    if "," in dataset or _GLOB & set(dataset):
+        return _of_several(dataset, config)
+    if path.name.lower().endswith(LOCAL_SUFFIXES) or names_a_place(dataset):
+        raise ValueError(f"dataset must exist, got {dataset}; check the path")
+    return None
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that tells the kind, without that of the compression."""
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return Path(name).suffix
+
+
+def _kind(path: Path) -> FileKind:
+    if (suffix := suffix_of(path)) not in KINDS:
+        raise ValueError(
+            f"a local dataset is a folder or a file {_TAKEN}, got {path.name}; convert it"
+        )
+    return KINDS[suffix]
+
+
+# --- several files ---
+
+
+def _of_folder(path: Path, config: CollectConfig) -> Shards:
+    folder = _split_folder(path, config.split)
+    label = folder.name or path.resolve().name
+    if (folder / "state.json").exists():
+        files = arrow_files(folder)
+        names = tuple(f"{label}/{file.name}" for file in files)
+        return Shards(label, "arrow", files, names, "arrow folder")
+    files = _data_files(folder)
+    if {KINDS[suffix_of(file)] for file in files} == {"text"} and not _compressed(files):
+        files = _text_files(folder, files)
+        names = tuple(file.relative_to(folder).as_posix() for file in files)
+        return Shards(label, "text", files, names, "text folder")
+    if not files:
+        raise ValueError(
+            f"dataset must hold a document, got none in {label}; a folder holds files {_TAKEN}, "
+            "or is made by save_to_disk"
+        )
+    kind = _common_kind(files, label)
+    files = files_of_split(files, folder, config.split)
+    complete(files, folder)
+    names = tuple(f"{label}/{file.relative_to(folder).as_posix()}" for file in files)
+    return Shards(label, kind, files, names, "several")
+
+
+def _of_several(dataset: str, config: CollectConfig) -> Shards:
+    """A glob, or files, folders and globs with commas between them."""
+    files: list[Path] = []
+    for item in filter(None, map(str.strip, dataset.split(","))):
+        files += _of_item(item, config)
+    if twice := [file for file, count in Counter(files).items() if count > 1]:
+        raise ValueError(f"dataset must name each file once, got {twice[0]} twice")
+    label = ",".join(Path(item.strip()).name for item in dataset.split(",") if item.strip())
+    names = tuple(map(str, files))
+    return Shards(label, _common_kind(files, label), tuple(files), names, "several")
+
+
+def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
+    path = user_path(item)
+    if os.path.isdir(path):
+        return _of_folder(path, config).files
+    if os.path.lexists(path):
+        _kind(path)
+        return [path]
+    if not _GLOB & set(item):
+        raise ValueError(f"dataset must exist, got {item}; check the path")
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural_key)
+    files = [file for file in matches if not file.is_dir() and is_data(file)]
+    if not files:
+        raise ValueError(f"dataset must name a file, got {item}, which matches none {_TAKEN}")
+    return files
+
+
+def _data_files(folder: Path) -> tuple[Path, ...]:
+    """All files with data below a folder, links to files and folders included."""
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        if real not in seen:
+            files += [file for name in names if is_data(file := Path(parent, name))]
+        seen.add(real)
+    return tuple(sorted(files, key=lambda file: natural_key(file.relative_to(folder))))
+
+
+def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
+    """Files of texts by name as it is, and hidden files too: as before numbers counted.
+
+    Stores were made from those alone; `data` has more where a name is `.TXT`, or a folder a link.
+    """
+    files = [file for file in folder.rglob("*.txt") if not file.is_dir()]
+    real = set(map(os.path.realpath, files))
+    return tuple(sorted([*files, *(file for file in data if os.path.realpath(file) not in real)]))
+
+
+def _refuse_folder(error: OSError) -> None:
+    """A folder that cannot be read would be left out without a word."""
+    name = Path(error.filename).name
+    raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
+
+
+def is_data(file: Path) -> bool:
+    """Whether a file is one to read. Raises ValueError for data that cannot be read."""
+    name, suffix = file.name.lower(), suffix_of(file)
+    if name[0] == "." or name in _OTHER_NAMES or name.split(".")[0] in _OTHER_STEMS:
+        return False
+    if file.suffix.lower() in _UNREADABLE or suffix in _UNREADABLE:
+        raise ValueError(
+            f"{file.name} lies among the data and cannot be read: a local dataset is {_TAKEN}; "
+            "convert it, or name the files to read, with a glob or with commas"
+        )
+    return suffix in KINDS
+
+
+def _common_kind(files: Iterable[Path], label: str) -> FileKind:
+    suffixes = tuple(dict.fromkeys(map(suffix_of, files)))
+    if len(suffixes) > 1:
+        raise ValueError(
+            f"dataset must hold files of one kind, got {' and '.join(suffixes)} in {label}; "
+            f"name those to read with a glob, such as {label}/*{suffixes[0]}"
+        )
+    plain = {str(file): file.name for file in files if not _compressed([file])}
+    for file in _compressed(files):
+        if str(file.with_suffix("")) in plain:
+            raise ValueError(
+                f"dataset must hold each shard once, got {file.name} beside {file.stem}; "
+                "remove one of them, or name those to read with a glob"
+            )
+    return KINDS[suffixes[0]]
+
+
+def _compressed(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if file.suffix.lower() in COMPRESSIONS]
+
+
+# --- folders of save_to_disk ---
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    """The folder of one split, where `path` is an arrow folder that holds several."""
+    if not (path / "dataset_dict.json").exists():
+        return path
+    splits = _json_of(path / "dataset_dict.json", "splits")
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
+    if not os.path.isdir(path / split):
+        raise ValueError(f"{path.name} must hold the folder {split}; save the dataset again")
+    return path / split
+
+
+def arrow_files(path: Path) -> tuple[Path, ...]:
+    """The files of an arrow folder's table; not the caches that `datasets` leaves beside them."""
+    files = _json_of(path / "state.json", "_data_files")
+    try:
+        return tuple(path / file["filename"] for file in files)
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path.name}/state.json must name files; save the dataset again"
+        ) from error
+
+
+def _json_of(file: Path, key: str) -> list[Any]:
+    try:
+        content = json.loads(file.read_bytes())[key]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file.parent.name}/{file.name} must be JSON with {key}; save the dataset again"
+        ) from error
+    if not isinstance(content, list):
+        raise ValueError(f"{key} in {file.parent.name}/{file.name} must be a list; save it again")
+    return content

@@ -1,0 +1,64 @@
+"""Where in a layer the residual stream is, what its MLP reads and what it adds to the stream.
+
+Found by following tensors through one pass, so that a norm after the MLP (Gemma 2 and 3, OLMo 2
+and 3) is seen without a list of models. Where a layer adds something else than the output of a
+module, such as a multiple of it (Granite), nothing is named.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mpcache.model.hookpoint_survey import Call, Survey, starred
+from mpcache.model.hooks import MLP_NAMES
+
+_ATTENTION_NAMES = {"attn", "attention"}  # the last word of a module's name
+
+
+@dataclass(frozen=True)
+class Role:
+    """A side with a meaning, as a pattern over layers."""
+
+    role: str
+    side: str
+
+
+def roles(survey: Survey) -> tuple[Role, ...]:
+    """Roles of all layers, each pattern once, in the model's order."""
+    numbered = [n for n in survey.calls if sum(s.isdigit() for s in n.split(".")) == 1]
+    layers = [name for name in numbered if name in survey.layers]  # others only hold modules
+    all_roles = [role for layer in layers for role in _roles_of(survey, layer)]
+    order = {name: i for i, name in enumerate(dict.fromkeys(role.role for role in all_roles))}
+    return tuple(sorted(dict.fromkeys(all_roles), key=lambda role: order[role.role]))
+
+
+def _roles_of(survey: Survey, layer: str) -> Iterator[Role]:
+    calls = survey.calls[layer]
+    if survey.verdict(layer, "output").width is not None:
+        yield _role("residual stream", layer, "output")
+    elif survey.verdict(calls[0].name, "input").width is not None:
+        yield _role("stream that a layer reads", calls[0].name, "input")
+    for call in calls:
+        last = call.name.rpartition(".")[2].lower()
+        if last.split("_")[-1] in _ATTENTION_NAMES:
+            yield from _adds(survey, "attention", call, calls)
+        elif last in MLP_NAMES:
+            if survey.verdict(call.name, "input").width is not None:
+                yield _role("MLP reads", call.name, "input")
+            yield from _adds(survey, "MLP", call, calls)
+
+
+def _adds(survey: Survey, what: str, call: Call, calls: list[Call]) -> Iterator[Role]:
+    """The output of a module, and that of the modules in the same layer that change it further."""
+    last = call
+    for follower in calls[calls.index(call) + 1 :]:
+        if follower.input is last.output:
+            last = follower
+    is_added = survey.adds(call.name.rpartition(".")[0], last.output)
+    if not (last is call and is_added) and survey.verdict(call.name, "output").width is not None:
+        yield _role(f"{what} writes", call.name, "output")
+    if is_added and survey.verdict(last.name, "output").width is not None:
+        yield _role(f"{what} adds to the stream", last.name, "output")
+
+
+def _role(role: str, name: str, side: str) -> Role:
+    return Role(role, f"{starred(name)}:{side}")

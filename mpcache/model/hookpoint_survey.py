@@ -1,0 +1,140 @@
+"""Which sides of a model's modules have one row for each token: one tiny pass that sees all.
+
+The verdicts are those of `Capture`, by the same functions.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mpcache.model.hooks import (
+    PROBE,
+    Side,
+    SideName,
+    input_of,
+    output_of,
+    probe,
+    times_fault,
+    value_fault,
+)
+from mpcache.validation import is_hookpoint
+
+_ODD_NAME = "its name cannot be a folder's"
+_HOLDER = "it only holds modules that run"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a side can be collected: its width, or the reason why not."""
+
+    width: int | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a module, with the tensors that went in and came out."""
+
+    name: str
+    input: object
+    output: object
+    additions: range
+    "which of the pass's additions were made during the call"
+
+
+class Survey:
+    """What one pass over text shows of every module.
+
+    `added` is a list that grows by the tensors of each addition, if it is known.
+    """
+
+    def __init__(self, model: nn.Module, added: Sequence[tuple[Tensor, ...]] = ()) -> None:
+        self.added = added
+        self.times: Counter[str] = Counter()
+        self.calls: dict[str, list[Call]] = {}
+        "calls of the modules directly inside a numbered one, such as a layer, in order"
+        self.layers: dict[str, Call] = {}
+        "the last call of each numbered module"
+        self.idle: set[str] = set()
+        "modules that do not run on text, nor does what is inside them"
+        self._values: dict[Side, Verdict] = {}
+        self.names = [name for name, _ in model.named_modules() if name]
+        handles = [
+            h for name, module in model.named_modules() if name for h in self._on(name, module)
+        ]
+        try:
+            probe(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        busy = {a for name, times in self.times.items() if times for a in ancestors(name)}
+        self.idle = set(self.names) - busy
+
+    def verdict(self, hookpoint: str, side: SideName) -> Verdict:
+        """What `Capture` would say of a side."""
+        if not is_hookpoint(hookpoint):
+            return Verdict(None, _ODD_NAME)
+        value = self._values.get(Side(hookpoint, side))
+        if value is not None and value.reason is not None:
+            return value
+        if reason := times_fault(self.times[hookpoint]):
+            is_holder = not self.times[hookpoint] and hookpoint not in self.idle
+            return Verdict(None, _HOLDER if is_holder else reason)
+        assert value is not None
+        return value
+
+    def adds(self, layer: str, value: object) -> bool:
+        """Whether a layer itself, rather than a module inside it, adds this tensor to another."""
+        inside = {n for call in self.calls[layer] for n in call.additions}
+        return any(
+            operand is value
+            for number in self.layers[layer].additions
+            if number not in inside
+            for operand in self.added[number]
+        )
+
+    def _on(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        began = 0
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal began
+            began = len(self.added)
+            self.times[name] += 1
+            self._see(Side(name, "input"), input_of(args, kwargs))
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+            value = output_of(output)
+            self._see(Side(name, "output"), value)
+            parent, _, last = name.rpartition(".")
+            call = Call(name, input_of(args, kwargs), value, range(began, len(self.added)))
+            if parent.rpartition(".")[2].isdigit():
+                self.calls.setdefault(parent, []).append(call)
+            if last.isdigit():
+                self.layers[name] = call
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after, with_kwargs=True),
+        ]
+
+    def _see(self, side: Side, value: object) -> None:
+        reason = value_fault(value, PROBE)
+        width = value.shape[-1] if reason is None and isinstance(value, Tensor) else None
+        before = self._values.get(side)
+        if before is None or before.reason is None:
+            self._values[side] = Verdict(width, reason)
+
+
+def ancestors(name: str) -> list[str]:
+    """A module's name and those of the modules around it: a, a.b and a.b.c of a.b.c."""
+    segments = name.split(".")
+    return [".".join(segments[:count]) for count in range(1, len(segments) + 1)]
+
+
+def starred(name: str) -> str:
+    """A name with * for each number in it."""
+    return ".".join("*" if segment.isdigit() else segment for segment in name.split("."))

@@ -1,0 +1,150 @@
+"""Tokens -> the model's arguments, with the documents of a sequence kept apart where asked.
+
+B: sequences in a forward pass. L: tokens in a sequence. R: tokens of documents, without padding.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Integer, UInt
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mpcache.data.encoding import Specials
+from mpcache.data.packing import position_ids
+from mpcache.model.loading import padded_positions
+
+PackedSeparation = Literal["positions", "mask", "causal mask"]
+Separation = Literal["none", PackedSeparation, "alone", "alone with mask", "alone unpadded"]
+"""How documents are kept apart.
+
+none: they are not. positions: positions restart, and the model makes its mask from them.
+mask, causal mask: positions restart, and we give the model a mask of documents.
+alone: each document is a sequence, padded on the right; with mask: the model gets its mask;
+unpadded: only documents of one length share a batch.
+"""
+ModelInputs = dict[str, Any]  # tensors, or a mask for each kind of layer
+PACKED_SEPARATIONS: tuple[PackedSeparation, ...] = get_args(PackedSeparation)
+
+
+def model_inputs(
+    tokens_BL: UInt[np.ndarray, "B L"],
+    specials: Specials,
+    separation: Separation,
+    model: PreTrainedModel,
+) -> ModelInputs:
+    """The arguments of a forward pass over stored tokens: a pure function of the tokens."""
+    return packed_inputs(tokens_BL, position_ids(tokens_BL, specials), separation, model)
+
+
+def packed_inputs(
+    tokens_BL: Integer[np.ndarray, "B L"],
+    restarting_BL: Int64[np.ndarray, "B L"],
+    separation: Separation,
+    model: PreTrainedModel,
+) -> ModelInputs:
+    """The same from the position of each token in its document."""
+    inputs: ModelInputs = {"input_ids": _on_device(tokens_BL, model)}
+    if separation not in PACKED_SEPARATIONS:
+        return inputs
+    positions_BL = _own_positions(restarting_BL, tokens_BL, padding_index(model))
+    inputs["position_ids"] = _on_device(positions_BL, model)
+    if separation != "positions":
+        inputs["attention_mask"] = document_masks(
+            _on_device(restarting_BL, model), separation == "causal mask", model
+        )
+    return inputs
+
+
+def piece_inputs(
+    pieces: Sequence[UInt[np.ndarray, " _"]], separation: Separation, model: PreTrainedModel
+) -> tuple[ModelInputs, Int64[np.ndarray, " R"]]:
+    """The arguments of a pass in which each piece is a sequence, padded on the right.
+
+    Also gives the flat indices of the pieces' tokens in the padded batch, piece after piece.
+    """
+    lengths_B = np.array([len(piece) for piece in pieces])
+    is_token_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
+    ids_BL = np.zeros(is_token_BL.shape, np.int64)  # any id will do as padding
+    ids_BL[is_token_BL] = np.concatenate(pieces)
+    return padded_inputs(ids_BL, is_token_BL, separation, model), np.flatnonzero(is_token_BL)
+
+
+def padded_inputs(
+    ids_BL: Int64[np.ndarray, "B L"],
+    is_token_BL: Bool[np.ndarray, "B L"],
+    separation: Separation,
+    model: PreTrainedModel,
+) -> ModelInputs:
+    """The arguments of a pass over tokens with padding behind them."""
+    inputs = {"input_ids": _on_device(ids_BL, model)}
+    if separation == "alone with mask":
+        inputs["attention_mask"] = _on_device(is_token_BL, model)
+    return inputs
+
+
+def document_masks(
+    positions_BL: Int64[Tensor, "B L"], is_causal: bool, model: PreTrainedModel
+) -> Tensor | dict[str, Tensor]:
+    """The mask of a model; one for each kind of layer where some layers have a window."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    full = document_mask(positions_BL, model.dtype, is_causal)
+    if window is None or not kinds <= {"full_attention", "sliding_attention"} or len(kinds) == 0:
+        return full
+    sliding = document_mask(positions_BL, model.dtype, is_causal, window)
+    return {"full_attention": full, "sliding_attention": sliding}
+
+
+def document_mask(
+    positions_BL: Int64[Tensor, "B L"],
+    dtype: torch.dtype,
+    is_causal: bool = False,
+    window: int | None = None,
+) -> Tensor:
+    """Additive mask [B, 1, L, L] with which tokens see their own document, or its part so far.
+
+    `window` counts tokens as transformers does: with the token itself in a causal model, on each
+    side otherwise. The mask is made on the model's device: it has L times the positions' bytes.
+    """
+    document_BL = (positions_BL == 0).cumsum(dim=1)
+    is_hidden = document_BL[:, None, :, None] != document_BL[:, None, None, :]
+    place_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
+    distance_LL = place_L[:, None] - place_L
+    if is_causal:
+        is_hidden = is_hidden | (distance_LL < 0)
+    if window is not None:
+        is_hidden = is_hidden | (distance_LL.abs() > (window - 1 if is_causal else window))
+    mask = torch.zeros(is_hidden.shape, dtype=dtype, device=positions_BL.device)
+    return mask.masked_fill_(is_hidden, torch.finfo(dtype).min)
+
+
+def padding_index(model: nn.Module) -> int | None:
+    """The padding token of a model that counts positions from that token's id on; else None.
+
+    RoBERTa and its kin number tokens from padding_idx + 1, and leave padding tokens out.
+    """
+    table = padded_positions(model)
+    return None if table is None else table.padding_idx
+
+
+def _own_positions(
+    restarting_BL: Int64[np.ndarray, "B L"],
+    tokens_BL: Integer[np.ndarray, "B L"],
+    padding: int | None,
+) -> Int64[np.ndarray, "B L"]:
+    """Positions as the model itself numbers the tokens of each document alone."""
+    if padding is None:
+        return restarting_BL
+    is_counted_BL = tokens_BL != padding
+    counts_BL = is_counted_BL.cumsum(axis=1)
+    first_BL = np.arange(tokens_BL.shape[1]) - restarting_BL  # where the token's document starts
+    before_BL = np.take_along_axis(counts_BL - is_counted_BL, first_BL, axis=1)
+    return np.where(is_counted_BL, counts_BL - before_BL + padding, padding)
+
+
+def _on_device(values: np.ndarray, model: PreTrainedModel) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64)).to(model.device)

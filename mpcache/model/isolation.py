@@ -1,0 +1,231 @@
+"""Whether documents are kept apart in a model: by trial, in its own dtype and attention.
+
+No bit of a document's values may change when other documents of its sequence change. The trial
+exchanges documents between the two sequences of a batch, instead of taking new tokens: the batch
+then holds the same tokens before, and after, the values that are compared. So kernels whose shapes
+depend on tokens, such as an expert's matrix product over the tokens routed to that expert, see the
+same shapes, and the bits must agree for them too. Where they do not, because a kernel adds in
+another order each time, a control with the same exchange in two other sequences of the batch bounds
+the difference.
+
+Values must also be those of the document alone: positions or windows may be wrong without any flow
+of information. Batch shapes differ there, so bits do. The bound is what a change of the embeddings
+in their last bits makes of the document alone.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mpcache.config import CollectConfig
+from mpcache.model.hooks import Capture, Side
+from mpcache.model.inputs import (
+    PACKED_SEPARATIONS,
+    ModelInputs,
+    Separation,
+    packed_inputs,
+    padded_inputs,
+)
+from mpcache.model.isolation_trial import (
+    InputsOf,
+    Sequences,
+    Trial,
+    TrialError,
+    Values,
+    made_up_documents,
+)
+from mpcache.model.trial_lengths import CHUNK, changing_rotary, fitted, longest
+
+# A state, a short convolution, a token shift or an open mask shows in the next document already.
+# So documents are short: one token, a few, and more than the 64 tokens that linear attention takes
+# as a chunk, with a boundary inside of a chunk and another one in the next chunk.
+SHORT_LENGTHS = (5, 1, 2, 17)
+PADDED_LENGTHS = ((5, CHUNK), (1, 3))  # a document and the padding behind it
+# Settings with these words in their names say how long chunks and windows are. A longer chunk may
+# hand on what it holds where it ends. A window shows only in a document that is longer.
+_CHUNKS = ("chunk", "block")
+_WINDOWS = (*_CHUNKS, "window", "local")
+
+EARLIER, LATER = slice(0, 1), slice(1, None)  # documents of a sequence
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why documents are not apart."""
+
+    rank: int
+    "the fault with the largest one is reported"
+    reason: Callable[[], str]
+    remedy: str = ""
+    "instead of the usual one"
+
+
+def find_separation(
+    model: PreTrainedModel, config: CollectConfig, sides: Sequence[Side]
+) -> Separation:
+    """What keeps documents apart, as `config` asks, in all values of `sides`.
+
+    Raises ValueError where nothing does.
+    """
+    if config.one_document_per_sequence:
+        return _first_without_fault(
+            model, config, sides, ("alone", "alone with mask", "alone unpadded"), _padded_faults,
+            "run documents in a batch", "leave --one-document-per-sequence out",
+        )  # fmt: skip
+    if config.cross_document_attention:
+        return "none"
+    return _first_without_fault(
+        model, config, sides, PACKED_SEPARATIONS, _packed_faults,
+        "keep the documents of a sequence apart", "use --one-document-per-sequence",
+    )  # fmt: skip
+
+
+def _first_without_fault(
+    model: PreTrainedModel,
+    config: CollectConfig,
+    sides: Sequence[Side],
+    ways: Sequence[Separation],
+    faults_of: Callable[[Trial, Separation, int], Iterator[Fault]],
+    task: str,
+    remedy: str,
+) -> Separation:
+    faults = [*_setting_faults(model.config, config.ctx_len)]
+    with Capture(model, sides) as capture:
+        trial = Trial(model, capture, getattr(torch, config.model_dtype))
+        for way in ways if not faults else ():
+            if (fault := next(faults_of(trial, way, config.ctx_len), None)) is None:
+                return way
+            faults.append(fault)
+    fault = max(faults, key=lambda fault: fault.rank)
+    raise ValueError(
+        f"{type(model).__name__} cannot {task}: {fault.reason()}; {fault.remedy or remedy}"
+    )
+
+
+# --- faults of one way ---
+
+
+def _packed_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Fault]:
+    """What goes wrong where documents are packed into sequences."""
+
+    def inputs_of(sequences: Sequences) -> ModelInputs:
+        tokens_SL = np.stack([np.concatenate(sequence) for sequence in sequences])
+        positions_SL = np.stack([_positions(sequence) for sequence in sequences])
+        return packed_inputs(tokens_SL, positions_SL, way, trial.model)
+
+    config = trial.model.config
+    chunk, window = (longest(config, words, ctx_len) for words in (_CHUNKS, _WINDOWS))
+    try:
+        short = _two_sequences(trial, fitted(SHORT_LENGTHS, ctx_len))
+        before = trial.values(inputs_of(short))
+        yield from _flow_faults(trial, before, short, inputs_of, (EARLIER, LATER))
+        long = _two_sequences(trial, fitted(_long_lengths(chunk), ctx_len))
+        before = trial.values(inputs_of(long))
+        yield from _flow_faults(trial, before, long, inputs_of, (EARLIER,))
+        if window > chunk:
+            long = _two_sequences(trial, fitted(_long_lengths(window), ctx_len))
+            before = trial.values(inputs_of(long))
+        yield from _alone_faults(trial, before, long[1])
+        if "position_ids" not in inspect.signature(trial.model.forward).parameters:
+            # such as ALiBi's biases, whose rounding grows with the distance to the sequence's end
+            yield Fault(1, lambda: "it counts positions over the whole sequence")
+    except TrialError as error:
+        yield _error_fault("it takes no such positions or mask", error)
+
+
+def _padded_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Fault]:
+    """What goes wrong where each document is a sequence of a batch."""
+
+    def inputs_of(sequences: Sequences) -> ModelInputs:
+        tokens_SL = np.stack([np.concatenate(sequence) for sequence in sequences])
+        is_token_SL = np.zeros(tokens_SL.shape, np.bool_)
+        is_token_SL[:, : len(sequences[0][0])] = True
+        return padded_inputs(tokens_SL, is_token_SL, way, trial.model)
+
+    try:
+        for lengths in PADDED_LENGTHS:
+            sequences = _two_sequences(trial, fitted(lengths, ctx_len))
+            if way == "alone unpadded":
+                sequences = [sequence[:1] for sequence in sequences]
+            before = trial.values(inputs_of(sequences))
+            yield from _flow_faults(trial, before, sequences, inputs_of, (LATER,))
+            yield from _alone_faults(trial, before, sequences[1][:1])
+    except TrialError as error:
+        yield _error_fault("it takes no mask of padding", error)
+
+
+def _error_fault(reason: str, error: TrialError) -> Fault:
+    return Fault(0, functools.partial(str, f"{reason} ({error})"))
+
+
+def _alone_faults(trial: Trial, values: Values, documents: Sequence[np.ndarray]) -> Iterator[Fault]:
+    """Documents that have other values alone than in the second sequence of a batch."""
+    if trial.differs_from_alone(documents, values, row=1):
+        yield Fault(1, lambda: "a document's values are not those of the document alone")
+
+
+def _flow_faults(
+    trial: Trial,
+    before: Values,
+    sequences: Sequences,
+    inputs_of: InputsOf,
+    exchanges: Sequence[slice],
+) -> Iterator[Fault]:
+    """Flow from earlier documents to later ones, and back.
+
+    Before the values that are compared, the batch has the same tokens: later documents are watched
+    in the second sequence, the first document in the first one.
+    """
+    end = len(sequences[0][0])
+    for documents in exchanges:
+        watched = (1, slice(end, None)) if documents == EARLIER else (0, slice(0, end))
+        exchange = (sequences, documents, inputs_of, *watched)
+        if trial.has_flow(before, *exchange):
+            yield Fault(2, functools.partial(_flow_reason, trial, exchange))
+
+
+def _flow_reason(trial: Trial, exchange: Any) -> str:
+    return f"{trial.first_module(*exchange)} carries information between them"
+
+
+def _two_sequences(trial: Trial, lengths: Sequence[int]) -> Sequences:
+    return [made_up_documents(trial.model, lengths, seed) for seed in range(2)]
+
+
+def _positions(sequence: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.arange(len(document)) for document in sequence])
+
+
+def _long_lengths(long: int) -> tuple[int, ...]:
+    return 9, 1, long + 3, 3
+
+
+# --- settings that tie a token to its whole batch, at lengths that a trial does not reach ---
+
+
+def _setting_faults(config: PreTrainedConfig, ctx_len: int) -> Iterator[Fault]:
+    settings = config.get_text_config().to_dict()
+    reasons = [
+        (
+            f"its experts take a limited number of tokens of a batch ({name}={value})",
+            "let documents mix: use --cross-document-attention alone",
+        )
+        for name, value in settings.items()
+        if "capacity" in name and value
+    ]
+    reasons += [
+        (
+            f"its {kind} rotary embedding changes with the longest document of a batch beyond "
+            f"{limit} tokens, and ctx_len is {ctx_len}",
+            f"use --ctx-len {limit}",
+        )
+        for kind, limit in changing_rotary(settings)
+        if ctx_len > limit
+    ]
+    return (Fault(3, functools.partial(str, reason), remedy) for reason, remedy in reasons)

@@ -1,0 +1,127 @@
+"""What `transformers` raises while it loads a model, as one line with what to do."""
+
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from mpcache.config import CollectConfig
+from mpcache.hub import first_line, hub_error
+from mpcache.model.source import CONFIG, ModelSource
+from mpcache.validation import is_raised_by_us
+
+# what reads weights of each quantisation
+_PACKAGES = {
+    "gptq": "gptqmodel optimum",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "quanto": "optimum-quanto",
+    "fbgemm_fp8": "fbgemm-gpu",
+    "auto-round": "auto-round",
+}
+# no mistake of the user: no memory, or the Hub
+_PASSED_ON = (MemoryError, ConnectionError, torch.OutOfMemoryError)
+
+
+@contextmanager
+def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> Iterator[None]:
+    """Errors of loading `thing`, "model" or "tokenizer of", of a source.
+
+    ValueError in one line for what is wrong with the files or the settings; ConnectionError
+    without the Hub. A full disk or memory passes as it is.
+    """
+    try:
+        yield
+    except _PASSED_ON:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and is_raised_by_us(error):
+            raise
+        if (message := _known(error, source, config)) is not None:
+            raise ValueError(message) from error
+        if source.folder is None or not isinstance(error, ValueError):
+            explanation = hub_error(error, f"{thing} {source.name}", source.revision)
+            if explanation is not error or isinstance(error, OSError):
+                raise explanation from error
+        raise ValueError(_unknown(error, source, thing)) from error
+
+
+def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str | None:
+    """A line for an error whose cause and remedy are known."""
+    text = str(error)
+    is_unknown = re.search(r"has model type `(.*?)` but", text)
+    has_code = "auto_map" in source.settings and not config.trust_remote_code
+    if "trust_remote_code" in text or (is_unknown and has_code):
+        return (
+            f"{source.location} comes with code of its own, which is not run unasked; read that "
+            "code, then allow it with --trust-remote-code"
+        )
+    if "scaled_dot_product_attention" in text:
+        return f"{text.split()[0]} has no SDPA attention; use --attention eager"
+    if isinstance(error, ImportError) and (method := quantization(source)):
+        return _quantized(source, method, error)
+    if _is_about_attention(error, config):
+        return f"{first_line(error).rstrip('.')}; use --attention sdpa or eager"
+    if is_unknown:
+        return (
+            f"{source.location}/{CONFIG} has the model_type {is_unknown[1]!r}, which transformers "
+            f"{version('transformers')} does not know; pip install --upgrade transformers"
+        )
+    if "Should have a `model_type` key" in text:
+        return (
+            f"{source.location}/{CONFIG} must have a model_type, got none; use a whole checkpoint"
+        )
+    if "Couldn't instantiate the backend tokenizer" in text:
+        return (
+            f"{source.location} must have a tokenizer that can be read, got no tokenizer.json; "
+            "copy the tokenizer's files of the original model into it"
+        )
+    if source.gguf and "not supported" in text:
+        return (
+            f"{source.name}: {first_line(error)}; use its safetensors checkpoint, or "
+            "pip install --upgrade transformers"
+        )
+    if isinstance(error, ImportError):
+        return f"{source.name} needs a package that is not here: {first_line(error)}"
+    return None
+
+
+def _is_about_attention(error: Exception, config: CollectConfig) -> bool:
+    is_flash = "flash" in config.attention and isinstance(error, ImportError | ValueError)
+    return is_flash and any(word in str(error).lower() for word in ("flash", "attn", "attention"))
+
+
+def quantization(source: ModelSource) -> str | None:
+    """How the weights are quantised, by config.json."""
+    settings: Any = source.settings.get("quantization_config")
+    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
+
+
+def _quantized(source: ModelSource, method: str, error: Exception) -> str:
+    packages = _PACKAGES.get(method)
+    remedy = f"pip install {packages}" if packages else first_line(error)
+    return (
+        f"{source.location} is quantised by {method}, by its {CONFIG}, and needs packages that are "
+        f"not here; {remedy}, or use an unquantised checkpoint"
+    )
+
+
+def _unknown(error: Exception, source: ModelSource, thing: str) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # a validation error names the field in its first line, and the fault in its second
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return f"the weights of {source.name} are damaged: {text}; download them again"
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    files = "tokenizer files" if thing.startswith("tokenizer") else f"{CONFIG} and weights"
+    remedy = f"compare its {files} with the original, or download them again"
+    if method := quantization(source):
+        remedy = f"its weights are quantised by {method}: use an unquantised checkpoint"
+    return f"{thing} {source.name} cannot be loaded: {kind}{text}; {remedy}"

@@ -1,0 +1,159 @@
+"""MODEL -> where its files are: a folder, a .gguf file, or a commit of a Hub repository."""
+
+import functools
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from mpcache.config import CollectConfig
+from mpcache.hub import explained, names_a_place
+from mpcache.model.file_checks import check_json, check_present, read_head
+from mpcache.validation import user_path
+
+CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the files of a model are, and how `from_pretrained` is asked for them."""
+
+    name: str
+    "as the user gave it"
+    folder: Path | None = None
+    "of the files; None for a repository on the Hub"
+    gguf: str | None = None
+    "name of the .gguf file in the folder"
+    revision: str = "main"
+    "of a repository on the Hub: its commit, once that is known"
+
+    @property
+    def location(self) -> str:
+        """The first argument of `from_pretrained`."""
+        return self.name if self.folder is None else str(self.folder)
+
+    @property
+    def commit(self) -> str | None:
+        """Of a repository on the Hub, where it is known."""
+        is_commit = self.folder is None and re.fullmatch(r"[0-9a-f]{40}", self.revision)
+        return self.revision if is_commit else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments of `from_pretrained`."""
+        revision = {"revision": self.revision} if self.folder is None else {}
+        return revision if self.gguf is None else {**revision, "gguf_file": self.gguf}
+
+    @property
+    def gguf_path(self) -> Path | None:
+        return None if self.folder is None or self.gguf is None else self.folder / self.gguf
+
+    def file(self, name: str) -> Path | None:
+        """The path of a file, downloaded from the Hub; None where the model has no such file.
+
+        Raises ValueError for a file that cannot be read.
+        """
+        if self.folder is None:
+            path = _from_hub(self.name, name, self.revision)
+        else:
+            path = self.folder / name
+            path = path if path.exists() or path.is_symlink() else None
+        if path is not None:
+            check_present(path)
+        return path
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The content of config.json; empty for a .gguf file."""
+        path = None if self.gguf else self.file(CONFIG)
+        return {} if path is None else check_json(path)
+
+
+def find_source(config: CollectConfig) -> ModelSource:
+    """Raises ValueError where there is no model, ConnectionError without the Hub."""
+    path = user_path(config.model)
+    if os.path.isdir(path):  # a name can be longer than a path may be: Path's own would raise
+        if path.suffix.lower() == ".gguf" and not (path / CONFIG).exists():
+            check_present(path)  # says that it is a folder
+        return _checked(ModelSource(config.model, folder=path))
+    if path.suffix.lower() == ".gguf" and os.path.lexists(path):
+        check_present(path)
+        return ModelSource(config.model, folder=path.parent, gguf=path.name)
+    if os.path.exists(path):
+        raise ValueError(
+            f"model must be a folder, a .gguf file or a Hub id, got the file {config.model}; "
+            f"name {_better_than(path)}"
+        )
+    if names_a_place(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
+        raise ValueError(f"model must exist, got {config.model}; check the path")
+    return _checked(_at_commit(ModelSource(config.model, revision=config.revision)))
+
+
+def short_name(name: str) -> str:
+    """The last part of the name of a model or dataset.
+
+    Of a folder it is the true one; of a file the one given, which may be a link: in the Hub's cache
+    the file itself is named by its digest.
+    """
+    path = user_path(name)
+    return os.path.basename(os.path.realpath(path)) if os.path.isdir(path) else path.name
+
+
+def _better_than(path: Path) -> str:
+    if read_head(path)[:4] == b"GGUF":
+        return "it with the ending .gguf"
+    return f"the folder it is in, {path.parent}"
+
+
+def _at_commit(source: ModelSource) -> ModelSource:
+    """The same repository at the commit that its revision means now: all files come from there."""
+    with explained(f"model {source.name}", source.revision):
+        path = cached_file(
+            source.name, CONFIG, revision=source.revision,
+            _raise_exceptions_for_missing_entries=True,
+        )  # fmt: skip
+    commit = None if path is None else commit_of(Path(path))
+    return source if commit is None else replace(source, revision=commit)
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit of a file in the Hub's cache, .../snapshots/COMMIT/NAME."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-2] else None
+
+
+def _from_hub(repository: str, name: str, revision: str) -> Path | None:
+    with explained(f"{name} of {repository}", revision):
+        path = cached_file(
+            repository, name, revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    return None if path is None else Path(path)
+
+
+def _checked(source: ModelSource) -> ModelSource:
+    """Raises ValueError for a folder or repository that holds something else than a model."""
+    if source.file(ADAPTER) is not None:
+        base = check_json(source.file(ADAPTER)).get("base_model_name_or_path", "its base model")
+        raise ValueError(
+            f"{source.location} is an adapter (LoRA) for {base}, not a whole model, by its "
+            f"{ADAPTER}; merge both with peft's merge_and_unload(), save_pretrained() the result "
+            "with the tokenizer, and name that folder"
+        )
+    if source.file(CONFIG) is None:
+        raise ValueError(
+            f"a model folder must hold {CONFIG}, got {source.location}; {_other_files(source)}"
+        )
+    return source
+
+
+def _other_files(source: ModelSource) -> str:
+    files = [] if source.folder is None else sorted(source.folder.glob("*.gguf"))
+    if files:
+        return f"name the file itself: {files[0]}"
+    return "check the path" if source.folder else "download a .gguf file of it, and name that file"

@@ -1,0 +1,364 @@
+"""A store in a bucket of an object store: objects whole or not at all, copied by the server.
+
+There are no folders, links or renames. What is to become an object is uploaded under a temporary
+name and copied to its own by the server, which also decides who creates an object that must be new.
+Amazon's, Google's and compatible servers show every write to all who ask from then on.
+
+Memory: an object is held whole while it is uploaded, should its server lose it halfway; reading
+holds eight pieces of 8 MiB of each object at a time.
+"""
+
+import contextlib
+import itertools
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mpcache.storage.cloud import Scheme, asking, client, split_url
+from mpcache.storage.tempfiles import temporary_name
+
+_PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
+_ABREAST = 8  # requests for one object at a time, either way
+_PAGE = 1000  # names of an answer; no server gives more
+_TRIES = 5  # of what fails at once
+_SOON = 1.0  # seconds; where obstore gives up later, it has tried more than once
+_PATIENCE = 120.0  # seconds; who is away for a minute costs a wait, for longer ends the command
+_PAUSE = 0.2  # seconds before the second try, doubled for each later one
+_LONGEST_PAUSE = 10.0
+
+Answer = TypeVar("Answer")
+
+
+class Bucket:
+    """A prefix of a bucket; mpcache.storage.base has the contract."""
+
+    abreast = 8
+    largest: int | None = 5_000_000_000  # bytes that a server copies in one request
+
+    def __init__(self, url: str) -> None:
+        self.scheme, self.bucket, self.prefix = split_url(url)
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.prefix}".removesuffix("/")
+
+    @property
+    def name(self) -> str:
+        return self.prefix.rpartition("/")[2] or self.bucket
+
+    @property
+    def address(self) -> str:
+        return str(self)
+
+    def child(self, name: str) -> "Bucket":
+        return Bucket(f"{self}/{name}")
+
+    def children(self) -> list[str]:
+        import obstore
+
+        found = self._ask(obstore.list_with_delimiter, self.prefix or None)
+        paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+        return sorted({name for path in paths if (name := self._name(path))})
+
+    def is_within(self, other: object) -> bool:
+        return isinstance(other, Bucket) and f"{self}/".startswith(f"{other}/")
+
+    # --- looking ---
+
+    def exists(self, name: str = "") -> bool:
+        if name:
+            return self.size(name) is not None
+        return next(self.names(), None) is not None
+
+    def is_link(self, name: str = "") -> bool:
+        return False
+
+    def holds_places(self) -> bool:
+        return True
+
+    def size(self, name: str) -> int | None:
+        import obstore
+
+        try:
+            return int(self._ask(obstore.head, self._key(name))["size"])
+        except FileNotFoundError:
+            _see_bucket(self.scheme, self.bucket)  # the answer is the same where there is none
+            return None
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        below, last = self._key(prefix) if prefix else self.prefix or None, None
+        while page := self._ask(_page, below, last):
+            for key in page:
+                if name := self._name(key):  # a console's folder may be an object too
+                    yield name
+            if len(page) < _PAGE:
+                return
+            last = page[-1]
+
+    # --- reading ---
+
+    def read(self, name: str) -> bytes:
+        import obstore
+
+        def whole(bucket: Any, key: str) -> bytes:
+            return obstore.get(bucket, key).bytes().to_bytes()
+
+        return self._ask(whole, self._key(name))
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self}/{name}")
+        waiting: deque[Future[np.ndarray]] = deque()
+        for offset in range(0, size, _PART):
+            if len(waiting) == _ABREAST:
+                yield waiting.popleft().result().tobytes()
+            length = min(_PART, size - offset)
+            waiting.append(_requests().submit(self._range, name, offset, length))
+        while waiting:
+            yield waiting.popleft().result().tobytes()
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        found = self._range(name, offset, sum(one.nbytes for one in buffers))
+        for one in buffers:
+            one.reshape(-1).view(np.uint8)[:] = found[: one.nbytes]
+            found = found[one.nbytes :]
+
+    def _range(self, name: str, offset: int, length: int) -> np.ndarray:
+        import obstore
+
+        try:
+            found = self._ask(obstore.get_range, self._key(name), start=offset, length=length)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError:
+            if offset < (self.size(name) or 0):
+                raise
+            found = obstore.Bytes()
+        data = np.frombuffer(memoryview(found), np.uint8)
+        if len(data) != length:
+            raise ValueError(f"it ends before byte {offset + length}")
+        return data
+
+    # --- writing ---
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        if self.size(name) is not None:  # spares a write, also where nothing can be written
+            return False
+        _see_conditions(self.scheme, self.bucket, self.prefix)
+        for pause in itertools.islice(_pauses(), _TRIES):
+            try:
+                self._ask(obstore.put, self._key(name), data, mode="create")
+            except (AlreadyExistsError, PreconditionError):
+                # an answer that was lost is asked for again, and then finds our own object; one who
+                # loses to another that is not done yet finds nothing
+                with contextlib.suppress(FileNotFoundError):
+                    return self.read(name) == data
+                time.sleep(pause)
+            else:
+                return True
+        raise ConnectionError(f"{self}/{name} can be neither created nor read")
+
+    def replace(self, name: str, data: bytes) -> None:
+        import obstore
+
+        self._ask(obstore.put, self._key(name), data)
+
+    def prepare(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
+        import obstore
+
+        temporary, rest = temporary_name(name, key), iter(pieces)
+        kept, failed = list(_first(rest, _PART)), list[BaseException]()
+        if sum(map(len, kept)) < _PART:
+            self.replace(temporary, b"".join(kept))
+            return temporary
+
+        def put(bucket: Any, path: str) -> None:
+            try:
+                # in parts, several on their way at a time
+                obstore.put(
+                    bucket, path, itertools.chain(kept.copy(), _keeping(rest, kept, failed)),
+                    use_multipart=True, chunk_size=_PART, max_concurrency=_ABREAST,
+                )  # fmt: skip
+            except FileNotFoundError:
+                # done, but the answer was lost; asked again, the server knows of no upload
+                if not failed and obstore.head(bucket, path)["size"] != sum(map(len, kept)):
+                    raise
+            except Exception:
+                if not failed:  # else it is no fault of this server, and nothing to ask again
+                    raise
+
+        self._ask(put, self._key(temporary))
+        if failed:
+            raise failed[0]
+        return temporary
+
+    def publish(self, temporary: str, name: str) -> bool:
+        import obstore
+
+        try:
+            self._ask(obstore.copy, self._key(temporary), self._key(name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def link_new(self, source: str, name: str) -> bool:
+        return self.put_new(name, self.read(source))
+
+    def delete(self, name: str) -> None:
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError):
+            self._ask(obstore.delete, self._key(name))
+
+    def sync(self, name: str, top: str = "") -> None:
+        """Nothing to do: a server answers when it will not lose what it was given."""
+
+    # --- leaving ---
+
+    def rests(self) -> "tuple[Bucket, ...]":
+        return ()
+
+    def remove(self, head: str, told: str, first: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.replace(told, self.read(head))
+        self.delete(head)
+        for prefix in (first, ""):
+            names = [name for name in self.names(prefix) if name != told]
+            for _ in _requests().map(self.delete, names):
+                pass
+        self.delete(told)
+
+    # --- asking ---
+
+    def _key(self, name: str) -> str:
+        assert not {"", ".", ".."} & set(name.split("/")), name
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _name(self, key: str) -> str:
+        return f"{key}/".removeprefix(f"{self.prefix}/" if self.prefix else "").removesuffix("/")
+
+    def _ask(self, function: Callable[..., Answer], *arguments: Any, **options: Any) -> Answer:
+        return _ask(self.scheme, self.bucket, function, *arguments, **options)
+
+
+# --- asking ---
+
+
+def _ask(
+    scheme: Scheme, bucket: str, function: Callable[..., Answer], *arguments: Any, **options: Any
+) -> Answer:
+    """Call one of obstore's functions, again and again where the server is away.
+
+    Most of the patience is here: while obstore waits, Ctrl-C does. And obstore does not ask again
+    where an answer breaks off, or where asking twice might do harm, which nothing that we ask does.
+    """
+    url = f"{scheme}://{bucket}/{arguments[0] or ''}"
+    until, at_once = 0.0, 0
+    for pause in _pauses():
+        asked = time.monotonic()
+        try:
+            with asking(url):
+                return function(client(scheme, bucket), *arguments, **options)
+        except ConnectionError as error:
+            last = error
+        failed = time.monotonic()
+        until = until or failed + _PATIENCE
+        at_once += failed - asked < _SOON
+        if at_once == _TRIES or failed > until:
+            break
+        if failed - asked > _SOON:
+            _tell_waiting(scheme, bucket)
+        time.sleep(pause)
+    raise last
+
+
+@lru_cache
+def _tell_waiting(scheme: Scheme, bucket: str) -> None:
+    """Once in a process: it may be long."""
+    sys.stderr.write(f"waiting for the server of {scheme}://{bucket}\n")
+
+
+def _page(bucket: Any, prefix: str | None, after: str | None) -> list[str]:
+    """The next names of a listing."""
+    import obstore
+
+    pages = obstore.list(bucket, prefix, offset=after, chunk_size=_PAGE)
+    return [one["path"] for one in next(iter(pages), [])]
+
+
+@lru_cache
+def _see_bucket(scheme: Scheme, bucket: str) -> None:
+    """Raise NotADirectoryError where there is no such bucket, which most errors do not tell."""
+    with contextlib.suppress(PermissionError):
+        _ask(scheme, bucket, _page, None, None)
+
+
+@lru_cache
+def _see_conditions(scheme: Scheme, bucket: str, prefix: str) -> None:
+    """Raise ValueError where a server creates what is there already: no writer would be safe."""
+    import obstore
+    from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+    probe = f"{prefix}/{temporary_name('probe', uuid.uuid4().hex)}".removeprefix("/")
+    try:
+        for _ in range(2):
+            _ask(scheme, bucket, obstore.put, probe, b"probe", mode="create")
+    except (AlreadyExistsError, PreconditionError):
+        return
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            _ask(scheme, bucket, obstore.delete, probe)
+    raise ValueError(
+        f"a server must keep to If-None-Match, that of {scheme}://{bucket} does not, and a writer "
+        "would overwrite what others wrote; use another server, or a folder"
+    )
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds to wait after each try."""
+    return (min(_PAUSE * 2.0**number, _LONGEST_PAUSE) for number in itertools.count())
+
+
+@lru_cache
+def _requests() -> ThreadPoolExecutor:
+    """Threads that wait for answers."""
+    return ThreadPoolExecutor(2 * _ABREAST, "request")
+
+
+# --- pieces ---
+
+
+def _first(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Pieces until there are so many bytes."""
+    while size > 0 and (piece := next(pieces, None)) is not None:
+        size -= len(piece)
+        yield piece
+
+
+def _keeping(
+    pieces: Iterator[bytes], kept: list[bytes], failed: list[BaseException]
+) -> Iterator[bytes]:
+    """The pieces, which are also kept, should they be asked for again; and why there are no more.
+
+    An error of where they come from, asked again, would look like their end.
+    """
+    while True:
+        try:
+            piece = next(pieces, None)
+        except BaseException as error:
+            failed.append(error)
+            raise
+        if piece is None:
+            return
+        kept.append(piece)
+        yield piece

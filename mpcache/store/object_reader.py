@@ -1,0 +1,72 @@
+"""Read the objects of a store, whose size is checked against the mark before the first read."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mpcache.storage.base import Place
+from mpcache.store.format import check_metadata
+from mpcache.store.read_cache import Tier
+from mpcache.store.zarr_codec import ArraySpec, ReadInto
+from mpcache.validation import DamagedStoreError
+
+Result = TypeVar("Result")
+
+
+class ObjectReader:
+    """Reads parts of Zarr arrays. Threads may share it; what it has looked at, it remembers."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.tier: Tier | None = None
+        # of the instance, so that a store that is no longer used goes with its caches; one look at
+        # an object's size will do, and takes as long as a read: later reads raise where bytes lack
+        self._ends = functools.lru_cache(maxsize=1 << 12)(self._read_ends)
+        self._check_size = functools.lru_cache(maxsize=1 << 16)(self._compare_size)
+        self._span = functools.cache(functools.partial(check_metadata, place))
+
+    def read(
+        self,
+        spec: ArraySpec,
+        part: int,
+        record: Mapping[str, Any],
+        start: int,
+        stop: int,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Entries `start` to `stop` of one part of an array; `record` is the object's in the mark.
+
+        They are put into `out`, of the array's type, if it is given.
+
+        Raises DamagedStoreError where the bytes are not those that were committed.
+        """
+        name, size, key = spec.object_path(part), int(record["bytes"]), record["xxh3_128"]
+        if part >= self._span(spec):
+            raise DamagedStoreError(f"{self.place}/{spec.metadata_path} claims too few rows")
+        try:
+            ends = self._ends(name, spec, size, key)
+            return self._through(name, key, lambda read: spec.decode(read, ends, start, stop, out))
+        except FileNotFoundError:
+            raise DamagedStoreError(f"{self.place}/{name} is missing") from None
+        except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
+            raise DamagedStoreError(f"{self.place}/{name} is damaged: {error}") from error
+
+    def _read_ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
+        self._check_size(name, size)
+        return self._through(name, key, lambda read: spec.ends(read, size))
+
+    def _through(self, name: str, key: str, decode: Callable[[ReadInto], Result]) -> Result:
+        """What is decoded from an object's bytes, which a tier may have; `key` is their digest."""
+        read = functools.partial(self.place.read_into, name)
+        return decode(read) if self.tier is None else self.tier.made(key, read, decode)
+
+    def _compare_size(self, name: str, size: int) -> None:
+        stored = self.place.size(name)
+        if stored is None:
+            raise DamagedStoreError(f"{self.place}/{name} is missing, though it was committed")
+        if stored != size:
+            raise DamagedStoreError(
+                f"{self.place}/{name} has {stored} bytes, committed were {size}"
+            )

@@ -1,0 +1,203 @@
+"""Evaluate coders on held-out rows, several in one pass; nothing of a coder changes.
+
+B rows in a batch, D input width, E target width, M latents.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mptrain.coders.checkpoint import load_coder
+from mptrain.coders.coder import Coder
+from mptrain.coders.fvu import Fvu
+from mptrain.config.coder import PURSUITS, CoderConfig, Codes
+from mptrain.config.run import refuse_lone_bound
+from mptrain.data.batches import resolve_device
+from mptrain.data.filters import Filters, stored_filters
+from mptrain.data.loader import Batch, Loader, Side, Split, Store, open_store
+from mptrain.evals.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
+from mptrain.kernels.sparse import active_latents
+
+_BATCH_ROWS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well a coder does on a set of rows."""
+
+    k: int
+    codes: Codes | None
+    "how the values of a pursuit were computed; None: the coder has an encoder"
+    rows: int
+    "rows evaluated, without those left out"
+    fvu: float
+    "fraction of variance unexplained, over all rows evaluated together"
+    fvu_all: float
+    "the same with the rows that the filters leave out, as training does"
+    l0: float
+    "mean number of distinct latents with a non-zero value"
+    l0_deviation: float
+    "l0 / k - 1"
+    dead_share: float
+    "share of latents that fired in none of these rows"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
+        return all(math.isfinite(v) for v in asdict(self).values() if isinstance(v, float))
+
+
+def sides_of(config: CoderConfig) -> tuple[Side, Side]:
+    """Input and target of a coder: an SAE codes the output from itself."""
+    target = (config.hookpoint, "output")
+    return (target if config.kind == "sae" else (config.hookpoint, "input")), target
+
+
+def sides_of_all(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
+    """What coders read together, each side once."""
+    return tuple(dict.fromkeys(side for one in configs for side in sides_of(one)))
+
+
+def evaluate(
+    coders: Sequence[tuple[Coder, int, Codes]],
+    batches: Iterable[Batch],
+    filters: Filters,
+) -> list[Evaluation]:
+    """Evaluate coders, each with its K and codes, on the same batches."""
+    tallies = [_Tally(*one, filters) for one in coders]
+    for batch in batches if tallies else ():
+        for tally in tallies:
+            tally.add_(batch)
+    return [tally.evaluation() for tally in tallies]
+
+
+def evaluate_coder(
+    folder: Path,
+    store_path: str | Path,
+    other_k: Sequence[int],
+    rows: int | None = None,
+    device: str = "auto",
+    other_codes: Sequence[Codes] = (),
+    parts: Collection[int] | None = None,
+    tier: str | None = None,
+    tier_bytes: int | None = None,
+) -> list[Evaluation]:
+    """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
+
+    Filters are those it was trained with; `parts` are those of the store to read, all if None;
+    `tier` and `tier_bytes` are as in a run. At another K, a batch- coder gets a threshold from the
+    store's train rows, as it did for its own K at the end of its training.
+    The store must have the fingerprint of the one it was trained on: another dataset or seed may
+    hold train rows among its held-out ones.
+
+    Raises:
+        ValueError: no coder, no store or not one for this coder, or a `k`, `rows` or
+            codes that it cannot be run with.
+    """
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}")
+    refuse_lone_bound(tier, tier_bytes)
+    place = resolve_device(device)
+    coder, trained = load_coder(folder)
+    store = open_store(store_path, tier, tier_bytes)
+    if parts is not None:
+        store = store.limited_to(parts)
+    _refuse_other_rows(coder, trained, store)
+    sides = tuple(dict.fromkeys(sides_of(coder.config)))
+    ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
+    codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
+    coder.to(place)
+    filters = stored_filters(trained)
+    others = {k: at_k(coder, k) for k in ks if k != coder.config.k and coder.config.has_threshold}
+    if others:
+        with _loader(store, sides, "train", filters, place) as loader:
+            calibrate_(list(others.values()), loader, filters)
+    of_k = dict.fromkeys(ks, coder) | others
+    with _loader(store, sides, "validation", filters, place) as loader:
+        coders = [(of_k[k], k, c) for c in codes for k in ks]
+        return evaluate(coders, loader.one_pass(rows), filters)
+
+
+def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
+    """Set the thresholds of coders that have a threshold, from a loader's rows."""
+    with_sides = [(coder, sides_of(coder.config)) for coder in coders if coder.config.has_threshold]
+    if with_sides:
+        set_thresholds_(with_sides, loader.one_pass(MOST_ROWS_READ), filters)
+
+
+def _loader(
+    store: Store, sides: Sequence[Side], split: Split, filters: Filters, device: torch.device
+) -> Loader:
+    return Loader(
+        store, sides, split, batch_rows=_BATCH_ROWS, seed=0, device=device, facts=filters.facts
+    )
+
+
+def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -> None:
+    own = (len(coder.b_D), len(coder.output_bias_E))
+    for name, width, side in zip(("input", "target"), own, sides_of(coder.config), strict=True):
+        if width != store.width(*side):
+            raise ValueError(
+                f"the coder's {name} has width {width}, {':'.join(side)} of {store.place} has "
+                f"{store.width(*side)}; evaluate on the store it was trained on"
+            )
+    if trained["store_fingerprint"] != store.fingerprint:
+        raise ValueError(
+            f"{store.place} has fingerprint {store.fingerprint}, the coder was trained on "
+            f"{trained['store_fingerprint']}; evaluate on the store it was trained on, or one of "
+            "the same fingerprint"
+        )
+
+
+class _Tally:
+    """Running sums of one coder at one K."""
+
+    def __init__(self, coder: Coder, k: int, codes: Codes, filters: Filters) -> None:
+        self.coder, self.k, self.codes, self.filters = coder, k, codes, filters
+        self.input, self.target = sides_of(coder.config)
+        self.kept, self.all = Fvu(), Fvu()
+        self.active = 0.0
+        self.fired_M = torch.zeros(coder.latents + 1, dtype=torch.bool, device=coder.b_D.device)
+
+    @torch.no_grad()
+    def add_(self, batch: Batch) -> None:
+        sides = (self.input, self.target)
+        usable_B = self.filters.usable(batch, sides)
+        kept_B = self.filters.kept(batch, sides)[usable_B]
+        x_BD, y_BE = (batch.values[side][usable_B].float() for side in sides)
+        # apart, as only those that are kept are counted
+        self._add_(x_BD[kept_B], y_BE[kept_B], is_kept=True)
+        self._add_(x_BD[~kept_B], y_BE[~kept_B], is_kept=False)
+
+    def _add_(
+        self, x_BD: Float[Tensor, "batch input"], y_BE: Float[Tensor, "batch target"], is_kept: bool
+    ) -> None:
+        if not len(x_BD):
+            return
+        code = self.coder.encode(x_BD, self.k, codes=self.codes)
+        y_hat_BE = self.coder.predict(code, x_BD)
+        self.all.add_(y_BE, y_hat_BE)
+        if not is_kept:
+            return
+        self.kept.add_(y_BE, y_hat_BE)
+        self.active += float(active_latents(code.idx_BK, code.val_BK).double().sum())
+        self.fired_M[code.idx_BK.flatten() + 1] = True  # place 0 takes the -1 of unused entries
+
+    def evaluation(self) -> Evaluation:
+        l0 = self.active / max(1, self.kept.rows)
+        return Evaluation(
+            k=self.k,
+            codes=self.codes if self.coder.config.arch in PURSUITS else None,
+            rows=self.kept.rows,
+            fvu=self.kept.value,
+            fvu_all=self.all.value,
+            l0=l0,
+            l0_deviation=l0 / self.k - 1,
+            dead_share=float(1 - self.fired_M[1:].double().mean()),
+        )

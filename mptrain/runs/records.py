@@ -1,0 +1,60 @@
+"""What a run tells while it trains: records for its log, and a few words beside its bar."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from mptrain.evals.evaluate import Evaluation
+from mptrain.runs.metrics import Record
+from mptrain.training.setup import Trainee
+from mptrain.training.train_step import StepResult
+
+
+def record_of(
+    step: int,
+    trainee: Trainee,
+    result: StepResult | None,
+    evaluation: Evaluation | None,
+    wait_seconds: float,
+    validation_seconds: float,
+) -> Record:
+    """A coder after its train step; `result` is None where its batch had no rows."""
+    validation_fvu = None if evaluation is None or not evaluation.rows else evaluation.fvu
+    return Record(
+        coder=trainee.config.name,
+        step=step,
+        rows=trainee.rows_read,
+        rows_trained=trainee.rows_trained,
+        train_seconds=trainee.train_seconds,
+        wait_seconds=wait_seconds,
+        validation_seconds=validation_seconds,
+        fvu=math.nan if result is None else float(result.fvu),
+        validation_fvu=math.nan if trainee.diverged else validation_fvu,
+        l0=math.nan if result is None else float(result.l0),
+        dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
+        lr=trainee.lr,
+        rows_per_second=trainee.rows_per_second,
+        peak_memory_bytes=peak_memory_bytes(trainee.learner.coder.b_D.device),
+    )
+
+
+def in_short(
+    results: Sequence[StepResult | None], wait_seconds: float, train_seconds: float
+) -> str:
+    """Range of the coders' FVU, and the share of waiting for data in waiting and training."""
+    wait_share = wait_seconds / (wait_seconds + train_seconds)
+    fvus = [float(result.fvu) for result in results if result is not None]
+    told = f"FVU {min(fvus):.3f} to {max(fvus):.3f}, " if fvus else ""
+    return f"{told}wait {wait_share:.0%}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocations on a GPU, of the process's resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

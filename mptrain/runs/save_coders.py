@@ -1,0 +1,82 @@
+"""Coders of a run that has not ended: those of its last saved state, marked with their step.
+
+Only the run's folder of coders is written, so that the run may be under way, or go on later.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mptrain.coders.checkpoint import load_state, read_json, save_coder
+from mptrain.config.run import RunConfig
+from mptrain.data.batches import resolve_device
+from mptrain.data.filters import Filters, make_filters
+from mptrain.data.loader import Store
+from mptrain.data.preflight import suited_store
+from mptrain.evals.evaluate import calibrate_, sides_of_all
+from mptrain.runs.results import result_so_far
+from mptrain.runs.run_dir import parts_begun_with, read_started, refuse_other, resumed_config
+from mptrain.runs.state import Progress, restore_
+from mptrain.training.setup import Trainee, loader_of, make_trainee, train_steps
+
+
+def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Save the coders of a run's last state; gives a row for each, none where all are finished.
+
+    `given` are settings that differ from the run's: where its store is now, the device to use.
+
+    Raises:
+        ValueError: there is no such run, it has no state yet, or the store is another one.
+    """
+    config = replace(resumed_config(run, given), follow=False)
+    state = load_state(Path(run))
+    if state is None:
+        raise ValueError(
+            f"{run} has no saved state; wait until the run has saved one, or start it again with "
+            "a smaller --save-every"
+        )
+    about, tensors = state
+    progress = Progress(**about["progress"])
+    if set(progress.names) <= _finished(Path(run)):
+        return []
+    coders = {coder.name: coder for coder in config.coders()}
+    together = [coders[name] for name in progress.names]
+    sides = sides_of_all(together)
+    store = suited_store(config, sides, parts_begun_with(config))
+    refuse_other(config, store.fingerprint)
+    filters, device = make_filters(config, store, sides), resolve_device(config.device)
+    trainees = [make_trainee(coder, config, filters, store, device) for coder in together]
+    restore_(about, tensors, trainees, config.batch_rows)
+    return _save(config, trainees, store, filters)
+
+
+def _finished(run: Path) -> set[str]:
+    """Names of the coders that were evaluated and saved at the end of their training."""
+    file = run / "results.json"
+    return {result["coder"] for result in read_json(file)} if file.exists() else set()
+
+
+def _save(
+    config: RunConfig, trainees: list[Trainee], store: Store, filters: Filters
+) -> list[dict[str, Any]]:
+    run = Path(config.run)
+    started = read_started(run)
+    provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
+    healthy = [trainee for trainee in trainees if not trainee.diverged]
+    coders = {trainee.config.name: trainee.learner.evaluated() for trainee in healthy}
+    if batch := [coder for coder in coders.values() if coder.config.has_threshold]:
+        sides = sides_of_all(coder.config for coder in batch)
+        device = batch[0].b_D.device
+        with loader_of(config, store, sides, "train", filters=filters, device=device) as sample:
+            calibrate_(batch, sample, filters)
+    rows = []
+    for trainee in trainees:
+        result = result_so_far(trainee, train_steps(config), config.batch_rows)
+        folder = None
+        if not trainee.diverged:
+            folder = run / "coders" / f"{trainee.config.name}-step{result['step']}"
+            trained = {**provenance, **filters.of(trainee.sides).as_json(), **result}
+            save_coder(folder, coders[trainee.config.name], trained)
+        rows.append({**result, "folder": None if folder is None else str(folder)})
+    return rows

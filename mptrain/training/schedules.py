@@ -1,0 +1,57 @@
+"""What changes along a training: learning rate, number of steps, way of coding, available latents.
+
+Train steps are counted from 0. M latents.
+"""
+
+import math
+import random
+
+import torch
+from torch import Tensor
+
+from mptrain.config.coder import BeginAs, CoderConfig, Schedule
+
+
+def lr_factor(
+    step: int,
+    steps: int,
+    warmup_share: float,
+    schedule: Schedule = "linear",
+    decay_share: float = 1.0,
+) -> float:
+    """Share of the peak learning rate at train step `step` of `steps`.
+
+    Rises linearly over the first `warmup_share` of the steps, is 1 for one step at least, then
+    falls to 0 over the last `decay_share` of the steps, or over all that are left.
+    """
+    warmup = min(round(warmup_share * steps), steps - 1)
+    rise = (step + 1) / (warmup + 1)
+    decay = max(1, min(round(decay_share * steps), steps - warmup))
+    left = min(1.0, (steps - step) / decay)
+    fall = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
+    return max(0.0, min(rise, fall[schedule]))
+
+
+def k_at(config: CoderConfig, step: int, steps: int) -> int:
+    """K at a train step: from `k_factor` K linearly down to K."""
+    decay = round(config.k_decay_share * steps)
+    left = max(0.0, 1 - step / decay) if decay else 0.0
+    return round(config.k * (1 + left * (config.k_factor - 1)))
+
+
+def coded_as(config: CoderConfig, step: int, steps: int) -> BeginAs:
+    """The way an mp coder codes at a train step."""
+    return config.begin_as if step < round(config.begin_share * steps) else "mp"
+
+
+def available_latents(config: CoderConfig, latents: int, step: int) -> Tensor | None:
+    """The latents that may be chosen at a train step, ascending; None: all.
+
+    Drawn on the CPU from the coder's seed and the step, so that a resumed training draws them too.
+    """
+    if config.atom_dropout == 0:
+        return None
+    kept = max(1, round((1 - config.atom_dropout) * latents))
+    seed = random.Random(f"{config.seed}:{step}").getrandbits(63)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(latents, generator=generator)[:kept].sort().values

@@ -1,0 +1,131 @@
+"""One coder of a run, from its start on.
+
+N rows, D input width, E target width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mptrain.coders.coder import Coder
+from mptrain.config.coder import CoderConfig
+from mptrain.config.run import RunConfig
+from mptrain.data.filters import Filters
+from mptrain.data.loader import Loader, Side, Split, Store
+from mptrain.data.windows import ALL, Share
+from mptrain.evals.evaluate import sides_of
+from mptrain.training.distributed import ALONE, Ranks
+from mptrain.training.geometric_median import geometric_median
+from mptrain.training.normalization import AS_THEY_ARE, scale_of
+from mptrain.training.optimizers import make_optimizers
+from mptrain.training.train_step import Learner
+
+_SAMPLE_ROWS = 16_384  # of the train split, read for a geometric median or a scale
+
+
+@dataclass(kw_only=True)
+class Trainee:
+    """One coder of the grid with what its training has cost so far."""
+
+    config: CoderConfig
+    learner: Learner
+    train_seconds: float = 0.0
+    rows_read: int = 0
+    "rows in the batches of its train steps, with those that its filters left out"
+    rows_trained: int = 0
+    "rows that its train steps took"
+    lr: float = 0.0
+    "learning rate of the last train step"
+    diverged: bool = False
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return sides_of(self.config)
+
+    @property
+    def rows_per_second(self) -> float:
+        """Rows trained in a second of its own train time; 0 where no batch had a row for it."""
+        return self.rows_trained / self.train_seconds if self.train_seconds else 0.0
+
+
+def train_steps(config: RunConfig) -> int:
+    """Whole batches in the rows to train on."""
+    return config.rows // config.batch_rows
+
+
+def make_trainee(
+    config: CoderConfig,
+    run: RunConfig,
+    filters: Filters,
+    store: Store,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+) -> Trainee:
+    """A coder at its start: biases in the middle of the train split, atoms drawn by its seed.
+
+    Means, and the variances that losses are shares of, are the store's: of all finite train rows,
+    also of those that the filters leave out. Medians and scales are of a sample of the rows that
+    they leave, because a few first tokens may be larger than all others together.
+    """
+    sides = sides_of(config)
+    (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
+    scale = AS_THEY_ARE
+    if config.normalise or config.start == "median":
+        x_ND, y_NE = _sample(filters.of(sides), store, sides)
+        scale = scale_of(config, _mean_square(x_ND), _mean_square(y_NE))
+    if config.start == "median":
+        mean_D, mean_E = geometric_median(x_ND), geometric_median(y_NE)
+    coder = Coder(config, len(mean_D), len(mean_E))
+    coder.initialise_(
+        scale.input * mean_D.float(),
+        scale.target * mean_E.float(),
+        torch.Generator().manual_seed(config.seed),
+    )
+    coder.to(device)
+    optimizers = make_optimizers(coder, config, train_steps(run))
+    variances = float(variance_E.sum()), float(variance_D.sum())
+    return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale, ranks))
+
+
+def loader_of(
+    config: RunConfig,
+    store: Store,
+    sides: Sequence[Side],
+    split: Split,
+    *,
+    filters: Filters,
+    device: torch.device,
+    share: Share = ALL,
+) -> Loader:
+    """What a run reads of a split, in its order."""
+    return Loader(
+        store,
+        sides,
+        split,
+        batch_rows=config.batch_rows,
+        seed=config.order_seed,
+        window_rows=config.window_rows,
+        threads=config.read_threads,
+        facts=filters.of(sides).facts,
+        device=device,
+        share=share,
+    )
+
+
+def _mean_square(x_ND: Tensor) -> float:
+    """Of a value; 0 of none."""
+    return float(x_ND.square().mean(dtype=torch.float64)) if len(x_ND) else 0.0
+
+
+def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
+    """Rows that the filters leave, the same ones whichever coders are trained beside."""
+    cpu = torch.device("cpu")  # the same start on every device
+    with Loader(
+        store, sides, "train", batch_rows=_SAMPLE_ROWS, seed=0, device=cpu, facts=filters.facts
+    ) as loader:
+        batch = next(loader.one_pass(_SAMPLE_ROWS))
+    kept_N = filters.kept(batch, sides)
+    x_ND, y_NE = (batch.values[side][kept_N].float() for side in sides)
+    return x_ND, y_NE

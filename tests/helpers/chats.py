@@ -1,0 +1,61 @@
+"""A small dataset of conversations, and a store that is collected from it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from mpcache.collection import collect as collecting
+from mpcache.collection.collect import Summary, collect
+from mpcache.config import CollectConfig
+from mpcache.data.conversation import Conversation
+from mpcache.data.documents import Documents
+from mpcache.maintenance import recompute as retrace
+from tests.helpers.chat_templates import TEMPLATES
+from tests.helpers.stores import small_config
+
+
+def conversations(count: int = 40, seed: int = 0) -> list[Conversation]:
+    """Conversations of two or four messages of random letters; each tenth has no message."""
+    random = np.random.default_rng(seed)
+
+    def text() -> str:
+        return bytes(random.integers(97, 123, random.integers(3, 30)).tolist()).decode()
+
+    chats = []
+    for place in range(count):
+        roles = ["user", "assistant"] * int(random.integers(1, 3))
+        messages = tuple({"role": role, "content": text()} for role in roles)
+        chats.append(Conversation(() if place % 10 == 5 else messages))
+    return chats
+
+
+@contextmanager
+def dataset_of(chats: list[Conversation]) -> Iterator[None]:
+    """Every command finds these conversations, whatever dataset it is given."""
+    provenance = {"dataset": "chats", "dataset_revision": None, "dataset_config": None}
+    documents = Documents("0" * 64, provenance, lambda start: iter(chats[start:]), "conversations")
+
+    def found(*_: object) -> Documents:
+        return documents
+
+    with (
+        mock.patch.object(collecting, "open_documents", found),
+        mock.patch.object(retrace, "open_documents", found),
+    ):
+        yield
+
+
+def chat_config(folder: Path, **changes: object) -> CollectConfig:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "template.jinja"
+    file.write_text(TEMPLATES["chatml"])
+    return small_config(folder, **{"chat_template": str(file), **changes})
+
+
+def chat_store(folder: Path, chats: int = 40, **changes: object) -> tuple[Path, Summary]:
+    """A collected store."""
+    with dataset_of(conversations(chats)):
+        return folder / "store", collect(chat_config(folder, **changes), folder / "store")

@@ -1,0 +1,64 @@
+"""Collections in processes of their own, and what is judged of their stores."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mpcache.collection.collect import collect
+from mpcache.config import CollectConfig
+from mpcache.maintenance.verify import verify
+from mpcache.parallel import dask_cluster as cluster_stage
+from mpcache.parallel.config import Workforce
+from tests.helpers.stores import files_of, marks_of
+
+
+def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """A command in a process of its own, which can have children."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["mpcache.collection.dask_client", "mpcache.collection.dask_worker"]
+    )
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def equal(path: Path, whole: Path) -> bool:
+    """Every digest is the same, and all bytes but those of an interrupted write."""
+    finished = {n: data for n, data in files_of(path).items() if not n.endswith(".partial")}
+    return marks_of(path) == marks_of(whole) and finished == files_of(whole)
+
+
+def clean(path: Path) -> bool:
+    return {finding.fault for finding in verify(path).findings} <= {"leftover"}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def collect_with_four(config: CollectConfig, path: str | Path) -> None:
+    # a child may use the server that forked it, its documentation says, but starts one of its own:
+    # that would import everything anew for each of these commands
+    cluster_stage.START_METHOD = "forkserver"
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running
+    collect(config, path, Workforce(workers=4))
+
+
+def workers_of(command: BaseProcess) -> list[int]:
+    """Those that the same server forked after it."""
+    parent = psutil.Process(command.pid)
+    found: list[int] = []
+    while not found:
+        others = (p for p in parent.parent().children() if p.pid != parent.pid)
+        found = [p.pid for p in others if p.create_time() > parent.create_time()]
+    return found

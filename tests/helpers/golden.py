@@ -1,0 +1,69 @@
+"""Make the golden store of the current format version: `python tests/golden.py`.
+
+Run once when a version is born, never to make a failing test pass: the point of the golden store is
+that it was written by the code of its time. Version 1 was made so before version 2 was there.
+`fit-v1.safetensors` has the weights that the code of version 1 trained on the store of version 1.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mpcache.store.format import FLAGS_VERSION
+from mpcache.store.reader import Store, open_store
+from mptrain.config.run import FitConfig
+from mptrain.runs.fit import fit
+from tests.helpers.chats import chat_store
+from tests.helpers.paths import GOLDEN
+
+FOLDER = GOLDEN
+ARRAYS = ("tokens", "rows/position", "acts/layers.0/output")
+
+
+def sums(store: Store) -> dict[str, int]:
+    """Sums of the stored unsigned integers of each part, exact and independent of floats."""
+    return {
+        f"{part} {name}": int(values.astype("uint64").sum())
+        for array in ARRAYS
+        for part in store.numbers(array)
+        for name, values in store.read_part(array, part).items()
+        if values.dtype.kind == "u"
+    }
+
+
+def fitted(store: Path, run: Path) -> dict[str, Tensor]:
+    """The weights of two small coders, trained by one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    config = FitConfig(
+        store=str(store), run=str(run), hookpoints=("layers.0",), kind=("sae",),
+        arch=("mp", "topk"), k=(2,), expansion=(2,), rows=256, batch_rows=32, window_rows=64,
+        eval_rows=32, save_every=10**6, device="cpu",
+    )  # fmt: skip
+    try:
+        fit(config)
+    finally:
+        torch.set_num_threads(threads)
+    files = sorted((run / "coders").glob("*/coder.safetensors"))
+    return {f"{f.parent.name}/{name}": w for f in files for name, w in load_file(f).items()}
+
+
+def main() -> None:
+    place = FOLDER / f"store-v{FLAGS_VERSION}"
+    shutil.rmtree(place, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as folder:
+        made, _ = chat_store(
+            Path(folder), hookpoints=("layers.0",), rows=640, part_rows=320, codec="zstd",
+            one_document_per_sequence=True, chats=14,
+        )  # fmt: skip
+        shutil.copytree(made, place)
+    place.with_suffix(".json").write_text(json.dumps(sums(open_store(place)), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Training that is killed at a moment: a train step, or a call of a function that writes.
+
+Imports no more than a run needs: it is imported anew in each process that is to be killed.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mptrain.coders import checkpoint
+from mptrain.config.run import FitConfig
+from mptrain.experiments.spec import experiment_of
+from mptrain.experiments.sweep import sweep
+from mptrain.experiments.toml_config import read_settings
+from mptrain.runs import fit as fit_stage
+from mptrain.runs import metrics
+from mptrain.runs.fit import fit
+
+
+class Killer:
+    """Kills its own process, by SIGKILL, at the n-th of the moments of one kind."""
+
+    def __init__(self, kind: str, moment: int, log: Path) -> None:
+        self.kind, self.left, self.log = kind, moment, log
+
+    def reach(self, kind: str, name: str) -> bool:
+        self.left -= kind == self.kind
+        if kind != self.kind or self.left:
+            return False
+        with self.log.open("a") as file:
+            file.write(f"{name}\n")
+        return True
+
+    def before(self, kind: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def killed(*args: Any, **kwargs: Any) -> Any:
+            if self.reach(kind, name):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return killed
+
+    def half_way(self, kind: str, name: str, save: Callable[..., Any]) -> Callable[..., Any]:
+        """Leaves half of a file."""
+
+        def killed(tensors: Any, path: Path) -> None:
+            save(tensors, path)
+            if self.reach(kind, name):
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return killed
+
+
+def torn(killer: Killer) -> Callable[..., Any]:
+    """Leaves half of a line in metrics.jsonl."""
+    write = metrics.MetricsFile._write
+
+    def killed(self: metrics.MetricsFile, **options: Any) -> None:
+        if self._waiting and killer.reach("train", "half a line"):
+            with self.path.open("ab") as file:
+                file.write(self._waiting[: len(self._waiting) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, **options)
+
+    return killed
+
+
+def fit_until_killed(settings: FitConfig, kind: str, moment: int, log: Path) -> None:
+    """Runs in a process of its own; moment 0 is never."""
+    arm(kind, moment, log)
+    fit(settings)
+
+
+def sweep_until_killed(
+    file: Path, collected: dict[str, str], store: str, kind: str, moment: int, log: Path
+) -> None:
+    """The same for a sweep whose rows are there."""
+    arm(kind, moment, log)
+    experiment = experiment_of(read_settings(file))
+    sweep(experiment, (), collected, collect=lambda _: store, hardware="two cores")
+
+
+def arm(kind: str, moment: int, log: Path) -> None:
+    """From here on this process trains until that moment."""
+    killer = Killer(kind, moment, log)
+    fitting: Any = fit_stage.Fitting
+    fitting._train_one = killer.before("train", "train step", fitting._train_one)
+    metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
+    checkpoint.save_file = killer.before("save", "before tensors", checkpoint.save_file)
+    checkpoint.save_file = killer.half_way("save", "half of the tensors", checkpoint.save_file)
+    checkpoint._sync = killer.before("save", "sync", checkpoint._sync)
+    path: Any = checkpoint.Path
+    path.rename = killer.before("save", "rename", path.rename)
+    path.replace = killer.before("save", "replace", path.replace)
+    checkpoint.shutil.rmtree = killer.before("save", "drop", checkpoint.shutil.rmtree)  # type: ignore[assignment]

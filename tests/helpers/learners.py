@@ -1,0 +1,56 @@
+"""Coders in training on small planted rows.
+
+B rows in a batch, D input width, E target width.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mptrain.coders.coder import Coder
+from mptrain.config.coder import CoderConfig
+from mptrain.training.geometric_median import geometric_median
+from mptrain.training.normalization import scale_of
+from mptrain.training.optimizers import make_optimizers
+from mptrain.training.train_step import Learner
+
+D, STEPS = 12, 100
+BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
+TRANSCODER = replace(BASE, kind="transcoder")
+
+
+def planted(rows: int, seed: int) -> Tensor:
+    """Sums of three of 24 fixed directions, off centre: an input of D and a target of D - 2."""
+    directions = torch.randn(24, 2 * D - 2, generator=torch.Generator().manual_seed(7))
+    directions /= directions.norm(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(seed)
+    active = torch.rand(rows, 24, generator=generator).topk(3).indices
+    return directions[active].sum(1) * 2 + 3
+
+
+def rows_of(config: CoderConfig, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Input and target; two columns of the input are in the target where widths must be equal."""
+    both = planted(rows, seed)
+    if config.kind == "sae":
+        return both[:, :D], both[:, :D]
+    return both[:, :D], both[:, -D:] if config.subtract == "predicting" else both[:, D:]
+
+
+def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
+    x_BD, y_BE = rows_of(config, 2000, 0)
+    coder = Coder(config, D, y_BE.shape[1])
+    generator = torch.Generator().manual_seed(config.seed)
+    scale = scale_of(config, float(x_BD.square().mean()), float(y_BE.square().mean()))
+    start = geometric_median if config.start == "median" else lambda rows: rows.mean(0)
+    coder.initialise_(scale.input * start(x_BD), scale.target * start(y_BE), generator)
+    variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
+    return Learner(coder, make_optimizers(coder, config, steps), *variances, scale)
+
+
+def train_(learner: Learner, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        x_BD, y_BE = rows_of(learner.coder.config, 64, step + 1)
+        losses.append(float(learner.step(x_BD, y_BE).loss))
+    return losses

@@ -1,0 +1,124 @@
+"""A store of documents run alone, in pieces: short parts, flags, and all that reads them."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpcache.collection.collect import Summary, collect
+from mpcache.config import ConvertConfig, RepairConfig
+from mpcache.maintenance.convert import convert
+from mpcache.maintenance.copy import copy
+from mpcache.maintenance.repair import repair
+from mpcache.maintenance.verify import verify
+from mpcache.store.reader import Store, open_store
+from mptrain.config.run import FitConfig
+from mptrain.data.loader import Loader
+from mptrain.runs.fit import fit
+from tests.helpers.chats import chat_store
+from tests.helpers.stores import SIDES, small_config, small_store
+
+MLP = (("layers.1.mlp", "input"), ("layers.1.mlp", "output"))
+
+
+@pytest.fixture(scope="module", params=["text", "chat"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    make = small_store if request.param == "text" else chat_store
+    path, summary = make(folder, one_document_per_sequence=True, bos="sequence")
+    assert isinstance(summary, Summary)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(made: Path) -> Store:
+    return open_store(made)
+
+
+def test_parts_end_where_a_piece_ends(store: Store, made: Path) -> None:
+    rows = [store.token_count(part) for part in store.numbers("tokens")]
+    assert any(count % store.ctx_len for count in rows)
+    assert all(store.part_rows - store.ctx_len < n <= store.part_rows for n in rows[:-2])
+    for side in SIDES:
+        for split in ("train", "validation"):
+            parts = store.parts([side], split)  # type: ignore[arg-type]
+            assert [p.rows for p in parts] == [store.token_count(p.number) for p in parts]
+    assert verify(made).intact
+
+
+def test_positions_are_those_in_a_piece(store: Store) -> None:
+    for part in store.numbers("tokens"):
+        positions, tokens = store.read_positions(part), store.read_token_ids(part)
+        starts = store.read_document_starts(part)
+        assert starts is not None
+        assert int(positions.max()) < store.ctx_len
+        assert int((positions == 0).sum()) == int(starts.sum())
+        assert (tokens[positions == 0] == 256).all()
+        assert (tokens[positions > 0] != 256).all()
+
+
+def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path: Path) -> None:
+    config = FitConfig(
+        store=str(store.place), run=str(tmp_path / "run"), hookpoints=("layers.1.mlp",),
+        k=(3,), expansion=(2,), rows=512, batch_rows=64, window_rows=128, arch=("topk",),
+        device="cpu",
+    )  # fmt: skip
+    fit(config)
+    with Loader(
+        store, MLP, "train", batch_rows=100, seed=0, device=torch.device("cpu"), facts=("token",)
+    ) as loader:
+        batches = list(loader.one_pass())
+    rows = sum(store.token_count(p.number) for p in store.parts(MLP, "train"))
+    assert sum(batch.rows for batch in batches) == rows
+    for batch in batches:
+        assert ((batch.facts["token"] == 256) == (batch.positions_B == 0)).all()
+
+
+def test_everything_is_mended(made: Path, tmp_path: Path, store: Store) -> None:
+    if store.has_assistant:
+        pytest.skip("the dataset of chats is known to its own test only")
+    shutil.copytree(made.parent, tmp_path / "all")
+    path = tmp_path / "all/store"
+    objects = (
+        "arrays.zarr/tokens/c/0/0", "arrays.zarr/token_flags/c/0/0",
+        "arrays.zarr/rows/position/c/0", "arrays.zarr/acts/layers.0/output/c/0/0",
+    )  # fmt: skip
+    before = {name: (path / name).read_bytes() for name in objects}
+    for name in objects:
+        data = bytearray(before[name])
+        data[5] ^= 4
+        (path / name).write_bytes(data)
+    assert len(verify(path).findings) == len(objects)
+    config = RepairConfig(
+        model=str(made.parent / "model"), dataset=str(made.parent / "corpus.jsonl"), device="cpu"
+    )
+    assert repair(path, config).intact
+    assert {name: (path / name).read_bytes() for name in objects} == before
+
+
+def test_copies_and_conversions_keep_pieces(made: Path, store: Store, tmp_path: Path) -> None:
+    copy(made, tmp_path / "copy")
+    convert(made, tmp_path / "new", ConvertConfig(dtype="float16", chunk_rows=64))
+    for name in ("copy", "new"):
+        other = open_store(tmp_path / name)
+        assert verify(tmp_path / name).intact
+        for part in store.numbers("tokens"):
+            assert np.array_equal(other.read_flags(part), store.read_flags(part))  # type: ignore[arg-type]
+            assert torch.equal(other.read_positions(part), store.read_positions(part))
+    with pytest.raises(ValueError, match="a part holds whole pieces of documents"):
+        convert(made, tmp_path / "joined", ConvertConfig(part_rows=384))
+    assert not (tmp_path / "joined").exists()
+
+
+def test_more_rows_only_append(tmp_path: Path) -> None:
+    small_store(tmp_path, one_document_per_sequence=True, rows=300)
+    config = small_config(tmp_path, one_document_per_sequence=True)
+    collect(config, tmp_path / "store")
+    collect(config, tmp_path / "whole")
+    more, whole = open_store(tmp_path / "store"), open_store(tmp_path / "whole")
+    assert more.numbers("tokens") == whole.numbers("tokens")
+    for array in whole.arrays:
+        for part in whole.numbers(array):
+            assert more.mark(part, array)["objects"] == whole.mark(part, array)["objects"]

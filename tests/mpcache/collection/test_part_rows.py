@@ -1,0 +1,158 @@
+"""Parts of another size hold the same rows in the same order, with their tokens, and back."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from mpcache.collection.catalog import find_place
+from mpcache.collection.collect import collect
+from mpcache.config import ConvertConfig, split_of
+from mpcache.maintenance.convert import convert
+from mpcache.maintenance.verify import verify
+from mpcache.store.format import Layout
+from mpcache.store.reader import Store, open_store
+from mpcache.store.units import Units
+from mpcli.mpcache import app
+from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_config, small_store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with all parts of its dataset, the last ones short; tests only read it."""
+    return small_store(tmp_path_factory.mktemp("made"), rows=1_000_000)[0]
+
+
+def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All sequences of a split, and the token of each row found through rows/..., in order."""
+    found, tokens = [], []
+    for part in store.numbers("tokens"):
+        if store.layout.split_of(part) != split:
+            continue
+        tokens.append(store.read_tokens(part))
+        sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
+        position = store.read_part("rows/position", part)["rows/position"]
+        # as the format says: sequences of this very part
+        found.append(tokens[-1][sequence - part * store.layout.part_sequences, position])
+    return np.concatenate(tokens), found
+
+
+@pytest.mark.parametrize("factor", [2, 3, 7, 100])
+def test_rows_keep_their_order_and_their_tokens(made: Path, tmp_path: Path, factor: int) -> None:
+    convert(made, tmp_path / "new", ConvertConfig(part_rows=192 * factor))
+    assert verify(tmp_path / "new").findings == ()
+    source, new = open_store(made), open_store(tmp_path / "new")
+    assert new.fingerprint == source.fingerprint
+    assert new.part_rows == 192 * factor
+    for split in ("train", "validation"):
+        for side in SIDES:
+            assert torch.equal(rows_of(new, side, split), rows_of(source, side, split))
+        (sequences, rows), (wanted, wanted_rows) = tokens_of(new, split), tokens_of(source, split)
+        assert np.array_equal(sequences, wanted)
+        assert np.array_equal(np.concatenate(rows), np.concatenate(wanted_rows))
+    for side in SIDES:
+        for found, wanted in zip(new.moments(*side), source.moments(*side), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    lasts = [new.mark(p, "tokens")["last"] for p in new.numbers("tokens")]
+    assert sum(lasts) == 2
+
+
+@pytest.mark.parametrize("through", [(2,), (7,), (2, 6), (6, 2), (3, 2)])
+def test_the_way_back_leads_to_the_very_same_store(
+    made: Path, tmp_path: Path, through: tuple[int, ...]
+) -> None:
+    path = made
+    for number, factor in enumerate((*through, 1)):
+        convert(path, tmp_path / str(number), ConvertConfig(part_rows=192 * factor))
+        path = tmp_path / str(number)
+    assert marks_of(path) == marks_of(made)
+    # the collection's arrays span all the rows that it wanted
+    found, wanted = ({n: d for n, d in files_of(p).items() if "/c/" in n} for p in (path, made))
+    assert found == wanted
+
+
+def test_with_another_dtype_and_chunks_at_once(made: Path, tmp_path: Path) -> None:
+    changes = ConvertConfig(part_rows=576, dtype="float32", chunk_rows=288, codec="lz4")
+    convert(made, tmp_path / "new", changes)
+    assert verify(tmp_path / "new").findings == ()
+    source, new = open_store(made), open_store(tmp_path / "new")
+    for side in SIDES:
+        wanted = rows_of(source, side, "train").float()
+        assert torch.equal(rows_of(new, side, "train"), wanted)
+    assert new.provenance["converted_from"]["part_rows"] == 192
+
+
+def test_a_stopped_conversion_goes_on(made: Path, tmp_path: Path) -> None:
+    changes = ConvertConfig(part_rows=384)
+    convert(made, tmp_path / "whole", changes)
+    convert(made, tmp_path / "new", changes)
+    for name in ("0/tokens.json", "1/layers.0/output.json", "2/rows/sequence.json"):
+        (tmp_path / "new/marks" / name).unlink()
+    assert convert(made, tmp_path / "new", changes).written == 3
+    assert marks_of(tmp_path / "new") == marks_of(tmp_path / "whole")
+
+
+def test_what_cannot_be_cut(made: Path, tmp_path: Path) -> None:
+    for rows in ("96", "288", "200"):
+        words = ["convert", str(made), str(tmp_path / "new"), "--part-rows", rows]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2
+        assert "part_rows must be a multiple of" in result.stderr
+    shutil.copytree(made, tmp_path / "store")
+    (tmp_path / "store/marks/2/layers.0/output.json").unlink()
+    with pytest.raises(ValueError, match=r"acts/layers\.0/output lacks part 2; collect it, or"):
+        convert(tmp_path / "store", tmp_path / "new", ConvertConfig(part_rows=384))
+    others = ConvertConfig(part_rows=384, hookpoints=("layers.1.mlp",))
+    assert convert(tmp_path / "store", tmp_path / "some", others).written
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_source_that_has_grown_is_converted_into_a_new_place(tmp_path: Path) -> None:
+    """The last part was short, and what is marked never changes."""
+    path, _ = small_store(tmp_path, rows=900)
+    changes = ConvertConfig(part_rows=768)
+    convert(path, tmp_path / "new", changes)
+    assert verify(tmp_path / "new").intact
+    small_store(tmp_path, rows=1500)
+    with pytest.raises(ValueError, match="fewer rows than its source has by now; convert into"):
+        convert(path, tmp_path / "new", changes)
+    assert verify(tmp_path / "new").intact
+
+
+def test_nothing_is_collected_into_larger_parts(tmp_path: Path) -> None:
+    path, _ = small_store(tmp_path, rows=900)
+    convert(path, tmp_path / "root" / "new", ConvertConfig(part_rows=384))
+    config = small_config(tmp_path, rows=1500)
+    with pytest.raises(ValueError, match="nothing is collected into it"):
+        collect(config, tmp_path / "root" / "new")
+    found = find_place(tmp_path / "root", config)  # another store, not that one
+    assert not Path(str(found.place)).exists()
+
+
+@given(every=st.integers(1, 12), count=st.integers(1, 9), part=st.integers(0, 400))
+def test_units_are_each_in_one_part_of_their_split(every: int, count: int, part: int) -> None:
+    layout = Layout(
+        ctx_len=8, part_rows=64 * count, chunk_rows=64, validation_every=every,
+        dtype="float32", codec="none", token_dtype="uint8",
+    )  # fmt: skip
+    units = Units(layout, 64)
+    held = units.of(part)
+    assert len(held) == count
+    assert [units.home(unit) for unit in held] == [(part, place) for place in range(count)]
+    assert {split_of(unit, every) for unit in held} == {split_of(part, every)}
+    between = [
+        n for n in range(held[0], held[-1] + 1) if split_of(n, every) == layout.split_of(part)
+    ]
+    assert between == list(held)
+    before = units.before(part)
+    alike = [n for n in range(part) if split_of(n, every) == split_of(part, every)]
+    assert before == (alike[-1] if alike else None)
+    if before is not None:
+        assert units.of(before)[-1] == max(
+            n for n in range(held[0]) if split_of(n, every) == split_of(part, every)
+        )

@@ -1,0 +1,93 @@
+"""A model without a tokenizer and a dataset of token ids: from collection to repair."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mpcache.collection import collect as stage
+from mpcache.collection.catalog import find_place
+from mpcache.collection.collect import collect
+from mpcache.config import CollectConfig, RepairConfig
+from mpcache.maintenance.repair import repair
+from mpcache.storage.base import place_of
+from mpcache.store.format import TOKENS, read_store_file
+from mpcache.store.reader import open_store
+from tests.helpers.models import save_tiny, tiny_model
+
+END = 2  # LlamaConfig's own
+SIZES = {"ctx_len": 16, "part_rows": 64, "chunk_rows": 64, "rows": 256, "validation_every": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model without a tokenizer, and the same token ids in two forms."""
+    folder, random = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
+    tiny_model().save_pretrained(folder / "model")
+    ids = [random.integers(3, 260, random.integers(1, 40)).tolist() for _ in range(120)]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"ids": own}) + "\n" for own in ids))
+    np.concatenate([[*own, END] for own in ids]).astype("<u2").tofile(folder / "a.bin")
+    (folder / "text.jsonl").write_text('{"text": "a"}\n' * 9)
+    return folder
+
+
+def make_config(place, dataset, **changes):
+    usual = {"hookpoints": ("layers.0",), "model_dtype": "float32", "device": "cpu", **SIZES}
+    usual |= {"model": str(place / "model"), "dataset": str(place / dataset)}
+    return CollectConfig(**(usual | changes))
+
+
+def test_from_collection_to_repair(place, tmp_path):
+    config = make_config(place, "a.jsonl", text_column="ids")
+    found = find_place(tmp_path / "root", config)
+    assert found.done is None
+    collect(found.config, found.place)
+    store = open_store(found.place)
+    assert "tokenizer_digest" not in store.identity
+    assert read_store_file(found.place)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
+    assert find_place(tmp_path / "root", config).done
+    tokens = {part: store.read_tokens(part) for part in store.numbers(TOKENS)}
+    path = tmp_path / "root" / found.place.name
+    shutil.rmtree(path / "arrays.zarr" / "tokens" / "c" / "2")
+    shutil.rmtree(path / "arrays.zarr" / "acts" / "layers.0" / "output" / "c" / "3")
+    done = repair(path, RepairConfig(device="cpu"))
+    assert done.intact
+    assert {one.outcome for one in done.marks} == {"mended"}
+    again = open_store(path)
+    assert all((again.read_tokens(part) == own).all() for part, own in tokens.items())
+
+
+def test_a_bin_gives_the_same_tokens(place, tmp_path):
+    for name, changes in (("a.jsonl", {"text_column": "ids"}), ("a.bin", {})):
+        collect(make_config(place, name, **changes), tmp_path / name)
+    stores = [open_store(place_of(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
+    parts = stores[0].numbers(TOKENS)
+    assert parts == stores[1].numbers(TOKENS)
+    assert all((stores[0].read_tokens(p) == stores[1].read_tokens(p)).all() for p in parts)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changes", "message"),
+    [
+        ("text.jsonl", {}, "holds text, and the model .* has no tokenizer"),
+        ("a.jsonl", {"text_column": "body"}, "got body; use one of ids"),
+        ("a.jsonl", {"text_column": "ids", "model": "model"}, "model must exist|neither a path"),
+    ],
+)
+def test_mistakes_are_told_before_the_weights_are_loaded(
+    place, tmp_path, monkeypatch, dataset, changes, message
+):
+    monkeypatch.setattr(stage, "load", None)
+    if "model" in changes:
+        changes = {"model": str(place / "nothing")}
+    with pytest.raises(ValueError, match=message):
+        collect(make_config(place, dataset, **changes), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_tokenizer_stays_a_part_of_the_identity(place, tmp_path):
+    save_tiny(tmp_path / "model")
+    config = make_config(place, "a.jsonl", text_column="ids", model=str(tmp_path / "model"))
+    collect(config, tmp_path / "s")
+    assert "tokenizer_digest" in open_store(tmp_path / "s").identity

@@ -1,0 +1,192 @@
+"""Conversations become the tokens of their template; what the assistant wrote is known."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from mpcache.data.chat_template import ChatEncoder, ChatTokens, find_template
+from mpcache.data.conversation import Conversation
+from mpcache.data.plain_text import ParsedText, PlainText
+from tests.helpers.chat_templates import ENDS, MARKERS, TEMPLATES
+from tests.helpers.models import tiny_tokenizer
+
+EVERY_TEMPLATE = pytest.mark.parametrize("name", TEMPLATES)
+END = "</s>"
+TWICE = "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": MARKERS})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+TOKENIZER = make_tokenizer()
+TEXT = {True: ParsedText(TOKENIZER), False: PlainText(TOKENIZER)}
+
+
+def chat_of(*texts: str, first: str = "user") -> list[dict[str, Any]]:
+    others = {"user": "assistant", "assistant": "user"}
+    roles = [first if i % 2 == 0 else others[first] for i in range(len(texts))]
+    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+
+
+def tokens_of(
+    template: str, messages: Sequence[dict[str, Any]], parses: bool = False
+) -> ChatTokens:
+    encoder = ChatEncoder(TOKENIZER, TEMPLATES.get(template, template), TEXT[parses])
+    (found,) = encoder([Conversation(tuple(messages), "row 7 of x.jsonl")], END)
+    assert len(found.ids) == len(found.by_assistant)
+    return found
+
+
+def turns_of(found: ChatTokens) -> list[str]:
+    """The texts of consecutive tokens that the assistant wrote."""
+    turns, before = list[list[int]](), False
+    for token, own in zip(found.ids.tolist(), found.by_assistant.tolist(), strict=True):
+        if own and not before:
+            turns.append([])
+        if own:
+            turns[-1].append(token)
+        before = own
+    return [TOKENIZER.decode(turn) for turn in turns]
+
+
+# letters alone: what a template strips is another test's
+content_ = st.text("abcdé \n.", min_size=1, max_size=9).map(lambda text: f"x{text}x")
+
+
+@EVERY_TEMPLATE
+@settings(deadline=None, max_examples=25)
+@given(st.lists(content_, min_size=2, max_size=7), st.booleans())
+def test_tokens_are_the_templates_and_turns_are_the_assistants(
+    name: str, contents: list[str], parses: bool
+) -> None:
+    messages = chat_of(*contents)
+    found = tokens_of(name, messages, parses)
+    template = TEMPLATES[name].replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
+    expected = TOKENIZER.apply_chat_template(messages, chat_template=template)["input_ids"]
+    assert found.ids.tolist() == expected
+    assert turns_of(found) == [content + ENDS[name] for content in contents[1::2]]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(content_, min_size=2, max_size=7))
+def test_marks_of_the_template_mean_what_transformers_says(contents: list[str]) -> None:
+    messages = chat_of(*contents)
+    found = tokens_of("marked", messages)
+    expected = TOKENIZER.apply_chat_template(
+        messages, chat_template=TEMPLATES["marked"], return_assistant_tokens_mask=True
+    )
+    assert found.by_assistant.astype(int).tolist() == expected["assistant_masks"]
+    without = tokens_of(TEMPLATES["marked"].replace("{% generation %}", "").replace(
+        "{% endgeneration %}", ""), messages)  # fmt: skip
+    assert found.by_assistant.tolist() == without.by_assistant.tolist()
+
+
+@EVERY_TEMPLATE
+@settings(deadline=None, max_examples=25)
+@given(st.data())
+def test_markers_in_messages_are_text(name: str, data: st.DataObject) -> None:
+    marker = st.sampled_from([*MARKERS, "<s>", "</s>"])
+    contents = data.draw(st.lists(st.tuples(content_, marker), min_size=2, max_size=4))
+    with_names = chat_of(*(text + mark + "y" for text, mark in contents))
+    with_others = chat_of(*(text + "q" * len(mark) + "y" for text, mark in contents))
+    found, other = tokens_of(name, with_names), tokens_of(name, with_others)
+    special = set(TOKENIZER.all_special_ids)
+    ids, others = found.ids.tolist(), other.ids.tolist()
+    assert len(ids) == len(others)
+    assert [i for i in ids if i in special] == [i for i in others if i in special]
+    assert found.by_assistant.tolist() == other.by_assistant.tolist()
+    assert TOKENIZER.decode(ids).count(contents[0][1]) > TOKENIZER.decode(others).count(
+        contents[0][1]
+    )
+    parsed = tokens_of(name, with_names, parses=True)
+    assert len(parsed.ids) < len(ids)
+
+
+def test_white_space_that_a_template_strips_is_nobodys() -> None:
+    found = tokens_of("llama3", chat_of(" hi \n", "\n well \n", "so", " yes"))
+    assert turns_of(found) == ["well<|eot_id|>", "yes<|eot_id|>"]
+    assert "26 Jul 2024" in TOKENIZER.decode(found.ids)
+
+
+def test_thinking_is_the_assistants_where_the_template_writes_it() -> None:
+    messages = chat_of(
+        "hi", "<think>\nold\n</think>\n\nwell", "so", "<think>\nnew\n</think>\n\nyes"
+    )
+    found = tokens_of("qwen3", messages)
+    assert turns_of(found) == ["well<|im_end|>", "<think>\nnew\n</think>\n\nyes<|im_end|>"]
+    messages[-1] = {"role": "assistant", "reasoning_content": "new", "content": "yes"}
+    assert turns_of(tokens_of("qwen3", messages)) == turns_of(found)
+    # an empty thought that the template puts in is not what the assistant wrote
+    assert turns_of(tokens_of("qwen3", chat_of("hi", "yes"))) == ["yes<|im_end|>"]
+
+
+def test_calls_of_tools_are_the_assistants() -> None:
+    call = {"name": "f", "arguments": {"x": 1}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "it is 42"},
+    ]
+    first, second = turns_of(tokens_of("qwen3", messages))
+    assert '<tool_call>\n{"name": "f"' in first
+    assert first.endswith("</tool_call><|im_end|>")
+    assert second == "it is 42<|im_end|>"
+    with pytest.raises(ValueError, match="does not write tool_calls, got some in message 2"):
+        tokens_of("chatml", messages)
+
+
+def test_a_message_that_the_template_leaves_out_is_refused() -> None:
+    messages = [{"role": "system", "content": "be good"}, *chat_of("a", "b")]
+    with pytest.raises(ValueError, match="leaves out message 1, of role system"):
+        tokens_of("alpaca", messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "match"),
+    [
+        ("gemma", chat_of("a", first="assistant"), "roles must alternate"),
+        ("gemma", [*chat_of("a", "b"), *chat_of("c", first="assistant")], "roles must alternate"),
+        ("mistral", [{"role": "system", "content": "s"}], "Only user and assistant"),
+        ("{{ messages[0].x.y }}", chat_of("a", "b"), "no attribute 'x'"),
+        ("{{ 1 + messages[0].content }}", chat_of("a", "b"), "unsupported operand"),
+        ("{{ messages | length }}", chat_of("a", "b"), "leaves out message 1"),
+        ("{{ messages[0].content }}", chat_of("a", "b"), "message 2 cannot be found"),
+        (TWICE, chat_of("a", "b"), "cannot be found"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_told_in_one_line(
+    template: str, messages: list[dict[str, Any]], match: str
+) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        tokens_of(template, messages)
+    assert str(caught.value).startswith("row 7 of x.jsonl: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_end_token_of_the_template_is_seen() -> None:
+    assert tokens_of("mistral", chat_of("a", "b")).is_ended
+    assert not tokens_of("chatml", chat_of("a", "b")).is_ended
+    assert not tokens_of("alpaca", chat_of("a", "b </s>")).is_ended
+
+
+def test_a_template_is_found_or_its_lack_is_told(tmp_path) -> None:
+    with pytest.raises(ValueError, match="give --chat-template"):
+        find_template(tiny_tokenizer(), None)
+    file = tmp_path / "t.jinja"
+    with pytest.raises(ValueError, match="No such file"):
+        find_template(TOKENIZER, str(file))
+    for content, match in ((b" ", "empty"), (b"{% for %}", "line 1"), (b"\xff", "UTF-8")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            find_template(TOKENIZER, str(file))
+    file.write_text(TEMPLATES["chatml"])
+    assert find_template(TOKENIZER, str(file)) == TEMPLATES["chatml"]

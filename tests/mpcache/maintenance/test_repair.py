@@ -1,0 +1,414 @@
+"""A repaired store is the one that was collected, bit for bit; or says why it is not."""
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+from typer.testing import CliRunner
+
+from mpcache.config import ConvertConfig, RepairConfig
+from mpcache.maintenance import recompute as retrace
+from mpcache.maintenance.convert import convert
+from mpcache.maintenance.repair import repair
+from mpcache.maintenance.verify import verify
+from mpcache.storage import local as folder_stage
+from mpcache.store.format import seal, unseal
+from mpcache.store.reader import open_store
+from mpcli.mpcache import app
+from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip
+from tests.helpers.stores import files_of, marks_of, small_store, whole
+
+TOKENS, NORMS = "arrays.zarr/tokens/c/2/0", "arrays.zarr/norms/layers.0/output/c/2"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with short last parts, one of other rows beside it; tests only read them."""
+    folder = tmp_path_factory.mktemp("made")
+    small_store(folder, rows=1_000_000)
+    (folder / "other").mkdir()
+    small_store(folder / "other", rows=900, seed=1)
+    return folder
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A store that a test may harm."""
+    shutil.copytree(made / "other/store", tmp_path / "other")
+    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+
+
+def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine: the model computes almost the same."""
+    load = retrace.load
+
+    def loaded(config):
+        found = load(config)
+        with torch.no_grad():
+            found.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
+        return found
+
+    monkeypatch.setattr(retrace, "load", loaded)
+
+
+MENDED = [name for name in HARM if name not in ("settings", "object that is a link")]
+
+
+@pytest.mark.parametrize("name", MENDED)
+def test_all_damage_is_undone(made: Path, store: Path, name: str) -> None:
+    HARM[name][0](store)
+    harmless = {f.path for f in verify(store).findings if not f.damaging}
+    done = repair(store, RepairConfig(delete_leftovers=True))
+    assert done.intact
+    assert verify(store).intact
+    found = {n: data for n, data in whole(store).items() if n not in harmless}
+    if name == "mark deleted":  # not damage: collect commits that part anew
+        assert MARK not in found
+    else:
+        assert found == {n: data for n, data in whole(made / "store").items() if n not in harmless}
+    left = {f.path for f in done.left}
+    assert left == {p for p, fault in HARM[name][1].items() if fault in ("foreign", "uncommitted")}
+
+
+@pytest.mark.parametrize(
+    ("paths", "needs"),
+    [
+        ((OBJECT,), "model"),
+        (("arrays.zarr/rows/position/c/2",), "nothing"),
+        (("arrays.zarr/rows/sequence/c/1", "marks/1/rows/sequence.json"), "nothing"),
+        ((TOKENS,), "dataset"),
+        ((TOKENS, OBJECT, "arrays.zarr/rows/position/c/2"), "both"),
+        (("marks/2/tokens.json", "marks/3/tokens.json"), "dataset"),
+        (("arrays.zarr/norms/layers.0/output/c/2",), "model"),
+    ],
+)
+def test_only_what_is_needed_is_loaded(
+    made: Path,
+    store: Path,
+    paths: tuple[str, ...],
+    needs: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for path in paths:
+        flip(store / path, 8)
+
+    def refused(*_: object) -> None:
+        raise AssertionError
+
+    if needs not in ("model", "both"):
+        monkeypatch.setattr(retrace, "load", refused)
+    if needs not in ("dataset", "both"):
+        monkeypatch.setattr(retrace, "open_documents", refused)
+    touched = {f: f.stat().st_mtime_ns for f in store.rglob("*") if f.is_file()}
+    done = repair(store)
+    assert done.intact
+    assert {one.outcome for one in done.marks} <= {"mended", "mark rebuilt"}
+    assert whole(store) == whole(made / "store")
+    changed = {
+        f.relative_to(store).as_posix() for f, t in touched.items() if f.stat().st_mtime_ns != t
+    }
+    assert changed == set(paths)  # nothing else was written
+
+
+def test_another_machine_leaves_all_as_it_is_unless_told(
+    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(store / OBJECT, 100)
+    before = files_of(store), marks_of(store)
+    other_bits(monkeypatch)
+    result = CliRunner().invoke(app, ["repair", str(store), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "other bits" in result.stdout
+    assert "computes other bits than were committed by" in result.stdout
+    assert "or say --accept-other-bits" in result.stderr
+    assert (files_of(store), marks_of(store)) == before
+    result = CliRunner().invoke(app, ["repair", str(store), "--device=cpu", "--accept-other-bits"])
+    assert result.exit_code == 0, result.output
+    assert "rewritten" in result.stdout
+    assert verify(store).findings == ()
+    old = unseal((made / "store" / MARK).read_bytes(), MARK)
+    new = unseal((store / MARK).read_bytes(), MARK)
+    assert new["objects"] != old["objects"]
+    assert {k: new["replaces"][k] for k in ("objects", "host", "time")} == {
+        k: old[k] for k in ("objects", "host", "time")
+    }
+    assert "other bits" in new["replaces"]["reason"]
+    rows = open_store(store).read_chunk("layers.0", "output", 2, 0)
+    assert not torch.equal(rows, open_store(made / "store").read_chunk("layers.0", "output", 2, 0))
+
+
+def test_a_damaged_mark_is_not_believed_for_other_bits(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its mark nothing tells what was committed, but the objects themselves."""
+    flip(store / MARK, 50)
+    before = files_of(store)
+    other_bits(monkeypatch)
+    (one,) = repair(store).marks
+    assert one.outcome == "other bits"
+    assert files_of(store) == before
+
+
+def test_a_damaged_mark_with_a_damaged_object_has_the_others_as_witnesses(
+    made: Path, store: Path
+) -> None:
+    flip(store / MARK, 50)
+    flip(store / OBJECT, 100)
+    (one,) = repair(store).marks
+    assert one.outcome == "mark rebuilt"
+    assert whole(store) == whole(made / "store")
+    assert unseal((store / MARK).read_bytes(), MARK)["replaces"] == {"reason": one.told}
+
+
+def test_an_old_mark_of_another_store_is_seen_through(made: Path, store: Path) -> None:
+    """Marks once did not name their store: then all objects speak against the mark."""
+    mark = unseal((store.parent / "other" / MARK).read_bytes(), MARK)
+    mark.pop("fingerprint")
+    (store / MARK).write_bytes(seal(mark))
+    assert {f.fault for f in verify(store).findings} == {"flipped"}
+    (one,) = repair(store).marks
+    assert one.outcome == "mark rebuilt"
+    assert whole(store) == whole(made / "store")
+
+
+# --- where things lie now ---
+
+
+def test_a_model_that_moved(made: Path, store: Path, tmp_path: Path) -> None:
+    for name in ("model", "corpus.jsonl"):
+        shutil.move(made / name, tmp_path / name)
+    try:
+        flip(store / OBJECT, 100)
+        flip(store / TOKENS, 9)
+        with pytest.raises(ValueError, match="model must exist"):
+            repair(store)
+        words = ["repair", str(store), "--device", "cpu", "--json"]
+        words += ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "corpus.jsonl")]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["intact"]
+    finally:
+        for name in ("model", "corpus.jsonl"):
+            shutil.move(tmp_path / name, made / name)
+    assert whole(store) == whole(made / "store")
+
+
+def test_another_model_is_refused(made: Path, store: Path, tmp_path: Path) -> None:
+    flip(store / OBJECT, 100)
+    model = AutoModel.from_pretrained(made / "model")
+    with torch.no_grad():
+        model.layers[2].mlp.down_proj.weight[0, 0] += 1
+    shutil.copytree(made / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"was made from another model than that of .*say with --mo"
+    ):
+        repair(store, RepairConfig(model=str(tmp_path / "model")))
+
+
+def test_a_damaged_store_file_cannot_be_mended(store: Path) -> None:
+    flip(store / "store.json", 300)
+    result = CliRunner().invoke(app, ["repair", str(store)])
+    assert result.exit_code == 1
+    assert "store.json is damaged" in result.stderr
+
+
+def test_a_link_is_told_and_left(store: Path) -> None:
+    HARM["object that is a link"][0](store)
+    done = repair(store)
+    assert not done.intact
+    (one,) = done.marks
+    assert (one.outcome, "symbolic link" in one.told) == ("left", True)
+    assert (store / OBJECT).is_symlink()
+
+
+def test_leftovers_stay_unless_told(store: Path) -> None:
+    HARM["rest of a write"][0](store)
+    assert [f.fault for f in repair(store).left] == ["leftover"]
+    assert repair(store, RepairConfig(delete_leftovers=True)).deleted == (f"{OBJECT}.ab.partial",)
+    assert verify(store).findings == ()
+
+
+# --- converted stores, and other stores as sources ---
+
+CONVERTED = [
+    ConvertConfig(codec="zstd", chunk_rows=64),
+    ConvertConfig(dtype="bfloat16"),
+    ConvertConfig(part_rows=384, dtype="float16"),
+]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide")
+    return small_store(folder, rows=1_000_000, dtype="float32")[0]
+
+
+def harm_all_kinds(path: Path) -> None:
+    for name in ("acts/layers.0/output/c/2/0", "tokens/c/2/0", "rows/sequence/c/1"):
+        flip(path / "arrays.zarr" / name, 8)
+    flip(path / "marks/0/rows/position.json", 9)
+
+
+@pytest.mark.parametrize("changes", CONVERTED, ids=str)
+@pytest.mark.parametrize("source", ["model", "its source", "a copy"])
+def test_a_converted_store_is_mended(
+    wide: Path, tmp_path: Path, changes: ConvertConfig, source: str
+) -> None:
+    """From the model by the same roundings; from the store it was made from; from a copy."""
+    new, kept = tmp_path / "new", tmp_path / "kept"
+    convert(wide, new, changes)
+    shutil.copytree(new, kept)
+    harm_all_kinds(new)
+    sources = {"model": None, "its source": str(wide), "a copy": str(kept)}
+    done = repair(new, RepairConfig(source=sources[source]))
+    assert {one.outcome for one in done.marks} <= {"mended", "mark rebuilt"}
+    assert whole(new) == whole(kept)
+
+
+def test_rounded_twice(wide: Path, tmp_path: Path) -> None:
+    convert(wide, tmp_path / "one", ConvertConfig(dtype="bfloat16"))
+    convert(tmp_path / "one", tmp_path / "two", ConvertConfig(dtype="float32"))
+    shutil.copytree(tmp_path / "two", tmp_path / "kept")
+    flip(tmp_path / "two" / OBJECT, 100)
+    assert repair(tmp_path / "two").intact
+    assert whole(tmp_path / "two") == whole(tmp_path / "kept")
+
+
+def test_sources_that_cannot_be(made: Path, wide: Path, store: Path, tmp_path: Path) -> None:
+    flip(store / OBJECT, 100)
+    with pytest.raises(ValueError, match="must hold the same rows as"):
+        repair(store, RepairConfig(source=str(made / "other/store")))
+    only = ConvertConfig(hookpoints=("layers.1.mlp",))
+    convert(made / "store", tmp_path / "some", only)
+    with pytest.raises(ValueError, match=r"lacks acts/layers\.0/output; name another copy"):
+        repair(store, RepairConfig(source=str(tmp_path / "some")))
+    with pytest.raises(ValueError, match="source needs neither model nor dataset"):
+        RepairConfig(source="store", model="model")
+    with pytest.raises(ValueError, match="accept_other_bits is for what is computed anew"):
+        RepairConfig(source="store", accept_other_bits=True)
+    shutil.copytree(store, tmp_path / "damaged too")
+    (one,) = repair(store, RepairConfig(source=str(tmp_path / "damaged too"))).marks
+    assert one.outcome == "left"
+
+
+# --- stopped at any moment ---
+
+
+class Kill(BaseException):
+    """What stops a repair where it stands."""
+
+
+@pytest.fixture(scope="module")
+def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_store(tmp_path_factory.mktemp("least"), rows=500, hookpoints=("layers.0",))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accept", [False, True])
+def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
+    least: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accept: bool
+) -> None:
+    """Before every single change of a file, in turn; then the same command ends well."""
+    path, config = tmp_path / "store", RepairConfig(accept_other_bits=accept)
+    shutil.copytree(least, path)
+    damage = (OBJECT, NORMS, "marks/1/layers.0/output.json", f"{ACTS}/zarr.json")
+    for name in damage[: 1 if accept else None]:
+        flip(path / name, 8)
+    shutil.move(path, tmp_path / "damaged")
+    before = {f.path for f in verify(tmp_path / "damaged").findings}
+    if accept:
+        other_bits(monkeypatch)
+    monkeypatch.setattr(retrace, "load", functools.cache(retrace.load))
+    left = 0
+
+    def stopped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Kill
+            return function(*arguments)
+
+        return call
+
+    for name in ("_write_temporary", "_link_new", "sync_folders"):
+        monkeypatch.setattr(folder_stage, name, stopped(getattr(folder_stage, name)))
+    # where other bits are accepted, all objects of the mark go before the mark does
+    parts = {
+        f"arrays.zarr/{n}/layers.0/output/c/{p}"
+        for n in ("acts", "norms", "moments")
+        for p in (1, 2)
+    }
+    moments, done = 0, None
+    while done is None:
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(tmp_path / "damaged", path)
+        moments += 1
+        left = moments
+        try:
+            done = repair(path, config)
+        except Kill:
+            now = {f.path for f in verify(path).findings if f.fault != "leftover"}
+            more = {name for name in now - before if accept}
+            assert now <= before | more
+            assert all(any(name.startswith(one) for one in parts) for name in more)
+            left = 0
+            assert repair(path, config).intact
+        assert {f.fault for f in verify(path).findings} <= {"leftover"}
+        if not accept:
+            found = {n: d for n, d in whole(path).items() if not n.endswith(".partial")}
+            assert found == whole(least)
+    assert moments > 8
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None:
+    """SIGKILL at seeded moments, half written files among them."""
+    from multiprocessing import get_context
+
+    draw = random.Random(3)
+    for part in range(5):
+        flip(store / f"{ACTS}/c/{part}/0", 64)
+        flip(store / f"marks/{part}/layers.1.mlp/output.json", 9)
+    before = {f.path for f in verify(store).findings if f.damaging}
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["mpcache.maintenance.repair"])
+    kills = 0
+    while before:
+        process = context.Process(target=repair_until_killed, args=(store, draw.randrange(2, 4)))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        kills += process.exitcode != 0
+        now = {f.path for f in verify(store).findings if f.damaging}
+        assert now < before  # each lives to write something whole
+        before = now
+    assert kills >= 4  # of ten writes, none lives for more than two
+    found = {n: d for n, d in whole(store).items() if not n.endswith(".partial")}
+    assert found == whole(made / "store")
+
+
+def repair_until_killed(store: Path, moment: int) -> None:
+    write, left = folder_stage._write_temporary, moment
+
+    def killed(path: Path, pieces: Iterable[bytes]) -> Path:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            data = b"".join(pieces)
+            path.with_name(f"{path.name}.cut.partial").write_bytes(data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, pieces)
+
+    folder_stage._write_temporary = killed
+    repair(store)

@@ -1,0 +1,120 @@
+"""Statistics of a store agree with a float64 pass over all its rows, whoever computes them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from mpcache.maintenance.stats import save_dimensions, stats
+from mpcache.parallel.config import Hands
+from mpcache.storage.base import place_of
+from mpcache.store.reader import open_store
+from mpcache.store.writer import Writer
+from mpcache.validation import DamagedStoreError
+from mpcli.mpcache import app
+from tests.helpers.stores import SIDES, rows_of, small_store
+
+LAST = "arrays.zarr/moments/layers.0/output/c/2/0/0"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose last parts are short; tests only read it."""
+    return small_store(tmp_path_factory.mktemp("made"), rows=1_000_000)[0]
+
+
+def all_rows(path: Path, side: tuple[str, str]) -> np.ndarray:
+    store = open_store(path)
+    both = [rows_of(store, side, split) for split in ("train", "validation")]
+    return torch.cat(both).double().numpy()
+
+
+def test_moments_of_each_dimension(made: Path, tmp_path: Path) -> None:
+    """In the file that the command writes, to the last few bits."""
+    out = tmp_path / "dimensions.safetensors"
+    result = CliRunner().invoke(app, ["stats", str(made), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    found = load_file(out)
+    assert len(found) == 3 * len(SIDES)
+    for hookpoint, side in SIDES:
+        rows = all_rows(made, (hookpoint, side))
+        name = f"{hookpoint}/{side}"
+        assert found[f"{name}/finite_rows"] == len(rows)
+        assert found[f"{name}/mean"].dtype == np.float64
+        np.testing.assert_allclose(found[f"{name}/mean"], rows.mean(0), rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(found[f"{name}/variance"], rows.var(0), rtol=1e-12)
+
+
+def test_numbers_of_each_side(made: Path) -> None:
+    for one in stats(made):
+        told = one.stats
+        rows = all_rows(made, (told.hookpoint, told.side))
+        norms = np.linalg.norm(rows, axis=1)
+        assert told.rows == len(rows)
+        assert told.largest == np.abs(rows).max()
+        assert told.mean_norm == pytest.approx(np.linalg.norm(rows.mean(0)), rel=1e-12)
+        assert told.variance == pytest.approx(rows.var(0).sum(), rel=1e-12)
+        for found, share in ((told.norm_median, 0.5), (told.norm_99, 0.99), (told.norm_largest, 1)):
+            wanted = np.quantile(norms, share, method="inverted_cdf")
+            assert wanted * (1 - 2**-7) <= found <= wanted * (1 + 1e-6)
+        rms = np.sqrt((rows**2).mean(0))
+        wanted_outliers = np.flatnonzero(rms > 10 * torch.from_numpy(rms).median().numpy())
+        assert list(told.outlier_dimensions) == list(wanted_outliers)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
+@pytest.mark.parametrize("hands", [Hands(threads=1), Hands(threads=4), Hands(workers=2)], ids=str)
+def test_every_bit_is_the_same_whoever_computes(
+    made: Path, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcache.parallel.dask_cluster.START_METHOD", "forkserver")
+    for found, wanted in zip(stats(made, hands), stats(made, Hands(threads=1)), strict=True):
+        assert found.stats == wanted.stats
+        assert torch.equal(found.moments.mean_W, wanted.moments.mean_W)
+        assert torch.equal(found.moments.variance_W, wanted.moments.variance_W)
+
+
+def test_a_mean_far_from_zero_and_rows_that_are_not_finite(made: Path, tmp_path: Path) -> None:
+    """Where sums of squares would lose all digits; parts of unlike sizes; outliers."""
+    shutil.copytree(made, tmp_path / "store")
+    shutil.rmtree(tmp_path / "store/marks")
+    shutil.rmtree(tmp_path / "store/arrays.zarr")
+    store, draw = open_store(made), np.random.default_rng(0)
+    writer = Writer(place_of(tmp_path / "store"), store.layout, store.fingerprint)
+    scale = np.array([1e-3, 1, 1, 1, 1, 1, 1, 500.0])
+    parts = []
+    for part, count in enumerate((192, 192, 192, 17)):
+        x_RW = draw.normal(1e4 * (np.arange(8) == 1), scale, (count, 8))
+        parts.append(torch.from_numpy(x_RW).bfloat16())
+        parts[-1][draw.integers(count), 3] = float("inf")
+        parts[-1][draw.integers(count), 4] = float("nan")
+        writer.commit_rows(part, np.arange(count))
+        writer.commit_acts(part, "acts/layers.0/output", parts[-1])
+    rows = torch.cat(parts).double().numpy()
+    finite = rows[np.isfinite(rows).all(1)]
+    (one,) = stats(tmp_path / "store")
+    assert one.moments.rows == len(finite)
+    np.testing.assert_allclose(one.moments.mean_W, finite.mean(0), rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(one.moments.variance_W, finite.var(0), rtol=1e-12, atol=1e-20)
+    assert one.stats.nonfinite == (~np.isfinite(rows)).sum() == 8
+    assert one.stats.outlier_dimensions == (1, 7)
+    save_dimensions([one], tmp_path / "dimensions")
+    assert load_file(tmp_path / "dimensions")["layers.0/output/finite_rows"] == len(finite)
+
+
+def test_damage_is_told_not_averaged(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "store")
+    data = (tmp_path / "store" / LAST).read_bytes()
+    (tmp_path / "store" / LAST).write_bytes(data[:-9] + b"\0" + data[-8:])
+    with pytest.raises(DamagedStoreError, match=r"moments/layers\.0/output"):
+        stats(tmp_path / "store")
+
+
+def test_json_is_that_of_the_table(made: Path) -> None:
+    result = CliRunner().invoke(app, ["stats", str(made), "--json"])
+    assert [one["width"] for one in json.loads(result.stdout)] == [16, 16, 16]

@@ -1,0 +1,213 @@
+"""Each way in which a store can be damaged is told by its name, with what mends it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mpcache.maintenance import verify as verify_stage
+from mpcache.maintenance.findings import REMEDIES
+from mpcache.maintenance.verify import Verdict, verify
+from mpcache.parallel.config import Hands
+from mpcache.store.format import mark_path, seal, unseal
+from mpcli.mpcache import app
+from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip
+from tests.helpers.stores import small_store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores of unlike rows, which tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    small_store(folder, rows=900)
+    (folder / "other").mkdir()
+    small_store(folder / "other", rows=900, seed=1)
+    return folder
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Path:
+    """A store that a test may harm."""
+    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_each_damage_has_its_name_and_its_remedy(made: Path, store: Path, name: str) -> None:
+    shutil.copytree(made / "other/store", store.parent / "other")
+    harm, told = HARM[name]
+    assert verify(store).findings == ()
+    harm(store)
+    verdict = verify(store)
+    assert {finding.path: finding.fault for finding in verdict.findings} == told
+    harmless = {"uncommitted", "foreign", "leftover"}
+    assert verdict.intact == (set(told.values()) <= harmless)
+    result = CliRunner().invoke(app, ["verify", str(store)])
+    assert result.exit_code == (0 if verdict.intact else 1)
+    for path, fault in told.items():
+        assert any(line.split()[:2] == [fault, f"{path}:"] for line in result.stdout.splitlines())
+        assert f"-> {fault}: {REMEDIES[fault]}" in result.stdout  # type: ignore[index]
+
+
+def test_every_fault_has_been_made() -> None:
+    assert {fault for _, told in HARM.values() for fault in told.values()} == set(REMEDIES)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
+@pytest.mark.parametrize("hands", [Hands(threads=1), Hands(threads=3), Hands(workers=2)], ids=str)
+def test_findings_do_not_depend_on_who_looks(
+    store: Path, hands: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpcache.parallel.dask_cluster.START_METHOD", "forkserver")
+    for part in (0, 2, 3):
+        flip(store / f"{ACTS}/c/{part}/0", 60)
+    flip(store / "marks/1/tokens.json", 9)
+    found = verify(store, hands)
+    assert [f.path for f in found.findings] == [
+        *(f"{ACTS}/c/{part}/0" for part in (0, 2, 3)), "marks/1/tokens.json"
+    ]  # fmt: skip
+    assert found == verify(store)
+
+
+# --- journals ---
+
+
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the objects that are looked at from now on."""
+    seen: list[str] = []
+    look = verify_stage._content_fault
+
+    def looked(store, part, array, spec):
+        seen.append(spec.object_path(part))
+        return look(store, part, array, spec)
+
+    monkeypatch.setattr(verify_stage, "_content_fault", looked)
+    return seen
+
+
+def test_a_stopped_verification_goes_on(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is looked at twice, and the verdict is that of a whole run."""
+    flip(store / OBJECT, 100)
+    whole, journal = verify(store), tmp_path / "journal"
+    seen = checked(monkeypatch)
+    look = verify_stage._content_fault
+
+    def stopped(*arguments):
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        return look(*arguments)
+
+    monkeypatch.setattr(verify_stage, "_content_fault", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        verify(store, Hands(threads=1), journal=journal)
+    with journal.open("ab") as file:
+        file.write(b'{"mark": "marks/0/tok')  # as a process that is killed leaves it
+    monkeypatch.setattr(verify_stage, "_content_fault", look)
+    first = set(seen)
+    seen.clear()
+    verdict = verify(store, Hands(threads=1), journal=journal)
+    assert verdict.earlier > 0
+    twice = {name.split("/c/")[1].split("/")[0] for name in first & set(seen)}
+    assert twice <= {"2", "3"}  # what is damaged, and what was stopped
+    assert same(verdict, whole)
+    seen.clear()
+    assert same(verify(store, journal=journal), whole)
+    assert {name.split("/c/")[1] for name in seen} == {"2/0", "2", "2/0/0"}  # what is damaged
+
+
+def same(one: Verdict, other: Verdict) -> bool:
+    """But for what was looked at earlier."""
+    return (one.findings, one.marks, one.objects) == (other.findings, other.marks, other.objects)
+
+
+def test_only_what_was_read_is_counted(store: Path, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    flip(store / OBJECT, 100)
+    whole = verify(store, journal=journal)
+    mark = unseal((store / MARK).read_bytes(), MARK)
+    assert whole.bytes == sum(
+        one["bytes"]
+        for file in (store / "marks").rglob("*.json")
+        for one in unseal(file.read_bytes(), "mark")["objects"].values()
+    )
+    again = verify(store, journal=journal)
+    assert again.bytes == sum(one["bytes"] for one in mark["objects"].values())
+    (store / OBJECT).unlink()
+    once_more = verify(store, journal=journal)
+    assert once_more.bytes == again.bytes - mark["objects"][OBJECT]["bytes"]
+
+
+@pytest.mark.parametrize("harm", ["object deleted", "object cut short", "object grown"])
+def test_the_journal_is_not_asked_what_is_there(store: Path, tmp_path: Path, harm: str) -> None:
+    journal = tmp_path / "journal"
+    assert verify(store, journal=journal).intact
+    HARM[harm][0](store)
+    flip(store / "arrays.zarr/norms/layers.0/output/c/2", 8)
+    verdict = verify(store, journal=journal)
+    assert verdict.findings == verify(store).findings
+    assert verdict.earlier == verdict.marks - 1
+
+
+def test_what_was_found_last_under_a_mark_counts(store: Path, tmp_path: Path) -> None:
+    journal, data = tmp_path / "journal", (store / OBJECT).read_bytes()
+    assert verify(store, journal=journal).intact
+    (store / OBJECT).unlink()
+    assert not verify(store, journal=journal).intact
+    (store / OBJECT).write_bytes(data)
+    flip(store / OBJECT, 100)
+    assert not verify(store, journal=journal).intact
+
+
+def test_the_journal_of_another_place_or_store_is_refused(
+    made: Path, store: Path, tmp_path: Path
+) -> None:
+    """A copy has the same marks, and its own damage."""
+    journal = tmp_path / "journal"
+    assert verify(made / "store", journal=journal).intact
+    before = journal.read_bytes()
+    result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(journal)])
+    assert result.exit_code == 2
+    assert f"must be its own, got {journal}, that of {made / 'store'}" in result.stderr
+    assert "name another file" in result.stderr
+    assert journal.read_bytes() == before
+    own = tmp_path / "own"
+    assert verify(store, journal=own).intact
+    shutil.rmtree(store)
+    shutil.copytree(made / "other/store", store)
+    with pytest.raises(ValueError, match="that of another store, which was there; name another"):
+        verify(store, journal=own)
+
+
+def test_a_mark_that_was_written_anew_is_looked_at_again(
+    made: Path, store: Path, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal"
+    assert verify(store, journal=journal).earlier == 0
+    mark = unseal((store / MARK).read_bytes(), MARK)
+    (store / MARK).write_bytes(seal({**mark, "host": "elsewhere"}))
+    flip(store / OBJECT, 100)
+    verdict = verify(store, journal=journal)
+    assert verdict.earlier == verdict.marks - 1
+    assert [finding.path for finding in verdict.findings] == [OBJECT]
+
+
+def test_a_store_that_cannot_be_written_is_verified(store: Path, tmp_path: Path) -> None:
+    before = {f: f.stat().st_mtime_ns for f in store.rglob("*")}
+    assert verify(store, journal=tmp_path / "journal").intact
+    assert {f: f.stat().st_mtime_ns for f in store.rglob("*")} == before
+
+
+def test_a_file_that_is_no_journal_is_left_alone(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(tmp_path / "notes")])
+    assert result.exit_code == 2
+    assert "is no journal of mpcache verify; name another file" in result.stderr
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_marks_name_their_store(made: Path) -> None:
+    mark = unseal((made / "store" / mark_path(0, "tokens")).read_bytes(), "mark")
+    about = unseal((made / "store/store.json").read_bytes(), "store")
+    assert mark["fingerprint"] == about["fingerprint"]

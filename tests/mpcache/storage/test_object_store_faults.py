@@ -1,0 +1,260 @@
+"""What a bucket's server, its user or an earlier command get wrong, and what must not follow."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import obstore
+import pytest
+import torch
+from obstore.store import MemoryStore
+
+from mpcache.collection.catalog import entries
+from mpcache.collection.collect import collect
+from mpcache.config import ConvertConfig, RepairConfig
+from mpcache.maintenance.convert import convert
+from mpcache.maintenance.copy import copy, find_removable, remove
+from mpcache.maintenance.repair import repair
+from mpcache.maintenance.verify import verify
+from mpcache.storage import cloud
+from mpcache.storage import object_store as bucket
+from mpcache.storage.base import place_of
+from mpcache.storage.object_store import Bucket
+from mpcache.store.format import Layout, digest, mark_path, seal
+from mpcache.store.writer import Writer, refuse_large
+from mpcache.validation import DamagedStoreError
+from tests.helpers import servers
+from tests.helpers.stores import small_config
+
+LAYOUT = Layout(
+    ctx_len=4, part_rows=8, chunk_rows=4, validation_every=4, dtype="float32", codec="none",
+    token_dtype="uint8",
+)  # fmt: skip
+ARRAY = "acts/layers.0/output"
+IDENTITY = {"seed": 0}
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
+    """obstore's store in memory stands for a server."""
+    memory = MemoryStore()
+    monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket, "_PAUSE", 0.0)
+    for cached in (bucket._see_bucket, bucket._see_conditions, bucket._tell_waiting):
+        cached.cache_clear()
+    yield memory
+    bucket._see_conditions.cache_clear()
+
+
+@pytest.fixture
+def store(memory: MemoryStore) -> Bucket:
+    """A store of one part."""
+    place = Bucket("gs://in-memory/store")
+    content = {
+        "format": "mpcache", "format_version": 1, "fingerprint": digest(IDENTITY),
+        "identity": IDENTITY, "layout": dataclasses.asdict(LAYOUT), "config": {},
+        "provenance": {"model": {"model": "m"}, "dataset": {"dataset": "d"}},
+    }  # fmt: skip
+    place.put_new("store.json", seal(content))
+    writer = Writer(place, LAYOUT, digest(IDENTITY))
+    for array in ("tokens", "rows/sequence", "rows/position", ARRAY):
+        writer.grow(array, 1, 3)
+    progress = {"cursor": [0, 0], "next_cursor": [1, 0], "last": True}
+    writer.commit_tokens(0, np.zeros((2, 4), np.uint8), None, progress)
+    writer.commit_rows(0, np.arange(8))
+    writer.commit_acts(0, ARRAY, torch.randn(8, 3))
+    return place
+
+
+# --- copies ---
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_source_that_breaks_off_is_no_fault_of_the_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bucket, "_PART", 100)
+
+    def pieces() -> Iterator[bytes]:
+        yield from [b"x" * 60] * 8
+        raise ConnectionError("the source is gone")
+
+    place = Bucket("gs://in-memory/target")
+    with pytest.raises(ConnectionError, match="the source is gone"):
+        place.prepare("a", "key", pieces())
+    assert list(place.names()) == []
+
+
+def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: Bucket) -> None:
+    mark = store.read(mark_path(0, ARRAY))
+    names = json.loads(mark)["objects"]
+    target = Writer(Bucket("gs://in-memory/target"), LAYOUT, digest(IDENTITY))
+    sources = {name: [store.read(name)[:-1]] for name in names}
+    with pytest.raises(DamagedStoreError, match="does not read back as its mark says"):
+        target.adopt(0, ARRAY, mark, sources)
+    assert list(target.place.names()) == []
+
+
+# --- removals ---
+
+
+def test_no_copy_goes_on_with_what_a_removal_left(
+    store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, delete = "gs://in-memory/copy", Bucket.delete
+    copy(store, url)
+    place = place_of(url)
+    count = len(list(place.names()))
+    for kept in range(count - 1, 0, -1):  # a removal is stopped again and again
+        deleted = len(list(place.names())) - kept
+
+        def stopped(self: Bucket, name: str) -> None:
+            nonlocal deleted
+            if deleted == 0:
+                raise KeyboardInterrupt
+            deleted -= 1
+            delete(self, name)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "delete", stopped)
+            patch.setattr(bucket, "_requests", InTurn)
+            with pytest.raises(KeyboardInterrupt):
+                remove(find_removable(url))
+        left = set(place.names())
+        assert (
+            not any(n.startswith("marks") for n in left)
+            or {n for n in store.names() if n.startswith("arrays.zarr")} <= left
+        )
+        with pytest.raises(ValueError, match=f"finish that with mpcache remove {url}"):
+            copy(store, url)
+    remove(find_removable(url))
+    assert not place.exists()
+    copy(store, url)
+    assert verify(url).findings == ()
+
+
+class InTurn:
+    """A pool of no threads: what is stopped stops there."""
+
+    map = staticmethod(map)
+
+
+def test_half_a_copy_is_removed_and_its_removal_goes_on(
+    store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "gs://in-memory/copy"
+    with monkeypatch.context() as patch:
+        patch.setattr("mpcache.maintenance.copy.arrived", lambda *_: None)
+        copy(store, url)
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "_requests", lambda: None)
+        with pytest.raises(AttributeError):
+            remove(find_removable(url))
+    assert set(place_of(url).names("store.json.incoming.partial")) == set()
+    assert find_removable(url).told == "half of a store, copied or removed"
+    remove(find_removable(url))
+    assert not place_of(url).exists()
+
+
+def test_leftover_claims_go_before_what_they_name(store: Bucket) -> None:
+    names = [f"arrays.zarr/{ARRAY}/c/0/0.key.partial", f"{mark_path(0, ARRAY)}.0.claim.partial"]
+    for name in names:
+        store.put_new(name, b"")
+    assert repair(store, RepairConfig(delete_leftovers=True)).deleted == tuple(names[::-1])
+
+
+# --- servers ---
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = obstore.put
+
+    def careless(*arguments: Any, mode: str = "overwrite", **options: Any) -> Any:
+        return put(*arguments, **options)
+
+    place = Bucket("gs://in-memory/store")
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "put", careless)
+        with pytest.raises(ValueError, match="must keep to If-None-Match"):
+            place.put_new("a", b"1")
+        assert list(place.names()) == []
+    assert place.put_new("a", b"1")
+    assert list(place.names()) == ["a"]
+
+
+@pytest.mark.usefixtures("memory")
+def test_waiting_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*_: object) -> None:
+        raise ConnectionError("away")
+
+    monkeypatch.setattr(bucket, "_SOON", 0.0)
+    monkeypatch.setattr(bucket, "_PATIENCE", 0.1)
+    monkeypatch.setattr(bucket, "_PAUSE", 0.01)
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="away"):
+            Bucket("gs://in-memory/store")._ask(away, "a")
+    assert capsys.readouterr().err == "waiting for the server of gs://in-memory\n"
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a store on a server that takes every request and answers none."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(50)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setitem(cloud._TIMEOUTS, "read_timeout", cloud._SECONDS)
+        cloud.client.cache_clear()
+        with servers.environment(address):
+            yield "s3://shared/store"
+    cloud.client.cache_clear()
+
+
+def test_ctrl_c_ends_the_wait_for_a_silent_server(silent: str) -> None:
+    began = time.monotonic()
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        place_of(silent).read("store.json")
+    assert time.monotonic() - began < 30
+
+
+# --- names and sizes ---
+
+
+def test_a_root_may_hold_what_no_url_leads_to(store: Bucket, memory: MemoryStore) -> None:
+    for key in ("no\u200bte/x", "a:b/store.json", "who?"):
+        obstore.put(memory, key, b"x")
+    assert [entry.store for entry in entries("gs://in-memory")] == ["store"]
+
+
+def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
+    store: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = dataclasses.replace(LAYOUT, part_rows=1 << 20)
+    refuse_large(store, large, [1192])
+    refuse_large(place_of(tmp_path), large, [1 << 20])
+    told = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
+    with pytest.raises(ValueError, match=told):
+        refuse_large(store, large, [64, 1193])
+    monkeypatch.setattr(Bucket, "largest", 8 * 3 * 4 - 1)
+    target = "gs://in-memory/other"
+    for write in (
+        lambda: copy(store, target),
+        lambda: convert(store, target, ConvertConfig(codec="lz4")),
+        lambda: collect(small_config(tmp_path), target),
+    ):
+        with pytest.raises(ValueError, match="use smaller part_rows"):
+            write()
+        assert not place_of(target).exists()
+    assert convert(store, target, ConvertConfig(dtype="float16")).parts == 4

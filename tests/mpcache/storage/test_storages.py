@@ -1,0 +1,339 @@
+"""Folder and bucket keep one contract: that of a dictionary of names, whoever else writes."""
+
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from obstore import exceptions
+
+from mpcache.storage import cloud
+from mpcache.storage import local as folder
+from mpcache.storage import object_store as bucket
+from mpcache.storage.base import Place, place_of
+from mpcache.validation import DamagedStoreError
+
+
+def read(place: Place, name: str, offset: int, *lengths: int) -> bytes:
+    buffers = [np.empty(length, np.uint8) for length in lengths]
+    place.read_into(name, offset, buffers)
+    return b"".join(one.tobytes() for one in buffers)
+
+
+NAMES = st.sampled_from(["a", "b/c", "b/d/e", "marks/0/x y.json", "b/c.partial", "é"])
+DATA = st.binary(max_size=40)
+KINDS = ("folder", "s3", "memory")
+
+
+@pytest.fixture(params=KINDS)
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A new place; in memory, obstore's own stand-in for a server that is not Amazon's."""
+    if request.param == "folder":
+        return place_of(tmp_path / "place")
+    if request.param == "s3":
+        return place_of(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+    from obstore.store import MemoryStore
+
+    memory = MemoryStore()
+    monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket, "_PAUSE", 0.0)
+    bucket._see_bucket.cache_clear()
+    return place_of("gs://in-memory/place")
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.sampled_from(["put_new", "replace", "prepare"]), NAMES, DATA),
+    st.tuples(st.sampled_from(["delete", "link_new", "publish"]), NAMES, NAMES),
+)
+
+
+@hypothesis.settings(
+    max_examples=15,
+    suppress_health_check=list(hypothesis.HealthCheck),  # a place a test is enough, and may be slow
+)
+@hypothesis.given(st.lists(OPERATIONS, max_size=12))
+@hypothesis.example([("put_new", "a", b"0"), ("link_new", "a", "b/c")])  # the folder is not there
+@hypothesis.example([("prepare", "a", b"0"), ("publish", "a", "d/e/f")])
+def test_a_place_is_a_dictionary(place: Place, operations: list[tuple[str, str, object]]) -> None:
+    for name in list(place.names()):
+        place.delete(name)
+    told: dict[str, bytes] = {}
+    for what, name, more in operations:
+        if what == "put_new":
+            assert place.put_new(name, more) == (name not in told)
+            told.setdefault(name, more)
+        elif what == "replace":
+            place.put_new(name, b"")
+            place.replace(name, more)
+            told[name] = more
+        elif what == "prepare":
+            told[f"{name}.key.partial"] = more
+            assert place.prepare(name, "key", [more[:5], more[5:]]) == f"{name}.key.partial"
+        elif what == "publish":
+            temporary = f"{name}.key.partial"
+            assert place.publish(temporary, more) == (temporary in told)
+            if temporary in told:
+                told[more] = told[temporary]
+                if place.size(temporary) is None:
+                    del told[temporary]
+        elif what == "delete":
+            place.delete(name)
+            told.pop(name, None)
+        elif name in told:
+            linked = place.link_new(name, more)
+            # a link that is there already may count as the one that was asked for
+            assert linked or more in told
+            assert not linked or told.setdefault(more, told[name]) == told[name]
+        else:
+            with pytest.raises(FileNotFoundError):
+                place.link_new(name, more)
+    assert {name: place.read(name) for name in place.names()} == told
+    assert list(place.names("b")) == [n for n in place.names() if n.startswith("b/")]
+    assert {name: place.size(name) for name in told} == {n: len(d) for n, d in told.items()}
+    assert {name: b"".join(place.pieces(name)) for name in told} == told
+    assert set(place.children()) >= {name.partition("/")[0] for name in told}
+
+
+def test_what_is_not_there(place: Place) -> None:
+    assert not place.exists()
+    assert not place.exists("a")
+    assert place.size("a") is None
+    assert list(place.names()) == place.children() == []
+    assert not place.publish("a", "b")
+    place.delete("a")
+    for ask in (place.read, lambda n: list(place.pieces(n)), lambda n: read(place, n, 0, 1)):
+        with pytest.raises(FileNotFoundError):
+            ask("a")
+
+
+def test_ranges_are_exact_or_refused(place: Place) -> None:
+    place.put_new("a", b"0123456789")
+    assert read(place, "a", 3, 4) == b"3456"
+    assert read(place, "a", 3, 1, 0, 3) == b"3456"
+    for offset, length in ((8, 3), (10, 1), (40, 1)):
+        with pytest.raises(ValueError, match=f"ends before byte {offset + length}"):
+            read(place, "a", offset, length)
+
+
+def test_much_is_read_in_several_calls(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many buffers there are, and however little the system gives at a time."""
+    monkeypatch.setattr(folder, "_CALL", 300)
+    monkeypatch.setattr(folder, "_CALL_BUFFERS", 3)
+    preadv = os.preadv
+
+    def little(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        assert len(buffers) <= 3
+        assert sum(map(len, buffers)) <= 300
+        return preadv(descriptor, [buffers[0][: max(1, len(buffers[0]) // 2)]], offset)
+
+    monkeypatch.setattr(os, "preadv", little)
+    whole = np.random.default_rng(0).bytes(3000)
+    place.put_new("a", whole)
+    assert read(place, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == whole[5 : 5 + 1403]
+    with pytest.raises(ValueError, match="ends before byte 3001"):
+        read(place, "a", 2900, 50, 51)
+
+
+def test_large_objects_go_and_come_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_PART", 5 << 20)
+    whole = bytes(range(256)) * (52 << 10)
+    pieces = (whole[start : start + 700_001] for start in range(0, len(whole), 700_001))
+    assert place.publish(place.prepare("large", "key", pieces), "large")
+    assert place.size("large") == len(whole)
+    assert b"".join(place.pieces("large")) == whole
+    assert read(place, "large", 9 << 20, 300) == whole[9 << 20 :][:300]
+
+
+def test_of_many_at_once_one_creates(place: Place) -> None:
+    place.put_new("other", b"")
+    results: list[bool] = []
+    start = threading.Barrier(6)
+
+    def create(data: bytes) -> None:
+        start.wait()
+        results.append(place.put_new("mark", data))
+
+    threads = [threading.Thread(target=create, args=(b"%d" % n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [False] * 5 + [True]
+
+
+def test_text_and_pickle_lead_back(place: Place) -> None:
+    place.put_new("a", b"1")
+    assert place_of(place.address).read("a") == b"1"
+    assert pickle.loads(pickle.dumps(place)).read("a") == b"1"
+    assert place.child("b").put_new("c", b"2")
+    assert place.read("b/c") == b"2"
+    assert place.child("b").name == "b"
+    assert place.child("b").is_within(place)
+    assert place.is_within(place)
+    assert not place.is_within(place.child("b"))
+    assert not place.child("bc").is_within(place.child("b"))
+
+
+def test_nothing_is_left_of_what_is_removed(place: Place) -> None:
+    kept = place.child("kept-beside")
+    kept.put_new("store.json", b"other")
+    store = place.child("kept")
+    for name in ("store.json", "arrays.zarr/a/c/0", "marks/0/a.json"):
+        store.put_new(name, b"1")
+    store.remove("store.json", "store.json.rest.partial", "marks")
+    assert not store.exists()
+    assert kept.read("store.json") == b"other"
+    assert list(place.names()) == ["kept-beside/store.json"]
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("s3://key:secret@shared/a", "credentials"),
+        ("s3://key:secret/with@shared/a", "credentials"),
+        ("https://key:secret@shared/a", "credentials"),
+        ("s3://shared/a?X-Amz-Signature=secret", "credentials"),
+        ("s3://Shared/a", "a place must be a path, s3://BUCKET/NAME"),
+        ("s3://", "a place must be"),
+        ("S3://shared/a", "a place must be"),
+        ("https://shared/a", "a place must be"),
+        ("file:///etc", "a place must be"),
+        ("s3://shared/a/../b", "steps of a URL"),
+        ("s3://shared//a", "steps of a URL"),
+        ("s3://shared/./a", "steps of a URL"),
+        ("s3://shared/a\x1b[31m", "steps of a URL"),
+        ("s3://sha\x1b[31mred/a", "a place must be"),
+    ],
+)
+def test_urls_that_lead_astray(url: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as error:
+        place_of(url)
+    assert "secret" not in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_a_url_that_became_a_path_is_told() -> None:
+    with pytest.raises(ValueError, match="give the URL as text") as error:
+        place_of(Path("s3://key:secret@shared/a"))
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["a//b", "a/../b", "con\x1btrol", ".."])
+def test_keys_that_no_store_has_are_refused_by_name(s3: str, tmp_path: Path, key: str) -> None:
+    place = place_of(f"{s3}/{tmp_path.name}")
+    place.put_new("marks/0/tokens.json", b"1")
+    put_raw(f"{tmp_path.name}/marks/{key}", b"2")
+    with pytest.raises(DamagedStoreError, match="a name that no store has") as error:
+        list(place.names("marks"))
+    assert str(error.value).isprintable()
+
+
+def test_a_folder_that_a_console_made_is_nothing(s3: str, tmp_path: Path) -> None:
+    put_raw(f"{tmp_path.name}/", b"")
+    assert list(place_of(f"{s3}/{tmp_path.name}").names()) == []
+
+
+def put_raw(key: str, data: bytes) -> None:
+    from tests.helpers.servers import BUCKET, raw_client
+
+    raw_client().put_object(Bucket=BUCKET, Key=key, Body=data)
+
+
+# --- errors ---
+
+
+def test_a_bucket_that_is_not_there(s3: str) -> None:
+    place = place_of("s3://nobody-has-it/a")
+    for ask in (
+        lambda: place.exists("store.json"),
+        lambda: place.read("store.json"),
+        lambda: place.put_new("store.json", b""),
+        lambda: list(place.names()),
+        place.children,
+        lambda: place.publish("a", "b"),
+        lambda: place.prepare("a", "key", [b""]),
+    ):
+        with pytest.raises(NotADirectoryError, match="no such bucket"):
+            ask()
+
+
+@pytest.fixture
+def fresh_clients() -> Iterator[None]:
+    cloud.client.cache_clear()
+    yield
+    cloud.client.cache_clear()
+
+
+@pytest.mark.usefixtures("s3", "fresh_clients")
+def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setitem(cloud._RETRIES, "max_retries", 1)
+    monkeypatch.setattr(bucket, "_TRIES", 1)
+    with pytest.raises(ConnectionError, match=r"s3://shared/a/store\.json: "):
+        place_of("s3://shared/a").exists("store.json")
+
+
+@pytest.mark.usefixtures("s3", "fresh_clients")
+def test_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(PermissionError, match="there are no credentials; set AWS_PROFILE"):
+        place_of("s3://shared/a").exists("store.json")
+    (tmp_path / "none").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    assert not place_of("s3://shared/none").exists("store.json")
+
+
+@pytest.mark.usefixtures("fresh_clients")
+def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'mpcache\[gs\]'"):
+        place_of("gs://shared/a").exists("store.json")
+
+
+def test_plain_http_is_for_this_machine_alone() -> None:
+    here = ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1")
+    there = ("http://example.org", "https://127.0.0.1.example.org", "", "http://10.0.0.1")
+    assert all(map(cloud._is_here, here))
+    assert not any(map(cloud._is_here, there))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (
+            exceptions.GenericError("GET http://169.254.169.254/token - 403"),
+            PermissionError,
+            "GOOGLE_APP",
+        ),
+        (exceptions.PermissionDeniedError("x"), PermissionError, "access is denied"),
+        (exceptions.GenericError("status code: 400 Bad\nDebug source: secret"), OSError, "400 Bad"),
+        (exceptions.GenericError("status code: 503 Slow Down"), ConnectionError, "503"),
+        (
+            exceptions.GenericError(
+                "PUT http://key:secret@host/a - status code: 400 Bad Request: "
+                "<Error><Code>Signature</Code><AWSAccessKeyId>secret</AWSAccessKeyId></Error>"
+            ),
+            OSError,
+            "http://host/a - status code: 400 Bad Request: Signature$",
+        ),
+        (exceptions.GenericError("status code: 429 Too Many"), ConnectionError, "429"),
+        (FileNotFoundError("<Code>NoSuchBucket</Code>"), NotADirectoryError, "no such bucket"),
+    ],
+)
+def test_errors_of_servers_in_words(raised: Exception, kind: type[OSError], told: str) -> None:
+    with pytest.raises(kind, match=told) as error, cloud.asking("gs://shared/a"):
+        raise raised
+    assert type(error.value) is kind
+    assert "gs://shared/a" in str(error.value)
+    assert "secret" not in str(error.value)

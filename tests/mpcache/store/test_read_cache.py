@@ -1,0 +1,432 @@
+"""A tier spares the network and changes nothing: not what is read, not what it costs to lose it."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mpcache.maintenance.copy import copy
+from mpcache.storage import cloud
+from mpcache.storage.base import place_of
+from mpcache.store import read_cache as tier
+from mpcache.store.reader import DamagedStoreError, Store, open_store
+from mpcache.store.zarr_codec import ReadInto
+from mpcli.mptrain import app
+from mptrain.bench.loader import bench_loader
+from mptrain.config.run import LoaderBenchConfig
+from mptrain.data.loader import Loader
+from mptrain.runs.fit import fit, plan_of
+from tests.helpers import servers
+from tests.helpers.fits import config, equal, lasting, weights
+from tests.helpers.stores import small_store
+
+SIDE = ("layers.0", "output")
+SMALL: dict[str, Any] = {"hookpoints": ("layers.0",), "kind": ("sae",), "arch": ("topk",)}
+NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{32}/[0-9]+-[0-9]+")
+
+
+@pytest.fixture(scope="module")
+def made(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A store in a folder, and the URL of its copy; tests only read them."""
+    path, _ = small_store(tmp_path_factory.mktemp("made"), rows=700, hookpoints=("layers.0",))
+    copy(path, f"{s3}/tier/made")
+    return path, f"{s3}/tier/made"
+
+
+@pytest.fixture
+def own(made: tuple[Path, str], s3: str, tmp_path: Path) -> str:
+    """The URL of a copy that a test may harm."""
+    copy(made[0], f"{s3}/{tmp_path.name}")
+    return f"{s3}/{tmp_path.name}"
+
+
+@pytest.fixture
+def asked(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], list[str]]]:
+    """What was asked of the server about committed objects since last looked: method and path."""
+    log, seen = tmp_path / "requests", 0
+
+    def look() -> list[str]:
+        nonlocal seen
+        lines = log.read_text().splitlines()
+        found, seen = lines[seen:], len(lines)
+        return [line for line in found if "/c/" in line]
+
+    with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.0, str(log)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
+        cloud.client.cache_clear()
+        yield look
+    cloud.client.cache_clear()
+
+
+def got(requests: list[str]) -> bool:
+    """Whether bytes were asked for, and not sizes alone."""
+    return any(line.startswith("GET") for line in requests)
+
+
+def everything(store: Store) -> list[torch.Tensor]:
+    """All that training may read, chunk by chunk, in several threads."""
+    places = [(p.number, c) for p in store.parts([SIDE], "train") for c in range(-(-p.rows // 32))]
+    reads: list[Callable[..., torch.Tensor]] = [
+        partial(store.read_chunk, *SIDE), partial(store.read_norms, *SIDE),
+        store.read_positions, store.read_sequences, store.read_token_ids,
+    ]  # fmt: skip
+    with ThreadPoolExecutor(4) as pool:
+        return [x for read in reads for x in pool.map(read, *zip(*places, strict=True))]
+
+
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """All files of a tier, but for the one that counts; it must count them right."""
+    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    counted = files.pop("length").stat().st_size
+    found = {name: file.read_bytes() for name, file in files.items()}
+    assert counted == sum(map(len, found.values()))
+    return found
+
+
+# --- what it spares ---
+
+
+def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
+    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+) -> None:
+    _, url = made
+    folder = tmp_path / "tier"
+    for number in range(2):
+        store = open_store(url, str(folder))
+        with Loader(
+            store, [SIDE], "train", batch_rows=64, seed=number, window_rows=128,
+            device=torch.device("cpu"),
+        ) as loader:  # fmt: skip
+            batches, epoch = loader.batches(), -(-loader.rows // 64)
+            list(islice(batches, 2 * epoch))  # the first may still be read while the second is
+            assert got(asked()) == (number == 0)
+            store._objects_of._ends.cache_clear()  # as if there were more objects than it remembers
+            list(islice(batches, 2 * epoch))
+            assert asked() == []
+    assert all(NAME.fullmatch(name) for name in kept(folder))  # no marks, no metadata, no rests
+
+
+def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
+    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+) -> None:
+    path, url = made
+    folder = str(tmp_path / "tier")
+    settings = {"rows": 64 * 20, "max_norm": 3.0, "skip_tokens": ("7",), **SMALL}
+    fit(config(str(path), tmp_path / "plain", **settings))
+    for name in ("cold", "warm"):
+        asked()
+        fit(config(url, tmp_path / name, tier=folder, tier_bytes=10**9, **settings))
+        assert got(asked()) == (name == "cold")
+        assert equal(weights(tmp_path / name), weights(tmp_path / "plain"))
+        assert lasting(tmp_path / name) == lasting(tmp_path / "plain")
+    # what is kept, and where, is of a command
+    fit(config(url, tmp_path / "warm", **settings))
+    (coder, *_) = sorted((tmp_path / "warm/coders").iterdir())
+    asked()
+    words = ["eval", str(coder), url, "--tier", folder, "--json"]
+    there = json.loads(CliRunner().invoke(app, words).stdout)
+    assert not got(asked())
+    words[2:5] = [str(path)]
+    assert json.loads(CliRunner().invoke(app, words).stdout) == there
+
+
+def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: Path) -> None:
+    _, url = made
+    settings: dict[str, Any] = {"rows": 64 * 30, **SMALL}
+    run = config(url, tmp_path / "run", tier=str(tmp_path / "tier"), **settings)
+    before = plan_of(run)
+    assert not (tmp_path / "tier").exists()
+    store = open_store(url)
+    there = store.stored_bytes([SIDE], "train") + store.stored_bytes([SIDE], "validation")
+    assert before.store_bytes == there < before.read_bytes
+    plain = plan_of(config(url, tmp_path / "run", **settings))
+    assert plain.store_bytes == plain.read_bytes
+    fit(run)
+    after = plan_of(config(url, tmp_path / "other", tier=run.tier, **settings))
+    assert after.store_bytes < 0.05 * there  # the ends of short parts are never read
+    words = ["fit", url, "--run", str(tmp_path / "other"), "--hookpoints", "layers.0"]
+    words += ["--rows", "1920", "--batch-rows", "64", "--dry-run", "--tier", str(run.tier)]
+    told = CliRunner().invoke(app, words).stdout
+    assert f" GB of it from {url}, the rest from {run.tier}; nothing was written" in told
+
+
+def test_the_benchmark_reads_from_a_tier(
+    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+) -> None:
+    settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
+    run = LoaderBenchConfig(store=made[1], tier=str(tmp_path / "tier"), peer_rows=64, **settings)
+    bench_loader(run)
+    assert got(asked())
+    assert kept(tmp_path / "tier")
+    bench_loader(run)
+    assert not got(asked())
+
+
+# --- what may happen to it ---
+
+
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "zeros", "directory", "gone"])
+def test_damage_is_read_anew_and_mended(made: tuple[Path, str], tmp_path: Path, harm: str) -> None:
+    path, url = made
+    folder = tmp_path / "tier"
+    wanted = everything(open_store(path))
+    assert same(everything(open_store(url, str(folder))), wanted)
+    whole = kept(folder)
+    for name, data in whole.items():
+        file = folder / name
+        middle = len(data) // 2
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        if harm in ("gone", "directory"):
+            file.unlink()
+        else:
+            torn = {"flipped": flipped, "truncated": data[:-1]}
+            file.write_bytes(torn.get(harm, bytes(len(data))))
+    if harm == "directory":
+        (folder / next(iter(whole))).mkdir()
+        with pytest.warns(RuntimeWarning, match="keeps no more"):
+            assert same(everything(open_store(url, str(folder))), wanted)
+        return
+    if harm == "gone":
+        (folder / "length").unlink()
+    assert same(everything(open_store(url, str(folder))), wanted)
+    assert kept(folder) == whole
+
+
+def test_the_whole_folder_may_go_while_it_is_read(made: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = made
+    store, wanted = open_store(url, str(tmp_path / "tier")), everything(open_store(path))
+    for _ in range(2):
+        assert same(everything(store), wanted)
+        shutil.rmtree(tmp_path / "tier")
+
+
+def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
+    place, folder = place_of(own), tmp_path / "tier"
+    name = "arrays.zarr/acts/layers.0/output/c/0/0"
+    data = place.read(name)
+    place.replace(name, data[:40] + b"?" + data[41:])
+    with pytest.raises(DamagedStoreError, match="0/0 is damaged"):
+        open_store(own, str(folder)).read_chunk("layers.0", "output", 0, 0)
+    (index,) = kept(folder).values()  # which is whole
+    assert data.endswith(index)
+    place.replace(name, data)
+    assert same(everything(open_store(own, str(folder))), everything(open_store(own)))
+
+
+def test_other_content_in_the_same_place_is_never_mistaken(
+    made: tuple[Path, str], own: str, tmp_path: Path
+) -> None:
+    """A part that was rewritten with other bits has another digest in its mark."""
+    folder, store = str(tmp_path / "tier"), open_store(own)
+    one = tier.Tier(folder, None, store.place, store.digest)
+    other = tier.Tier(folder, None, store.place, "another store.json")
+    elsewhere = tier.Tier(folder, None, place_of(made[1]), store.digest)
+    for number, (of, key) in enumerate(
+        [(one, "a" * 32), (one, "b" * 32), (other, "a" * 32), (elsewhere, "a" * 32)]
+    ):
+        content = np.full(4, number, np.uint8)
+        for _ in range(2):
+            made_of = of.made(key, filling(content), lambda read: taken(read, 0, 4))
+            assert made_of.tolist() == content.tolist()
+        assert of.size(key) == 4
+
+
+def filling(content: np.ndarray) -> ReadInto:
+    """Reads as if this were at every offset."""
+
+    def read(_: int, buffers: Sequence[np.ndarray]) -> None:
+        (one,) = buffers
+        one[:] = content
+
+    return read
+
+
+def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
+    found = np.empty(length, np.uint8)
+    read(offset, [found])
+    return found
+
+
+# --- a tier without room ---
+
+
+def warned(store: Store, match: str) -> list[torch.Tensor]:
+    """Everything, with one warning, however many threads and reads there are."""
+    with pytest.warns(RuntimeWarning, match=match) as told:
+        found, again = everything(store), everything(store)
+    assert len(told) == 1
+    assert same(found, again)
+    return found
+
+
+def test_a_full_tier_keeps_what_it_has(made: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = made
+    folder = tmp_path / "tier"
+    wanted = everything(open_store(path))
+    found = warned(open_store(url, str(folder), 10_000), "of 10000 bytes are taken.*each time")
+    assert same(found, wanted)
+    before = kept(folder)
+    assert 8_000 < sum(map(len, before.values())) <= 10_000
+    found = warned(open_store(url, str(folder), 20_000), "of 20000 bytes are taken")
+    assert same(found, wanted)
+    after = kept(folder)
+    assert before.items() < after.items()
+    assert sum(map(len, after.values())) <= 20_000
+
+
+def test_a_file_system_is_not_filled_to_the_brim(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, url = made
+    usage = SimpleNamespace(total=20_000_000, free=1_000_500)  # a twentieth, and a little
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    found = warned(open_store(url, str(tmp_path / "tier")), r"has 0\.001 GB left")
+    assert same(found, everything(open_store(path)))
+    assert max(map(len, kept(tmp_path / "tier").values())) <= 500
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_a_tier_that_cannot_be_written_is_no_error(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path, url = made
+
+    def failing(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(tier.fcntl, "flock", failing)
+    found = warned(open_store(url, str(tmp_path / "tier")), os.strerror(code))
+    assert same(found, everything(open_store(path)))
+    assert kept(tmp_path / "tier") == {}
+
+
+# --- several at once ---
+
+
+READER = """
+import sys
+from mpcache.store.reader import open_store
+store = open_store(*sys.argv[1:])
+print("ready", flush=True)
+sys.stdin.readline()
+for part in store.parts([("layers.0", "output")], "train"):
+    for chunk in range(-(-part.rows // 32)):
+        print(float(store.read_chunk("layers.0", "output", part.number, chunk).double().sum()))
+"""
+
+
+def test_processes_and_threads_share_a_tier(made: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = made
+    folder = str(tmp_path / "tier")
+    with subprocess.Popen(
+        [sys.executable, "-c", READER, url, folder],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.close()
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(everything, [open_store(url, folder) for _ in range(2)]))
+        told = [float(line) for line in other.stdout]
+    wanted = everything(open_store(path))
+    assert same(found[0], wanted)
+    assert same(found[1], wanted)
+    assert told == [float(x.double().sum()) for x in wanted[: len(told)]] != []
+    assert all(NAME.fullmatch(name) for name in kept(tmp_path / "tier"))
+
+
+def test_no_two_take_the_same_room(
+    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fstat, place = os.fstat, place_of(made[1])
+
+    def slow(descriptor: int) -> os.stat_result:
+        found = fstat(descriptor)
+        time.sleep(0.001)
+        return found
+
+    monkeypatch.setattr(os, "fstat", slow)
+
+    def keep(number: int) -> None:
+        one = tier.Tier(str(tmp_path / "tier"), 1000, place, "digest")
+        content = np.full(30, number, np.uint8)
+        one.made(f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30))
+
+    with ThreadPoolExecutor(8) as pool, pytest.warns(RuntimeWarning, match="990 of 1000 bytes"):
+        list(pool.map(keep, range(60)))
+    assert len(kept(tmp_path / "tier")) == 33
+
+
+def test_a_team_shares_what_its_folder_is_open_to(made: tuple[Path, str], tmp_path: Path) -> None:
+    (tmp_path / "tier").mkdir()
+    (tmp_path / "tier").chmod(0o2775)
+    mask = os.umask(0o077)
+    try:
+        open_store(made[1], str(tmp_path / "tier")).read_chunk("layers.0", "output", 0, 0)
+    finally:
+        os.umask(mask)
+    assert all(path.stat().st_mode & 0o020 for path in (tmp_path / "tier").rglob("*"))
+
+
+# --- what it cannot be ---
+
+
+def test_what_is_no_tier(made: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = made
+    (tmp_path / "file").touch()
+
+    def refused(store: object, *words: str) -> str:
+        fixed = ["fit", str(store), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
+        fixed += ["--rows", "64", "--batch-rows", "64", "--dry-run"]
+        result = CliRunner().invoke(app, [*fixed, *words])
+        assert result.exit_code == 2, result.output
+        (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        return told
+
+    assert "must be nearer than its store" in refused(path, "--tier", str(tmp_path / "tier"))
+    assert "must be a folder of this machine" in refused(url, "--tier", "s3://shared/tier")
+    assert "must be a folder of this machine" in refused(url, "--tier", "")
+    assert "Not a directory" in refused(url, "--tier", str(tmp_path / "file"))
+    assert "Not a directory" in refused(url, "--tier", str(tmp_path / "file/below"))
+    assert "name the tier's folder too" in refused(url, "--tier-bytes", "1GB")
+    words = ("--tier", str(tmp_path / "tier"), "--tier-bytes", "0")
+    assert "tier_bytes must be at least 1" in refused(url, *words)
+    if os.geteuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert "Permission denied" in refused(url, "--tier", str(tmp_path / "closed/tier"))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs two file systems")
+def test_a_store_on_another_disk_has_a_tier_too(made: tuple[Path, str], tmp_path: Path) -> None:
+    path, _ = made
+    if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs two file systems")
+    folder = Path("/dev/shm") / tmp_path.name
+    try:
+        assert same(everything(open_store(path, str(folder))), everything(open_store(path)))
+        assert kept(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

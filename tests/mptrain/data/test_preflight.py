@@ -1,0 +1,173 @@
+"""Stores that a run cannot use are refused with a remedy; those under way are waited for."""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from mpcache.store.reader import open_store
+from mptrain.config.run import FitConfig
+from mptrain.data import preflight as suited
+from mptrain.data.preflight import await_parts, numbers_of, ranges, suited_store
+from mptrain.runs.fit import fit, plan_of
+from tests.helpers.stores import small_store, write_corpus
+
+MLP = ("layers.1.mlp", "output")
+
+
+def config(store: Path, **changes: object) -> FitConfig:
+    settings = {
+        "store": str(store), "run": "run", "hookpoints": ("layers.1.mlp",), "k": (3,),
+        "expansion": (2,), "rows": 512, "batch_rows": 64, "kind": ("sae",), "device": "cpu",
+    }  # fmt: skip
+    return FitConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_store(tmp_path_factory.mktemp("suited"))[0]
+
+
+@pytest.fixture
+def begun(made: Path, tmp_path: Path) -> Path:
+    """A copy of the store whose parts 2 and later have tokens, and no activations yet."""
+    path = tmp_path / "store"
+    shutil.copytree(made, path)
+    for folder in (path / "marks").iterdir():
+        if int(folder.name) >= 2:
+            for mark in folder.glob("layers*/*.json"):
+                mark.unlink()
+    return path
+
+
+def go_on(begun: Path, made: Path) -> None:
+    """Commit what is missing, a mark at a time."""
+    for mark in sorted((made / "marks").rglob("*.json")):
+        place = begun / mark.relative_to(made)
+        if not place.exists():
+            time.sleep(0.02)
+            shutil.copy(mark, place)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batch_rows": 2048, "rows": 4096}, r"too few for one batch of 2048; collect more rows, .*"
+         r"--follow, or use --batch-rows \d+ or less"),
+        ({"window_bytes": 1000}, r"more than window_bytes=1000; use --window-rows \d+ or less"),
+        ({"hookpoints": ("layers.7",)}, "has no hookpoint 'layers.7'; it has layers.0, layers.1"),
+        ({"hookpoints": ("layers.0",), "kind": ("transcoder",)},
+         "has no input of layers.0, only its output; collect it with --hookpoints layers.0:input"),
+    ],
+)  # fmt: skip
+def test_messages_name_the_remedy(made: Path, changes: dict[str, object], told: str) -> None:
+    chosen = config(made, **changes)
+    sides = [(chosen.hookpoints[0], "input" if "transcoder" in chosen.kind else "output")]
+    with pytest.raises(ValueError, match=told) as error:
+        suited_store(chosen, sides)
+    assert "\n" not in str(error.value)
+
+
+def test_windows_within_the_bound_are_taken(made: Path) -> None:
+    needed = 2 * 128 * 16 * 2  # two windows of 128 rows, 16 bfloat16 values each
+    assert open_store(made).width(*MLP) == 16
+    suited_store(config(made, window_rows=128, window_bytes=needed), [MLP])
+    with pytest.raises(ValueError, match="use --window-rows 127 or less"):
+        suited_store(config(made, window_rows=128, window_bytes=needed - 1), [MLP])
+
+
+def test_a_store_under_way_is_trained_on_as_far_as_it_is_committed(begun: Path) -> None:
+    assert {part.number for part in suited_store(config(begun), [MLP]).parts([MLP], "train")} == {0}
+
+
+def test_a_store_without_train_rows_yet_is_refused(begun: Path) -> None:
+    for mark in (begun / "marks/0").glob("layers*/*.json"):
+        mark.unlink()
+    with pytest.raises(ValueError, match=r"has 0 train rows, .* with --follow$"):
+        plan_of(config(begun))
+
+
+def test_a_side_that_nobody_collects_is_doubted_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def look(_: float) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", look)
+    with (
+        pytest.warns(
+            RuntimeWarning, match="is whole, with layers.0:output, .*layers.7:out"
+        ) as told,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        await_parts(str(made), [MLP, ("layers.7", "output")])
+    assert len(told) == 1
+
+
+def test_sides_under_way_are_waited_for_or_refused(begun: Path, made: Path) -> None:
+    shutil.copytree(made / "marks/2/layers.0", begun / "marks/2/layers.0", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="wait for a collection that is under way with --follow"):
+        suited_store(config(begun), [MLP, ("layers.0", "output")])
+
+
+def test_follow_waits_and_trains_as_on_the_finished_store(
+    begun: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suited, "_LOOK_EVERY", 0.01)
+    collector = threading.Thread(target=go_on, args=(begun, made))
+    collector.start()
+    followed = fit(config(begun, run=str(tmp_path / "followed"), follow=True))
+    collector.join()
+    whole = fit(config(made, run=str(tmp_path / "whole")))
+    clocks = ("train_seconds", "rows_per_second")
+    for one, other in zip(followed, whole, strict=True):
+        assert {**one, **dict.fromkeys(clocks)} == {**other, **dict.fromkeys(clocks)}
+    for file in (tmp_path / "whole").glob("coders/*/coder.safetensors"):
+        other = load_file(tmp_path / "followed" / file.relative_to(tmp_path / "whole"))
+        assert all(torch.equal(t, other[name]) for name, t in load_file(file).items())
+
+
+def test_follow_waits_for_tokens_and_for_sides_that_are_not_begun(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / "store", []
+    shutil.copytree(made, path)
+    shutil.rmtree(path / "marks")
+    looks = iter([["0/tokens", "0/rows"], ["0", "1/tokens", "1/rows"], ["."]])
+
+    def look(_: float) -> None:
+        seen.append(open_store(path).is_planned)
+        for name in next(looks):
+            for mark in (made / "marks").rglob("*.json"):
+                place = mark.relative_to(made / "marks")
+                if name == "." or str(place).startswith(name):
+                    (path / "marks" / place).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(mark, path / "marks" / place)
+
+    monkeypatch.setattr(time, "sleep", look)
+    assert await_parts(str(path), [MLP]).numbers("tokens") == open_store(made).numbers("tokens")
+    assert seen == [False, False, False]
+
+
+def test_a_dataset_that_ended_early_is_planned_whole(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus.jsonl", documents=8)
+    path, summary = small_store(tmp_path, rows=100_000)
+    assert summary.exhausted
+    assert open_store(path).is_planned
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_ranges_tell_which_numbers(numbers: set[int]) -> None:
+    assert numbers_of(ranges(numbers)) == numbers
+    assert ranges({0, 1, 2, 8}) == "0-2, 8"

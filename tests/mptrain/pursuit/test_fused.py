@@ -1,0 +1,32 @@
+"""Whether Triton kernels are used."""
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+
+from mptrain.kernels import triton_support as fused
+
+
+def test_available_goes_by_device() -> None:
+    assert not fused.available(torch.device("cpu"))
+
+
+def test_a_gpu_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    fused._warn_once.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert fused.available(torch.device("cuda"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert not fused.available(torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not fused.available(torch.device("cuda"))
+
+
+def test_an_older_gpu_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not fused.available(torch.device("cuda"))

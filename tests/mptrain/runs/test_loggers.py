@@ -1,0 +1,214 @@
+"""TensorBoard and Weights & Biases show what metrics.jsonl says, however often a run stopped."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mptrain.config.run import Log
+from mptrain.runs import loggers as followers
+from mptrain.runs.fit import fit
+from mptrain.runs.loggers import Followers
+from mptrain.runs.metrics import Record, read_records
+from tests.helpers.fits import config, equal, interrupt_at, weights
+from tests.helpers.records import RECORD
+from tests.helpers.stores import small_store
+
+FEW: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 12, "eval_every": 4, "eval_rows": 64}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_store(tmp_path_factory.mktemp("follow"))[0])
+
+
+def numbers(record: Record) -> dict[str, Any]:
+    found = {n: v for n, v in dataclasses.asdict(record).items() if n not in ("coder", "step")}
+    return {n: v for n, v in found.items() if v is not None}
+
+
+def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of each curve, as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        name: [(event.step, event.value) for event in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_the_records_of_a_run_that_was_stopped_twice(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(store, tmp_path / "run", log=("tensorboard",), **FEW)
+    for stops_at in (8, 4):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, stops_at)
+            with pytest.raises(KeyboardInterrupt):
+                fit(settings)
+    results = fit(settings)
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    for result in results:
+        curves = shown(tmp_path / "run/tensorboard" / result["coder"])
+        own = [record for record in records if record.coder == result["coder"]]
+        wanted: dict[str, list[tuple[int, float]]] = {}
+        for record in own:
+            for name, value in numbers(record).items():
+                wanted.setdefault(name, []).append((record.step, value))
+        assert curves.keys() == wanted.keys()
+        for name, points in wanted.items():
+            assert [step for step, _ in curves[name]] == [step for step, _ in points]
+            assert [v for _, v in curves[name]] == pytest.approx([v for _, v in points], rel=1e-6)
+
+
+def test_following_changes_no_bit_and_may_begin_later(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "alone", **FEW))
+    fit(config(store, tmp_path / "followed", **{**FEW, "log": ("tensorboard",)}))
+    assert equal(weights(tmp_path / "alone"), weights(tmp_path / "followed"))
+    results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **FEW))
+    curves = shown(tmp_path / "alone/tensorboard" / results[0]["coder"])
+    assert [step for step, _ in curves["fvu"]] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("log", ["tensorboard", "wandb"])
+def test_an_absent_package_is_told_before_anything_begins(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        followers.importlib.util, "find_spec", lambda name: None if name == log else find(name)
+    )
+    with pytest.raises(ValueError, match=rf"log {log} needs .* pip install 'mpcache\[{log}\]'"):
+        fit(config(store, tmp_path / "run", log=(log,), **FEW))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_follower_that_fails_ends_no_training(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(followers.TensorBoard, "add", fails)
+    with pytest.warns(RuntimeWarning, match="tensorboard failed .* connection lost"):
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **FEW))
+    assert len(read_records(tmp_path / "run/metrics.jsonl")) == 12
+
+
+def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = 0
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("connection lost")
+
+    def fails_to_close(self: followers.TensorBoard) -> None:
+        nonlocal closed
+        closed += 1
+        close(self)
+        raise RuntimeError("nobody there")
+
+    close = followers.TensorBoard.close
+    monkeypatch.setattr(followers.TensorBoard, "close", fails_to_close)
+    with pytest.warns(RuntimeWarning, match="tensorboard failed .* nobody there"):
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **FEW))
+    assert (tmp_path / "run/results.json").exists()
+    monkeypatch.setattr(followers.TensorBoard, "add", fails)
+    with pytest.warns(RuntimeWarning, match="connection lost"):
+        fit(config(store, tmp_path / "other", log=("tensorboard",), **FEW))
+    assert closed == 2
+
+
+class FakeRun:
+    """What a run of Weights & Biases does: it refuses steps that it has."""
+
+    kept: dict[str, dict[int, dict[str, float]]]
+
+    def __init__(self, kept: dict[int, dict[str, float]]) -> None:
+        self.steps = kept
+        self.resumed = bool(kept)
+        self.step = max(kept) + 1 if kept else 0
+
+    def log(self, values: dict[str, float], *, step: int) -> None:
+        assert step >= self.step, "would be dropped with a warning"
+        self.steps[step] = values
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for the package, whose server keeps what it is told under each run's id."""
+    fake: Any = types.ModuleType("wandb")
+    fake.server, fake.asked, fake.runs = {}, [], []
+
+    def init(**asked: Any) -> FakeRun:
+        fake.asked.append(asked)
+        fake.runs.append(FakeRun(fake.server.setdefault(asked["id"], {})))
+        return fake.runs[-1]  # type: ignore[no-any-return]
+
+    fake.init = init
+    fake.errors = types.SimpleNamespace(Error=ConnectionError)
+    fake.__spec__ = importlib.util.spec_from_loader("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_each_coder_as_a_run_and_resumes_it(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
+) -> None:
+    settings = config(store, tmp_path / "run", log=("wandb",), **FEW)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)  # after seven train steps; five were saved
+        with pytest.raises(KeyboardInterrupt):
+            fit(settings)
+    results = fit(settings)
+    assert len(wandb.server) == 2
+    assert [one["name"] for one in wandb.asked] == [r["coder"] for r in results] * 2
+    assert wandb.asked[0]["config"]["arch"] == "mp"
+    assert len({one["group"] for one in wandb.asked}) == 1
+    assert all(run.finished for run in wandb.runs)
+    records = read_records(tmp_path / "run/metrics.jsonl")
+    for asked in wandb.asked[:2]:
+        kept = wandb.server[asked["id"]]
+        own = {record.step: record for record in records if record.coder == asked["name"]}
+        assert list(kept) == list(own)
+        assert all(kept[step]["fvu"] == own[step].fvu for step in own)
+    fit(dataclasses.replace(settings, run=str(tmp_path / "other")))
+    assert len(wandb.server) == 4, "another run has other ids"
+
+
+def test_wandb_that_does_not_start_is_told(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
+) -> None:
+    def refuses(**_: object) -> None:
+        raise ConnectionError("api_key not configured")
+
+    monkeypatch.setattr(wandb, "init", refuses)
+    with pytest.raises(ValueError, match="api_key not configured; use `wandb login`, or WANDB_"):
+        fit(config(store, tmp_path / "run", log=("wandb",), **FEW))
+
+
+def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is installed: the calls above are those that it knows."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    coders = [dataclasses.replace(one) for one in config("store", tmp_path, **FEW).coders()]
+    following = Followers(("wandb",), tmp_path, coders)
+    for coder in coders:
+        following.add(dataclasses.replace(RECORD, coder=coder.name, fvu=math.nan))
+    following.close()
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))) == 2
+    assert json.loads((tmp_path / "wandb.json").read_text())["group"]

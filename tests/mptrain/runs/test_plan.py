@@ -1,0 +1,377 @@
+"""A run does what its plan says, in as many passes as memory asks for, to the same bits."""
+
+import dataclasses
+import itertools
+import json
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from mpcache.store.reader import open_store
+from mpcli.mptrain import app as mptrain
+from mpcli.options import count
+from mptrain.bench.measure import peak_bytes
+from mptrain.coders.coder import Coder
+from mptrain.config.coder import Optimizer
+from mptrain.pursuit.numba_backend import free_room
+from mptrain.runs import fit as fit_stage
+from mptrain.runs import run_dir as runs
+from mptrain.runs.fit import fit, plan_of
+from mptrain.runs.memory import MOMENTS, Needs, in_passes, most_bytes, needs_of
+from mptrain.runs.plan import Plan
+from mptrain.runs.state import Progress
+from mptrain.training.distributed import Ranks
+from mptrain.training.optimizers import make_optimizers
+from mptrain.training.train_step import Learner
+from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
+from tests.helpers.learners import BASE, D, make_learner, train_
+from tests.helpers.stores import small_store
+
+CPU = torch.device("cpu")
+MIXED = {
+    "hookpoints": ("layers.0", "layers.1.mlp"),
+    "kind": ("sae",),
+    "arch": ("mp", "topk", "batch-mp"),
+    "k": (2, 3),
+    "expansion": (1, 3),
+    "rows": 64 * 6,
+    "eval_rows": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_store(tmp_path_factory.mktemp("plan"))[0])
+
+
+def results_of(run: Path) -> Any:
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.mark.parametrize("optimizer", typing.get_args(Optimizer))
+@pytest.mark.parametrize("arch", ["mp", "topk", "batch-topk"])
+@pytest.mark.parametrize("kind", ["sae", "skip-transcoder"])
+def test_what_is_held_is_counted(optimizer: Any, arch: Any, kind: Any) -> None:
+    one = dataclasses.replace(BASE, optimizer=optimizer, arch=arch, kind=kind, lr=1e-3)
+    learner = make_learner(one)
+    train_(learner, 0, 1)
+    needs = needs_of(one, D, D if kind == "sae" else D - 2, 64, CPU)
+    held = learner.state_tensors()
+    # one number, of a tensor or of an optimizer's clock, is no memory to plan with
+    large = [t.numel() * t.element_size() for t in held.values() if t.numel() > 1]
+    small = sum(p.numel() * 4 for p in learner.coder.buffers())
+    assert needs.held_bytes == sum(large) + small
+    assert needs.parameters == sum(p.numel() for p in learner.coder.parameters())
+
+
+def test_every_optimizer_is_counted() -> None:
+    assert MOMENTS.keys() == set(typing.get_args(Optimizer))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"arch": "topk"}, {"backend": "direct"}, {"dead_rows": 1}, {"kind": "skip-transcoder"}],
+    ids=str,
+)
+def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -> None:
+    """Planted rows of a size at which the process's own needs do not count."""
+    width, rows = 256, 2048
+    one = dataclasses.replace(BASE, k=16, expansion=8, **changes)
+    coder = Coder(one, width, width)
+    zero_D = torch.zeros(width)
+    coder.initialise_(zero_D, zero_D, torch.Generator().manual_seed(0))
+    learner = Learner(coder, make_optimizers(coder, one, 9), float(width), float(width))
+    x_BD, y_BE = torch.randn(rows, width), torch.randn(rows, width)
+    y_BE = x_BD if one.kind == "sae" else y_BE
+    learner.step(x_BD, y_BE)
+    if one.dead_rows == 1:
+        learner.rows_since_fired_M.fill_(10)
+    free_room()
+    peak = peak_bytes(lambda: learner.step(x_BD, y_BE), CPU)
+    if peak is None:
+        pytest.skip("this system does not tell a process's peak")
+    peak += x_BD.nbytes + (0 if y_BE is x_BD else y_BE.nbytes)  # copies that filters make
+    assert 0.8 * peak < needs_of(one, width, width, rows, CPU).step_bytes < 5 * peak
+
+
+def needs(name: str, held: int, step: int) -> Needs:
+    return Needs(
+        name=name, latents=1, parameters=1, weights_bytes=held, optimizer_bytes=0, step_bytes=step
+    )
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50)), min_size=1, max_size=9),
+    st.integers(1, 300),
+    st.integers(1, 3),
+)
+def test_passes_hold_all_coders_in_order_and_fit(
+    sizes: list[tuple[int, int]], most: int, processes: int
+) -> None:
+    """Each process' share of them, where processes share coders."""
+    ranks = Ranks(size=processes, spread="coders")
+
+    def largest(names: Sequence[str]) -> int:
+        shares = [[by_name[n] for n in share] for share in ranks.all_coders(names)]
+        return max(most_bytes(share) for share in shares if share)
+
+    coders = [needs(str(n), *size) for n, size in enumerate(sizes)]
+    by_name = {one.name: one for one in coders}
+    if any(held + step > most for held, step in sizes):
+        with pytest.raises(ValueError, match="max_memory must hold at least one coder, got"):
+            in_passes(coders, most, ranks)
+        return
+    passes = in_passes(coders, most, ranks)
+    assert [name for names in passes for name in names] == list(by_name)
+    assert all(largest(names) <= most for names in passes)
+    for names, (following, *_) in itertools.pairwise(passes):
+        assert largest([*names, following]) > most, "a pass takes all that fit"
+    assert in_passes(coders, None) == [list(by_name)]
+
+
+def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> None:
+    """Widths, K, architectures and hookpoints side by side, in one pass and in several."""
+    fit(config(store, tmp_path / "together", **MIXED))
+    plan = plan_of(config(store, tmp_path / "split", **MIXED))
+    most = most_bytes(plan.needs[:5]) + 1
+    split = config(store, tmp_path / "split", **MIXED, max_memory=most)
+    assert len(plan_of(split).passes) > 2
+    fit(split)
+    assert equal(weights(tmp_path / "together"), weights(tmp_path / "split"))
+    found: dict[str, torch.Tensor] = {}
+    for number, one in enumerate(split.coders()[::5]):
+        changes = {"hookpoints": (one.hookpoint,), "arch": (one.arch,), "k": (one.k,)}
+        solo = {**MIXED, **changes, "expansion": (one.expansion,)}
+        fit(config(store, tmp_path / str(number), **solo))
+        found |= weights(tmp_path / str(number))
+    together = weights(tmp_path / "together")
+    assert found
+    assert all(torch.equal(tensor, together[name]) for name, tensor in found.items())
+    by_coder = [sorted(lasting(tmp_path / n), key=repr) for n in ("together", "split")]
+    assert by_coder[0] == by_coder[1]
+    results = [
+        json.loads((tmp_path / n / "results.json").read_text()) for n in ("together", "split")
+    ]
+    assert [r["coder"] for r in results[0]] == [r["coder"] for r in results[1]]
+    assert [r["validation"] for r in results[0]] == [r["validation"] for r in results[1]]
+
+
+@pytest.mark.parametrize("stops_at", [3, 6, 14, 18])
+def test_passes_go_on_where_they_stopped(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int
+) -> None:
+    """Six steps a pass: within the first, at its end, within the third, at the very end."""
+    few: dict[str, Any] = {"kind": ("sae",), "arch": ("mp",), "k": (2, 3, 4), "rows": 64 * 6}
+    alone = max(
+        one.held_bytes + one.step_bytes for one in plan_of(config(store, tmp_path, **few)).needs
+    )
+    few |= {"max_memory": alone, "eval_rows": 64, "save_every": 4}
+    assert len(plan_of(config(store, tmp_path, **few)).passes) == 3
+    fit(config(store, tmp_path / "whole", **few))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, stops_at)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "broken", **few))
+    fit(config(store, tmp_path / "broken", **few))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    assert equal(state(tmp_path / "whole"), state(tmp_path / "broken"))
+    assert lasting(tmp_path / "whole") == lasting(tmp_path / "broken")
+    results = [results_of(tmp_path / n) for n in ("whole", "broken")]
+    assert [r["validation"] for r in results[0]] == [r["validation"] for r in results[1]]
+
+
+def test_passes_are_those_that_the_run_began_with(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However another version, or another device, would plan them."""
+    few: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 6, "eval_rows": 64}
+    fit(config(store, tmp_path / "whole", **few))
+    train, make, calls = fit_stage.Fitting._train, fit_stage.make_plan, 0
+
+    def one_each(*args: Any) -> Plan:
+        plan = make(*args)
+        return dataclasses.replace(plan, passes=[[one.name] for one in plan.needs])
+
+    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return train(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_stage, "make_plan", one_each)
+        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "broken", **few, save_every=1))
+    assert len(plan_of(config(store, tmp_path / "broken", **few)).passes) == 2
+    monkeypatch.setattr(fit_stage.Fitting, "_train", interrupted)
+    fit(config(store, tmp_path / "broken", **few, save_every=1))
+    assert calls == 13, "six steps for each of two coders, and one that was interrupted"
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+def test_bytes_stored_are_those_of_the_files(store: str) -> None:
+    found = open_store(store)
+    sides = [("layers.0", "output"), ("layers.1.mlp", "input")]
+    for split in ("train", "validation"):
+        numbers = {part.number for part in found.parts(sides, split)}
+        wanted = sum(
+            (Path(store) / "arrays.zarr" / name / "c" / place).stat().st_size
+            for number in numbers
+            for name, place in (
+                ("acts/layers.0/output", f"{number}/0"),
+                ("acts/layers.1.mlp/input", f"{number}/0"),
+                ("rows/position", str(number)),
+            )
+        )
+        assert found.stored_bytes(sides, split) == wanted > 0
+
+
+def test_reading_is_planned_by_rows_sides_and_passes(store: str, tmp_path: Path) -> None:
+    def read(**changes: Any) -> int:
+        return plan_of(config(store, tmp_path, **{"eval_every": 10**6, **changes})).read_bytes
+
+    found = open_store(store)
+    sides = [("layers.0", "output")]
+    rows = sum(part.rows for part in found.parts(sides, "train"))
+    one: dict[str, Any] = {"hookpoints": ("layers.0",), "kind": ("sae",), "batch_rows": rows}
+    held_out = found.stored_bytes(sides, "validation")
+    watched = read(**one, rows=rows, eval_rows=1) - found.stored_bytes(sides, "train")
+    assert held_out <= watched < 1.1 * held_out, "the last validation is of all rows"
+    assert read(**one, rows=2 * rows, eval_rows=1) - read(**one, rows=rows, eval_rows=1) == (
+        found.stored_bytes(sides, "train")
+    )
+    assert read(hookpoints=("layers.0", "layers.1.mlp"), kind=("sae",)) > read(
+        hookpoints=("layers.0",), kind=("sae",)
+    )
+
+
+FIT = ("--k", "3", "--expansion", "2", "--rows", "800", "--batch-rows", "64")
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(mptrain, ["fit", *arguments])
+
+
+def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
+    arguments = (store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", *FIT)
+    told = invoke(*arguments, "--dry-run")
+    assert told.exit_code == 0, told.output
+    assert "passes: 1, each of 12 train steps (0.667 epochs) on" in told.stdout
+    assert "layers.0-sae-mp-k3-x2-seed0" in told.stdout
+    plan = json.loads(invoke(*arguments, "--dry-run", "--json").stdout)
+    assert plan["passes"] == [["layers.0-sae-mp-k3-x2-seed0", "layers.0-sae-topk-k3-x2-seed0"]]
+    assert [one["parameters"] for one in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
+    items = ["weights", "optimizer", "train step", "batches"]
+    host = ["windows of rows (host)", "facts of rows (host)"]
+    assert list(plan["memory_bytes"]) == items + host
+    assert plan["memory_bytes"]["weights"] == 4 * sum(one["parameters"] for one in plan["needs"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_holds_no_coder_is_told_item_by_item(store: str, tmp_path: Path) -> None:
+    arguments = (store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", *FIT)
+    told = invoke(*arguments, "--max-memory", "1kB")
+    assert told.exit_code == 2
+    assert (
+        "max_memory must hold at least one coder, got 1000 bytes, but layers.0-sae-mp"
+        in told.stderr
+    )
+    assert "for weights" in told.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_needs_no_other_option(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    arguments = (store, "--run", str(run), "--hookpoints", "layers.0", *FIT, "--lr", "1e-3,2e-3")
+    assert invoke(*arguments, "--save-every", "5").exit_code == 0
+    whole = weights(run)
+    other = ("--run", str(tmp_path / "other"), "--save-every", "5")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)
+        assert invoke(*arguments, *other).exit_code == 130
+    (tmp_path / "other").rename(moved)
+    resumed = invoke("--resume", str(moved))
+    assert resumed.exit_code == 0, resumed.output
+    assert equal(whole, weights(moved))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--resume", "RUN", "--k", "4"), "--resume takes k from the run; beside it may be given"),
+        (("--resume", "RUN", "--k", "64"), "--resume takes k from the run"),
+        (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
+        (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
+        (("--resume", "nowhere"), "nowhere is no run that was begun"),
+        ((), "--hookpoints, STORE, --run must be given, or --resume RUN"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_resumed(
+    store: str, tmp_path: Path, options: tuple[str, ...], told: str
+) -> None:
+    fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    found = invoke(*(str(tmp_path / "run") if o == "RUN" else o for o in options))
+    assert found.exit_code == 2
+    assert told in found.stderr
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_given_counts_also_where_it_is_the_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def noted(run: str, given: dict[str, Any]) -> None:
+        seen.update(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "resumed_config", noted)
+    invoke("--resume", "RUN", "--save-every", "200", "--device", "auto", "--no-follow")
+    assert seen == {"save_every": 200, "device": "auto", "follow": False}
+    assert "[default: no-follow]" in " ".join(invoke("--help").stdout.split())
+
+
+def test_what_processes_share_is_of_the_command(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
+    file = tmp_path / "run/config.json"
+    about = json.loads(file.read_text())
+    about["fit"]["spread"] = "rows"
+    file.write_text(json.dumps(about))
+    assert runs.resumed_config(str(tmp_path / "run"), {}).spread is None
+    assert runs.resumed_config(str(tmp_path / "run"), {"spread": "coders"}).spread == "coders"
+
+
+def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter").touch()
+    with pytest.raises(ValueError, match="exists and is no run"):
+        plan_of(config(store, tmp_path / "full"))
+    fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
+    with pytest.raises(ValueError, match=r"another config .*rows: 64 there, 128 asked"):
+        plan_of(config(store, tmp_path / "run", rows=128, kind=("sae",)))
+
+
+def test_clocks_go_on_in_the_next_pass() -> None:
+    first = Progress(passes=[["a"], ["b"]], step=9, waited=1.5, validated=2.5)
+    following = Progress(passes=first.passes, number=1, waited=1.5, validated=2.5, finished=[{}])
+    assert first.next_pass([{}]) == following
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("20GB", 20 * 10**9), ("1.5TB", 15 * 10**11), ("7kB", 7000), ("1e3", 1000)]
+)
+def test_bytes_are_written_as_people_do(text: str, value: int) -> None:
+    assert count(text) == value

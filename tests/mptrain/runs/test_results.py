@@ -1,0 +1,110 @@
+"""What a run says of its coders: their own rows, and what their user has to know."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mpcli.mptrain import app as mptrain
+from mptrain.data.loader import Store
+from mptrain.runs import fit as fit_stage
+from mptrain.runs.fit import fit
+from tests.helpers.fits import config, interrupt_at, lasting
+from tests.helpers.stores import small_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_store(tmp_path_factory.mktemp("fit"))[0])
+
+
+def test_each_coder_counts_its_own_rows(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it diverged, was resumed since, and others have trained on."""
+    make = fit_stage.make_trainee
+
+    def spoilt(one: Any, *rest: Any) -> Any:
+        trainee, steps = make(one, *rest), 0
+
+        def step(*rows: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            result = type(trainee.learner).step(trainee.learner, *rows)
+            is_ill = one.arch == "mp" and steps == 3
+            return result._replace(loss=result.loss * math.nan) if is_ill else result
+
+        trainee.learner.step = step
+        return trainee
+
+    monkeypatch.setattr(fit_stage, "make_trainee", spoilt)
+    sae = {"kind": ("sae",)}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "run", **sae))
+    ill, well = fit(config(store, tmp_path / "run", **sae))
+    assert (ill["diverged"], ill["step"], ill["rows_read"]) == (True, 3, 3 * 64)
+    assert (well["diverged"], well["step"], well["rows_read"]) == (False, 24, 24 * 64)
+    for one in (ill, well):
+        assert 0.9 * one["rows_read"] < one["rows_trained"] < one["rows_read"]
+        assert one["rows_per_second"] == one["rows_trained"] / one["train_seconds"]
+        last = [r for r in lasting(tmp_path / "run") if r.coder == one["coder"]][-1]
+        assert (last.rows, last.rows_trained) == (one["rows_read"], one["rows_trained"])
+    assert "stopped in train step 3, after" in ill["warnings"][0]
+    assert well["warnings"] == []
+
+
+def test_a_coder_whose_batches_have_no_rows_says_so(store: str, tmp_path: Path) -> None:
+    everything = tuple(map(str, range(258)))
+    (one,) = fit(config(store, tmp_path / "run", kind=("sae",), arch=("mp",), rows=64 * 3,
+                        skip_tokens=everything))  # fmt: skip
+    assert (one["rows_read"], one["rows_trained"], one["rows_per_second"]) == (192, 0, 0.0)
+    assert one["validation"] is None
+    assert [w.partition(";")[0].split(" of ")[0] for w in one["warnings"]] == [
+        "no train row passes the filters",
+        "no validation row passes the filters",
+    ]
+    assert all(r.validation_fvu is None for r in lasting(tmp_path / "run")), "it did not diverge"
+
+
+def test_a_side_without_variance_is_named_before_a_run_begins(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = Store.moments
+
+    def constant(self: Store, hookpoint: str, side: str, split: Any = None) -> Any:
+        mean, variance = moments(self, hookpoint, side, split)
+        return mean, variance * (hookpoint != "layers.1.mlp" or side != "input")
+
+    monkeypatch.setattr(Store, "moments", constant)
+    given = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.1.mlp",
+             "--kind", "skip-transcoder", "--rows", "640", "--batch-rows", "64"]  # fmt: skip
+    told = CliRunner().invoke(mptrain, given)
+    assert told.exit_code == 2
+    assert "error: layers.1.mlp:input has no variance" in told.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_damage_names_the_commands_that_mend_it(store: str, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "store")
+    damaged = str(tmp_path / "store")
+    fit(config(damaged, tmp_path / "run", kind=("sae",), arch=("mp",)))
+    for chunk in (tmp_path / "store/arrays.zarr/acts").rglob("c/*/0"):
+        chunk.unlink()
+    (coder,) = (tmp_path / "run/coders").iterdir()
+    again = ["fit", damaged, "--run", str(tmp_path / "other"), "--hookpoints", "layers.1.mlp",
+             "--rows", "640", "--batch-rows", "64"]  # fmt: skip
+    for given in (again, ["eval", str(coder), damaged]):
+        told = CliRunner().invoke(mptrain, given)
+        assert told.exit_code == 1
+        last = told.stderr.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "is missing" in last
+        assert last.endswith(
+            f"mpcache verify {damaged} lists what is damaged, "
+            f"mpcache repair {damaged} collects it again"
+        )

@@ -1,0 +1,337 @@
+"""A run survives full disks, damaged files and the state of the process around it."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mpcli.mptrain import app as mptrain
+from mptrain.coders import checkpoint
+from mptrain.runs import fit as fit_stage
+from mptrain.runs import metrics
+from mptrain.runs.fit import fit
+from mptrain.runs.metrics import MetricsFile, read_records
+from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
+from tests.helpers.records import RECORD
+from tests.helpers.stores import small_store
+
+FEW = {"kind": ("sae",), "eval_rows": 64}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_store(tmp_path_factory.mktemp("fit"))[0])
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_from(first: int, last: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The disk is full from the n-th call of a function to another."""
+    calls = 0
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return full() if first <= calls <= last else function(*args, **kwargs)
+
+    return called
+
+
+def test_a_full_disk_while_saving_is_told_and_tried_again(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(config(store, tmp_path / "whole", **FEW))
+    # saves after 5, 10, 15, 20 and 24 steps, of which the second and the third find no room
+    monkeypatch.setattr(checkpoint, "save_file", full_from(2, 3, checkpoint.save_file))
+    with pytest.warns(RuntimeWarning, match="after train step") as told:
+        fit(config(store, tmp_path / "full", **FEW))
+    wanted = "the state after train step {} is not saved (No space left on device); the one before "
+    for warning, step in zip(told, (10, 15), strict=True):
+        assert str(warning.message).startswith(wanted.format(step))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "full"))
+    assert equal(state(tmp_path / "whole"), state(tmp_path / "full"))
+    assert lasting(tmp_path / "whole") == lasting(tmp_path / "full")
+
+
+def test_after_a_full_disk_the_last_whole_state_goes_on(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(config(store, tmp_path / "whole", **FEW))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full_from(2, 99, checkpoint.save_file))
+        with (
+            pytest.warns(RuntimeWarning, match="the one before it is kept"),
+            pytest.raises(OSError, match="No space left on device"),
+        ):
+            fit(config(store, tmp_path / "full", **FEW))
+    assert [f.name for f in (tmp_path / "full/state").iterdir()] == ["5"], "no room is wasted"
+    assert not list((tmp_path / "full/coders").iterdir())
+    fit(config(store, tmp_path / "full", **FEW))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "full"))
+    assert lasting(tmp_path / "whole") == lasting(tmp_path / "full")
+
+
+def test_the_system_s_error_of_a_tensor_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file or directory") as error:
+        checkpoint._save_tensors(tmp_path / "none" / "x", {"x": torch.zeros(1)})
+    assert error.value.errno == errno.ENOENT
+
+
+class Cut:
+    """A file on a disk that takes half of a write, and nothing from then on."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.writes = file, 0
+
+    def write(self, data: bytes) -> int:
+        self.writes += 1
+        if self.writes > 1:
+            full()
+        return int(self.file.write(data[: len(data) // 2]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "Cut":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.add(RECORD)
+    with monkeypatch.context() as patch:
+        open_ = Path.open
+        patch.setattr(metrics.Path, "open", lambda *args, **more: Cut(open_(*args, **more)))
+        with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl cannot be written"):
+            file.add(RECORD)
+        file.add(RECORD)  # is told once
+        with pytest.raises(OSError, match="No space left"):
+            file.flush()
+    assert len(read_records(file.path)) == 1
+    assert file.path.read_bytes().endswith(b"\n"), "half a line would spoil the next one"
+    file.add(RECORD)
+    assert read_records(file.path) == [RECORD] * 4
+
+
+def test_no_state_is_kept_without_its_lines(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a killed run would go on after lines that were never written."""
+    monkeypatch.setattr(MetricsFile, "_write", full)
+    with (
+        pytest.warns(RuntimeWarning, match="No space left"),
+        pytest.raises(OSError, match="No space left"),
+    ):
+        fit(config(store, tmp_path / "run", **FEW))
+    assert not (tmp_path / "run/state").exists()
+
+
+def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", **FEW))
+    whole = weights(tmp_path / "run")
+    (folder,) = (tmp_path / "run/state").iterdir()
+    for name in ("state.safetensors", "state.json"):
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before[:-9])
+        with pytest.raises(
+            ValueError, match=r"state/24 is damaged .* delete .*/state, and the run"
+        ):
+            fit(config(store, tmp_path / "run", **FEW))
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match="state/24 is damaged"):
+            fit(config(store, tmp_path / "run", **FEW))
+        (folder / name).write_bytes(before)
+    checkpoint.shutil.rmtree(folder.parent)
+    fit(config(store, tmp_path / "run", **FEW))
+    assert equal(whole, weights(tmp_path / "run"))
+
+
+def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(config(store, tmp_path / "run", arch=("mp",), **FEW))
+    (folder,) = (tmp_path / "run/coders").iterdir()
+    coder, trained = checkpoint.load_coder(folder)
+    seen = 0
+
+    def looked_at(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            checkpoint.load_coder(folder)
+            done = function(*args, **kwargs)
+            checkpoint.load_coder(folder)
+            return done
+
+        return called
+
+    for name in ("rename", "replace", "rmdir"):
+        monkeypatch.setattr(checkpoint.Path, name, looked_at(getattr(Path, name)))
+    checkpoint.save_coder(folder, coder, {**trained, "again": True})
+    assert seen == 3
+    assert checkpoint.load_coder(folder)[1]["again"]
+    assert len(list(folder.parent.iterdir())) == 1
+
+
+def test_saving_by_the_clock(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    save_state, now = fit_stage.save_state, 0.0
+
+    def noted(run: Path, number: int, *rest: Any) -> None:
+        saved.append(number)
+        save_state(run, number, *rest)
+
+    def a_minute_later(self: fit_stage.Fitting, batch: Any) -> Any:
+        nonlocal now
+        now += 60
+        return train(self, batch)
+
+    train = fit_stage.Fitting._train
+    monkeypatch.setattr(fit_stage, "save_state", noted)
+    monkeypatch.setattr(fit_stage.Fitting, "_train", a_minute_later)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    fit(config(store, tmp_path / "run", save_every=10, save_minutes=4.0, **FEW))
+    assert saved == [4, 8, 10, 14, 18, 20, 24]
+
+
+def test_how_often_is_saved_may_change_between_commands(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64, **FEW))
+    fit(config(store, tmp_path / "run", rows=64, save_every=1, save_minutes=1.5, **FEW))
+
+
+def test_sigterm_saves_and_says_so(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(*_: object) -> list[None]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [None, None]
+
+    monkeypatch.setattr(fit_stage.Fitting, "_train", ended)
+    fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
+              "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
+    result = CliRunner().invoke(mptrain, fitted)
+    assert result.exit_code == 143
+    assert "the same command goes on after train step 1" in result.stderr
+
+
+def test_a_full_disk_is_a_warning_in_words(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", full_from(1, 1, checkpoint.save_file))
+    fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
+              "--expansion", "2", "--rows", "800", "--batch-rows", "64",
+              "--save-every", "5"]  # fmt: skip
+    result = CliRunner().invoke(mptrain, fitted)
+    assert result.exit_code == 0
+    assert "warning: the state after train step 5 is not saved (No space left" in result.stderr
+    assert ".py:" not in result.stderr
+
+
+def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
+    """So no state of a random generator has to be kept."""
+    drawn = {**FEW, "arch": ("mp",), "atom_dropout": 0.3, "rows": 64 * 6}
+    for number in range(2):
+        random.seed(number)
+        np.random.seed(number)
+        torch.manual_seed(number)
+        fit(config(store, tmp_path / str(number), **drawn))
+    assert equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
+def test_minutes_that_cannot_be(minutes: float) -> None:
+    with pytest.raises(ValueError, match="save_minutes must be positive and finite"):
+        config("store", Path("run"), save_minutes=minutes)
+
+
+def test_a_difference_is_told_as_on_the_command_line(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64, **FEW))
+    before = json.loads((tmp_path / "run/config.json").read_text())
+    with pytest.raises(ValueError, match="another config") as error:
+        fit(config(store, tmp_path / "run", rows=128, k=(2, 3), lr=(0.1,), **FEW))
+    told = str(error.value)
+    for difference in (
+        "k: 3 there, 2,3 asked",
+        "lr: none there, 0.1 asked",
+        "rows: 64 there, 128 ",
+    ):
+        assert difference in told
+    assert json.loads((tmp_path / "run/config.json").read_text()) == before
+
+
+def test_the_bar_tells_fvu_speed_waiting_and_time_left(
+    store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    fit(config(store, tmp_path / "run", **FEW), quiet=False)
+    bar = capfd.readouterr().err
+    assert re.search(
+        r"fit 2 coders: +\d+%.*k/1\.54k \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?row/s, "
+        r"FVU [\d.]+ to [\d.]+, wait \d+%\]",
+        bar,
+    )
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config lacks settings that came later, and its state the rows of each coder."""
+    fit(config(store, tmp_path / "whole", **FEW))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "run", **FEW))
+    file = tmp_path / "run/config.json"
+    started = json.loads(file.read_bytes())
+    assert started["fit"].pop("only_tokens") == "all"
+    file.write_text(json.dumps(started))
+    fit(config(store, tmp_path / "run", **FEW))
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    with pytest.raises(ValueError, match="skip_positions: 1 there, 2 asked"):
+        fit(config(store, tmp_path / "run", **FEW, skip_positions=2))
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], {"model_type": "llama"}, {"fit": {}, "coders": []}], ids=str
+)
+def test_another_tools_folder_is_no_run(store: str, tmp_path: Path, content: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for command in (
+        ["fit", store, "--run", str(tmp_path), "--hookpoints", "layers.0", "--k", "3"],
+        ["fit", "--resume", str(tmp_path)],
+        ["save-coders", str(tmp_path)],
+        ["plot", str(tmp_path)],
+    ):
+        done = CliRunner().invoke(mptrain, command)
+        assert done.exit_code == 2, done.output
+        assert "is no run" in done.stderr
+
+
+def test_settings_of_a_newer_version_are_named(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", **FEW, rows=64 * 5))
+    file = tmp_path / "run/config.json"
+    started = json.loads(file.read_bytes())
+    started["fit"]["novelty"] = 1
+    file.write_text(json.dumps(started))
+    done = CliRunner().invoke(mptrain, ["save-coders", str(tmp_path / "run")])
+    assert done.exit_code == 2
+    assert "novelty" in done.stderr
+    assert "use the mptrain that began it" in done.stderr

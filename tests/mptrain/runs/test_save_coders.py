@@ -1,0 +1,145 @@
+"""Coders of a run that was stopped: usable at once, and without any trace in what it ends with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mpcli.mptrain import app as mptrain
+from mptrain.coders import checkpoint
+from mptrain.coders.checkpoint import load_coder
+from mptrain.evals.evaluate import evaluate_coder
+from mptrain.runs.fit import fit
+from mptrain.runs.save_coders import save_coders
+from tests.helpers.fits import config, equal, interrupt_at, lasting, weights
+from tests.helpers.stores import small_store
+
+GRID = {"kind": ("sae",), "arch": ("mp", "batch-topk"), "eval_every": 5}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(small_store(tmp_path_factory.mktemp("fit"))[0])
+
+
+def stopped(store: str, run: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """A run of 24 train steps that ends in the 13th; its last state is that of the 10th."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, run, **GRID, **changes))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "signsgd"])
+def test_coders_of_a_stopped_run(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """They are those that its validation saw, and the run goes on to the bits of another."""
+    changes = {"optimizer": optimizer, "normalise": True}
+    fit(config(store, tmp_path / "whole", **GRID, **changes))
+    stopped(store, tmp_path / "run", monkeypatch, **changes)
+    saved = save_coders(str(tmp_path / "run"), {})
+    assert save_coders(str(tmp_path / "run"), {}) == saved
+    records = {r.coder: r for r in lasting(tmp_path / "run") if r.step == 10}
+    assert len(saved) == 2
+    for one in saved:
+        folder = Path(one["folder"])
+        assert folder.name == f"{one['coder']}-step10"
+        _, trained = load_coder(folder)
+        assert (trained["step"], trained["steps"], trained["finished"]) == (10, 24, False)
+        assert trained["rows_read"] == 640
+        assert 0 < trained["rows_trained"] < 640, "first positions are left out"
+        evaluation = evaluate_coder(folder, store, ())[0]
+        assert evaluation.fvu == pytest.approx(records[one["coder"]].validation_fvu, rel=1e-5)
+    fit(config(store, tmp_path / "run", **GRID, **changes))
+    final = {name: t for name, t in weights(tmp_path / "run").items() if "-step10/" not in name}
+    assert equal(final, weights(tmp_path / "whole"))
+    assert save_coders(str(tmp_path / "run"), {}) == []
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert all(r["finished"] and r["step"] == r["steps"] == 24 for r in results)
+
+
+def test_the_command(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(store, tmp_path / "moved")
+    stopped(store, tmp_path / "run", monkeypatch)
+    given = ["save-coders", str(tmp_path / "run"), "--store", str(tmp_path / "moved")]
+    told = CliRunner().invoke(mptrain, given)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.count("-step10: after 10 of 24 train steps") == 2
+    shown = json.loads(CliRunner().invoke(mptrain, [*given, "--json"]).stdout)
+    evaluated = CliRunner().invoke(mptrain, ["eval", shown[0]["folder"], store])
+    assert evaluated.exit_code == 0, evaluated.output
+    drawn = CliRunner().invoke(
+        mptrain, ["plot", str(tmp_path / "run"), "--out", str(tmp_path / "f")]
+    )
+    assert drawn.exit_code == 0, drawn.output
+    fit(config(store, tmp_path / "run", **GRID))
+    again = CliRunner().invoke(mptrain, given)
+    assert (again.exit_code, "are finished" in again.stdout) == (0, True)
+
+
+def test_finished_passes_are_not_saved_again(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = config(store, tmp_path / "run", **GRID)
+    names = [coder.name for coder in alone.coders()]
+    bytes_of_one = 12_000_000
+    with monkeypatch.context() as patch:
+        patch.setattr("mptrain.runs.plan.in_passes", lambda *_: [[name] for name in names])
+        interrupt_at(patch, 24 + 8)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "run", **GRID, max_memory=bytes_of_one))
+    (saved,) = save_coders(str(tmp_path / "run"), {})
+    assert saved["coder"] == names[1]
+    assert {f.name for f in (tmp_path / "run/coders").iterdir()} == {names[0], f"{names[1]}-step5"}
+
+
+def test_what_cannot_be_saved(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no run that was begun"):
+        save_coders(str(tmp_path / "none"), {})
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "early", **GRID))
+    with pytest.raises(ValueError, match="has no saved state; wait"):
+        save_coders(str(tmp_path / "early"), {})
+    stopped(store, tmp_path / "run", monkeypatch)
+    other = small_store(tmp_path, seed=1)[0]
+    with pytest.raises(ValueError, match="another config"):
+        save_coders(str(tmp_path / "run"), {"store": str(other)})
+
+
+def test_a_state_that_a_later_one_replaces_is_no_damage(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(store, tmp_path / "run", monkeypatch)
+    states, load = tmp_path / "run/state", checkpoint.load_file
+
+    def replaced(file: Path) -> Any:
+        monkeypatch.setattr(checkpoint, "load_file", load)
+        (states / "10").rename(states / "15")
+        return load(file)
+
+    monkeypatch.setattr(checkpoint, "load_file", replaced)
+    assert len(save_coders(str(tmp_path / "run"), {})) == 2
+    (states / "15/state.safetensors").unlink()
+    with pytest.raises(ValueError, match="is damaged"):
+        save_coders(str(tmp_path / "run"), {})
+
+
+def test_a_coder_before_its_switch_codes_as_it_was_trained(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"arch": ("mp",), "begin_as": "topk", "begin_share": 0.75}
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 13)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config(store, tmp_path / "run", **{**GRID, **changes}))
+    (saved,) = save_coders(str(tmp_path / "run"), {})
+    (validation,) = (r.validation_fvu for r in lasting(tmp_path / "run") if r.step == 10)
+    coder, _ = load_coder(Path(saved["folder"]))
+    assert coder.coded_as == "topk"
+    assert evaluate_coder(Path(saved["folder"]), store, ())[0].fvu == pytest.approx(validation)

@@ -1,0 +1,97 @@
+"""Gradients of micro-batches add up to that of their batch, and what a batch decides stays so."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mptrain.config.coder import CoderConfig
+from mptrain.training.train_step import Learner
+from tests.helpers.learners import BASE, TRANSCODER, make_learner, rows_of, train_
+
+DEAD = replace(BASE, dead_rows=1)
+OVER_BATCH = [replace(BASE, arch=arch) for arch in ("batch-mp", "batch-topk")]
+OTHERS = [
+    BASE,
+    DEAD,
+    replace(DEAD, arch="topk"),
+    replace(BASE, arch="groupmax", nested=True),
+    replace(BASE, multi_topk=True, atom_dropout=0.3),
+    replace(TRANSCODER, input_loss=0.5, per_step_loss=True),
+    replace(BASE, kind="skip-transcoder", codes="omp"),
+]
+
+
+def prepared(config: CoderConfig) -> Learner:
+    """After a few train steps that do not depend on micro-batches, so that some latents are dead"""
+    learner, plain = make_learner(config), make_learner(replace(config, micro_batch_rows=None))
+    train_(plain, 0, 4)
+    learner.load_state_tensors_({n: t.clone() for n, t in plain.state_tensors().items()})
+    return learner
+
+
+def gradients(learner: Learner, x_BD: Tensor, y_BE: Tensor) -> dict[str, Tensor]:
+    """Of one train step that updates nothing but counters."""
+    learner.optimizers.step_ = lambda: None  # type: ignore[method-assign]
+    learner.step(x_BD, y_BE)
+    named = learner.coder.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        largest = float(tensor.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(found[name], tensor, atol=2e-5 * largest, rtol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.name)
+@pytest.mark.parametrize("size", [32, 7, 64, 100])
+def test_micro_batches_add_up_to_their_batch(config: CoderConfig, size: int):
+    whole, parts = prepared(config), prepared(replace(config, micro_batch_rows=size))
+    x_BD, y_BE = rows_of(config, 64, 9)
+    assert_alike(gradients(parts, x_BD, y_BE), gradients(whole, x_BD, y_BE))
+    assert torch.equal(parts.rows_since_fired_M, whole.rows_since_fired_M)
+
+
+@settings(max_examples=10)
+@given(rows=st.integers(2, 40), size=st.integers(1, 40))
+def test_losses_and_fvu_are_those_of_the_batch(rows: int, size: int):
+    whole, parts = prepared(BASE), prepared(replace(BASE, micro_batch_rows=size))
+    x_BD, y_BE = rows_of(BASE, rows, 9)
+    found, expected = parts.step(x_BD, y_BE), whole.step(x_BD, y_BE)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.fvu, expected.fvu)
+    assert found.l0 == expected.l0
+
+
+@pytest.mark.parametrize("config", OVER_BATCH, ids=lambda config: config.name)
+def test_batch_coders_select_in_each_micro_batch(config: CoderConfig):
+    """Then a step is the mean of those of its micro-batches."""
+    x_BD, _ = rows_of(config, 64, 9)
+    x_BD = x_BD * torch.linspace(0.5, 2, 64)[:, None]
+    parts = prepared(replace(config, micro_batch_rows=32))
+    found = gradients(parts, x_BD, x_BD)
+    halves = [prepared(config), prepared(config)]
+    separate = [gradients(h, x, x) for h, x in zip(halves, x_BD.split(32), strict=True)]
+    assert_alike(found, {n: (separate[0][n] + separate[1][n]) / 2 for n in found})
+    whole = gradients(prepared(config), x_BD, x_BD)
+    assert any(not torch.allclose(found[n], whole[n], rtol=1e-3, atol=1e-6) for n in found)
+
+
+@pytest.mark.parametrize("config", [*OVER_BATCH, *OTHERS], ids=lambda config: config.name)
+def test_a_rehearsal_changes_nothing(config: CoderConfig) -> None:
+    rehearsed, plain = prepared(config), prepared(config)
+    before = {name: tensor.clone() for name, tensor in rehearsed.state_tensors().items()}
+    rehearsed.rehearse(*rows_of(config, 64, 8))
+    for name, tensor in rehearsed.state_tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    rows = rows_of(config, 64, 9)
+    found, expected = gradients(rehearsed, *rows), gradients(plain, *rows)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name

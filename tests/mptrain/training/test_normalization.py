@@ -1,0 +1,113 @@
+"""Rows scaled for training, and the coder that is saved for rows as they are."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mptrain.coders.checkpoint import load_coder, save_coder
+from mptrain.coders.coder import Coder
+from mptrain.config.coder import CoderConfig
+from mptrain.training.normalization import scale_of
+from mptrain.training.optimizers import make_optimizers
+from mptrain.training.train_step import Learner
+from tests.helpers.learners import BASE, D, planted, rows_of
+
+NORMAL = replace(BASE, normalise=True)
+CONFIGS = [
+    replace(NORMAL, kind=kind, arch=arch, optimizer=optimizer)
+    for (kind, arch), optimizer in zip(
+        itertools.product(
+            ("sae", "transcoder", "skip-transcoder"), ("mp", "batch-mp", "topk", "batch-topk")
+        ),
+        itertools.cycle(("muon", "adam", "signsgd")),
+        strict=False,
+    )
+]
+CONFIGS += [
+    replace(NORMAL, kind="transcoder", subtract="predicting"),
+    replace(NORMAL, kind="transcoder", subtract="separate", tolerance=0.1),
+    replace(NORMAL, free_norm=True),
+]
+
+
+def scaled_learner(config: CoderConfig) -> Learner:
+    """On inputs a thousand times as large as its targets."""
+    squares = planted(2000, 0).square().mean()
+    scale = scale_of(config, 1e6 * float(squares), float(squares))
+    assert scale.input < scale.target / 8 or config.kind == "sae" or scale.input == scale.target
+    x_BD, y_BE = rows_of(config, 2000, 0)
+    x_BD = 1000 * x_BD
+    if config.kind == "sae":
+        y_BE, scale = x_BD, scale._replace(target=scale.input)
+    coder = Coder(config, D, y_BE.shape[1])
+    means = scale.input * x_BD.mean(0), scale.target * y_BE.mean(0)
+    coder.initialise_(*means, torch.Generator().manual_seed(0))
+    variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
+    learner = Learner(coder, make_optimizers(coder, config, 30), *variances, scale)
+    for step in range(10):
+        x_BD, y_BE = batch_of(config, step)
+        learner.step(x_BD, y_BE)
+    return learner
+
+
+def batch_of(config: CoderConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x_BD, y_BE = rows_of(config, 64, seed)
+    return 1000 * x_BD, 1000 * x_BD if config.kind == "sae" else y_BE
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_the_saved_coder_gives_the_same_for_rows_as_they_are(config: CoderConfig, tmp_path: Path):
+    """Bit for bit, and once: what is made or read again is not scaled again."""
+    learner = scaled_learner(config)
+    x_BD, _ = batch_of(config, 99)
+    inside = replace_weights(learner)
+    with torch.no_grad():
+        expected = inside.encode(learner.scale.input * x_BD)
+        predicted_BE = inside.predict(expected, learner.scale.input * x_BD)
+    learner.evaluated()
+    save_coder(tmp_path / "coder", learner.evaluated(), {})
+    for coder in (learner.evaluated(), load_coder(tmp_path / "coder")[0]):
+        with torch.no_grad():
+            code = coder.encode(x_BD)
+            assert torch.equal(code.idx_BK, expected.idx_BK)
+            assert torch.equal(code.val_BK * learner.scale.input, expected.val_BK)
+            assert torch.equal(coder.predict(code, x_BD) * learner.scale.target, predicted_BE)
+        for name in coder.unit_norm:
+            assert torch.equal(coder.get_parameter(name), inside.get_parameter(name))
+
+
+def replace_weights(learner: Learner) -> Coder:
+    """The coder that `evaluated` brings back, before that."""
+    coder = Coder(learner.coder.config, D, len(learner.coder.output_bias_E))
+    coder.load_state_dict({**learner.coder.state_dict(), **learner.optimizers.averages()})
+    return coder
+
+
+def test_losses_are_shares_of_the_variance_at_any_scale():
+    x_BD, _ = batch_of(BASE, 50)
+    losses = []
+    for config in (BASE, NORMAL):
+        coder = Coder(config, D, D)
+        scale = scale_of(config, 1e6, 1e6)
+        coder.initialise_(
+            scale.input * x_BD.mean(0), x_BD.mean(0), torch.Generator().manual_seed(0)
+        )
+        variance = float(x_BD.var(0).sum())
+        learner = Learner(coder, make_optimizers(coder, config, 30), variance, scale=scale)
+        result = learner.step(x_BD, x_BD)
+        losses.append((float(result.loss), float(result.fvu)))
+    assert losses[0] == losses[1]
+
+
+@given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9))
+def test_scaled_rows_have_a_mean_square_of_about_one(input_square: float, target_square: float):
+    scale = scale_of(replace(NORMAL, kind="transcoder"), input_square, target_square)
+    assert 0.5 <= input_square * scale.input**2 <= 2.0001
+    assert 0.5 <= target_square * scale.target**2 <= 2.0001
+    assert scale_of(BASE, input_square, target_square) == (1, 1)
+    assert scale_of(NORMAL, 0.0, 0.0) == (1, 1)

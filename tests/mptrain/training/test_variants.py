@@ -1,0 +1,334 @@
+"""Every variant of a coder: that it learns, goes on, has the right gradient, and is another one."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mptrain.coders.fvu import reconstruction_loss
+from mptrain.config.coder import CoderConfig, Recipe, suits
+from mptrain.config.presets import PRESETS
+from mptrain.training.schedules import available_latents, coded_as, k_at
+from mptrain.training.train_step import Learner
+from tests.helpers import reference
+from tests.helpers.learners import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
+
+M = 3 * D
+SKIP = replace(BASE, kind="skip-transcoder")
+SHORT = replace(BASE, backend="shortlist", shortlist_size=2, shortlist_refresh=3)
+WIDE = replace(BASE, k=20, expansion=20)
+DEAD = replace(BASE, dead_rows=1)
+TOPK = replace(BASE, arch="topk")
+BATCH = replace(BASE, arch="batch-mp")
+SEPARATE = replace(TRANSCODER, subtract="separate")
+PREDICTING = replace(BASE, subtract="predicting")
+FROM_TOPK = replace(BASE, begin_as="topk", begin_share=0.05)
+DECAY = replace(BASE, k_factor=3.0, k_decay_share=0.5)
+ADAM = replace(BASE, optimizer="adam")
+SIGN = replace(BASE, optimizer="signsgd")
+
+VARIANTS = [
+    replace(base, **PRESETS[name])
+    for name in PRESETS
+    for base in (BASE, TRANSCODER)
+    if suits(PRESETS[name], base.kind, base.arch)
+]
+VARIANTS += [
+    replace(SEPARATE, blocks="predicting"),
+    replace(SEPARATE, select="signed", kind="skip-transcoder"),
+    replace(PREDICTING, blocks="selecting"),
+    replace(PREDICTING, blocks="predicting"),
+    replace(PREDICTING, blocks="both", per_step_loss=True),
+    replace(PREDICTING, select="magnitude", backend="gram"),
+    replace(TRANSCODER, subtract="predicting", input_loss=0.5),
+    replace(TRANSCODER, blocks="both", input_loss=0.5, select="magnitude"),
+    replace(BASE, ban_chosen=True),
+    replace(BASE, ban_chosen=True, multi_topk=True, select="magnitude"),
+    replace(BASE, atom_dropout=0.5),
+    replace(PREDICTING, atom_dropout=0.5),
+    replace(SEPARATE, atom_dropout=0.5),
+    replace(BASE, multi_topk=True),
+    replace(TOPK, multi_topk=True),
+    replace(SKIP, multi_topk=True),
+    replace(BATCH, select="signed"),
+    replace(BATCH, select="magnitude", ban_chosen=True),
+    replace(BATCH, bias=False, free_norm=True),
+    replace(TRANSCODER, bias=False),
+    replace(BASE, free_norm=True, codes="omp"),
+    replace(BASE, select="magnitude", codes="omp"),
+    replace(FROM_TOPK, begin_as="groupmax", blocks="both"),
+    replace(SEPARATE, begin_as="topk", begin_share=0.05),
+    replace(TOPK, k_factor=2.0, k_decay_share=1.0),
+    replace(TOPK, score_dtype="bfloat16"),
+    SIGN,
+    replace(BATCH, kind="transcoder", optimizer="signsgd", normalise=True),
+    replace(
+        TRANSCODER, schedule="cosine", decay_share=0.5, clip_norm=1.0, micro_batch_rows=20,
+        start="median", normalise=True,
+    ),
+]  # fmt: skip
+
+
+def by_name(value: object) -> str:
+    return value.name if isinstance(value, CoderConfig) else str(value)
+
+
+@pytest.mark.parametrize("config", [c for c in VARIANTS if c.k_factor == 1], ids=by_name)
+def test_learns_and_keeps_unit_norm(config: CoderConfig):
+    config = replace(config, lr=2e-2)
+    learner = make_learner(config)
+    losses = train_(learner, 0, STEPS)
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    for name in learner.coder.unit_norm:
+        norm_M = learner.coder.get_parameter(name).norm(dim=1)
+        torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=by_name)
+def test_continues_bit_for_bit(config: CoderConfig):
+    config = replace(config, dead_rows=200)
+    whole, first, second = (make_learner(config) for _ in range(3))
+    losses = train_(whole, 0, 9)
+    train_(first, 0, 3)
+    second.load_state_tensors_({n: t.clone() for n, t in first.state_tensors().items()})
+    assert second.coder.coded_as == first.coder.coded_as
+    assert train_(second, 3, 9) == losses[3:]
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in VARIANTS if not c.detach and c.begin_as == "mp"], ids=by_name
+)
+def test_gradient_is_the_slope_of_the_loss(config: CoderConfig):
+    """Along a random direction of all parameters, in float64; the choice of atoms does not move."""
+    learner = make_learner(replace(config, auxk_alpha=0.0))
+    train_(learner, 0, 5)  # a transcoder's decoder has left its zeros
+    coder = learner.coder.double()
+    x_BD, y_BE = (t.double() for t in rows_of(config, 16, 9))
+    trained = {name: p for name, p in coder.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    way = {
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in trained.items()
+    }
+
+    def loss_at(step: float) -> Tensor:
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.add_(way[name], alpha=step)
+        return loss_of(learner, x_BD, y_BE)
+
+    loss_at(0.0).backward()
+    slope = sum(float((p.grad * way[n]).sum()) for n, p in trained.items() if p.grad is not None)
+    eps = 1e-7
+    with torch.no_grad():
+        rise = float(loss_at(eps) - loss_at(-2 * eps)) / (2 * eps)
+    assert abs(slope) > 1e-4
+    assert slope == pytest.approx(rise, rel=1e-4)
+
+
+def loss_of(learner: Learner, x_BD: Tensor, y_BE: Tensor) -> Tensor:
+    coder, k = learner.coder, learner.coder.config.k
+    code = coder.encode(x_BD, k, over_batch=True)
+    dead_M = torch.zeros(M, dtype=torch.bool)
+    loss = learner.objective.loss(code, x_BD, y_BE, coder.predict(code, x_BD), dead_M)
+    if coder.config.multi_topk:
+        wide = coder.encode(x_BD, min(4 * k, M), over_batch=True)
+        loss = loss + learner.objective.wide_loss(wide, x_BD, y_BE)
+    return loss
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=by_name)
+def test_prediction_is_that_of_the_code(config: CoderConfig):
+    """`predict` may take a short cut; the code alone, latent by latent, gives the same."""
+    learner = make_learner(config)
+    train_(learner, 0, 6)
+    coder, (x_BD, _) = learner.coder, rows_of(config, 30, 9)
+    with torch.no_grad():
+        code = coder.encode(x_BD)
+        rows_M = torch.arange(M) % len(coder.decoder_ME)
+        code_BM = reference.dense(code.idx_BK, code.val_BK, M)
+        expected_BE = code_BM @ coder.decoder_ME[rows_M] + coder.decode_nothing(x_BD)
+        torch.testing.assert_close(coder.predict(code, x_BD), expected_BE, atol=2e-4, rtol=2e-4)
+
+
+CASES: dict[str, list[tuple[CoderConfig, Any]]] = {
+    "optimizer": [(BASE, "adam"), (BASE, "signsgd")],
+    "lr": [(BASE, 2e-2), (BASE, None)],
+    "warmup_share": [(BASE, 0.5), (SIGN, 0.5)],
+    "schedule": [(BASE, "cosine"), (BASE, "constant"), (SIGN, "linear"), (SIGN, "cosine")],
+    "decay_share": [(BASE, 0.5), (replace(SIGN, schedule="cosine"), 0.5)],
+    "clip_norm": [(BASE, 1e-2), (ADAM, 1e-2)],
+    "micro_batch_rows": [(BASE, 20), (BATCH, 20), (replace(BATCH, arch="batch-topk"), 20)],
+    "start": [(BASE, "median"), (TRANSCODER, "median"), (TOPK, "median")],
+    "normalise": [(BASE, True), (TRANSCODER, True), (TOPK, True)],
+    "codes": [(BASE, "gp"), (BASE, "omp"), (TRANSCODER, "omp")],
+    "backend": [(WIDE, "shortlist")],
+    "shortlist_size": [(SHORT, 30)],
+    "shortlist_refresh": [(SHORT, 1)],
+    "score_dtype": [
+        (SHORT, "bfloat16"), (replace(WIDE, backend="gram"), "bfloat16"),
+        (replace(TOPK, k=20, expansion=20), "bfloat16"),
+    ],
+    "tolerance": [(BASE, 0.5), (PREDICTING, 0.5)],
+    "select": [(BASE, "magnitude"), (PREDICTING, "magnitude")],
+    "subtract": [(BASE, "predicting"), (TRANSCODER, "separate"), (TRANSCODER, "predicting")],
+    "blocks": [
+        (BASE, "both"), (TRANSCODER, "both"), (TRANSCODER, "selecting"),
+        (TRANSCODER, "predicting"), (PREDICTING, "selecting"), (PREDICTING, "predicting"),
+    ],
+    "ban_chosen": [(replace(BASE, k=20), True), (replace(BATCH, k=10), True)],
+    "free_norm": [(BASE, True), (TRANSCODER, True)],
+    "bias": [(BASE, False), (TRANSCODER, False)],
+    "atom_dropout": [(BASE, 0.3), (SEPARATE, 0.3)],
+    "detach": [(BASE, True), (TRANSCODER, True), (BATCH, True), (PREDICTING, True)],
+    "per_step_loss": [(BASE, True), (TRANSCODER, True)],
+    "nested": [(BASE, True), (TOPK, True), (replace(BASE, blocks="both"), True)],
+    "multi_topk": [(BASE, True), (TOPK, True)],
+    "input_loss": [(TRANSCODER, 1.0), (SEPARATE, 1.0)],
+    "auxk_alpha": [(DEAD, 0.0), (replace(DEAD, arch="topk"), 0.0), (replace(DEAD, k=4), 0.5)],
+    "dead_rows": [(DEAD, 1000), (replace(DEAD, arch="topk"), 1000)],
+    "begin_as": [(FROM_TOPK, "groupmax")],
+    "begin_share": [(FROM_TOPK, 0.01)],
+    "k_factor": [(DECAY, 2.0)],
+    "k_decay_share": [(DECAY, 0.05)],
+    "kind": [(BASE, "transcoder"), (TRANSCODER, "skip-transcoder")],
+    "arch": [
+        (BASE, "topk"), (BASE, "batch-mp"), (TOPK, "batch-topk"), (TOPK, "groupmax"),
+    ],
+    "k": [(BASE, 4), (BATCH, 4), (TOPK, 4)],
+    "expansion": [(BASE, 4)],
+    "latents": [(replace(BASE, expansion=None, latents=36), 48)],
+    "seed": [(BASE, 1)],
+}  # fmt: skip
+
+
+def test_every_field_has_a_case():
+    """But `hookpoint`, which names data. A new field without a case fails here."""
+    assert CASES.keys() == {field.name for field in fields(CoderConfig)} - {"hookpoint"}
+    assert CASES.keys() >= {field.name for field in fields(Recipe)}
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "value"),
+    [(base, name, value) for name, cases in CASES.items() for base, value in cases],
+    ids=by_name,
+)
+def test_every_field_changes_the_training(base: CoderConfig, name: str, value: Any):
+    a, b = make_learner(base), make_learner(replace(base, **{name: value}))
+    assert train_(a, 0, 8) != train_(b, 0, 8)
+
+
+def test_schedules():
+    """Beginning as another coder, and K, end where they should."""
+    config = replace(FROM_TOPK, begin_share=0.3)
+    assert [coded_as(config, step, 10) for step in (0, 2, 3, 9)] == ["topk", "topk", "mp", "mp"]
+    assert [k_at(DECAY, step, 20) for step in (0, 5, 9, 10, 19)] == [9, 6, 4, 3, 3]
+    assert [k_at(BASE, step, 20) for step in (0, 19)] == [3, 3]
+
+
+def test_atom_dropout_draws_for_each_step():
+    config = replace(BASE, atom_dropout=0.25)
+    drawn = [available_latents(config, M, step) for step in (0, 1, 0)]
+    assert available_latents(BASE, M, 0) is None
+    assert drawn[0] is not None
+    assert drawn[1] is not None
+    assert len(drawn[0]) == 27
+    assert torch.equal(drawn[0], drawn[0].unique())
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
+    learner = make_learner(config)
+    x_BD, y_BE = rows_of(config, 64, 1)
+    fired = set(learner.step(x_BD, y_BE).codes[0].idx_BK.flatten().tolist()) - {-1}
+    assert fired <= set(drawn[0].tolist())
+
+
+@pytest.mark.parametrize("begin_as", ["topk", "groupmax"])
+def test_begins_as_a_tied_linear_coder(begin_as: str):
+    """The code at first is that of the selecting rows, without biases, and a pursuit in the end."""
+    learner = make_learner(replace(BASE, begin_as=begin_as, begin_share=0.05))
+    x_BD, _ = rows_of(BASE, 20, 1)
+    with torch.no_grad():
+        code = learner.coder.encode(x_BD)
+        assert learner.coder.W_MD is not None
+        pre_BM = ((x_BD - learner.coder.b_D) @ learner.coder.W_MD.T).relu()
+        groups = pre_BM.unflatten(1, (3, M // 3) if begin_as == "groupmax" else (1, M))
+        kept = groups.topk(1 if begin_as == "groupmax" else 3, dim=2).values[:, :, -1:]
+        expected_BM = torch.where(groups >= kept, groups, 0).flatten(1)
+        code_BM = reference.dense(code.idx_BK, code.val_BK, M)
+    torch.testing.assert_close(code_BM, expected_BM)
+    assert code.residual_BD is None
+    train_(learner, 0, 5)
+    assert learner.coder.encode(x_BD).residual_BD is not None
+
+
+def test_wide_loss_is_that_of_more_steps():
+    learner, plain = make_learner(replace(BASE, multi_topk=True)), make_learner(BASE)
+    x_BD, y_BE = rows_of(BASE, 64, 1)
+    with torch.no_grad():
+        wide = plain.coder.encode(x_BD, 12)
+        variance = plain.objective.total_variance
+        more = reconstruction_loss(y_BE, plain.coder.predict(wide, x_BD), variance) / 8
+    losses = [float(one.step(x_BD, y_BE).loss) for one in (learner, plain)]
+    assert losses[0] - losses[1] == pytest.approx(float(more), rel=1e-4)
+
+
+def test_codes_can_be_others_at_inference():
+    """Values fitted anew explain more of the same rows; what has no meaning is refused."""
+    coder = make_learner(replace(BASE, k=5)).coder
+    x_BD, _ = rows_of(BASE, 200, 1)
+    with torch.no_grad():
+        left = [
+            float(coder.encode(x_BD, codes=codes).residual_BD.square().sum())  # type: ignore[union-attr]
+            for codes in ("mp", "gp", "omp")
+        ]
+    assert left[0] > left[1] > left[2]
+    with pytest.raises(ValueError, match="codes gp are for mp coders, got arch topk"):
+        make_learner(TOPK).coder.encode(x_BD, codes="gp")
+    trained_otherwise = replace(BASE, detach=True, backend="gram", multi_topk=True)
+    assert make_learner(trained_otherwise).coder.encode(x_BD, codes="omp").residual_BD is not None
+    with pytest.raises(ValueError, match="subtract has no place beside codes omp"):
+        make_learner(PREDICTING).coder.encode(x_BD, codes="omp")
+
+
+def test_signed_codes_rows_that_no_atom_points_to():
+    """It differs from the default in nothing else, so in few rows of a large dictionary."""
+    config = replace(BASE, expansion=1, auxk_alpha=0.0)
+    coders = [make_learner(c).coder for c in (config, replace(config, select="signed"))]
+    assert coders[0].W_MD is not None
+    x_BD = coders[0].b_D - coders[0].W_MD.sum(0, keepdim=True)
+    found = [coder.encode(x_BD.detach()) for coder in coders]
+    assert (coders[0].W_MD.sum(0) @ coders[0].W_MD.T > 0).all(), "all point away"
+    assert (found[0].idx_BK == -1).all()
+    assert (found[1].val_BK[:, 0] < 0).all()
+
+
+def test_blocks_give_each_step_its_own_latents():
+    learner = make_learner(replace(TRANSCODER, blocks="selecting"))
+    x_BD, _ = rows_of(TRANSCODER, 50, 1)
+    coder = learner.coder
+    code = coder.encode(x_BD)
+    assert torch.equal(code.idx_BK // D, torch.arange(3).expand(50, 3))
+    assert coder.V_ME is not None
+    assert len(coder.V_ME) == D, "the predicting rows are shared"
+    assert torch.equal(coder.encode(x_BD, 2).idx_BK, code.idx_BK[:, :2])
+    assert coder.W_MD is not None
+    with torch.no_grad():
+        coder.W_MD[D : 2 * D] = torch.eye(D)[0]
+        away_BD = (coder.b_D - 10 * torch.eye(D)[0])[None]
+        three, two = coder.encode(away_BD), coder.encode(away_BD, 2)
+    assert three.idx_BK[0, 1] == -1 < three.idx_BK[0, 2], "a block without a match is left out"
+    assert torch.equal(three.idx_BK[:, :2], two.idx_BK)
+    with pytest.raises(ValueError, match="k must be at most the number of blocks, 3, got 4"):
+        coder.encode(x_BD, 4)
+    with pytest.raises(ValueError, match="k must divide the number of latents for blocks"):
+        make_learner(replace(TRANSCODER, blocks="both", k=5))
+
+
+def test_free_dictionaries_leave_unit_norm():
+    learner = make_learner(replace(BASE, free_norm=True))
+    train_(learner, 0, 20)
+    assert learner.coder.W_MD is not None
+    norm_M = learner.coder.W_MD.norm(dim=1)
+    assert (norm_M - 1).abs().max() > 1e-2
