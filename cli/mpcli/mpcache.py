@@ -15,7 +15,7 @@ from mpcache.config import (
     RepairConfig,
     StoreBenchConfig,
 )
-from mpcache.parallel.config import Hands, Workforce
+from mpcache.parallel.config import CollectParallelConfig, ParallelConfig
 from mpcache.validation import check_printable, printable
 from mpcli.errors import guarded, run_app
 from mpcli.options import from_config
@@ -64,10 +64,10 @@ def version(
 
 @app.command()
 @guarded
-@from_config(CollectConfig, Workforce, arguments=("model", "dataset"))
+@from_config(CollectConfig, CollectParallelConfig, arguments=("model", "dataset"))
 def collect(
     config: CollectConfig,
-    workforce: Workforce,
+    parallel: CollectParallelConfig,
     store: Annotated[str | None, typer.Argument(metavar="[STORE]", help=PLACE)] = None,
     root: Annotated[
         str | None,
@@ -83,9 +83,9 @@ def collect(
     """
     from mpcache.collection.collect import collect as run
 
-    place, config, found = place_of(store, root, config)
+    place, config, found = open_storage(store, root, config)
     try:
-        done = found or run(config, place, workforce, quiet=False)
+        done = found or run(config, place, parallel, quiet=False)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "interrupted; what was committed stays, the same command goes on from there"
@@ -98,7 +98,7 @@ def collect(
         raise typer.Exit(1)
 
 
-def place_of(
+def open_storage(
     store: str | None, root: str | None, config: CollectConfig
 ) -> tuple[Any, CollectConfig, Any]:
     """Where to collect, how, and what is there if that is all that was asked for."""
@@ -107,10 +107,10 @@ def place_of(
     if store is not None:
         check_printable(store)
         return store, config, None
-    from mpcache.collection.catalog import find_place
+    from mpcache.collection.catalog import find_store
 
     assert root is not None
-    found = find_place(root, config)
+    found = find_store(root, config)
     kept = [n for n in ("codec", "chunk_rows") if getattr(found.config, n) != getattr(config, n)]
     if kept:
         told = ", ".join(f"{name} {getattr(found.config, name)}" for name in kept)
@@ -169,24 +169,28 @@ def list_stores(
 
 @app.command()
 @guarded
-@from_config(Hands)
-def copy(hands: Hands, store: StorePath, to: ToPath, json: Json = False) -> None:
+@from_config(ParallelConfig)
+def copy(parallel: ParallelConfig, store: StorePath, to: ToPath, json: Json = False) -> None:
     """Copy a store, each byte checked on the way; the same command goes on after a stop."""
     from mpcache.maintenance.copy import copy as run
 
-    print_moved("copied", run(store, to, hands, quiet=json), json)
+    print_moved("copied", run(store, to, parallel, quiet=json), json)
 
 
 @app.command()
 @guarded
-@from_config(ConvertConfig, Hands)
+@from_config(ConvertConfig, ParallelConfig)
 def convert(
-    config: ConvertConfig, hands: Hands, store: StorePath, to: ToPath, json: Json = False
+    config: ConvertConfig,
+    parallel: ParallelConfig,
+    store: StorePath,
+    to: ToPath,
+    json: Json = False,
 ) -> None:
     """Rewrite a store in another dtype, codec, chunking or part size, or with some hookpoints."""
     from mpcache.maintenance.convert import convert as run
 
-    print_moved("converted", run(store, to, config, hands, quiet=json), json)
+    print_moved("converted", run(store, to, config, parallel, quiet=json), json)
 
 
 @app.command()
@@ -245,12 +249,14 @@ def info(*, store: StorePath, json: Json = False) -> None:
 
 @app.command()
 @guarded
-@from_config(Hands)
-def verify(hands: Hands, store: StorePath, journal: JournalPath = None, json: Json = False) -> None:
+@from_config(ParallelConfig)
+def verify(
+    parallel: ParallelConfig, store: StorePath, journal: JournalPath = None, json: Json = False
+) -> None:
     """Check every byte of a store; exit code 1 if committed data is damaged."""
     from mpcache.maintenance.verify import verify as run
 
-    verdict = run(store, hands, journal=journal, quiet=json)
+    verdict = run(store, parallel, journal=journal, quiet=json)
     if json:
         findings = [finding_in_full(finding) for finding in verdict.findings]
         told = {**dataclasses.asdict(verdict), "findings": findings}
@@ -269,8 +275,10 @@ def verify(hands: Hands, store: StorePath, journal: JournalPath = None, json: Js
 
 @app.command()
 @guarded
-@from_config(RepairConfig, Hands)
-def repair(config: RepairConfig, hands: Hands, store: StorePath, json: Json = False) -> None:
+@from_config(RepairConfig, ParallelConfig)
+def repair(
+    config: RepairConfig, parallel: ParallelConfig, store: StorePath, json: Json = False
+) -> None:
     """Verify a store, and collect again what is damaged; exit code 1 if damage is left.
 
     What comes out equal to what was committed is put back; anything else stays as it is, and is
@@ -278,7 +286,7 @@ def repair(config: RepairConfig, hands: Hands, store: StorePath, json: Json = Fa
     """
     from mpcache.maintenance.repair import repair as run
 
-    done = run(store, config, hands, quiet=json)
+    done = run(store, config, parallel, quiet=json)
     if json:
         left = [finding_in_full(finding) for finding in done.left]
         print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})
@@ -301,9 +309,9 @@ def repair(config: RepairConfig, hands: Hands, store: StorePath, json: Json = Fa
 
 @app.command()
 @guarded
-@from_config(Hands)
+@from_config(ParallelConfig)
 def stats(
-    hands: Hands,
+    parallel: ParallelConfig,
     store: StorePath,
     out: Annotated[
         Path | None,
@@ -315,7 +323,7 @@ def stats(
     from mpcache.maintenance.stats import save_dimensions
     from mpcache.maintenance.stats import stats as run
 
-    found = run(store, hands, quiet=json)
+    found = run(store, parallel, quiet=json)
     if out is not None:
         save_dimensions(found, out)
     told = [dataclasses.asdict(one.stats) for one in found]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mpcli.errors import guarded, run_app, warnings_in_words
-from mpcli.options import Instead, choices, count, counts, field_docs, from_config, option
+from mpcli.options import LoadConfigFrom, choices, count, counts, field_docs, from_config, option
 from mpcli.spliced import spliced_figures
 from mpcli.tables import print_json, print_table
 from mptrain.config.coder import Codes
@@ -55,7 +55,7 @@ def _resumed(run: str, given: dict[str, Any]) -> RunConfig:
 @from_config(
     FitConfig,
     arguments=("store",),
-    instead=Instead(
+    instead=LoadConfigFrom(
         name="resume",
         metavar="RUN",
         doc="go on with the run in this folder, by the config it was begun with",

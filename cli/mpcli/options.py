@@ -20,7 +20,7 @@ _FACTORS |= {f"{letter}B": _FACTORS[letter] for letter in "kMGT"}  # of bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Instead:
+class LoadConfigFrom:
     """An option that names where a whole config is, in place of the config's own options."""
 
     name: str
@@ -37,7 +37,7 @@ class Instead:
 
 
 def from_config(
-    *config_types: type, arguments: Sequence[str] = (), instead: Instead | None = None
+    *config_types: type, arguments: Sequence[str] = (), instead: LoadConfigFrom | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make `function(config..., own options...)` a command whose options are the configs' fields.
 
@@ -244,7 +244,7 @@ def _given(values: dict[str, Any], group: Sequence[inspect.Parameter]) -> dict[s
     return given
 
 
-def _refuse_missing(missing: Sequence[str], instead: Instead) -> None:
+def _refuse_missing(missing: Sequence[str], instead: LoadConfigFrom) -> None:
     if missing:
         raise ValueError(
             f"{', '.join(missing)} must be given, or --{instead.name} {instead.metavar}"

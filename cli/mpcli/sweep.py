@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.config import CollectConfig, split_of
-from mpcli.mpcache import place_of
+from mpcli.mpcache import open_storage
 from mptrain.experiments.spec import Experiment, experiment_of
 from mptrain.experiments.toml_config import read_settings
 
@@ -35,7 +35,7 @@ def collect(experiment: Experiment, config: CollectConfig, sides: Sequence[str])
     from mpcache.collection.collect import collect as run
 
     asked = dataclasses.replace(config, hookpoints=tuple(sides))
-    place, asked, found = place_of(experiment.head.store, experiment.head.root, asked)
+    place, asked, found = open_storage(experiment.head.store, experiment.head.root, asked)
     done = found or run(asked, place, quiet=False)
     if done.missing:
         told = "; ".join(f"part {part.part}: {part.cause}" for part in done.missing)

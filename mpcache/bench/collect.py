@@ -14,7 +14,7 @@ from torch import nn
 from mpcache.bench.hardware import hardware
 from mpcache.collection.collect import Collection, work_here
 from mpcache.collection.jobs import Job, Progress
-from mpcache.collection.producer import Station, load
+from mpcache.collection.producer import ActivationProducer, load
 from mpcache.config import CollectConfig
 from mpcache.data.documents import open_documents
 from mpcache.model.capture import part_input
@@ -48,7 +48,7 @@ def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
     """Alternate both on `config.rows` rows in temporary stores; the first pair only warms up."""
     loaded = load(config)
     documents = open_documents(config, load_vocabulary(config, loaded.tokenizer))
-    station = Station(config, loaded)
+    station = ActivationProducer(config, loaded)
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repeats + 1):
@@ -74,7 +74,7 @@ def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
     )
 
 
-def _forward_seconds(station: Station, path: Path) -> float:
+def _forward_seconds(station: ActivationProducer, path: Path) -> float:
     store = open_store(path)
     began = time.perf_counter()
     with _stop_at(station.model, station.sides[-1]), torch.no_grad(), station.computing():
@@ -85,7 +85,7 @@ def _forward_seconds(station: Station, path: Path) -> float:
     return time.perf_counter() - began
 
 
-def _collect_seconds(station: Station, path: Path, jobs: Sequence[Job]) -> float:
+def _collect_seconds(station: ActivationProducer, path: Path, jobs: Sequence[Job]) -> float:
     began = time.perf_counter()
     work_here(station, path, jobs, Progress(jobs, quiet=True))
     return time.perf_counter() - began

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mpcache.bench.hardware import hardware
-from mpcache.bench.ways import CONTEXT, Way, plain_file, saelens, sync_file, touch, zarr_itself
+from mpcache.bench.ways import CONTEXT, Baseline, plain_file, saelens, sync_file, touch, zarr_itself
 from mpcache.config import Codec, CollectConfig, StoreBenchConfig
-from mpcache.storage.local import Folder
+from mpcache.storage.local import LocalStorage
 from mpcache.store.fingerprint import layout_of, open_place
 from mpcache.store.format import acts, digest, specs
 from mpcache.store.reader import open_store
@@ -71,7 +71,7 @@ class _Seconds:
 
 @dataclass(frozen=True)
 class _Case:
-    way: Way
+    way: Baseline
     spec: ArraySpec
 
     @property
@@ -100,7 +100,7 @@ def _cases(config: StoreBenchConfig) -> tuple[list[_Case], dict[str, str]]:
     cases: list[_Case] = []
     absent: dict[str, str] = {}
 
-    def add(name: str, spec: ArraySpec, make: Callable[[], Way]) -> None:
+    def add(name: str, spec: ArraySpec, make: Callable[[], Baseline]) -> None:
         try:
             cases.append(_Case(make(), spec))
         except ModuleNotFoundError as error:
@@ -133,12 +133,12 @@ def _layouts(config: StoreBenchConfig) -> Iterator[CollectConfig]:
                 )  # fmt: skip
 
 
-def _ours(config: CollectConfig, threads: int) -> Way:
+def _ours(config: CollectConfig, threads: int) -> Baseline:
     """All that `collect` does for the parts of one array, and what a loader does to read them."""
     layout, dtype = layout_of(config, "uint16"), getattr(torch, config.dtype)
 
     def write(folder: Path, x_RW: Tensor, parts: int) -> None:
-        place = Folder(folder / "store")
+        place = LocalStorage(folder / "store")
         told = {"model": {"model": config.model}, "dataset": {"dataset": config.dataset}}
         identity = {"seed": 0}
         open_place(place, config, identity, layout, told)
@@ -159,7 +159,7 @@ def _ours(config: CollectConfig, threads: int) -> Way:
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(read_some, range(threads)))
 
-    return Way("mpcache", write, read)
+    return Baseline("mpcache", write, read)
 
 
 def _measure(case: _Case, config: StoreBenchConfig, where: str | None) -> tuple[_Seconds, int]:

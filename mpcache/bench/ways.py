@@ -33,7 +33,7 @@ Read = Callable[[Path], int]
 
 
 @dataclass(frozen=True)
-class Way:
+class Baseline:
     """A way to keep rows in a folder."""
 
     name: str
@@ -55,7 +55,7 @@ def sync_file(file: Path) -> None:
     os.close(descriptor)
 
 
-def plain_file() -> Way:
+def plain_file() -> Baseline:
     """The same bytes in one file, written a megabyte at a time, synced, read into one buffer."""
 
     def write(folder: Path, x_RW: Tensor, parts: int) -> None:
@@ -73,10 +73,10 @@ def plain_file() -> Way:
                 size += count
         return size // int((folder / "width").read_text())
 
-    return Way("plain file", write, read)
+    return Baseline("plain file", write, read)
 
 
-def zarr_itself(spec: ArraySpec, threads: int, pipeline: str | None = None) -> Way:
+def zarr_itself(spec: ArraySpec, threads: int, pipeline: str | None = None) -> Baseline:
     """Zarr's own writes and reads of the same array, by its default codec pipeline or another."""
     import zarr
     from zarr.storage import LocalStore
@@ -109,10 +109,10 @@ def zarr_itself(spec: ArraySpec, threads: int, pipeline: str | None = None) -> W
             return sum(pool.map(lambda start: touch(array[start : start + spec.chunk]), starts))
 
     name = f"zarr {version('zarr')}"
-    return Way(f"{name}, zarrs {version('zarrs')}" if pipeline else name, write, read)
+    return Baseline(f"{name}, zarrs {version('zarrs')}" if pipeline else name, write, read)
 
 
-def saelens() -> Way:
+def saelens() -> Baseline:
     """The Arrow cache of SAELens: its own runner and its own read, with the model left out.
 
     It has no bfloat16: such rows are given to it as float16. It does not sync.
@@ -143,7 +143,7 @@ def saelens() -> Way:
                 rows += touch(store._load_raw_llm_batch_from_cached(raise_on_epoch_end=True)[0])
         return rows
 
-    return Way(f"SAELens {version('sae-lens')}", write, read)
+    return Baseline(f"SAELens {version('sae-lens')}", write, read)
 
 
 def _saelens_runner(runners: ModuleType, path: Path, x_RW: Tensor, parts: int) -> Any:

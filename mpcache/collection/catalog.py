@@ -26,7 +26,7 @@ from mpcache.model.loading import (
 )
 from mpcache.model.skeleton import files_digest, load_vocabulary, skeleton
 from mpcache.model.source import short_name
-from mpcache.storage.base import Place, place_of
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.fingerprint import as_stored, identify
 from mpcache.store.format import TOKENS, acts, digest, is_store, read_store_file
 from mpcache.store.reader import Store, open_store
@@ -44,21 +44,21 @@ _PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name
 class Found:
     """Where a collection belongs."""
 
-    place: Place
+    place: Storage
     config: CollectConfig
     "as asked, with the codec and the chunks of the store that is there"
     done: Summary | None
     "what the store has, if that is all that was asked for"
 
 
-def find_place(where: str | Path | Place, config: CollectConfig) -> Found:
+def find_store(where: str | Path | Storage, config: CollectConfig) -> Found:
     """The store below a root that holds these rows, or where it is to be made.
 
     Loads the model's weights only where no store names the model's files.
 
     Raises ValueError where the rows are there in another dtype only.
     """
-    root = place_of(where)
+    root = open_storage(where)
     check_root(root)
     stores = tuple(s for s in _stores(root) if isinstance(s, Store))
     identity = _identity(stores, config)
@@ -74,18 +74,18 @@ def find_place(where: str | Path | Place, config: CollectConfig) -> Found:
     config = dataclasses.replace(config, codec=layout.codec, chunk_rows=layout.chunk_rows)
     sides = resolve(config.hookpoints, skeleton(config))
     done = _summary(store, [acts(side.hookpoint, side.side) for side in sides], config)
-    return Found(store.place, config, done)
+    return Found(store.storage, config, done)
 
 
-def check_root(root: Place) -> None:
+def check_root(root: Storage) -> None:
     check_printable(root)
     if is_store(root):
         raise ValueError(f"{root} is a store, not a root of stores; name the folder above it")
-    if not root.holds_places():
+    if not root.can_hold_stores():
         raise ValueError(f"a root must be a folder, got {root}; name another place")
 
 
-def _stores(root: Place) -> Iterator[Store | tuple[str, Exception]]:
+def _stores(root: Storage) -> Iterator[Store | tuple[str, Exception]]:
     """The stores of a root by name; of one that cannot be opened why."""
     for name in root.children():
         try:
@@ -136,9 +136,9 @@ def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
     if not found:
         other = max(same, key=_size)
         raise ValueError(
-            f"{other.place} holds these rows as {other.layout.dtype}, asked was {config.dtype}; "
-            f"mpcache convert {other.place} {other.place}-{config.dtype} --dtype {config.dtype} "
-            "does it"
+            f"{other.storage} holds these rows as {other.layout.dtype}, got {config.dtype}; "
+            f"mpcache convert {other.storage} {other.storage}-{config.dtype} "
+            f"--dtype {config.dtype} does it"
         )
     return max(found, key=_size)
 
@@ -147,7 +147,7 @@ def _size(store: Store) -> int:
     return sum(len(store.numbers(array)) for array in store.arrays)
 
 
-def _new_place(root: Place, config: CollectConfig, fingerprint: str) -> Place:
+def _new_place(root: Storage, config: CollectConfig, fingerprint: str) -> Storage:
     """A readable name that cannot lead out of the root."""
     dataset = Path(short_name(config.dataset.split(",")[0]))
     while dataset.suffix.lower() in LOCAL_SUFFIXES:
@@ -175,7 +175,7 @@ def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summ
         return None
     marks = [mark for array in arrays for mark in store.marks(array, parts)]
     return Summary(
-        store=str(store.place),
+        store=str(store.storage),
         parts=len(parts),
         rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in parts),
         rows_wanted=extent.rows_wanted,
@@ -221,9 +221,9 @@ class Entry:
     "why the store cannot be read"
 
 
-def entries(where: str | Path | Place) -> tuple[Entry, ...]:
+def entries(where: str | Path | Storage) -> tuple[Entry, ...]:
     """What a root has, by name; marks are read, not arrays."""
-    root = place_of(where)
+    root = open_storage(where)
     check_root(root)
     if not root.exists():
         raise ValueError(f"a root must be a folder, got {root}; check the path")
@@ -235,7 +235,7 @@ def _entry(found: Store | tuple[str, Exception]) -> Entry:
         try:
             return _entry_of(found)
         except DamagedStoreError as error:
-            found = (found.place.name, error)
+            found = (found.storage.name, error)
     name, fault = found
     return Entry(
         store=name, model=None, dataset=None, hookpoints=(), dtype=None, rows=0,
@@ -253,7 +253,7 @@ def _entry_of(store: Store) -> Entry:
     now = datetime.datetime.now(datetime.UTC)
     extent = extent_of(store)
     return Entry(
-        store=store.place.name,
+        store=store.storage.name,
         model=str(store.provenance["model"]["model"]),
         dataset=str(store.provenance["dataset"]["dataset"]),
         hookpoints=store.hookpoints,

@@ -17,7 +17,14 @@ from typing import Any
 from tqdm import tqdm
 
 from mpcache.collection.jobs import Job, Missing, Progress
-from mpcache.collection.producer import Background, Facts, Station, commit_side, load, write_threads
+from mpcache.collection.producer import (
+    ActivationProducer,
+    Background,
+    ModelFacts,
+    commit_side,
+    load,
+    write_threads,
+)
 from mpcache.config import CollectConfig, split_of
 from mpcache.data.documents import Documents, open_documents
 from mpcache.data.encoding import has_flags, template_digests, template_of
@@ -37,8 +44,8 @@ from mpcache.model.hooks import Side
 from mpcache.model.loading import load_tokenizer, tokenizer_digest
 from mpcache.model.skeleton import load_vocabulary
 from mpcache.model.source import find_source
-from mpcache.parallel.config import Workforce
-from mpcache.storage.base import Place, place_of
+from mpcache.parallel.config import CollectParallelConfig
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.fingerprint import identify, layout_of, open_place
 from mpcache.store.format import (
     POSITION,
@@ -93,8 +100,8 @@ class Summary:
 
 def collect(
     config: CollectConfig,
-    where: str | Path | Place,
-    workforce: Workforce = Workforce(),  # noqa: B008  frozen
+    where: str | Path | Storage,
+    parallel: CollectParallelConfig = CollectParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
 ) -> Summary:
@@ -105,18 +112,18 @@ def collect(
         OSError: disk or network; what was committed stays.
         KeyboardInterrupt: as it comes; what was committed stays.
     """
-    place = place_of(where)
-    if workforce.is_wanted:
-        return _collect_with_workers(config, place, workforce, quiet)
+    place = open_storage(where)
+    if parallel.is_wanted:
+        return _collect_with_workers(config, place, parallel, quiet)
     files = ModelFiles.of(find_source(config))
     tokenizer = load_tokenizer(config, files.source)
     documents = _checked_documents(config, tokenizer)
     loaded = load(config, tokenizer, files)
-    station = Station(config, loaded)
+    station = ActivationProducer(config, loaded)
     # by its files a later collection below the same root knows the model without loading it
     named = None if is_store(place) else loaded.files_digest()
     facts = dataclasses.replace(station.facts, model_files=named)
-    collection = Collection(config, place, facts, loaded.tokenizer, documents, workforce, quiet)
+    collection = Collection(config, place, facts, loaded.tokenizer, documents, parallel, quiet)
     return collection.run(functools.partial(work_here, station, place))
 
 
@@ -131,22 +138,22 @@ def _checked_documents(config: CollectConfig, tokenizer: Tokenizer) -> Documents
 
 
 def _collect_with_workers(
-    config: CollectConfig, place: Place, workforce: Workforce, quiet: bool
+    config: CollectConfig, place: Storage, parallel: CollectParallelConfig, quiet: bool
 ) -> Summary:
     from mpcache.collection.dask_client import (
-        Crew,  # brings Dask's scheduler, which one process does not need
+        DaskCollector,  # brings Dask's scheduler, which one process does not need
     )
 
     tokenizer = load_tokenizer(config)
     documents = _checked_documents(config, tokenizer)
-    with Crew(workforce, config, place, quiet=quiet) as crew:
+    with DaskCollector(parallel, config, place, quiet=quiet) as crew:
         facts = crew.facts()
         _refuse_other_tokenizer(tokenizer, facts)
-        collection = Collection(config, place, facts, tokenizer, documents, workforce, quiet)
+        collection = Collection(config, place, facts, tokenizer, documents, parallel, quiet)
         return collection.run(crew.work)
 
 
-def _refuse_other_tokenizer(tokenizer: Tokenizer, facts: Facts) -> None:
+def _refuse_other_tokenizer(tokenizer: Tokenizer, facts: ModelFacts) -> None:
     """Tokens are made here, and the store names the tokenizer of the workers."""
     if tokenizer_digest(tokenizer) != facts.digests.get("tokenizer_digest"):
         raise ValueError(
@@ -156,17 +163,20 @@ def _refuse_other_tokenizer(tokenizer: Tokenizer, facts: Facts) -> None:
 
 
 def work_here(
-    station: Station, where: str | Path | Place, jobs: Sequence[Job], progress: Progress
+    station: ActivationProducer,
+    where: str | Path | Storage,
+    jobs: Sequence[Job],
+    progress: Progress,
 ) -> tuple[Missing, ...]:
     """Read and commit parts in this process; the first failure ends it."""
     store = open_store(where)
-    writer = Writer(store.place, store.layout, store.fingerprint)
+    writer = Writer(store.storage, store.layout, store.fingerprint)
 
     def commit(part: int, side: Side, x_RW: Any) -> None:
         progress.committed(commit_side(writer, part, side, x_RW))
 
     try:
-        with Background(write_threads(station.config, store.place)) as background:
+        with Background(write_threads(station.config, store.storage)) as background:
             for job in jobs:
                 tokens = part_input(store, job.part)
                 buffers = station.read(job.part, tokens, job.sides, progress.reader(job.part))
@@ -185,16 +195,16 @@ class Collection:
     def __init__(
         self,
         config: CollectConfig,
-        where: str | Path | Place,
-        facts: Facts,
+        where: str | Path | Storage,
+        facts: ModelFacts,
         tokenizer: Tokenizer,
         documents: Documents,
-        workforce: Workforce = Workforce(),  # noqa: B008  frozen
+        parallel: CollectParallelConfig = CollectParallelConfig(),  # noqa: B008  frozen
         quiet: bool = True,
     ) -> None:
         self.config, self.facts, self.quiet = config, facts, quiet
-        self.place = place_of(where)
-        self.tokenizer, self.documents, self.share = tokenizer, documents, workforce.parts
+        self.storage = open_storage(where)
+        self.tokenizer, self.documents, self.share = tokenizer, documents, parallel.parts
         self.sides = facts.sides
         flags = has_flags(documents, config)
         self.layout = layout_of(config, facts.token_dtype, token_flags=flags)
@@ -202,7 +212,7 @@ class Collection:
         self.template = template_of(documents, tokenizer, config)
         digests |= template_digests(self.template)
         self.identity = identify(config, digests, facts.attention)
-        self.writer = Writer(self.place, self.layout, digest(self.identity))
+        self.writer = Writer(self.storage, self.layout, digest(self.identity))
         self.wanted_parts = self.layout.parts_for(config.rows)
 
     def run(self, work: Work) -> Summary:
@@ -210,7 +220,7 @@ class Collection:
         if self.share.number > 1:
             self.await_tokens()
         self.write_tokens()
-        jobs = self.jobs(open_store(self.place))
+        jobs = self.jobs(open_store(self.storage))
         started = time.monotonic()
         with Progress(jobs, self.quiet) as progress:
             missing = work(jobs, progress) if jobs else ()
@@ -245,9 +255,9 @@ class Collection:
         """Leave tokens to the first share for as long as it makes progress, or may be starting."""
         seen, since = -1, time.monotonic()
         while time.monotonic() - since < TOKEN_PATIENCE:
-            if is_store(self.place):
+            if is_store(self.storage):
                 self.open_place()
-                store = open_store(self.place)
+                store = open_store(self.storage)
                 if not self.cursors(store):
                     return
                 if (count := len(store.numbers(POSITION))) != seen:
@@ -257,9 +267,9 @@ class Collection:
     def write_tokens(self) -> None:
         """Commit tokens and rows of all wanted parts that lack them."""
         store = None
-        if is_store(self.place):
+        if is_store(self.storage):
             self.open_place()
-            store = open_store(self.place)
+            store = open_store(self.storage)
         parts = self.new_parts(store)
         # an unusable dataset shows in its first parts: before the store is made
         ahead = list(itertools.islice(parts, 2))
@@ -272,7 +282,7 @@ class Collection:
                 bar.update()
 
     def open_place(self) -> None:
-        refuse_large(self.place, self.layout, self.facts.widths.values())
+        refuse_large(self.storage, self.layout, self.facts.widths.values())
         provenance: dict[str, Any] = {
             "model": {**self.facts.provenance, "model_files": self.facts.model_files},
             "dataset": self.documents.provenance,
@@ -282,7 +292,7 @@ class Collection:
             provenance["tokenizer"]["largest_id"] = largest_id(self.tokenizer)
         if self.template is not None:
             provenance["chat_template"] = self.template
-        open_place(self.place, self.config, self.identity, self.layout, provenance)
+        open_place(self.storage, self.config, self.identity, self.layout, provenance)
 
     def grow(self, store: Store | None) -> None:
         """Let all arrays span the same parts: those wanted, also arrays not asked for now.
@@ -291,7 +301,7 @@ class Collection:
         """
         there, arrays = 0, {TOKENS: 0, SEQUENCE: 0, POSITION: 0}
         if store and store.numbers(TOKENS):
-            there = check_metadata(self.place, specs(TOKENS, self.layout)[0])
+            there = check_metadata(self.storage, specs(TOKENS, self.layout)[0])
             acts_there = [array for array in store.arrays if array.startswith("acts/")]
             arrays |= {array: store.width(*hookpoint_of(array)) for array in acts_there}
         arrays |= {self.array(side): width for side, width in self.facts.widths.items()}
@@ -339,7 +349,7 @@ class Collection:
         one made since; and of two that grow the same array at once, the smaller may come last.
         """
         while True:
-            store = open_store(self.place)
+            store = open_store(self.storage)
             widths = {array: self.width(store, array) for array in store.arrays}
             spans = {array: self.span(array, width) for array, width in widths.items()}
             longest = max(high for _, high in spans.values())
@@ -354,17 +364,17 @@ class Collection:
 
     def span(self, array: str, width: int) -> tuple[int, int]:
         """Fewest and most parts of the Zarr arrays under one mark."""
-        found = [check_metadata(self.place, spec) for spec in specs(array, self.layout, width)]
+        found = [check_metadata(self.storage, spec) for spec in specs(array, self.layout, width)]
         return min(found), max(found)
 
     def unseen(self, jobs: Sequence[Job]) -> tuple[Missing, ...]:
         """Jobs that are said to be done and of which no marks can be seen from here."""
         until = time.monotonic() + _SHOWN_WITHIN
         while True:
-            store = open_store(self.place)
+            store = open_store(self.storage)
             jobs = [j for j in jobs if set(j.sides) & set(self.missing_sides(store, j.part))]
             if not jobs or time.monotonic() > until:
-                cause = f"its marks cannot be seen in {self.place}; do all machines share it?"
+                cause = f"its marks cannot be seen in {self.storage}; do all machines share it?"
                 return tuple(Missing(job.part, 1, cause) for job in jobs)
             time.sleep(_LOOK_EVERY)
 
@@ -373,13 +383,13 @@ class Collection:
         return tqdm(total=total, desc=name, unit=unit, unit_scale=True, disable=hidden)
 
     def summary(self, forward_rows: int, seconds: float, missing: tuple[Missing, ...]) -> Summary:
-        store = open_store(self.place)
+        store = open_store(self.storage)
         arrays = [self.array(side) for side in self.sides]
         whole = [p for p in self.share_of(store) if not self.missing_sides(store, p)]
         marks = [mark for array in arrays for mark in store.marks(array, whole)]
         extent = extent_of(store, self.config.rows)
         return Summary(
-            store=str(self.place),
+            store=str(self.storage),
             parts=len(whole),
             rows=sum(int(store.mark(part, TOKENS)["rows"]) for part in whole),
             rows_wanted=extent.rows_wanted,

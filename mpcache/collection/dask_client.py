@@ -18,13 +18,13 @@ from distributed.client import Future, as_completed
 from distributed.scheduler import KilledWorker
 
 from mpcache.collection import dask_worker as remote
-from mpcache.collection.dask_worker import Done, Failure, Orders
+from mpcache.collection.dask_worker import CollectionSpec, Done, Failure
 from mpcache.collection.jobs import Job, Missing, Progress
-from mpcache.collection.producer import Facts
+from mpcache.collection.producer import ModelFacts
 from mpcache.config import CollectConfig
-from mpcache.parallel.config import Workforce
+from mpcache.parallel.config import CollectParallelConfig
 from mpcache.parallel.dask_cluster import connected
-from mpcache.storage.base import Place, place_of
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import read_store_file
 from mpcache.validation import user_path
 
@@ -34,18 +34,18 @@ _AHEAD = 64  # tasks that the scheduler has at least; few enough to end soon aft
 _ENDING = 30.0  # seconds that parts in hand get after Ctrl-C or an error
 
 
-class Crew:
+class DaskCollector:
     """A Dask client, and the cluster behind it where that is ours."""
 
     def __init__(
-        self, workforce: Workforce, config: CollectConfig, place: Place, *, quiet: bool
+        self, parallel: CollectParallelConfig, config: CollectConfig, place: Storage, *, quiet: bool
     ) -> None:
-        self.workforce, self.quiet = workforce, quiet
-        devices = _devices(config, workforce.workers) if workforce.workers else ()
+        self.parallel, self.quiet = parallel, quiet
+        devices = _devices(config, parallel.workers) if parallel.workers else ()
         threads = None
-        if workforce.workers and not devices:
-            threads = max(1, torch.get_num_threads() // workforce.workers)
-        self.orders = Orders(
+        if parallel.workers and not devices:
+            threads = max(1, torch.get_num_threads() // parallel.workers)
+        self.orders = CollectionSpec(
             run=f"mpcache-{uuid.uuid4().hex}",
             config=_from_anywhere(config),
             place=place.address,
@@ -55,10 +55,10 @@ class Crew:
         self.exits = contextlib.ExitStack()
         self.broken: dict[str, Failure] = {}
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "DaskCollector":
         self.client = self.exits.enter_context(
             connected(
-                self.workforce,
+                self.parallel,
                 threads=_THREADS,
                 preload="mpcache.collection.dask_worker",
                 quiet=self.quiet,
@@ -74,7 +74,7 @@ class Crew:
         there = self.client.scheduler_info(n_workers=-1)["workers"]
         return [address for address in there if address not in self.broken]
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """What a worker says of the model; all are asked, so that all load it now."""
         futures = [
             self.client.submit(remote.facts, self.orders, key=("facts", self.orders.run, n))
@@ -83,7 +83,7 @@ class Crew:
         failures = []
         for future in as_completed(futures, loop=self.client.loop):
             outcome = self._outcome(future)
-            if isinstance(outcome, Facts):
+            if isinstance(outcome, ModelFacts):
                 return outcome
             failures.append(outcome)
         raise _raisable(failures[0])
@@ -92,7 +92,7 @@ class Crew:
 
     def work(self, jobs: Sequence[Job], progress: Progress) -> tuple[Missing, ...]:
         """Have all jobs done; gives those that failed three times."""
-        fingerprint = read_store_file(place_of(self.orders.place))["fingerprint"]
+        fingerprint = read_store_file(open_storage(self.orders.place))["fingerprint"]
         self.orders = replace(self.orders, fingerprint=fingerprint)
         shown = _Shown(progress)
         self.client.subscribe_topic(self.orders.run, shown)

@@ -22,9 +22,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mpcache.collection.jobs import Job
 from mpcache.collection.producer import (
-    Facts,
+    ActivationProducer,
     Loaded,
-    Station,
+    ModelFacts,
     commit_side,
     load,
     results,
@@ -35,7 +35,7 @@ from mpcache.config import CollectConfig
 from mpcache.model.capture import part_input
 from mpcache.model.files import ModelFiles
 from mpcache.model.source import find_source
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store.format import acts, is_store, mark_path, read_store_file
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
@@ -55,7 +55,7 @@ Kind = Literal["mistake", "place", "fault", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class CollectionSpec:
     """What all tasks of one collection have in common."""
 
     run: str
@@ -99,23 +99,23 @@ class _Setup(Exception):
     """This worker cannot serve a collection; the cause says why."""
 
 
-def facts(orders: Orders) -> Facts | Failure:
+def facts(orders: CollectionSpec) -> ModelFacts | Failure:
     """Load the model, and tell the store's half of the collection about it."""
     try:
-        with _set_up(), WORKSHOP.model:
-            WORKSHOP.forget_old_files(orders.config)
-            facts = WORKSHOP.station(orders).facts
-            files = None if is_store(place_of(orders.place)) else WORKSHOP.files_digest()
+        with _set_up(), WORKER.model:
+            WORKER.forget_old_files(orders.config)
+            facts = WORKER.station(orders).facts
+            files = None if is_store(open_storage(orders.place)) else WORKER.files_digest()
             return replace(facts, model_files=files)
     except Exception as error:
         return _failure(error)
 
 
-def collect_part(orders: Orders, job: Job) -> Done | Failure:
+def collect_part(orders: CollectionSpec, job: Job) -> Done | Failure:
     """Read one part and commit what it lacks by now."""
     try:
         # a cluster may run more tasks in a process than fit its memory: one reads, one writes
-        with WORKSHOP.places:
+        with WORKER.places:
             return _collect_part(orders, job)
     except Exception as error:
         return _failure(error)
@@ -123,7 +123,7 @@ def collect_part(orders: Orders, job: Job) -> Done | Failure:
 
 def stop(run: str) -> None:
     """End the tasks of a collection soon: what was read is committed, nothing more is read."""
-    WORKSHOP.stopped.add(run)
+    WORKER.stopped.add(run)
 
 
 def dask_setup(worker: Any) -> None:
@@ -131,7 +131,7 @@ def dask_setup(worker: Any) -> None:
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-class Workshop:
+class WorkerState:
     """All that a worker process keeps from task to task."""
 
     def __init__(self) -> None:
@@ -139,14 +139,14 @@ class Workshop:
         self.places = threading.BoundedSemaphore(2)
         self.stopped: set[str] = set()
         self._loaded: tuple[object, Loaded] | None = None
-        self._station: tuple[Orders, Station] | None = None
+        self._station: tuple[CollectionSpec, ActivationProducer] | None = None
 
     @functools.cache  # noqa: B019  there is one workshop
     def commits(self, threads: int) -> ThreadPoolExecutor:
         """Threads that leave the processor to the model; used with a place only."""
         return ThreadPoolExecutor(threads, "commit", initializer=yield_to_others)
 
-    def station(self, orders: Orders) -> Station:
+    def station(self, orders: CollectionSpec) -> ActivationProducer:
         """The model, loaded once; call with `model` held."""
         if orders.threads is not None:
             torch.set_num_threads(orders.threads)  # of the calling thread, so for each task
@@ -157,7 +157,7 @@ class Workshop:
             self._loaded = key, load(config)
         if self._station is None or self._station[0].config != orders.config:
             self._leave_station()
-            self._station = orders, Station(config, self._loaded[1])
+            self._station = orders, ActivationProducer(config, self._loaded[1])
         return self._station[1]
 
     def files_digest(self) -> str | None:
@@ -180,11 +180,11 @@ class Workshop:
         self._station = None
 
 
-WORKSHOP = Workshop()
+WORKER = WorkerState()
 
 
-def _collect_part(orders: Orders, job: Job) -> Done | Failure:
-    place = place_of(orders.place)
+def _collect_part(orders: CollectionSpec, job: Job) -> Done | Failure:
+    place = open_storage(orders.place)
     sides = tuple(
         side
         for side in job.sides
@@ -192,16 +192,16 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
     )
     if not sides:
         return Done(0)  # by a worker that was given up too soon, or by another collection
-    with WORKSHOP.model:
+    with WORKER.model:
         _refuse_if_stopped(orders)
         with _set_up():
-            station = WORKSHOP.station(orders)
+            station = WORKER.station(orders)
             _refuse_other_content(orders, station)
         store = open_store(place)
         report = Report(orders, job)
         buffers = station.read(job.part, part_input(store, job.part), sides, report.advance)
     writer = Writer(place, store.layout, store.fingerprint)
-    commits = WORKSHOP.commits(write_threads(orders.config, store.place))
+    commits = WORKER.commits(write_threads(orders.config, store.storage))
     work = [commits.submit(commit_side, writer, job.part, *one) for one in buffers.items()]
     return Done(sum(results(work)))
 
@@ -209,7 +209,7 @@ def _collect_part(orders: Orders, job: Job) -> Done | Failure:
 class Report:
     """Tells the command how many rows of a part were read, and ends the part when it is told to."""
 
-    def __init__(self, orders: Orders, job: Job) -> None:
+    def __init__(self, orders: CollectionSpec, job: Job) -> None:
         self.orders, self.job, self.rows = orders, job, 0
         self.told = time.monotonic()
 
@@ -221,8 +221,8 @@ class Report:
             get_worker().log_event(self.orders.run, {"part": self.job.part, "rows": self.rows})
 
 
-def _refuse_if_stopped(orders: Orders) -> None:
-    if orders.run in WORKSHOP.stopped:
+def _refuse_if_stopped(orders: CollectionSpec) -> None:
+    if orders.run in WORKER.stopped:
         raise _Stopped
 
 
@@ -234,9 +234,9 @@ def _set_up() -> Iterator[None]:
         raise _Setup from error
 
 
-def _refuse_other_content(orders: Orders, station: Station) -> None:
+def _refuse_other_content(orders: CollectionSpec, station: ActivationProducer) -> None:
     """A worker must see the very store, and compute with the very model, of the collection."""
-    place = place_of(orders.place)
+    place = open_storage(orders.place)
     if not is_store(place) or read_store_file(place)["fingerprint"] != orders.fingerprint:
         raise ValueError(
             f"{place} must be one folder that all machines share, got another one on "
@@ -251,7 +251,7 @@ def _refuse_other_content(orders: Orders, station: Station) -> None:
         )
 
 
-def _device(orders: Orders) -> str:
+def _device(orders: CollectionSpec) -> str:
     name = str(get_worker().name)
     if orders.devices and name.isdecimal():
         return orders.devices[int(name) % len(orders.devices)]

@@ -35,7 +35,7 @@ from mpcache.model.isolation import find_separation
 from mpcache.model.loading import load_model, model_digest, model_provenance, tokenizer_digest
 from mpcache.model.offload import Transfer
 from mpcache.model.source import find_source
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.store.format import acts
 from mpcache.store.writer import Writer
 
@@ -43,7 +43,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ModelFacts:
     """What a store has to know of the model that fills it; plain values, the same everywhere."""
 
     digests: Mapping[str, str]
@@ -94,7 +94,7 @@ def load(
     return Loaded(model, tokenizer, digests, files, config.trust_remote_code)
 
 
-class Station:
+class ActivationProducer:
     """A loaded model and how a collection uses it. Its calls of the model must not overlap."""
 
     def __init__(self, config: CollectConfig, loaded: Loaded) -> None:
@@ -107,7 +107,7 @@ class Station:
             find_separation(self.model, config, self.sides),
             config.batch_sequences,
         )
-        self.facts = Facts(
+        self.facts = ModelFacts(
             digests=loaded.digests,
             attention=str(self.model.config._attn_implementation),
             token_dtype=token_dtype(loaded.tokenizer).name,
@@ -161,13 +161,13 @@ def empty_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory).view(dtype).view(rows, width)
 
 
-def write_threads(config: CollectConfig, place: Place) -> int:
+def write_threads(config: CollectConfig, place: Storage) -> int:
     """Threads that write: as asked, else one for four of those that compute here, from 2 to 8.
 
     With two, one computes while another waits for the disk; more wait for a server.
     """
     computing = min(8, max(2, torch.get_num_threads() // 4))
-    return config.write_threads or max(computing, place.abreast)
+    return config.write_threads or max(computing, place.concurrency)
 
 
 def commit_side(writer: Writer, part: int, side: Side, x_RW: Tensor) -> int:

@@ -17,11 +17,11 @@ from tqdm import tqdm
 import mpcache
 from mpcache.config import ConvertConfig
 from mpcache.maintenance.copy import Moved, arrived, copy_part, receive, refuse_nesting
-from mpcache.maintenance.repartition import Recut
+from mpcache.maintenance.repartition import Repartition
 from mpcache.model.hooks import Side, check_segments, is_match, sides_of
-from mpcache.parallel.config import Hands
-from mpcache.parallel.ordered_map import each
-from mpcache.storage.base import Place, place_of
+from mpcache.parallel.config import ParallelConfig
+from mpcache.parallel.ordered_map import ordered_map
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import (
     POSITION,
     SEQUENCE,
@@ -38,10 +38,10 @@ from mpcache.store.writer import Writer
 
 
 def convert(
-    source: str | Path | Place,
-    target: str | Path | Place,
+    source: str | Path | Storage,
+    target: str | Path | Storage,
     config: ConvertConfig,
-    hands: Hands = Hands(),  # noqa: B008  frozen
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
 ) -> Moved:
@@ -51,20 +51,20 @@ def convert(
         ValueError: the user's mistake; nothing was written.
         DamagedStoreError: a part of the source is not what was committed.
     """
-    store, to = open_store(source), place_of(target)
-    refuse_nesting(store.place, to)
+    store, to = open_store(source), open_storage(target)
+    refuse_nesting(store.storage, to)
     layout = _layout(store, config)
     sides = select(config.hookpoints, store)
     arrays = [a for a in store.arrays if not a.startswith("acts/")]
     arrays += [acts(side.hookpoint, side.side) for side in sides]
-    cut = Recut(store, layout, arrays)
+    cut = Repartition(store, layout, arrays)
     data = seal(_content(store, layout, sides))
     receive(to, data, layout, [store.width(side.hookpoint, side.side) for side in sides])
     writer = Writer(to, layout, store.fingerprint)
     for array in arrays:
         cut.grow(array, writer)
     marks = [(part, array) for array in arrays for part in cut.parts(array)]
-    found = each(functools.partial(_convert_part, cut, writer), marks, hands, quiet=quiet)
+    found = ordered_map(functools.partial(_convert_part, cut, writer), marks, parallel, quiet=quiet)
     done = list(tqdm(found, "convert", len(marks), unit="mark", disable=quiet))
     arrived(to, data)
     return Moved(
@@ -104,9 +104,9 @@ def _layout(store: Store, config: ConvertConfig) -> Layout:
 
 def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str, Any]:
     """What `store.json` of the new store says: the same for every call, so that one can go on."""
-    content = read_store_file(store.place)
+    content = read_store_file(store.storage)
     source = {
-        "store": store.place.name,
+        "store": store.storage.name,
         "store_digest": digest(content),
         "dtype": store.layout.dtype,
         "codec": store.layout.codec,
@@ -124,10 +124,10 @@ def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str,
     }
 
 
-def _convert_part(cut: Recut, writer: Writer, mark: tuple[int, str]) -> tuple[int, int]:
+def _convert_part(cut: Repartition, writer: Writer, mark: tuple[int, str]) -> tuple[int, int]:
     """Bytes written, and values that became infinite; nothing where the part is there already."""
     part, array = mark
-    if writer.place.size(mark_path(part, array)) is not None:
+    if writer.storage.size(mark_path(part, array)) is not None:
         cut.refuse_growth(part, array, writer)
         return 0, 0
     if cut.is_copy(array):
@@ -138,7 +138,7 @@ def _convert_part(cut: Recut, writer: Writer, mark: tuple[int, str]) -> tuple[in
     return size, int(new.get("nonfinite", 0)) - before
 
 
-def give_converted(cut: Recut, writer: Writer, part: int, array: str) -> int:
+def give_converted(cut: Repartition, writer: Writer, part: int, array: str) -> int:
     """Have a part written in the new layout; gives its values that were not finite before."""
     if array == TOKENS:
         flags = cut.values(part, array, 1) if cut.layout.token_flags else None

@@ -13,9 +13,9 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
-from mpcache.parallel.config import Hands
-from mpcache.parallel.ordered_map import each
-from mpcache.storage.base import Place, place_of
+from mpcache.parallel.config import ParallelConfig
+from mpcache.parallel.ordered_map import ordered_map
+from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import is_temporary
 from mpcache.store.fingerprint import refuse_other_content
 from mpcache.store.format import (
@@ -54,9 +54,9 @@ class Moved:
 
 
 def copy(
-    source: str | Path | Place,
-    target: str | Path | Place,
-    hands: Hands = Hands(),  # noqa: B008  frozen
+    source: str | Path | Storage,
+    target: str | Path | Storage,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
 ) -> Moved:
@@ -69,16 +69,16 @@ def copy(
         ValueError: `target` holds something else; nothing was written.
         DamagedStoreError: an object of the source is not what was committed.
     """
-    store, to = open_store(source), place_of(target)
-    data = store.place.read(STORE_FILE)
-    refuse_nesting(store.place, to)
+    store, to = open_store(source), open_storage(target)
+    data = store.storage.read(STORE_FILE)
+    refuse_nesting(store.storage, to)
     widths = [store.width(name, side) for name in store.hookpoints for side in store.sides(name)]
     receive(to, data, store.layout, widths)
     writer = Writer(to, store.layout, store.fingerprint)
     marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
     for array in store.arrays:
         grow_alike(store, array, writer)
-    found = each(functools.partial(copy_part, store, writer), marks, hands, quiet=quiet)
+    found = ordered_map(functools.partial(copy_part, store, writer), marks, parallel, quiet=quiet)
     written = list(tqdm(found, "copy", len(marks), unit="mark", disable=quiet))
     arrived(to, data)
     return Moved(
@@ -90,20 +90,20 @@ def copy(
 def grow_alike(store: Store, array: str, writer: Writer) -> None:
     """Let a new store's array span the parts of its source's."""
     width = int(store.mark(store.numbers(array)[0], array).get("width", 0))
-    writer.grow(array, check_metadata(store.place, specs(array, store.layout, width)[0]), width)
+    writer.grow(array, check_metadata(store.storage, specs(array, store.layout, width)[0]), width)
 
 
 def copy_part(store: Store, writer: Writer, mark: tuple[int, str]) -> int:
     """Copy what the mark of a part and array commits, the mark last; bytes written."""
     part, array = mark
     told = store.mark(part, array)["objects"]
-    sources = {name: _compared(store.place, name, one) for name, one in told.items()}
-    data = store.place.read(mark_path(part, array))
+    sources = {name: _compared(store.storage, name, one) for name, one in told.items()}
+    data = store.storage.read(mark_path(part, array))
     is_new = writer.adopt(part, array, data, sources)
     return sum(one["bytes"] for one in told.values()) if is_new else 0
 
 
-def _compared(place: Place, name: str, told: Mapping[str, Any]) -> Iterator[bytes]:
+def _compared(place: Storage, name: str, told: Mapping[str, Any]) -> Iterator[bytes]:
     """The bytes of an object; raises at their end if they are not those that the mark names."""
     digest, size = xxhash.xxh3_128(), 0
     try:
@@ -122,12 +122,12 @@ def _compared(place: Place, name: str, told: Mapping[str, Any]) -> Iterator[byte
 # --- arriving ---
 
 
-def refuse_nesting(source: Place, to: Place) -> None:
+def refuse_nesting(source: Storage, to: Storage) -> None:
     if source.is_within(to) or to.is_within(source):
         raise ValueError(f"{to} and {source} must not lie in each other; name another place")
 
 
-def receive(to: Place, data: bytes, layout: Layout, widths: Iterable[int]) -> None:
+def receive(to: Storage, data: bytes, layout: Layout, widths: Iterable[int]) -> None:
     """Make the place that is to become a store with this `store.json`, or find it again."""
     check_printable(to)
     refuse_large(to, layout, widths)
@@ -148,7 +148,7 @@ def receive(to: Place, data: bytes, layout: Layout, widths: Iterable[int]) -> No
         )
 
 
-def arrived(to: Place, data: bytes) -> None:
+def arrived(to: Storage, data: bytes) -> None:
     """Make a store of what has arrived."""
     to.put_new(STORE_FILE, data)
     to.delete(_INCOMING)
@@ -161,13 +161,13 @@ def arrived(to: Place, data: bytes) -> None:
 class Leaving:
     """What is to be removed: a store, or half a copy, and what earlier removals left of it."""
 
-    places: tuple[Place, ...]
+    places: tuple[Storage, ...]
     told: str
 
 
-def find_removable(where: str | Path | Place) -> Leaving:
+def find_removable(where: str | Path | Storage) -> Leaving:
     """Look at what is to be removed; raises ValueError for what is not certainly a store."""
-    place = place_of(where)
+    place = open_storage(where)
     if place.is_link():
         raise ValueError(f"{place} is a symbolic link; name the store itself")
     rests = place.rests()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcache.collection.producer import Station, load
+from mpcache.collection.producer import ActivationProducer, load
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.data.documents import Documents, open_documents
 from mpcache.data.packing import Cursor, PartTokens, iter_parts, row_permutation
@@ -33,7 +33,7 @@ class NoDatasetError(Exception):
     """The dataset that a store was made from is not to be had; the message says why."""
 
 
-class Retrace:
+class Recomputation:
     """The collection that a store came from, set up again as far as it is needed.
 
     Raises:
@@ -64,15 +64,15 @@ class Retrace:
         return documents
 
     @functools.cached_property
-    def _station(self) -> Station:
+    def _station(self) -> ActivationProducer:
         loaded = load(self.config)
         self._refuse_other("model", loaded.digests["model_digest"], "model")
-        return Station(self.config, loaded)
+        return ActivationProducer(self.config, loaded)
 
     def _refuse_other(self, name: str, digest: str | None, option: str) -> None:
         if digest != self.store.identity.get(f"{name}_digest"):
             raise ValueError(
-                f"{self.store.place} was made from another {name} than that of "
+                f"{self.store.storage} was made from another {name} than that of "
                 f"{getattr(self.config, option)}; say with --{option} where the right one is"
             )
 
@@ -127,7 +127,7 @@ class Retrace:
         try:
             return writer.mark(part, TOKENS)
         except FileNotFoundError:
-            name = f"{self.store.place}/{mark_path(part, TOKENS)}"
+            name = f"{self.store.storage}/{mark_path(part, TOKENS)}"
             raise DamagedStoreError(
                 f"{name} is missing; its part is not known without it"
             ) from None
@@ -154,7 +154,7 @@ class Retrace:
     # --- activations ---
 
     def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
-        store = open_store(self.store.place)  # its tokens may have been mended since
+        store = open_store(self.store.storage)  # its tokens may have been mended since
         tokens = part_input(store, part)
         units = self.units.within(part, store.token_count(part))
         cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
@@ -198,4 +198,6 @@ def _config(
     try:
         return CollectConfig(**settings)
     except TypeError as error:
-        raise DamagedStoreError(f"{store.place}: its settings are unknown here: {error}") from error
+        raise DamagedStoreError(
+            f"{store.storage}: its settings are unknown here: {error}"
+        ) from error

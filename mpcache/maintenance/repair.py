@@ -16,12 +16,12 @@ from mpcache.config import RepairConfig
 from mpcache.maintenance.convert import give_converted
 from mpcache.maintenance.copy import copy_part
 from mpcache.maintenance.findings import Finding
-from mpcache.maintenance.recompute import NoDatasetError, Retrace
-from mpcache.maintenance.repair_writer import Mended, Mender
-from mpcache.maintenance.repartition import Recut
+from mpcache.maintenance.recompute import NoDatasetError, Recomputation
+from mpcache.maintenance.repair_writer import Mended, RepairWriter
+from mpcache.maintenance.repartition import Repartition
 from mpcache.maintenance.verify import all_specs, spans, usual_span, verify
-from mpcache.parallel.config import Hands
-from mpcache.storage.base import Place, place_of
+from mpcache.parallel.config import ParallelConfig
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, is_claim
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
@@ -49,13 +49,13 @@ class Repaired:
 
 
 def repair(
-    where: str | Path | Place,
+    where: str | Path | Storage,
     config: RepairConfig = RepairConfig(),  # noqa: B008  frozen
-    hands: Hands = Hands(),  # noqa: B008  frozen
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
 ) -> Repaired:
-    """Verify a store, with the hands given, and mend what is found.
+    """Verify a store, in parallel as asked, and mend what is found.
 
     No journal of `verify` is believed: what was sound then may be damaged by now.
 
@@ -63,9 +63,9 @@ def repair(
         ValueError: there is no store; or its model is needed and another one was found.
         DamagedStoreError: `store.json` is damaged, which nothing else tells.
     """
-    place = place_of(where)
+    place = open_storage(where)
     store = open_store(place)
-    findings = verify(place, hands, quiet=quiet).findings
+    findings = verify(place, parallel, quiet=quiet).findings
     deleted = [f.path for f in findings if f.fault == "leftover" and config.delete_leftovers]
     deleted.sort(key=is_claim, reverse=True)  # one that lost its objects might still be begun with
     for name in deleted:
@@ -89,8 +89,8 @@ def _mend_metadata(store: Store, damaged: Sequence[str]) -> tuple[str, ...]:
     for _, spec in all_specs(store):
         implied |= spec.metadata(parts)
     for name in damaged:
-        if not store.place.put_new(name, implied[name]):
-            store.place.replace(name, implied[name])
+        if not store.storage.put_new(name, implied[name]):
+            store.storage.replace(name, implied[name])
     return tuple(damaged)
 
 
@@ -111,12 +111,12 @@ class _OtherStore:
         self.source = open_store(where)
         if self.source.fingerprint != store.fingerprint:
             raise ValueError(
-                f"{where} must hold the same rows as {store.place}, got others; name a copy of it, "
-                "or the store it was converted from"
+                f"{where} must hold the same rows as {store.storage}, got others; "
+                "name a copy of it, or the store it was converted from"
             )
         if lacking := [array for array in arrays if array not in self.source.arrays]:
             raise ValueError(f"{where} lacks {lacking[0]}; name another copy, or none")
-        self.cut = Recut(self.source, store.layout, arrays)
+        self.cut = Repartition(self.source, store.layout, arrays)
 
     def give(self, part: int, arrays: Sequence[str], writer: Writer) -> None:
         for array in arrays:
@@ -136,10 +136,10 @@ def _mend_marks(
     arrays = tuple(dict.fromkeys(sorted((array for _, array in pairs), key=_rank)))
     if not pairs:
         return ()
-    mender = Mender(store, pairs, config.accept_other_bits)
-    source: Retrace | _OtherStore
+    mender = RepairWriter(store, pairs, config.accept_other_bits)
+    source: Recomputation | _OtherStore
     if config.source is None:
-        source = Retrace(store, config, arrays)
+        source = Recomputation(store, config, arrays)
     else:
         source = _OtherStore(store, config.source, arrays)
     try:
@@ -152,7 +152,9 @@ def _mend_marks(
     return tuple(mender.outcomes[pair] for pair in sorted(pairs))
 
 
-def _give(source: Retrace | _OtherStore, part: int, arrays: Sequence[str], mender: Mender) -> None:
+def _give(
+    source: Recomputation | _OtherStore, part: int, arrays: Sequence[str], mender: RepairWriter
+) -> None:
     try:
         source.give(part, arrays, mender)
     except (DamagedStoreError, NoDatasetError) as error:

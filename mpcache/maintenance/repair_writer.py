@@ -53,13 +53,13 @@ class Mended:
         return self.outcome not in ("other bits", "left")
 
 
-class Mender(Writer):
+class RepairWriter(Writer):
     """Writes damaged parts of one store; `outcomes` has what became of each."""
 
     def __init__(
         self, store: Store, damaged: Iterable[tuple[int, str]], accept_other_bits: bool
     ) -> None:
-        super().__init__(store.place, store.layout, store.fingerprint)
+        super().__init__(store.storage, store.layout, store.fingerprint)
         self.accepts = accept_other_bits
         self.outcomes: dict[tuple[int, str], Mended] = {}
         self._damaged = set(damaged)
@@ -129,11 +129,11 @@ class Mender(Writer):
         return {
             name: one
             for name, one in committed.items()
-            if one["xxh3_128"] != told[name]["xxh3_128"] and is_as_told(self.place, name, one)
+            if one["xxh3_128"] != told[name]["xxh3_128"] and is_as_told(self.storage, name, one)
         }
 
     def _wrong(self, objects: Mapping[str, Any]) -> set[str]:
-        return {name for name, one in objects.items() if not is_as_told(self.place, name, one)}
+        return {name for name, one in objects.items() if not is_as_told(self.storage, name, one)}
 
     def _ground(
         self,
@@ -159,7 +159,7 @@ class Mender(Writer):
     def _sound_mark(self, part: int, array: str) -> dict[str, Any] | None:
         name = mark_path(part, array)
         try:
-            mark = unseal(self.place.read(name), name)
+            mark = unseal(self.storage.read(name), name)
             check_mark(mark, part, array, self.layout, self.fingerprint, name)
         except (DamagedStoreError, FileNotFoundError):
             return None
@@ -177,19 +177,19 @@ class Mender(Writer):
     def _put(self, given: _Given, told: Mapping[str, Any], names: Iterable[str]) -> None:
         """Put objects in place of what is there."""
         for name in sorted(names):
-            temporary = self.place.prepare(name, uuid.uuid4().hex, given[name]())
-            self.place.publish(temporary, name)
-            self.place.delete(temporary)
-            self.place.sync(name)
-            if not is_as_told(self.place, name, told[name]):
+            temporary = self.storage.prepare(name, uuid.uuid4().hex, given[name]())
+            self.storage.publish(temporary, name)
+            self.storage.delete(temporary)
+            self.storage.sync(name)
+            if not is_as_told(self.storage, name, told[name]):
                 raise DamagedStoreError(
-                    f"{self.place}/{name} does not read back as it was written; check the disk"
+                    f"{self.storage}/{name} does not read back as it was written; check the disk"
                 )
 
     def _put_mark(self, part: int, array: str, data: bytes) -> None:
         name = mark_path(part, array)
-        if not self.place.put_new(name, data):
-            self.place.replace(name, data)
+        if not self.storage.put_new(name, data):
+            self.storage.replace(name, data)
 
 
 def _told(spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class _Source:
     rows: int
 
 
-class Recut:
+class Repartition:
     """What the parts of a new layout are made of.
 
     Raises:
@@ -126,7 +126,7 @@ class Recut:
         """Raise ValueError where a part that is there would have more rows by now."""
         if not self.is_same and writer.mark(part, array)["rows"] != self.rows(part):
             raise ValueError(
-                f"{writer.place} ends with a part of fewer rows than its source has by now; "
+                f"{writer.storage} ends with a part of fewer rows than its source has by now; "
                 "convert into a new place"
             )
 
@@ -154,7 +154,7 @@ class Recut:
         told = mark["objects"][spec.object_path(part)]
         if values_digest([values]) != told["values_xxh3_128"]:
             raise DamagedStoreError(
-                f"{self.store.place}/{spec.object_path(part)} is damaged: it decodes to other "
+                f"{self.store.storage}/{spec.object_path(part)} is damaged: it decodes to other "
                 "values; mpcache repair mends it"
             )
         return values

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mpcache.parallel.config import Hands
-from mpcache.parallel.ordered_map import each
-from mpcache.storage.base import Place
+from mpcache.parallel.config import ParallelConfig
+from mpcache.parallel.ordered_map import ordered_map
+from mpcache.storage.base import Storage
 from mpcache.store.format import TOKENS, acts, hookpoint_of, specs
 from mpcache.store.moments import Moments, merged, no_moments
 from mpcache.store.reader import Store, open_store
@@ -52,12 +52,12 @@ class SideStats:
     nonfinite: int
 
 
-def info(where: str | Path | Place) -> dict[str, Any]:
+def info(where: str | Path | Storage) -> dict[str, Any]:
     """Provenance, rows wanted, and rows, bytes and parts done of each array, as plain values."""
     store = open_store(where)
     planned, extent = set(store.numbers(TOKENS)), extent_of(store)
     return {
-        "store": str(store.place),
+        "store": str(store.storage),
         "fingerprint": store.fingerprint,
         "identity": store.identity,
         "provenance": store.provenance,
@@ -106,8 +106,8 @@ class SideRows:
 
 
 def stats(
-    where: str | Path | Place,
-    hands: Hands = Hands(),  # noqa: B008  frozen
+    where: str | Path | Storage,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
 ) -> tuple[SideRows, ...]:
@@ -115,7 +115,7 @@ def stats(
     store = open_store(where)
     arrays = [acts(h, s) for h in store.hookpoints for s in store.sides(h)]
     marks = [(part, array) for array in arrays for part in store.numbers(array)]
-    found = each(functools.partial(_part_rows, store), marks, hands, quiet=quiet)
+    found = ordered_map(functools.partial(_part_rows, store), marks, parallel, quiet=quiet)
     with tqdm(found, "stats", len(marks), unit="mark", disable=quiet) as bar:
         parts = iter(bar)
         return tuple(_side_rows(store, a, _next(parts, len(store.numbers(a)))) for a in arrays)

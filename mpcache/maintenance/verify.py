@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from mpcache.maintenance.findings import Fault, Finding
 from mpcache.maintenance.journal import Journal
-from mpcache.parallel.config import Hands
-from mpcache.parallel.ordered_map import each
-from mpcache.storage.base import Place, place_of
+from mpcache.parallel.config import ParallelConfig
+from mpcache.parallel.ordered_map import ordered_map
+from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import digest_of, is_temporary
 from mpcache.store.format import (
     MARKS,
@@ -56,8 +56,8 @@ class Verdict:
 
 
 def verify(
-    where: str | Path | Place,
-    hands: Hands = Hands(),  # noqa: B008  frozen
+    where: str | Path | Storage,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     journal: Path | None = None,
     quiet: bool = True,
@@ -70,7 +70,7 @@ def verify(
         ValueError: there is no store, or its format version is unknown; or the journal is none of
             this store in this place.
     """
-    place = place_of(where)
+    place = open_storage(where)
     try:
         store = open_store(place)
     except DamagedStoreError as error:
@@ -80,7 +80,7 @@ def verify(
     except DamagedStoreError as error:
         return Verdict(findings=(Finding("linked", MARKS, str(error)),))
     notes = None if journal is None else Journal(journal, place.address, store.digest)
-    checked = _check_marks(store, marks, hands, notes, quiet)
+    checked = _check_marks(store, marks, parallel, notes, quiet)
     findings = (*checked.findings, *_metadata(store), *_incomplete_parts(store), *_strays(store))
     return Verdict(len(marks), checked.objects, checked.bytes, checked.earlier, findings)
 
@@ -104,14 +104,14 @@ class _Checked:
 def _check_marks(
     store: Store,
     marks: list[tuple[int, str]],
-    hands: Hands,
+    parallel: ParallelConfig,
     journal: Journal | None,
     quiet: bool,
 ) -> Verdict:
     names = [mark_path(*mark) for mark in marks]
     known = [None if journal is None else journal.sound(name) for name in names]
     tasks = [(*mark, digest) for mark, digest in zip(marks, known, strict=True)]
-    found = each(functools.partial(_check_mark, store), tasks, hands, quiet=quiet)
+    found = ordered_map(functools.partial(_check_mark, store), tasks, parallel, quiet=quiet)
     objects = size = earlier = 0
     findings: list[Finding] = []
     with tqdm(found, "verify", len(marks), unit="mark", disable=quiet) as bar:
@@ -130,7 +130,7 @@ def _check_mark(store: Store, task: tuple[int, str, str | None]) -> _Checked:
     try:
         mark = store.mark(part, array)
     except DamagedStoreError as error:
-        fault = _or_linked("mark", store.place, name)
+        fault = _or_linked("mark", store.storage, name)
         return _Checked("", 0, 0, False, (Finding(fault, name, str(error), (part, array)),))
     found, readable = [], []
     for spec in specs(array, store.layout, int(mark.get("width", 0))):
@@ -150,7 +150,7 @@ def _check_mark(store: Store, task: tuple[int, str, str | None]) -> _Checked:
     return _Checked(mark_digest, len(mark["objects"]), size, is_known, tuple(found))
 
 
-def _or_linked(fault: Fault, place: Place, name: str) -> Fault:
+def _or_linked(fault: Fault, place: Storage, name: str) -> Fault:
     """A fault, unless what is damaged is the way to it."""
     try:
         place.size(name)
@@ -162,7 +162,7 @@ def _or_linked(fault: Fault, place: Place, name: str) -> Fault:
 def _size_fault(store: Store, name: str, committed: int) -> tuple[Fault, str] | None:
     """What is wrong with an object that need not be read to see it."""
     try:
-        size = store.place.size(name)
+        size = store.storage.size(name)
     except DamagedStoreError as error:
         return "linked", str(error)
     if size is None:
@@ -177,11 +177,11 @@ def _content_fault(store: Store, part: int, array: str, spec: ArraySpec) -> str 
     """What is wrong with the bytes of an object that has its size."""
     mark, name = store.mark(part, array), spec.object_path(part)
     committed = mark["objects"][name]
-    if digest_of(store.place.pieces(name)) != committed["xxh3_128"]:
+    if digest_of(store.storage.pieces(name)) != committed["xxh3_128"]:
         return "its bytes differ from what was committed"
     length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
     try:
-        found = values_digest(_values(store.place, name, committed["bytes"], spec, length))
+        found = values_digest(_values(store.storage, name, committed["bytes"], spec, length))
     except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
         return str(error)
     if found != committed["values_xxh3_128"]:
@@ -190,7 +190,7 @@ def _content_fault(store: Store, part: int, array: str, spec: ArraySpec) -> str 
 
 
 def _values(
-    place: Place, name: str, size: int, spec: ArraySpec, length: int
+    place: Storage, name: str, size: int, spec: ArraySpec, length: int
 ) -> Iterator[np.ndarray]:
     """What an object decodes to, whole chunks at a time; its array's metadata may be damaged."""
     read = functools.partial(place.read_into, name)
@@ -206,13 +206,13 @@ def _metadata(store: Store) -> Iterator[Finding]:
     implied: dict[str, bytes] = {}
     for _, spec in all_specs(store):
         try:
-            check_metadata(store.place, spec)
+            check_metadata(store.storage, spec)
         except DamagedStoreError as error:
-            fault = _or_linked("metadata", store.place, spec.metadata_path)
+            fault = _or_linked("metadata", store.storage, spec.metadata_path)
             yield Finding(fault, spec.metadata_path, str(error))
         implied |= {n: data for n, data in spec.metadata(1).items() if n != spec.metadata_path}
     for name, data in implied.items():
-        yield from _group_findings(store.place, name, data)
+        yield from _group_findings(store.storage, name, data)
     found = spans(store)
     usual = usual_span(found)
     for name, span in found.items():
@@ -225,7 +225,7 @@ def spans(store: Store) -> dict[str, int]:
     found = {}
     for _, spec in all_specs(store):
         with contextlib.suppress(DamagedStoreError):
-            found[spec.metadata_path] = check_metadata(store.place, spec)
+            found[spec.metadata_path] = check_metadata(store.storage, spec)
     return found
 
 
@@ -250,7 +250,7 @@ def _width(store: Store, part: int, array: str) -> int | None:
         return None
 
 
-def _group_findings(place: Place, name: str, implied: bytes) -> Iterator[Finding]:
+def _group_findings(place: Storage, name: str, implied: bytes) -> Iterator[Finding]:
     try:
         found = None if place.size(name) is None else place.read(name)
     except DamagedStoreError as error:
@@ -278,10 +278,10 @@ def _incomplete_parts(store: Store) -> Iterator[Finding]:
 def _strays(store: Store) -> Iterator[Finding]:
     """Objects that no mark vouches for."""
     names = _Names(store)
-    for name in store.place.names():
+    for name in store.storage.names():
         if names.is_known(name):
             continue
-        if store.place.is_link(name):
+        if store.storage.is_link(name):
             yield Finding("foreign", name, "a symbolic link; never followed")
         elif is_temporary(name):
             yield Finding("leftover", name, "rest of an interrupted write")

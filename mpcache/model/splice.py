@@ -26,7 +26,7 @@ from mpcache.model.isolation import find_separation
 from mpcache.model.loading import Head, load_model, loader_of, model_digest
 from mpcache.model.skeleton import load_architecture
 from mpcache.model.token_masking import Masking
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.store.fingerprint import ways_of
 from mpcache.store.format import BY_ASSISTANT
 from mpcache.store.reader import open_store
@@ -56,7 +56,7 @@ class SplicedModel:
 
     def __init__(
         self,
-        store: str | Path | Place,
+        store: str | Path | Storage,
         model: str,
         revision: str | None,
         device: str,
@@ -103,7 +103,7 @@ class SplicedModel:
         digest = self.store.identity["model_digest"]
         if model_digest(base) != digest and not is_part_of_collected(base, self.config, digest):
             raise ValueError(
-                f"{self.store.place} was made from another model than {self.config.model}; name "
+                f"{self.store.storage} was made from another model than {self.config.model}; name "
                 f"{self.store.provenance['model']['model']}, "
                 f"revision {self.store.config['revision']}"
             )
@@ -174,11 +174,13 @@ class SplicedModel:
         inputs = (inputs for part in self._parts()[:1] for inputs, _ in self._inputs(part))
         longest = max(inputs, key=lambda one: one["input_ids"].numel(), default=None)
         if longest is None and not self._parts():
-            raise ValueError(f"{self.store.place} has no validation tokens yet; collect more rows")
+            raise ValueError(
+                f"{self.store.storage} has no validation tokens yet; collect more rows"
+            )
         if longest is None or longest["input_ids"].numel() < 2:
             raise ValueError(
-                f"{self.store.place} must have a held-out sequence of two tokens or more, got none "
-                "to predict from; collect longer documents, or with a longer ctx_len"
+                f"{self.store.storage} must have a held-out sequence of two tokens or more, "
+                "got none to predict from; collect longer documents, or with a longer ctx_len"
             )
         return longest
 

@@ -22,7 +22,7 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cluster:
+class DaskConfig:
     """Processes that share the work; without either of these, it is done by the calling one."""
 
     workers: int | None = None
@@ -47,7 +47,7 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workforce(Cluster):
+class CollectParallelConfig(DaskConfig):
     """Where the model of a collection runs."""
 
     workers: int | None = None
@@ -78,7 +78,7 @@ class Workforce(Cluster):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hands(Cluster):
+class ParallelConfig(DaskConfig):
     """What goes over the parts of a store that is there."""
 
     threads: int | None = None

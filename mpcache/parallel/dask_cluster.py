@@ -16,7 +16,7 @@ from distributed.client import Client
 from distributed.deploy.local import LocalCluster
 from distributed.utils import get_mp_context
 
-from mpcache.parallel.config import Cluster
+from mpcache.parallel.config import DaskConfig
 
 # forked workers would start in no time, but hang where OpenMP has several threads, and cannot use
 # CUDA; tests, which compute in one thread, set "forkserver"
@@ -25,7 +25,7 @@ CONNECT = 30.0  # seconds
 
 
 @contextlib.contextmanager
-def connected(wanted: Cluster, *, threads: int, preload: str, quiet: bool) -> Iterator[Client]:
+def connected(wanted: DaskConfig, *, threads: int, preload: str, quiet: bool) -> Iterator[Client]:
     """A client of the cluster, once it has a worker; `threads` and `preload` are for our own."""
     with contextlib.ExitStack() as exits:
         address: Any = wanted.scheduler

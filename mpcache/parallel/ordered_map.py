@@ -13,26 +13,30 @@ from typing import TypeVar
 
 import torch
 
-from mpcache.parallel.config import Hands
+from mpcache.parallel.config import ParallelConfig
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _AHEAD = 4  # tasks given out for each that is in work: nobody waits for the slowest one
 
 
-def each(
-    function: Callable[[Task], Result], tasks: Iterable[Task], hands: Hands, *, quiet: bool
+def ordered_map(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    parallel: ParallelConfig,
+    *,
+    quiet: bool,
 ) -> Iterator[Result]:
     """`function` of every task, in order; with a cluster, both must be picklable.
 
     Raises what a task raises; tasks that were begun are finished, no other begins.
     """
-    with _staff(hands, quiet) as (executor, abreast):
+    with _staff(parallel, quiet) as (executor, concurrency):
         given: deque[Future[Result]] = deque()
         try:
             for task in tasks:
                 given.append(executor.submit(function, task))
-                if len(given) == _AHEAD * abreast:
+                if len(given) == _AHEAD * concurrency:
                     yield given.popleft().result()
             while given:
                 yield given.popleft().result()
@@ -42,25 +46,25 @@ def each(
 
 
 @contextlib.contextmanager
-def _staff(hands: Hands, quiet: bool) -> Iterator[tuple[Executor, int]]:
+def _staff(parallel: ParallelConfig, quiet: bool) -> Iterator[tuple[Executor, int]]:
     """Who does the tasks, and how many at a time."""
-    if not hands.is_wanted:
+    if not parallel.is_wanted:
         # each thread computes alone: theirs is the parallelism. This one's own number is settled
         # first, or it would be theirs too, and a model would compute other bits with it
         torch.get_num_threads()
         with ThreadPoolExecutor(
-            hands.at_a_time, "part", initializer=torch.set_num_threads, initargs=(1,)
+            parallel.at_a_time, "part", initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            yield pool, hands.at_a_time
+            yield pool, parallel.at_a_time
         return
     from distributed.scheduler import KilledWorker  # Dask's scheduler is not needed by threads
 
     from mpcache.parallel.dask_cluster import connected
 
-    with connected(hands, threads=hands.at_a_time, preload=__name__, quiet=quiet) as client:
-        abreast = max(1, sum(client.nthreads().values()))
+    with connected(parallel, threads=parallel.at_a_time, preload=__name__, quiet=quiet) as client:
+        concurrency = max(1, sum(client.nthreads().values()))
         try:
-            yield client.get_executor(pure=False), abreast
+            yield client.get_executor(pure=False), concurrency
         except CancelledError:
             raise ConnectionError(
                 "the Dask scheduler was lost; the same command goes on from there"

@@ -10,19 +10,19 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mpcache.storage.cloud import is_url
-from mpcache.storage.local import Folder
-from mpcache.storage.object_store import Bucket
+from mpcache.storage.local import LocalStorage
+from mpcache.storage.object_store import ObjectStorage
 
 
 @runtime_checkable
-class Place(Protocol):
+class Storage(Protocol):
     """A folder or a bucket's prefix. Threads may share it; its text leads to it again.
 
     Every method raises DamagedStoreError rather than follow a link out of the place, and
     ConnectionError where a server does not answer.
     """
 
-    abreast: int
+    concurrency: int
     "calls that are worth making at a time, each from a thread: where they wait for a server"
     largest: int | None
     "bytes of the largest object that can be published; None where there is no limit"
@@ -37,7 +37,7 @@ class Place(Protocol):
         """Text that leads here from any working directory and any machine that shares the place."""
         ...
 
-    def child(self, name: str) -> "Place":
+    def child(self, name: str) -> "Storage":
         """The place of this name directly below; ValueError where a place cannot have it."""
         ...
 
@@ -45,7 +45,7 @@ class Place(Protocol):
         """Names of all that is directly below, in a stable order; none where nothing is."""
         ...
 
-    def is_within(self, other: "Place") -> bool:
+    def is_within(self, other: "Storage") -> bool:
         """Whether this is the other place, or lies in it."""
         ...
 
@@ -59,7 +59,7 @@ class Place(Protocol):
         """Whether a name is a link, which nothing here follows."""
         ...
 
-    def holds_places(self) -> bool:
+    def can_hold_stores(self) -> bool:
         """Whether this can be a root: a folder, and not a file."""
         ...
 
@@ -133,7 +133,7 @@ class Place(Protocol):
 
     # --- leaving ---
 
-    def rests(self) -> "tuple[Place, ...]":
+    def rests(self) -> "tuple[Storage, ...]":
         """What interrupted removals of this place have left beside it."""
         ...
 
@@ -147,15 +147,15 @@ class Place(Protocol):
         ...
 
 
-def place_of(where: str | Path | Place) -> Place:
+def open_storage(where: str | Path | Storage) -> Storage:
     """The place that a path or a URL leads to.
 
     Raises ValueError where a URL is none of a bucket.
     """
     if isinstance(where, str):
-        return Bucket(where) if is_url(where) else Folder(Path(where))
+        return ObjectStorage(where) if is_url(where) else LocalStorage(Path(where))
     if not isinstance(where, Path):
         return where
     if where.parts[:1] in (("s3:",), ("gs:",)):
         raise ValueError("a Path cannot hold a URL; give the URL as text")
-    return Folder(where)
+    return LocalStorage(where)

@@ -29,10 +29,10 @@ _CALL, _CALL_BUFFERS = 1 << 30, 1024
 _REST = r"\.{}\.[0-9a-f]{{32}}\.removed"
 
 
-class Folder:
+class LocalStorage:
     """A place on a file system; mpcache.storage.base has the contract."""
 
-    abreast = 1
+    concurrency = 1
     largest: int | None = None
 
     def __init__(self, path: Path) -> None:
@@ -41,8 +41,8 @@ class Folder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def __reduce__(self) -> "tuple[type[Folder], tuple[Path]]":
-        return Folder, (Path(self.address),)  # elsewhere the working directory is another one
+    def __reduce__(self) -> "tuple[type[LocalStorage], tuple[Path]]":
+        return LocalStorage, (Path(self.address),)  # elsewhere the working directory is another one
 
     @property
     def name(self) -> str:
@@ -52,14 +52,14 @@ class Folder:
     def address(self) -> str:
         return str(user_path(self.path).absolute())
 
-    def child(self, name: str) -> "Folder":
-        return Folder(self.path / name)
+    def child(self, name: str) -> "LocalStorage":
+        return LocalStorage(self.path / name)
 
     def children(self) -> list[str]:
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
     def is_within(self, other: object) -> bool:
-        return isinstance(other, Folder) and self.path.resolve().is_relative_to(
+        return isinstance(other, LocalStorage) and self.path.resolve().is_relative_to(
             other.path.resolve()
         )
 
@@ -69,7 +69,7 @@ class Folder:
     def is_link(self, name: str = "") -> bool:
         return (self.path / name).is_symlink()
 
-    def holds_places(self) -> bool:
+    def can_hold_stores(self) -> bool:
         return self.path.is_dir() or not self.path.exists()
 
     def size(self, name: str) -> int | None:
@@ -153,9 +153,9 @@ class Folder:
         if folder.is_dir():
             sync_folders(folder, self.path / top)
 
-    def rests(self) -> "tuple[Folder, ...]":
+    def rests(self) -> "tuple[LocalStorage, ...]":
         pattern = re.compile(_REST.format(re.escape(self.path.name)))
-        above = Folder(self.path.parent)
+        above = LocalStorage(self.path.parent)
         found = [name for name in above.children() if pattern.fullmatch(name)]
         folders = [n for n in found if (above.path / n).is_dir() and not above.is_link(n)]
         return tuple(above.child(name) for name in folders)

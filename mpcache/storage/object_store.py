@@ -25,7 +25,7 @@ from mpcache.storage.cloud import Scheme, asking, client, split_url
 from mpcache.storage.tempfiles import temporary_name
 
 _PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
-_ABREAST = 8  # requests for one object at a time, either way
+_CONCURRENCY = 8  # requests for one object at a time, either way
 _PAGE = 1000  # names of an answer; no server gives more
 _TRIES = 5  # of what fails at once
 _SOON = 1.0  # seconds; where obstore gives up later, it has tried more than once
@@ -36,10 +36,10 @@ _LONGEST_PAUSE = 10.0
 Answer = TypeVar("Answer")
 
 
-class Bucket:
+class ObjectStorage:
     """A prefix of a bucket; mpcache.storage.base has the contract."""
 
-    abreast = 8
+    concurrency = 8
     largest: int | None = 5_000_000_000  # bytes that a server copies in one request
 
     def __init__(self, url: str) -> None:
@@ -56,8 +56,8 @@ class Bucket:
     def address(self) -> str:
         return str(self)
 
-    def child(self, name: str) -> "Bucket":
-        return Bucket(f"{self}/{name}")
+    def child(self, name: str) -> "ObjectStorage":
+        return ObjectStorage(f"{self}/{name}")
 
     def children(self) -> list[str]:
         import obstore
@@ -67,7 +67,7 @@ class Bucket:
         return sorted({name for path in paths if (name := self._name(path))})
 
     def is_within(self, other: object) -> bool:
-        return isinstance(other, Bucket) and f"{self}/".startswith(f"{other}/")
+        return isinstance(other, ObjectStorage) and f"{self}/".startswith(f"{other}/")
 
     # --- looking ---
 
@@ -79,7 +79,7 @@ class Bucket:
     def is_link(self, name: str = "") -> bool:
         return False
 
-    def holds_places(self) -> bool:
+    def can_hold_stores(self) -> bool:
         return True
 
     def size(self, name: str) -> int | None:
@@ -117,7 +117,7 @@ class Bucket:
             raise FileNotFoundError(f"{self}/{name}")
         waiting: deque[Future[np.ndarray]] = deque()
         for offset in range(0, size, _PART):
-            if len(waiting) == _ABREAST:
+            if len(waiting) == _CONCURRENCY:
                 yield waiting.popleft().result().tobytes()
             length = min(_PART, size - offset)
             waiting.append(_requests().submit(self._range, name, offset, length))
@@ -187,7 +187,7 @@ class Bucket:
                 # in parts, several on their way at a time
                 obstore.put(
                     bucket, path, itertools.chain(kept.copy(), _keeping(rest, kept, failed)),
-                    use_multipart=True, chunk_size=_PART, max_concurrency=_ABREAST,
+                    use_multipart=True, chunk_size=_PART, max_concurrency=_CONCURRENCY,
                 )  # fmt: skip
             except FileNotFoundError:
                 # done, but the answer was lost; asked again, the server knows of no upload
@@ -225,7 +225,7 @@ class Bucket:
 
     # --- leaving ---
 
-    def rests(self) -> "tuple[Bucket, ...]":
+    def rests(self) -> "tuple[ObjectStorage, ...]":
         return ()
 
     def remove(self, head: str, told: str, first: str) -> None:
@@ -332,7 +332,7 @@ def _pauses() -> Iterator[float]:
 @lru_cache
 def _requests() -> ThreadPoolExecutor:
     """Threads that wait for answers."""
-    return ThreadPoolExecutor(2 * _ABREAST, "request")
+    return ThreadPoolExecutor(2 * _CONCURRENCY, "request")
 
 
 # --- pieces ---

@@ -4,17 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.store.format import Layout, digest, read_store_file
 
 
 class Description:
     """What a store is made from and how it is laid out; rows are not looked at."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Storage) -> None:
         """Raises ValueError where there is no store, DamagedStoreError for damage."""
         content = read_store_file(place)
-        self.place = place
+        self.storage = place
         self.fingerprint: str = content["fingerprint"]
         self.identity: dict[str, Any] = content["identity"]
         self.config: dict[str, Any] = content["config"]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mpcache.config import CollectConfig
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.storage.tempfiles import is_temporary
 from mpcache.store.format import (
     STORE_FILE,
@@ -91,7 +91,7 @@ def layout_of(config: CollectConfig, token_dtype: str, *, token_flags: bool = Fa
 
 
 def open_place(
-    place: Place, config: CollectConfig, identity: dict[str, Any], layout: Layout,
+    place: Storage, config: CollectConfig, identity: dict[str, Any], layout: Layout,
     provenance: dict[str, Any],
 ) -> None:  # fmt: skip
     """Make the store, or check that the one there holds the same rows in the same layout."""
@@ -118,14 +118,14 @@ def as_stored(content: Any) -> Any:
     return json.loads(canonical(content))
 
 
-def refuse_other_content(place: Place) -> None:
+def refuse_other_content(place: Storage) -> None:
     """Raise ValueError where a new store would lie among other files."""
-    others = not place.holds_places() or any(not is_temporary(name) for name in place.names())
+    others = not place.can_hold_stores() or any(not is_temporary(name) for name in place.names())
     if others and not is_store(place):  # another may have made the store just now
         raise ValueError(f"{place} exists and is no store; name a new or empty folder")
 
 
-def _refuse_difference(place: Place, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_difference(place: Storage, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     stored_keys = set(stored)
     stored, wanted = {**_OLD_WAYS, **stored}, {**_OLD_WAYS, **wanted}
     different = [key for key in wanted if stored.get(key) != wanted[key]]
@@ -154,7 +154,7 @@ def dtypes_of(dtype: str, provenance: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _refuse_converted(place: Place, found: dict[str, Any]) -> None:
+def _refuse_converted(place: Storage, found: dict[str, Any]) -> None:
     """Rows from the model would be rounded once, rows that went through another dtype twice.
 
     And a larger part can hold no collected part alone.

@@ -21,7 +21,7 @@ from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from mpcache.config import Codec, Split, split_of
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.store.zarr_codec import ArraySpec
 from mpcache.validation import DamagedStoreError, is_acts, is_part
 
@@ -94,7 +94,7 @@ class Layout:
         return split_of(part, self.validation_every)
 
 
-def check_metadata(place: Place, spec: ArraySpec) -> int:
+def check_metadata(place: Storage, spec: ArraySpec) -> int:
     """Compare an array's `zarr.json` with what the layout implies; gives the parts it spans."""
     file = f"{place}/{spec.metadata_path}"
     try:
@@ -270,12 +270,12 @@ def unseal(data: bytes, name: str) -> Sealed:
     return content
 
 
-def is_store(place: Place) -> bool:
+def is_store(place: Storage) -> bool:
     """Whether a store was made there."""
     return place.exists(STORE_FILE)
 
 
-def read_store_file(place: Place) -> Sealed:
+def read_store_file(place: Storage) -> Sealed:
     """Content of `store.json`; refuses what is no store and an unknown format version."""
     if not is_store(place):
         raise ValueError(

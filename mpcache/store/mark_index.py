@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.store.format import MARKS, marked_array
 
 
-def parts_of_arrays(place: Place) -> dict[str, set[int]]:
+def parts_of_arrays(place: Storage) -> dict[str, set[int]]:
     """The committed parts of each array, arrays in natural order."""
     parts: dict[str, set[int]] = {}
     for part, array in marked(place):
@@ -16,7 +16,7 @@ def parts_of_arrays(place: Place) -> dict[str, set[int]]:
     return {array: parts[array] for array in sorted(parts, key=_natural)}
 
 
-def marked(place: Place) -> Iterator[tuple[int, str]]:
+def marked(place: Storage) -> Iterator[tuple[int, str]]:
     """Part and array of every mark there is."""
     names = (marked_array(PurePosixPath(name)) for name in place.names(MARKS))
     return (mark for mark in names if mark is not None)

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.store.format import check_metadata
-from mpcache.store.read_cache import Tier
+from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ArraySpec, ReadInto
 from mpcache.validation import DamagedStoreError
 
@@ -18,9 +18,9 @@ Result = TypeVar("Result")
 class ObjectReader:
     """Reads parts of Zarr arrays. Threads may share it; what it has looked at, it remembers."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.tier: Tier | None = None
+    def __init__(self, place: Storage) -> None:
+        self.storage = place
+        self.tier: ReadCache | None = None
         # of the instance, so that a store that is no longer used goes with its caches; one look at
         # an object's size will do, and takes as long as a read: later reads raise where bytes lack
         self._ends = functools.lru_cache(maxsize=1 << 12)(self._read_ends)
@@ -44,14 +44,14 @@ class ObjectReader:
         """
         name, size, key = spec.object_path(part), int(record["bytes"]), record["xxh3_128"]
         if part >= self._span(spec):
-            raise DamagedStoreError(f"{self.place}/{spec.metadata_path} claims too few rows")
+            raise DamagedStoreError(f"{self.storage}/{spec.metadata_path} claims too few rows")
         try:
             ends = self._ends(name, spec, size, key)
             return self._through(name, key, lambda read: spec.decode(read, ends, start, stop, out))
         except FileNotFoundError:
-            raise DamagedStoreError(f"{self.place}/{name} is missing") from None
+            raise DamagedStoreError(f"{self.storage}/{name} is missing") from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
-            raise DamagedStoreError(f"{self.place}/{name} is damaged: {error}") from error
+            raise DamagedStoreError(f"{self.storage}/{name} is damaged: {error}") from error
 
     def _read_ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
         self._check_size(name, size)
@@ -59,14 +59,14 @@ class ObjectReader:
 
     def _through(self, name: str, key: str, decode: Callable[[ReadInto], Result]) -> Result:
         """What is decoded from an object's bytes, which a tier may have; `key` is their digest."""
-        read = functools.partial(self.place.read_into, name)
+        read = functools.partial(self.storage.read_into, name)
         return decode(read) if self.tier is None else self.tier.made(key, read, decode)
 
     def _compare_size(self, name: str, size: int) -> None:
-        stored = self.place.size(name)
+        stored = self.storage.size(name)
         if stored is None:
-            raise DamagedStoreError(f"{self.place}/{name} is missing, though it was committed")
+            raise DamagedStoreError(f"{self.storage}/{name} is missing, though it was committed")
         if stored != size:
             raise DamagedStoreError(
-                f"{self.place}/{name} has {stored} bytes, committed were {size}"
+                f"{self.storage}/{name} has {stored} bytes, committed were {size}"
             )

@@ -31,9 +31,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.storage.cloud import is_url
-from mpcache.storage.local import Folder, make_folders, open_to_group
+from mpcache.storage.local import LocalStorage, make_folders, open_to_group
 from mpcache.storage.tempfiles import is_temporary, temporary_name
 from mpcache.store.zarr_codec import ReadInto
 from mpcache.validation import user_path
@@ -44,14 +44,14 @@ _LENGTH = "length"
 Made = TypeVar("Made")
 
 
-class Tier:
+class ReadCache:
     """What is kept of one store. Threads may share it.
 
     A tier that has no room, or cannot be written, is no error: a warning says so once, and what it
     lacks is read from the store.
     """
 
-    def __init__(self, folder: str, most: int | None, place: Place, digest: str) -> None:
+    def __init__(self, folder: str, most: int | None, place: Storage, digest: str) -> None:
         """`digest` is that of the place's `store.json`; `most` bytes are kept, of all stores.
 
         Raises:
@@ -60,7 +60,7 @@ class Tier:
         """
         if not folder or is_url(folder):
             raise ValueError(f"a tier must be a folder of this machine, got {folder!r}; name one")
-        self.folder = Folder(user_path(folder).absolute())
+        self.folder = LocalStorage(user_path(folder).absolute())
         self.most = most
         self._store = hashlib.sha256(f"{place.address}\n{digest}".encode()).hexdigest()[:32]
         self._ending, self._has_ended = threading.Lock(), False
@@ -161,13 +161,13 @@ class Tier:
             )
 
 
-def _refuse(folder: Path, place: Place) -> None:
+def _refuse(folder: Path, place: Storage) -> None:
     here = next(path for path in (folder, *folder.parents) if path.exists())
     if not here.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(here))
     if here != folder and not os.access(here, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    if isinstance(place, Folder) and place.path.stat().st_dev == here.stat().st_dev:
+    if isinstance(place, LocalStorage) and place.path.stat().st_dev == here.stat().st_dev:
         raise ValueError(
             f"a tier must be nearer than its store, got {folder} on the file system of {place}; "
             "leave it out, or name a folder of a faster disk or of memory, such as /dev/shm/tier"

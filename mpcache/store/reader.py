@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from mpcache.config import Split
-from mpcache.storage.base import Place, place_of
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.description import Description
 from mpcache.store.format import (
     BY_ASSISTANT,
@@ -40,7 +40,7 @@ from mpcache.store.format import (
 from mpcache.store.mark_index import parts_of_arrays
 from mpcache.store.moments import Moments, merged, no_moments
 from mpcache.store.object_reader import ObjectReader
-from mpcache.store.read_cache import Tier
+from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ArraySpec
 from mpcache.validation import DamagedStoreError
 
@@ -61,27 +61,27 @@ class Part:
 class Store(Description):
     """A store opened for reading. Threads may share it; it looks for commits once."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Storage) -> None:
         super().__init__(place)
         self._objects_of = ObjectReader(place)
 
     @property
-    def tier(self) -> Tier | None:
+    def tier(self) -> ReadCache | None:
         """What keeps the bytes that are read, so that they are near the next time."""
         return self._objects_of.tier
 
     @tier.setter
-    def tier(self, tier: Tier | None) -> None:
+    def tier(self, tier: ReadCache | None) -> None:
         self._objects_of.tier = tier
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Where it arrives, it is opened anew, without a tier."""
-        return _opened_there, (self.place, self.digest)
+        return _opened_there, (self.storage, self.digest)
 
     @functools.cached_property
     def _marks(self) -> dict[str, set[int]]:
         # not in __init__: who wants one part alone, as a worker does, need not list all marks
-        return parts_of_arrays(self.place)
+        return parts_of_arrays(self.storage)
 
     @property
     def planned_parts(self) -> tuple[int, ...]:
@@ -103,7 +103,7 @@ class Store(Description):
 
     def limited_to(self, parts: Collection[int]) -> "Store":
         """The same store as it would be if no other parts were committed."""
-        other = Store(self.place)
+        other = Store(self.storage)
         other.tier = self.tier
         left = {array: found & set(parts) for array, found in self._marks.items()}
         other._marks = {array: found for array, found in left.items() if found}
@@ -126,7 +126,7 @@ class Store(Description):
         found = tuple(s for s in ("input", "output") if acts(hookpoint, s) in self._marks)
         if not found:
             raise ValueError(
-                f"{self.place} has no hookpoint {hookpoint!r}; "
+                f"{self.storage} has no hookpoint {hookpoint!r}; "
                 f"it has {', '.join(self.hookpoints) or 'none'}"
             )
         return found
@@ -148,20 +148,20 @@ class Store(Description):
         rows = [[int(mark["rows"]) for mark in self.marks(a, wanted)] for a in [*arrays, POSITION]]
         for number, *told in zip(wanted, *rows, strict=True):
             if len(set(told)) > 1:
-                raise DamagedStoreError(f"marks of part {number} in {self.place} differ in rows")
+                raise DamagedStoreError(f"marks of part {number} in {self.storage} differ in rows")
         return tuple(Part(*one, split) for one in zip(wanted, rows[0], strict=True))
 
     def marks(self, array: str, parts: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Commit marks of some parts of one array, or of all, in order; several read at a time."""
         wanted = self.numbers(array) if parts is None else parts
-        return self._abreast(lambda part: self.mark(part, array), wanted)
+        return self._map_parts(lambda part: self.mark(part, array), wanted)
 
     @functools.lru_cache(maxsize=1 << 14)  # noqa: B019  a store lives as long as its reader
     def mark(self, part: int, array: str) -> dict[str, Any]:
         """Commit mark of one array's part."""
-        file = f"{self.place}/{mark_path(part, array)}"
+        file = f"{self.storage}/{mark_path(part, array)}"
         try:
-            content = unseal(self.place.read(mark_path(part, array)), file)
+            content = unseal(self.storage.read(mark_path(part, array)), file)
         except FileNotFoundError:
             raise DamagedStoreError(f"{file} was there and is gone; open the store anew") from None
         check_mark(content, part, array, self.layout, self.fingerprint, file)
@@ -259,7 +259,7 @@ class Store(Description):
         array = self._acts(hookpoint, side)
         parts = [n for n in self.numbers(array) if split in (None, self.layout.split_of(n))]
         total = no_moments(self.width(hookpoint, side))
-        for one in self._abreast(lambda part: self.part_moments(array, part), parts):
+        for one in self._map_parts(lambda part: self.part_moments(array, part), parts):
             total = merged([total, one])
         return total.mean_W, total.variance_W
 
@@ -294,17 +294,17 @@ class Store(Description):
         array = self._acts(hookpoint, side)
         return sum(int(mark["nonfinite"]) for mark in self.marks(array))
 
-    def _abreast(self, read: Callable[[int], Result], parts: Sequence[int]) -> list[Result]:
+    def _map_parts(self, read: Callable[[int], Result], parts: Sequence[int]) -> list[Result]:
         """Read something of several parts, so many at a time as the place is worth."""
-        if self.place.abreast == 1:
+        if self.storage.concurrency == 1:
             return [read(part) for part in parts]
-        with ThreadPoolExecutor(self.place.abreast, "read") as pool:
+        with ThreadPoolExecutor(self.storage.concurrency, "read") as pool:
             return list(pool.map(read, parts))
 
     def _acts(self, hookpoint: str, side: str) -> str:
         if side not in self.sides(hookpoint):
             raise ValueError(
-                f"{self.place} has no {side} of {hookpoint}, "
+                f"{self.storage} has no {side} of {hookpoint}, "
                 f"only its {' and '.join(self.sides(hookpoint))}; "
                 f"collect it with --hookpoints {hookpoint}:{side}"
             )
@@ -356,7 +356,7 @@ class Store(Description):
 
 
 def open_store(
-    where: str | Path | Place, tier: str | None = None, tier_bytes: int | None = None
+    where: str | Path | Storage, tier: str | None = None, tier_bytes: int | None = None
 ) -> Store:
     """Open a store for reading; `tier` is a folder that keeps what is read, `tier_bytes` at most.
 
@@ -364,13 +364,13 @@ def open_store(
         ValueError: there is no store, or it has an unknown format version; or the tier is none.
         DamagedStoreError: `store.json` is not what was written.
     """
-    store = Store(place_of(where))
+    store = Store(open_storage(where))
     if tier is not None:
-        store.tier = Tier(tier, tier_bytes, store.place, store.digest)
+        store.tier = ReadCache(tier, tier_bytes, store.storage, store.digest)
     return store
 
 
-def _opened_there(place: Place, told: str) -> Store:
+def _opened_there(place: Storage, told: str) -> Store:
     """Open a store that another process has open; raises ValueError where there is another one."""
     if not is_store(place) or (store := open_store(place)).digest != told:
         raise ValueError(

@@ -61,7 +61,7 @@ def _most_asked(store: Store) -> int:
     first = rows if type(rows) is int and rows > 0 else 0
     parts = store.layout.parts_for(first)
     try:
-        span = check_metadata(store.place, specs(TOKENS, store.layout)[0])
+        span = check_metadata(store.storage, specs(TOKENS, store.layout)[0])
     except DamagedStoreError:
         span = 0  # for verify to say
     return first if span <= parts and first else max(span, parts) * store.part_rows

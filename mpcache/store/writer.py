@@ -29,7 +29,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from mpcache.storage.base import Place
+from mpcache.storage.base import Storage
 from mpcache.storage.tempfiles import digest_of, temporary_name
 from mpcache.store.format import (
     POSITION,
@@ -54,8 +54,8 @@ _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat1
 class Writer:
     """Writes parts of one store. Parts are independent; one writer may serve several threads."""
 
-    def __init__(self, place: Place, layout: Layout, fingerprint: str) -> None:
-        self.place = place
+    def __init__(self, place: Storage, layout: Layout, fingerprint: str) -> None:
+        self.storage = place
         self.layout = layout
         self.fingerprint = fingerprint
 
@@ -63,9 +63,9 @@ class Writer:
         """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
         for spec in specs(array, self.layout, width):
             files = spec.metadata(parts)
-            is_new = [self.place.put_new(name, data) for name, data in files.items()]
-            if not is_new[-1] and check_metadata(self.place, spec) < parts:
-                self.place.replace(spec.metadata_path, files[spec.metadata_path])
+            is_new = [self.storage.put_new(name, data) for name, data in files.items()]
+            if not is_new[-1] and check_metadata(self.storage, spec) < parts:
+                self.storage.replace(spec.metadata_path, files[spec.metadata_path])
 
     def commit_tokens(
         self,
@@ -115,7 +115,7 @@ class Writer:
     def mark(self, part: int, array: str) -> dict[str, Any]:
         """The mark of what was committed."""
         name = mark_path(part, array)
-        return unseal(self.place.read(name), f"{self.place}/{name}")
+        return unseal(self.storage.read(name), f"{self.storage}/{name}")
 
     def _commit(
         self,
@@ -135,7 +135,9 @@ class Writer:
             content = self._described(part, array, rows, told, {**more, "attempt": key})
             self._span(part, array, more.get("width", 0))
             if not self._settle(part, array, seal(content)):
-                raise DamagedStoreError(f"part {part} of {array} in {self.place} cannot be marked")
+                raise DamagedStoreError(
+                    f"part {part} of {array} in {self.storage} cannot be marked"
+                )
 
     def _described(
         self,
@@ -172,27 +174,29 @@ class Writer:
             with self._preparing(part, array, key) as prepared:
                 told = unseal(claim, mark)["objects"]
                 for name, pieces in sources.items():
-                    prepared.append(self.place.prepare(name, key, pieces))
+                    prepared.append(self.storage.prepare(name, key, pieces))
                     if self._is_spoilt(prepared[-1], told[name]):
                         raise DamagedStoreError(
-                            f"{self.place}/{name} does not read back as its mark says; copy again"
+                            f"{self.storage}/{name} does not read back as its mark says; copy again"
                         )
                 if not self._settle(part, array, claim):
-                    raise DamagedStoreError(f"{self.place}/{mark} cannot be made; copy again")
-        if self.place.read(mark) != claim:
-            raise ValueError(f"{self.place}/{mark} is of other values; name a new or empty folder")
+                    raise DamagedStoreError(f"{self.storage}/{mark} cannot be made; copy again")
+        if self.storage.read(mark) != claim:
+            raise ValueError(
+                f"{self.storage}/{mark} is of other values; name a new or empty folder"
+            )
         return is_new
 
     def _is_spoilt(self, temporary: str, told: Mapping[str, Any]) -> bool:
         """Whether something else was prepared; it may be gone: who copies the same shares it."""
         try:
-            is_wrong = not is_as_told(self.place, temporary, told)
-            return is_wrong and self.place.size(temporary) is not None
+            is_wrong = not is_as_told(self.storage, temporary, told)
+            return is_wrong and self.storage.size(temporary) is not None
         except FileNotFoundError:
             return False
 
     def _is_marked(self, part: int, array: str) -> bool:
-        return self.place.size(mark_path(part, array)) is not None
+        return self.storage.size(mark_path(part, array)) is not None
 
     @contextlib.contextmanager
     def _preparing(self, part: int, array: str, key: str) -> Iterator[list[str]]:
@@ -209,19 +213,19 @@ class Writer:
     def _is_claimed(self, part: int, array: str, key: str) -> bool:
         with contextlib.suppress(FileNotFoundError):
             for number in itertools.count():
-                if _key(self.place.read(claim_path(part, array, number))) == key:
+                if _key(self.storage.read(claim_path(part, array, number))) == key:
                     return True
         return False
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
-            self.place.delete(name)
+            self.storage.delete(name)
 
     def _span(self, part: int, array: str, width: int) -> None:
         """Let the metadata span the part, should another have made it shorter since."""
         for spec in specs(array, self.layout, width):
-            is_there = self.place.size(spec.metadata_path) is not None
-            if not is_there or check_metadata(self.place, spec) <= part:
+            is_there = self.storage.size(spec.metadata_path) is not None
+            if not is_there or check_metadata(self.storage, spec) <= part:
                 self.grow(array, part + 1, width)
 
     def _settle(self, part: int, array: str, ours: bytes = b"") -> bool:
@@ -230,9 +234,9 @@ class Writer:
         for number in itertools.count():  # a claim that cannot be kept stays; the next one counts
             claim = claim_path(part, array, number)
             if ours:
-                self.place.put_new(claim, ours)
+                self.storage.put_new(claim, ours)
             try:
-                data = self.place.read(claim)
+                data = self.storage.read(claim)
             except FileNotFoundError:
                 return self._is_marked(part, array)
             # only now, because whoever claims what is marked shall find the mark
@@ -241,8 +245,8 @@ class Writer:
             if data == ours:
                 return False
         with contextlib.suppress(FileNotFoundError):  # another has cleared the claims by now
-            self.place.link_new(claim, mark)
-        self.place.sync(mark)
+            self.storage.link_new(claim, mark)
+        self.storage.sync(mark)
         content = self._content(part, array, data) or {"objects": ()}
         self._delete(temporary_name(name, _key(data)) for name in content["objects"])
         self._delete(claim_path(part, array, one) for one in range(number + 1))
@@ -254,15 +258,15 @@ class Writer:
         if content is None:
             return False
         key, told = _key(data), content["objects"]
-        lost = (name for name in told if self.place.size(temporary_name(name, key)) is None)
-        if not all(is_as_told(self.place, name, told[name]) for name in lost):
+        lost = (name for name in told if self.storage.size(temporary_name(name, key)) is None)
+        if not all(is_as_told(self.storage, name, told[name]) for name in lost):
             # the next claim counts; had we begun with this one, we might end over what is marked
             return False
-        published = [n for n in told if self.place.publish(temporary_name(n, key), n)]
+        published = [n for n in told if self.storage.publish(temporary_name(n, key), n)]
         for spec in specs(array, self.layout, content.get("width", 0)):
-            self.place.sync(spec.object_path(part), f"{GROUP}/{spec.name}")
+            self.storage.sync(spec.object_path(part), f"{GROUP}/{spec.name}")
         return all(
-            (is_ours and name in published) or is_as_told(self.place, name, one)
+            (is_ours and name in published) or is_as_told(self.storage, name, one)
             for name, one in told.items()
         )
 
@@ -282,20 +286,20 @@ class Writer:
         name = spec.object_path(part)
         written = xxhash.xxh3_128()
         pieces = encoded(spec, data)
-        temporary = self.place.prepare(name, key, _digested(pieces, written))
-        if (found := digest_of(self.place.pieces(temporary))) != written.hexdigest():
-            self.place.delete(temporary)
+        temporary = self.storage.prepare(name, key, _digested(pieces, written))
+        if (found := digest_of(self.storage.pieces(temporary))) != written.hexdigest():
+            self.storage.delete(temporary)
             raise DamagedStoreError(
-                f"{self.place}/{name} does not read back as it was written; check the disk"
+                f"{self.storage}/{name} does not read back as it was written; check the disk"
             )
         return temporary, {
-            "bytes": self.place.size(temporary),
+            "bytes": self.storage.size(temporary),
             "xxh3_128": found,
             "values_xxh3_128": values_digest([data]),
         }
 
 
-def refuse_large(place: Place, layout: Layout, widths: Iterable[int]) -> None:
+def refuse_large(place: Storage, layout: Layout, widths: Iterable[int]) -> None:
     """Raise ValueError where a part of rows this wide is no object for the place."""
     row = max(widths, default=0) * getattr(torch, layout.dtype).itemsize
     if place.largest is not None and row * layout.part_rows > place.largest:
@@ -306,7 +310,7 @@ def refuse_large(place: Place, layout: Layout, widths: Iterable[int]) -> None:
         )
 
 
-def is_as_told(place: Place, name: str, told: Mapping[str, Any]) -> bool:
+def is_as_told(place: Storage, name: str, told: Mapping[str, Any]) -> bool:
     """Whether an object has the size and the bytes that a mark names."""
     size, digest = told["bytes"], told["xxh3_128"]
     return bool(place.size(name) == size and digest_of(place.pieces(name)) == digest)

@@ -25,7 +25,7 @@ from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Side, Store, open_store
 from mptrain.data.windows import SEQUENCE, Fact, endless_plans
 from mptrain.evals.evaluate import sides_of
-from mptrain.training.setup import make_trainee
+from mptrain.training.setup import make_coder_run
 
 MIXED_ROWS = 4096  # of the batches whose mixing is looked at
 _MIXED_BATCHES = 100
@@ -226,13 +226,13 @@ def _waiting(config: LoaderBenchConfig, store: Store, side: Side, arch: Arch) ->
     )  # fmt: skip
     (coder,) = run.coders()
     filters, device = make_filters(run, store, sides_of(coder)), resolve_device(config.device)
-    trainee = make_trainee(coder, run, filters, store, device)
+    coder_run = make_coder_run(coder, run, filters, store, device)
     waited: deque[float] = deque(maxlen=config.repeats)
 
     def train(batches: Iterator[Batch]) -> None:
         for batch in islice(batches, config.steps):
             x_BD = batch.values[side][filters.kept(batch, sides_of(coder))].float()
-            trainee.learner.step(x_BD, x_BD)
+            coder_run.trainer.step(x_BD, x_BD)
 
     def from_store() -> None:
         with open_loader(config, store, side) as loader:

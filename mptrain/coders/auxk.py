@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mptrain.coders.topk import topk_encode
 from mptrain.config.coder import ScoreDtype
-from mptrain.kernels.sparse import row_of, sparse_decode, weighted_rows
+from mptrain.kernels.sparse import dictionary_row, sparse_decode, weighted_rows
 
 
 def error_by_encoder(
@@ -32,7 +32,7 @@ def error_by_encoder(
     idx_BK, val_BK = topk_encode(
         x_BD, b_D, encoder_MD[dead], bias_M[dead], k, score_dtype=score_dtype
     )
-    return sparse_decode(idx_BK, val_BK, decoder_ME[row_of(dead, decoder_ME)]), scale
+    return sparse_decode(idx_BK, val_BK, decoder_ME[dictionary_row(dead, decoder_ME)]), scale
 
 
 def error_by_residual(
@@ -53,17 +53,17 @@ def error_by_residual(
     if len(dead) == 0:
         return None
     k, scale = _used(len(dead), residual_BD.shape[1])
-    W_dead_MD = W_MD[row_of(dead, W_MD)]
+    W_dead_MD = W_MD[dictionary_row(dead, W_MD)]
     no_bias_D, no_bias_M = residual_BD.new_zeros(W_MD.shape[1]), residual_BD.new_zeros(len(dead))
     idx_BK, val_BK = topk_encode(
         residual_BD, no_bias_D, W_dead_MD, no_bias_M, k, score_dtype=score_dtype
     )
     with torch.no_grad():
-        sum_BD = weighted_rows(idx_BK, val_BK, U_MD[row_of(dead, U_MD)])
+        sum_BD = weighted_rows(idx_BK, val_BK, U_MD[dictionary_row(dead, U_MD)])
         square_B1 = sum_BD.square().sum(1, keepdim=True)
         s_B1 = (residual_BD * sum_BD).sum(1, keepdim=True) / square_B1
         s_B1.masked_fill_(square_B1 == 0, 0)
-    return sparse_decode(idx_BK, s_B1 * val_BK, decoder_ME[row_of(dead, decoder_ME)]), scale
+    return sparse_decode(idx_BK, s_B1 * val_BK, decoder_ME[dictionary_row(dead, decoder_ME)]), scale
 
 
 def _used(dead: int, input_width: int) -> tuple[int, float]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mptrain.coders.auxk import error_by_encoder, error_by_residual
 from mptrain.coders.topk import topk_encode
-from mptrain.config.coder import PURSUITS, BeginAs, CoderConfig, Codes, k_fault
-from mptrain.kernels.sparse import row_of, sparse_decode, strongest
+from mptrain.config.coder import PURSUITS, BeginAs, CoderConfig, Codes, k_error
+from mptrain.kernels.sparse import dictionary_row, sparse_decode, strongest
 from mptrain.kernels.unit_norm import normalise_rows_, project_rows_
 from mptrain.pursuit.autograd import pursue
 from mptrain.pursuit.backend import Search
@@ -212,7 +212,7 @@ class Coder(nn.Module):
         for dictionary_MD in (first_MD, second_MD):
             if dictionary_MD is not None:
                 latents_M = torch.arange(len(dictionary_MD), device=generator.device)
-                dictionary_MD.copy_(directions_MD[row_of(latents_M, directions_MD)])
+                dictionary_MD.copy_(directions_MD[dictionary_row(latents_M, directions_MD)])
 
     @torch.no_grad()
     def normalise_(self) -> None:
@@ -301,7 +301,7 @@ class Coder(nn.Module):
 
     def checked_k(self, k: int) -> int:
         """`k`, where this coder can be run with it; else ValueError."""
-        if fault := k_fault(self.config, k, self.latents):
+        if fault := k_error(self.config, k, self.latents):
             raise ValueError(fault)
         return k
 

@@ -165,7 +165,7 @@ class CoderConfig(Recipe):
         return self.expansion * input_width
 
 
-def k_fault(config: CoderConfig, k: int, latents: int | None) -> str | None:
+def k_error(config: CoderConfig, k: int, latents: int | None) -> str | None:
     """Why such a coder cannot be run with this K; None where it can, as far as `latents` tell."""
     if k < 1:
         return f"k must be at least 1, got {k}"
@@ -187,23 +187,23 @@ def k_fault(config: CoderConfig, k: int, latents: int | None) -> str | None:
     return None
 
 
-def is_for(name: str, kind: Kind, arch: Arch) -> bool:
+def applies_to(name: str, kind: Kind, arch: Arch) -> bool:
     """Whether a field of a recipe has an effect on such coders."""
     if name == "input_loss" and kind == "sae":
         return False
     return arch in _ARCHS.get(name, (arch,))
 
 
-def suits(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
+def is_compatible(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
     """Whether such coders can be changed so: every change has an effect, and a meaning."""
     apart = changes.get("subtract") == "predicting"
     needs_apart = changes.get("blocks") in ("selecting", "predicting") and not apart
     if kind == "sae" and (changes.get("subtract") == "separate" or needs_apart):
         return False
-    return all(is_for(name, kind, arch) for name in changes)
+    return all(applies_to(name, kind, arch) for name in changes)
 
 
-def no_effect(name: str, kinds: str, archs: str) -> str:
+def inapplicable_message(name: str, kinds: str, archs: str) -> str:
     """What to tell of a field that is not for such coders."""
     needed = ",".join(_ARCHS.get(name, PURSUITS)) + (" transcoders" if name == "input_loss" else "")
     return f"{name} has no effect on kind {kinds} with arch {archs}; it is for {needed}"
@@ -240,8 +240,8 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
 def _alone(config: CoderConfig) -> Iterator[str]:
     """Settings that do nothing on such a coder, or without another one."""
     for field in fields(Recipe):
-        if _is_set(config, field.name) and not is_for(field.name, config.kind, config.arch):
-            yield no_effect(field.name, config.kind, config.arch)
+        if _is_set(config, field.name) and not applies_to(field.name, config.kind, config.arch):
+            yield inapplicable_message(field.name, config.kind, config.arch)
     for name in _SHORTLIST:
         if config.backend != "shortlist" and _is_set(config, name):
             yield f"{name} is for backend shortlist, got backend {config.backend}"

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from mptrain.config.coder import PURSUITS, Arch, CoderConfig, Kind, Recipe, is_for, no_effect, suits
+from mptrain.config.coder import (
+    PURSUITS,
+    Arch,
+    CoderConfig,
+    Kind,
+    Recipe,
+    applies_to,
+    inapplicable_message,
+    is_compatible,
+)
 from mptrain.config.presets import PRESETS
 
 Spread = Literal["rows", "coders"]
@@ -212,13 +221,15 @@ class FitConfig(RunConfig, Recipe):
 
     def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(Recipe) if is_for(f.name, kind, arch)}
+        return {
+            f.name: getattr(self, f.name) for f in fields(Recipe) if applies_to(f.name, kind, arch)
+        }
 
     def _variants(self, kind: Kind, arch: Arch) -> list[Mapping[str, Any]]:
         """What each preset that is for such coders changes; other coders than mp come once."""
         if arch not in PURSUITS:
             return [{}]
-        return [PRESETS[name] for name in self.preset if suits(PRESETS[name], kind, arch)]
+        return [PRESETS[name] for name in self.preset if is_compatible(PRESETS[name], kind, arch)]
 
     def _refuse_presets(self) -> None:
         for name in self.preset:
@@ -228,7 +239,7 @@ class FitConfig(RunConfig, Recipe):
                 if getattr(self, field) != getattr(Recipe, field):
                     raise ValueError(f"preset {name} sets {field}; give one of them, not both")
             pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
-            if name != "mp" and not any(suits(PRESETS[name], *pair) for pair in pairs):
+            if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
                 raise ValueError(
                     f"preset {name} is for none of kind {','.join(self.kind)} with arch "
                     f"{','.join(self.arch)}; leave it out, or train other coders too"
@@ -250,8 +261,10 @@ class FitConfig(RunConfig, Recipe):
         """Refuse what was set and is for none of the coders."""
         for field in fields(Recipe):
             is_set = getattr(self, field.name) != field.default
-            if is_set and not any(is_for(field.name, *pair) for pair in self._pairs()):
-                raise ValueError(no_effect(field.name, ",".join(self.kind), ",".join(self.arch)))
+            if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):
+                raise ValueError(
+                    inapplicable_message(field.name, ",".join(self.kind), ",".join(self.arch))
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

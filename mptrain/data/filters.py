@@ -120,13 +120,13 @@ def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     ids = {int(token) for token in skip_tokens if token != "special"}
     if ids and max(ids) > store.largest_id:
         raise ValueError(
-            f"skip_tokens must be token ids of {store.place}, at most {store.largest_id}, "
+            f"skip_tokens must be token ids of {store.storage}, at most {store.largest_id}, "
             f"got {max(ids)}; leave that id out"
         )
     if "special" in skip_tokens:
         if store.special_ids is None:
             raise ValueError(
-                f"{store.place} does not tell which tokens are special: an earlier mpcache made "
+                f"{store.storage} does not tell which tokens are special: an earlier mpcache made "
                 "it; name their ids in skip_tokens instead"
             )
         ids |= set(store.special_ids)

@@ -92,7 +92,7 @@ class Loader:
         "rows in an epoch"
         if not self.rows:
             raise ValueError(
-                f"{store.place} has no {split} rows of {', '.join(map(':'.join, self.sides))}; "
+                f"{store.storage} has no {split} rows of {', '.join(map(':'.join, self.sides))}; "
                 "collect more rows, or let the collection finish"
             )
         self.wait_seconds = 0.0
@@ -101,7 +101,7 @@ class Loader:
         "what is read of each row, and how"
         # asked before a thread is told to use one core, else this one would be told so too
         computing = torch.get_num_threads()
-        self.threads = threads or max(min(4, max(2, computing)), store.place.abreast)
+        self.threads = threads or max(min(4, max(2, computing)), store.storage.concurrency)
         "threads that read: more than there are cores only take Python's lock from each other"
         alone = partial(torch.set_num_threads, 1)
         self._readers = ThreadPoolExecutor(self.threads, "read", initializer=alone)
@@ -178,7 +178,7 @@ def refuse_without_assistant(store: Store) -> None:
     """Raise ValueError where the store does not say which tokens the assistant wrote."""
     if not store.has_assistant:
         raise ValueError(
-            f"{store.place} does not say which tokens an assistant wrote: it was not made from "
+            f"{store.storage} does not say which tokens an assistant wrote: it was not made from "
             "chat messages; use --only-tokens all, or collect a dataset of messages"
         )
 

@@ -13,7 +13,7 @@ _SPLITS: tuple[Split, ...] = ("train", "validation")
 _LOOK_EVERY = 1.0  # seconds
 
 
-def suited_store(
+def open_trainable_store(
     config: RunConfig,
     sides: Sequence[Side],
     only_parts: Collection[int] | None = None,
@@ -73,7 +73,7 @@ def _doubt(store: Store, sides: Sequence[Side]) -> str | None:
     if not (store.is_planned and there and absent and is_whole):
         return None
     return (
-        f"{store.place} is whole, with {', '.join(map(':'.join, there))}, and has nothing of "
+        f"{store.storage} is whole, with {', '.join(map(':'.join, there))}, and has nothing of "
         f"{', '.join(map(':'.join, absent))}; the fit waits until that is collected"
     )
 
@@ -107,7 +107,7 @@ def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
             f"{':'.join(side)} has parts {ranges(parts) or 'none'}" for side, parts in found.items()
         )
         raise ValueError(
-            f"the sides in {store.place} have different parts ({told}); "
+            f"the sides in {store.storage} have different parts ({told}); "
             "collect the missing parts, wait for a collection that is under way with --follow, "
             "or fit the sides in separate runs"
         )
@@ -143,8 +143,8 @@ def refuse_constant(store: Store, sides: Sequence[Side]) -> None:
     for side in sides:
         if not float(store.moments(*side, "train")[1].sum()) > 0:
             raise ValueError(
-                f"{':'.join(side)} has no variance in {store.place}: its train rows are equal, or "
-                f"none is finite; leave {side[0]} out, or collect other rows"
+                f"{':'.join(side)} has no variance in {store.storage}: its train rows are equal, "
+                f"or none is finite; leave {side[0]} out, or collect other rows"
             )
 
 

@@ -144,12 +144,12 @@ def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -
     for name, width, side in zip(("input", "target"), own, sides_of(coder.config), strict=True):
         if width != store.width(*side):
             raise ValueError(
-                f"the coder's {name} has width {width}, {':'.join(side)} of {store.place} has "
+                f"the coder's {name} has width {width}, {':'.join(side)} of {store.storage} has "
                 f"{store.width(*side)}; evaluate on the store it was trained on"
             )
     if trained["store_fingerprint"] != store.fingerprint:
         raise ValueError(
-            f"{store.place} has fingerprint {store.fingerprint}, the coder was trained on "
+            f"{store.storage} has fingerprint {store.fingerprint}, the coder was trained on "
             f"{trained['store_fingerprint']}; evaluate on the store it was trained on, or one of "
             "the same fingerprint"
         )

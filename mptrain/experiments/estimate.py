@@ -14,7 +14,7 @@ from mptrain.runs.memory import Needs, in_passes, most_bytes, needs_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class Estimate:
     """Of the coders that are not trained to their end yet."""
 
     coders: int
@@ -34,7 +34,7 @@ class Forecast:
     "not measured yet"
 
 
-def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, int]) -> Forecast:
+def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, int]) -> Estimate:
     """Widths are those of the experiment's sides.
 
     Raises:
@@ -52,7 +52,7 @@ def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, 
         for run in left
         for names in in_passes([needs[c.name] for c in run.coders], experiment.fit["max_memory"])
     ]
-    return Forecast(
+    return Estimate(
         coders=len(part.coders),
         coders_left=len(coders),
         rows_trained=experiment.fit["rows"],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from mptrain.config.coder import Arch, CoderConfig, Kind, is_for, k_fault, no_effect
+from mptrain.config.coder import Arch, CoderConfig, Kind, applies_to, inapplicable_message, k_error
 from mptrain.config.presets import PRESETS
 from mptrain.config.run import RunConfig, refuse_empty, refuse_twice
 from mptrain.experiments.toml_config import Settings, unknown
@@ -122,7 +122,7 @@ class FigurePlan:
         """Why a coder cannot be evaluated at one of other_k; None where all can."""
         for line in (line for panel in self.panels for line in panel.lines):
             for k in self.table.other_k:
-                if fault := k_fault(line.coders[0], k, latents_of(line.coders[0])):
+                if fault := k_error(line.coders[0], k, latents_of(line.coders[0])):
                     return f"has {k}, which is not for {line.variant.name}: {fault}"
         return None
 
@@ -334,7 +334,7 @@ def _settings_of(variant: Variant, kind: Kind, shared: Mapping[str, Any]) -> dic
     changes = {"arch": variant.arch, **variant.changes}
     sizes = {"expansion", "latents"}
     replaced = sizes if sizes & changes.keys() else set()
-    common = {n: v for n, v in shared.items() if is_for(n, kind, variant.arch)}
+    common = {n: v for n, v in shared.items() if applies_to(n, kind, variant.arch)}
     return {**{n: v for n, v in common.items() if n not in replaced}, **changes}
 
 
@@ -345,8 +345,10 @@ def _refuse_useless(
     lines = [(p.kind, line.variant.arch) for f in figures for p in f.panels for line in p.lines]
     kinds, archs = (",".join(dict.fromkeys(names)) for names in zip(*lines, strict=True))
     for name in shared:
-        if not any(is_for(name, *pair) for pair in lines):
-            raise settings.wrong(("coders", name), f"does nothing: {no_effect(name, kinds, archs)}")
+        if not any(applies_to(name, *pair) for pair in lines):
+            raise settings.wrong(
+                ("coders", name), f"does nothing: {inapplicable_message(name, kinds, archs)}"
+            )
 
 
 def _matches(panel: Panel, patterns: Sequence[str]) -> bool:

@@ -137,7 +137,7 @@ def _refuse_unsuited(
         there = parts_of(store, sides_of_all(run.coders))
         if lost := set(parts or ()) - there:
             raise ValueError(
-                f"{store.place} lacks parts {ranges(lost)}, which the coders in {part.head.run} "
+                f"{store.storage} lacks parts {ranges(lost)}, which the coders in {part.head.run} "
                 "have trained on; collect them again, or name another run"
             )
 

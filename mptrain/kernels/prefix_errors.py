@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.kernels.sparse import entry_sums, row_of
+from mptrain.kernels.sparse import dictionary_row, entry_sums
 
 _ELEMENTS = 1 << 16  # of one [b, E] matrix; four of them stay in a CPU's L2 cache
 
@@ -39,7 +39,7 @@ class _PrefixSquares(torch.autograd.Function):
         squares_B = error_BE.new_zeros(len(error_BE))
         for idx_bK, val_bK, e_bE, squares_b in _microbatches(idx_BK, val_BK, error_BE, squares_B):
             for step in range(idx_bK.shape[1]):
-                v_bE = V_ME.index_select(0, row_of(idx_bK[:, step], V_ME))
+                v_bE = V_ME.index_select(0, dictionary_row(idx_bK[:, step], V_ME))
                 e_bE.addcmul_(v_bE, val_bK[:, step, None], value=-1)
                 squares_b += e_bE.square().sum(1)
         ctx.save_for_backward(idx_BK, val_BK, V_ME, error_BE)
@@ -76,7 +76,7 @@ def _reverse_rows_(
     terms_KbE = h_bE.new_empty(idx_bK.shape[1], *h_bE.shape)
     for step in reversed(range(idx_bK.shape[1])):
         a_b1 = val_bK[:, step, None]
-        v_bE = V_ME.index_select(0, row_of(idx_bK[:, step], V_ME))
+        v_bE = V_ME.index_select(0, dictionary_row(idx_bK[:, step], V_ME))
         h_bE.addcmul_(e_bE, d_b1)
         dval_bK[:, step] = -(v_bE * h_bE).sum(1).masked_fill(idx_bK[:, step] < 0, 0)
         torch.mul(-a_b1, h_bE, out=terms_KbE[step])

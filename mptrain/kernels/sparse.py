@@ -2,7 +2,7 @@
 
 B rows in a batch, D input width, E target width, M latents, K code entries a row. A code is
 (indices, values); index -1 with value 0 is an unused entry, an index may occur twice in a row.
-A dictionary may be shorter than there are latents: `row_of`.
+A dictionary may be shorter than there are latents: `dictionary_row`.
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def entry_sums(
     )
 
 
-def row_of(latent: Int64[Tensor, "*any"], dictionary_MD: Tensor) -> Int64[Tensor, "*any"]:
+def dictionary_row(latent: Int64[Tensor, "*any"], dictionary_MD: Tensor) -> Int64[Tensor, "*any"]:
     """Which row of a dictionary belongs to each latent; some row for -1.
 
     A dictionary that all blocks of latents share is as long as one block, and each of them goes
@@ -110,7 +110,9 @@ class _SparseDecode(torch.autograd.Function):
 
 def weighted_rows(idx_BK: Tensor, val_BK: Tensor, V_ME: Tensor) -> Tensor:
     """The product of `sparse_decode`, differentiable by torch's own, slower rule."""
-    return F.embedding_bag(row_of(idx_BK, V_ME), V_ME, per_sample_weights=val_BK, mode="sum")
+    return F.embedding_bag(
+        dictionary_row(idx_BK, V_ME), V_ME, per_sample_weights=val_BK, mode="sum"
+    )
 
 
 def row_products(idx_BK: Tensor, V_ME: Tensor, x_BE: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ B rows in a batch, D input width, M latents, K pursuit steps; lower-case b: rows
 import torch
 from torch import Tensor
 
-from mptrain.kernels.sparse import entry_sums, row_of
+from mptrain.kernels.sparse import dictionary_row, entry_sums
 from mptrain.pursuit import numba_backend as cpu
 from mptrain.pursuit import triton_backend as cuda
 
@@ -70,8 +70,8 @@ def _reverse_rows_(
     terms_U_KbD = torch.empty_like(terms_W_KbD)
     for step in reversed(range(idx_bK.shape[1])):
         a_b1, latent_b = val_bK[:, step, None], idx_bK[:, step]
-        w_bD = W_MD.index_select(0, row_of(latent_b, W_MD))
-        u_bD = w_bD if U_MD is W_MD else U_MD.index_select(0, row_of(latent_b, U_MD))
+        w_bD = W_MD.index_select(0, dictionary_row(latent_b, W_MD))
+        u_bD = w_bD if U_MD is W_MD else U_MD.index_select(0, dictionary_row(latent_b, U_MD))
         r_bD.addcmul_(u_bD, a_b1)
         s_b1 = dval_bK[:, step, None] - (u_bD * g_bD).sum(1, keepdim=True)
         s_b1.masked_fill_(latent_b[:, None] < 0, 0)

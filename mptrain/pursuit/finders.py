@@ -11,7 +11,7 @@ shortlist, R pursuit steps from one shortlist to the next.
 import torch
 from torch import Tensor
 
-from mptrain.pursuit.rule import FEW, Rule
+from mptrain.pursuit.rule import N_RESCORED, Rule
 
 
 class Direct:
@@ -60,7 +60,7 @@ class Gram:
         self.score_bM.addcmul_(self.row_bM, a_b[:, None], value=-1)  # in the dtype of the scores
 
     def _score_few_again_(self, r_bD: Tensor, chosen_bt: Tensor) -> None:
-        atom_bF = self.rule.candidates(self.score_bM, chosen_bt, min(FEW, len(self.W_MD)))
+        atom_bF = self.rule.candidates(self.score_bM, chosen_bt, min(N_RESCORED, len(self.W_MD)))
         w_bFD = self.W_MD[atom_bF]
         self.score_bM.scatter_(1, atom_bF, torch.bmm(w_bFD, r_bD[:, :, None])[:, :, 0])
 

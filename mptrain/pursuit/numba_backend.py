@@ -21,7 +21,7 @@ from mptrain.pursuit.numba_kernels import (
     reverse_values_,
     shortlist_rows_,
 )
-from mptrain.pursuit.rule import FEW, Rule
+from mptrain.pursuit.rule import N_RESCORED, Rule
 
 _Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
@@ -76,7 +76,7 @@ def pursue_by_gram_(
     """
     is_bfloat16 = G_MM.dtype == torch.bfloat16
     bits_MM = G_MM.view(torch.uint16) if is_bfloat16 else G_MM  # numpy has no bfloat16
-    few, mode = FEW if is_bfloat16 else 1, MODES[rule.select]
+    few, mode = N_RESCORED if is_bfloat16 else 1, MODES[rule.select]
     of_rows = (r_bD @ W_MD.T, r_bD, rule.floor(r_bD), idx_bK, val_bK)
     arrays = [_array(t) for t in (bits_MM, W_MD, U_MD, *of_rows)]
 

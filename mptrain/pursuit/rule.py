@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mptrain.config.coder import Select
 
-FEW = 4  # best atoms by inexact scores that are scored again
+N_RESCORED = 4  # best atoms by inexact scores that are scored again
 
 
 class Rule(NamedTuple):

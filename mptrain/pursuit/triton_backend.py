@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mptrain.kernels import triton_support as fused
-from mptrain.kernels.sparse import row_of
+from mptrain.kernels.sparse import dictionary_row
 from mptrain.pursuit import finders as atoms
 from mptrain.pursuit.rule import Rule
 
@@ -84,7 +84,7 @@ def reverse(
     """Gradients of the rows and of both dictionaries, which have equally many rows."""
     from mptrain.pursuit import triton_backward as triton_reverse
 
-    row_BK = torch.where(idx_BK < 0, -1, row_of(idx_BK, W_MD))
+    row_BK = torch.where(idx_BK < 0, -1, dictionary_row(idx_BK, W_MD))
     dx_BD, dW_MD, dU_MD = triton_reverse.reverse(
         row_BK, val_BK, dval_BK, residual_BD, dresidual_BD, W_MD, U_MD, detach
     )

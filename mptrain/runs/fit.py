@@ -20,9 +20,9 @@ from mptrain.config.run import RunConfig
 from mptrain.data.batches import resolve_device
 from mptrain.data.filters import Filters, make_filters
 from mptrain.data.loader import Batch, Loader, Side, Store
-from mptrain.data.preflight import refuse_constant, suited_store
+from mptrain.data.preflight import open_trainable_store, refuse_constant
 from mptrain.evals.evaluate import Evaluation, calibrate_, evaluate, sides_of_all
-from mptrain.runs.loggers import Followers, refuse_absent
+from mptrain.runs.loggers import MetricLoggers, refuse_absent
 from mptrain.runs.metrics import MetricsFile, Record, rewind
 from mptrain.runs.plan import Plan, make_plan
 from mptrain.runs.records import in_short, record_of
@@ -31,7 +31,7 @@ from mptrain.runs.run_dir import Run, open_run, parts_begun_with, refuse_other
 from mptrain.runs.signals import held_interrupt
 from mptrain.runs.state import Progress, gathered, load_progress, restore_
 from mptrain.training.distributed import ALONE, Ranks, joined
-from mptrain.training.setup import Trainee, loader_of, make_trainee, train_steps
+from mptrain.training.setup import CoderRun, loader_of, make_coder_run, train_steps
 from mptrain.training.train_step import StepResult
 
 
@@ -66,7 +66,7 @@ def _fit(
     store, plan = _planned(config, device, ranks, only_parts, begun, quiet=quiet)
     if plan.epochs > 1 and not quiet:
         rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
-        tqdm.write(f"{rows} train rows in {store.place}", file=sys.stderr)
+        tqdm.write(f"{rows} train rows in {store.storage}", file=sys.stderr)
     refuse_constant(store, sides_of_all(list(coders.values())))
     progress = begun or Progress(passes=plan.passes)
     first = progress.number
@@ -75,7 +75,7 @@ def _fit(
         own = ranks.coders(together)
         sides = sides_of_all(own or together)
         filters = make_filters(config, store, sides)
-        trainees = [make_trainee(one, config, filters, store, device, ranks) for one in own]
+        coder_runs = [make_coder_run(one, config, filters, store, device, ranks) for one in own]
         with ExitStack() as stack:
             open_loader = partial(loader_of, config, store, filters=filters, device=device)
             train = stack.enter_context(open_loader(sides, "train", share=ranks.share))
@@ -87,8 +87,8 @@ def _fit(
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
             if ranks.is_first and progress.number == first:
                 ranks.meet()
-            of_pass = (progress, trainees, filters, train, validation, sample)
-            progress = progress.next_pass(Fitting(config, ranks, run, *of_pass, quiet).fit())
+            of_pass = (progress, coder_runs, filters, train, validation, sample)
+            progress = progress.next_pass(TrainLoop(config, ranks, run, *of_pass, quiet).fit())
     return progress.finished
 
 
@@ -113,11 +113,11 @@ def _planned(
     everything = sides_of_all(config.coders())
     begun_with = parts_begun_with(config)
     only_parts = only_parts if begun_with is None else begun_with
-    store = suited_store(config, everything, only_parts, quiet=quiet)
+    store = open_trainable_store(config, everything, only_parts, quiet=quiet)
     return store, make_plan(config, store, device, ranks, begun.passes if begun else None)
 
 
-class Fitting:
+class TrainLoop:
     """A pass over the store: train its coders, and at intervals log, validate and save."""
 
     def __init__(
@@ -126,19 +126,19 @@ class Fitting:
         ranks: Ranks,
         run: Run,
         progress: Progress,
-        trainees: Sequence[Trainee],
+        coder_runs: Sequence[CoderRun],
         filters: Filters,
         train: Loader,
         validation: Loader,
         sample: Loader | None,
         quiet: bool,
     ) -> None:
-        """`trainees`: the coders of the pass that this rank trains; `sample`: train rows from which
-        those with a threshold get it.
+        """`coder_runs`: the coders of the pass that this rank trains; `sample`: train rows from
+        which those with a threshold get it.
         """
         self.config, self.ranks, self.run, self.quiet = config, ranks, run, quiet
         self.progress, self.filters = progress, filters
-        self.trainees, self.train, self.validation = trainees, train, validation
+        self.coder_runs, self.train, self.validation = coder_runs, train, validation
         self.sample = sample
         self.records: list[Record] = []  # to be written
         self.device = train.device
@@ -146,7 +146,7 @@ class Fitting:
         self.waited_before = progress.waited
         self.metrics = MetricsFile(run.metrics)
         followed = [one for one in config.coders() if one.name in progress.names]
-        self.followers = Followers(config.log if ranks.is_first else (), run.folder, followed)
+        self.followers = MetricLoggers(config.log if ranks.is_first else (), run.folder, followed)
         self._saved_at = time.monotonic()
 
     def fit(self) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ class Fitting:
             ) as bar,
         ):
             for step in range(start + 1, self.steps + 1):
-                if not self.ranks.any(any(not trainee.diverged for trainee in self.trainees)):
+                if not self.ranks.any(any(not coder_run.diverged for coder_run in self.coder_runs)):
                     break
                 batch = next(batches)
                 if step == start + 1:
@@ -191,37 +191,37 @@ class Fitting:
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
         results = self._train(batch)
         bar.update(self.config.batch_rows)
-        evaluations: list[Evaluation | None] = [None] * len(self.trainees)
+        evaluations: list[Evaluation | None] = [None] * len(self.coder_runs)
         is_evaluated = step % self.config.eval_every == 0 or step == self.steps
         if is_evaluated:
             evaluations = self._evaluate(self._coders(), self.config.eval_rows)
         is_due = is_evaluated or step % self.config.log_every == 0
         self._log(step, is_due, results, evaluations)
-        if is_due and self.trainees:  # a rank may have none of a pass
+        if is_due and self.coder_runs:  # a rank may have none of a pass
             bar.set_postfix_str(in_short(results, self._waited, self._trained))
 
     def _train(self, batch: Batch) -> list[StepResult | None]:
         return [
-            None if trainee.diverged else self._train_one(trainee, *rows)
-            for trainee, rows in zip(self.trainees, self._rows_of_each(batch), strict=True)
+            None if coder_run.diverged else self._train_one(coder_run, *rows)
+            for coder_run, rows in zip(self.coder_runs, self._rows_of_each(batch), strict=True)
         ]
 
     def _rehearse(self, batch: Batch) -> None:
         """Have what train steps need compiled now, so that no coder's train time has it in it."""
         rehearsed = set()
-        for trainee, rows in zip(self.trainees, self._rows_of_each(batch), strict=True):
-            alike = replace(trainee.config, hookpoint="", seed=0, lr=None)
-            if alike not in rehearsed and not trainee.diverged:
-                trainee.learner.rehearse(*rows)
+        for coder_run, rows in zip(self.coder_runs, self._rows_of_each(batch), strict=True):
+            alike = replace(coder_run.config, hookpoint="", seed=0, lr=None)
+            if alike not in rehearsed and not coder_run.diverged:
+                coder_run.trainer.rehearse(*rows)
                 rehearsed.add(alike)
 
     def _rows_of_each(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Input and target rows of each coder, filtered once for coders with the same sides."""
         filtered: dict[tuple[Side, Side], tuple[Tensor, Tensor]] = {}
-        for trainee in self.trainees:
-            if trainee.sides not in filtered:
-                filtered[trainee.sides] = self._filtered(batch, *trainee.sides)
-        return [filtered[trainee.sides] for trainee in self.trainees]
+        for coder_run in self.coder_runs:
+            if coder_run.sides not in filtered:
+                filtered[coder_run.sides] = self._filtered(batch, *coder_run.sides)
+        return [filtered[coder_run.sides] for coder_run in self.coder_runs]
 
     def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
         kept_B = self.filters.kept(batch, (source, target))
@@ -230,25 +230,25 @@ class Fitting:
             return x_BD, x_BD
         return x_BD, batch.values[target][kept_B].float()
 
-    def _train_one(self, trainee: Trainee, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
-        trainee.lr = trainee.learner.optimizers.lr
+    def _train_one(self, coder_run: CoderRun, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
+        coder_run.lr = coder_run.trainer.optimizers.lr
         rows = self.ranks.total(len(x_BD))
-        trainee.rows_read += self.config.batch_rows
+        coder_run.rows_read += self.config.batch_rows
         if not rows:
             return None  # the mean over no rows would be NaN
         self._synchronise()
         began = time.perf_counter()
-        result = trainee.learner.step(x_BD, y_BE)
-        trainee.diverged = not bool(result.loss.isfinite())
+        result = coder_run.trainer.step(x_BD, y_BE)
+        coder_run.diverged = not bool(result.loss.isfinite())
         self._synchronise()
-        trainee.train_seconds += time.perf_counter() - began
-        trainee.rows_trained += rows
+        coder_run.train_seconds += time.perf_counter() - began
+        coder_run.rows_trained += rows
         return result
 
     def _coders(self) -> list[Coder | None]:
         """Every coder as it would be saved now; None for those that diverged."""
         began = time.perf_counter()
-        coders = [None if t.diverged else t.learner.evaluated() for t in self.trainees]
+        coders = [None if t.diverged else t.trainer.evaluated() for t in self.coder_runs]
         if self.sample is not None:
             healthy = [coder for coder in coders if coder is not None]
             calibrate_(healthy, self.sample, self.filters)
@@ -277,11 +277,13 @@ class Fitting:
         evaluations: Sequence[Evaluation | None],
     ) -> None:
         """A record of each coder where one is due, and a last one of those that diverge here."""
-        for trainee, result, evaluation in zip(self.trainees, results, evaluations, strict=True):
-            just_diverged = trainee.diverged and result is not None
-            if just_diverged or (is_due and not trainee.diverged):
+        for coder_run, result, evaluation in zip(
+            self.coder_runs, results, evaluations, strict=True
+        ):
+            just_diverged = coder_run.diverged and result is not None
+            if just_diverged or (is_due and not coder_run.diverged):
                 seconds = (self._waited, self.progress.validated)
-                self.records.append(record_of(step, trainee, result, evaluation, *seconds))
+                self.records.append(record_of(step, coder_run, result, evaluation, *seconds))
         if is_due:
             self._write_records()
 
@@ -305,7 +307,7 @@ class Fitting:
     def _trained(self) -> float:
         """Seconds in train steps, of the passes before too."""
         before = sum(result["train_seconds"] for result in self.progress.finished)
-        return float(before + sum(trainee.train_seconds for trainee in self.trainees))
+        return float(before + sum(coder_run.train_seconds for coder_run in self.coder_runs))
 
     def _is_save_due(self, step: int) -> bool:
         minutes = self.config.save_minutes
@@ -316,7 +318,7 @@ class Fitting:
         """Keep the state. Where the disk does not take it, the one before it is still there."""
         self._saved_at = time.monotonic()
         self._write_records()
-        state = gathered(self.progress, self.trainees, self.ranks)
+        state = gathered(self.progress, self.coder_runs, self.ranks)
         if not self.ranks.is_first:
             return
         number = self.progress.number * self.steps + step
@@ -336,7 +338,7 @@ class Fitting:
         if self.progress.step:
             state = load_state(self.run.folder)
             assert state is not None
-            restore_(*state, self.trainees, self.config.batch_rows)
+            restore_(*state, self.coder_runs, self.config.batch_rows)
         if self.ranks.is_first:
             rewind(self.run.metrics, self._is_before)
             self.followers.catch_up(self.run.metrics)
@@ -352,7 +354,7 @@ class Fitting:
         self.metrics.flush()
         coders = self._coders()
         evaluations = self._evaluate(coders, None)
-        of_each = zip(self.trainees, coders, evaluations, strict=True)
+        of_each = zip(self.coder_runs, coders, evaluations, strict=True)
         found = [self._judged(*one) for one in of_each]
         own = sorted(self.ranks.gathered(found), key=lambda r: self._place(r["coder"]))
         results = [*self.progress.finished, *own]
@@ -361,16 +363,16 @@ class Fitting:
         return results
 
     def _judged(
-        self, trainee: Trainee, coder: Coder | None, evaluation: Evaluation | None
+        self, coder_run: CoderRun, coder: Coder | None, evaluation: Evaluation | None
     ) -> dict[str, Any]:
         if evaluation is not None and evaluation.rows and not evaluation.is_finite:
-            trainee.diverged, evaluation = True, None  # in its last update
+            coder_run.diverged, evaluation = True, None  # in its last update
         if evaluation is not None and not evaluation.rows:
             evaluation = None
-        result = result_of(trainee, self.steps, self.config.batch_rows, evaluation)
-        if self.ranks.writes_coders and coder is not None and not trainee.diverged:
-            folder = self.run.folder / "coders" / trainee.config.name
-            filters = self.filters.of(trainee.sides).as_json()
+        result = result_of(coder_run, self.steps, self.config.batch_rows, evaluation)
+        if self.ranks.writes_coders and coder is not None and not coder_run.diverged:
+            folder = self.run.folder / "coders" / coder_run.config.name
+            filters = self.filters.of(coder_run.sides).as_json()
             trained = {**self.run.provenance, **filters, **result}
             save_coder(folder, coder, trained)
         return result

@@ -23,7 +23,7 @@ from mptrain.runs.metrics import Record, read_records
 _PACKAGES: Mapping[Log, str] = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
-class Follower(Protocol):
+class MetricLogger(Protocol):
     """Takes records in the order of their steps."""
 
     def add(self, record: Record) -> None: ...
@@ -41,11 +41,11 @@ def refuse_absent(logs: Iterable[Log]) -> None:
             )
 
 
-class Followers:
+class MetricLoggers:
     """All followers of the coders of one pass. One that fails is left out; training goes on."""
 
     def __init__(self, logs: Sequence[Log], run: Path, coders: Sequence[CoderConfig]) -> None:
-        self._followers: dict[Log, Follower] = {
+        self._followers: dict[Log, MetricLogger] = {
             log: TensorBoard(run, coders) if log == "tensorboard" else WandB(run, coders)
             for log in logs
         }

@@ -8,13 +8,13 @@ import torch
 
 from mptrain.evals.evaluate import Evaluation
 from mptrain.runs.metrics import Record
-from mptrain.training.setup import Trainee
+from mptrain.training.setup import CoderRun
 from mptrain.training.train_step import StepResult
 
 
 def record_of(
     step: int,
-    trainee: Trainee,
+    coder_run: CoderRun,
     result: StepResult | None,
     evaluation: Evaluation | None,
     wait_seconds: float,
@@ -23,20 +23,20 @@ def record_of(
     """A coder after its train step; `result` is None where its batch had no rows."""
     validation_fvu = None if evaluation is None or not evaluation.rows else evaluation.fvu
     return Record(
-        coder=trainee.config.name,
+        coder=coder_run.config.name,
         step=step,
-        rows=trainee.rows_read,
-        rows_trained=trainee.rows_trained,
-        train_seconds=trainee.train_seconds,
+        rows=coder_run.rows_read,
+        rows_trained=coder_run.rows_trained,
+        train_seconds=coder_run.train_seconds,
         wait_seconds=wait_seconds,
         validation_seconds=validation_seconds,
         fvu=math.nan if result is None else float(result.fvu),
-        validation_fvu=math.nan if trainee.diverged else validation_fvu,
+        validation_fvu=math.nan if coder_run.diverged else validation_fvu,
         l0=math.nan if result is None else float(result.l0),
-        dead_share=float(trainee.learner.dead_share(trainee.config.dead_rows)),
-        lr=trainee.lr,
-        rows_per_second=trainee.rows_per_second,
-        peak_memory_bytes=peak_memory_bytes(trainee.learner.coder.b_D.device),
+        dead_share=float(coder_run.trainer.dead_share(coder_run.config.dead_rows)),
+        lr=coder_run.lr,
+        rows_per_second=coder_run.rows_per_second,
+        peak_memory_bytes=peak_memory_bytes(coder_run.trainer.coder.b_D.device),
     )
 
 

@@ -8,55 +8,55 @@ from typing import Any
 from mptrain.coders.checkpoint import read_json
 from mptrain.config.coder import PURSUITS, CoderConfig
 from mptrain.evals.evaluate import Evaluation
-from mptrain.training.setup import Trainee
+from mptrain.training.setup import CoderRun
 
 L0_TOLERANCE = 0.05  # of K
 
 
 def result_of(
-    trainee: Trainee, steps: int, batch_rows: int, evaluation: Evaluation | None
+    coder_run: CoderRun, steps: int, batch_rows: int, evaluation: Evaluation | None
 ) -> dict[str, Any]:
     """A coder at the end of its training; `evaluation` is on all held-out rows."""
-    so_far = result_so_far(trainee, steps, batch_rows)
+    so_far = result_so_far(coder_run, steps, batch_rows)
     return {
         **so_far,
         "validation": None if evaluation is None else asdict(evaluation),
-        "warnings": list(_warnings(trainee, so_far["step"], evaluation)),
+        "warnings": list(_warnings(coder_run, so_far["step"], evaluation)),
     }
 
 
-def result_so_far(trainee: Trainee, steps: int, batch_rows: int) -> dict[str, Any]:
+def result_so_far(coder_run: CoderRun, steps: int, batch_rows: int) -> dict[str, Any]:
     """A coder after its last train step, of `steps` planned.
 
     Rows and seconds are the coder's own: others may have trained on after it diverged.
     """
-    step = trainee.rows_read // batch_rows
+    step = coder_run.rows_read // batch_rows
     return {
-        "coder": trainee.config.name,
-        "diverged": trainee.diverged,
+        "coder": coder_run.config.name,
+        "diverged": coder_run.diverged,
         "step": step,
         "steps": steps,
         "finished": step == steps,
-        "rows_read": trainee.rows_read,  # in the batches of its train steps
-        "rows_trained": trainee.rows_trained,  # of these, the ones that its filters left
-        "train_seconds": trainee.train_seconds,
-        "rows_per_second": trainee.rows_per_second,
+        "rows_read": coder_run.rows_read,  # in the batches of its train steps
+        "rows_trained": coder_run.rows_trained,  # of these, the ones that its filters left
+        "train_seconds": coder_run.train_seconds,
+        "rows_per_second": coder_run.rows_per_second,
     }
 
 
-def _warnings(trainee: Trainee, step: int, evaluation: Evaluation | None) -> Iterator[str]:
-    name = trainee.config.name
-    if trainee.diverged:
+def _warnings(coder_run: CoderRun, step: int, evaluation: Evaluation | None) -> Iterator[str]:
+    name = coder_run.config.name
+    if coder_run.diverged:
         yield (
             f"{name} diverged and was stopped in train step {step:,}, "
-            f"after {trainee.rows_trained:,} rows; use a lower --lr"
+            f"after {coder_run.rows_trained:,} rows; use a lower --lr"
         )
         return
-    if not trainee.rows_trained:
+    if not coder_run.rows_trained:
         yield f"no train row passes the filters of {name}; it is saved as it started"
     if evaluation is None:
         yield f"no validation row passes the filters of {name}; it is saved, not evaluated"
-    elif warning := l0_warning(trainee.config, evaluation):
+    elif warning := l0_warning(coder_run.config, evaluation):
         yield f"{name} {warning}"
 
 

@@ -13,12 +13,12 @@ from mptrain.config.run import RunConfig
 from mptrain.data.batches import resolve_device
 from mptrain.data.filters import Filters, make_filters
 from mptrain.data.loader import Store
-from mptrain.data.preflight import suited_store
+from mptrain.data.preflight import open_trainable_store
 from mptrain.evals.evaluate import calibrate_, sides_of_all
 from mptrain.runs.results import result_so_far
 from mptrain.runs.run_dir import parts_begun_with, read_started, refuse_other, resumed_config
 from mptrain.runs.state import Progress, restore_
-from mptrain.training.setup import Trainee, loader_of, make_trainee, train_steps
+from mptrain.training.setup import CoderRun, loader_of, make_coder_run, train_steps
 
 
 def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -43,12 +43,12 @@ def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     coders = {coder.name: coder for coder in config.coders()}
     together = [coders[name] for name in progress.names]
     sides = sides_of_all(together)
-    store = suited_store(config, sides, parts_begun_with(config))
+    store = open_trainable_store(config, sides, parts_begun_with(config))
     refuse_other(config, store.fingerprint)
     filters, device = make_filters(config, store, sides), resolve_device(config.device)
-    trainees = [make_trainee(coder, config, filters, store, device) for coder in together]
-    restore_(about, tensors, trainees, config.batch_rows)
-    return _save(config, trainees, store, filters)
+    coder_runs = [make_coder_run(coder, config, filters, store, device) for coder in together]
+    restore_(about, tensors, coder_runs, config.batch_rows)
+    return _save(config, coder_runs, store, filters)
 
 
 def _finished(run: Path) -> set[str]:
@@ -58,25 +58,25 @@ def _finished(run: Path) -> set[str]:
 
 
 def _save(
-    config: RunConfig, trainees: list[Trainee], store: Store, filters: Filters
+    config: RunConfig, coder_runs: list[CoderRun], store: Store, filters: Filters
 ) -> list[dict[str, Any]]:
     run = Path(config.run)
     started = read_started(run)
     provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
-    healthy = [trainee for trainee in trainees if not trainee.diverged]
-    coders = {trainee.config.name: trainee.learner.evaluated() for trainee in healthy}
+    healthy = [coder_run for coder_run in coder_runs if not coder_run.diverged]
+    coders = {coder_run.config.name: coder_run.trainer.evaluated() for coder_run in healthy}
     if batch := [coder for coder in coders.values() if coder.config.has_threshold]:
         sides = sides_of_all(coder.config for coder in batch)
         device = batch[0].b_D.device
         with loader_of(config, store, sides, "train", filters=filters, device=device) as sample:
             calibrate_(batch, sample, filters)
     rows = []
-    for trainee in trainees:
-        result = result_so_far(trainee, train_steps(config), config.batch_rows)
+    for coder_run in coder_runs:
+        result = result_so_far(coder_run, train_steps(config), config.batch_rows)
         folder = None
-        if not trainee.diverged:
-            folder = run / "coders" / f"{trainee.config.name}-step{result['step']}"
-            trained = {**provenance, **filters.of(trainee.sides).as_json(), **result}
-            save_coder(folder, coders[trainee.config.name], trained)
+        if not coder_run.diverged:
+            folder = run / "coders" / f"{coder_run.config.name}-step{result['step']}"
+            trained = {**provenance, **filters.of(coder_run.sides).as_json(), **result}
+            save_coder(folder, coders[coder_run.config.name], trained)
         rows.append({**result, "folder": None if folder is None else str(folder)})
     return rows

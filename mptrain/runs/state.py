@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mptrain.coders.checkpoint import load_about
 from mptrain.training.distributed import Ranks
-from mptrain.training.setup import Trainee
+from mptrain.training.setup import CoderRun
 
 
 @dataclass(kw_only=True)
@@ -69,7 +69,7 @@ def load_progress(run: Path, names: Sequence[str]) -> Progress | None:
 
 
 def gathered(
-    progress: Progress, trainees: Sequence[Trainee], ranks: Ranks
+    progress: Progress, coder_runs: Sequence[CoderRun], ranks: Ranks
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where a run is, and the tensors of its coders: all of it on the first rank.
 
@@ -77,16 +77,18 @@ def gathered(
     """
     about = {
         "progress": asdict(progress),
-        "train_seconds": dict(ranks.gathered([(t.config.name, t.train_seconds) for t in trainees])),
-        "rows": dict(
-            ranks.gathered([(t.config.name, [t.rows_read, t.rows_trained]) for t in trainees])
+        "train_seconds": dict(
+            ranks.gathered([(t.config.name, t.train_seconds) for t in coder_runs])
         ),
-        "diverged": ranks.gathered([t.config.name for t in trainees if t.diverged]),
+        "rows": dict(
+            ranks.gathered([(t.config.name, [t.rows_read, t.rows_trained]) for t in coder_runs])
+        ),
+        "diverged": ranks.gathered([t.config.name for t in coder_runs if t.diverged]),
     }
     tensors = {
-        f"{trainee.config.name}/{name}": tensor
-        for trainee in trainees
-        for name, tensor in trainee.learner.state_tensors().items()
+        f"{coder_run.config.name}/{name}": tensor
+        for coder_run in coder_runs
+        for name, tensor in coder_run.trainer.state_tensors().items()
     }
     return about, ranks.gathered_tensors(tensors)
 
@@ -94,18 +96,18 @@ def gathered(
 def restore_(
     about: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    trainees: Sequence[Trainee],
+    coder_runs: Sequence[CoderRun],
     batch_rows: int,
 ) -> None:
     """Bring coders to where they were, from what `load_state` gives."""
     # a state of an earlier version has no counts of each coder's rows
     all_rows = about["progress"]["step"] * batch_rows
     rows = about.get("rows", {})
-    for trainee in trainees:
-        name = trainee.config.name
+    for coder_run in coder_runs:
+        name = coder_run.config.name
         prefix = f"{name}/"
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        trainee.learner.load_state_tensors_(own)
-        trainee.train_seconds = about["train_seconds"][name]
-        trainee.rows_read, trainee.rows_trained = rows.get(name, (all_rows, all_rows))
-        trainee.diverged = name in about["diverged"]
+        coder_run.trainer.load_state_tensors_(own)
+        coder_run.train_seconds = about["train_seconds"][name]
+        coder_run.rows_read, coder_run.rows_trained = rows.get(name, (all_rows, all_rows))
+        coder_run.diverged = name in about["diverged"]

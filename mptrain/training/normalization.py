@@ -27,7 +27,7 @@ class Scale(NamedTuple):
         return _times(x_BD, self.input), _times(y_BE, self.target)
 
 
-AS_THEY_ARE = Scale(1.0, 1.0)
+IDENTITY = Scale(1.0, 1.0)
 
 
 def scale_of(config: CoderConfig, input_square: float, target_square: float) -> Scale:
@@ -37,7 +37,7 @@ def scale_of(config: CoderConfig, input_square: float, target_square: float) -> 
     both subtracts from the input and predicts the target: there both have the input's factor.
     """
     if not config.normalise:
-        return AS_THEY_ARE
+        return IDENTITY
     source = _power_of_two(input_square)
     alike = config.subtract == "predicting"
     return Scale(source, source if alike else _power_of_two(target_square))

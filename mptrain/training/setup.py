@@ -18,19 +18,19 @@ from mptrain.data.windows import ALL, Share
 from mptrain.evals.evaluate import sides_of
 from mptrain.training.distributed import ALONE, Ranks
 from mptrain.training.geometric_median import geometric_median
-from mptrain.training.normalization import AS_THEY_ARE, scale_of
+from mptrain.training.normalization import IDENTITY, scale_of
 from mptrain.training.optimizers import make_optimizers
-from mptrain.training.train_step import Learner
+from mptrain.training.train_step import CoderTrainer
 
 _SAMPLE_ROWS = 16_384  # of the train split, read for a geometric median or a scale
 
 
 @dataclass(kw_only=True)
-class Trainee:
+class CoderRun:
     """One coder of the grid with what its training has cost so far."""
 
     config: CoderConfig
-    learner: Learner
+    trainer: CoderTrainer
     train_seconds: float = 0.0
     rows_read: int = 0
     "rows in the batches of its train steps, with those that its filters left out"
@@ -55,14 +55,14 @@ def train_steps(config: RunConfig) -> int:
     return config.rows // config.batch_rows
 
 
-def make_trainee(
+def make_coder_run(
     config: CoderConfig,
     run: RunConfig,
     filters: Filters,
     store: Store,
     device: torch.device,
     ranks: Ranks = ALONE,
-) -> Trainee:
+) -> CoderRun:
     """A coder at its start: biases in the middle of the train split, atoms drawn by its seed.
 
     Means, and the variances that losses are shares of, are the store's: of all finite train rows,
@@ -71,7 +71,7 @@ def make_trainee(
     """
     sides = sides_of(config)
     (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
-    scale = AS_THEY_ARE
+    scale = IDENTITY
     if config.normalise or config.start == "median":
         x_ND, y_NE = _sample(filters.of(sides), store, sides)
         scale = scale_of(config, _mean_square(x_ND), _mean_square(y_NE))
@@ -86,7 +86,9 @@ def make_trainee(
     coder.to(device)
     optimizers = make_optimizers(coder, config, train_steps(run))
     variances = float(variance_E.sum()), float(variance_D.sum())
-    return Trainee(config=config, learner=Learner(coder, optimizers, *variances, scale, ranks))
+    return CoderRun(
+        config=config, trainer=CoderTrainer(coder, optimizers, *variances, scale, ranks)
+    )
 
 
 def loader_of(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mptrain.coders.coder import Code, Coder, coder_of
 from mptrain.kernels.sparse import active_latents
 from mptrain.training.distributed import ALONE, Ranks
-from mptrain.training.normalization import AS_THEY_ARE, Scale, for_unscaled_rows
+from mptrain.training.normalization import IDENTITY, Scale, for_unscaled_rows
 from mptrain.training.objective import WIDE, Objective
 from mptrain.training.optimizers import Optimizers
 from mptrain.training.schedules import available_latents, coded_as, k_at
@@ -41,7 +41,7 @@ class _Piece(NamedTuple):
     code: Code
 
 
-class Learner:
+class CoderTrainer:
     """A coder, its optimizers, and for how many rows each latent has not fired."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Learner:
         optimizers: Optimizers,
         total_variance: float,
         input_variance: float | None = None,
-        scale: Scale = AS_THEY_ARE,
+        scale: Scale = IDENTITY,
         ranks: Ranks = ALONE,
     ) -> None:
         """Variances as for `Objective`, of rows as they are; the coder is for `scale` of them."""

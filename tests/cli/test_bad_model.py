@@ -403,7 +403,7 @@ def test_what_is_wrong_with_options_of_tokens_is_said_before_a_model_is_loaded(
         pytest.fail("it was loaded")
 
     monkeypatch.setattr("mpcache.collection.collect.load", never)
-    monkeypatch.setattr("mpcache.collection.dask_client.Crew.__enter__", never)
+    monkeypatch.setattr("mpcache.collection.dask_client.DaskCollector.__enter__", never)
     folder = copy("whole")
     tiny_tokenizer(bos=None).save_pretrained(folder)
     chat = [{"role": "user", "content": "a"}]

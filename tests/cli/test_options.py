@@ -351,7 +351,7 @@ def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
             os.kill(os.getpid(), signal.SIGINT)
         return [None, None]
 
-    monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
     fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
     for times, told in ((2, "starts anew"), (1, "goes on after train step 1")):
         presses = times

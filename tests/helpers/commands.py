@@ -14,7 +14,7 @@ from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
 from mpcache.parallel import dask_cluster as cluster_stage
-from mpcache.parallel.config import Workforce
+from mpcache.parallel.config import CollectParallelConfig
 from tests.helpers.stores import files_of, marks_of
 
 
@@ -51,7 +51,7 @@ def collect_with_four(config: CollectConfig, path: str | Path) -> None:
     # that would import everything anew for each of these commands
     cluster_stage.START_METHOD = "forkserver"
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running
-    collect(config, path, Workforce(workers=4))
+    collect(config, path, CollectParallelConfig(workers=4))
 
 
 def workers_of(command: BaseProcess) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mptrain.config.run import FitConfig
-from mptrain.runs.fit import Fitting
+from mptrain.runs.fit import TrainLoop
 from mptrain.runs.metrics import Record, read_records
 
 BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "validation_seconds": 0.0}
@@ -18,16 +18,16 @@ BLANK |= {"rows_per_second": 0.0, "peak_memory_bytes": 0}
 
 def interrupt_at(patch: pytest.MonkeyPatch, stops_at: int) -> None:
     """Let Ctrl-C come in place of this train step, counted from 1 over all fits from now on."""
-    train, calls = Fitting._train, 0
+    train, calls = TrainLoop._train, 0
 
-    def interrupted(self: Fitting, batch: Any) -> Any:
+    def interrupted(self: TrainLoop, batch: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == stops_at:
             raise KeyboardInterrupt
         return train(self, batch)
 
-    patch.setattr(Fitting, "_train", interrupted)
+    patch.setattr(TrainLoop, "_train", interrupted)
 
 
 def config(store: str, run: Path, **changes: Any) -> FitConfig:

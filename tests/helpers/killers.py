@@ -85,7 +85,7 @@ def sweep_until_killed(
 def arm(kind: str, moment: int, log: Path) -> None:
     """From here on this process trains until that moment."""
     killer = Killer(kind, moment, log)
-    fitting: Any = fit_stage.Fitting
+    fitting: Any = fit_stage.TrainLoop
     fitting._train_one = killer.before("train", "train step", fitting._train_one)
     metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
     checkpoint.save_file = killer.before("save", "before tensors", checkpoint.save_file)

@@ -13,7 +13,7 @@ from mptrain.config.coder import CoderConfig
 from mptrain.training.geometric_median import geometric_median
 from mptrain.training.normalization import scale_of
 from mptrain.training.optimizers import make_optimizers
-from mptrain.training.train_step import Learner
+from mptrain.training.train_step import CoderTrainer
 
 D, STEPS = 12, 100
 BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
@@ -37,7 +37,7 @@ def rows_of(config: CoderConfig, rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return both[:, :D], both[:, -D:] if config.subtract == "predicting" else both[:, D:]
 
 
-def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
+def make_learner(config: CoderConfig, steps: int = STEPS) -> CoderTrainer:
     x_BD, y_BE = rows_of(config, 2000, 0)
     coder = Coder(config, D, y_BE.shape[1])
     generator = torch.Generator().manual_seed(config.seed)
@@ -45,12 +45,12 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> Learner:
     start = geometric_median if config.start == "median" else lambda rows: rows.mean(0)
     coder.initialise_(scale.input * start(x_BD), scale.target * start(y_BE), generator)
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    return Learner(coder, make_optimizers(coder, config, steps), *variances, scale)
+    return CoderTrainer(coder, make_optimizers(coder, config, steps), *variances, scale)
 
 
-def train_(learner: Learner, first: int, last: int) -> list[float]:
+def train_(trainer: CoderTrainer, first: int, last: int) -> list[float]:
     losses = []
     for step in range(first, last):
-        x_BD, y_BE = rows_of(learner.coder.config, 64, step + 1)
-        losses.append(float(learner.step(x_BD, y_BE).loss))
+        x_BD, y_BE = rows_of(trainer.coder.config, 64, step + 1)
+        losses.append(float(trainer.step(x_BD, y_BE).loss))
     return losses

@@ -65,7 +65,7 @@ LAYOUTS = (
 )
 
 
-class Way(NamedTuple):
+class Baseline(NamedTuple):
     """A search, in compiled kernels or in the steps over whole matrices that other devices take."""
 
     search: Search
@@ -83,15 +83,15 @@ class Way(NamedTuple):
             yield
 
 
-WAYS_IN_BLOCKS = (Way(DIRECT), Way(replace(DIRECT, backend="auto")))
+WAYS_IN_BLOCKS = (Baseline(DIRECT), Baseline(replace(DIRECT, backend="auto")))
 
 
-def ways(searches: tuple[Search, ...], in_blocks: bool = False) -> tuple[Way, ...]:
+def ways(searches: tuple[Search, ...], in_blocks: bool = False) -> tuple[Baseline, ...]:
     """How to run each of the searches; with blocks there is but one."""
     if in_blocks:
         return WAYS_IN_BLOCKS
     both = [s for s in searches if s.backend != "direct"]
-    return (*(Way(s) for s in searches), *(Way(s, is_compiled=False) for s in both))
+    return (*(Baseline(s) for s in searches), *(Baseline(s, is_compiled=False) for s in both))
 
 
 def atoms(

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mpcache.bench import store as module
 from mpcache.bench.store import bench_store
-from mpcache.bench.ways import Way, saelens
+from mpcache.bench.ways import Baseline, saelens
 from mpcache.config import StoreBenchConfig
 from mpcli.mpcache import app
 
@@ -65,7 +65,7 @@ def test_ratios_are_how_many_times_faster_ours_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> Way:
+    def missing() -> Baseline:
         raise ModuleNotFoundError("no", name="sae_lens")
 
     monkeypatch.setattr(module, "saelens", missing)

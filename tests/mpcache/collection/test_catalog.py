@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mpcache.collection import catalog as roots
-from mpcache.collection.catalog import entries, find_place
+from mpcache.collection.catalog import entries, find_store
 from mpcache.collection.collect import collect
 from mpcache.maintenance.verify import verify
 from mpcache.store.format import seal, unseal
@@ -74,7 +74,7 @@ def test_a_store_that_names_no_files_is_found_by_its_fingerprint(place: Path) ->
     content = unseal(file.read_bytes(), "store")
     del content["provenance"]["model"]["model_files"]
     file.write_bytes(seal(content))
-    found = find_place(place / "root", small_config(place, rows=600, hookpoints=("layers.0",)))
+    found = find_store(place / "root", small_config(place, rows=600, hookpoints=("layers.0",)))
     assert found.place.path == only_store(place)
     assert found.done is not None
     assert found.done.rows == 768
@@ -123,9 +123,9 @@ def test_a_renamed_store_is_found_and_links_and_damage_are_not(place: Path, made
     store.rename(store.with_name("ours"))
     (place / "root/link").symlink_to(only_store(made))
     config = small_config(place, rows=600, hookpoints=("layers.0",))
-    assert find_place(place / "root", config).place.name == "ours"
+    assert find_store(place / "root", config).place.name == "ours"
     (place / "root/ours/store.json").write_text("{}")
-    assert find_place(place / "root", config).place.path == store
+    assert find_store(place / "root", config).place.path == store
 
 
 def test_a_root_that_is_none(place: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_converted_store_has_the_flags_of_its_rows(
 
 def fit_config(store: Store, run: Path, **changes: object) -> FitConfig:
     settings = {
-        "store": str(store.place), "run": str(run), "hookpoints": ("layers.1.mlp",),
+        "store": str(store.storage), "run": str(run), "hookpoints": ("layers.1.mlp",),
         "k": (3,), "expansion": (2,), "rows": 512, "batch_rows": 64, "window_rows": 128,
         "arch": ("topk",), "kind": ("sae",), "device": "cpu", "only_tokens": "assistant",
     }  # fmt: skip
@@ -208,11 +208,11 @@ def test_a_coder_is_trained_and_judged_on_the_same_rows(store: Store, tmp_path: 
     )
     assert load_coder(own)[1]["only_tokens"] == "assistant"
     assert load_coder(every)[1]["only_tokens"] == "all"
-    (on_own,) = evaluate_coder(own, str(store.place), (), None, "cpu")
+    (on_own,) = evaluate_coder(own, str(store.storage), (), None, "cpu")
     (result,) = json.loads((tmp_path / "own/results.json").read_bytes())
     assert result["validation"]["rows"] == on_own.rows
     assert result["validation"]["fvu"] == pytest.approx(on_own.fvu)
-    (on_all,) = evaluate_coder(every, str(store.place), (), None, "cpu")
+    (on_all,) = evaluate_coder(every, str(store.storage), (), None, "cpu")
     assert on_own.rows < on_all.rows
 
 

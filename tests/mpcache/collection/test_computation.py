@@ -17,7 +17,7 @@ from mpcache.model.compile import Compiled, children_of_layers
 from mpcache.model.hooks import Capture, resolve
 from mpcache.model.loading import load_model, model_digest
 from mpcache.model.splice import SplicedModel
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store.fingerprint import identify
 from mpcache.store.format import read_store_file
 from mpcache.store.reader import open_store
@@ -173,7 +173,7 @@ def test_a_compiled_collection_says_so(tmp_path: Path, counter: CompileCounter) 
     collect(small_config(tmp_path, **options), tmp_path / "plain")
     assert counter.frame_count == count
     torch.testing.assert_close(rows(tmp_path / "compiled"), rows(tmp_path / "plain"))
-    identity = read_store_file(place_of(tmp_path / "compiled"))["identity"]
+    identity = read_store_file(open_storage(tmp_path / "compiled"))["identity"]
     assert identity["compile"] is True
     with pytest.raises(ValueError, match="compile: True there, False asked"):
         collect(small_config(tmp_path, **options), tmp_path / "compiled")

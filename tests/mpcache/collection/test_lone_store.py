@@ -61,7 +61,7 @@ def test_positions_are_those_in_a_piece(store: Store) -> None:
 
 def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path: Path) -> None:
     config = FitConfig(
-        store=str(store.place), run=str(tmp_path / "run"), hookpoints=("layers.1.mlp",),
+        store=str(store.storage), run=str(tmp_path / "run"), hookpoints=("layers.1.mlp",),
         k=(3,), expansion=(2,), rows=512, batch_rows=64, window_rows=128, arch=("topk",),
         device="cpu",
     )  # fmt: skip

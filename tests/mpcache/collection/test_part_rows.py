@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mpcache.collection.catalog import find_place
+from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert
@@ -130,7 +130,7 @@ def test_nothing_is_collected_into_larger_parts(tmp_path: Path) -> None:
     config = small_config(tmp_path, rows=1500)
     with pytest.raises(ValueError, match="nothing is collected into it"):
         collect(config, tmp_path / "root" / "new")
-    found = find_place(tmp_path / "root", config)  # another store, not that one
+    found = find_store(tmp_path / "root", config)  # another store, not that one
     assert not Path(str(found.place)).exists()
 
 

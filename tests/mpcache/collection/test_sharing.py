@@ -21,9 +21,9 @@ from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage import object_store as bucket
-from mpcache.storage.base import Place, place_of
-from mpcache.storage.local import Folder
-from mpcache.storage.object_store import Bucket
+from mpcache.storage.base import Storage, open_storage
+from mpcache.storage.local import LocalStorage
+from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.format import Layout
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer, is_as_told
@@ -104,7 +104,7 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
 
         return wait
 
-    for kind in (Folder, Bucket):
+    for kind in (LocalStorage, ObjectStorage):
         for name in ("put_new", "prepare", "publish", "link_new", "delete", "size", "read"):
             monkeypatch.setattr(kind, name, gated(getattr(kind, name)))
     yield schedules
@@ -114,16 +114,16 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
 @pytest.fixture(params=["folder", "bucket"])
 def shared(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Place:
+) -> Storage:
     """A place of either kind; obstore's store in memory stands for a server."""
     if request.param == "folder":
-        return place_of(tmp_path / "store")
+        return open_storage(tmp_path / "store")
     memory = MemoryStore()
     monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
-    return place_of("gs://in-memory/store")
+    return open_storage("gs://in-memory/store")
 
 
-def claim_and_lose(place: Place, lost: int) -> None:
+def claim_and_lose(place: Storage, lost: int) -> None:
     """A writer dies after its claim, and of what the claim names one object is lost."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(place), "publish", refused)
@@ -137,7 +137,7 @@ def claim_and_lose(place: Place, lost: int) -> None:
 @pytest.mark.parametrize(("kills", "lost"), [(0, None), (2, None), (0, 1), (2, 2)])
 @pytest.mark.parametrize("seed", range(12))
 def test_what_is_marked_is_never_overwritten(
-    shared: Place, scheduled: list[Schedule], seed: int, kills: int, lost: int | None
+    shared: Storage, scheduled: list[Schedule], seed: int, kills: int, lost: int | None
 ) -> None:
     """Three writers of the same part with unlike values, in any order, killed anywhere.
 
@@ -176,7 +176,7 @@ def refused(*_: object, **__: object) -> None:
 
 
 def test_an_error_after_the_claim_costs_nothing(
-    shared: Place, monkeypatch: pytest.MonkeyPatch
+    shared: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a claim names stays, and the next run carries it out without writing anything anew."""
     publish, calls = type(shared).publish, 0
@@ -198,7 +198,7 @@ def test_an_error_after_the_claim_costs_nothing(
 
 
 def test_an_error_before_the_claim_leaves_nothing(
-    shared: Place, monkeypatch: pytest.MonkeyPatch
+    shared: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> bool:
         raise ConnectionError("the server is gone")
@@ -324,9 +324,9 @@ def test_a_link_that_the_server_made_twice_is_ours(
         raise FileExistsError
 
     monkeypatch.setattr(os, "link", twice)
-    assert place_of(tmp_path).put_new("mark", b"x")
+    assert open_storage(tmp_path).put_new("mark", b"x")
     monkeypatch.undo()
-    assert not place_of(tmp_path).put_new("mark", b"y")
+    assert not open_storage(tmp_path).put_new("mark", b"y")
     assert (tmp_path / "mark").read_bytes() == b"x"
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mpcache.collection import collect as stage
-from mpcache.collection.catalog import find_place
+from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.maintenance.repair import repair
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store.format import TOKENS, read_store_file
 from mpcache.store.reader import open_store
 from tests.helpers.models import save_tiny, tiny_model
@@ -40,13 +40,13 @@ def make_config(place, dataset, **changes):
 
 def test_from_collection_to_repair(place, tmp_path):
     config = make_config(place, "a.jsonl", text_column="ids")
-    found = find_place(tmp_path / "root", config)
+    found = find_store(tmp_path / "root", config)
     assert found.done is None
     collect(found.config, found.place)
     store = open_store(found.place)
     assert "tokenizer_digest" not in store.identity
     assert read_store_file(found.place)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
-    assert find_place(tmp_path / "root", config).done
+    assert find_store(tmp_path / "root", config).done
     tokens = {part: store.read_tokens(part) for part in store.numbers(TOKENS)}
     path = tmp_path / "root" / found.place.name
     shutil.rmtree(path / "arrays.zarr" / "tokens" / "c" / "2")
@@ -61,7 +61,7 @@ def test_from_collection_to_repair(place, tmp_path):
 def test_a_bin_gives_the_same_tokens(place, tmp_path):
     for name, changes in (("a.jsonl", {"text_column": "ids"}), ("a.bin", {})):
         collect(make_config(place, name, **changes), tmp_path / name)
-    stores = [open_store(place_of(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
+    stores = [open_store(open_storage(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
     parts = stores[0].numbers(TOKENS)
     assert parts == stores[1].numbers(TOKENS)
     assert all((stores[0].read_tokens(p) == stores[1].read_tokens(p)).all() for p in parts)

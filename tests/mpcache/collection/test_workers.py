@@ -18,15 +18,15 @@ from mpcache.collection import collect as collect_stage
 from mpcache.collection import dask_client as crew
 from mpcache.collection import producer as station
 from mpcache.collection.collect import Collection, collect
-from mpcache.collection.dask_client import Crew
+from mpcache.collection.dask_client import DaskCollector
 from mpcache.data.documents import open_documents
 from mpcache.data.token_file import vocabulary_of
 from mpcache.maintenance.verify import verify
 from mpcache.model.loading import load_tokenizer
 from mpcache.parallel import dask_cluster as cluster_stage
-from mpcache.parallel.config import Share, Workforce
+from mpcache.parallel.config import CollectParallelConfig, Share
 from mpcache.storage import local as folder
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcli.mpcache import app
 from tests.helpers.commands import clean, collect_with_four, equal, start, wait_for, workers_of
 from tests.helpers.stores import marks_of, small_config, write_corpus
@@ -58,8 +58,8 @@ def cluster() -> Iterator[Client]:
 
 
 @pytest.fixture
-def everywhere(cluster: Client) -> Iterator[Workforce]:
-    yield Workforce(scheduler=cluster.scheduler.address)
+def everywhere(cluster: Client) -> Iterator[CollectParallelConfig]:
+    yield CollectParallelConfig(scheduler=cluster.scheduler.address)
     cluster.run(mend)
 
 
@@ -96,31 +96,31 @@ def fill_disk(after: int) -> None:
 
 
 def break_part(rows: int) -> None:
-    read = station.Station.read
+    read = station.ActivationProducer.read
 
     def broken(self: Any, part: int, *arguments: Any) -> Any:
         if part == rows:
             raise RuntimeError("the part is broken")
         return read(self, part, *arguments)
 
-    station.Station.read = broken
+    station.ActivationProducer.read = broken
 
 
-_WHOLE = folder._write_temporary, station.capture_part, station.Station.read
+_WHOLE = folder._write_temporary, station.capture_part, station.ActivationProducer.read
 
 
 def mend() -> None:
-    folder._write_temporary, station.capture_part, station.Station.read = _WHOLE
+    folder._write_temporary, station.capture_part, station.ActivationProducer.read = _WHOLE
 
 
 # --- lost workers, lost commands ---
 
 
 def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
-    config, workforce = small_config(tmp_path, **ROWS), Workforce(workers=2)
+    config, parallel = small_config(tmp_path, **ROWS), CollectParallelConfig(workers=2)
     path, whole = tmp_path / "store", tmp_path / "whole"
     tokenizer = load_tokenizer(config)
-    with Crew(workforce, config, place_of(path), quiet=True) as staff:
+    with DaskCollector(parallel, config, open_storage(path), quiet=True) as staff:
         facts = staff.facts()
         documents = open_documents(config, vocabulary_of(tokenizer))
         staff.client.run(slow_down, 0.05)
@@ -132,7 +132,7 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
 
         killer = threading.Thread(target=kill)
         killer.start()
-        collection = Collection(config, path, facts, tokenizer, documents, workforce)
+        collection = Collection(config, path, facts, tokenizer, documents, parallel)
         summary = collection.run(staff.work)
         killer.join()
         staff.client.wait_for_workers(2, timeout=60)
@@ -147,7 +147,7 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
 
 
 def test_a_killed_command_is_followed_by_another_while_its_workers_go_on(
-    tmp_path: Path, cluster: Client, everywhere: Workforce
+    tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
     config, path, whole = small_config(tmp_path, **ROWS), tmp_path / "store", tmp_path / "whole"
     cluster.run(slow_down, 0.1)
@@ -194,7 +194,10 @@ def test_chaos(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_all_workers_soon_and_leaves_nothing_behind(
-    tmp_path: Path, cluster: Client, everywhere: Workforce, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    cluster: Client,
+    everywhere: CollectParallelConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
     cluster.run(slow_down, 0.1)
@@ -236,15 +239,18 @@ def test_two_commands_in_the_same_second(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("through", ["one process", "workers"])
 def test_one_command_adds_a_hookpoint_while_another_extends(
-    tmp_path: Path, everywhere: Workforce, through: str
+    tmp_path: Path, everywhere: CollectParallelConfig, through: str
 ) -> None:
-    path, workforce = tmp_path / "store", everywhere if through == "workers" else Workforce()
+    path, parallel = (
+        tmp_path / "store",
+        everywhere if through == "workers" else CollectParallelConfig(),
+    )
     collect(small_config(tmp_path, rows=600, hookpoints=("layers.0",)), path)
     wanted: list[dict[str, object]] = [
         {"hookpoints": ("layers.0",), "rows": 2400},
         {"hookpoints": ("layers.1.mlp",), "rows": 600},
     ]
-    both = [start(collect, small_config(tmp_path, **one), path, workforce) for one in wanted]
+    both = [start(collect, small_config(tmp_path, **one), path, parallel) for one in wanted]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
@@ -258,7 +264,7 @@ def test_one_command_adds_a_hookpoint_while_another_extends(
 
 
 def test_full_disk_is_one_message_and_space_lets_it_go_on(
-    tmp_path: Path, cluster: Client, everywhere: Workforce
+    tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
     cluster.run(fill_disk, 30)
@@ -274,7 +280,7 @@ def test_full_disk_is_one_message_and_space_lets_it_go_on(
 
 
 def test_a_part_that_fails_three_times_is_told_and_the_rest_goes_on(
-    tmp_path: Path, cluster: Client, everywhere: Workforce
+    tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
     cluster.run(break_part, 5)
@@ -299,16 +305,16 @@ def test_a_part_that_fails_three_times_is_told_and_the_rest_goes_on(
 
 
 def test_workers_that_see_another_store_are_left_out_until_none_is_left(
-    tmp_path: Path, everywhere: Workforce, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, everywhere: CollectParallelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "of another machine"
-    from_here = crew.Crew.__init__
+    from_here = crew.DaskCollector.__init__
 
-    def elsewhere(self: Crew, *arguments: Any, **more: Any) -> None:
+    def elsewhere(self: DaskCollector, *arguments: Any, **more: Any) -> None:
         from_here(self, *arguments, **more)
         object.__setattr__(self.orders, "path", str(other))
 
-    monkeypatch.setattr(crew.Crew, "__init__", elsewhere)
+    monkeypatch.setattr(crew.DaskCollector, "__init__", elsewhere)
     monkeypatch.setattr(crew, "read_store_file", lambda _: {"fingerprint": "x"})
     with pytest.raises(ValueError, match="must be one folder that all machines share"):
         collect(small_config(tmp_path), tmp_path / "store", everywhere)
@@ -316,7 +322,7 @@ def test_workers_that_see_another_store_are_left_out_until_none_is_left(
 
 
 def test_a_model_that_cannot_be_used_is_told_as_in_one_process(
-    tmp_path: Path, everywhere: Workforce
+    tmp_path: Path, everywhere: CollectParallelConfig
 ) -> None:
     config = small_config(tmp_path, hookpoints=("layer.1.mpl",))
     with pytest.raises(ValueError, match=r"near: layers\.\*\.mlp|layers.*mlp"):
@@ -332,7 +338,7 @@ def test_shares_are_disjoint_and_make_the_whole(
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
     monkeypatch.setattr(collect_stage, "TOKEN_PATIENCE", 0.0)  # the first share comes last
-    found = [collect(config, path, Workforce(share=f"{i}/3")) for i in (2, 3, 1)]
+    found = [collect(config, path, CollectParallelConfig(share=f"{i}/3")) for i in (2, 3, 1)]
     assert [one.parts for one in found] == [4, 4, 5]
     assert [one.forward_rows for one in found] == [one.rows for one in found]
     collect(config, tmp_path / "whole")
@@ -343,7 +349,7 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
-    first = threading.Timer(1.0, collect, [config, path, Workforce(share="1/2")])
+    first = threading.Timer(1.0, collect, [config, path, CollectParallelConfig(share="1/2")])
     first.start()
 
     def refused(*_: object) -> None:
@@ -353,7 +359,7 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
     monkeypatch.setattr(
         Collection, "commit_tokens", lambda self, one: (refused(), commit(self, one))
     )
-    assert collect(config, path, Workforce(share="2/2")).parts == 6
+    assert collect(config, path, CollectParallelConfig(share="2/2")).parts == 6
     first.join()
     assert clean(path)
 
@@ -390,5 +396,7 @@ def test_a_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cluster_stage, "CONNECT", 1.0)
     with pytest.raises(ConnectionError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
         collect(
-            small_config(tmp_path), tmp_path / "store", Workforce(scheduler="tcp://127.0.0.1:9")
+            small_config(tmp_path),
+            tmp_path / "store",
+            CollectParallelConfig(scheduler="tcp://127.0.0.1:9"),
         )

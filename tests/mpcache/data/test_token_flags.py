@@ -10,8 +10,8 @@ import pytest
 from mpcache.data.packing import row_permutation
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
-from mpcache.storage.base import place_of
-from mpcache.storage.local import Folder
+from mpcache.storage.base import open_storage
+from mpcache.storage.local import LocalStorage
 from mpcache.store.format import STORE_FILE, Layout, digest, read_store_file, seal
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
@@ -52,7 +52,7 @@ def make_store(folder: Path, **identity: object) -> Store:
         "config": {"rows": 96},
         "provenance": {"model": {"model": "m"}, "dataset": {"dataset": "d"}},
     }
-    place = place_of(folder)
+    place = open_storage(folder)
     place.put_new(STORE_FILE, seal(content))
     writer = Writer(place, FLAGGED, digest(named))
     for part, rows in ROWS.items():
@@ -133,7 +133,7 @@ def test_a_copy_has_the_flags(store: Store, tmp_path: Path) -> None:
 
 
 def test_version_and_layout_must_agree(store: Store, tmp_path: Path) -> None:
-    content = read_store_file(Folder(tmp_path / "s"))
+    content = read_store_file(LocalStorage(tmp_path / "s"))
     (tmp_path / "s" / STORE_FILE).write_bytes(seal({**content, "format_version": 1}))
     with pytest.raises(DamagedStoreError, match="contradict"):
         open_store(tmp_path / "s")

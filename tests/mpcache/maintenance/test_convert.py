@@ -11,7 +11,7 @@ from mpcache.config import ConvertConfig
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store.format import is_store
 from mpcache.store.reader import open_store
 from mpcli.mpcache import app
@@ -90,7 +90,7 @@ def test_a_stopped_conversion_goes_on_and_follows_its_source(
         patch.setattr(folder, "_write_temporary", stopped)
         with pytest.raises(KeyboardInterrupt):
             convert(path, tmp_path / "new", changes)
-    assert not is_store(place_of(tmp_path / "new"))
+    assert not is_store(open_storage(tmp_path / "new"))
     convert(path, tmp_path / "new", changes)
     small_store(tmp_path, rows=900)
     done = convert(path, tmp_path / "new", changes)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from mpcache.maintenance.copy import copy, find_removable, remove
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store.format import is_store
 from mpcache.store.reader import DamagedStoreError
 from mpcli.mpcache import app
@@ -77,7 +77,7 @@ def test_a_stopped_copy_is_no_store_and_goes_on(
         patch.setattr(folder, "_write_temporary", stopped)
         with pytest.raises(KeyboardInterrupt):
             copy(store, tmp_path / "copy")
-    assert not is_store(place_of(tmp_path / "copy"))
+    assert not is_store(open_storage(tmp_path / "copy"))
     assert command("info", tmp_path / "copy").exit_code == 2
     copy(store, tmp_path / "copy")
     assert all_files(tmp_path / "copy") == all_files(store)
@@ -96,7 +96,7 @@ def test_a_damaged_source_is_named_and_not_passed_on(
     result = command("copy", store, tmp_path / "copy")
     assert result.exit_code == 1
     assert name in result.stderr
-    assert not is_store(place_of(tmp_path / "copy"))
+    assert not is_store(open_storage(tmp_path / "copy"))
     assert not (tmp_path / "copy" / name).exists()
 
 
@@ -129,7 +129,7 @@ def test_remove_asks_and_leaves_nothing(store: Path, tmp_path: Path) -> None:
     refused = command("remove", store)
     assert refused.exit_code == 2
     assert "--yes" in refused.stderr
-    assert is_store(place_of(store))
+    assert is_store(open_storage(store))
     assert command("remove", store, "--yes").exit_code == 0
     assert sorted(f.name for f in tmp_path.iterdir()) == [n for n in before if n != "store"]
     assert command("remove", store, "--yes").exit_code == 2
@@ -147,7 +147,7 @@ def test_an_interrupted_removal_leaves_no_store_and_goes_on(
             remove(find_removable(store))
     assert not store.exists()
     (rest,) = (f for f in tmp_path.iterdir() if f.name.endswith(".removed"))
-    assert not is_store(place_of(rest))
+    assert not is_store(open_storage(rest))
     assert command("remove", store, "--yes").exit_code == 0
     assert not rest.exists()
 

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from mpcache.maintenance.stats import save_dimensions, stats
-from mpcache.parallel.config import Hands
-from mpcache.storage.base import place_of
+from mpcache.parallel.config import ParallelConfig
+from mpcache.storage.base import open_storage
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
 from mpcache.validation import DamagedStoreError
@@ -68,12 +68,18 @@ def test_numbers_of_each_side(made: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
-@pytest.mark.parametrize("hands", [Hands(threads=1), Hands(threads=4), Hands(workers=2)], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(threads=1), ParallelConfig(threads=4), ParallelConfig(workers=2)],
+    ids=str,
+)
 def test_every_bit_is_the_same_whoever_computes(
-    made: Path, hands: Hands, monkeypatch: pytest.MonkeyPatch
+    made: Path, parallel: ParallelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpcache.parallel.dask_cluster.START_METHOD", "forkserver")
-    for found, wanted in zip(stats(made, hands), stats(made, Hands(threads=1)), strict=True):
+    for found, wanted in zip(
+        stats(made, parallel), stats(made, ParallelConfig(threads=1)), strict=True
+    ):
         assert found.stats == wanted.stats
         assert torch.equal(found.moments.mean_W, wanted.moments.mean_W)
         assert torch.equal(found.moments.variance_W, wanted.moments.variance_W)
@@ -85,7 +91,7 @@ def test_a_mean_far_from_zero_and_rows_that_are_not_finite(made: Path, tmp_path:
     shutil.rmtree(tmp_path / "store/marks")
     shutil.rmtree(tmp_path / "store/arrays.zarr")
     store, draw = open_store(made), np.random.default_rng(0)
-    writer = Writer(place_of(tmp_path / "store"), store.layout, store.fingerprint)
+    writer = Writer(open_storage(tmp_path / "store"), store.layout, store.fingerprint)
     scale = np.array([1e-3, 1, 1, 1, 1, 1, 1, 500.0])
     parts = []
     for part, count in enumerate((192, 192, 192, 17)):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mpcache.maintenance import verify as verify_stage
 from mpcache.maintenance.findings import REMEDIES
 from mpcache.maintenance.verify import Verdict, verify
-from mpcache.parallel.config import Hands
+from mpcache.parallel.config import ParallelConfig
 from mpcache.store.format import mark_path, seal, unseal
 from mpcli.mpcache import app
 from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip
@@ -54,15 +54,19 @@ def test_every_fault_has_been_made() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
-@pytest.mark.parametrize("hands", [Hands(threads=1), Hands(threads=3), Hands(workers=2)], ids=str)
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(threads=1), ParallelConfig(threads=3), ParallelConfig(workers=2)],
+    ids=str,
+)
 def test_findings_do_not_depend_on_who_looks(
-    store: Path, hands: Hands, monkeypatch: pytest.MonkeyPatch
+    store: Path, parallel: ParallelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpcache.parallel.dask_cluster.START_METHOD", "forkserver")
     for part in (0, 2, 3):
         flip(store / f"{ACTS}/c/{part}/0", 60)
     flip(store / "marks/1/tokens.json", 9)
-    found = verify(store, hands)
+    found = verify(store, parallel)
     assert [f.path for f in found.findings] == [
         *(f"{ACTS}/c/{part}/0" for part in (0, 2, 3)), "marks/1/tokens.json"
     ]  # fmt: skip
@@ -101,13 +105,13 @@ def test_a_stopped_verification_goes_on(
 
     monkeypatch.setattr(verify_stage, "_content_fault", stopped)
     with pytest.raises(KeyboardInterrupt):
-        verify(store, Hands(threads=1), journal=journal)
+        verify(store, ParallelConfig(threads=1), journal=journal)
     with journal.open("ab") as file:
         file.write(b'{"mark": "marks/0/tok')  # as a process that is killed leaves it
     monkeypatch.setattr(verify_stage, "_content_fault", look)
     first = set(seen)
     seen.clear()
-    verdict = verify(store, Hands(threads=1), journal=journal)
+    verdict = verify(store, ParallelConfig(threads=1), journal=journal)
     assert verdict.earlier > 0
     twice = {name.split("/c/")[1].split("/")[0] for name in first & set(seen)}
     assert twice <= {"2", "3"}  # what is damaged, and what was stopped

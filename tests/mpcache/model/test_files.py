@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpcache.collection import producer as station
-from mpcache.collection.catalog import find_place
+from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
 from mpcache.model.files import ModelFiles, is_intact, look
 from mpcache.model.loading import load_model, load_tokenizer, model_digest, tokenizer_digest
@@ -73,9 +73,9 @@ def arrays_of(store: Path) -> dict[str, bytes]:
 def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
     """Two collections below a root, with other content at the same path and time in between."""
     config = small_config(tmp_path, model=str(two[0]), rows=400)
-    place = find_place(tmp_path / "root", config).place
+    place = find_store(tmp_path / "root", config).place
     collect(config, place)
-    assert find_place(tmp_path / "root", config).done is not None
+    assert find_store(tmp_path / "root", config).done is not None
     content = json.loads((two[1] / "config.json").read_text())
     (two[1] / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.25}))
     tokenizer = tiny_tokenizer()
@@ -85,7 +85,7 @@ def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
     if name == "tokenizer.json":  # one more id needs one more embedding
         enlarge(two[0], two[1])
     replace_with(two[0] / name, two[1] / name)
-    found = find_place(tmp_path / "root", config)
+    found = find_store(tmp_path / "root", config)
     assert found.done is None
     assert found.place.address != place.address
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, GgufConfig
 
-from mpcache.collection.catalog import find_place
+from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
 from mpcache.config import RepairConfig
 from mpcache.data.packing import row_permutation
@@ -75,14 +75,14 @@ def test_the_model_is_dense_and_named_by_its_weights(tmp_path, file):
 
 def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     config = config_of(tmp_path, file)
-    place = find_place(tmp_path / "root", config).place
+    place = find_store(tmp_path / "root", config).place
     collect(config, place)
     found = open_store(place).provenance["model"]
     assert found["model_files"] == f"sha256 {file_digest(file)}"
     assert found["model"] == "tiny.gguf"
     monkeypatch.setattr("mpcache.collection.catalog.load_model", None)
     moved = file.rename(tmp_path / "moved.gguf")
-    again = find_place(tmp_path / "root", dataclasses.replace(config, model=str(moved)))
+    again = find_store(tmp_path / "root", dataclasses.replace(config, model=str(moved)))
     assert again.place.address == place.address
     assert again.done is not None
 

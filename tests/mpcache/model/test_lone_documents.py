@@ -16,7 +16,7 @@ from mpcache.maintenance.verify import verify
 from mpcache.model.hooks import Capture, Side, resolve
 from mpcache.model.loading import load_model
 from mpcache.model.splice import SplicedModel
-from mpcache.parallel.config import Workforce
+from mpcache.parallel.config import CollectParallelConfig
 from mpcache.store.reader import Store, open_store
 from tests.helpers.damage import flip
 from tests.helpers.models import save_tiny
@@ -103,7 +103,7 @@ def test_a_repaired_store_has_the_same_bits(folder: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_worker_collects_the_same_bits(folder: Path, tmp_path: Path) -> None:
     config = small_config(folder, hookpoints=KINDS["llama"], **LONE)
-    collect(config, tmp_path / "store", Workforce(workers=1))
+    collect(config, tmp_path / "store", CollectParallelConfig(workers=1))
     assert files_of(tmp_path / "store") == files_of(folder / "store")
     assert marks_of(tmp_path / "store") == marks_of(folder / "store")
 

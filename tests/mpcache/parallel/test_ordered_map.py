@@ -13,8 +13,8 @@ from distributed.client import Client
 
 from mpcache.parallel import dask_cluster as cluster_stage
 from mpcache.parallel import ordered_map as hands_stage
-from mpcache.parallel.config import Hands
-from mpcache.parallel.ordered_map import each
+from mpcache.parallel.config import ParallelConfig
+from mpcache.parallel.ordered_map import ordered_map
 from mpcache.validation import DamagedStoreError
 
 # Dask's own threads complain of connections that a kill has cut
@@ -36,10 +36,10 @@ def cluster() -> Iterator[Client]:
 
 
 @pytest.fixture(params=["one thread", "threads", "cluster"])
-def hands(request: pytest.FixtureRequest, cluster: Client) -> Hands:
+def parallel(request: pytest.FixtureRequest, cluster: Client) -> ParallelConfig:
     if request.param == "cluster":
-        return Hands(scheduler=cluster.scheduler.address)
-    return Hands(threads=1 if request.param == "one thread" else 3)
+        return ParallelConfig(scheduler=cluster.scheduler.address)
+    return ParallelConfig(threads=1 if request.param == "one thread" else 3)
 
 
 def late_if_even(number: int) -> int:
@@ -62,14 +62,16 @@ def deadly(folder: Path, number: int) -> int:
     return number
 
 
-def test_results_come_in_the_order_of_the_tasks(hands: Hands) -> None:
-    found = list(each(late_if_even, range(20), hands, quiet=True))
+def test_results_come_in_the_order_of_the_tasks(parallel: ParallelConfig) -> None:
+    found = list(ordered_map(late_if_even, range(20), parallel, quiet=True))
     assert found == [number * number for number in range(20)]
 
 
-def test_a_failure_is_raised_and_few_tasks_begin_after_it(hands: Hands, tmp_path: Path) -> None:
+def test_a_failure_is_raised_and_few_tasks_begin_after_it(
+    parallel: ParallelConfig, tmp_path: Path
+) -> None:
     with pytest.raises(DamagedStoreError, match="three is damaged"):
-        list(each(functools.partial(noted, tmp_path), range(500), hands, quiet=True))
+        list(ordered_map(functools.partial(noted, tmp_path), range(500), parallel, quiet=True))
     assert len(list(tmp_path.iterdir())) < 60
 
 
@@ -85,7 +87,7 @@ def test_no_more_tasks_than_threads_are_in_work() -> None:
         with lock:
             now -= 1
 
-    list(each(count, range(40), Hands(threads=3), quiet=True))
+    list(ordered_map(count, range(40), ParallelConfig(threads=3), quiet=True))
     assert most == 3
 
 
@@ -98,15 +100,15 @@ def test_tasks_are_given_out_as_results_are_taken() -> None:
             given.append(number)
             yield number
 
-    found = each(lambda number: number, tasks(), Hands(threads=2), quiet=True)
+    found = ordered_map(lambda number: number, tasks(), ParallelConfig(threads=2), quiet=True)
     next(found)
     assert len(given) <= 2 * hands_stage._AHEAD
     found.close()  # type: ignore[attr-defined]  # a generator
 
 
 def test_a_lost_workers_tasks_are_done_again(tmp_path: Path, cluster: Client) -> None:
-    hands = Hands(scheduler=cluster.scheduler.address)
-    found = list(each(functools.partial(deadly, tmp_path), range(12), hands, quiet=True))
+    parallel = ParallelConfig(scheduler=cluster.scheduler.address)
+    found = list(ordered_map(functools.partial(deadly, tmp_path), range(12), parallel, quiet=True))
     assert (tmp_path / "killed").exists()
     assert found == list(range(12))
 
@@ -121,4 +123,4 @@ def test_a_lost_workers_tasks_are_done_again(tmp_path: Path, cluster: Client) ->
 )
 def test_hands_that_cannot_be(settings: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Hands(**settings)  # type: ignore[arg-type]
+        ParallelConfig(**settings)  # type: ignore[arg-type]

@@ -20,10 +20,10 @@ from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
-from mpcache.parallel.config import Hands
+from mpcache.parallel.config import ParallelConfig
 from mpcache.storage import cloud
 from mpcache.storage import object_store as bucket
-from mpcache.storage.base import Place, place_of
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.reader import open_store
 from mpcli.mpcache import app
 from tests.helpers import servers
@@ -65,7 +65,7 @@ def command(*words: object, code: int = 0) -> str:
     return result.stdout if code == 0 else result.stderr
 
 
-def download(place: Place, folder: Path) -> Path:
+def download(place: Storage, folder: Path) -> Path:
     """All objects as files, by no code that copies stores."""
     for name in place.names():
         file = folder / name
@@ -74,7 +74,7 @@ def download(place: Place, folder: Path) -> Path:
     return folder
 
 
-def marks(place: Place) -> int:
+def marks(place: Storage) -> int:
     """Marks of activations."""
     return sum("/layers." in name and ".partial" not in name for name in place.names("marks"))
 
@@ -84,7 +84,7 @@ def marks(place: Place) -> int:
 
 def test_a_store_is_the_same_wherever_it_lies(made: tuple[Path, str], tmp_path: Path) -> None:
     folder, url = made
-    assert equal(download(place_of(url), tmp_path / "store"), folder / "store")
+    assert equal(download(open_storage(url), tmp_path / "store"), folder / "store")
     assert verify(url).findings == ()
     for what in ("info", "stats"):
         here = json.loads(command(what, folder / "store", "--json"))
@@ -110,7 +110,7 @@ def test_a_collection_goes_on_below_a_root(made: tuple[Path, str], s3: str, tmp_
     again = json.loads(command(*words, "layers.1.mlp", "--rows", 600))
     assert first["store"] == more["store"] == again["store"]
     assert again["forward_rows"] == 0
-    path = download(place_of(more["store"]), tmp_path / "store")
+    path = download(open_storage(more["store"]), tmp_path / "store")
     (path / "store.json").write_bytes(
         (folder / "store/store.json").read_bytes()
     )  # says what came first
@@ -122,7 +122,7 @@ def test_a_collection_goes_on_below_a_root(made: tuple[Path, str], s3: str, tmp_
 @contextmanager
 def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator[None]:
     """The server is gone at that call of one of a bucket's methods."""
-    real, calls = getattr(bucket.Bucket, method), itertools.count(1)
+    real, calls = getattr(bucket.ObjectStorage, method), itertools.count(1)
 
     def stopped(*arguments: object) -> Any:
         if next(calls) == call:
@@ -130,7 +130,7 @@ def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bucket.Bucket, method, stopped)
+        patch.setattr(bucket.ObjectStorage, method, stopped)
         yield
 
 
@@ -154,7 +154,7 @@ def test_copies_go_both_ways_and_on_after_a_stop(
 
 
 def files_alike(url: str, folder: Path) -> bool:
-    place, other = place_of(url), place_of(folder)
+    place, other = open_storage(url), open_storage(folder)
     names = [name for name in place.names() if name.startswith("arrays.zarr/")]
     return all(place.read(name) == other.read(name) for name in names)
 
@@ -163,10 +163,10 @@ def test_a_removal_that_stops_leaves_no_store_and_goes_on(
     made: tuple[Path, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(made[0] / "store", url)
-    place_of(url).put_new("notes.txt", b"mine")
+    open_storage(url).put_new("notes.txt", b"mine")
     assert "'notes.txt'" in command("remove", url, "--yes", code=2)
-    place_of(url).delete("notes.txt")
-    delete, calls = bucket.Bucket.delete, 0
+    open_storage(url).delete("notes.txt")
+    delete, calls = bucket.ObjectStorage.delete, 0
 
     def stopped(*arguments: object) -> None:
         nonlocal calls
@@ -176,11 +176,11 @@ def test_a_removal_that_stops_leaves_no_store_and_goes_on(
         delete(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(bucket.Bucket, "delete", stopped)
+        patch.setattr(bucket.ObjectStorage, "delete", stopped)
         assert "the server is gone" in command("remove", url, "--yes", code=1)
     assert "is no store" in command("info", url, code=2)
     command("remove", url, "--yes")
-    assert not place_of(url).exists()
+    assert not open_storage(url).exists()
 
 
 def test_fit_and_eval_read_a_bucket(made: tuple[Path, str], tmp_path: Path) -> None:
@@ -206,8 +206,8 @@ def harm(url: str) -> dict[str, str]:
 
     def put(name: str, change: Callable[[bytes], bytes]) -> None:
         key = f"{prefix}/{name}"
-        data = change(client.get_object(Bucket=bucket_name, Key=key)["Body"].read())
-        client.put_object(Bucket=bucket_name, Key=key, Body=data)
+        data = change(client.get_object(ObjectStorage=bucket_name, Key=key)["Body"].read())
+        client.put_object(ObjectStorage=bucket_name, Key=key, Body=data)
 
     def flipped(data: bytes) -> bytes:
         return data[:40] + bytes([data[40] ^ 1]) + data[41:]
@@ -222,8 +222,8 @@ def harm(url: str) -> dict[str, str]:
     gone = [acts.format(2), "arrays.zarr/rows/position/c/2"]
     gone += ["arrays.zarr/norms/layers.0/output/c/3"]
     for name in gone:
-        client.delete_object(Bucket=bucket_name, Key=f"{prefix}/{name}")
-    client.put_object(Bucket=bucket_name, Key=f"{prefix}/arrays.zarr/foreign", Body=b"")
+        client.delete_object(ObjectStorage=bucket_name, Key=f"{prefix}/{name}")
+    client.put_object(ObjectStorage=bucket_name, Key=f"{prefix}/arrays.zarr/foreign", Body=b"")
     return {
         acts.format(0): "truncated", acts.format(1): "flipped", f"{other}/input/c/1/0": "overlong",
         "arrays.zarr/tokens/c/1/0": "flipped", "marks/0/layers.1.mlp/output.json": "mark",
@@ -259,8 +259,8 @@ def test_damage_in_a_bucket_is_named_and_mended(
     assert {one["outcome"] for one in done["marks"]} == {"mended"}
     assert [one["path"] for one in done["left"]] == ["arrays.zarr/foreign"]
     assert named(url) == {"arrays.zarr/foreign": "uncommitted"}
-    place_of(url).delete("arrays.zarr/foreign")
-    assert whole(download(place_of(url), tmp_path / "store")) == whole(folder / "store")
+    open_storage(url).delete("arrays.zarr/foreign")
+    assert whole(download(open_storage(url), tmp_path / "store")) == whole(folder / "store")
     assert stats_of(url) == before
 
 
@@ -279,18 +279,18 @@ def test_parts_are_joined_and_cut_again_in_buckets(
     assert verify(there).findings == ()
     assert stats_of(there) == stats_of(here)
     for to in (there, other):
-        found = download(place_of(to), tmp_path / place_of(to).name)
+        found = download(open_storage(to), tmp_path / open_storage(to).name)
         assert (marks_of(found), arrays_of(found)) == (marks_of(here), arrays_of(here))
     for side, split in itertools.product(SIDES, ("train", "validation")):
         rows = rows_of(open_store(there), side, split)
         assert torch.equal(rows, rows_of(open_store(folder / "store"), side, split))
     for to in (f"{url}/cut", tmp_path / "cut"):
         command("convert", there, to, "--part-rows", 192)
-    assert equal_parts(download(place_of(f"{url}/cut"), tmp_path / "back"), folder / "store")
+    assert equal_parts(download(open_storage(f"{url}/cut"), tmp_path / "back"), folder / "store")
     assert equal_parts(tmp_path / "cut", folder / "store")
     words = ("convert", there, f"{url}/no", "--part-rows", 96)
     assert "must be a multiple of" in command(*words, code=2)
-    assert not place_of(f"{url}/no").exists()
+    assert not open_storage(f"{url}/no").exists()
 
 
 def arrays_of(path: Path) -> dict[str, bytes]:
@@ -310,12 +310,12 @@ def test_processes_take_care_of_a_bucket(made: tuple[Path, str], url: str, tmp_p
     harmed = harm(url)
     found = {name: os.environ[name] for name in (*servers.CREDENTIALS, "AWS_ENDPOINT_URL")}
     with dask.config.set({"distributed.nanny.environ": found}):
-        findings = verify(url, Hands(workers=2)).findings
+        findings = verify(url, ParallelConfig(workers=2)).findings
         assert {finding.path: finding.fault for finding in findings} == harmed
         assert json.loads(command("stats", source, "--workers", 2, "--json")) == stats_of(source)
         command("convert", source, f"{url}/joined", "--part-rows", 384, "--workers", 2)
     command("convert", folder / "store", tmp_path / "here", "--part-rows", 384)
-    joined = download(place_of(f"{url}/joined"), tmp_path / "joined")
+    joined = download(open_storage(f"{url}/joined"), tmp_path / "joined")
     assert arrays_of(joined) == arrays_of(tmp_path / "here")
 
 
@@ -334,7 +334,7 @@ def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
 
 
 def test_nothing_secret_gets_into_a_store(made: tuple[Path, str]) -> None:
-    place = place_of(made[1])
+    place = open_storage(made[1])
     content = b"".join(place.read(name) for name in place.names())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         assert os.environ[name].encode() not in content
@@ -361,7 +361,7 @@ def test_a_place_on_a_server_that_fails_a_third_of_the_time(
     monkeypatch.setattr(bucket, "_PART", 5 << 20)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.33) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-        place = place_of(f"s3://{servers.BUCKET}/{tmp_path.name}")
+        place = open_storage(f"s3://{servers.BUCKET}/{tmp_path.name}")
         for number in range(4):
             data = b"%d" % number
             assert place.put_new(f"a{number}", data)
@@ -391,7 +391,7 @@ def test_a_collection_on_a_server_that_fails_now_and_then(
         assert verify(url).findings == ()
     cloud.client.cache_clear()
     monkeypatch.undo()
-    assert equal(download(place_of(url), tmp_path / "store"), tmp_path / "whole")
+    assert equal(download(open_storage(url), tmp_path / "store"), tmp_path / "whole")
 
 
 # --- chaos ---
@@ -404,7 +404,7 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
     write_corpus(tmp_path / "corpus.jsonl", documents=160)
     config = small_config(tmp_path, rows=8_000, part_rows=384)
     url, whole = f"{s3}/{tmp_path.name}", tmp_path / "whole"
-    place, draw = place_of(url), random.Random(4)
+    place, draw = open_storage(url), random.Random(4)
     victims = ["command"] * 3 + ["worker"] * 6
     draw.shuffle(victims)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 6, share) as proxy:
@@ -423,7 +423,9 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
         process.join()
     assert process.exitcode == 0
     collect(config, whole)
-    assert so_far < marks(place) == marks(place_of(whole))  # there was something to do to the end
+    assert (
+        so_far < marks(place) == marks(open_storage(whole))
+    )  # there was something to do to the end
     path = download(place, tmp_path / "store")
     assert equal(path, whole)
     assert clean(path)

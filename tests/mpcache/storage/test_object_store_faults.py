@@ -26,8 +26,8 @@ from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
 from mpcache.storage import cloud
 from mpcache.storage import object_store as bucket
-from mpcache.storage.base import place_of
-from mpcache.storage.object_store import Bucket
+from mpcache.storage.base import open_storage
+from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.format import Layout, digest, mark_path, seal
 from mpcache.store.writer import Writer, refuse_large
 from mpcache.validation import DamagedStoreError
@@ -55,9 +55,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
 
 
 @pytest.fixture
-def store(memory: MemoryStore) -> Bucket:
+def store(memory: MemoryStore) -> ObjectStorage:
     """A store of one part."""
-    place = Bucket("gs://in-memory/store")
+    place = ObjectStorage("gs://in-memory/store")
     content = {
         "format": "mpcache", "format_version": 1, "fingerprint": digest(IDENTITY),
         "identity": IDENTITY, "layout": dataclasses.asdict(LAYOUT), "config": {},
@@ -87,36 +87,36 @@ def test_a_source_that_breaks_off_is_no_fault_of_the_target(
         yield from [b"x" * 60] * 8
         raise ConnectionError("the source is gone")
 
-    place = Bucket("gs://in-memory/target")
+    place = ObjectStorage("gs://in-memory/target")
     with pytest.raises(ConnectionError, match="the source is gone"):
         place.prepare("a", "key", pieces())
     assert list(place.names()) == []
 
 
-def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: Bucket) -> None:
+def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: ObjectStorage) -> None:
     mark = store.read(mark_path(0, ARRAY))
     names = json.loads(mark)["objects"]
-    target = Writer(Bucket("gs://in-memory/target"), LAYOUT, digest(IDENTITY))
+    target = Writer(ObjectStorage("gs://in-memory/target"), LAYOUT, digest(IDENTITY))
     sources = {name: [store.read(name)[:-1]] for name in names}
     with pytest.raises(DamagedStoreError, match="does not read back as its mark says"):
         target.adopt(0, ARRAY, mark, sources)
-    assert list(target.place.names()) == []
+    assert list(target.storage.names()) == []
 
 
 # --- removals ---
 
 
 def test_no_copy_goes_on_with_what_a_removal_left(
-    store: Bucket, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, delete = "gs://in-memory/copy", Bucket.delete
+    url, delete = "gs://in-memory/copy", ObjectStorage.delete
     copy(store, url)
-    place = place_of(url)
+    place = open_storage(url)
     count = len(list(place.names()))
     for kept in range(count - 1, 0, -1):  # a removal is stopped again and again
         deleted = len(list(place.names())) - kept
 
-        def stopped(self: Bucket, name: str) -> None:
+        def stopped(self: ObjectStorage, name: str) -> None:
             nonlocal deleted
             if deleted == 0:
                 raise KeyboardInterrupt
@@ -124,7 +124,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
             delete(self, name)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Bucket, "delete", stopped)
+            patch.setattr(ObjectStorage, "delete", stopped)
             patch.setattr(bucket, "_requests", InTurn)
             with pytest.raises(KeyboardInterrupt):
                 remove(find_removable(url))
@@ -148,7 +148,7 @@ class InTurn:
 
 
 def test_half_a_copy_is_removed_and_its_removal_goes_on(
-    store: Bucket, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "gs://in-memory/copy"
     with monkeypatch.context() as patch:
@@ -158,13 +158,13 @@ def test_half_a_copy_is_removed_and_its_removal_goes_on(
         patch.setattr(bucket, "_requests", lambda: None)
         with pytest.raises(AttributeError):
             remove(find_removable(url))
-    assert set(place_of(url).names("store.json.incoming.partial")) == set()
+    assert set(open_storage(url).names("store.json.incoming.partial")) == set()
     assert find_removable(url).told == "half of a store, copied or removed"
     remove(find_removable(url))
-    assert not place_of(url).exists()
+    assert not open_storage(url).exists()
 
 
-def test_leftover_claims_go_before_what_they_name(store: Bucket) -> None:
+def test_leftover_claims_go_before_what_they_name(store: ObjectStorage) -> None:
     names = [f"arrays.zarr/{ARRAY}/c/0/0.key.partial", f"{mark_path(0, ARRAY)}.0.claim.partial"]
     for name in names:
         store.put_new(name, b"")
@@ -181,7 +181,7 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
     def careless(*arguments: Any, mode: str = "overwrite", **options: Any) -> Any:
         return put(*arguments, **options)
 
-    place = Bucket("gs://in-memory/store")
+    place = ObjectStorage("gs://in-memory/store")
     with monkeypatch.context() as patch:
         patch.setattr(obstore, "put", careless)
         with pytest.raises(ValueError, match="must keep to If-None-Match"):
@@ -203,7 +203,7 @@ def test_waiting_is_told_once(
     monkeypatch.setattr(bucket, "_PAUSE", 0.01)
     for _ in range(2):
         with pytest.raises(ConnectionError, match="away"):
-            Bucket("gs://in-memory/store")._ask(away, "a")
+            ObjectStorage("gs://in-memory/store")._ask(away, "a")
     assert capsys.readouterr().err == "waiting for the server of gs://in-memory\n"
 
 
@@ -225,29 +225,29 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server(silent: str) -> None:
     began = time.monotonic()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        place_of(silent).read("store.json")
+        open_storage(silent).read("store.json")
     assert time.monotonic() - began < 30
 
 
 # --- names and sizes ---
 
 
-def test_a_root_may_hold_what_no_url_leads_to(store: Bucket, memory: MemoryStore) -> None:
+def test_a_root_may_hold_what_no_url_leads_to(store: ObjectStorage, memory: MemoryStore) -> None:
     for key in ("no\u200bte/x", "a:b/store.json", "who?"):
         obstore.put(memory, key, b"x")
     assert [entry.store for entry in entries("gs://in-memory")] == ["store"]
 
 
 def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
-    store: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = dataclasses.replace(LAYOUT, part_rows=1 << 20)
     refuse_large(store, large, [1192])
-    refuse_large(place_of(tmp_path), large, [1 << 20])
+    refuse_large(open_storage(tmp_path), large, [1 << 20])
     told = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
     with pytest.raises(ValueError, match=told):
         refuse_large(store, large, [64, 1193])
-    monkeypatch.setattr(Bucket, "largest", 8 * 3 * 4 - 1)
+    monkeypatch.setattr(ObjectStorage, "largest", 8 * 3 * 4 - 1)
     target = "gs://in-memory/other"
     for write in (
         lambda: copy(store, target),
@@ -256,5 +256,5 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
     ):
         with pytest.raises(ValueError, match="use smaller part_rows"):
             write()
-        assert not place_of(target).exists()
+        assert not open_storage(target).exists()
     assert convert(store, target, ConvertConfig(dtype="float16")).parts == 4

@@ -1,4 +1,4 @@
-"""Folder and bucket keep one contract: that of a dictionary of names, whoever else writes."""
+"""LocalStorage and bucket keep one contract: that of a dictionary of names, whoever else writes."""
 
 import os
 import pickle
@@ -15,11 +15,11 @@ from obstore import exceptions
 from mpcache.storage import cloud
 from mpcache.storage import local as folder
 from mpcache.storage import object_store as bucket
-from mpcache.storage.base import Place, place_of
+from mpcache.storage.base import Storage, open_storage
 from mpcache.validation import DamagedStoreError
 
 
-def read(place: Place, name: str, offset: int, *lengths: int) -> bytes:
+def read(place: Storage, name: str, offset: int, *lengths: int) -> bytes:
     buffers = [np.empty(length, np.uint8) for length in lengths]
     place.read_into(name, offset, buffers)
     return b"".join(one.tobytes() for one in buffers)
@@ -31,19 +31,21 @@ KINDS = ("folder", "s3", "memory")
 
 
 @pytest.fixture(params=KINDS)
-def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Storage:
     """A new place; in memory, obstore's own stand-in for a server that is not Amazon's."""
     if request.param == "folder":
-        return place_of(tmp_path / "place")
+        return open_storage(tmp_path / "place")
     if request.param == "s3":
-        return place_of(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
+        return open_storage(f"{request.getfixturevalue('s3')}/{tmp_path.name}")
     from obstore.store import MemoryStore
 
     memory = MemoryStore()
     monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
     bucket._see_bucket.cache_clear()
-    return place_of("gs://in-memory/place")
+    return open_storage("gs://in-memory/place")
 
 
 OPERATIONS = st.one_of(
@@ -59,7 +61,7 @@ OPERATIONS = st.one_of(
 @hypothesis.given(st.lists(OPERATIONS, max_size=12))
 @hypothesis.example([("put_new", "a", b"0"), ("link_new", "a", "b/c")])  # the folder is not there
 @hypothesis.example([("prepare", "a", b"0"), ("publish", "a", "d/e/f")])
-def test_a_place_is_a_dictionary(place: Place, operations: list[tuple[str, str, object]]) -> None:
+def test_a_place_is_a_dictionary(place: Storage, operations: list[tuple[str, str, object]]) -> None:
     for name in list(place.names()):
         place.delete(name)
     told: dict[str, bytes] = {}
@@ -99,7 +101,7 @@ def test_a_place_is_a_dictionary(place: Place, operations: list[tuple[str, str, 
     assert set(place.children()) >= {name.partition("/")[0] for name in told}
 
 
-def test_what_is_not_there(place: Place) -> None:
+def test_what_is_not_there(place: Storage) -> None:
     assert not place.exists()
     assert not place.exists("a")
     assert place.size("a") is None
@@ -111,7 +113,7 @@ def test_what_is_not_there(place: Place) -> None:
             ask("a")
 
 
-def test_ranges_are_exact_or_refused(place: Place) -> None:
+def test_ranges_are_exact_or_refused(place: Storage) -> None:
     place.put_new("a", b"0123456789")
     assert read(place, "a", 3, 4) == b"3456"
     assert read(place, "a", 3, 1, 0, 3) == b"3456"
@@ -120,7 +122,7 @@ def test_ranges_are_exact_or_refused(place: Place) -> None:
             read(place, "a", offset, length)
 
 
-def test_much_is_read_in_several_calls(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_much_is_read_in_several_calls(place: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many buffers there are, and however little the system gives at a time."""
     monkeypatch.setattr(folder, "_CALL", 300)
     monkeypatch.setattr(folder, "_CALL_BUFFERS", 3)
@@ -139,7 +141,9 @@ def test_much_is_read_in_several_calls(place: Place, monkeypatch: pytest.MonkeyP
         read(place, "a", 2900, 50, 51)
 
 
-def test_large_objects_go_and_come_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_objects_go_and_come_in_parts(
+    place: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bucket, "_PART", 5 << 20)
     whole = bytes(range(256)) * (52 << 10)
     pieces = (whole[start : start + 700_001] for start in range(0, len(whole), 700_001))
@@ -149,7 +153,7 @@ def test_large_objects_go_and_come_in_parts(place: Place, monkeypatch: pytest.Mo
     assert read(place, "large", 9 << 20, 300) == whole[9 << 20 :][:300]
 
 
-def test_of_many_at_once_one_creates(place: Place) -> None:
+def test_of_many_at_once_one_creates(place: Storage) -> None:
     place.put_new("other", b"")
     results: list[bool] = []
     start = threading.Barrier(6)
@@ -166,9 +170,9 @@ def test_of_many_at_once_one_creates(place: Place) -> None:
     assert sorted(results) == [False] * 5 + [True]
 
 
-def test_text_and_pickle_lead_back(place: Place) -> None:
+def test_text_and_pickle_lead_back(place: Storage) -> None:
     place.put_new("a", b"1")
-    assert place_of(place.address).read("a") == b"1"
+    assert open_storage(place.address).read("a") == b"1"
     assert pickle.loads(pickle.dumps(place)).read("a") == b"1"
     assert place.child("b").put_new("c", b"2")
     assert place.read("b/c") == b"2"
@@ -179,7 +183,7 @@ def test_text_and_pickle_lead_back(place: Place) -> None:
     assert not place.child("bc").is_within(place.child("b"))
 
 
-def test_nothing_is_left_of_what_is_removed(place: Place) -> None:
+def test_nothing_is_left_of_what_is_removed(place: Storage) -> None:
     kept = place.child("kept-beside")
     kept.put_new("store.json", b"other")
     store = place.child("kept")
@@ -215,20 +219,20 @@ def test_nothing_is_left_of_what_is_removed(place: Place) -> None:
 )
 def test_urls_that_lead_astray(url: str, told: str) -> None:
     with pytest.raises(ValueError, match=told) as error:
-        place_of(url)
+        open_storage(url)
     assert "secret" not in str(error.value)
     assert str(error.value).isprintable()
 
 
 def test_a_url_that_became_a_path_is_told() -> None:
     with pytest.raises(ValueError, match="give the URL as text") as error:
-        place_of(Path("s3://key:secret@shared/a"))
+        open_storage(Path("s3://key:secret@shared/a"))
     assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["a//b", "a/../b", "con\x1btrol", ".."])
 def test_keys_that_no_store_has_are_refused_by_name(s3: str, tmp_path: Path, key: str) -> None:
-    place = place_of(f"{s3}/{tmp_path.name}")
+    place = open_storage(f"{s3}/{tmp_path.name}")
     place.put_new("marks/0/tokens.json", b"1")
     put_raw(f"{tmp_path.name}/marks/{key}", b"2")
     with pytest.raises(DamagedStoreError, match="a name that no store has") as error:
@@ -238,20 +242,20 @@ def test_keys_that_no_store_has_are_refused_by_name(s3: str, tmp_path: Path, key
 
 def test_a_folder_that_a_console_made_is_nothing(s3: str, tmp_path: Path) -> None:
     put_raw(f"{tmp_path.name}/", b"")
-    assert list(place_of(f"{s3}/{tmp_path.name}").names()) == []
+    assert list(open_storage(f"{s3}/{tmp_path.name}").names()) == []
 
 
 def put_raw(key: str, data: bytes) -> None:
     from tests.helpers.servers import BUCKET, raw_client
 
-    raw_client().put_object(Bucket=BUCKET, Key=key, Body=data)
+    raw_client().put_object(ObjectStorage=BUCKET, Key=key, Body=data)
 
 
 # --- errors ---
 
 
 def test_a_bucket_that_is_not_there(s3: str) -> None:
-    place = place_of("s3://nobody-has-it/a")
+    place = open_storage("s3://nobody-has-it/a")
     for ask in (
         lambda: place.exists("store.json"),
         lambda: place.read("store.json"),
@@ -278,7 +282,7 @@ def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cloud._RETRIES, "max_retries", 1)
     monkeypatch.setattr(bucket, "_TRIES", 1)
     with pytest.raises(ConnectionError, match=r"s3://shared/a/store\.json: "):
-        place_of("s3://shared/a").exists("store.json")
+        open_storage("s3://shared/a").exists("store.json")
 
 
 @pytest.mark.usefixtures("s3", "fresh_clients")
@@ -289,16 +293,16 @@ def test_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(PermissionError, match="there are no credentials; set AWS_PROFILE"):
-        place_of("s3://shared/a").exists("store.json")
+        open_storage("s3://shared/a").exists("store.json")
     (tmp_path / "none").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
-    assert not place_of("s3://shared/none").exists("store.json")
+    assert not open_storage("s3://shared/none").exists("store.json")
 
 
 @pytest.mark.usefixtures("fresh_clients")
 def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'mpcache\[gs\]'"):
-        place_of("gs://shared/a").exists("store.json")
+        open_storage("gs://shared/a").exists("store.json")
 
 
 def test_plain_http_is_for_this_machine_alone() -> None:

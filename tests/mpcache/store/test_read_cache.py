@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from mpcache.maintenance.copy import copy
 from mpcache.storage import cloud
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store import read_cache as tier
 from mpcache.store.reader import DamagedStoreError, Store, open_store
 from mpcache.store.zarr_codec import ReadInto
@@ -223,7 +223,7 @@ def test_the_whole_folder_may_go_while_it_is_read(made: tuple[Path, str], tmp_pa
 
 
 def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
-    place, folder = place_of(own), tmp_path / "tier"
+    place, folder = open_storage(own), tmp_path / "tier"
     name = "arrays.zarr/acts/layers.0/output/c/0/0"
     data = place.read(name)
     place.replace(name, data[:40] + b"?" + data[41:])
@@ -240,9 +240,9 @@ def test_other_content_in_the_same_place_is_never_mistaken(
 ) -> None:
     """A part that was rewritten with other bits has another digest in its mark."""
     folder, store = str(tmp_path / "tier"), open_store(own)
-    one = tier.Tier(folder, None, store.place, store.digest)
-    other = tier.Tier(folder, None, store.place, "another store.json")
-    elsewhere = tier.Tier(folder, None, place_of(made[1]), store.digest)
+    one = tier.ReadCache(folder, None, store.storage, store.digest)
+    other = tier.ReadCache(folder, None, store.storage, "another store.json")
+    elsewhere = tier.ReadCache(folder, None, open_storage(made[1]), store.digest)
     for number, (of, key) in enumerate(
         [(one, "a" * 32), (one, "b" * 32), (other, "a" * 32), (elsewhere, "a" * 32)]
     ):
@@ -361,7 +361,7 @@ def test_processes_and_threads_share_a_tier(made: tuple[Path, str], tmp_path: Pa
 def test_no_two_take_the_same_room(
     made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fstat, place = os.fstat, place_of(made[1])
+    fstat, place = os.fstat, open_storage(made[1])
 
     def slow(descriptor: int) -> os.stat_result:
         found = fstat(descriptor)
@@ -371,7 +371,7 @@ def test_no_two_take_the_same_room(
     monkeypatch.setattr(os, "fstat", slow)
 
     def keep(number: int) -> None:
-        one = tier.Tier(str(tmp_path / "tier"), 1000, place, "digest")
+        one = tier.ReadCache(str(tmp_path / "tier"), 1000, place, "digest")
         content = np.full(30, number, np.uint8)
         one.made(f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30))
 

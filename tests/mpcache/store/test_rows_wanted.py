@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.collection.catalog import entries, find_place
+from mpcache.collection.catalog import entries, find_store
 from mpcache.collection.collect import collect
 from mpcache.maintenance.stats import info
-from mpcache.parallel.config import Workforce
+from mpcache.parallel.config import CollectParallelConfig
 from mpcache.store.reader import open_store
 from mpcache.store.rows_wanted import extent_of
 from mpcli.mpcache import app
@@ -65,7 +65,8 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
 def test_every_share_says_it(folder: Path) -> None:
     config = small_config(folder, rows=5000, hookpoints=("layers.0",))
     summaries = [
-        collect(config, folder / "store", Workforce(share=f"{number}/2")) for number in (1, 2)
+        collect(config, folder / "store", CollectParallelConfig(share=f"{number}/2"))
+        for number in (1, 2)
     ]
     assert all(summary.exhausted for summary in summaries)
     rows = sum(summary.rows for summary in summaries)
@@ -83,7 +84,7 @@ def test_nothing_is_said_where_all_is_there(folder: Path) -> None:
     assert not entry.exhausted
     extent = extent_of(open_store(folder / "root/store"))
     assert extent.is_planned
-    done = find_place(folder / "root", config).done
+    done = find_store(folder / "root", config).done
     assert done is not None
     assert (done.rows, done.rows_wanted, done.shortfall) == (576, 500, None)
 

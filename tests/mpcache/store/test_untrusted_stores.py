@@ -17,7 +17,7 @@ from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.model.hooks import resolve
-from mpcache.storage.base import place_of
+from mpcache.storage.base import open_storage
 from mpcache.store.format import is_store, seal, unseal
 from mpcache.store.reader import DamagedStoreError, open_store
 from mpcli.mpcache import app
@@ -242,7 +242,7 @@ def test_a_mark_edited_and_sealed_again_is_refused(
         assert MARK in in_one_line(
             command(*words, *["--dtype", "float32"][: 2 * (words[0] != "copy")])
         )
-        assert not is_store(place_of(words[2]))
+        assert not is_store(open_storage(words[2]))
 
 
 def test_a_mark_of_other_rows_than_the_positions_is_refused(
@@ -284,7 +284,7 @@ def test_a_store_file_edited_and_sealed_again_is_refused(
             assert (result.exit_code, "DAMAGED" in result.stdout) == (1, True)
         else:
             assert "store.json is damaged" in in_one_line(call(), (1,))
-    assert is_store(place_of(store))
+    assert is_store(open_storage(store))
 
 
 @pytest.mark.parametrize("file", [MARK, "store.json", f"arrays.zarr/{SIDE}/zarr.json"])
@@ -368,7 +368,7 @@ def test_links_out_of_a_store_are_never_followed(
         assert result.exception is None or isinstance(result.exception, SystemExit), result
     if name not in ("marks/2/layers.0", "arrays.zarr/zarr.json"):  # without marks: not committed
         assert "symbolic link" in results["copy"].stderr + results["collect"].stderr
-        assert not is_store(place_of(store.parent / "copied"))
+        assert not is_store(open_storage(store.parent / "copied"))
     if name != "store.json":
         assert not store.exists()
         assert results["remove"].exit_code == 0

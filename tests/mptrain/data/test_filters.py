@@ -17,7 +17,7 @@ from mptrain.data.loader import Batch, Loader, Store
 from mptrain.data.windows import TOKEN, norm_of
 from mptrain.evals.evaluate import evaluate, evaluate_coder, sides_of
 from mptrain.runs.fit import fit
-from mptrain.training.setup import make_trainee
+from mptrain.training.setup import make_coder_run
 from tests.helpers.stores import small_store
 
 IN, OUT = ("layers.1.mlp", "input"), ("layers.1.mlp", "output")
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def config(store: Store, run: Path = Path("run"), **changes: object) -> FitConfig:
     settings = {
-        "store": str(store.place), "run": str(run), "hookpoints": ("layers.1.mlp",),
+        "store": str(store.storage), "run": str(run), "hookpoints": ("layers.1.mlp",),
         "k": (3,), "expansion": (2,), "rows": 512, "batch_rows": 64, "window_rows": 128,
         "arch": ("topk",), "kind": ("sae", "skip-transcoder"), "device": "cpu",
     }  # fmt: skip
@@ -141,7 +141,7 @@ def test_rows_are_scaled_by_those_that_are_taken(
     run = config(store, normalise=True, skip_positions=3)
     filters = make_filters(run, store, [IN, OUT])
     for one in run.coders():
-        scale = make_trainee(one, run, filters, store, torch.device("cpu")).learner.scale
+        scale = make_coder_run(one, run, filters, store, torch.device("cpu")).trainer.scale
         for side, factor in zip(sides_of(one), scale, strict=True):
             batch = all_rows(store, filters, (side,))
             square = batch.values[side][filters.kept(batch, (side,))].double().square().mean()
@@ -162,7 +162,7 @@ def test_filters_are_kept_beside_a_coder_and_used_in_its_evaluation(
         side = RESIDUAL if folder.name.startswith("layers.0-") else OUT
         assert filters == make_filters(chosen, store, [side])
         assert filters.skip_tokens == tuple(sorted({71, *store.special_ids}))
-        (found,) = evaluate_coder(folder, str(store.place), [], device="cpu")
+        (found,) = evaluate_coder(folder, str(store.storage), [], device="cpu")
         one = results[folder.name]
         assert found.rows == one["rows"]
         # batches of another size, so that sums are rounded elsewhere
@@ -194,7 +194,7 @@ def test_filters_that_cannot_be(store: Store, changes: dict[str, object], told: 
 
 
 def test_a_store_that_does_not_tell_its_special_tokens_is_refused(store: Store) -> None:
-    older = open_store(store.place)
+    older = open_store(store.storage)
     del older.provenance["tokenizer"]
     with pytest.raises(ValueError, match="name their ids in skip_tokens instead"):
         make_filters(config(older, skip_tokens=("special",)), older, [OUT])

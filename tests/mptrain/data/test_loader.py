@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpcache.storage.local import Folder
+from mpcache.storage.local import LocalStorage
 from mpcache.store.reader import DamagedStoreError, Part, Store
 from mptrain.data import windows
 from mptrain.data.loader import Batch, Loader
@@ -36,7 +36,7 @@ class FakeStore(Store):
     dtype: str = "float32"
     before_read: object = staticmethod(lambda part, chunk: None)
     reads: list[tuple[int, int]] = field(default_factory=list)
-    place: Folder = field(default_factory=lambda: Folder(Path("fake")))
+    place: LocalStorage = field(default_factory=lambda: LocalStorage(Path("fake")))
 
     def __post_init__(self):
         self.layout = SimpleNamespace(dtype=self.dtype)
@@ -255,11 +255,11 @@ def test_tasks_of_several_chunks_read_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("computing", "abreast", "threads"), [(1, 1, 2), (3, 1, 3), (64, 1, 4), (64, 8, 8)]
+    ("computing", "concurrency", "threads"), [(1, 1, 2), (3, 1, 3), (64, 1, 4), (64, 8, 8)]
 )
-def test_threads_by_default(monkeypatch, computing, abreast, threads):
+def test_threads_by_default(monkeypatch, computing, concurrency, threads):
     store = FakeStore((8,))
-    monkeypatch.setattr(store.place, "abreast", abreast, raising=False)
+    monkeypatch.setattr(store.storage, "concurrency", concurrency, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: computing)
     with make(store, threads=None) as loader:
         assert loader.threads == threads

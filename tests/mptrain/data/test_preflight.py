@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mpcache.store.reader import open_store
 from mptrain.config.run import FitConfig
 from mptrain.data import preflight as suited
-from mptrain.data.preflight import await_parts, numbers_of, ranges, suited_store
+from mptrain.data.preflight import await_parts, numbers_of, open_trainable_store, ranges
 from mptrain.runs.fit import fit, plan_of
 from tests.helpers.stores import small_store, write_corpus
 
@@ -70,20 +70,22 @@ def test_messages_name_the_remedy(made: Path, changes: dict[str, object], told: 
     chosen = config(made, **changes)
     sides = [(chosen.hookpoints[0], "input" if "transcoder" in chosen.kind else "output")]
     with pytest.raises(ValueError, match=told) as error:
-        suited_store(chosen, sides)
+        open_trainable_store(chosen, sides)
     assert "\n" not in str(error.value)
 
 
 def test_windows_within_the_bound_are_taken(made: Path) -> None:
     needed = 2 * 128 * 16 * 2  # two windows of 128 rows, 16 bfloat16 values each
     assert open_store(made).width(*MLP) == 16
-    suited_store(config(made, window_rows=128, window_bytes=needed), [MLP])
+    open_trainable_store(config(made, window_rows=128, window_bytes=needed), [MLP])
     with pytest.raises(ValueError, match="use --window-rows 127 or less"):
-        suited_store(config(made, window_rows=128, window_bytes=needed - 1), [MLP])
+        open_trainable_store(config(made, window_rows=128, window_bytes=needed - 1), [MLP])
 
 
 def test_a_store_under_way_is_trained_on_as_far_as_it_is_committed(begun: Path) -> None:
-    assert {part.number for part in suited_store(config(begun), [MLP]).parts([MLP], "train")} == {0}
+    assert {
+        part.number for part in open_trainable_store(config(begun), [MLP]).parts([MLP], "train")
+    } == {0}
 
 
 def test_a_store_without_train_rows_yet_is_refused(begun: Path) -> None:
@@ -118,7 +120,7 @@ def test_a_side_that_nobody_collects_is_doubted_once(
 def test_sides_under_way_are_waited_for_or_refused(begun: Path, made: Path) -> None:
     shutil.copytree(made / "marks/2/layers.0", begun / "marks/2/layers.0", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="wait for a collection that is under way with --follow"):
-        suited_store(config(begun), [MLP, ("layers.0", "output")])
+        open_trainable_store(config(begun), [MLP, ("layers.0", "output")])
 
 
 def test_follow_waits_and_trains_as_on_the_finished_store(

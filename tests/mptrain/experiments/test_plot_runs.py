@@ -188,14 +188,14 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
 
 
 def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path, monkeypatch):
-    train_one = fit_stage.Fitting._train_one
+    train_one = fit_stage.TrainLoop._train_one
 
-    def spoilt(self, trainee, *rows):
-        if trainee.config.arch == "mp" and trainee.learner.optimizers.steps_done == 5:
-            trainee.learner.coder.b_D.data.fill_(math.nan)
-        return train_one(self, trainee, *rows)
+    def spoilt(self, coder_run, *rows):
+        if coder_run.config.arch == "mp" and coder_run.trainer.optimizers.steps_done == 5:
+            coder_run.trainer.coder.b_D.data.fill_(math.nan)
+        return train_one(self, coder_run, *rows)
 
-    monkeypatch.setattr(fit_stage.Fitting, "_train_one", spoilt)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train_one", spoilt)
     path, _ = small_store(tmp_path)
     for eval_every in (2, 9):  # 9: it has no validation before
         run = tmp_path / str(eval_every)

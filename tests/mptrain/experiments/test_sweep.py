@@ -140,15 +140,15 @@ def test_parts_then_the_whole_equal_the_whole_at_once(whole, tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_interrupted_equals_uninterrupted(whole, tmp_path):
     folder, _ = whole
-    train = fit_stage.Fitting._train
+    train = fit_stage.TrainLoop._train
 
     def stopped(self, batch):
-        if self.trainees[0].learner.optimizers.steps_done == 3:
+        if self.coder_runs[0].trainer.optimizers.steps_done == 3:
             raise KeyboardInterrupt
         return train(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_stage.Fitting, "_train", stopped)
+        patch.setattr(fit_stage.TrainLoop, "_train", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     (begun,) = find_runs(tmp_path / "run")

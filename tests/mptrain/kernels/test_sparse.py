@@ -11,7 +11,13 @@ from mptrain.coders import topk as topk_module
 from mptrain.coders.topk import topk_encode
 from mptrain.kernels import prefix_errors as prefix_module
 from mptrain.kernels.prefix_errors import prefix_squares
-from mptrain.kernels.sparse import active_latents, latent_sums, row_of, sparse_decode, strongest
+from mptrain.kernels.sparse import (
+    active_latents,
+    dictionary_row,
+    latent_sums,
+    sparse_decode,
+    strongest,
+)
 from tests.helpers import reference
 
 
@@ -61,8 +67,16 @@ def test_decode_takes_an_expanded_gradient():
 
 def test_blocks_go_through_a_shared_dictionary_anew():
     W_MD = torch.zeros(3, 2)
-    assert row_of(torch.tensor([0, 1, 2, 3, 4, 5, 8]), W_MD).tolist() == [0, 1, 2, 0, 1, 2, 2]
-    assert 0 <= int(row_of(torch.tensor(-1), W_MD)) < 3, "some row, so that it can be taken"
+    assert dictionary_row(torch.tensor([0, 1, 2, 3, 4, 5, 8]), W_MD).tolist() == [
+        0,
+        1,
+        2,
+        0,
+        1,
+        2,
+        2,
+    ]
+    assert 0 <= int(dictionary_row(torch.tensor(-1), W_MD)) < 3, "some row, so that it can be taken"
 
 
 @given(st.integers(0, 2**20), st.integers(0, 6), few, st.integers(1, 7))

@@ -9,7 +9,7 @@ from torch import Tensor
 from mptrain.config.coder import CoderConfig
 from mptrain.kernels import triton_support as fused
 from mptrain.pursuit import numba_backend as cpu
-from tests.helpers.learners import BASE, TRANSCODER, D, make_learner, rows_of
+from tests.helpers.trainers import BASE, TRANSCODER, D, make_learner, rows_of
 
 pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernels on a CPU")
 pytestmark = pytest.mark.skipif(
@@ -48,14 +48,14 @@ def test_a_train_step_is_that_of_a_cpu(config: CoderConfig, monkeypatch: pytest.
 
 def gradients(config: CoderConfig) -> dict[str, Tensor]:
     """The code, and every parameter's gradient, of one batch."""
-    learner = make_learner(config)
+    trainer = make_learner(config)
     x_BD, y_BE = rows_of(config, 9, 1)
-    code = learner.coder.encode(x_BD, over_batch=True)
+    code = trainer.coder.encode(x_BD, over_batch=True)
     # dead atoms' correlations with a residual can be rounding, and then so is which are chosen
     dead_M = (torch.arange(3 * D) % 2 == 0) & (config.arch == "topk")
-    y_hat_BE = learner.coder.predict(code, x_BD)
-    learner.objective.loss(code, x_BD, y_BE, y_hat_BE, dead_M).backward()
-    parameters = dict(learner.coder.named_parameters())
+    y_hat_BE = trainer.coder.predict(code, x_BD)
+    trainer.objective.loss(code, x_BD, y_BE, y_hat_BE, dead_M).backward()
+    parameters = dict(trainer.coder.named_parameters())
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     order_BK = code.idx_BK.sort(dim=1)
     return {"idx": order_BK.values, "val": code.val_BK.gather(1, order_BK.indices), **grads}

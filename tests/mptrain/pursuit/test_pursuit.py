@@ -20,7 +20,7 @@ from mptrain.pursuit.autograd import pursue
 from mptrain.pursuit.backend import microbatch_rows, resolve
 from mptrain.pursuit.batch_threshold import Cut
 from mptrain.pursuit.forward import _put_unused_last_, select
-from mptrain.pursuit.rule import FEW, Rule
+from mptrain.pursuit.rule import N_RESCORED, Rule
 from tests.helpers import reference
 from tests.helpers.pursuits import (
     DIRECT,
@@ -32,8 +32,8 @@ from tests.helpers.pursuits import (
     SHORT,
     SHORT16,
     WHOLE,
+    Baseline,
     Layout,
-    Way,
     assert_same_code,
     assert_well_formed,
     atoms,
@@ -56,7 +56,7 @@ in_both_forms = pytest.mark.parametrize("is_compiled", [True, False], ids=["comp
 
 
 def run_select(
-    way: Way, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
+    way: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     with way.forced():
         return select(x_BD, W_MD, U_MD, k, rule, way.search)
@@ -100,7 +100,7 @@ def test_a_shortlist_is_the_same_in_both_forms(
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), sizes, k)
     for search in (SHORT, replace(SHORT, shortlist_size=1), replace(SHORT, shortlist_refresh=4)):
         compiled, matrices = (
-            run_select(Way(search, is_compiled), x_BD, W_MD, U_MD, k, rule)
+            run_select(Baseline(search, is_compiled), x_BD, W_MD, U_MD, k, rule)
             for is_compiled in (True, False)
         )
         assume(not hangs_on_noise(rule, compiled[1]))
@@ -154,7 +154,7 @@ def used(idx_BK: Tensor) -> list[list[int]]:
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.ban], ids=lambda r: r.select)
 @each_way
-def test_ban_holds_where_nothing_else_is_left(way: Way, rule: Rule):
+def test_ban_holds_where_nothing_else_is_left(way: Baseline, rule: Rule):
     """Also where what was subtracted leaves the chosen atom's correlation as large as ever."""
     generator = torch.Generator().manual_seed(0)
     x_BD = torch.randn(20, 6, generator=generator, dtype=torch.float64)
@@ -223,7 +223,7 @@ def test_only_direct_knows_blocks():
 @each_rule
 @each_way
 @pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.ones(3, 4)], ids=["zeros", "ones"])
-def test_constant_rows_give_no_nan(way: Way, rule: Rule, x: Tensor):
+def test_constant_rows_give_no_nan(way: Baseline, rule: Rule, x: Tensor):
     _, W_MD = problem(0, 3, 4, 7, torch.float32)
     W_MD.requires_grad_()
     with way.forced():
@@ -265,7 +265,7 @@ def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule):
 @each_rule
 @each_way
 @pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
-def test_infinity_stays_in_its_row_and_shows(way: Way, rule: Rule, infinity: float):
+def test_infinity_stays_in_its_row_and_shows(way: Baseline, rule: Rule, infinity: float):
     x_BD, W_MD = problem(0, 5, 8, 20)
     clean = run_select(way, x_BD, W_MD, W_MD, 4, rule)
     x_BD[3, 2] = infinity
@@ -278,7 +278,7 @@ def test_infinity_stays_in_its_row_and_shows(way: Way, rule: Rule, infinity: flo
 
 @each_rule
 @each_way
-def test_no_rows(way: Way, rule: Rule):
+def test_no_rows(way: Baseline, rule: Rule):
     _, W_MD = problem(0, 1, 4, 6)
     W_MD.requires_grad_()
     with way.forced():
@@ -291,7 +291,7 @@ def test_no_rows(way: Way, rule: Rule):
 
 
 def outcome(
-    way: Way, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
+    way: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
 ) -> tuple[Tensor, ...]:
     """Code, residual and the gradients of some loss."""
     W_MD = W_MD.clone().requires_grad_()
@@ -304,7 +304,7 @@ def outcome(
 
 
 @each_way
-def test_microbatch_does_not_matter(way: Way, monkeypatch: pytest.MonkeyPatch):
+def test_microbatch_does_not_matter(way: Baseline, monkeypatch: pytest.MonkeyPatch):
     x_BD, W_MD = problem(3, 23, 8, 40)
     problems = [(x_BD, W_MD, W_MD, 5, POSITIVE)]
     if way.search == DIRECT:
@@ -320,7 +320,7 @@ def test_microbatch_does_not_matter(way: Way, monkeypatch: pytest.MonkeyPatch):
 
 
 @each_way
-def test_the_number_of_threads_changes_no_bit(way: Way):
+def test_the_number_of_threads_changes_no_bit(way: Baseline):
     x_BD, W_MD = problem(4, 70, 96, 300, torch.float32)
     before = torch.get_num_threads()
     outcomes = []
@@ -361,7 +361,7 @@ def test_select_makes_no_graph_and_changes_no_argument():
 def test_gram_equals_direct_in_float32():
     x_BD, W_MD = problem(5, 300, 48, 400, torch.float32)
     idx_BK, val_BK, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
-    for way in (Way(GRAM), Way(GRAM, is_compiled=False)):
+    for way in (Baseline(GRAM), Baseline(GRAM, is_compiled=False)):
         gram = run_select(way, x_BD, W_MD, W_MD, 24, POSITIVE)
         same_B = (idx_BK == gram[0]).all(1)
         assert same_B.float().mean() > 0.99, "rounding may decide a near tie, rarely"
@@ -388,7 +388,7 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     if atoms_twice:
         W_MD = torch.cat([W_MD, W_MD])
     idx_BK, _, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
-    short = run_select(Way(defaults, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
+    short = run_select(Baseline(defaults, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
     assert (idx_BK % 2048 == short[0] % 2048)[:, :16].float().mean() > 0.998
     error, short_error = residual_BD.square().sum(), short[2].square().sum()
     assert float(short_error) == pytest.approx(float(error), rel=1e-3)
@@ -401,7 +401,7 @@ def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 200, 16)
     idx_BK, val_BK, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
-    found = run_select(Way(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
+    found = run_select(Baseline(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
     same_BK = idx_BK == found[0]
     assert same_BK[:, :16].float().mean() > 0.998
     same_B = same_BK.all(1)
@@ -410,7 +410,7 @@ def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool)
     assert float(found_error) == pytest.approx(float(error), rel=1e-3)
     x_BD, W_MD = problem(5, 300, 16, 400, torch.float32)
     exact, found = (
-        run_select(Way(s, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE) for s in (GRAM, GRAM16)
+        run_select(Baseline(s, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE) for s in (GRAM, GRAM16)
     )
     assert not torch.equal(exact[0], found[0]), "among many atoms in few dimensions it shows"
 
@@ -430,7 +430,7 @@ def test_a_smaller_or_older_shortlist_chooses_otherwise(change: dict[str, int], 
     x_BD, W_MD = problem(5, 100, 16, 100, torch.float32)
     base = replace(SHORT, shortlist_size=8)
     before, after = (
-        run_select(Way(search, is_compiled), x_BD, W_MD, W_MD, 8, POSITIVE)
+        run_select(Baseline(search, is_compiled), x_BD, W_MD, W_MD, 8, POSITIVE)
         for search in (base, replace(base, **change))
     )
     assert not torch.equal(before[0], after[0])
@@ -443,7 +443,7 @@ def test_bfloat16_chooses_the_shortlist_only(is_compiled: bool):
     x_BD, W_MD = problem(5, 100, 16, 100, torch.float32)
 
     def run(search) -> tuple[Tensor, ...]:
-        return run_select(Way(search, is_compiled), x_BD, W_MD, W_MD, 8, POSITIVE)
+        return run_select(Baseline(search, is_compiled), x_BD, W_MD, W_MD, 8, POSITIVE)
 
     idx_BK, val_BK, _ = run(replace(SHORT16, shortlist_size=50))
     exact_idx_BK, exact_val_BK, _ = run(replace(SHORT, shortlist_size=50))
@@ -513,10 +513,10 @@ def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[fl
     W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
     r_D = generator.integers(-2, 3, 2).astype(np.float32)
     mode, lanes = cpu_kernels.MODES[select], np.empty(cpu_kernels.LANES, np.float32)
-    found = cpu_kernels.first_of_few(score_M, lanes, FEW, W_MD, r_D, mode)
+    found = cpu_kernels.first_of_few(score_M, lanes, N_RESCORED, W_MD, r_D, mode)
     size = np.abs if select == "magnitude" else np.asarray
     kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
-    bound = sorted((size(score_M)[j] for j in kept), reverse=True)[:FEW][-1:]
+    bound = sorted((size(score_M)[j] for j in kept), reverse=True)[:N_RESCORED][-1:]
     few = [j for j in kept if size(score_M)[j] >= bound[0]]
     exact = [float(size(W_MD[j] @ r_D)) for j in few]
     assert found == (few[int(np.argmax(exact))] if few else -1)
@@ -541,7 +541,7 @@ def test_a_new_shortlist_may_go_on_where_the_last_had_nothing(is_compiled: bool)
     """What it then finds comes right after what was found before."""
     x_BD, W_MD = problem(5, 400, 16, 40)
     few = replace(SHORT, shortlist_size=1, shortlist_refresh=5)
-    way = Way(few, is_compiled)
+    way = Baseline(few, is_compiled)
     idx_BK, val_BK, _ = run_select(way, x_BD, W_MD, W_MD, 15, Rule(ban=True))
     assert_well_formed(idx_BK, val_BK)
     assert ((idx_BK >= 0).sum(1)[2:] == 3).all(), "one from each list"
@@ -602,7 +602,7 @@ def test_gradients_equal_autograd(
     """Of the reference, with the choice held fixed; for rows and dictionaries."""
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select, ban), sizes, k)
     search = DIRECT if layout.in_blocks else of.draw(st.sampled_from(EVERY))
-    way = Way(search, is_compiled)
+    way = Baseline(search, is_compiled)
     generator = torch.Generator().manual_seed(1)
     weight_BK = torch.randn(len(x_BD), k, generator=generator, dtype=torch.float64)
     leaves = tuple(
@@ -686,7 +686,7 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), GRADCHECK | {"B": 4}, 4)
     x_BD[1] = 0.5
     x_BD[0] *= 2
-    way = Way(DIRECT, is_compiled)
+    way = Baseline(DIRECT, is_compiled)
     with way.forced():
         for cut in cuts(*pursue(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
             run = lambda x, W, U: pursue(x, W, U, 4, rule, DIRECT, cut=cut)  # noqa: B023, E731
@@ -749,7 +749,7 @@ def test_a_mean_number_of_steps_is_kept(select: str):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("way", ways((DIRECT, GRAM, SHORT, SHORT16)), ids=lambda way: way.name)
-def test_little_is_kept_for_the_backward_pass(way: Way, tied: bool):
+def test_little_is_kept_for_the_backward_pass(way: Baseline, tied: bool):
     B, D, M, K = 128, 128, 2048, 32
     x_BD, W_MD = problem(0, B, D, M, torch.float32)
     W_MD.requires_grad_()

@@ -29,7 +29,8 @@ from mptrain.pursuit.triton_steps import gram_steps_, shortlist_steps_
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OLD = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 7)
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and OLD, reason="Triton's interpreter suits NumPy 2.4 from Triton 3.7 on"
+    DEVICE == "cpu" and OLD,
+    reason="Triton's interpreter suits NumPy 2.4 from Triton 3.7 on",
 )
 SIGNS: tuple[Sign, ...] = ("positive", "signed", "magnitude")
 SIZES = [(1, 1, 1), (2, 5, 1), (3, 33, 129), (130, 70, 300), (1, 3, 700)]  # B, D, M

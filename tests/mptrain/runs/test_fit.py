@@ -132,15 +132,15 @@ def test_a_diverged_coder_stops_and_the_others_go_on(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(config(store, tmp_path / "well"))
-    make = fit_stage.make_trainee
+    make = fit_stage.make_coder_run
 
     def spoilt(one: Any, *rest: Any) -> Any:
-        trainee = make(one, *rest)
+        coder_run = make(one, *rest)
         if one.arch == "mp" and one.kind == "sae":
-            trainee.learner.coder.b_D.data.fill_(float("nan"))
-        return trainee
+            coder_run.trainer.coder.b_D.data.fill_(float("nan"))
+        return coder_run
 
-    monkeypatch.setattr(fit_stage, "make_trainee", spoilt)
+    monkeypatch.setattr(fit_stage, "make_coder_run", spoilt)
     results = fit(config(store, tmp_path / "ill"))
     assert [r["coder"] for r in results if r["diverged"]] == [
         "layers.1.mlp-sae-mp-k3-x2-seed0-dead-rows200"
@@ -154,20 +154,20 @@ def test_a_diverged_coder_stops_and_the_others_go_on(
 def test_a_run_without_a_coder_left_ends(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, train, steps = fit_stage.make_trainee, fit_stage.Fitting._train, 0
+    make, train, steps = fit_stage.make_coder_run, fit_stage.TrainLoop._train, 0
 
     def spoilt(*given: Any) -> Any:
-        trainee = make(*given)
-        trainee.learner.coder.b_D.data.fill_(float("nan"))
-        return trainee
+        coder_run = make(*given)
+        coder_run.trainer.coder.b_D.data.fill_(float("nan"))
+        return coder_run
 
-    def counted(self: fit_stage.Fitting, batch: Any) -> Any:
+    def counted(self: fit_stage.TrainLoop, batch: Any) -> Any:
         nonlocal steps
         steps += 1
         return train(self, batch)
 
-    monkeypatch.setattr(fit_stage, "make_trainee", spoilt)
-    monkeypatch.setattr(fit_stage.Fitting, "_train", counted)
+    monkeypatch.setattr(fit_stage, "make_coder_run", spoilt)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", counted)
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     told = CliRunner().invoke(mptrain, fitted)
@@ -257,9 +257,9 @@ def test_a_signal_ends_the_step_and_keeps_its_state(
     number: signal.Signals,
     stops_at: int,
 ) -> None:
-    train, calls = fit_stage.Fitting._train, 0
+    train, calls = fit_stage.TrainLoop._train, 0
 
-    def pressed(self: fit_stage.Fitting, batch: Any) -> Any:
+    def pressed(self: fit_stage.TrainLoop, batch: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == stops_at:
@@ -267,7 +267,7 @@ def test_a_signal_ends_the_step_and_keeps_its_state(
         return train(self, batch)
 
     fit(config(store, tmp_path / "whole"))
-    monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
     with pytest.raises(KeyboardInterrupt) as stopped:
         fit(config(store, tmp_path / "broken"))
     assert stopped.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
@@ -288,7 +288,7 @@ def test_a_second_ctrl_c_stops_at_once(
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
 
-    monkeypatch.setattr(fit_stage.Fitting, "_train", pressed)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
     with pytest.raises(KeyboardInterrupt):
         fit(config(store, tmp_path / "run"))
     assert not (tmp_path / "run/state").exists()

@@ -15,13 +15,13 @@ import pytest
 from mptrain.config.run import Log
 from mptrain.runs import loggers as followers
 from mptrain.runs.fit import fit
-from mptrain.runs.loggers import Followers
+from mptrain.runs.loggers import MetricLoggers
 from mptrain.runs.metrics import Record, read_records
 from tests.helpers.fits import config, equal, interrupt_at, weights
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store
 
-FEW: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 12, "eval_every": 4, "eval_rows": 64}
+N_RESCORED: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 12, "eval_every": 4, "eval_rows": 64}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_shows_the_records_of_a_run_that_was_stopped_twice(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = config(store, tmp_path / "run", log=("tensorboard",), **FEW)
+    settings = config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED)
     for stops_at in (8, 4):
         with monkeypatch.context() as patch:
             interrupt_at(patch, stops_at)
@@ -71,10 +71,10 @@ def test_tensorboard_shows_the_records_of_a_run_that_was_stopped_twice(
 
 
 def test_following_changes_no_bit_and_may_begin_later(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "alone", **FEW))
-    fit(config(store, tmp_path / "followed", **{**FEW, "log": ("tensorboard",)}))
+    fit(config(store, tmp_path / "alone", **N_RESCORED))
+    fit(config(store, tmp_path / "followed", **{**N_RESCORED, "log": ("tensorboard",)}))
     assert equal(weights(tmp_path / "alone"), weights(tmp_path / "followed"))
-    results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **FEW))
+    results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **N_RESCORED))
     curves = shown(tmp_path / "alone/tensorboard" / results[0]["coder"])
     assert [step for step, _ in curves["fvu"]] == [2, 4, 6, 8, 10, 12]
 
@@ -88,7 +88,7 @@ def test_an_absent_package_is_told_before_anything_begins(
         followers.importlib.util, "find_spec", lambda name: None if name == log else find(name)
     )
     with pytest.raises(ValueError, match=rf"log {log} needs .* pip install 'mpcache\[{log}\]'"):
-        fit(config(store, tmp_path / "run", log=(log,), **FEW))
+        fit(config(store, tmp_path / "run", log=(log,), **N_RESCORED))
     assert not (tmp_path / "run").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_follower_that_fails_ends_no_training(
 
     monkeypatch.setattr(followers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* connection lost"):
-        fit(config(store, tmp_path / "run", log=("tensorboard",), **FEW))
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED))
     assert len(read_records(tmp_path / "run/metrics.jsonl")) == 12
 
 
@@ -121,11 +121,11 @@ def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
     close = followers.TensorBoard.close
     monkeypatch.setattr(followers.TensorBoard, "close", fails_to_close)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* nobody there"):
-        fit(config(store, tmp_path / "run", log=("tensorboard",), **FEW))
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED))
     assert (tmp_path / "run/results.json").exists()
     monkeypatch.setattr(followers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="connection lost"):
-        fit(config(store, tmp_path / "other", log=("tensorboard",), **FEW))
+        fit(config(store, tmp_path / "other", log=("tensorboard",), **N_RESCORED))
     assert closed == 2
 
 
@@ -168,7 +168,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_wandb_gets_each_coder_as_a_run_and_resumes_it(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
 ) -> None:
-    settings = config(store, tmp_path / "run", log=("wandb",), **FEW)
+    settings = config(store, tmp_path / "run", log=("wandb",), **N_RESCORED)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 8)  # after seven train steps; five were saved
         with pytest.raises(KeyboardInterrupt):
@@ -197,7 +197,7 @@ def test_wandb_that_does_not_start_is_told(
 
     monkeypatch.setattr(wandb, "init", refuses)
     with pytest.raises(ValueError, match="api_key not configured; use `wandb login`, or WANDB_"):
-        fit(config(store, tmp_path / "run", log=("wandb",), **FEW))
+        fit(config(store, tmp_path / "run", log=("wandb",), **N_RESCORED))
 
 
 def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +205,8 @@ def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.Mon
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    coders = [dataclasses.replace(one) for one in config("store", tmp_path, **FEW).coders()]
-    following = Followers(("wandb",), tmp_path, coders)
+    coders = [dataclasses.replace(one) for one in config("store", tmp_path, **N_RESCORED).coders()]
+    following = MetricLoggers(("wandb",), tmp_path, coders)
     for coder in coders:
         following.add(dataclasses.replace(RECORD, coder=coder.name, fvu=math.nan))
     following.close()

@@ -29,10 +29,10 @@ from mptrain.runs.plan import Plan
 from mptrain.runs.state import Progress
 from mptrain.training.distributed import Ranks
 from mptrain.training.optimizers import make_optimizers
-from mptrain.training.train_step import Learner
+from mptrain.training.train_step import CoderTrainer
 from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
-from tests.helpers.learners import BASE, D, make_learner, train_
 from tests.helpers.stores import small_store
+from tests.helpers.trainers import BASE, D, make_learner, train_
 
 CPU = torch.device("cpu")
 MIXED = {
@@ -60,15 +60,15 @@ def results_of(run: Path) -> Any:
 @pytest.mark.parametrize("kind", ["sae", "skip-transcoder"])
 def test_what_is_held_is_counted(optimizer: Any, arch: Any, kind: Any) -> None:
     one = dataclasses.replace(BASE, optimizer=optimizer, arch=arch, kind=kind, lr=1e-3)
-    learner = make_learner(one)
-    train_(learner, 0, 1)
+    trainer = make_learner(one)
+    train_(trainer, 0, 1)
     needs = needs_of(one, D, D if kind == "sae" else D - 2, 64, CPU)
-    held = learner.state_tensors()
+    held = trainer.state_tensors()
     # one number, of a tensor or of an optimizer's clock, is no memory to plan with
     large = [t.numel() * t.element_size() for t in held.values() if t.numel() > 1]
-    small = sum(p.numel() * 4 for p in learner.coder.buffers())
+    small = sum(p.numel() * 4 for p in trainer.coder.buffers())
     assert needs.held_bytes == sum(large) + small
-    assert needs.parameters == sum(p.numel() for p in learner.coder.parameters())
+    assert needs.parameters == sum(p.numel() for p in trainer.coder.parameters())
 
 
 def test_every_optimizer_is_counted() -> None:
@@ -87,14 +87,14 @@ def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -
     coder = Coder(one, width, width)
     zero_D = torch.zeros(width)
     coder.initialise_(zero_D, zero_D, torch.Generator().manual_seed(0))
-    learner = Learner(coder, make_optimizers(coder, one, 9), float(width), float(width))
+    trainer = CoderTrainer(coder, make_optimizers(coder, one, 9), float(width), float(width))
     x_BD, y_BE = torch.randn(rows, width), torch.randn(rows, width)
     y_BE = x_BD if one.kind == "sae" else y_BE
-    learner.step(x_BD, y_BE)
+    trainer.step(x_BD, y_BE)
     if one.dead_rows == 1:
-        learner.rows_since_fired_M.fill_(10)
+        trainer.rows_since_fired_M.fill_(10)
     free_room()
-    peak = peak_bytes(lambda: learner.step(x_BD, y_BE), CPU)
+    peak = peak_bytes(lambda: trainer.step(x_BD, y_BE), CPU)
     if peak is None:
         pytest.skip("this system does not tell a process's peak")
     peak += x_BD.nbytes + (0 if y_BE is x_BD else y_BE.nbytes)  # copies that filters make
@@ -193,13 +193,13 @@ def test_passes_are_those_that_the_run_began_with(
     """However another version, or another device, would plan them."""
     few: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 6, "eval_rows": 64}
     fit(config(store, tmp_path / "whole", **few))
-    train, make, calls = fit_stage.Fitting._train, fit_stage.make_plan, 0
+    train, make, calls = fit_stage.TrainLoop._train, fit_stage.make_plan, 0
 
     def one_each(*args: Any) -> Plan:
         plan = make(*args)
         return dataclasses.replace(plan, passes=[[one.name] for one in plan.needs])
 
-    def interrupted(self: fit_stage.Fitting, batch: Any) -> Any:
+    def interrupted(self: fit_stage.TrainLoop, batch: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 8:
@@ -208,11 +208,11 @@ def test_passes_are_those_that_the_run_began_with(
 
     with monkeypatch.context() as patch:
         patch.setattr(fit_stage, "make_plan", one_each)
-        patch.setattr(fit_stage.Fitting, "_train", interrupted)
+        patch.setattr(fit_stage.TrainLoop, "_train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(config(store, tmp_path / "broken", **few, save_every=1))
     assert len(plan_of(config(store, tmp_path / "broken", **few)).passes) == 2
-    monkeypatch.setattr(fit_stage.Fitting, "_train", interrupted)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", interrupted)
     fit(config(store, tmp_path / "broken", **few, save_every=1))
     assert calls == 13, "six steps for each of two coders, and one that was interrupted"
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))

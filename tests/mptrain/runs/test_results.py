@@ -25,22 +25,22 @@ def test_each_coder_counts_its_own_rows(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it diverged, was resumed since, and others have trained on."""
-    make = fit_stage.make_trainee
+    make = fit_stage.make_coder_run
 
     def spoilt(one: Any, *rest: Any) -> Any:
-        trainee, steps = make(one, *rest), 0
+        coder_run, steps = make(one, *rest), 0
 
         def step(*rows: Any) -> Any:
             nonlocal steps
             steps += 1
-            result = type(trainee.learner).step(trainee.learner, *rows)
+            result = type(coder_run.trainer).step(coder_run.trainer, *rows)
             is_ill = one.arch == "mp" and steps == 3
             return result._replace(loss=result.loss * math.nan) if is_ill else result
 
-        trainee.learner.step = step
-        return trainee
+        coder_run.trainer.step = step
+        return coder_run
 
-    monkeypatch.setattr(fit_stage, "make_trainee", spoilt)
+    monkeypatch.setattr(fit_stage, "make_coder_run", spoilt)
     sae = {"kind": ("sae",)}
     with monkeypatch.context() as patch:
         interrupt_at(patch, 13)

@@ -26,7 +26,7 @@ from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weig
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store
 
-FEW = {"kind": ("sae",), "eval_rows": 64}
+N_RESCORED = {"kind": ("sae",), "eval_rows": 64}
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def full_from(first: int, last: int, function: Callable[..., Any]) -> Callable[.
 def test_a_full_disk_while_saving_is_told_and_tried_again(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(config(store, tmp_path / "whole", **FEW))
+    fit(config(store, tmp_path / "whole", **N_RESCORED))
     # saves after 5, 10, 15, 20 and 24 steps, of which the second and the third find no room
     monkeypatch.setattr(checkpoint, "save_file", full_from(2, 3, checkpoint.save_file))
     with pytest.warns(RuntimeWarning, match="after train step") as told:
-        fit(config(store, tmp_path / "full", **FEW))
+        fit(config(store, tmp_path / "full", **N_RESCORED))
     wanted = "the state after train step {} is not saved (No space left on device); the one before "
     for warning, step in zip(told, (10, 15), strict=True):
         assert str(warning.message).startswith(wanted.format(step))
@@ -69,17 +69,17 @@ def test_a_full_disk_while_saving_is_told_and_tried_again(
 def test_after_a_full_disk_the_last_whole_state_goes_on(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(config(store, tmp_path / "whole", **FEW))
+    fit(config(store, tmp_path / "whole", **N_RESCORED))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_from(2, 99, checkpoint.save_file))
         with (
             pytest.warns(RuntimeWarning, match="the one before it is kept"),
             pytest.raises(OSError, match="No space left on device"),
         ):
-            fit(config(store, tmp_path / "full", **FEW))
+            fit(config(store, tmp_path / "full", **N_RESCORED))
     assert [f.name for f in (tmp_path / "full/state").iterdir()] == ["5"], "no room is wasted"
     assert not list((tmp_path / "full/coders").iterdir())
-    fit(config(store, tmp_path / "full", **FEW))
+    fit(config(store, tmp_path / "full", **N_RESCORED))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "full"))
     assert lasting(tmp_path / "whole") == lasting(tmp_path / "full")
 
@@ -140,12 +140,12 @@ def test_no_state_is_kept_without_its_lines(
         pytest.warns(RuntimeWarning, match="No space left"),
         pytest.raises(OSError, match="No space left"),
     ):
-        fit(config(store, tmp_path / "run", **FEW))
+        fit(config(store, tmp_path / "run", **N_RESCORED))
     assert not (tmp_path / "run/state").exists()
 
 
 def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", **FEW))
+    fit(config(store, tmp_path / "run", **N_RESCORED))
     whole = weights(tmp_path / "run")
     (folder,) = (tmp_path / "run/state").iterdir()
     for name in ("state.safetensors", "state.json"):
@@ -154,20 +154,20 @@ def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> 
         with pytest.raises(
             ValueError, match=r"state/24 is damaged .* delete .*/state, and the run"
         ):
-            fit(config(store, tmp_path / "run", **FEW))
+            fit(config(store, tmp_path / "run", **N_RESCORED))
         (folder / name).unlink()
         with pytest.raises(ValueError, match="state/24 is damaged"):
-            fit(config(store, tmp_path / "run", **FEW))
+            fit(config(store, tmp_path / "run", **N_RESCORED))
         (folder / name).write_bytes(before)
     checkpoint.shutil.rmtree(folder.parent)
-    fit(config(store, tmp_path / "run", **FEW))
+    fit(config(store, tmp_path / "run", **N_RESCORED))
     assert equal(whole, weights(tmp_path / "run"))
 
 
 def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(config(store, tmp_path / "run", arch=("mp",), **FEW))
+    fit(config(store, tmp_path / "run", arch=("mp",), **N_RESCORED))
     (folder,) = (tmp_path / "run/coders").iterdir()
     coder, trained = checkpoint.load_coder(folder)
     seen = 0
@@ -199,22 +199,22 @@ def test_saving_by_the_clock(store: str, tmp_path: Path, monkeypatch: pytest.Mon
         saved.append(number)
         save_state(run, number, *rest)
 
-    def a_minute_later(self: fit_stage.Fitting, batch: Any) -> Any:
+    def a_minute_later(self: fit_stage.TrainLoop, batch: Any) -> Any:
         nonlocal now
         now += 60
         return train(self, batch)
 
-    train = fit_stage.Fitting._train
+    train = fit_stage.TrainLoop._train
     monkeypatch.setattr(fit_stage, "save_state", noted)
-    monkeypatch.setattr(fit_stage.Fitting, "_train", a_minute_later)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", a_minute_later)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    fit(config(store, tmp_path / "run", save_every=10, save_minutes=4.0, **FEW))
+    fit(config(store, tmp_path / "run", save_every=10, save_minutes=4.0, **N_RESCORED))
     assert saved == [4, 8, 10, 14, 18, 20, 24]
 
 
 def test_how_often_is_saved_may_change_between_commands(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", rows=64, **FEW))
-    fit(config(store, tmp_path / "run", rows=64, save_every=1, save_minutes=1.5, **FEW))
+    fit(config(store, tmp_path / "run", rows=64, **N_RESCORED))
+    fit(config(store, tmp_path / "run", rows=64, save_every=1, save_minutes=1.5, **N_RESCORED))
 
 
 def test_sigterm_saves_and_says_so(
@@ -224,7 +224,7 @@ def test_sigterm_saves_and_says_so(
         os.kill(os.getpid(), signal.SIGTERM)
         return [None, None]
 
-    monkeypatch.setattr(fit_stage.Fitting, "_train", ended)
+    monkeypatch.setattr(fit_stage.TrainLoop, "_train", ended)
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     result = CliRunner().invoke(mptrain, fitted)
@@ -247,7 +247,7 @@ def test_a_full_disk_is_a_warning_in_words(
 
 def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
     """So no state of a random generator has to be kept."""
-    drawn = {**FEW, "arch": ("mp",), "atom_dropout": 0.3, "rows": 64 * 6}
+    drawn = {**N_RESCORED, "arch": ("mp",), "atom_dropout": 0.3, "rows": 64 * 6}
     for number in range(2):
         random.seed(number)
         np.random.seed(number)
@@ -263,10 +263,10 @@ def test_minutes_that_cannot_be(minutes: float) -> None:
 
 
 def test_a_difference_is_told_as_on_the_command_line(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", rows=64, **FEW))
+    fit(config(store, tmp_path / "run", rows=64, **N_RESCORED))
     before = json.loads((tmp_path / "run/config.json").read_text())
     with pytest.raises(ValueError, match="another config") as error:
-        fit(config(store, tmp_path / "run", rows=128, k=(2, 3), lr=(0.1,), **FEW))
+        fit(config(store, tmp_path / "run", rows=128, k=(2, 3), lr=(0.1,), **N_RESCORED))
     told = str(error.value)
     for difference in (
         "k: 3 there, 2,3 asked",
@@ -281,7 +281,7 @@ def test_the_bar_tells_fvu_speed_waiting_and_time_left(
     store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    fit(config(store, tmp_path / "run", **FEW), quiet=False)
+    fit(config(store, tmp_path / "run", **N_RESCORED), quiet=False)
     bar = capfd.readouterr().err
     assert re.search(
         r"fit 2 coders: +\d+%.*k/1\.54k \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?row/s, "
@@ -294,19 +294,19 @@ def test_a_run_of_an_earlier_version_goes_on(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its config lacks settings that came later, and its state the rows of each coder."""
-    fit(config(store, tmp_path / "whole", **FEW))
+    fit(config(store, tmp_path / "whole", **N_RESCORED))
     with monkeypatch.context() as patch:
         interrupt_at(patch, 13)
         with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "run", **FEW))
+            fit(config(store, tmp_path / "run", **N_RESCORED))
     file = tmp_path / "run/config.json"
     started = json.loads(file.read_bytes())
     assert started["fit"].pop("only_tokens") == "all"
     file.write_text(json.dumps(started))
-    fit(config(store, tmp_path / "run", **FEW))
+    fit(config(store, tmp_path / "run", **N_RESCORED))
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     with pytest.raises(ValueError, match="skip_positions: 1 there, 2 asked"):
-        fit(config(store, tmp_path / "run", **FEW, skip_positions=2))
+        fit(config(store, tmp_path / "run", **N_RESCORED, skip_positions=2))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_another_tools_folder_is_no_run(store: str, tmp_path: Path, content: obj
 
 
 def test_settings_of_a_newer_version_are_named(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", **FEW, rows=64 * 5))
+    fit(config(store, tmp_path / "run", **N_RESCORED, rows=64 * 5))
     file = tmp_path / "run/config.json"
     started = json.loads(file.read_bytes())
     started["fit"]["novelty"] = 1

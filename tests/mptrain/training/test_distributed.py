@@ -21,10 +21,10 @@ from mptrain.runs.fit import fit
 from mptrain.runs.metrics import read_records
 from mptrain.training.distributed import ALONE, Ranks, joined
 from mptrain.training.optimizers import make_optimizers
-from mptrain.training.train_step import Learner
+from mptrain.training.train_step import CoderTrainer
 from tests.helpers import fits
-from tests.helpers.learners import BASE, TRANSCODER, make_learner, rows_of, train_
 from tests.helpers.stores import small_store
+from tests.helpers.trainers import BASE, TRANSCODER, make_learner, rows_of, train_
 
 CONFIGS = [
     BASE,
@@ -38,7 +38,7 @@ CONFIGS = [
 STATE, GRADIENT = "state.", "gradient."
 
 
-def prepared(config: CoderConfig, ranks: Ranks) -> Learner:
+def prepared(config: CoderConfig, ranks: Ranks) -> CoderTrainer:
     """After a few train steps that are the same whatever comes then."""
     plain = make_learner(replace(config, micro_batch_rows=None))
     train_(plain, 0, 4)
@@ -46,7 +46,7 @@ def prepared(config: CoderConfig, ranks: Ranks) -> Learner:
     coder = make_learner(config).coder
     objective = plain.objective
     scale = plain.scale
-    learner = Learner(
+    trainer = CoderTrainer(
         coder,
         make_optimizers(coder, config, 100),
         objective.total_variance / scale.target**2,
@@ -54,22 +54,22 @@ def prepared(config: CoderConfig, ranks: Ranks) -> Learner:
         scale,
         ranks,
     )
-    learner.load_state_tensors_(state)
-    return learner
+    trainer.load_state_tensors_(state)
+    return trainer
 
 
-def step_of(learner: Learner, rows: int, ranks: Ranks) -> dict[str, Tensor]:
+def step_of(trainer: CoderTrainer, rows: int, ranks: Ranks) -> dict[str, Tensor]:
     """Gradients of a step that updates counters only, what it tells, and its state."""
-    x_BD, y_BE = rows_of(learner.coder.config, rows, 9)
-    step_, learner.optimizers.step_ = learner.optimizers.step_, lambda: None  # type: ignore[method-assign]
+    x_BD, y_BE = rows_of(trainer.coder.config, rows, 9)
+    step_, trainer.optimizers.step_ = trainer.optimizers.step_, lambda: None  # type: ignore[method-assign]
     share = slice(None)
     if ranks.shares_rows:
         share = slice(*((rows * one + 1) // 2 for one in (ranks.rank, ranks.rank + 1)))
-    result = learner.step(x_BD[share], y_BE[share])
-    named = learner.coder.named_parameters()
+    result = trainer.step(x_BD[share], y_BE[share])
+    named = trainer.coder.named_parameters()
     gradients = {GRADIENT + n: p.grad.clone() for n, p in named if p.grad is not None}
     step_()
-    state = {STATE + n: t.clone() for n, t in learner.state_tensors().items()}
+    state = {STATE + n: t.clone() for n, t in trainer.state_tensors().items()}
     return gradients | state | {"loss": result.loss, "fvu": result.fvu, "l0": result.l0}
 
 

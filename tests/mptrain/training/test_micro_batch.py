@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mptrain.config.coder import CoderConfig
-from mptrain.training.train_step import Learner
-from tests.helpers.learners import BASE, TRANSCODER, make_learner, rows_of, train_
+from mptrain.training.train_step import CoderTrainer
+from tests.helpers.trainers import BASE, TRANSCODER, make_learner, rows_of, train_
 
 DEAD = replace(BASE, dead_rows=1)
 OVER_BATCH = [replace(BASE, arch=arch) for arch in ("batch-mp", "batch-topk")]
@@ -25,19 +25,19 @@ OTHERS = [
 ]
 
 
-def prepared(config: CoderConfig) -> Learner:
+def prepared(config: CoderConfig) -> CoderTrainer:
     """After a few train steps that do not depend on micro-batches, so that some latents are dead"""
-    learner, plain = make_learner(config), make_learner(replace(config, micro_batch_rows=None))
+    trainer, plain = make_learner(config), make_learner(replace(config, micro_batch_rows=None))
     train_(plain, 0, 4)
-    learner.load_state_tensors_({n: t.clone() for n, t in plain.state_tensors().items()})
-    return learner
+    trainer.load_state_tensors_({n: t.clone() for n, t in plain.state_tensors().items()})
+    return trainer
 
 
-def gradients(learner: Learner, x_BD: Tensor, y_BE: Tensor) -> dict[str, Tensor]:
+def gradients(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> dict[str, Tensor]:
     """Of one train step that updates nothing but counters."""
-    learner.optimizers.step_ = lambda: None  # type: ignore[method-assign]
-    learner.step(x_BD, y_BE)
-    named = learner.coder.named_parameters()
+    trainer.optimizers.step_ = lambda: None  # type: ignore[method-assign]
+    trainer.step(x_BD, y_BE)
+    named = trainer.coder.named_parameters()
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 

@@ -14,8 +14,8 @@ from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.training.normalization import scale_of
 from mptrain.training.optimizers import make_optimizers
-from mptrain.training.train_step import Learner
-from tests.helpers.learners import BASE, D, planted, rows_of
+from mptrain.training.train_step import CoderTrainer
+from tests.helpers.trainers import BASE, D, planted, rows_of
 
 NORMAL = replace(BASE, normalise=True)
 CONFIGS = [
@@ -35,7 +35,7 @@ CONFIGS += [
 ]
 
 
-def scaled_learner(config: CoderConfig) -> Learner:
+def scaled_learner(config: CoderConfig) -> CoderTrainer:
     """On inputs a thousand times as large as its targets."""
     squares = planted(2000, 0).square().mean()
     scale = scale_of(config, 1e6 * float(squares), float(squares))
@@ -48,11 +48,11 @@ def scaled_learner(config: CoderConfig) -> Learner:
     means = scale.input * x_BD.mean(0), scale.target * y_BE.mean(0)
     coder.initialise_(*means, torch.Generator().manual_seed(0))
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    learner = Learner(coder, make_optimizers(coder, config, 30), *variances, scale)
+    trainer = CoderTrainer(coder, make_optimizers(coder, config, 30), *variances, scale)
     for step in range(10):
         x_BD, y_BE = batch_of(config, step)
-        learner.step(x_BD, y_BE)
-    return learner
+        trainer.step(x_BD, y_BE)
+    return trainer
 
 
 def batch_of(config: CoderConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,28 +63,28 @@ def batch_of(config: CoderConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_the_saved_coder_gives_the_same_for_rows_as_they_are(config: CoderConfig, tmp_path: Path):
     """Bit for bit, and once: what is made or read again is not scaled again."""
-    learner = scaled_learner(config)
+    trainer = scaled_learner(config)
     x_BD, _ = batch_of(config, 99)
-    inside = replace_weights(learner)
+    inside = replace_weights(trainer)
     with torch.no_grad():
-        expected = inside.encode(learner.scale.input * x_BD)
-        predicted_BE = inside.predict(expected, learner.scale.input * x_BD)
-    learner.evaluated()
-    save_coder(tmp_path / "coder", learner.evaluated(), {})
-    for coder in (learner.evaluated(), load_coder(tmp_path / "coder")[0]):
+        expected = inside.encode(trainer.scale.input * x_BD)
+        predicted_BE = inside.predict(expected, trainer.scale.input * x_BD)
+    trainer.evaluated()
+    save_coder(tmp_path / "coder", trainer.evaluated(), {})
+    for coder in (trainer.evaluated(), load_coder(tmp_path / "coder")[0]):
         with torch.no_grad():
             code = coder.encode(x_BD)
             assert torch.equal(code.idx_BK, expected.idx_BK)
-            assert torch.equal(code.val_BK * learner.scale.input, expected.val_BK)
-            assert torch.equal(coder.predict(code, x_BD) * learner.scale.target, predicted_BE)
+            assert torch.equal(code.val_BK * trainer.scale.input, expected.val_BK)
+            assert torch.equal(coder.predict(code, x_BD) * trainer.scale.target, predicted_BE)
         for name in coder.unit_norm:
             assert torch.equal(coder.get_parameter(name), inside.get_parameter(name))
 
 
-def replace_weights(learner: Learner) -> Coder:
+def replace_weights(trainer: CoderTrainer) -> Coder:
     """The coder that `evaluated` brings back, before that."""
-    coder = Coder(learner.coder.config, D, len(learner.coder.output_bias_E))
-    coder.load_state_dict({**learner.coder.state_dict(), **learner.optimizers.averages()})
+    coder = Coder(trainer.coder.config, D, len(trainer.coder.output_bias_E))
+    coder.load_state_dict({**trainer.coder.state_dict(), **trainer.optimizers.averages()})
     return coder
 
 
@@ -98,8 +98,8 @@ def test_losses_are_shares_of_the_variance_at_any_scale():
             scale.input * x_BD.mean(0), x_BD.mean(0), torch.Generator().manual_seed(0)
         )
         variance = float(x_BD.var(0).sum())
-        learner = Learner(coder, make_optimizers(coder, config, 30), variance, scale=scale)
-        result = learner.step(x_BD, x_BD)
+        trainer = CoderTrainer(coder, make_optimizers(coder, config, 30), variance, scale=scale)
+        result = trainer.step(x_BD, x_BD)
         losses.append((float(result.loss), float(result.fvu)))
     assert losses[0] == losses[1]
 

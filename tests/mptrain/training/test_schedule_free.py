@@ -7,7 +7,7 @@ import torch
 
 from mptrain.config.coder import CoderConfig
 from mptrain.training.schedule_free import BETA, ScheduleFreeSignSGD
-from tests.helpers.learners import BASE, TRANSCODER, make_learner, rows_of, train_
+from tests.helpers.trainers import BASE, TRANSCODER, make_learner, rows_of, train_
 
 SIGN = replace(BASE, optimizer="signsgd", lr=2e-2)
 ONE_ULP = torch.finfo(torch.float32).eps
@@ -42,11 +42,11 @@ def test_what_has_no_gradient_stays():
 
 @pytest.mark.parametrize("config", [SIGN, replace(SIGN, kind="transcoder", subtract="separate")])
 def test_all_points_of_atoms_keep_unit_norm(config: CoderConfig):
-    learner = make_learner(config)
-    train_(learner, 0, 30)
-    state = learner.optimizers.state_tensors()
-    for name in learner.coder.unit_norm:
-        points = (learner.coder.get_parameter(name), state[f"{name}.z"], state[f"{name}.x"])
+    trainer = make_learner(config)
+    train_(trainer, 0, 30)
+    state = trainer.optimizers.state_tensors()
+    for name in trainer.coder.unit_norm:
+        points = (trainer.coder.get_parameter(name), state[f"{name}.z"], state[f"{name}.x"])
         for rows in points:
             norm_M = rows.detach().double().norm(dim=1)
             torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=2 * ONE_ULP, rtol=0)
@@ -71,15 +71,15 @@ def test_the_average_is_evaluated_and_the_training_does_not_notice():
 @pytest.mark.parametrize("base", [BASE, TRANSCODER, replace(BASE, arch="topk")])
 def test_trains_without_a_falling_learning_rate(base: CoderConfig):
     """And its average ends better than the point that the last step reached."""
-    learner = make_learner(replace(base, optimizer="signsgd", lr=3e-2))
-    losses = train_(learner, 0, 100)
+    trainer = make_learner(replace(base, optimizer="signsgd", lr=3e-2))
+    losses = train_(trainer, 0, 100)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    assert learner.optimizers.lr == 3e-2
+    assert trainer.optimizers.lr == 3e-2
     x_BD, y_BE = rows_of(base, 500, 999)
     left = {}
-    state = learner.optimizers.state_tensors()
+    state = trainer.optimizers.state_tensors()
     for point in "xz":
-        coder = learner.evaluated()
+        coder = trainer.evaluated()
         coder.load_state_dict(
             {n: state[f"{n}.{point}"].detach() for n in coder.state_dict()}, assign=True
         )

@@ -10,17 +10,17 @@ from torch import Tensor
 from mptrain.coders.coder import Code, Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
 from mptrain.config.coder import Arch, CoderConfig, Kind, Optimizer
-from mptrain.training.train_step import Learner
+from mptrain.training.train_step import CoderTrainer
 from tests.helpers import reference
-from tests.helpers.learners import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
+from tests.helpers.trainers import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
 
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 ARCHS: tuple[Arch, ...] = ("mp", "batch-mp", "topk", "batch-topk", "groupmax")
 SHORT = replace(BASE, backend="shortlist", shortlist_size=2, shortlist_refresh=3)
 
 
-def copied(learner: Learner) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in learner.state_tensors().items()}
+def copied(trainer: CoderTrainer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.state_tensors().items()}
 
 
 GRID = [
@@ -34,14 +34,14 @@ GRID += [replace(BASE, kind=kind, codes=codes) for kind in KINDS for codes in ("
 
 @pytest.mark.parametrize("config", GRID, ids=lambda config: config.name)
 def test_training_reduces_the_loss_and_keeps_unit_norm(config: CoderConfig):
-    learner = make_learner(config)
-    losses = train_(learner, 0, 3)
-    for name in learner.coder.unit_norm:
-        norm_M = learner.coder.get_parameter(name).norm(dim=1)
+    trainer = make_learner(config)
+    losses = train_(trainer, 0, 3)
+    for name in trainer.coder.unit_norm:
+        norm_M = trainer.coder.get_parameter(name).norm(dim=1)
         torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
-    losses += train_(learner, 3, STEPS)
+    losses += train_(trainer, 3, STEPS)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
-    assert all(parameter.grad is None for parameter in learner.coder.parameters())
+    assert all(parameter.grad is None for parameter in trainer.coder.parameters())
 
 
 @pytest.mark.parametrize("config", GRID, ids=lambda config: config.name)
@@ -71,80 +71,80 @@ def test_observers_do_not_act(arch: Arch):
 
 
 def test_counts_rows_since_a_latent_fired():
-    learner = make_learner(BASE)
+    trainer = make_learner(BASE)
     x_BD, _ = rows_of(BASE, 5, 1)
-    result = learner.step(x_BD, x_BD)
+    result = trainer.step(x_BD, x_BD)
     fired = set(result.codes[0].idx_BK[result.codes[0].val_BK > 0].tolist())
     expected = [0 if latent in fired else 5 for latent in range(3 * D)]
-    assert learner.rows_since_fired_M.tolist() == expected
-    assert float(learner.dead_share(5)) == pytest.approx(1 - len(fired) / (3 * D))
-    assert float(learner.dead_share(6)) == 0
+    assert trainer.rows_since_fired_M.tolist() == expected
+    assert float(trainer.dead_share(5)) == pytest.approx(1 - len(fired) / (3 * D))
+    assert float(trainer.dead_share(6)) == 0
     assert float(result.l0) == sum(len(set(row.tolist())) for row in result.codes[0].idx_BK) / 5
 
 
 def test_a_row_without_code_fires_nothing():
-    learner = make_learner(BASE)
-    at_bias_BD = learner.coder.b_D.detach().expand(4, D).clone()
-    learner.step(at_bias_BD, at_bias_BD + 1)
-    assert (learner.rows_since_fired_M == 4).all()
+    trainer = make_learner(BASE)
+    at_bias_BD = trainer.coder.b_D.detach().expand(4, D).clone()
+    trainer.step(at_bias_BD, at_bias_BD + 1)
+    assert (trainer.rows_since_fired_M == 4).all()
 
 
 def test_a_non_finite_loss_shows():
     for config in (BASE, replace(BASE, arch="topk"), replace(BASE, kind="transcoder")):
-        learner = make_learner(config)
+        trainer = make_learner(config)
         x_BD, y_BE = rows_of(config, 8, 0)
         x_BD[3, 4] = torch.nan
-        assert not learner.step(x_BD, y_BE).loss.isfinite()
+        assert not trainer.step(x_BD, y_BE).loss.isfinite()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_per_step_loss_is_the_mean_over_coders_of_fewer_steps(kind: Kind):
     """A pursuit's prefix is the pursuit of a smaller K."""
     config = replace(BASE, kind=kind, per_step_loss=True)
-    learner = make_learner(config)
-    train_(learner, 0, 5)
+    trainer = make_learner(config)
+    train_(trainer, 0, 5)
     x_BD, y_BE = rows_of(config, 64, 9)
     with torch.no_grad():
-        predictions = [learner.coder.decode(learner.coder.encode(x_BD, k), x_BD) for k in (1, 2, 3)]
+        predictions = [trainer.coder.decode(trainer.coder.encode(x_BD, k), x_BD) for k in (1, 2, 3)]
         losses = [
-            reconstruction_loss(y_BE, y, learner.objective.total_variance) for y in predictions
+            reconstruction_loss(y_BE, y, trainer.objective.total_variance) for y in predictions
         ]
-    assert float(learner.step(x_BD, y_BE).loss) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
+    assert float(trainer.step(x_BD, y_BE).loss) == pytest.approx(float(sum(losses)) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nested_loss_is_the_mean_over_first_latents(kind: Kind, arch: Arch):
     config = replace(BASE, kind=kind, arch=arch, nested=True)
-    learner = make_learner(config)
-    train_(learner, 0, 5)
+    trainer = make_learner(config)
+    train_(trainer, 0, 5)
     x_BD, y_BE = rows_of(config, 64, 9)
     losses = []
     with torch.no_grad():
-        code = learner.coder.encode(x_BD, over_batch=True)
+        code = trainer.coder.encode(x_BD, over_batch=True)
         code_BM = reference.dense(code.idx_BK, code.val_BK, 3 * D)
-        base_BE = learner.coder.decode_nothing(x_BD)
+        base_BE = trainer.coder.decode_nothing(x_BD)
         for latents in (2, 9, 18, 36):
-            y_hat_BE = code_BM[:, :latents] @ learner.coder.decoder_ME[:latents] + base_BE
+            y_hat_BE = code_BM[:, :latents] @ trainer.coder.decoder_ME[:latents] + base_BE
             losses.append(
-                float(reconstruction_loss(y_BE, y_hat_BE, learner.objective.total_variance))
+                float(reconstruction_loss(y_BE, y_hat_BE, trainer.objective.total_variance))
             )
     assert losses[0] > losses[-1]
     expected = pytest.approx(sum(losses) / 4, rel=1e-4)
-    assert float(learner.step(x_BD, y_BE).loss) == expected
+    assert float(trainer.step(x_BD, y_BE).loss) == expected
 
 
 def test_nested_training_puts_what_matters_first():
     """The first quarter of the latents predicts better than a quarter trained among equals."""
     left = {}
     for nested in (False, True):
-        learner = make_learner(replace(BASE, nested=nested, optimizer="adam", lr=1e-2))
-        train_(learner, 0, STEPS)
+        trainer = make_learner(replace(BASE, nested=nested, optimizer="adam", lr=1e-2))
+        train_(trainer, 0, STEPS)
         x_BD, _ = rows_of(BASE, 500, 9999)
         with torch.no_grad():
-            code = learner.coder.encode(x_BD)
+            code = trainer.coder.encode(x_BD)
             first = Code(code.idx_BK, code.val_BK * (code.idx_BK < 9), None)
-            left[nested] = float(batch_fvu(x_BD, learner.coder.decode(first, x_BD)))
+            left[nested] = float(batch_fvu(x_BD, trainer.coder.decode(first, x_BD)))
     assert left[True] < 0.9 * left[False]
 
 
@@ -152,22 +152,22 @@ def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
     """At its start a transcoder's code has no effect, so only this loss moves the dictionary."""
     losses = {}
     for weight in (0.0, 0.5):
-        learner = make_learner(replace(TRANSCODER, input_loss=weight, optimizer="adam"))
-        assert learner.coder.W_MD is not None
-        before_MD = learner.coder.W_MD.detach().clone()
-        losses[weight] = train_(learner, 0, 1)[0]
-        assert torch.allclose(before_MD, learner.coder.W_MD, atol=1e-6) == (weight == 0)
+        trainer = make_learner(replace(TRANSCODER, input_loss=weight, optimizer="adam"))
+        assert trainer.coder.W_MD is not None
+        before_MD = trainer.coder.W_MD.detach().clone()
+        losses[weight] = train_(trainer, 0, 1)[0]
+        assert torch.allclose(before_MD, trainer.coder.W_MD, atol=1e-6) == (weight == 0)
     x_BD, _ = rows_of(TRANSCODER, 64, 1)
     residual_BD = make_learner(TRANSCODER).coder.encode(x_BD).residual_BD
     assert residual_BD is not None
-    left = residual_BD.detach().square().sum() / 64 / learner.objective.input_variance
+    left = residual_BD.detach().square().sum() / 64 / trainer.objective.input_variance
     assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * float(left), rel=1e-4)
 
 
 def test_refuses_a_target_that_does_not_vary():
-    learner = make_learner(BASE)
+    trainer = make_learner(BASE)
     with pytest.raises(ValueError, match="total_variance must be positive, got 0"):
-        Learner(learner.coder, learner.optimizers, 0.0)
+        CoderTrainer(trainer.coder, trainer.optimizers, 0.0)
 
 
 STARTS = range(0, 300, 20)
@@ -182,9 +182,9 @@ def test_auxk_revives_dead_latents(kind: Kind, arch: Arch):
         config = replace(
             BASE, kind=kind, arch=arch, optimizer="adam", lr=1e-2, auxk_alpha=alpha, dead_rows=128
         )
-        learner = make_learner(config, steps=300)
-        silence_half_(learner.coder)
-        shares = [train_(learner, s, s + 20) and learner.dead_share(128) for s in STARTS]
+        trainer = make_learner(config, steps=300)
+        silence_half_(trainer.coder)
+        shares = [train_(trainer, s, s + 20) and trainer.dead_share(128) for s in STARTS]
         silent[alpha] = float(sum(shares))
     assert silent[BASE.auxk_alpha] < 0.7 * silent[0.0]
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mptrain.coders.fvu import reconstruction_loss
-from mptrain.config.coder import CoderConfig, Recipe, suits
+from mptrain.config.coder import CoderConfig, Recipe, is_compatible
 from mptrain.config.presets import PRESETS
 from mptrain.training.schedules import available_latents, coded_as, k_at
-from mptrain.training.train_step import Learner
+from mptrain.training.train_step import CoderTrainer
 from tests.helpers import reference
-from tests.helpers.learners import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
+from tests.helpers.trainers import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
 
 M = 3 * D
 SKIP = replace(BASE, kind="skip-transcoder")
@@ -33,7 +33,7 @@ VARIANTS = [
     replace(base, **PRESETS[name])
     for name in PRESETS
     for base in (BASE, TRANSCODER)
-    if suits(PRESETS[name], base.kind, base.arch)
+    if is_compatible(PRESETS[name], base.kind, base.arch)
 ]
 VARIANTS += [
     replace(SEPARATE, blocks="predicting"),
@@ -78,11 +78,11 @@ def by_name(value: object) -> str:
 @pytest.mark.parametrize("config", [c for c in VARIANTS if c.k_factor == 1], ids=by_name)
 def test_learns_and_keeps_unit_norm(config: CoderConfig):
     config = replace(config, lr=2e-2)
-    learner = make_learner(config)
-    losses = train_(learner, 0, STEPS)
+    trainer = make_learner(config)
+    losses = train_(trainer, 0, STEPS)
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
-    for name in learner.coder.unit_norm:
-        norm_M = learner.coder.get_parameter(name).norm(dim=1)
+    for name in trainer.coder.unit_norm:
+        norm_M = trainer.coder.get_parameter(name).norm(dim=1)
         torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
 
 
@@ -102,9 +102,9 @@ def test_continues_bit_for_bit(config: CoderConfig):
 )
 def test_gradient_is_the_slope_of_the_loss(config: CoderConfig):
     """Along a random direction of all parameters, in float64; the choice of atoms does not move."""
-    learner = make_learner(replace(config, auxk_alpha=0.0))
-    train_(learner, 0, 5)  # a transcoder's decoder has left its zeros
-    coder = learner.coder.double()
+    trainer = make_learner(replace(config, auxk_alpha=0.0))
+    train_(trainer, 0, 5)  # a transcoder's decoder has left its zeros
+    coder = trainer.coder.double()
     x_BD, y_BE = (t.double() for t in rows_of(config, 16, 9))
     trained = {name: p for name, p in coder.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(1)
@@ -117,7 +117,7 @@ def test_gradient_is_the_slope_of_the_loss(config: CoderConfig):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.add_(way[name], alpha=step)
-        return loss_of(learner, x_BD, y_BE)
+        return loss_of(trainer, x_BD, y_BE)
 
     loss_at(0.0).backward()
     slope = sum(float((p.grad * way[n]).sum()) for n, p in trained.items() if p.grad is not None)
@@ -128,23 +128,23 @@ def test_gradient_is_the_slope_of_the_loss(config: CoderConfig):
     assert slope == pytest.approx(rise, rel=1e-4)
 
 
-def loss_of(learner: Learner, x_BD: Tensor, y_BE: Tensor) -> Tensor:
-    coder, k = learner.coder, learner.coder.config.k
+def loss_of(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> Tensor:
+    coder, k = trainer.coder, trainer.coder.config.k
     code = coder.encode(x_BD, k, over_batch=True)
     dead_M = torch.zeros(M, dtype=torch.bool)
-    loss = learner.objective.loss(code, x_BD, y_BE, coder.predict(code, x_BD), dead_M)
+    loss = trainer.objective.loss(code, x_BD, y_BE, coder.predict(code, x_BD), dead_M)
     if coder.config.multi_topk:
         wide = coder.encode(x_BD, min(4 * k, M), over_batch=True)
-        loss = loss + learner.objective.wide_loss(wide, x_BD, y_BE)
+        loss = loss + trainer.objective.wide_loss(wide, x_BD, y_BE)
     return loss
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=by_name)
 def test_prediction_is_that_of_the_code(config: CoderConfig):
     """`predict` may take a short cut; the code alone, latent by latent, gives the same."""
-    learner = make_learner(config)
-    train_(learner, 0, 6)
-    coder, (x_BD, _) = learner.coder, rows_of(config, 30, 9)
+    trainer = make_learner(config)
+    train_(trainer, 0, 6)
+    coder, (x_BD, _) = trainer.coder, rows_of(config, 30, 9)
     with torch.no_grad():
         code = coder.encode(x_BD)
         rows_M = torch.arange(M) % len(coder.decoder_ME)
@@ -238,39 +238,39 @@ def test_atom_dropout_draws_for_each_step():
     assert torch.equal(drawn[0], drawn[0].unique())
     assert not torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
-    learner = make_learner(config)
+    trainer = make_learner(config)
     x_BD, y_BE = rows_of(config, 64, 1)
-    fired = set(learner.step(x_BD, y_BE).codes[0].idx_BK.flatten().tolist()) - {-1}
+    fired = set(trainer.step(x_BD, y_BE).codes[0].idx_BK.flatten().tolist()) - {-1}
     assert fired <= set(drawn[0].tolist())
 
 
 @pytest.mark.parametrize("begin_as", ["topk", "groupmax"])
 def test_begins_as_a_tied_linear_coder(begin_as: str):
     """The code at first is that of the selecting rows, without biases, and a pursuit in the end."""
-    learner = make_learner(replace(BASE, begin_as=begin_as, begin_share=0.05))
+    trainer = make_learner(replace(BASE, begin_as=begin_as, begin_share=0.05))
     x_BD, _ = rows_of(BASE, 20, 1)
     with torch.no_grad():
-        code = learner.coder.encode(x_BD)
-        assert learner.coder.W_MD is not None
-        pre_BM = ((x_BD - learner.coder.b_D) @ learner.coder.W_MD.T).relu()
+        code = trainer.coder.encode(x_BD)
+        assert trainer.coder.W_MD is not None
+        pre_BM = ((x_BD - trainer.coder.b_D) @ trainer.coder.W_MD.T).relu()
         groups = pre_BM.unflatten(1, (3, M // 3) if begin_as == "groupmax" else (1, M))
         kept = groups.topk(1 if begin_as == "groupmax" else 3, dim=2).values[:, :, -1:]
         expected_BM = torch.where(groups >= kept, groups, 0).flatten(1)
         code_BM = reference.dense(code.idx_BK, code.val_BK, M)
     torch.testing.assert_close(code_BM, expected_BM)
     assert code.residual_BD is None
-    train_(learner, 0, 5)
-    assert learner.coder.encode(x_BD).residual_BD is not None
+    train_(trainer, 0, 5)
+    assert trainer.coder.encode(x_BD).residual_BD is not None
 
 
 def test_wide_loss_is_that_of_more_steps():
-    learner, plain = make_learner(replace(BASE, multi_topk=True)), make_learner(BASE)
+    trainer, plain = make_learner(replace(BASE, multi_topk=True)), make_learner(BASE)
     x_BD, y_BE = rows_of(BASE, 64, 1)
     with torch.no_grad():
         wide = plain.coder.encode(x_BD, 12)
         variance = plain.objective.total_variance
         more = reconstruction_loss(y_BE, plain.coder.predict(wide, x_BD), variance) / 8
-    losses = [float(one.step(x_BD, y_BE).loss) for one in (learner, plain)]
+    losses = [float(one.step(x_BD, y_BE).loss) for one in (trainer, plain)]
     assert losses[0] - losses[1] == pytest.approx(float(more), rel=1e-4)
 
 
@@ -305,9 +305,9 @@ def test_signed_codes_rows_that_no_atom_points_to():
 
 
 def test_blocks_give_each_step_its_own_latents():
-    learner = make_learner(replace(TRANSCODER, blocks="selecting"))
+    trainer = make_learner(replace(TRANSCODER, blocks="selecting"))
     x_BD, _ = rows_of(TRANSCODER, 50, 1)
-    coder = learner.coder
+    coder = trainer.coder
     code = coder.encode(x_BD)
     assert torch.equal(code.idx_BK // D, torch.arange(3).expand(50, 3))
     assert coder.V_ME is not None
@@ -327,8 +327,8 @@ def test_blocks_give_each_step_its_own_latents():
 
 
 def test_free_dictionaries_leave_unit_norm():
-    learner = make_learner(replace(BASE, free_norm=True))
-    train_(learner, 0, 20)
-    assert learner.coder.W_MD is not None
-    norm_M = learner.coder.W_MD.norm(dim=1)
+    trainer = make_learner(replace(BASE, free_norm=True))
+    train_(trainer, 0, 20)
+    assert trainer.coder.W_MD is not None
+    norm_M = trainer.coder.W_MD.norm(dim=1)
     assert (norm_M - 1).abs().max() > 1e-2
