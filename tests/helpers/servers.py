@@ -29,7 +29,7 @@ def s3_server() -> Iterator[str]:
     """The address of a new server with an empty bucket; it keeps objects in memory."""
     with _served("-m", "moto.server", "-H", "127.0.0.1", "-p") as address:
         with environment(address):
-            raw_client().create_bucket(ObjectStorage=BUCKET)
+            raw_client().create_bucket(Bucket=BUCKET)
         yield address
 
 

@@ -206,8 +206,8 @@ def harm(url: str) -> dict[str, str]:
 
     def put(name: str, change: Callable[[bytes], bytes]) -> None:
         key = f"{prefix}/{name}"
-        data = change(client.get_object(ObjectStorage=bucket_name, Key=key)["Body"].read())
-        client.put_object(ObjectStorage=bucket_name, Key=key, Body=data)
+        data = change(client.get_object(Bucket=bucket_name, Key=key)["Body"].read())
+        client.put_object(Bucket=bucket_name, Key=key, Body=data)
 
     def flipped(data: bytes) -> bytes:
         return data[:40] + bytes([data[40] ^ 1]) + data[41:]
@@ -222,8 +222,8 @@ def harm(url: str) -> dict[str, str]:
     gone = [acts.format(2), "arrays.zarr/rows/position/c/2"]
     gone += ["arrays.zarr/norms/layers.0/output/c/3"]
     for name in gone:
-        client.delete_object(ObjectStorage=bucket_name, Key=f"{prefix}/{name}")
-    client.put_object(ObjectStorage=bucket_name, Key=f"{prefix}/arrays.zarr/foreign", Body=b"")
+        client.delete_object(Bucket=bucket_name, Key=f"{prefix}/{name}")
+    client.put_object(Bucket=bucket_name, Key=f"{prefix}/arrays.zarr/foreign", Body=b"")
     return {
         acts.format(0): "truncated", acts.format(1): "flipped", f"{other}/input/c/1/0": "overlong",
         "arrays.zarr/tokens/c/1/0": "flipped", "marks/0/layers.1.mlp/output.json": "mark",

@@ -248,7 +248,7 @@ def test_a_folder_that_a_console_made_is_nothing(s3: str, tmp_path: Path) -> Non
 def put_raw(key: str, data: bytes) -> None:
     from tests.helpers.servers import BUCKET, raw_client
 
-    raw_client().put_object(ObjectStorage=BUCKET, Key=key, Body=data)
+    raw_client().put_object(Bucket=BUCKET, Key=key, Body=data)
 
 
 # --- errors ---
