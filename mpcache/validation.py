@@ -13,10 +13,6 @@ _PART = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 _SIDES = ("input", "output")
 
 
-class DamagedStoreError(OSError):
-    """Something in a store is not what was committed; the message names it."""
-
-
 def printable(text: str) -> str:
     """Text for one line of a terminal: what would steer the terminal is shown as an escape."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 
 import typer
 
-from mpcache.validation import DamagedStoreError, printable
+from mpcache.errors import DamagedStoreError
+from mpcache.validation import printable
 from mptrain.runs.signals import Terminated
 
 # what is wrong with the place that was named, not with the disk or the network

@@ -16,6 +16,7 @@ from mpcache.config import CollectConfig
 from mpcache.data.documents import open_documents
 from mpcache.data.encoding import template_digests, template_of
 from mpcache.data.shards import LOCAL_SUFFIXES
+from mpcache.errors import DamagedStoreError
 from mpcache.model.hooks import resolve
 from mpcache.model.loading import (
     library_version,
@@ -31,7 +32,7 @@ from mpcache.store.fingerprint import as_stored, identify
 from mpcache.store.format import TOKENS, acts, digest, is_store, read_store_file
 from mpcache.store.reader import Store, open_store
 from mpcache.store.rows_wanted import Extent, extent_of
-from mpcache.validation import DamagedStoreError, check_printable
+from mpcache.validation import check_printable
 
 _NAME = 48  # characters of a model's or dataset's name in a folder's
 _PREFIX = 12  # hexadecimal digits of a fingerprint in a folder's name

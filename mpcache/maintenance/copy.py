@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
+from mpcache.errors import DamagedStoreError
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
@@ -32,7 +33,7 @@ from mpcache.store.format import (
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer, refuse_large
 from mpcache.store.zarr_codec import GROUP
-from mpcache.validation import DamagedStoreError, check_printable
+from mpcache.validation import check_printable
 
 _INCOMING = f"{STORE_FILE}.incoming.partial"  # what is to become store.json
 _REMOVED = f"{STORE_FILE}.removed.partial"  # what was store.json

@@ -17,6 +17,7 @@ from mpcache.collection.producer import ActivationProducer, load
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.data.documents import Documents, open_documents
 from mpcache.data.packing import Cursor, PartTokens, iter_parts, row_permutation
+from mpcache.errors import DamagedStoreError
 from mpcache.model.capture import PartInput, part_input
 from mpcache.model.hooks import Side
 from mpcache.model.loading import load_tokenizer, tokenizer_digest
@@ -26,7 +27,6 @@ from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of,
 from mpcache.store.reader import Store, open_store
 from mpcache.store.units import Units, joined_progress, unit_rows
 from mpcache.store.writer import Writer
-from mpcache.validation import DamagedStoreError
 
 
 class NoDatasetError(Exception):

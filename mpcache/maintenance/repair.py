@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mpcache.config import RepairConfig
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.convert import give_converted
 from mpcache.maintenance.copy import copy_part
 from mpcache.maintenance.findings import Finding
@@ -25,7 +26,6 @@ from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, is_claim
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
-from mpcache.validation import DamagedStoreError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from mpcache.errors import DamagedStoreError
 from mpcache.store.format import (
     POSITION,
     SEQUENCE,
@@ -31,7 +32,6 @@ from mpcache.store.format import (
 from mpcache.store.reader import Store
 from mpcache.store.writer import Writer, encoded, is_as_told, values_digest
 from mpcache.store.zarr_codec import ArraySpec
-from mpcache.validation import DamagedStoreError
 
 Outcome = Literal["mended", "mark rebuilt", "rewritten", "other bits", "left"]
 _Given = Mapping[str, Callable[[], Iterable[bytes]]]

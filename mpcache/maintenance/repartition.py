@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import grow_alike
 from mpcache.store.format import SEQUENCE, TOKENS, Layout, committed_length, specs
 from mpcache.store.reader import Store
 from mpcache.store.units import Units, joined_progress, unit_progress, unit_rows
 from mpcache.store.writer import Writer, values_digest
-from mpcache.validation import DamagedStoreError
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.findings import Fault, Finding
 from mpcache.maintenance.journal import Journal
 from mpcache.parallel.config import ParallelConfig
@@ -35,7 +36,7 @@ from mpcache.store.format import (
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import values_digest
 from mpcache.store.zarr_codec import GROUP, ArraySpec
-from mpcache.validation import DamagedStoreError, is_part
+from mpcache.validation import is_part
 
 
 @dataclass(frozen=True)

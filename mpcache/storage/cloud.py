@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mpcache.validation import DamagedStoreError, printable
+from mpcache.errors import DamagedStoreError
+from mpcache.validation import printable
 
 Scheme = Literal["s3", "gs"]
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

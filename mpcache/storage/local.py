@@ -21,8 +21,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mpcache.errors import DamagedStoreError
 from mpcache.storage.tempfiles import PIECE, is_temporary, temporary_name
-from mpcache.validation import DamagedStoreError, user_path
+from mpcache.validation import user_path
 
 # Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
 _CALL, _CALL_BUFFERS = 1 << 30, 1024

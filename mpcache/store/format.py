@@ -21,9 +21,10 @@ from pathlib import PurePosixPath
 from typing import Any, get_args
 
 from mpcache.config import Codec, Split, split_of
+from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.store.zarr_codec import ArraySpec
-from mpcache.validation import DamagedStoreError, is_acts, is_part
+from mpcache.validation import is_acts, is_part
 
 PLAIN_VERSION = 1
 FLAGS_VERSION = 2  # with token_flags

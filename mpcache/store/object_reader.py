@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.store.format import check_metadata
 from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ArraySpec, ReadInto
-from mpcache.validation import DamagedStoreError
 
 Result = TypeVar("Result")
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from mpcache.config import Split
+from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.description import Description
 from mpcache.store.format import (
@@ -42,9 +43,6 @@ from mpcache.store.moments import Moments, merged, no_moments
 from mpcache.store.object_reader import ObjectReader
 from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ArraySpec
-from mpcache.validation import DamagedStoreError
-
-__all__ = ["DamagedStoreError", "Part", "Store", "open_store"]
 
 Result = TypeVar("Result")
 

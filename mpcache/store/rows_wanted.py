@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from mpcache.errors import DamagedStoreError
 from mpcache.store.format import TOKENS, check_metadata, specs
 from mpcache.store.reader import Store
-from mpcache.validation import DamagedStoreError
 
 
 @dataclass(frozen=True, kw_only=True)

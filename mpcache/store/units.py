@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpcache.config import Split, split_of
+from mpcache.errors import DamagedStoreError
 from mpcache.store.format import Layout
-from mpcache.validation import DamagedStoreError
 
 
 def unit_rows(identity: Mapping[str, Any], layout: Layout) -> int:

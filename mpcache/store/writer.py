@@ -29,6 +29,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.storage.tempfiles import digest_of, temporary_name
 from mpcache.store.format import (
@@ -46,7 +47,6 @@ from mpcache.store.format import (
 )
 from mpcache.store.moments import measure
 from mpcache.store.zarr_codec import GROUP, ArraySpec
-from mpcache.validation import DamagedStoreError
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from mpcache.collection.collect import Collection, collect
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.stats import info, stats
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.store.format import canonical, seal, unseal
-from mpcache.store.reader import DamagedStoreError, open_store
+from mpcache.store.reader import open_store
 from tests.helpers.golden import fitted, sums
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import SIDES, files_of, marks_of, small_config, small_store

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpcache.data.packing import row_permutation
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.storage.base import open_storage
@@ -15,7 +16,6 @@ from mpcache.storage.local import LocalStorage
 from mpcache.store.format import STORE_FILE, Layout, digest, read_store_file, seal
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
-from mpcache.validation import DamagedStoreError
 
 PLAIN = Layout(
     ctx_len=8,

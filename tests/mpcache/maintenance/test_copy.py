@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy, find_removable, remove
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
 from mpcache.store.format import is_store
-from mpcache.store.reader import DamagedStoreError
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store
 

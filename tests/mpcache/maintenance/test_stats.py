@@ -10,12 +10,12 @@ import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.stats import save_dimensions, stats
 from mpcache.parallel.config import ParallelConfig
 from mpcache.storage.base import open_storage
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
-from mpcache.validation import DamagedStoreError
 from mpcli.mpcache import app
 from tests.helpers.stores import SIDES, rows_of, small_store
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from distributed.client import Client
 
+from mpcache.errors import DamagedStoreError
 from mpcache.parallel import dask_cluster as cluster_stage
 from mpcache.parallel import ordered_map as hands_stage
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
-from mpcache.validation import DamagedStoreError
 
 # Dask's own threads complain of connections that a kill has cut
 pytestmark = [

@@ -20,6 +20,7 @@ from obstore.store import MemoryStore
 from mpcache.collection.catalog import entries
 from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, RepairConfig
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy, find_removable, remove
 from mpcache.maintenance.repair import repair
@@ -30,7 +31,6 @@ from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.format import Layout, digest, mark_path, seal
 from mpcache.store.writer import Writer, refuse_large
-from mpcache.validation import DamagedStoreError
 from tests.helpers import servers
 from tests.helpers.stores import small_config
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import strategies as st
 from obstore import exceptions
 
+from mpcache.errors import DamagedStoreError
 from mpcache.storage import cloud
 from mpcache.storage import local as folder
 from mpcache.storage import object_store as bucket
 from mpcache.storage.base import Storage, open_storage
-from mpcache.validation import DamagedStoreError
 
 
 def read(place: Storage, name: str, offset: int, *lengths: int) -> bytes:

@@ -21,11 +21,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.storage import cloud
 from mpcache.storage.base import open_storage
 from mpcache.store import read_cache as tier
-from mpcache.store.reader import DamagedStoreError, Store, open_store
+from mpcache.store.reader import Store, open_store
 from mpcache.store.zarr_codec import ReadInto
 from mpcli.mptrain import app
 from mptrain.bench.loader import bench_loader

@@ -13,13 +13,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mpcache.config import ConvertConfig
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.model.hooks import resolve
 from mpcache.storage.base import open_storage
 from mpcache.store.format import is_store, seal, unseal
-from mpcache.store.reader import DamagedStoreError, open_store
+from mpcache.store.reader import open_store
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpcache.errors import DamagedStoreError
 from mpcache.storage.local import LocalStorage
-from mpcache.store.reader import DamagedStoreError, Part, Store
+from mpcache.store.reader import Part, Store
 from mptrain.data import windows
 from mptrain.data.loader import Batch, Loader
 from mptrain.data.shuffle import epoch_order
