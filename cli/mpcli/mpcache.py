@@ -123,7 +123,7 @@ def open_storage(
 @from_config(HookpointsConfig, arguments=("model",))
 def hookpoints(config: HookpointsConfig, json: Json = False) -> None:
     """What can be collected from a model, from its config alone: paths, widths, bytes a row."""
-    from mpcache.model.hookpoints import find_hookpoints
+    from mpcache.model.hookpoint_report import find_hookpoints
     from mpcli.hookpoints import print_report
 
     report = find_hookpoints(config)

@@ -13,9 +13,9 @@ from typing import Any
 
 from mpcache.collection.collect import Summary
 from mpcache.config import CollectConfig
+from mpcache.data.dataset_files import LOCAL_SUFFIXES
 from mpcache.data.documents import open_documents
-from mpcache.data.encoding import template_digests, template_of
-from mpcache.data.shards import LOCAL_SUFFIXES
+from mpcache.data.tokenization import template_digests, template_of
 from mpcache.errors import DamagedStoreError
 from mpcache.model.hooks import resolve
 from mpcache.model.loading import (
@@ -25,8 +25,8 @@ from mpcache.model.loading import (
     model_digest,
     tokenizer_digest,
 )
+from mpcache.model.model_source import short_name
 from mpcache.model.skeleton import files_digest, load_vocabulary, skeleton
-from mpcache.model.source import short_name
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.fingerprint import as_stored, identify
 from mpcache.store.format import TOKENS, acts, digest, is_store, read_store_file

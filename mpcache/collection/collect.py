@@ -27,7 +27,6 @@ from mpcache.collection.producer import (
 )
 from mpcache.config import CollectConfig, split_of
 from mpcache.data.documents import Documents, open_documents
-from mpcache.data.encoding import has_flags, template_digests, template_of
 from mpcache.data.packing import (
     FIRST_PARTS,
     Cursor,
@@ -38,12 +37,13 @@ from mpcache.data.packing import (
     special_tokens,
 )
 from mpcache.data.token_file import Tokenizer, largest_id
+from mpcache.data.tokenization import has_flags, template_digests, template_of
 from mpcache.model.capture import part_input
-from mpcache.model.files import ModelFiles
+from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.hooks import Side
 from mpcache.model.loading import load_tokenizer, tokenizer_digest
+from mpcache.model.model_source import find_source
 from mpcache.model.skeleton import load_vocabulary
-from mpcache.model.source import find_source
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.fingerprint import identify, layout_of, open_place

@@ -33,8 +33,8 @@ from mpcache.collection.producer import (
 )
 from mpcache.config import CollectConfig
 from mpcache.model.capture import part_input
-from mpcache.model.files import ModelFiles
-from mpcache.model.source import find_source
+from mpcache.model.file_snapshot import ModelFiles
+from mpcache.model.model_source import find_source
 from mpcache.storage.base import open_storage
 from mpcache.store.format import acts, is_store, mark_path, read_store_file
 from mpcache.store.reader import open_store

@@ -29,12 +29,12 @@ from mpcache.data.packing import row_permutation, special_tokens
 from mpcache.data.token_file import Tokenizer, token_dtype
 from mpcache.model.capture import PartInput, Reading, capture_part
 from mpcache.model.compile import Compiled
-from mpcache.model.files import ModelFiles
+from mpcache.model.document_separation import find_separation
+from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.hooks import Capture, Side, resolve, widths
-from mpcache.model.isolation import find_separation
 from mpcache.model.loading import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.model.model_source import find_source
 from mpcache.model.offload import Transfer
-from mpcache.model.source import find_source
 from mpcache.storage.base import Storage
 from mpcache.store.format import acts
 from mpcache.store.writer import Writer

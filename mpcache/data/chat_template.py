@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from mpcache.data.conversation import Conversation
-from mpcache.data.plain_text import ParsedText, PlainText
+from mpcache.data.text_tokenizer import ParsedText, PlainText
 from mpcache.hub import first_line
 from mpcache.validation import user_path
 

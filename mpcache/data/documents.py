@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Int64
 
 from mpcache.config import CollectConfig
-from mpcache.data.columns import mask_beside, mask_of, path_in, value_at
-from mpcache.data.document_list import Row, refuse_without_tokenizer
-from mpcache.data.files import read_files
-from mpcache.data.records import Document, Kind, document_of, kind_of, record_of
-from mpcache.data.shards import find_shards
+from mpcache.data.dataset_files import find_shards
+from mpcache.data.document_codec import Document, Kind, document_of, kind_of, record_of
+from mpcache.data.local_dataset import read_files
+from mpcache.data.local_documents import Row, refuse_without_tokenizer
+from mpcache.data.text_column import mask_beside, mask_of, path_in, value_at
 from mpcache.data.token_file import Indices, Vocabulary
 from mpcache.hub import load_hub, resolve_commit
 

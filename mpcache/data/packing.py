@@ -18,8 +18,8 @@ from jaxtyping import Bool, Int64, UInt, UInt8
 
 from mpcache.config import CollectConfig, Split, split_of
 from mpcache.data.documents import Documents, permutation
-from mpcache.data.encoding import FLAG_SHIFT, Encoder, Specials, Stream
 from mpcache.data.token_file import Tokenizer, end_token, token_dtype
+from mpcache.data.tokenization import FLAG_SHIFT, Encoder, Specials, Stream
 from mpcache.store.format import STARTS_DOCUMENT
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores

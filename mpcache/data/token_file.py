@@ -11,7 +11,7 @@ from jaxtyping import Int64, UInt
 from transformers import PreTrainedTokenizerBase
 
 from mpcache.data.data_file import DataFile, is_web_page, temporary_file
-from mpcache.data.temporary_records import read_exactly
+from mpcache.data.temporary_record_file import read_exactly
 
 Tokens = UInt[np.ndarray, " _"]
 Indices = Int64[np.ndarray, " _"]

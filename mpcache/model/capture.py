@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpcache.data.encoding import Specials
+from mpcache.data.tokenization import Specials
 from mpcache.model.hooks import Capture, Side
 from mpcache.model.inputs import ModelInputs, Separation, model_inputs, piece_inputs
 from mpcache.store.reader import Store

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mpcache.model.file_checks import AGAIN, check_present
+from mpcache.model.file_integrity import AGAIN, check_present
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9

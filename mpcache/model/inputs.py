@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int64, Integer, UInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpcache.data.encoding import Specials
 from mpcache.data.packing import position_ids
+from mpcache.data.tokenization import Specials
 from mpcache.model.loading import padded_positions
 
 PackedSeparation = Literal["positions", "mask", "causal mask"]

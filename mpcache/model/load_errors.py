@@ -11,7 +11,7 @@ import torch
 
 from mpcache.config import CollectConfig
 from mpcache.hub import first_line, hub_error
-from mpcache.model.source import CONFIG, ModelSource
+from mpcache.model.model_source import CONFIG, ModelSource
 from mpcache.validation import is_raised_by_us
 
 # what reads weights of each quantisation

@@ -25,7 +25,7 @@ from transformers import (
 from mpcache.config import CollectConfig
 from mpcache.data.token_file import TokenIds, Tokenizer
 from mpcache.hub import first_line
-from mpcache.model.checks import (
+from mpcache.model.checkpoint_validation import (
     check_loaded,
     check_model_files,
     check_settings,
@@ -37,8 +37,8 @@ from mpcache.model.checks import (
 from mpcache.model.gguf import forget_quantization, weights_options
 from mpcache.model.load_errors import explained_load
 from mpcache.model.malloc import keep_freed_memory
+from mpcache.model.model_source import ModelSource, find_source, short_name
 from mpcache.model.remote_code import code_digest, use_fresh_copies
-from mpcache.model.source import ModelSource, find_source, short_name
 
 # what differs between two copies of the same weights: where they lie, who wrote them, how they run
 VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}

@@ -7,11 +7,11 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mpcache.config import CollectConfig
 from mpcache.data.token_file import Tokenizer, Vocabulary, vocabulary_of
-from mpcache.model.files import ModelFiles
+from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.gguf import check_gguf
 from mpcache.model.load_errors import explained_load
 from mpcache.model.loading import architecture_of
-from mpcache.model.source import find_source
+from mpcache.model.model_source import find_source
 
 
 def load_architecture(config: CollectConfig) -> PreTrainedConfig:

@@ -17,15 +17,15 @@ from transformers import PreTrainedModel
 from mpcache.config import CollectConfig
 from mpcache.data.packing import document_starts, special_tokens
 from mpcache.data.token_file import TokenIds, Tokenizer, largest_id
+from mpcache.model.bert_masking import Masking
 from mpcache.model.capture import Reading, part_input, piece_places
 from mpcache.model.causality import is_causal
-from mpcache.model.checks import MissingWeights
+from mpcache.model.checkpoint_validation import MissingWeights
+from mpcache.model.document_separation import find_separation
 from mpcache.model.hooks import input_of, output_of, resolve
 from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
-from mpcache.model.isolation import find_separation
 from mpcache.model.loading import Head, load_model, loader_of, model_digest
 from mpcache.model.skeleton import load_architecture
-from mpcache.model.token_masking import Masking
 from mpcache.storage.base import Storage
 from mpcache.store.fingerprint import ways_of
 from mpcache.store.format import BY_ASSISTANT

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from mpcache.config import CollectConfig
 from mpcache.model.load_errors import explained_load
-from mpcache.model.source import find_source, short_name
+from mpcache.model.model_source import find_source, short_name
 from mpcli.mpcache import app
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.models import save_tiny, tiny_tokenizer

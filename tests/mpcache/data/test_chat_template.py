@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mpcache.data.chat_template import ChatEncoder, ChatTokens, find_template
 from mpcache.data.conversation import Conversation
-from mpcache.data.plain_text import ParsedText, PlainText
+from mpcache.data.text_tokenizer import ParsedText, PlainText
 from tests.helpers.chat_templates import ENDS, MARKERS, TEMPLATES
 from tests.helpers.models import tiny_tokenizer
 

@@ -1,67 +1,60 @@
-"""Documents that are run alone, in pieces; and documents without tokens, which are left out."""
+"""Packing loses nothing, repeats nothing, and does not depend on where it starts."""
 
-from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpcache.config import CollectConfig, split_of
-from mpcache.data.documents import Documents
-from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, following, iter_parts
-from tests.helpers.models import tiny_tokenizer
+from mpcache.config import CollectConfig
+from mpcache.data.documents import Documents, permutation
+from mpcache.data.packing import (
+    Cursor,
+    PartTokens,
+    Specials,
+    document_starts,
+    following,
+    iter_parts,
+    position_ids,
+    row_permutation,
+    special_tokens,
+    split_of,
+)
+from tests.helpers.models import tiny_tokenizer, transformers_log
 
 TOKENIZER = tiny_tokenizer()
 BOS, EOS = 256, 257
-CTX_LEN = 4
 
 
-def make_config(**changes: object) -> CollectConfig:
+def make_config(**changes) -> CollectConfig:
     usual = {"model": "m", "dataset": "d", "hookpoints": ("layers.1",), "chunk_rows": 1}
-    usual |= {"ctx_len": CTX_LEN, "part_rows": 8, "validation_every": 3}
-    return CollectConfig(**(usual | {"one_document_per_sequence": True} | changes))  # type: ignore[arg-type]
+    usual |= {"ctx_len": 4, "part_rows": 8, "validation_every": 3}
+    return CollectConfig(**(usual | changes))
 
 
-def parts_of(
-    texts: Sequence[str], config: CollectConfig, cursors: object = FIRST_PARTS
-) -> list[PartTokens]:
-    documents = Documents("digest", {}, lambda start: iter(texts[start:]))
-    return list(iter_parts(documents, TOKENIZER, config, cursors))  # type: ignore[arg-type]
+def make_documents(texts) -> Documents:
+    return Documents("digest", {}, lambda start: iter(texts[start:]))
 
 
-def pieces_of(texts: Sequence[str], split: str, config: CollectConfig) -> list[list[int]]:
-    """The slow reference: documents one by one, cut into pieces."""
-    pieces = []
+def parts_of(texts, config, **cursors) -> list[PartTokens]:
+    return list(iter_parts(make_documents(texts), TOKENIZER, config, **cursors))
+
+
+def token_stream(texts, split, config) -> list[int]:
+    """The slow reference: documents one by one, tokenised alone."""
+    stream = []
     for place, text in enumerate(texts):
-        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-        is_left_out = not ids and not config.keep_empty_documents
-        if split_of(place, config.validation_every) != split or is_left_out:
-            continue
-        ids = [BOS] * (config.bos == "document") + ids + [EOS] * config.eos
-        first = [BOS] * (config.bos == "sequence")
-        step = CTX_LEN - len(first)
-        pieces += [first + ids[at : at + step] for at in range(0, len(ids), step)]
-    return pieces
+        is_left_out = not text and not config.keep_empty_documents
+        if split_of(place, config.validation_every) == split and not is_left_out:
+            stream += [BOS] * (config.bos == "document")
+            stream += TOKENIZER(text, add_special_tokens=False)["input_ids"]
+            stream += [EOS] * config.eos
+    return stream
 
 
-def pieces_in(part: PartTokens) -> list[list[int]]:
-    assert part.flags is not None
-    tokens, starts = part.tokens.reshape(-1), part.flags.reshape(-1) & 1
-    assert starts[0] == 1
-    assert not starts[part.rows :].any()
-    assert not tokens[part.rows :].any()
-    cuts = np.flatnonzero(starts[: part.rows])[1:]
-    return [piece.tolist() for piece in np.split(tokens[: part.rows], cuts)]
-
-
-def plain(part: PartTokens) -> tuple[object, ...]:
-    flags = None if part.flags is None else part.flags.tolist()
-    tokens = (part.tokens.tolist(), flags, part.rows, part.empty_documents)
-    return (part.part, part.split, *tokens, part.cursor, part.next_cursor, part.last)
-
-
-texts_ = st.lists(st.text("abcé ", max_size=9), min_size=12, max_size=60)
+texts_ = st.lists(st.text("abcé ", max_size=9), min_size=12, max_size=90)
+# plain values: beartype, which checks configs, draws random numbers, as a strategy may not
 changes_ = st.fixed_dictionaries(
     {
         "part_rows": st.sampled_from([4, 8, 20]),
@@ -73,88 +66,184 @@ changes_ = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
+def packs(texts, config) -> bool:
+    body = 4 - (config.bos == "sequence")
+    return all(len(token_stream(texts, s, config)) >= body for s in ("train", "validation"))
+
+
+@settings(deadline=None)
 @given(texts_, changes_)
-def test_every_document_is_there_once_in_order_in_pieces(
-    texts: list[str], changes: dict[str, object]
-) -> None:
+def test_sequences_are_the_documents_of_their_split_in_order(texts, changes):
     config = make_config(**changes)
-    wanted = {split: pieces_of(texts, split, config) for split in ("train", "validation")}
-    if not all(wanted.values()):
+    if not packs(texts, config):
         with pytest.raises(ValueError, match="each split must fill a sequence"):
             parts_of(texts, config)
         return
     parts = parts_of(texts, config)
-    for split, pieces in wanted.items():
+    for split in ("train", "validation"):
         own = [part for part in parts if part.split == split]
-        assert sum((pieces_in(part) for part in own), []) == pieces  # noqa: RUF017
-        assert all(len(piece) <= CTX_LEN for piece in pieces)
+        tokens = np.concatenate([part.tokens for part in own])
+        if config.bos == "sequence":
+            assert (tokens[:, 0] == BOS).all()
+            tokens = tokens[:, 1:]
+        stream = token_stream(texts, split, config)
+        assert tokens.ravel().tolist() == stream[: tokens.size]
+        assert len(stream) - tokens.size < tokens.shape[1]
         assert [part.last for part in own] == [False] * (len(own) - 1) + [True]
-        for part in own:
-            assert part.rows <= config.part_rows
-            assert part.tokens.shape == (-(-part.rows // CTX_LEN), CTX_LEN)
-            assert part.last or part.rows > config.part_rows - CTX_LEN
+        assert all(len(part.tokens) * 4 == config.part_rows for part in own[:-1])
+        numbers = [n for n in range(999) if split_of(n, config.validation_every) == split]
+        assert [part.part for part in own] == numbers[: len(own)]
 
 
-@pytest.mark.parametrize("lone", [True, False])
-@settings(deadline=None, max_examples=40)
-@given(texts_, changes_, st.data())
-def test_parts_are_the_same_from_any_cursor(
-    lone: bool, texts: list[str], changes: dict[str, object], data: st.DataObject
-) -> None:
-    config = make_config(**changes, one_document_per_sequence=lone)
-    try:
-        parts = parts_of(texts, config)
-    except ValueError:
-        return
-    done = data.draw(st.integers(0, len(parts)))
-    cursors = dict(FIRST_PARTS)
+@settings(deadline=None)
+@given(texts_, st.data())
+def test_parts_are_the_same_from_any_cursor(texts, data):
+    bos = data.draw(st.sampled_from(["none", "document", "sequence"]))
+    config = make_config(bos=bos, keep_empty_documents=True)
+    parts = parts_of(texts, config)
+    done = data.draw(st.integers(2, len(parts)))
+    cursors = {0: Cursor(0, 0), 1: Cursor(0, 0)}
     for part in parts[:done]:
         assert cursors.pop(part.part) == part.cursor
         cursors[following(part.part, config.validation_every)] = part.next_cursor
-    for got, want in zip(parts_of(texts, config, cursors), parts[done:], strict=True):
-        assert plain(got) == plain(want)
+    for got, want in zip(parts_of(texts, config, cursors=cursors), parts[done:], strict=True):
+        assert same(got, want)
 
 
-@pytest.mark.parametrize("lone", [True, False])
-@settings(deadline=None, max_examples=40)
-@given(texts_, st.integers(2, 5))
-def test_documents_left_out_are_counted_once(lone: bool, texts: list[str], every: int) -> None:
-    config = make_config(validation_every=every, one_document_per_sequence=lone)
-    try:
-        parts = parts_of(texts, config)
-    except ValueError:
-        return
-    assert sum(part.empty_documents or 0 for part in parts) == texts.count("")
-    kept = make_config(
-        validation_every=every, one_document_per_sequence=lone, keep_empty_documents=True
-    )
-    assert all(part.empty_documents is None for part in parts_of(texts, kept))
+def same(one: PartTokens, two: PartTokens) -> bool:
+    plain = [
+        (p.part, p.split, p.tokens.tolist(), p.cursor, p.next_cursor, p.last) for p in (one, two)
+    ]
+    return plain[0] == plain[1]
 
 
-def test_an_empty_document_moves_no_other_to_another_split() -> None:
-    texts = ["abc", "def", "", "ghi", "", "jkl", "mno"]
-    parts = parts_of(texts, make_config(validation_every=3, eos=False))
-    found = {part.split: bytes(sum(pieces_in(part), [])) for part in parts}  # noqa: RUF017
-    alphabet = {chr(i + 33): i for i in range(94)}
-    wanted = {"train": "abcghijklmno", "validation": "def"}
-    wanted = {split: [alphabet[c] for c in text] for split, text in wanted.items()}
-    train = [i for part in parts if part.split == "train" for p in pieces_in(part) for i in p]
-    assert train == wanted["train"]
-    assert list(found["validation"]) == wanted["validation"]
+def test_one_part_alone_reads_no_more_than_it_needs():
+    texts, read = ["abcdefghijk"] * 600, []
+
+    def order(start):
+        for place in range(start, len(texts)):
+            read.append(place)
+            yield texts[place]
+
+    config = make_config()
+    want = parts_of(texts, config)[9]
+    documents = Documents("digest", {}, order)
+    got = next(iter_parts(documents, TOKENIZER, config, {want.part: want.cursor}))
+    assert same(got, want)
+    assert read[0] == want.cursor.document
+    assert len(read) <= 64
 
 
-def test_a_piece_that_begins_with_the_begin_token_gets_no_other() -> None:
-    config = make_config(bos="sequence", eos=False, parse_special_tokens=True)
-    texts = ["<s>abcdefgh", "<s>x"] * 3
-    train, *_ = parts_of(texts, config)
-    pieces = pieces_in(train)
-    assert [piece[0] for piece in pieces] == [BOS] * len(pieces)
-    assert [piece.count(BOS) for piece in pieces] == [1] * len(pieces)
-    assert [len(piece) for piece in pieces][:2] == [4, 4]
-    resumed = parts_of(texts, config, {2: train.next_cursor})
-    assert resumed[0].cursor == train.next_cursor
+def test_a_part_comes_before_the_documents_end():
+    endless = Documents("digest", {}, lambda start: iter(lambda: "abcdef", None))
+    parts = list(islice(iter_parts(endless, TOKENIZER, make_config()), 5))
+    assert [part.part for part in parts] == [0, 1, 2, 3, 4]
+    assert not any(part.last for part in parts)
 
 
-def test_a_first_cursor_starts_at_the_first_document() -> None:
-    assert {0: Cursor(0, 0), 1: Cursor(0, 0)} == FIRST_PARTS
+def test_documents_may_come_as_tokens():
+    texts = ["abc", "de", "fghi", "", "jklm", "nop", "qr"] * 5
+    tokens = [np.array(TOKENIZER(t)["input_ids"], np.uint16) for t in texts]
+    config = make_config(bos="document")
+    for one, two in zip(parts_of(texts, config), parts_of(tokens, config), strict=True):
+        assert same(one, two)
+
+
+def test_tokens_have_the_smallest_dtype():
+    assert parts_of(["abcdef"] * 9, make_config())[0].tokens.dtype == np.uint16
+
+
+def test_long_documents_raise_no_warning():
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 4
+    with transformers_log() as records:
+        list(iter_parts(make_documents(["abcdef" * 9] * 9), tokenizer, make_config()))
+        assert not records
+        tokenizer("abcdef" * 9)
+        assert len(records) == 1
+
+
+def test_too_few_documents_are_counted():
+    with pytest.raises(ValueError, match="got no validation one from 1 documents; use more"):
+        parts_of(["abcdefgh"], make_config())
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "changes", "message"),
+    [
+        ({"bos": None}, {"bos": "document"}, "needs a tokenizer with BOS or CLS, got none; use"),
+        ({"eos": None}, {}, "needs a tokenizer with EOS or SEP, got none; turn eos off"),
+        ({}, {"bos": "sequence", "ctx_len": 1}, "needs ctx_len of at least 2"),
+        ({}, {"eos": False, "cross_document_attention": False}, "a token must mark where"),
+    ],
+)
+def test_refuses(tokenizer, changes, message):
+    with pytest.raises(ValueError, match=message):
+        special_tokens(tiny_tokenizer(**tokenizer), make_config(**changes))
+
+
+def test_cls_and_sep_serve_where_bos_and_eos_lack():
+    tokenizer = tiny_tokenizer(bos=None, eos=None)
+    tokenizer.cls_token, tokenizer.sep_token = "<s>", "</s>"
+    specials = special_tokens(tokenizer, make_config(bos="document"))
+    assert (specials.begin, specials.end) == (BOS, EOS)
+
+
+# --- documents of a sequence ---
+
+
+@pytest.mark.parametrize(
+    ("specials", "tokens", "positions"),
+    [
+        (Specials(None, "document", 9), [1, 2, 9, 3, 9, 9, 4], [0, 1, 2, 0, 1, 0, 0]),
+        (Specials(8, "document", 9), [2, 9, 8, 3, 9, 8, 4], [0, 1, 0, 1, 2, 0, 1]),
+        (Specials(8, "document", None), [2, 2, 8, 3, 8, 4, 4], [0, 1, 0, 1, 0, 1, 2]),
+        (Specials(8, "sequence", 9), [8, 1, 9, 3, 9, 4, 4], [0, 1, 2, 0, 1, 0, 1]),
+        # one token is both: the second of a pair begins, and so does the first of a sequence
+        (Specials(9, "document", 9), [9, 1, 9, 9, 2, 9, 9], [0, 1, 2, 0, 1, 2, 0]),
+        (Specials(9, "document", 9), [9, 9, 1, 1, 9, 9, 2], [0, 0, 1, 2, 3, 0, 1]),
+        (Specials(9, "sequence", 9), [9, 1, 9, 2, 2, 9, 3], [0, 1, 2, 0, 1, 2, 0]),
+    ],
+)
+def test_positions_restart_at_documents(specials, tokens, positions):
+    assert position_ids(np.array([tokens], np.uint8), specials).tolist() == [positions]
+
+
+@given(texts_, st.booleans())
+@settings(deadline=None)
+def test_document_starts_are_where_documents_start(texts, begins):
+    bos = "document" if begins else "none"
+    config = make_config(bos=bos, cross_document_attention=False, keep_empty_documents=True)
+    specials = special_tokens(TOKENIZER, config)
+    parts = [part for part in parts_of(texts, config) if part.split == "train"]
+    lengths = [
+        len(TOKENIZER(text)["input_ids"]) + 1 + begins
+        for place, text in enumerate(texts)
+        if split_of(place, config.validation_every) == "train"
+    ]
+    found = np.concatenate([document_starts(part.tokens, specials) for part in parts]).ravel()
+    want = np.zeros_like(found)
+    starts = np.cumsum([0, *lengths])
+    want[starts[starts < want.size]] = True
+    want[::4] = True  # each sequence
+    assert found.tolist() == want.tolist()
+
+
+# --- rows ---
+
+
+@given(st.integers(0, 2**40), st.integers(0, 999), st.integers(0, 300))
+def test_rows_are_permuted(seed, part, rows):
+    order = row_permutation(seed, part, rows)
+    assert sorted(order) == list(range(rows))
+    assert order.dtype == np.int64
+
+
+def test_seed_and_part_change_the_rows():
+    orders = {tuple(row_permutation(seed, part, 64)) for seed in range(5) for part in range(5)}
+    assert len(orders) == 25
+
+
+def test_the_permutation_never_changes():
+    """A store in the field is extended by it."""
+    assert permutation(8, "key").tolist() == [6, 0, 7, 5, 3, 2, 1, 4]

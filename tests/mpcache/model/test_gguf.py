@@ -12,11 +12,11 @@ from mpcache.collection.collect import collect
 from mpcache.config import RepairConfig
 from mpcache.data.packing import row_permutation
 from mpcache.maintenance.repair import repair
-from mpcache.model.files import ModelFiles, file_digest
+from mpcache.model.file_snapshot import ModelFiles, file_digest
 from mpcache.model.gguf import check_gguf
 from mpcache.model.hooks import Capture, Side, resolve
 from mpcache.model.loading import load_model, load_tokenizer, model_digest
-from mpcache.model.source import find_source
+from mpcache.model.model_source import find_source
 from mpcache.model.splice import SplicedModel
 from mpcache.store.reader import open_store
 from tests.helpers.gguf_files import TEMPLATE, write_gguf

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpcache.collection.collect import collect
+from mpcache.model.bert_masking import Masking
 from mpcache.model.causality import is_causal, others
 from mpcache.model.splice import SplicedModel
-from mpcache.model.token_masking import Masking
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.data.filters import Filters

@@ -32,7 +32,7 @@ from mpcache.model.loading import (
     resolve_device,
     tokenizer_digest,
 )
-from mpcache.model.source import find_source
+from mpcache.model.model_source import find_source
 from tests.helpers.models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
 
 

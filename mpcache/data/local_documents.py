@@ -7,8 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from mpcache.config import CollectConfig
-from mpcache.data.columns import NO_MASK
-from mpcache.data.records import (
+from mpcache.data.document_codec import (
     Document,
     Kind,
     Where,
@@ -19,7 +18,8 @@ from mpcache.data.records import (
     text_records,
     token_records,
 )
-from mpcache.data.temporary_records import TemporaryRecords
+from mpcache.data.temporary_record_file import TemporaryRecords
+from mpcache.data.text_column import NO_MASK
 from mpcache.data.token_file import Indices, Vocabulary
 
 

@@ -16,12 +16,12 @@ from itertools import accumulate
 import numpy as np
 
 from mpcache.config import CollectConfig
-from mpcache.data.arrow_tables import read_arrow, read_parquet
 from mpcache.data.data_file import DataFile, is_web_page
-from mpcache.data.document_list import DocumentList
-from mpcache.data.records import Document, Kind
-from mpcache.data.shards import FileKind, Shards
-from mpcache.data.text_tables import read_csv, read_json
+from mpcache.data.dataset_files import FileKind, Shards
+from mpcache.data.document_codec import Document, Kind
+from mpcache.data.json_csv_reader import read_csv, read_json
+from mpcache.data.local_documents import DocumentList
+from mpcache.data.parquet_arrow_reader import read_arrow, read_parquet
 from mpcache.data.token_file import Indices, TokenFile, Vocabulary
 
 _OTHER_FILES = 128  # that a collection has open besides its dataset's: a store's, a model's

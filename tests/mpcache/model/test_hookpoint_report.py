@@ -21,7 +21,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from mpcache.config import HookpointsConfig
-from mpcache.model.hookpoints import BYTES, Report, find_hookpoints, numbers_of
+from mpcache.model.hookpoint_report import BYTES, Report, find_hookpoints, numbers_of
 from mpcache.model.hooks import Capture, Side, resolve, widths
 from mpcli.mpcache import app
 from tests.helpers.hookpoint_families import FAMILIES
@@ -160,7 +160,7 @@ def test_large_models_take_no_memory(config: object, tmp_path: Path) -> None:
     program = f"""
 import json, resource
 from mpcache.config import HookpointsConfig
-from mpcache.model.hookpoints import find_hookpoints
+from mpcache.model.hookpoint_report import find_hookpoints
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 report = find_hookpoints(HookpointsConfig(model={str(tmp_path)!r}))
 mlps = [p.output for p in report.hookpoints if p.hookpoint == "layers.*.mlp"]

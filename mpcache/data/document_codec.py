@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mpcache.data.columns import MASK, NO_MASK
 from mpcache.data.conversation import Conversation, conversation_of
+from mpcache.data.text_column import MASK, NO_MASK
 from mpcache.data.token_file import Tokens, Vocabulary
 
 Kind = Literal["text", "tokens", "conversations"]

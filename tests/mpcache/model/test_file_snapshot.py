@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from mpcache.collection import producer as station
 from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
-from mpcache.model.files import ModelFiles, is_intact, look
+from mpcache.model.file_snapshot import ModelFiles, is_intact, look
 from mpcache.model.loading import load_model, load_tokenizer, model_digest, tokenizer_digest
+from mpcache.model.model_source import ModelSource, find_source
 from mpcache.model.skeleton import files_digest
-from mpcache.model.source import ModelSource, find_source
 from mpcache.store.reader import open_store
 from tests.helpers.models import save_tiny, tiny_model, tiny_tokenizer
 from tests.helpers.stores import files_of, small_config

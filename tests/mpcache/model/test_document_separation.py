@@ -12,13 +12,13 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 
 from mpcache.collection.producer import empty_rows
 from mpcache.config import CollectConfig
-from mpcache.data.encoding import Specials
+from mpcache.data.tokenization import Specials
 from mpcache.model.capture import Reading, capture_part
+from mpcache.model.document_separation import _packed_faults, find_separation
 from mpcache.model.hooks import Capture, Side, resolve
 from mpcache.model.inputs import model_inputs
-from mpcache.model.isolation import _packed_faults, find_separation
-from mpcache.model.isolation_trial import Trial
-from mpcache.model.trial_lengths import fitted, longest
+from mpcache.model.separation_lengths import fitted, longest
+from mpcache.model.separation_trial import Trial
 from tests.helpers.families import FAMILIES, VOCABULARY, WINDOW, Family
 from tests.helpers.models import tiny_model
 

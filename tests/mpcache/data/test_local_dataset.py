@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from mpcache import hub
 from mpcache.config import CollectConfig
 from mpcache.data import data_file as datafile
-from mpcache.data import files
+from mpcache.data import local_dataset as files
 from mpcache.data.conversation import Conversation
+from mpcache.data.dataset_files import find_shards
 from mpcache.data.documents import Documents, HubRows, open_documents
-from mpcache.data.shards import find_shards
 from mpcache.data.token_file import TokenIds, Vocabulary, vocabulary_of
 from tests.helpers.models import tiny_tokenizer
 

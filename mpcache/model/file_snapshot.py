@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpcache.model.file_checks import check_index
-from mpcache.model.source import ModelSource, commit_of
+from mpcache.model.file_integrity import check_index
+from mpcache.model.model_source import ModelSource, commit_of
 
 INDEX = ".index.json"
 # in the order in which transformers looks for them

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from mpcache.config import CollectConfig
 from mpcache.data.chat_template import ChatEncoder, ChatTokens, find_template, template_digest
 from mpcache.data.conversation import Conversation
+from mpcache.data.document_codec import Document
 from mpcache.data.documents import Documents
-from mpcache.data.plain_text import ParsedText, PlainText
-from mpcache.data.records import Document
+from mpcache.data.text_tokenizer import ParsedText, PlainText
 from mpcache.data.token_file import TokenIds, Tokenizer
 from mpcache.store.format import BY_ASSISTANT
 

@@ -32,7 +32,8 @@ from mpcache.model.inputs import (
     packed_inputs,
     padded_inputs,
 )
-from mpcache.model.isolation_trial import (
+from mpcache.model.separation_lengths import CHUNK, changing_rotary, fitted, longest
+from mpcache.model.separation_trial import (
     InputsOf,
     Sequences,
     Trial,
@@ -40,7 +41,6 @@ from mpcache.model.isolation_trial import (
     Values,
     made_up_documents,
 )
-from mpcache.model.trial_lengths import CHUNK, changing_rotary, fitted, longest
 
 # A state, a short convolution, a token shift or an open mask shows in the next document already.
 # So documents are short: one token, a few, and more than the 64 tokens that linear attention takes

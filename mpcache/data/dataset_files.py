@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from mpcache.config import CollectConfig
 from mpcache.data.data_file import COMPRESSIONS
-from mpcache.data.natural_sort import natural_key
-from mpcache.data.split_names import complete, files_of_split
+from mpcache.data.files_of_split import complete, files_of_split
 from mpcache.hub import names_a_place
+from mpcache.natural_sort import natural_key
 from mpcache.validation import user_path
 
 FileKind = Literal["json", "csv", "parquet", "arrow", "text", "bin"]

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpcache.data.columns import Path, array_at, mask_beside, path_in, tree_of, value_at
 from mpcache.data.data_file import DataFile
-from mpcache.data.document_list import DocumentList, rows_from
-from mpcache.data.records import check_mask_type
+from mpcache.data.document_codec import check_mask_type
+from mpcache.data.local_documents import DocumentList, rows_from
+from mpcache.data.text_column import Path, array_at, mask_beside, path_in, tree_of, value_at
 
 _BATCH_ROWS = 512  # of a .parquet; few, because one document may be long
 _FILE_MAGIC = b"ARROW1"

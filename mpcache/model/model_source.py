@@ -11,7 +11,7 @@ from transformers.utils.hub import cached_file
 
 from mpcache.config import CollectConfig
 from mpcache.hub import explained, names_a_place
-from mpcache.model.file_checks import check_json, check_present, read_head
+from mpcache.model.file_integrity import check_json, check_present, read_head
 from mpcache.validation import user_path
 
 CONFIG = "config.json"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mpcache.data.plain_text import ParsedText, PlainText, special_names
+from mpcache.data.text_tokenizer import ParsedText, PlainText, special_names
 from tests.helpers.tokenizers_of_kinds import KINDS
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)

@@ -12,8 +12,8 @@ from mpcache.config import CollectConfig, HookpointsConfig
 from mpcache.hub import first_line
 from mpcache.model.hookpoint_roles import Role, roles
 from mpcache.model.hookpoint_survey import Survey, Verdict, starred
+from mpcache.model.meta_forward import ZeroWeights, hollow_
 from mpcache.model.skeleton import skeleton
-from mpcache.model.zero_weights import ZeroWeights, hollow_
 
 BYTES = 2  # of a value in bfloat16, the storage dtype that is the default
 

@@ -6,10 +6,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
-from mpcache.model.file_checks import Tensors, check_json, check_safetensors, check_torch
-from mpcache.model.files import GENERATION, INDEX, TOKENIZER, weight_names
+from mpcache.model.file_integrity import Tensors, check_json, check_safetensors, check_torch
+from mpcache.model.file_snapshot import GENERATION, INDEX, TOKENIZER, weight_names
 from mpcache.model.gguf import check_gguf
-from mpcache.model.source import CONFIG, ModelSource
+from mpcache.model.model_source import CONFIG, ModelSource
 
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")

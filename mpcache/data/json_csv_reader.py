@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from mpcache.data.columns import MASK, NO_MASK, Path, mask_of, path_in, value_at
 from mpcache.data.data_file import DataFile
-from mpcache.data.document_list import DocumentList, Row
+from mpcache.data.local_documents import DocumentList, Row
+from mpcache.data.text_column import MASK, NO_MASK, Path, mask_of, path_in, value_at
 
 _PIECE = 1 << 20  # characters of a .json read at once
 _BOM = b"\xef\xbb\xbf"
