@@ -12,7 +12,8 @@ from mpcli.options import LoadConfigFrom, choices, count, counts, field_docs, fr
 from mpcli.spliced import spliced_figures
 from mpcli.tables import print_json, print_table
 from mptrain.config.coder import Codes
-from mptrain.config.run import BenchConfig, FitConfig, LoaderBenchConfig, RunConfig
+from mptrain.config.fit import FitConfig
+from mptrain.config.run import BenchConfig, LoaderBenchConfig, RunConfig
 
 app = typer.Typer(
     help="Train matching-pursuit and TopK coders from a store of activations.",

@@ -19,7 +19,8 @@ from torch import Tensor
 from mptrain.bench.measure import seconds
 from mptrain.bench.peers import saelens_reads
 from mptrain.config.coder import Arch
-from mptrain.config.run import FitConfig, LoaderBenchConfig
+from mptrain.config.fit import FitConfig
+from mptrain.config.run import LoaderBenchConfig
 from mptrain.data.batches import resolve_device
 from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Side, Store, open_store

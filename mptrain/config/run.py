@@ -1,31 +1,22 @@
-"""What `mptrain fit` and `mptrain bench` can be told."""
+"""The settings of a run that do not depend on its coders, in the groups that `--help` shows."""
 
-import itertools
 import math
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from mptrain.config.coder import (
-    PURSUITS,
-    Arch,
-    CoderConfig,
-    Kind,
-    Recipe,
-    applies_to,
-    inapplicable_message,
-    is_compatible,
+from mptrain.config.checks import (
+    check_at_least,
+    check_cache_limit,
+    check_nonempty,
+    check_unique,
 )
-from mptrain.config.presets import PRESETS
+from mptrain.config.coder import CoderConfig, Recipe
 
 Spread = Literal["rows", "coders"]
 Log = Literal["tensorboard", "wandb"]
 OnlyTokens = Literal["all", "assistant"]
 Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
-_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
-_MAY_BE_EMPTY = ("latents", "lr")
 _LEAST = {
     "rows": 1,
     "batch_rows": 1,
@@ -42,74 +33,105 @@ _LEAST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A pass over a store: its rows, and how what is trained on them is watched and saved."""
+class DataSettings:
+    """The rows of a store that a run reads, and their order."""
+
+    group: ClassVar[str] = "Data"
 
     store: str
-    "store to train from"
-    run: str
-    "folder of the run; made if it is missing"
+    "store to train from: a folder, or an s3:// or gs:// URL"
     rows: int = 10_000_000
-    "rows to train on; more than the store has means further epochs, differently shuffled"
+    "rows to train on; more than the store has are further epochs, each in another order"
     batch_rows: int = 8192
-    "rows in a train step"
+    "rows in each train step"
     skip_positions: int = 1
-    "leave out rows of the first n positions of each sequence (first tokens are outliers)"
+    "leave out the rows of the first N positions of each sequence (first tokens are outliers)"
     skip_tokens: tuple[str, ...] = ()
-    "leave out rows of these tokens: ids, or special for those that the tokenizer calls so"
+    "leave out the rows of these tokens: token ids, or the word special for all special tokens"
     only_tokens: OnlyTokens = "all"
-    "whose tokens' rows to take: assistant takes those that the assistant of a chat wrote"
+    "rows to train on: those of all tokens, or of the tokens that a chat's assistant wrote"
     max_norm: float | None = None
-    "leave out rows whose norm on a side of the coder is over so many times the median"
+    "leave out rows whose norm exceeds this multiple of the median norm, at any side of the coder"
     order_seed: int = 0
-    "seed of the order in which rows are read"
+    "seed of the order of rows"
     window_rows: int = 131_072
-    "rows mixed in memory, in two windows; on it and order_seed the order of rows depends"
+    "rows per shuffle window (two are held in memory); changes the row order, as order_seed does"
     window_bytes: int = 4_000_000_000
-    "most bytes that the two windows may take; a run that needs more is refused"
-    read_threads: int | None = None
-    "threads that read; default one for each that computes, 2 to 4; 8 from a bucket"
+    "most bytes that the two shuffle windows may take; a run that needs more is refused"
     tier: str | None = None
     "folder of this machine that keeps what is read of a store that is far away, for the next time"
     tier_bytes: int | None = None
     "most bytes that are kept there; None: as long as a twentieth of its file system is free"
     follow: bool = False
-    "wait until a collection that is under way has all parts that it plans"
-    log_every: int = 10
-    "train steps between lines of metrics.jsonl"
-    log: tuple[Log, ...] = ()
-    "who else gets them: tensorboard (in RUN/tensorboard), wandb (Weights & Biases)"
-    eval_every: int = 100
-    "train steps between validations"
-    eval_rows: int = 65_536
-    "rows of the validation split used for metrics.jsonl; results.json is of all"
-    save_every: int = 200
-    "train steps between saved states, from which an interrupted run goes on"
-    save_minutes: float | None = None
-    "minutes between saved states too"
+    "train while a collection still runs: wait until it has written all parts that it plans"
     allow_nonfinite: bool = False
-    "train on a store that holds non-finite values; rows with such values are left out"
+    "accept a store that holds non-finite values; rows with such values are left out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """When and on how many rows coders are evaluated during a run."""
+
+    group: ClassVar[str] = "Evaluation"
+
+    eval_every: int = 100
+    "train steps between two evaluations"
+    eval_rows: int = 65_536
+    "validation rows of an evaluation for metrics.jsonl; results.json is of all validation rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What a run writes, and where it computes."""
+
+    group: ClassVar[str] = "Run"
+
+    run: str
+    "folder of the run: config, metrics, saved states and coders; created if it is missing"
+    log_every: int = 10
+    "train steps between two lines of metrics.jsonl"
+    log: tuple[Log, ...] = ()
+    "also send metrics to: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases)"
+    save_every: int = 200
+    "train steps between two saved states; an interrupted run continues from the last one"
+    save_minutes: float | None = None
+    "save a state also after this many minutes"
     max_memory: int | None = None
-    "bytes that a process's coders may take in training; more than fit go in several passes"
+    "bytes for the coders in each process; a grid that needs more is trained in several passes"
     device: str = "auto"
-    "torch device; auto takes the first GPU, else the CPU"
+    "torch device, such as cpu or cuda:1; auto takes the first GPU, else the CPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How threads and processes share the work of a run."""
+
+    group: ClassVar[str] = "Parallel"
+
+    read_threads: int | None = None
+    "threads that read; default one for each that computes, from 2 to 4, or 8 for a bucket"
     spread: Spread | None = None
-    "what torchrun's processes share: the rows of each batch, or the coders of the grid"
+    "what the processes of torchrun divide: the rows of each batch, or the coders of the grid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DataSettings, EvaluationSettings, RunSettings, ParallelSettings):
+    """A pass over a store, without the coders that it trains: see `FitConfig`, `ListedConfig`."""
 
     def __post_init__(self) -> None:
-        _refuse_less(self, _LEAST)
-        refuse_twice("log", self.log)
-        self._refuse_filters()
+        check_at_least(self, _LEAST)
+        check_unique("log", self.log)
+        self._check_filters()
         if self.rows < self.batch_rows:
             raise ValueError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
             )
-        refuse_lone_bound(self.tier, self.tier_bytes)
+        check_cache_limit(self.tier, self.tier_bytes)
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
             raise ValueError(f"save_minutes must be positive and finite, got {self.save_minutes}")
 
-    def _refuse_filters(self) -> None:
+    def _check_filters(self) -> None:
         for token in self.skip_tokens:
             if token != "special" and not token.isdecimal():
                 raise ValueError(f"skip_tokens takes token ids and the word special, got {token!r}")
@@ -120,151 +142,34 @@ class RunConfig:
             )
 
     def coders(self) -> tuple[CoderConfig, ...]:
-        """What is trained: for each kind of run to say."""
+        """The coders that are trained."""
         raise NotImplementedError
 
     def warnings(self) -> list[str]:
-        """What may not be meant, to be told before a run starts."""
+        """Warnings about settings that are legal but probably unintended."""
         free = [coder.name for coder in self.coders() if coder.free_norm]
-        told = [f"{name}: with free_norm a step can enlarge the residual" for name in free]
-        before_last = (self.rows // self.batch_rows - 1) * self.batch_rows
-        late = [c for c in self.coders() if c.auxk_alpha and c.dead_rows > before_last]
+        warnings = [f"{name}: with free_norm a step can enlarge the residual" for name in free]
+        rows_before_last_step = (self.rows // self.batch_rows - 1) * self.batch_rows
+        late = [c for c in self.coders() if c.auxk_alpha and c.dead_rows > rows_before_last_step]
         if late:
-            told.append(
-                f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, and it "
-                f"trains on {self.rows:,}: none will be revived; {self._how_to_revive(before_last)}"
+            warnings.append(
+                f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, but "
+                f"the run trains on {self.rows:,}, so no dead latent will be revived; "
+                f"{_how_to_revive(rows_before_last_step)}"
             )
-        return told
-
-    def _how_to_revive(self, before_last: int) -> str:
-        """What to change where latents are dead too late; filters may leave out half of the rows
-        before the last train step.
-        """
-        if before_last < 2:
-            return (
-                "no --dead-rows is low enough for so short a run; train on more rows, "
-                "or turn this loss off with --auxk-alpha 0"
-            )
-        return f"use --dead-rows {before_last // 2} or less, or train on more rows"
+        return warnings
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitConfig(RunConfig, Recipe):
-    """A run of a grid of coders."""
-
-    hookpoints: tuple[str, ...]
-    "hookpoints of the store to train on"
-    kind: tuple[Kind, ...] = ("sae",)
-    "kinds of coder"
-    arch: tuple[Arch, ...] = ("mp", "topk")
-    "architectures"
-    k: tuple[int, ...] = (64,)
-    "pursuit steps or active latents per row"
-    expansion: tuple[int, ...] = (64,)
-    "latents per dimension of the input"
-    latents: tuple[int, ...] = ()
-    "numbers of latents, in place of --expansion"
-    lr: tuple[float, ...] = ()
-    "peak learning rates; none: muon 2e-3; adam 2e-4, signsgd 5e-3, both / sqrt(latents / 2^14)"
-    seed: tuple[int, ...] = (0,)
-    "seeds of the initial weights; the order of rows has its own seed"
-    preset: tuple[str, ...] = ("mp",)
-    "variants of the mp coders; see `mptrain presets`"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in _LISTS:
-            refuse_empty(name, getattr(self, name))
-        for name in (*_LISTS, *_MAY_BE_EMPTY):
-            refuse_twice(name, getattr(self, name))
-        if self.latents and self.expansion != FitConfig.expansion:
-            raise ValueError(
-                f"latents and expansion each say how many latents there are, got latents="
-                f"{','.join(map(str, self.latents))}, expansion="
-                f"{','.join(map(str, self.expansion))}; give one of them"
-            )
-        self._refuse_presets()
-        self._refuse_useless()
-        self._refuse_equal_names()
-
-    def coders(self) -> tuple[CoderConfig, ...]:
-        """The grid: the product of all fields that take several values."""
-        grid = itertools.product(
-            self.hookpoints,
-            self.kind,
-            self.k,
-            self._sizes,
-            self.lr or (None,),
-            self.seed,
-            self.arch,
+def _how_to_revive(rows_before_last_step: int) -> str:
+    """The remedy where latents count as dead too late; half of the rows, because filters may leave
+    out the other half.
+    """
+    if rows_before_last_step < 2:
+        return (
+            "no --dead-rows is low enough for so short a run; train on more rows, "
+            "or turn the auxiliary loss off with --auxk-alpha 0"
         )
-        return tuple(
-            CoderConfig(
-                hookpoint=hookpoint,
-                kind=kind,
-                arch=arch,
-                k=k,
-                lr=lr,
-                seed=seed,
-                **size,
-                **{**self._recipe(kind, arch), **changes},
-            )
-            for hookpoint, kind, k, size, lr, seed, arch in grid
-            for changes in self._variants(kind, arch)
-        )
-
-    @property
-    def _sizes(self) -> list[dict[str, Any]]:
-        if self.latents:
-            return [{"latents": count} for count in self.latents]
-        return [{"expansion": factor} for factor in self.expansion]
-
-    def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
-        """The fields of the recipe that are for such a coder; the others keep their defaults."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(Recipe) if applies_to(f.name, kind, arch)
-        }
-
-    def _variants(self, kind: Kind, arch: Arch) -> list[Mapping[str, Any]]:
-        """What each preset that is for such coders changes; other coders than mp come once."""
-        if arch not in PURSUITS:
-            return [{}]
-        return [PRESETS[name] for name in self.preset if is_compatible(PRESETS[name], kind, arch)]
-
-    def _refuse_presets(self) -> None:
-        for name in self.preset:
-            if name not in PRESETS:
-                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
-            for field in PRESETS[name]:
-                if getattr(self, field) != getattr(Recipe, field):
-                    raise ValueError(f"preset {name} sets {field}; give one of them, not both")
-            pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
-            if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
-                raise ValueError(
-                    f"preset {name} is for none of kind {','.join(self.kind)} with arch "
-                    f"{','.join(self.arch)}; leave it out, or train other coders too"
-                )
-
-    def _refuse_equal_names(self) -> None:
-        names = [coder.name for coder in self.coders()]
-        twins = [name for name, count in Counter(names).items() if count > 1]
-        if twins:
-            raise ValueError(
-                f"each coder needs a name of its own, got {', '.join(twins)} several times; "
-                "numbers in names have 6 digits: give values that differ in them"
-            )
-
-    def _pairs(self) -> list[tuple[Kind, Arch]]:
-        return list(itertools.product(self.kind, self.arch))
-
-    def _refuse_useless(self) -> None:
-        """Refuse what was set and is for none of the coders."""
-        for field in fields(Recipe):
-            is_set = getattr(self, field.name) != field.default
-            if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):
-                raise ValueError(
-                    inapplicable_message(field.name, ",".join(self.kind), ",".join(self.arch))
-                )
+    return f"use --dead-rows {rows_before_last_step // 2} or less, or train on more rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,8 +182,8 @@ class ListedConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = tuple(coder.name for coder in self.listed)
-        refuse_empty("listed", names)
-        refuse_twice("listed", names)
+        check_nonempty("listed", names)
+        check_unique("listed", names)
 
     def coders(self) -> tuple[CoderConfig, ...]:
         return self.listed
@@ -321,7 +226,7 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         counts = ("rows", "width", "latents", "k", "peer_rows", "repeats")
-        _refuse_less(self, dict.fromkeys(counts, 1))
+        check_at_least(self, dict.fromkeys(counts, 1))
         if self.latents % self.width:
             raise ValueError(
                 f"width must divide latents, got width={self.width}, latents={self.latents}; "
@@ -364,33 +269,4 @@ class LoaderBenchConfig:
 
     def __post_init__(self) -> None:
         counts = ("rows", "batch_rows", "window_rows", "read_threads", "peer_rows", "repeats")
-        _refuse_less(self, {"steps": 0, **dict.fromkeys(counts, 1)})
-
-
-def _refuse_less(config: object, at_least: Mapping[str, int]) -> None:
-    """Raise ValueError where a field that is not None is below its least value."""
-    for name, least in at_least.items():
-        if (value := getattr(config, name)) is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-def refuse_lone_bound(tier: str | None, tier_bytes: int | None) -> None:
-    """Raise ValueError where there is a bound of no tier, or one that bounds nothing."""
-    if tier_bytes is not None and (tier is None or tier_bytes < 1):
-        raise ValueError(
-            f"tier_bytes must be at least 1, and goes with a tier, got tier_bytes={tier_bytes}, "
-            f"tier={tier}; name the tier's folder too"
-        )
-
-
-def refuse_empty(name: str, values: tuple[object, ...]) -> None:
-    """Raise ValueError where there are none."""
-    if not values:
-        raise ValueError(f"{name} is empty; name at least one value")
-
-
-def refuse_twice(name: str, values: tuple[object, ...]) -> None:
-    """Raise ValueError where a value is there twice."""
-    if len(set(values)) < len(values):
-        told = ",".join(map(str, values))
-        raise ValueError(f"{name} must name each value once, got {told}")
+        check_at_least(self, {"steps": 0, **dict.fromkeys(counts, 1)})

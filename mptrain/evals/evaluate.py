@@ -16,8 +16,8 @@ from torch import Tensor
 from mptrain.coders.checkpoint import load_coder
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import Fvu
+from mptrain.config.checks import check_cache_limit
 from mptrain.config.coder import PURSUITS, CoderConfig, Codes
-from mptrain.config.run import refuse_lone_bound
 from mptrain.data.batches import resolve_device
 from mptrain.data.filters import Filters, stored_filters
 from mptrain.data.loader import Batch, Loader, Side, Split, Store, open_store
@@ -102,7 +102,7 @@ def evaluate_coder(
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}")
-    refuse_lone_bound(tier, tier_bytes)
+    check_cache_limit(tier, tier_bytes)
     place = resolve_device(device)
     coder, trained = load_coder(folder)
     store = open_store(store_path, tier, tier_bytes)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from mptrain.config.checks import check_nonempty, check_unique
 from mptrain.config.coder import Arch, CoderConfig, Kind, applies_to, inapplicable_message, k_error
 from mptrain.config.presets import PRESETS
-from mptrain.config.run import RunConfig, refuse_empty, refuse_twice
+from mptrain.config.run import RunConfig
 from mptrain.experiments.toml_config import Settings, unknown
 
 TABLES = ("collect", "fit", "coders", "variants", "figures")
@@ -59,8 +60,8 @@ class FigureTable:
 
     def __post_init__(self) -> None:
         for name in ("hookpoints", "k", "variants", "seeds"):
-            refuse_empty(name, getattr(self, name))
-            refuse_twice(name, getattr(self, name))
+            check_nonempty(name, getattr(self, name))
+            check_unique(name, getattr(self, name))
         for number in (*self.k, *self.other_k):
             if number < 1:
                 raise ValueError(f"k and other_k must be at least 1, got {number}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from mptrain.coders.checkpoint import is_partial, read_json, write_json
 from mptrain.config.coder import CoderConfig
-from mptrain.config.run import FitConfig, ListedConfig, RunConfig
+from mptrain.config.fit import FitConfig
+from mptrain.config.run import ListedConfig, RunConfig
 from mptrain.data.preflight import numbers_of, ranges
 from mptrain.runs.metrics import writing_in
 

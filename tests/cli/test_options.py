@@ -19,8 +19,8 @@ from mpcache.collection import producer as station
 from mpcli.mpcache import app as mpcache
 from mpcli.mptrain import app as mptrain
 from mpcli.options import field_docs
+from mptrain.config.fit import FitConfig
 from mptrain.config.presets import PRESETS
-from mptrain.config.run import FitConfig
 from mptrain.runs import fit as fit_stage
 from tests.helpers.models import save_tiny, tiny_tokenizer
 from tests.helpers.stores import small_config, small_store, write_corpus

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.runs.fit import TrainLoop
 from mptrain.runs.metrics import Record, read_records
 

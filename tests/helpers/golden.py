@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpcache.store.format import FLAGS_VERSION
 from mpcache.store.reader import Store, open_store
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.runs.fit import fit
 from tests.helpers.chats import chat_store
 from tests.helpers.paths import GOLDEN

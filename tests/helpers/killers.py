@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.coders import checkpoint
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.experiments.spec import experiment_of
 from mptrain.experiments.sweep import sweep
 from mptrain.experiments.toml_config import read_settings

@@ -19,7 +19,7 @@ from mpcache.maintenance.stats import info
 from mpcache.maintenance.verify import verify
 from mpcache.store.reader import Store, open_store
 from mptrain.coders.checkpoint import load_coder
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.data.filters import Filters, make_filters, stored_filters
 from mptrain.data.loader import Loader
 from mptrain.data.windows import ASSISTANT

@@ -14,7 +14,7 @@ from mptrain.bench.measure import Codes, Method, saved_bytes
 from mptrain.bench.peers import find_peers, overcomplete_mp, saelens_mp, sparsify_topk
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import reconstruction_loss
-from mptrain.config.run import CoderConfig
+from mptrain.config.coder import CoderConfig
 from tests.helpers import reference
 
 Adapter = Callable[[Tensor, Tensor, int], Method]

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from mptrain.config.coder import CoderConfig
+from mptrain.config.fit import FitConfig
 from mptrain.config.presets import PRESETS
-from mptrain.config.run import FitConfig, ListedConfig
+from mptrain.config.run import ListedConfig
 
 BEGINS = {"begin_as": "topk", "begin_share": 0.5}
 BLOCKS = {"blocks": "both", "kind": ("transcoder",)}
@@ -143,7 +144,7 @@ def test_free_dictionaries_are_warned_of():
 def test_latents_that_never_count_as_dead_are_warned_of():
     sizes = {"arch": ("mp",), "rows": 1000, "batch_rows": 10}
     (told,) = config(**sizes, dead_rows=1000).warnings()
-    assert "count as dead after 1,000 rows, and it trains on 1,000" in told
+    assert "count as dead after 1,000 rows, but the run trains on 1,000" in told
     assert told.endswith("use --dead-rows 495 or less, or train on more rows")
     assert config(**sizes, dead_rows=495).warnings() == []
     (told,) = config(**{**sizes, "batch_rows": 1000}, dead_rows=1).warnings()

@@ -11,7 +11,7 @@ import torch
 from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import Arch, CoderConfig
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.data.filters import Filters, make_filters, median_norm, stored_filters
 from mptrain.data.loader import Batch, Loader, Store
 from mptrain.data.windows import TOKEN, norm_of

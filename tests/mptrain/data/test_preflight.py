@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mpcache.store.reader import open_store
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.data import preflight as suited
 from mptrain.data.preflight import await_parts, numbers_of, open_trainable_store, ranges
 from mptrain.runs.fit import fit, plan_of

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from mptrain.config.coder import CoderConfig
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.experiments.plot_runs import draw, looks, plot_runs, read_curves
 from mptrain.runs import fit as fit_stage
 from mptrain.runs.metrics import MetricsFile, Record

@@ -21,7 +21,7 @@ from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
 from mptrain.coders.checkpoint import load_coder, write_json
 from mptrain.config.coder import Optimizer
-from mptrain.config.run import FitConfig
+from mptrain.config.fit import FitConfig
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch, Side
 from mptrain.evals.evaluate import Evaluation, evaluate_coder

@@ -1,0 +1,166 @@
+"""What `mptrain fit` trains: a grid of coders, from one run over a store."""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from mptrain.config.checks import check_nonempty, check_unique
+from mptrain.config.coder import (
+    PURSUITS,
+    Arch,
+    CoderConfig,
+    Kind,
+    Recipe,
+    applies_to,
+    inapplicable_message,
+    is_compatible,
+)
+from mptrain.config.presets import PRESETS
+from mptrain.config.run import RunConfig
+
+_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
+_MAY_BE_EMPTY = ("latents", "lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookpointGrid:
+    """The hookpoints of a grid of coders."""
+
+    group: ClassVar[str] = "Data"
+
+    hookpoints: tuple[str, ...]
+    "hookpoints of the store to train on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderGrid:
+    """The coders of a grid: each combination of the values is one coder for each hookpoint."""
+
+    group: ClassVar[str] = "Coder"
+
+    kind: tuple[Kind, ...] = ("sae",)
+    "sae reconstructs a hookpoint's output; transcoder predicts it from the input; skip- adds x S"
+    arch: tuple[Arch, ...] = ("mp", "topk")
+    "architectures: mp is matching pursuit; batch- takes K latents per row on average"
+    k: tuple[int, ...] = (64,)
+    "pursuit steps (mp) or active latents (topk, groupmax) per row"
+    expansion: tuple[int, ...] = (64,)
+    "latents per dimension of the input"
+    latents: tuple[int, ...] = ()
+    "numbers of latents, in place of --expansion"
+    seed: tuple[int, ...] = (0,)
+    "seeds of the initial weights; the order of rows has --order-seed"
+    preset: tuple[str, ...] = ("mp",)
+    "named variants of the mp coders; `mptrain presets` lists them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateGrid:
+    """The learning rates of a grid of coders."""
+
+    group: ClassVar[str] = "Optimizer"
+
+    lr: tuple[float, ...] = ()
+    "peak learning rates; default muon 2e-3; adam 2e-4, signsgd 5e-3, both / sqrt(latents / 2^14)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
+    """A run of a grid of coders."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in _LISTS:
+            check_nonempty(name, getattr(self, name))
+        for name in (*_LISTS, *_MAY_BE_EMPTY):
+            check_unique(name, getattr(self, name))
+        if self.latents and self.expansion != FitConfig.expansion:
+            raise ValueError(
+                f"latents and expansion each say how many latents there are, got latents="
+                f"{','.join(map(str, self.latents))}, expansion="
+                f"{','.join(map(str, self.expansion))}; give one of them"
+            )
+        self._check_presets()
+        self._check_all_apply()
+        self._check_names()
+
+    def coders(self) -> tuple[CoderConfig, ...]:
+        """The grid: the product of all fields that take several values."""
+        grid = itertools.product(
+            self.hookpoints,
+            self.kind,
+            self.k,
+            self._sizes,
+            self.lr or (None,),
+            self.seed,
+            self.arch,
+        )
+        return tuple(
+            CoderConfig(
+                hookpoint=hookpoint,
+                kind=kind,
+                arch=arch,
+                k=k,
+                lr=lr,
+                seed=seed,
+                **size,
+                **{**self._recipe(kind, arch), **changes},
+            )
+            for hookpoint, kind, k, size, lr, seed, arch in grid
+            for changes in self._variants(kind, arch)
+        )
+
+    @property
+    def _sizes(self) -> list[dict[str, Any]]:
+        if self.latents:
+            return [{"latents": count} for count in self.latents]
+        return [{"expansion": factor} for factor in self.expansion]
+
+    def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
+        """The fields of the recipe that are for such a coder; the others keep their defaults."""
+        return {
+            f.name: getattr(self, f.name) for f in fields(Recipe) if applies_to(f.name, kind, arch)
+        }
+
+    def _variants(self, kind: Kind, arch: Arch) -> list[Mapping[str, Any]]:
+        """What each preset that is for such coders changes; other coders than mp come once."""
+        if arch not in PURSUITS:
+            return [{}]
+        return [PRESETS[name] for name in self.preset if is_compatible(PRESETS[name], kind, arch)]
+
+    def _check_presets(self) -> None:
+        for name in self.preset:
+            if name not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
+            for field in PRESETS[name]:
+                if getattr(self, field) != getattr(Recipe, field):
+                    raise ValueError(f"preset {name} sets {field}; give one of them, not both")
+            pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
+            if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
+                raise ValueError(
+                    f"preset {name} is for none of kind {','.join(self.kind)} with arch "
+                    f"{','.join(self.arch)}; leave it out, or train other coders too"
+                )
+
+    def _check_names(self) -> None:
+        names = [coder.name for coder in self.coders()]
+        twins = [name for name, count in Counter(names).items() if count > 1]
+        if twins:
+            raise ValueError(
+                f"each coder needs a name of its own, got {', '.join(twins)} several times; "
+                "numbers in names have 6 digits: give values that differ in them"
+            )
+
+    def _pairs(self) -> list[tuple[Kind, Arch]]:
+        return list(itertools.product(self.kind, self.arch))
+
+    def _check_all_apply(self) -> None:
+        """Refuse what was set and is for none of the coders."""
+        for field in fields(Recipe):
+            is_set = getattr(self, field.name) != field.default
+            if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):
+                raise ValueError(
+                    inapplicable_message(field.name, ",".join(self.kind), ",".join(self.arch))
+                )
