@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from mpcache.errors import UsageError
+
 Codec = Literal["none", "lz4", "zstd"]
 Split = Literal["train", "validation"]
 
@@ -83,33 +85,33 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         if not self.hookpoints:
-            raise ValueError("hookpoints is empty; name at least one, for instance layers.10.mlp")
+            raise UsageError("hookpoints is empty; name at least one, for instance layers.10.mlp")
         for name in ("rows", "ctx_len", "batch_sequences", "part_rows", "chunk_rows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.part_rows % self.ctx_len:
-            raise ValueError(
+            raise UsageError(
                 f"part_rows must be a multiple of ctx_len, got part_rows={self.part_rows}, "
                 f"ctx_len={self.ctx_len}; use {-(-self.part_rows // self.ctx_len) * self.ctx_len}"
             )
         if self.part_rows % self.chunk_rows:
-            raise ValueError(
+            raise UsageError(
                 f"chunk_rows must divide part_rows, got chunk_rows={self.chunk_rows}, "
                 f"part_rows={self.part_rows}"
             )
         if self.write_threads is not None and self.write_threads < 1:
-            raise ValueError(f"write_threads must be at least 1, got {self.write_threads}")
+            raise UsageError(f"write_threads must be at least 1, got {self.write_threads}")
         if self.autocast and self.model_dtype == "float32":
-            raise ValueError(
+            raise UsageError(
                 "autocast must have a model_dtype to cast to, got float32; use bfloat16 or float16"
             )
         if self.compile and self.one_document_per_sequence:
-            raise ValueError(
+            raise UsageError(
                 "compile needs batches of one shape, and one_document_per_sequence makes many; "
                 "leave compile out"
             )
         if self.validation_every < 2:
-            raise ValueError(f"validation_every must be at least 2, got {self.validation_every}")
+            raise UsageError(f"validation_every must be at least 2, got {self.validation_every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +140,13 @@ class StoreBenchConfig:
     def __post_init__(self) -> None:
         known = ("zarr", "zarrs", "sae-lens")
         if unknown := [name for name in self.peers if name not in known]:
-            raise ValueError(f"peers must be of {', '.join(known)}, got {unknown[0]}")
+            raise UsageError(f"peers must be of {', '.join(known)}, got {unknown[0]}")
         for name in ("rows", "width", "threads", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("part_rows", "chunk_rows", "codec"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is empty; name at least one")
+                raise UsageError(f"{name} is empty; name at least one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +188,9 @@ class RepairConfig:
 
     def __post_init__(self) -> None:
         if self.source is not None and (self.model or self.dataset):
-            raise ValueError("source needs neither model nor dataset; leave them out")
+            raise UsageError("source needs neither model nor dataset; leave them out")
         if self.source is not None and self.accept_other_bits:
-            raise ValueError("accept_other_bits is for what is computed anew; leave source out")
+            raise UsageError("accept_other_bits is for what is computed anew; leave source out")
 
 
 @dataclass(frozen=True, kw_only=True)

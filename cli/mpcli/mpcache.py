@@ -15,6 +15,7 @@ from mpcache.config import (
     RepairConfig,
     StoreBenchConfig,
 )
+from mpcache.errors import UsageError
 from mpcache.parallel.config import CollectParallelConfig, ParallelConfig
 from mpcache.validation import check_printable, printable
 from mpcli.errors import guarded, run_app
@@ -103,7 +104,7 @@ def open_storage(
 ) -> tuple[Any, CollectConfig, Any]:
     """Where to collect, how, and what is there if that is all that was asked for."""
     if (store is None) == (root is None):
-        raise ValueError("name either STORE or --root ROOT, the folder of stores that has it")
+        raise UsageError("name either STORE or --root ROOT, the folder of stores that has it")
     if store is not None:
         check_printable(store)
         return store, config, None
@@ -207,9 +208,9 @@ def remove(
     leaving = find_removable(store)
     if not yes:
         if not sys.stdin.isatty():
-            raise ValueError(f"{store} would be deleted for good; say --yes")
+            raise UsageError(f"{store} would be deleted for good; say --yes")
         if not typer.confirm(printable(f"delete {leaving.told}, {store}, for good?")):
-            raise ValueError(f"{store} stays")
+            raise UsageError(f"{store} stays")
     run(leaving)
     typer.echo(printable(f"{store} is removed"))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mpcache.errors import UsageError
 from mpcli.errors import guarded, run_app, warnings_in_words
 from mpcli.options import LoadConfigFrom, choices, count, counts, field_docs, from_config, option
 from mpcli.spliced import spliced_figures
@@ -197,7 +198,7 @@ def sweep(
         print_table(tuple(rows[0]), rows)
         typer.echo(f"figures, tables and captions in {experiment.head.run}/figures")
     if outcome.faults:
-        raise ValueError("; ".join(outcome.faults))
+        raise UsageError("; ".join(outcome.faults))
     return None
 
 

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mpcache.errors import UsageError
+
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _FACTORS |= {f"{letter}B": _FACTORS[letter] for letter in "kMGT"}  # of bytes
 
@@ -246,6 +248,6 @@ def _given(values: dict[str, Any], group: Sequence[inspect.Parameter]) -> dict[s
 
 def _refuse_missing(missing: Sequence[str], instead: LoadConfigFrom) -> None:
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{', '.join(missing)} must be given, or --{instead.name} {instead.metavar}"
         )

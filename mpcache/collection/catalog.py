@@ -16,7 +16,7 @@ from mpcache.config import CollectConfig
 from mpcache.data.dataset_files import LOCAL_SUFFIXES
 from mpcache.data.documents import open_documents
 from mpcache.data.tokenization import template_digests, template_of
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.model.hooks import resolve
 from mpcache.model.loading import (
     library_version,
@@ -81,9 +81,9 @@ def find_store(where: str | Path | Storage, config: CollectConfig) -> Found:
 def check_root(root: Storage) -> None:
     check_printable(root)
     if is_store(root):
-        raise ValueError(f"{root} is a store, not a root of stores; name the folder above it")
+        raise UsageError(f"{root} is a store, not a root of stores; name the folder above it")
     if not root.can_hold_stores():
-        raise ValueError(f"a root must be a folder, got {root}; name another place")
+        raise UsageError(f"a root must be a folder, got {root}; name another place")
 
 
 def _stores(root: Storage) -> Iterator[Store | tuple[str, Exception]]:
@@ -136,7 +136,7 @@ def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
     found = [store for store in same if store.layout.dtype == config.dtype]
     if not found:
         other = max(same, key=_size)
-        raise ValueError(
+        raise UsageError(
             f"{other.storage} holds these rows as {other.layout.dtype}, got {config.dtype}; "
             f"mpcache convert {other.storage} {other.storage}-{config.dtype} "
             f"--dtype {config.dtype} does it"
@@ -227,7 +227,7 @@ def entries(where: str | Path | Storage) -> tuple[Entry, ...]:
     root = open_storage(where)
     check_root(root)
     if not root.exists():
-        raise ValueError(f"a root must be a folder, got {root}; check the path")
+        raise UsageError(f"a root must be a folder, got {root}; check the path")
     return tuple(_entry(found) for found in _stores(root))
 
 

@@ -38,6 +38,7 @@ from mpcache.data.packing import (
 )
 from mpcache.data.token_file import Tokenizer, largest_id
 from mpcache.data.tokenization import has_flags, template_digests, template_of
+from mpcache.errors import UsageError
 from mpcache.model.capture import part_input
 from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.hooks import Side
@@ -156,7 +157,7 @@ def _collect_with_workers(
 def _refuse_other_tokenizer(tokenizer: Tokenizer, facts: ModelFacts) -> None:
     """Tokens are made here, and the store names the tokenizer of the workers."""
     if tokenizer_digest(tokenizer) != facts.digests.get("tokenizer_digest"):
-        raise ValueError(
+        raise UsageError(
             "all machines must have the same tokenizer, got another one on a worker; copy the "
             "model's folder there, and give the same command again"
         )

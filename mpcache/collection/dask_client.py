@@ -22,6 +22,7 @@ from mpcache.collection.dask_worker import CollectionSpec, Done, Failure
 from mpcache.collection.jobs import Job, Missing, Progress
 from mpcache.collection.producer import ModelFacts
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.parallel.dask_cluster import connected
 from mpcache.storage.base import Storage, open_storage
@@ -233,10 +234,10 @@ def _devices(config: CollectConfig, workers: int) -> tuple[str, ...]:
     if config.device not in ("auto", "cuda"):
         if workers == 1:
             return (config.device,)
-        raise ValueError(
+        raise UsageError(
             f"device must be auto, cuda or cpu with {workers} workers, got {config.device}"
         )
     count = torch.cuda.device_count()
     if workers > count:
-        raise ValueError(f"workers must not exceed the GPUs here, {count}, got {workers}")
+        raise UsageError(f"workers must not exceed the GPUs here, {count}, got {workers}")
     return tuple(f"cuda:{number}" for number in range(workers))

@@ -32,6 +32,7 @@ from mpcache.collection.producer import (
     yield_to_others,
 )
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.model.capture import part_input
 from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.model_source import find_source
@@ -238,14 +239,14 @@ def _refuse_other_content(orders: CollectionSpec, station: ActivationProducer) -
     """A worker must see the very store, and compute with the very model, of the collection."""
     place = open_storage(orders.place)
     if not is_store(place) or read_store_file(place)["fingerprint"] != orders.fingerprint:
-        raise ValueError(
+        raise UsageError(
             f"{place} must be one folder that all machines share, got another one on "
             f"{socket.gethostname()}; use a path on a shared file system"
         )
     identity = read_store_file(place)["identity"]
     found = {**station.facts.digests, "attention": station.facts.attention}
     if different := [name for name in found if found[name] != identity.get(name)]:
-        raise ValueError(
+        raise UsageError(
             f"all machines must have the same model, got another {', '.join(different)} on "
             f"{socket.gethostname()}; copy the model there, or name its --revision"
         )

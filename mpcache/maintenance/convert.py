@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import mpcache
 from mpcache.config import ConvertConfig
+from mpcache.errors import UsageError
 from mpcache.maintenance.copy import Moved, arrived, copy_part, receive, refuse_nesting
 from mpcache.maintenance.repartition import Repartition
 from mpcache.model.hooks import Side, check_segments, is_match, sides_of
@@ -88,7 +89,7 @@ def select(patterns: tuple[str, ...], store: Store) -> tuple[Side, ...]:
         names = [name for name in store.hookpoints if is_match(segments, name.split("."))]
         found = {one for name in names for one in sides_of(name, side)} & set(there)
         if not found or (colon and side not in ("input", "output")):
-            raise ValueError(
+            raise UsageError(
                 f"hookpoints must be in the store, got {pattern!r}; "
                 f"it has {', '.join(map(str, there)) or 'none'}"
             )

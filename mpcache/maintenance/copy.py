@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 from tqdm import tqdm
 
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
@@ -125,7 +125,7 @@ def _compared(place: Storage, name: str, told: Mapping[str, Any]) -> Iterator[by
 
 def refuse_nesting(source: Storage, to: Storage) -> None:
     if source.is_within(to) or to.is_within(source):
-        raise ValueError(f"{to} and {source} must not lie in each other; name another place")
+        raise UsageError(f"{to} and {source} must not lie in each other; name another place")
 
 
 def receive(to: Storage, data: bytes, layout: Layout, widths: Iterable[int]) -> None:
@@ -134,17 +134,17 @@ def receive(to: Storage, data: bytes, layout: Layout, widths: Iterable[int]) -> 
     refuse_large(to, layout, widths)
     if is_store(to):
         if to.read(STORE_FILE) != data:
-            raise ValueError(f"{to} is another store; name a new or empty folder")
+            raise UsageError(f"{to} is another store; name a new or empty folder")
         return
     if to.size(_REMOVED) is not None:
-        raise ValueError(
+        raise UsageError(
             f"{to} is half removed; finish that with mpcache remove {to}, or name another place"
         )
     if to.size(_INCOMING) is None:
         refuse_other_content(to)
         to.put_new(_INCOMING, data)
     elif to.read(_INCOMING) != data:
-        raise ValueError(
+        raise UsageError(
             f"{to} is half of another copy; finish that one, remove it, or name another place"
         )
 
@@ -170,7 +170,7 @@ def find_removable(where: str | Path | Storage) -> Leaving:
     """Look at what is to be removed; raises ValueError for what is not certainly a store."""
     place = open_storage(where)
     if place.is_link():
-        raise ValueError(f"{place} is a symbolic link; name the store itself")
+        raise UsageError(f"{place} is a symbolic link; name the store itself")
     rests = place.rests()
     if not place.exists() and rests:
         return Leaving(rests, "the rest of an interrupted removal")
@@ -185,7 +185,7 @@ def find_removable(where: str | Path | Storage) -> Leaving:
     ours = {STORE_FILE, GROUP, MARKS}
     foreign = [name for name in place.children() if name not in ours and not is_temporary(name)]
     if foreign:
-        raise ValueError(
+        raise UsageError(
             f"{place} also holds {foreign[0]!r}, which is no part of a store; move it away first"
         )
     return Leaving((place, *rests), told)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpcache.errors import UsageError
 from mpcache.maintenance.findings import Finding
 from mpcache.validation import printable
 
@@ -34,14 +35,14 @@ class Journal:
         lines = list(_lines(path)) if path.exists() else []
         heads = [line for line in lines if line.get("journal") == _KIND and "store" in line]
         if heads[:1] != lines[:1] or (not lines and path.exists() and path.stat().st_size):
-            raise ValueError(f"{path} is no journal of mpcache verify; name another file")
+            raise UsageError(f"{path} is no journal of mpcache verify; name another file")
         for found in heads:  # several, where several commands began it at the same moment
             if found != head:
                 is_here = found["store"] == store
                 other = (
                     "another store, which was there" if is_here else printable(str(found["store"]))
                 )
-                raise ValueError(
+                raise UsageError(
                     f"the journal of {store} must be its own, got {path}, that of {other}; name "
                     "another file"
                 )

@@ -17,7 +17,7 @@ from mpcache.collection.producer import ActivationProducer, load
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.data.documents import Documents, open_documents
 from mpcache.data.packing import Cursor, PartTokens, iter_parts, row_permutation
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.model.capture import PartInput, part_input
 from mpcache.model.hooks import Side
 from mpcache.model.loading import load_tokenizer, tokenizer_digest
@@ -71,7 +71,7 @@ class Recomputation:
 
     def _refuse_other(self, name: str, digest: str | None, option: str) -> None:
         if digest != self.store.identity.get(f"{name}_digest"):
-            raise ValueError(
+            raise UsageError(
                 f"{self.store.storage} was made from another {name} than that of "
                 f"{getattr(self.config, option)}; say with --{option} where the right one is"
             )

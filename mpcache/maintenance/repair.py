@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mpcache.config import RepairConfig
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.maintenance.convert import give_converted
 from mpcache.maintenance.copy import copy_part
 from mpcache.maintenance.findings import Finding
@@ -110,12 +110,12 @@ class _OtherStore:
     def __init__(self, store: Store, where: str, arrays: Sequence[str]) -> None:
         self.source = open_store(where)
         if self.source.fingerprint != store.fingerprint:
-            raise ValueError(
+            raise UsageError(
                 f"{where} must hold the same rows as {store.storage}, got others; "
                 "name a copy of it, or the store it was converted from"
             )
         if lacking := [array for array in arrays if array not in self.source.arrays]:
-            raise ValueError(f"{where} lacks {lacking[0]}; name another copy, or none")
+            raise UsageError(f"{where} lacks {lacking[0]}; name another copy, or none")
         self.cut = Repartition(self.source, store.layout, arrays)
 
     def give(self, part: int, arrays: Sequence[str], writer: Writer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.maintenance.copy import grow_alike
 from mpcache.store.format import SEQUENCE, TOKENS, Layout, committed_length, specs
 from mpcache.store.reader import Store
@@ -42,7 +42,7 @@ class Repartition:
         size = store.part_rows if self.is_same else unit_rows(store.identity, store.layout)
         self.old, self.new = Units(store.layout, size), Units(layout, size)
         if not self.is_same and store.has_lone_documents:
-            raise ValueError(
+            raise UsageError(
                 "part_rows cannot change where each document was run alone: a part holds whole "
                 "pieces of documents, so that its rows are fewer than part_rows and cannot be "
                 f"joined to the next part's; keep part_rows {store.part_rows}, or collect with "
@@ -55,7 +55,7 @@ class Repartition:
         planned = self.store.numbers(TOKENS)
         for array in arrays:
             if lacking := sorted(set(planned) - set(self.store.numbers(array))):
-                raise ValueError(
+                raise UsageError(
                     f"part_rows can change once all parts are collected, {array} lacks part "
                     f"{lacking[0]}; collect it, or leave that hookpoint out"
                 )
@@ -125,7 +125,7 @@ class Repartition:
     def refuse_growth(self, part: int, array: str, writer: Writer) -> None:
         """Raise ValueError where a part that is there would have more rows by now."""
         if not self.is_same and writer.mark(part, array)["rows"] != self.rows(part):
-            raise ValueError(
+            raise UsageError(
                 f"{writer.storage} ends with a part of fewer rows than its source has by now; "
                 "convert into a new place"
             )

@@ -4,6 +4,8 @@ import os
 import re
 from dataclasses import dataclass
 
+from mpcache.errors import UsageError
+
 _MOST_THREADS = 8  # by default: more parts in memory help no disk
 
 
@@ -32,11 +34,11 @@ class DaskConfig:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+            raise UsageError(f"workers must be at least 1, got {self.workers}")
         if self.workers is not None and self.scheduler is not None:
-            raise ValueError("workers and scheduler exclude each other; give one of them")
+            raise UsageError("workers and scheduler exclude each other; give one of them")
         if self.scheduler is not None and not re.fullmatch(r"(\w+://)?[^/\s]+:\d+", self.scheduler):
-            raise ValueError(
+            raise UsageError(
                 f"scheduler must be an address such as tcp://host:8786, got {self.scheduler!r}"
             )
 
@@ -70,7 +72,7 @@ class CollectParallelConfig(DaskConfig):
         if not (slash and number.isdecimal() and count.isdecimal()) or not (
             1 <= int(number) <= int(count)
         ):
-            raise ValueError(
+            raise UsageError(
                 f"share must be i/n from 1/n to n/n, got {self.share!r}; number the jobs of an "
                 "array from 1"
             )
@@ -87,9 +89,9 @@ class ParallelConfig(DaskConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
+            raise UsageError(f"threads must be at least 1, got {self.threads}")
         if self.threads is not None and self.scheduler is not None:
-            raise ValueError(
+            raise UsageError(
                 "threads and scheduler exclude each other; start its workers with --nthreads"
             )
 

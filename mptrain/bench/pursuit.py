@@ -13,6 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.bench.measure import Codes, Method, peak_bytes, saved_bytes, seconds
 from mptrain.bench.peers import find_peers
 from mptrain.coders.checkpoint import load_coder
@@ -118,7 +119,7 @@ def _stored(folder: Path, store: str, config: BenchConfig) -> tuple[Tensor, Code
     one = coder.config
     plain = (one.arch, one.codes, one.blocks, one.select, one.subtract, one.free_norm)
     if plain != ("mp", "mp", "none", "positive", "selecting", False):
-        raise ValueError(f"{folder} holds no coder of plain matching pursuit; name one that is")
+        raise UsageError(f"{folder} holds no coder of plain matching pursuit; name one that is")
     source, _ = sides_of(coder.config)
     with Loader(
         open_store(store), (source,), "validation", batch_rows=config.rows, seed=config.seed,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 
@@ -46,7 +47,7 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
     try:
         about = read_json(folder / "coder.json", remedy="train the coder again")
         if about["format_version"] != CODER_FORMAT:
-            raise ValueError(
+            raise UsageError(
                 f"{folder} has coder format {about['format_version']}, this mptrain reads "
                 f"{CODER_FORMAT}; use the mptrain that made it"
             )
@@ -54,9 +55,9 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
         coder.load_state_dict(load_file(folder / "coder.safetensors"))
         coder.coded_as = about.get("coded_as", "mp")
     except FileNotFoundError:
-        raise ValueError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
+        raise UsageError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds a damaged coder: {error}; copy it again, or train it again"
         ) from None
     return coder, about["trained"]
@@ -121,7 +122,7 @@ def read_json(path: Path, *, remedy: str = "remove this file") -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is damaged: it is not JSON ({error}); copy it again, or {remedy}"
         ) from None
 
@@ -148,7 +149,7 @@ def _damage_in_words(state: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError, SafetensorError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{state} is damaged ({error}); delete {state.parent}, and the run starts anew"
         ) from None
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from mpcache.errors import UsageError
 from mptrain.coders.auxk import error_by_encoder, error_by_residual
 from mptrain.coders.topk import topk_encode
 from mptrain.config.coder import PURSUITS, BeginAs, CoderConfig, Codes, k_error
@@ -72,13 +73,13 @@ class Coder(nn.Module):
         sae, skip = config.kind == "sae", config.kind == "skip-transcoder"
         mp = config.arch in PURSUITS
         if sae and D != E:
-            raise ValueError(
+            raise UsageError(
                 f"an sae codes rows of one width, got input_width={D}, target_width={E}; "
                 "use a transcoder"
             )
         predicts_apart = config.subtract == "predicting"
         if predicts_apart and D != E:
-            raise ValueError(
+            raise UsageError(
                 "subtract predicting needs input and target of one width, got "
                 f"input_width={D}, target_width={E}; use subtract selecting"
             )
@@ -302,14 +303,14 @@ class Coder(nn.Module):
     def checked_k(self, k: int) -> int:
         """`k`, where this coder can be run with it; else ValueError."""
         if fault := k_error(self.config, k, self.latents):
-            raise ValueError(fault)
+            raise UsageError(fault)
         return k
 
     def checked_codes(self, codes: Codes) -> Codes:
         """`codes`, where this coder can be run with them; else ValueError."""
         if codes != self.config.codes:
             if self.W_MD is None:
-                raise ValueError(
+                raise UsageError(
                     f"codes {codes} are for mp coders, got arch {self.config.arch}; "
                     "leave --codes out"
                 )

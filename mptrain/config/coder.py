@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
+from mpcache.errors import UsageError
+
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
 Optimizer = Literal["adam", "muon", "signsgd"]
@@ -128,7 +130,7 @@ class CoderConfig(Recipe):
 
     def __post_init__(self) -> None:
         for wrong in (*_out_of_range(self), *_alone(self), *_contradictory(self)):
-            raise ValueError(wrong)
+            raise UsageError(wrong)
 
     @property
     def has_threshold(self) -> bool:

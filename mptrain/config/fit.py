@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from mpcache.errors import UsageError
 from mptrain.config.checks import check_nonempty, check_unique
 from mptrain.config.coder import (
     PURSUITS,
@@ -77,7 +78,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
         for name in (*_LISTS, *_MAY_BE_EMPTY):
             check_unique(name, getattr(self, name))
         if self.latents and self.expansion != FitConfig.expansion:
-            raise ValueError(
+            raise UsageError(
                 f"latents and expansion each say how many latents there are, got latents="
                 f"{','.join(map(str, self.latents))}, expansion="
                 f"{','.join(map(str, self.expansion))}; give one of them"
@@ -133,13 +134,13 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
     def _check_presets(self) -> None:
         for name in self.preset:
             if name not in PRESETS:
-                raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
+                raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
             for field in PRESETS[name]:
                 if getattr(self, field) != getattr(Recipe, field):
-                    raise ValueError(f"preset {name} sets {field}; give one of them, not both")
+                    raise UsageError(f"preset {name} sets {field}; give one of them, not both")
             pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
             if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
-                raise ValueError(
+                raise UsageError(
                     f"preset {name} is for none of kind {','.join(self.kind)} with arch "
                     f"{','.join(self.arch)}; leave it out, or train other coders too"
                 )
@@ -148,7 +149,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
         names = [coder.name for coder in self.coders()]
         twins = [name for name, count in Counter(names).items() if count > 1]
         if twins:
-            raise ValueError(
+            raise UsageError(
                 f"each coder needs a name of its own, got {', '.join(twins)} several times; "
                 "numbers in names have 6 digits: give values that differ in them"
             )
@@ -161,6 +162,6 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
         for field in fields(Recipe):
             is_set = getattr(self, field.name) != field.default
             if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):
-                raise ValueError(
+                raise UsageError(
                     inapplicable_message(field.name, ",".join(self.kind), ",".join(self.arch))
                 )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from mpcache.errors import UsageError
 from mptrain.config.checks import (
     check_at_least,
     check_cache_limit,
@@ -123,20 +124,20 @@ class RunConfig(DataSettings, EvaluationSettings, RunSettings, ParallelSettings)
         check_unique("log", self.log)
         self._check_filters()
         if self.rows < self.batch_rows:
-            raise ValueError(
+            raise UsageError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
             )
         check_cache_limit(self.tier, self.tier_bytes)
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
-            raise ValueError(f"save_minutes must be positive and finite, got {self.save_minutes}")
+            raise UsageError(f"save_minutes must be positive and finite, got {self.save_minutes}")
 
     def _check_filters(self) -> None:
         for token in self.skip_tokens:
             if token != "special" and not token.isdecimal():
-                raise ValueError(f"skip_tokens takes token ids and the word special, got {token!r}")
+                raise UsageError(f"skip_tokens takes token ids and the word special, got {token!r}")
         if self.max_norm is not None and not 1 <= self.max_norm < math.inf:
-            raise ValueError(
+            raise UsageError(
                 f"max_norm must be at least 1 and finite, got {self.max_norm}; it is a multiple "
                 "of the median norm"
             )
@@ -228,12 +229,12 @@ class BenchConfig:
         counts = ("rows", "width", "latents", "k", "peer_rows", "repeats")
         check_at_least(self, dict.fromkeys(counts, 1))
         if self.latents % self.width:
-            raise ValueError(
+            raise UsageError(
                 f"width must divide latents, got width={self.width}, latents={self.latents}; "
                 f"use {self.latents // self.width * self.width or self.width} latents"
             )
         if (self.coder is None) != (self.store is None):
-            raise ValueError("coder and store go together; give both, or neither")
+            raise UsageError("coder and store go together; give both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.data.windows import POSITION, Columns, Fact, Memory, ReadWindow, Rows, Side
 
 
@@ -45,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
         torch.zeros((), device=device).item()  # its name may be right, and no such device be here
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise UsageError(
             f"device must be one of this machine, got {name!r} ({told}); use auto or cpu"
         ) from None
     return device

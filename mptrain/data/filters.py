@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.config.run import OnlyTokens, RunConfig
 from mptrain.data.loader import Batch, Side, Store, refuse_without_assistant
 from mptrain.data.windows import ASSISTANT, TOKEN, Fact, norm_of
@@ -119,13 +120,13 @@ def median_norm(store: Store, side: Side) -> float:
 def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     ids = {int(token) for token in skip_tokens if token != "special"}
     if ids and max(ids) > store.largest_id:
-        raise ValueError(
+        raise UsageError(
             f"skip_tokens must be token ids of {store.storage}, at most {store.largest_id}, "
             f"got {max(ids)}; leave that id out"
         )
     if "special" in skip_tokens:
         if store.special_ids is None:
-            raise ValueError(
+            raise UsageError(
                 f"{store.storage} does not tell which tokens are special: an earlier mpcache made "
                 "it; name their ids in skip_tokens instead"
             )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mpcache.store.reader import Part, Store, open_store
 from mptrain.config.run import RunConfig
 from mptrain.data.batches import Batch, cut_batches
@@ -82,7 +83,7 @@ class Loader:
         self.window = max(1, window_rows // store.chunk_rows)
         "chunks whose rows are mixed"
         if self.window < share.size:
-            raise ValueError(
+            raise UsageError(
                 f"each of {share.size} processes reads chunks of its own, got windows of "
                 f"{self.window}; use window_rows {share.size * store.chunk_rows} or, so that "
                 "shares are even, several times more"
@@ -91,7 +92,7 @@ class Loader:
         self.rows = sum(part.rows for part in self.parts)
         "rows in an epoch"
         if not self.rows:
-            raise ValueError(
+            raise UsageError(
                 f"{store.storage} has no {split} rows of {', '.join(map(':'.join, self.sides))}; "
                 "collect more rows, or let the collection finish"
             )
@@ -177,7 +178,7 @@ def _assistant(store: Store, part: int) -> Tensor:
 def refuse_without_assistant(store: Store) -> None:
     """Raise ValueError where the store does not say which tokens the assistant wrote."""
     if not store.has_assistant:
-        raise ValueError(
+        raise UsageError(
             f"{store.storage} does not say which tokens an assistant wrote: it was not made from "
             "chat messages; use --only-tokens all, or collect a dataset of messages"
         )

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tqdm import tqdm
 
+from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig
 from mptrain.data.loader import Side, Split, Store, open_store, row_bytes
 
@@ -92,7 +93,7 @@ def parts_of(store: Store, sides: Sequence[Side]) -> set[int]:
 
 def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
     if config.skip_positions >= store.ctx_len:
-        raise ValueError(
+        raise UsageError(
             "skip_positions must be less than ctx_len, got "
             f"skip_positions={config.skip_positions}, ctx_len={store.ctx_len}; use fewer"
         )
@@ -106,7 +107,7 @@ def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
         told = "; ".join(
             f"{':'.join(side)} has parts {ranges(parts) or 'none'}" for side, parts in found.items()
         )
-        raise ValueError(
+        raise UsageError(
             f"the sides in {store.storage} have different parts ({told}); "
             "collect the missing parts, wait for a collection that is under way with --follow, "
             "or fit the sides in separate runs"
@@ -131,7 +132,7 @@ def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) ->
     bad = {":".join(side): count for side in sides if (count := store.nonfinite(*side))}
     if bad and not config.allow_nonfinite:
         told = ", ".join(f"{count} in {side}" for side, count in bad.items())
-        raise ValueError(
+        raise UsageError(
             f"{config.store} holds non-finite values ({told}); "
             "collect with another --model-dtype or --dtype, or leave such rows out with "
             "--allow-nonfinite"
@@ -142,7 +143,7 @@ def refuse_constant(store: Store, sides: Sequence[Side]) -> None:
     """ValueError for a side whose train rows are equal: losses are shares of its variance."""
     for side in sides:
         if not float(store.moments(*side, "train")[1].sum()) > 0:
-            raise ValueError(
+            raise UsageError(
                 f"{':'.join(side)} has no variance in {store.storage}: its train rows are equal, "
                 f"or none is finite; leave {side[0]} out, or collect other rows"
             )
@@ -152,7 +153,7 @@ def _refuse_small(config: RunConfig, store: Store, sides: Sequence[Side]) -> Non
     rows = sum(part.rows for part in store.parts(sides, "train"))
     if rows < config.batch_rows:
         fewer = f", or use --batch-rows {rows} or less" if rows else ""
-        raise ValueError(
+        raise UsageError(
             f"{config.store} has {rows} train rows, too few for one batch of {config.batch_rows}; "
             f"collect more rows, wait for a collection that is under way with --follow{fewer}"
         )
@@ -162,7 +163,7 @@ def _refuse_large_windows(config: RunConfig, store: Store, sides: Sequence[Side]
     per_row = 2 * row_bytes(store, sides)
     needed = per_row * max(config.window_rows, store.chunk_rows)  # a window is a chunk at least
     if needed > config.window_bytes:
-        raise ValueError(
+        raise UsageError(
             f"two windows of {config.window_rows} rows on {len(sides)} sides take {needed} bytes, "
             f"more than window_bytes={config.window_bytes}; use --window-rows "
             f"{max(1, config.window_bytes // per_row)} or less, in all runs that are to be "

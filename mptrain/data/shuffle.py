@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpcache.errors import UsageError
+
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
@@ -30,9 +32,9 @@ def epoch_order(
         ("epoch", epoch, 0),
     ):
         if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+            raise UsageError(f"{name} must be at least {least}, got {value}")
     if sum(part_sizes) < 1:
-        raise ValueError(f"there are no rows to order: {len(part_sizes)} parts, all empty")
+        raise UsageError(f"there are no rows to order: {len(part_sizes)} parts, all empty")
     return EpochOrder(part_sizes, chunk_rows, (seed, epoch), window)
 
 
@@ -107,7 +109,7 @@ class EpochOrder:
     def locate(self, offset: int) -> tuple[int, int]:
         """Number of the window that holds row `offset` of the epoch, and its rows before that."""
         if not 0 <= offset < len(self):
-            raise ValueError(f"offset must be in [0, {len(self)}), got {offset}")
+            raise UsageError(f"offset must be in [0, {len(self)}), got {offset}")
         number = bisect.bisect_right(range(self.windows), offset, key=self.start) - 1
         return number, offset - self.start(number)
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import load_coder
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import Fvu
@@ -101,7 +102,7 @@ def evaluate_coder(
             codes that it cannot be run with.
     """
     if rows is not None and rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
+        raise UsageError(f"rows must be at least 1, got {rows}")
     check_cache_limit(tier, tier_bytes)
     place = resolve_device(device)
     coder, trained = load_coder(folder)
@@ -143,12 +144,12 @@ def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -
     own = (len(coder.b_D), len(coder.output_bias_E))
     for name, width, side in zip(("input", "target"), own, sides_of(coder.config), strict=True):
         if width != store.width(*side):
-            raise ValueError(
+            raise UsageError(
                 f"the coder's {name} has width {width}, {':'.join(side)} of {store.storage} has "
                 f"{store.width(*side)}; evaluate on the store it was trained on"
             )
     if trained["store_fingerprint"] != store.fingerprint:
-        raise ValueError(
+        raise UsageError(
             f"{store.storage} has fingerprint {store.fingerprint}, the coder was trained on "
             f"{trained['store_fingerprint']}; evaluate on the store it was trained on, or one of "
             "the same fingerprint"

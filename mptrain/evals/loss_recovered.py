@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.data.filters import Filters
 
@@ -68,7 +69,7 @@ def recovered(coder: Coder, predictions: Iterable[Prediction], filters: Filters)
         sums += _sums(coder, prediction, filters)
         tokens += int(prediction.counts_BL.sum())
     if not tokens:
-        raise ValueError(
+        raise UsageError(
             "the held-out sequences must have a token to predict, got none: they are too short, "
             "or hold special tokens alone; collect with a longer ctx_len, or other documents"
         )

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
 from mptrain.runs.metrics import Record, json_value, read_records, writing_in
 from mptrain.runs.run_dir import read_started
@@ -80,7 +81,7 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
     if title is None:
         title = "; ".join(dict.fromkeys(read_started(run)["source"] for run in runs))
     if not curves:
-        raise ValueError("there is nothing to plot; name at least one run")
+        raise UsageError("there is nothing to plot; name at least one run")
     stem = out.with_suffix("") if out.suffix in (".png", ".svg", ".csv", ".json") else out
     paths = [stem.with_name(f"{stem.name}.{end}") for end in ("png", "svg", "csv", "json")]
     with writing_in(stem.parent), matplotlib.rc_context(RC):
@@ -98,7 +99,7 @@ def read_curves(run: Path) -> list[Curve]:
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
-        raise ValueError(f"{run} is no run that has been trained: no {error.filename}") from error
+        raise UsageError(f"{run} is no run that has been trained: no {error.filename}") from error
     return [_curve(run, coder, records) for coder in coders]
 
 
@@ -106,7 +107,7 @@ def _curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> Curve
     name = coder["name"]
     own = tuple(r for r in records if r.coder == name and r.validation_fvu is not None)
     if not own:
-        raise ValueError(
+        raise UsageError(
             f"{run / 'metrics.jsonl'} has no validation of {name}; "
             "let the run reach its first one, or use a smaller eval_every"
         )

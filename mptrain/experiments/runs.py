@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import read_json
 from mptrain.config.coder import CoderConfig
 from mptrain.data.preflight import numbers_of
@@ -104,7 +105,7 @@ def refuse_other_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
         if name not in _FREE and there[table].get(name) != json.loads(json.dumps(value))
     ]
     if different:
-        raise ValueError(
+        raise UsageError(
             f"{folder} has coders of other settings ({'; '.join(different)}), which all coders of "
             "a panel are to share; use the settings that are there (--set TABLE.NAME=VALUE), or "
             "another run"
@@ -115,7 +116,7 @@ def refuse_other_rows(runs: Sequence[SweepRun]) -> None:
     """Check that all runs read the same rows."""
     if len({run.order_digest for run in runs}) > 1:
         told = " and ".join(str(run.folder) for run in runs)
-        raise ValueError(
+        raise UsageError(
             f"{told} have trained on different rows, of a store that grew in between, and cannot "
             "be compared; name another run"
         )

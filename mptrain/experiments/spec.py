@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from mpcache.errors import UsageError
 from mptrain.config.checks import check_nonempty, check_unique
 from mptrain.config.coder import Arch, CoderConfig, Kind, applies_to, inapplicable_message, k_error
 from mptrain.config.presets import PRESETS
@@ -36,7 +37,7 @@ class Head:
 
     def __post_init__(self) -> None:
         if (self.store is None) == (self.root is None):
-            raise ValueError(f"give store or root, got store={self.store}, root={self.root}")
+            raise UsageError(f"give store or root, got store={self.store}, root={self.root}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class FigureTable:
             check_unique(name, getattr(self, name))
         for number in (*self.k, *self.other_k):
             if number < 1:
-                raise ValueError(f"k and other_k must be at least 1, got {number}")
+                raise UsageError(f"k and other_k must be at least 1, got {number}")
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Experiment:
         for pattern in patterns:
             if not any(_matches(panel, [pattern]) for panel in self.panels):
                 known = ", ".join([*(f.name for f in self.figures), *(p.name for p in self.panels)])
-                raise ValueError(f"no figure or panel is called {pattern}; there are: {known}")
+                raise UsageError(f"no figure or panel is called {pattern}; there are: {known}")
         if not patterns:
             return self
         chosen = (
@@ -179,7 +180,7 @@ class Experiment:
         """Check other_k once it is known how many latents each coder has."""
         for figure in self.figures:
             if fault := figure.other_k_fault(latents_of):
-                raise ValueError(f"figures.{figure.name}.other_k {fault}")
+                raise UsageError(f"figures.{figure.name}.other_k {fault}")
 
     def resolved(self, collect: Mapping[str, Any]) -> dict[str, Any]:
         """The tables with every default filled in; as JSON, an experiment file again."""
@@ -323,10 +324,10 @@ def _lines(
         try:
             coders = tuple(CoderConfig(**settings, seed=seed) for seed in table.seeds)
         except ValueError as error:
-            raise ValueError(f"has {variant.name}, but {error}; leave it out") from None
+            raise UsageError(f"has {variant.name}, but {error}; leave it out") from None
         twin = names.setdefault(coders[0].name, variant.name)
         if twin != variant.name:
-            raise ValueError(f"has {twin} and {variant.name}, the same coder; leave one out")
+            raise UsageError(f"has {twin} and {variant.name}, the same coder; leave one out")
         yield Line(variant, coders)
 
 

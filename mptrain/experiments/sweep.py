@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import read_json, write_json
 from mptrain.config.run import ListedConfig
 from mptrain.data.loader import open_store
@@ -66,7 +67,7 @@ def sweep(
         KeyboardInterrupt: as it comes; the same call goes on.
     """
     if is_one_of_several():
-        raise ValueError("a sweep is one process, got several of torchrun; start it without")
+        raise UsageError("a sweep is one process, got several of torchrun; start it without")
     folder = Path(experiment.head.run)
     part = experiment.only(only)
     keep_experiment(folder, experiment.resolved(collected))
@@ -136,7 +137,7 @@ def _refuse_unsuited(
     for run in left:
         there = parts_of(store, sides_of_all(run.coders))
         if lost := set(parts or ()) - there:
-            raise ValueError(
+            raise UsageError(
                 f"{store.storage} lacks parts {ranges(lost)}, which the coders in {part.head.run} "
                 "have trained on; collect them again, or name another run"
             )

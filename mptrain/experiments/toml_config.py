@@ -12,6 +12,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mpcache.errors import UsageError
+
 _Config = TypeVar("_Config")
 Key = tuple[str, ...]
 EXTENDS = "extends"
@@ -107,25 +109,25 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> Settings:
 def _layers(path: Path, above: tuple[Path, ...]) -> list[Layer]:
     """The file after those that it extends, which are beside it."""
     if path.resolve() in above:
-        raise ValueError(f"{path} extends itself; take the key {EXTENDS} out of one of its files")
+        raise UsageError(f"{path} extends itself; take the key {EXTENDS} out of one of its files")
     try:
         text = path.read_text(encoding="utf-8")
         tables = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; name a TOML file") from None
+        raise UsageError(f"{path} cannot be read: {error}; name a TOML file") from None
     layer = Layer(str(path), tables, "" if path.suffix == ".json" else text)
     base = tables.get(EXTENDS)
     if base is None:
         return [layer]
     if not isinstance(base, str):
-        raise ValueError(f"{layer.place((EXTENDS,))}: {EXTENDS} takes a file's name, got {base!r}")
+        raise UsageError(f"{layer.place((EXTENDS,))}: {EXTENDS} takes a file's name, got {base!r}")
     return [*_layers(path.parent / base, (*above, path.resolve())), layer]
 
 
 def _change(text: str) -> Layer:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise ValueError(f"--set takes table.key=value, for instance fit.rows=100000, got {text!r}")
+        raise UsageError(f"--set takes table.key=value, for instance fit.rows=100000, got {text!r}")
     tables: Any = _toml_value(value)
     for part in reversed(key.split(".")):
         tables = {part: tables}

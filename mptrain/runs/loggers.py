@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import read_json, write_json
 from mptrain.config.coder import CoderConfig
 from mptrain.config.run import Log
@@ -35,7 +36,7 @@ def refuse_absent(logs: Iterable[Log]) -> None:
     """ValueError where a package is missing, before anything is begun."""
     for log in logs:
         if importlib.util.find_spec(_PACKAGES[log]) is None:
-            raise ValueError(
+            raise UsageError(
                 f"log {log} needs the package {_PACKAGES[log]}; pip install 'mpcache[{log}]', or "
                 f"leave {log} out"
             )
@@ -127,7 +128,7 @@ class WandB:
                 for one in coders
             }
         except wandb.errors.Error as error:
-            raise ValueError(
+            raise UsageError(
                 f"Weights & Biases did not start: {error}; use `wandb login`, or WANDB_MODE=offline"
             ) from None
         # what it has from before it was stopped, it would refuse

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import PURSUITS, CoderConfig, Optimizer
 from mptrain.pursuit.backend import microbatch_rows, resolve
@@ -83,7 +84,7 @@ def in_passes(needs: Sequence[Needs], most: int | None, ranks: Ranks = ALONE) ->
     passes: list[list[Needs]] = []
     for one in needs:
         if most is not None and most_bytes([one]) > most:
-            raise ValueError(
+            raise UsageError(
                 f"max_memory must hold at least one coder, got {most} bytes, but {one.name} needs "
                 f"{most_bytes([one])}: {one.weights_bytes} for weights, {one.optimizer_bytes} for "
                 f"the optimizer, {one.step_bytes} for a train step (estimated); use fewer latents, "

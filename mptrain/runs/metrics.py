@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mpcache.errors import UsageError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -62,7 +64,7 @@ def writing_in(place: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        raise ValueError(
+        raise UsageError(
             f"cannot write in {place}: {error.strerror}; name a place that you may write to"
         ) from None
 
@@ -151,4 +153,4 @@ def _record(line: bytes, place: str) -> Record:
         return Record(**values)
     except (ValueError, TypeError, AttributeError) as error:
         wanted = ", ".join(field.name for field in fields(Record))
-        raise ValueError(f"{place} is not a record of {wanted}: {error}") from error
+        raise UsageError(f"{place} is not a record of {wanted}: {error}") from error

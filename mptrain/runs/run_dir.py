@@ -6,6 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import is_partial, read_json, write_json
 from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
@@ -46,9 +47,9 @@ def read_started(run: Path) -> dict[str, Any]:
     try:
         started = read_json(file, remedy="name another run")
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{run} is no run that was begun: no {file}; check the path") from None
+        raise UsageError(f"{run} is no run that was begun: no {file}; check the path") from None
     if not isinstance(started, dict) or any(key not in started for key in _KEYS):
-        raise ValueError(f"{run} is no run: {file} is not a run's; name another folder")
+        raise UsageError(f"{run} is no run: {file} is not a run's; name another folder")
     return started
 
 
@@ -89,7 +90,7 @@ def open_run(
         with writing_in(folder):
             write_json(file, started)
     elif read_started(folder)["order_digest"] != order_digest:
-        raise ValueError(
+        raise UsageError(
             f"{folder} cannot go on: the store lacks parts that were there when the run "
             "began; name another run"
         )
@@ -106,7 +107,7 @@ def refuse_other(config: RunConfig, fingerprint: str) -> None:
     if file.exists():
         _refuse_difference(folder, config, fingerprint)
     elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
-        raise ValueError(f"{folder} exists and is no run; name a new or empty folder")
+        raise UsageError(f"{folder} exists and is no run; name a new or empty folder")
 
 
 def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
@@ -120,7 +121,7 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
     allowed = FREE - {"run"}
     for name in given.keys() - allowed:
         told = ", ".join(sorted(allowed))
-        raise ValueError(f"--resume takes {name} from the run; beside it may be given {told}")
+        raise UsageError(f"--resume takes {name} from the run; beside it may be given {told}")
     started = read_started(Path(run))["fit"]
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
     changes = {"spread": None, **given, "run": run}
@@ -130,7 +131,7 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
         listed = tuple(CoderConfig(**coder) for coder in values.pop("listed"))
         return ListedConfig(listed=listed, **{**values, **changes})
     except TypeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{run} has settings that are unknown here ({error}); use the mptrain that began it"
         ) from None
 
@@ -147,7 +148,7 @@ def _refuse_difference(folder: Path, config: RunConfig, fingerprint: str) -> Non
         f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new
     ]
     if different:
-        raise ValueError(
+        raise UsageError(
             f"{folder} is a run with another config ({'; '.join(different)}); "
             "use its config, or name another run"
         )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import load_state, read_json, save_coder
 from mptrain.config.run import RunConfig
 from mptrain.data.batches import resolve_device
@@ -32,7 +33,7 @@ def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     config = replace(resumed_config(run, given), follow=False)
     state = load_state(Path(run))
     if state is None:
-        raise ValueError(
+        raise UsageError(
             f"{run} has no saved state; wait until the run has saved one, or start it again with "
             "a smaller --save-every"
         )

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig, Spread
 from mptrain.data.windows import ALL, Share
 
@@ -151,7 +152,7 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
     """
     if not is_one_of_several():
         if config.spread is not None:
-            raise ValueError(
+            raise UsageError(
                 f"spread {config.spread} needs several processes, got one; start them by "
                 "torchrun --nproc-per-node 2 --no-python -- mptrain fit ..., or leave out spread"
             )
@@ -170,18 +171,18 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
 
 def _refuse_unfit(config: RunConfig, size: int) -> None:
     if config.spread is None:
-        raise ValueError(
+        raise UsageError(
             f"torchrun started processes, {size} of them, and nothing says what they share; "
             "give --spread rows or --spread coders"
         )
     coders = len(config.coders())
     if config.spread == "coders" and coders < size:
-        raise ValueError(
+        raise UsageError(
             f"spread coders needs a coder for each process, got {coders} coders for {size} "
             f"processes; start {coders}, or use spread rows"
         )
     if config.device not in ("auto", "cpu", "cuda"):
-        raise ValueError(
+        raise UsageError(
             f"device must be auto, cpu or cuda for several processes, got {config.device}; "
             "each takes a GPU of its own"
         )
@@ -193,7 +194,7 @@ def _takes_gpu_(config: RunConfig, local: int) -> bool:
         return False
     gpus = torch.cuda.device_count()
     if local >= gpus:
-        raise ValueError(
+        raise UsageError(
             f"each process needs a GPU of its own, got {gpus} GPUs; start {gpus} processes on "
             "this machine, or use device cpu"
         )

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mpcache.errors import UsageError
+
 _STEPS, _ENOUGH = 200, 1e-7
 
 
@@ -16,7 +18,7 @@ def geometric_median(x_ND: Float[Tensor, "rows width"]) -> Float[Tensor, " width
     Raises ValueError without rows.
     """
     if not len(x_ND):
-        raise ValueError("a median needs rows, and the filters leave none; use start mean")
+        raise UsageError("a median needs rows, and the filters leave none; use start mean")
     median_D = x_ND.mean(0)
     for _ in range(_STEPS):
         distance_N: Tensor = torch.linalg.vector_norm(x_ND - median_D, dim=1)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.coders.coder import Code, Coder
 from mptrain.coders.fvu import reconstruction_loss
 from mptrain.kernels.prefix_errors import prefix_squares
@@ -21,12 +22,12 @@ class Objective:
     def __init__(self, coder: Coder, total_variance: float, input_variance: float | None) -> None:
         """`input_variance`: for a coder with an input loss, the input's total variance."""
         if not total_variance > 0:
-            raise ValueError(
+            raise UsageError(
                 f"total_variance must be positive, got {total_variance}; "
                 "a target that does not vary cannot be learned"
             )
         if coder.config.input_loss > 0 and not input_variance:
-            raise ValueError("input_loss needs an input that varies; use input_loss 0")
+            raise UsageError("input_loss needs an input that varies; use input_loss 0")
         self.coder, self.config = coder, coder.config
         self.total_variance, self.input_variance = total_variance, input_variance
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.training.schedule_free import ScheduleFreeSignSGD
@@ -108,7 +109,7 @@ class Optimizers:
         for full_name in tensors.keys() - {_COUNTER}:
             name, _, key = full_name.rpartition(".")
             if name not in self._parameters:
-                raise ValueError(
+                raise UsageError(
                     f"optimizer state is of another coder: it holds {full_name}, "
                     f"the coder has {', '.join(self._parameters)}"
                 )
