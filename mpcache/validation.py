@@ -28,7 +28,7 @@ def is_hookpoint(name: str) -> bool:
     )
 
 
-def is_acts(array: str) -> bool:
+def is_acts_array(array: str) -> bool:
     """Whether a name is that of an activations array: `acts/<hookpoint>/<side>`."""
     steps = array.split("/")
     return len(steps) == 3 and steps[0] == "acts" and is_hookpoint(steps[1]) and steps[2] in _SIDES

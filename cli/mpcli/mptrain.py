@@ -124,14 +124,16 @@ def _print_plan(config: RunConfig, json: bool) -> None:
     return typer.echo(
         f"passes: {len(plan.passes)}, each of {plan.train_steps} train steps "
         f"({plan.epochs:.3g} epochs) on {plan.device}; {plan.read_bytes / 1e9:.3g} GB to read"
-        f"{_told_tier(config, plan.store_bytes)}; nothing was written"
+        f"{_cache_note(config, plan.store_bytes)}; nothing was written"
     )
 
 
-def _told_tier(config: RunConfig, store_bytes: int) -> str:
-    if config.tier is None:
+def _cache_note(config: RunConfig, store_bytes: int) -> str:
+    if config.cache_dir is None:
         return ""
-    return f", {store_bytes / 1e9:.3g} GB of it from {config.store}, the rest from {config.tier}"
+    return (
+        f", {store_bytes / 1e9:.3g} GB of it from {config.store}, the rest from {config.cache_dir}"
+    )
 
 
 @app.command()
@@ -281,9 +283,9 @@ def evaluate(
         typer.Option(help="mp: with values by these codes too: mp, gp, omp", metavar="CODES,.."),
     ] = None,
     rows: Annotated[int | None, typer.Option(parser=count, help="rows [default: all]")] = None,
-    tier: Annotated[str | None, typer.Option(help=_OF_A_RUN["tier"])] = None,
-    tier_bytes: Annotated[
-        int | None, typer.Option(parser=count, help=_OF_A_RUN["tier_bytes"])
+    cache_dir: Annotated[str | None, typer.Option(help=_OF_A_RUN["cache_dir"])] = None,
+    cache_bytes: Annotated[
+        int | None, typer.Option(parser=count, help=_OF_A_RUN["cache_bytes"])
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="the store's model: also the cross-entropy it keeps")
@@ -303,7 +305,14 @@ def evaluate(
 
     other_codes = choices(codes or (), Codes)
     evaluations = evaluate_coder(
-        coder, store, counts(k or ()), rows, device, other_codes, tier=tier, tier_bytes=tier_bytes
+        coder,
+        store,
+        counts(k or ()),
+        rows,
+        device,
+        other_codes,
+        cache_dir=cache_dir,
+        cache_bytes=cache_bytes,
     )
     for warning in l0_warnings(coder, evaluations):
         typer.echo(f"warning: {warning}", err=True)

@@ -78,7 +78,7 @@ def _forward_seconds(station: ActivationProducer, path: Path) -> float:
     store = open_store(path)
     began = time.perf_counter()
     with _stop_at(station.model, station.sides[-1]), torch.no_grad(), station.computing():
-        for part in store.numbers("tokens"):
+        for part in store.part_numbers("tokens"):
             for batch in station.reading.batches(*part_input(store, part)):
                 with contextlib.suppress(_Reached):
                     station.model(**batch.inputs, use_cache=False)

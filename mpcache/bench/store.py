@@ -18,13 +18,13 @@ from mpcache.bench.hardware import hardware
 from mpcache.bench.ways import CONTEXT, Baseline, plain_file, saelens, sync_file, touch, zarr_itself
 from mpcache.config import Codec, CollectConfig, StoreBenchConfig
 from mpcache.storage.local import LocalStorage
-from mpcache.store.fingerprint import layout_of, open_place
-from mpcache.store.format import acts, digest, specs
+from mpcache.store.fingerprint import create_or_check_store, layout_of
+from mpcache.store.format import acts_array, array_specs, digest
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
 from mpcache.store.zarr_codec import ArraySpec
 
-ARRAY = acts("rows", "output")
+ARRAY = acts_array("rows", "output")
 ZARRS = "zarrs.ZarrsCodecPipeline"
 HOW_TO_INSTALL = "pip install 'mpcache[peers]'"
 
@@ -108,7 +108,7 @@ def _cases(config: StoreBenchConfig) -> tuple[list[_Case], dict[str, str]]:
 
     layouts = list(_layouts(config))
     for one in layouts:
-        spec = specs(ARRAY, layout_of(one, "uint16"), config.width)[0]
+        spec = array_specs(ARRAY, layout_of(one, "uint16"), config.width)[0]
         cases.append(_Case(_ours(one, config.threads), spec))
     spec = cases[0].spec
     cases.append(_Case(plain_file(), spec))
@@ -141,7 +141,7 @@ def _ours(config: CollectConfig, threads: int) -> Baseline:
         place = LocalStorage(folder / "store")
         told = {"model": {"model": config.model}, "dataset": {"dataset": config.dataset}}
         identity = {"seed": 0}
-        open_place(place, config, identity, layout, told)
+        create_or_check_store(place, config, identity, layout, told)
         writer = Writer(place, layout, digest(identity))
         writer.grow(ARRAY, parts, x_RW.shape[1])
         with ThreadPoolExecutor(threads) as pool:
@@ -150,7 +150,7 @@ def _ours(config: CollectConfig, threads: int) -> Baseline:
     def read(folder: Path) -> int:
         store = open_store(folder / "store")
         chunks = range(layout.part_rows // layout.chunk_rows)
-        places = iter([(part, chunk) for part in store.numbers(ARRAY) for chunk in chunks])
+        places = iter([(part, chunk) for part in store.part_numbers(ARRAY) for chunk in chunks])
 
         def read_some(_: int) -> int:  # as the loader does: several chunks a task, into used memory
             held = torch.empty(layout.chunk_rows, store.width("rows", "output"), dtype=dtype)

@@ -28,8 +28,8 @@ from mpcache.model.loading import (
 from mpcache.model.model_source import short_name
 from mpcache.model.skeleton import files_digest, load_vocabulary, skeleton
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.fingerprint import as_stored, identify
-from mpcache.store.format import TOKENS, acts, digest, is_store, read_store_file
+from mpcache.store.fingerprint import identify, json_round_trip
+from mpcache.store.format import TOKENS, acts_array, digest, is_store, read_store_file
 from mpcache.store.reader import Store, open_store
 from mpcache.store.rows_wanted import Extent, extent_of
 from mpcache.validation import check_printable
@@ -74,7 +74,7 @@ def find_store(where: str | Path | Storage, config: CollectConfig) -> Found:
     layout = store.layout
     config = dataclasses.replace(config, codec=layout.codec, chunk_rows=layout.chunk_rows)
     sides = resolve(config.hookpoints, skeleton(config))
-    done = _summary(store, [acts(side.hookpoint, side.side) for side in sides], config)
+    done = _summary(store, [acts_array(side.hookpoint, side.side) for side in sides], config)
     return Found(store.storage, config, done)
 
 
@@ -82,7 +82,7 @@ def check_root(root: Storage) -> None:
     check_printable(root)
     if is_store(root):
         raise UsageError(f"{root} is a store, not a root of stores; name the folder above it")
-    if not root.can_hold_stores():
+    if not root.can_be_root():
         raise UsageError(f"a root must be a folder, got {root}; name another place")
 
 
@@ -119,7 +119,7 @@ def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
                 return store.identity
     model, _ = load_model(config, tokenizer=tokenizer)
     digests["model_digest"] = model_digest(model)
-    found: dict[str, Any] = as_stored(
+    found: dict[str, Any] = json_round_trip(
         identify(config, digests, str(model.config._attn_implementation))
     )
     return found
@@ -128,7 +128,7 @@ def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
 def _differ_in_model_alone(store: Store, config: CollectConfig, digests: dict[str, str]) -> bool:
     wanted = identify(config, digests, config.attention)
     found = {k: v for k, v in store.identity.items() if k != "model_digest"}
-    return bool(found == as_stored(wanted))
+    return bool(found == json_round_trip(wanted))
 
 
 def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
@@ -145,7 +145,7 @@ def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
 
 
 def _size(store: Store) -> int:
-    return sum(len(store.numbers(array)) for array in store.arrays)
+    return sum(len(store.part_numbers(array)) for array in store.arrays)
 
 
 def _new_place(root: Storage, config: CollectConfig, fingerprint: str) -> Storage:
@@ -171,8 +171,8 @@ def _safe(name: str) -> str:
 def _summary(store: Store, arrays: Sequence[str], config: CollectConfig) -> Summary | None:
     """What a collection of these arrays would find done; None if something is missing."""
     extent = extent_of(store, config.rows)
-    parts = [part for part in store.numbers(TOKENS) if part < extent.parts_wanted]
-    if not extent.is_planned or any(set(parts) - set(store.numbers(a)) for a in arrays):
+    parts = [part for part in store.part_numbers(TOKENS) if part < extent.parts_wanted]
+    if not extent.is_planned or any(set(parts) - set(store.part_numbers(a)) for a in arrays):
         return None
     marks = [mark for array in arrays for mark in store.marks(array, parts)]
     return Summary(
@@ -248,7 +248,9 @@ def _entry(found: Store | tuple[str, Exception]) -> Entry:
 def _entry_of(store: Store) -> Entry:
     marks = [mark for array in store.arrays for mark in store.marks(array)]
     sides = [array for array in store.arrays if array.startswith("acts/")]
-    whole = set(store.numbers(TOKENS)).intersection(*(store.numbers(array) for array in sides))
+    whole = set(store.part_numbers(TOKENS)).intersection(
+        *(store.part_numbers(array) for array in sides)
+    )
     times = [time for mark in marks if (time := _time(mark.get("time"))) is not None]
     changed = max(times, default=None)
     now = datetime.datetime.now(datetime.UTC)

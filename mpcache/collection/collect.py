@@ -47,21 +47,21 @@ from mpcache.model.model_source import find_source
 from mpcache.model.skeleton import load_vocabulary
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.fingerprint import identify, layout_of, open_place
+from mpcache.store.fingerprint import create_or_check_store, identify, layout_of
 from mpcache.store.format import (
     POSITION,
     SEQUENCE,
     TOKENS,
-    acts,
+    acts_array,
+    array_specs,
     check_metadata,
     digest,
     hookpoint_of,
     is_store,
-    specs,
 )
 from mpcache.store.reader import Store, open_store
 from mpcache.store.rows_wanted import extent_of
-from mpcache.store.writer import Writer, refuse_large
+from mpcache.store.writer import Writer, check_object_size
 
 TOKEN_PATIENCE = 60.0  # seconds that a share waits for the next part's tokens from the first one
 _LOOK_EVERY = 1.0
@@ -240,17 +240,17 @@ class Collection:
         )
 
     def array(self, side: Side) -> str:
-        return acts(side.hookpoint, side.side)
+        return acts_array(side.hookpoint, side.side)
 
     def parts(self, store: Store) -> tuple[int, ...]:
         """Wanted parts that the dataset has."""
-        return tuple(part for part in store.numbers(TOKENS) if part < self.wanted_parts)
+        return tuple(part for part in store.part_numbers(TOKENS) if part < self.wanted_parts)
 
     def share_of(self, store: Store) -> tuple[int, ...]:
         return tuple(part for part in self.parts(store) if self.share.has(part))
 
     def missing_sides(self, store: Store, part: int) -> tuple[Side, ...]:
-        return tuple(s for s in self.sides if part not in store.numbers(self.array(s)))
+        return tuple(s for s in self.sides if part not in store.part_numbers(self.array(s)))
 
     def await_tokens(self) -> None:
         """Leave tokens to the first share for as long as it makes progress, or may be starting."""
@@ -261,7 +261,7 @@ class Collection:
                 store = open_store(self.storage)
                 if not self.cursors(store):
                     return
-                if (count := len(store.numbers(POSITION))) != seen:
+                if (count := len(store.part_numbers(POSITION))) != seen:
                     seen, since = count, time.monotonic()
             time.sleep(_LOOK_EVERY)
 
@@ -283,7 +283,7 @@ class Collection:
                 bar.update()
 
     def open_place(self) -> None:
-        refuse_large(self.storage, self.layout, self.facts.widths.values())
+        check_object_size(self.storage, self.layout, self.facts.widths.values())
         provenance: dict[str, Any] = {
             "model": {**self.facts.provenance, "model_files": self.facts.model_files},
             "dataset": self.documents.provenance,
@@ -293,7 +293,7 @@ class Collection:
             provenance["tokenizer"]["largest_id"] = largest_id(self.tokenizer)
         if self.template is not None:
             provenance["chat_template"] = self.template
-        open_place(self.storage, self.config, self.identity, self.layout, provenance)
+        create_or_check_store(self.storage, self.config, self.identity, self.layout, provenance)
 
     def grow(self, store: Store | None) -> None:
         """Let all arrays span the same parts: those wanted, also arrays not asked for now.
@@ -301,8 +301,8 @@ class Collection:
         All at once and before any work, so that a stopped extension leaves no array behind.
         """
         there, arrays = 0, {TOKENS: 0, SEQUENCE: 0, POSITION: 0}
-        if store and store.numbers(TOKENS):
-            there = check_metadata(self.storage, specs(TOKENS, self.layout)[0])
+        if store and store.part_numbers(TOKENS):
+            there = check_metadata(self.storage, array_specs(TOKENS, self.layout)[0])
             acts_there = [array for array in store.arrays if array.startswith("acts/")]
             arrays |= {array: store.width(*hookpoint_of(array)) for array in acts_there}
         arrays |= {self.array(side): width for side, width in self.facts.widths.items()}
@@ -325,7 +325,7 @@ class Collection:
     def cursors(self, store: Store) -> dict[int, Cursor]:
         """First wanted part of each split whose tokens or rows are missing."""
         arrays = (TOKENS, SEQUENCE, POSITION)
-        done = set.intersection(*(set(store.numbers(array)) for array in arrays))
+        done = set.intersection(*(set(store.part_numbers(array)) for array in arrays))
         cursors = {}
         for part, cursor in FIRST_PARTS.items():
             while part in done:
@@ -365,7 +365,9 @@ class Collection:
 
     def span(self, array: str, width: int) -> tuple[int, int]:
         """Fewest and most parts of the Zarr arrays under one mark."""
-        found = [check_metadata(self.storage, spec) for spec in specs(array, self.layout, width)]
+        found = [
+            check_metadata(self.storage, spec) for spec in array_specs(array, self.layout, width)
+        ]
         return min(found), max(found)
 
     def unseen(self, jobs: Sequence[Job]) -> tuple[Missing, ...]:

@@ -37,7 +37,7 @@ from mpcache.model.capture import part_input
 from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.model_source import find_source
 from mpcache.storage.base import open_storage
-from mpcache.store.format import acts, is_store, mark_path, read_store_file
+from mpcache.store.format import acts_array, is_store, mark_path, read_store_file
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
 from mpcache.validation import is_raised_by_us
@@ -189,7 +189,7 @@ def _collect_part(orders: CollectionSpec, job: Job) -> Done | Failure:
     sides = tuple(
         side
         for side in job.sides
-        if not place.exists(mark_path(job.part, acts(side.hookpoint, side.side)))
+        if not place.exists(mark_path(job.part, acts_array(side.hookpoint, side.side)))
     )
     if not sides:
         return Done(0)  # by a worker that was given up too soon, or by another collection

@@ -36,7 +36,7 @@ from mpcache.model.loading import load_model, model_digest, model_provenance, to
 from mpcache.model.model_source import find_source
 from mpcache.model.offload import Transfer
 from mpcache.storage.base import Storage
-from mpcache.store.format import acts
+from mpcache.store.format import acts_array
 from mpcache.store.writer import Writer
 
 Result = TypeVar("Result")
@@ -172,7 +172,7 @@ def write_threads(config: CollectConfig, place: Storage) -> int:
 
 def commit_side(writer: Writer, part: int, side: Side, x_RW: Tensor) -> int:
     """Commit the rows of a part on one side; gives their bytes."""
-    writer.commit_acts(part, acts(side.hookpoint, side.side), x_RW)
+    writer.commit_acts(part, acts_array(side.hookpoint, side.side), x_RW)
     return x_RW.numel() * x_RW.element_size()
 
 

@@ -28,7 +28,7 @@ from mpcache.store.format import (
     SEQUENCE,
     TOKENS,
     Layout,
-    acts,
+    acts_array,
     digest,
     mark_path,
     read_store_file,
@@ -57,7 +57,7 @@ def convert(
     layout = _layout(store, config)
     sides = select(config.hookpoints, store)
     arrays = [a for a in store.arrays if not a.startswith("acts/")]
-    arrays += [acts(side.hookpoint, side.side) for side in sides]
+    arrays += [acts_array(side.hookpoint, side.side) for side in sides]
     cut = Repartition(store, layout, arrays)
     data = seal(_content(store, layout, sides))
     receive(to, data, layout, [store.width(side.hookpoint, side.side) for side in sides])

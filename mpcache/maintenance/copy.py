@@ -18,20 +18,20 @@ from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import is_temporary
-from mpcache.store.fingerprint import refuse_other_content
+from mpcache.store.fingerprint import check_no_foreign_objects
 from mpcache.store.format import (
     MARKS,
     STORE_FILE,
     Layout,
+    array_specs,
     check_metadata,
     is_store,
     mark_path,
+    parse_store_file,
     read_store_file,
-    specs,
-    store_content,
 )
 from mpcache.store.reader import Store, open_store
-from mpcache.store.writer import Writer, refuse_large
+from mpcache.store.writer import Writer, check_object_size
 from mpcache.store.zarr_codec import GROUP
 from mpcache.validation import check_printable
 
@@ -76,7 +76,7 @@ def copy(
     widths = [store.width(name, side) for name in store.hookpoints for side in store.sides(name)]
     receive(to, data, store.layout, widths)
     writer = Writer(to, store.layout, store.fingerprint)
-    marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
+    marks = [(part, array) for array in store.arrays for part in store.part_numbers(array)]
     for array in store.arrays:
         grow_alike(store, array, writer)
     found = ordered_map(functools.partial(copy_part, store, writer), marks, parallel, quiet=quiet)
@@ -90,8 +90,10 @@ def copy(
 
 def grow_alike(store: Store, array: str, writer: Writer) -> None:
     """Let a new store's array span the parts of its source's."""
-    width = int(store.mark(store.numbers(array)[0], array).get("width", 0))
-    writer.grow(array, check_metadata(store.storage, specs(array, store.layout, width)[0]), width)
+    width = int(store.mark(store.part_numbers(array)[0], array).get("width", 0))
+    writer.grow(
+        array, check_metadata(store.storage, array_specs(array, store.layout, width)[0]), width
+    )
 
 
 def copy_part(store: Store, writer: Writer, mark: tuple[int, str]) -> int:
@@ -108,7 +110,7 @@ def _compared(place: Storage, name: str, told: Mapping[str, Any]) -> Iterator[by
     """The bytes of an object; raises at their end if they are not those that the mark names."""
     digest, size = xxhash.xxh3_128(), 0
     try:
-        for piece in place.pieces(name):
+        for piece in place.read_pieces(name):
             digest.update(piece)
             size += len(piece)
             yield piece
@@ -131,7 +133,7 @@ def refuse_nesting(source: Storage, to: Storage) -> None:
 def receive(to: Storage, data: bytes, layout: Layout, widths: Iterable[int]) -> None:
     """Make the place that is to become a store with this `store.json`, or find it again."""
     check_printable(to)
-    refuse_large(to, layout, widths)
+    check_object_size(to, layout, widths)
     if is_store(to):
         if to.read(STORE_FILE) != data:
             raise UsageError(f"{to} is another store; name a new or empty folder")
@@ -141,8 +143,8 @@ def receive(to: Storage, data: bytes, layout: Layout, widths: Iterable[int]) -> 
             f"{to} is half removed; finish that with mpcache remove {to}, or name another place"
         )
     if to.size(_INCOMING) is None:
-        refuse_other_content(to)
-        to.put_new(_INCOMING, data)
+        check_no_foreign_objects(to)
+        to.create(_INCOMING, data)
     elif to.read(_INCOMING) != data:
         raise UsageError(
             f"{to} is half of another copy; finish that one, remove it, or name another place"
@@ -151,7 +153,7 @@ def receive(to: Storage, data: bytes, layout: Layout, widths: Iterable[int]) -> 
 
 def arrived(to: Storage, data: bytes) -> None:
     """Make a store of what has arrived."""
-    to.put_new(STORE_FILE, data)
+    to.create(STORE_FILE, data)
     to.delete(_INCOMING)
 
 
@@ -171,13 +173,13 @@ def find_removable(where: str | Path | Storage) -> Leaving:
     place = open_storage(where)
     if place.is_link():
         raise UsageError(f"{place} is a symbolic link; name the store itself")
-    rests = place.rests()
+    rests = place.removal_leftovers()
     if not place.exists() and rests:
         return Leaving(rests, "the rest of an interrupted removal")
     halves = () if is_store(place) else (_REMOVED, _INCOMING)
     half = next((name for name in halves if place.size(name) is not None), None)
     if half is not None:
-        store_content(place.read(half), f"{place}/{half}")
+        parse_store_file(place.read(half), f"{place}/{half}")
         told = "half of a store, copied or removed"
     else:
         read_store_file(place)
@@ -194,4 +196,4 @@ def find_removable(where: str | Path | Storage) -> Leaving:
 def remove(leaving: Leaving) -> None:
     """Delete for good. From the first moment on there is no store, whatever happens."""
     for place in leaving.places:
-        place.remove(STORE_FILE if is_store(place) else _INCOMING, _REMOVED, MARKS)
+        place.delete_all(STORE_FILE if is_store(place) else _INCOMING, _REMOVED, MARKS)

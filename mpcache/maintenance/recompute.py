@@ -22,10 +22,10 @@ from mpcache.model.capture import PartInput, part_input
 from mpcache.model.hooks import Side
 from mpcache.model.loading import load_tokenizer, tokenizer_digest
 from mpcache.model.skeleton import load_vocabulary
-from mpcache.store.fingerprint import dtypes_of, ways_of
-from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts, hookpoint_of, mark_path
+from mpcache.store.fingerprint import dtype_history, stored_settings
+from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts_array, hookpoint_of, mark_path
 from mpcache.store.reader import Store, open_store
-from mpcache.store.units import Units, joined_progress, unit_rows
+from mpcache.store.units import Units, join_progress, unit_rows
 from mpcache.store.writer import Writer
 
 
@@ -44,7 +44,7 @@ class Recomputation:
         self.store = store
         self.units = Units(store.layout, unit_rows(store.identity, store.layout))
         sides = [":".join(hookpoint_of(a)) for a in arrays if a.startswith("acts/")]
-        self.dtypes = dtypes_of(store.layout.dtype, store.provenance)
+        self.dtypes = dtype_history(store.layout.dtype, store.provenance)
         self.config = _config(store, config, sides, self.dtypes[0], self.units.unit_rows)
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class Recomputation:
             writer.commit_rows(part, self._token_of_row(part, writer))
         if sides := [Side(*hookpoint_of(a)) for a in arrays if a.startswith("acts/")]:  # type: ignore[arg-type]  # input or output
             for side, x_RW in self._acts(part, tuple(sides)).items():
-                writer.commit_acts(part, acts(side.hookpoint, side.side), x_RW)
+                writer.commit_acts(part, acts_array(side.hookpoint, side.side), x_RW)
 
     def close(self) -> None:
         """Leave the model as it was."""
@@ -98,7 +98,7 @@ class Recomputation:
     # --- tokens and rows ---
 
     def _give_tokens(self, part: int, writer: Writer) -> None:
-        wanted = self.units.of(part)
+        wanted = self.units.units_of(part)
         cursors = {wanted[0]: self._cursor(part, writer)}
         # the file of a chat template may have changed since: the store has its text
         template = self.store.provenance.get("chat_template")
@@ -117,7 +117,7 @@ class Recomputation:
         try:
             return Cursor(*self.store.mark(part, TOKENS)["cursor"])
         except DamagedStoreError:
-            before = self.units.before(part)
+            before = self.units.previous_part(part)
         return (
             Cursor(0, 0) if before is None else Cursor(*self._told(before, writer)["next_cursor"])
         )
@@ -135,19 +135,19 @@ class Recomputation:
     def _count(self, part: int, writer: Writer) -> int:
         """Units of a part, of which any sound mark of the part tells."""
         for array in self.store.arrays:
-            if part in self.store.numbers(array):
+            if part in self.store.part_numbers(array):
                 try:
                     rows = int(self.store.mark(part, array)["rows"])
                 except DamagedStoreError:
                     continue
-                return len(self.units.within(part, rows))
+                return len(self.units.units_with_rows(part, rows))
         return self.units.count
 
     def _token_of_row(self, part: int, writer: Writer) -> np.ndarray:
         rows, seed = int(self._told(part, writer)["rows"]), self.store.identity["seed"]
         found = [
             place * self.units.unit_rows + row_permutation(seed, unit, count)
-            for place, (unit, count) in enumerate(self.units.within(part, rows))
+            for place, (unit, count) in enumerate(self.units.units_with_rows(part, rows))
         ]
         return np.concatenate(found)
 
@@ -156,7 +156,7 @@ class Recomputation:
     def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
         store = open_store(self.store.storage)  # its tokens may have been mended since
         tokens = part_input(store, part)
-        units = self.units.within(part, store.token_count(part))
+        units = self.units.units_with_rows(part, store.token_count(part))
         cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
         units_SL = np.split(tokens.tokens_SL, cuts)
         # a part of lone documents is one unit: such parts are never joined
@@ -175,7 +175,7 @@ class Recomputation:
 
 def _progress(found: Sequence[PartTokens]) -> dict[str, Any]:
     """What the mark of these parts' tokens says of the documents."""
-    return joined_progress([one.progress for one in found])
+    return join_progress([one.progress for one in found])
 
 
 def _config(
@@ -185,7 +185,7 @@ def _config(
     elsewhere = {name: getattr(config, name) for name in ("model", "revision", "dataset")}
     settings = {
         **store.config,
-        **ways_of(store.identity),
+        **stored_settings(store.identity),
         **{name: value for name, value in elsewhere.items() if value is not None},
         "hookpoints": tuple(hookpoints) or ("*",),  # at least one, though none is looked up
         "dtype": dtype,

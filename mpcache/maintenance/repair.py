@@ -83,13 +83,13 @@ def _mend_metadata(store: Store, damaged: Sequence[str]) -> tuple[str, ...]:
     """Write the `zarr.json` files that the layout implies."""
     if not damaged:
         return ()
-    marked = 1 + max(max(store.numbers(array)) for array in store.arrays)
+    marked = 1 + max(max(store.part_numbers(array)) for array in store.arrays)
     parts = max(marked, usual_span(spans(store)))
     implied: dict[str, bytes] = {}
     for _, spec in all_specs(store):
         implied |= spec.metadata(parts)
     for name in damaged:
-        if not store.storage.put_new(name, implied[name]):
+        if not store.storage.create(name, implied[name]):
             store.storage.replace(name, implied[name])
     return tuple(damaged)
 

@@ -22,15 +22,15 @@ from mpcache.errors import DamagedStoreError
 from mpcache.store.format import (
     POSITION,
     SEQUENCE,
+    array_specs,
     check_mark,
     digest,
     mark_path,
     seal,
-    specs,
     unseal,
 )
 from mpcache.store.reader import Store
-from mpcache.store.writer import Writer, encoded, is_as_told, values_digest
+from mpcache.store.writer import Writer, encode_object, object_matches, values_digest
 from mpcache.store.zarr_codec import ArraySpec
 
 Outcome = Literal["mended", "mark rebuilt", "rewritten", "other bits", "left"]
@@ -78,7 +78,8 @@ class RepairWriter(Writer):
     ) -> None:
         if (part, array) in self._damaged:
             given = {
-                s.object_path(part): functools.partial(encoded, s, v) for s, v in values.items()
+                s.object_path(part): functools.partial(encode_object, s, v)
+                for s, v in values.items()
             }
             told = {s.object_path(part): _told(s, v) for s, v in values.items()}
             self._mend(part, array, rows, told, given, more)
@@ -104,7 +105,7 @@ class RepairWriter(Writer):
         given: _Given,
         more: Mapping[str, Any],
     ) -> None:
-        main = specs(array, self.layout, 1)[0].object_path(part)  # the others follow from it
+        main = array_specs(array, self.layout, 1)[0].object_path(part)  # the others follow from it
         mark = self._sound_mark(part, array)
         if mark is not None and _values(mark["objects"], main) == _values(told, main):
             objects = {**told, **self._kept(mark["objects"], told)}
@@ -129,11 +130,13 @@ class RepairWriter(Writer):
         return {
             name: one
             for name, one in committed.items()
-            if one["xxh3_128"] != told[name]["xxh3_128"] and is_as_told(self.storage, name, one)
+            if one["xxh3_128"] != told[name]["xxh3_128"] and object_matches(self.storage, name, one)
         }
 
     def _wrong(self, objects: Mapping[str, Any]) -> set[str]:
-        return {name for name, one in objects.items() if not is_as_told(self.storage, name, one)}
+        return {
+            name for name, one in objects.items() if not object_matches(self.storage, name, one)
+        }
 
     def _ground(
         self,
@@ -177,25 +180,25 @@ class RepairWriter(Writer):
     def _put(self, given: _Given, told: Mapping[str, Any], names: Iterable[str]) -> None:
         """Put objects in place of what is there."""
         for name in sorted(names):
-            temporary = self.storage.prepare(name, uuid.uuid4().hex, given[name]())
+            temporary = self.storage.write_temporary(name, uuid.uuid4().hex, given[name]())
             self.storage.publish(temporary, name)
             self.storage.delete(temporary)
             self.storage.sync(name)
-            if not is_as_told(self.storage, name, told[name]):
+            if not object_matches(self.storage, name, told[name]):
                 raise DamagedStoreError(
                     f"{self.storage}/{name} does not read back as it was written; check the disk"
                 )
 
     def _put_mark(self, part: int, array: str, data: bytes) -> None:
         name = mark_path(part, array)
-        if not self.storage.put_new(name, data):
+        if not self.storage.create(name, data):
             self.storage.replace(name, data)
 
 
 def _told(spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
     """What a mark says of an object."""
     written, size = xxhash.xxh3_128(), 0
-    for piece in encoded(spec, data):
+    for piece in encode_object(spec, data):
         written.update(piece)
         size += len(piece)
     return {

@@ -11,9 +11,9 @@ import numpy as np
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.maintenance.copy import grow_alike
-from mpcache.store.format import SEQUENCE, TOKENS, Layout, committed_length, specs
+from mpcache.store.format import SEQUENCE, TOKENS, Layout, array_specs, committed_length
 from mpcache.store.reader import Store
-from mpcache.store.units import Units, joined_progress, unit_progress, unit_rows
+from mpcache.store.units import Units, join_progress, split_progress, unit_rows
 from mpcache.store.writer import Writer, values_digest
 
 
@@ -52,9 +52,9 @@ class Repartition:
             self._refuse_gaps(arrays)
 
     def _refuse_gaps(self, arrays: Sequence[str]) -> None:
-        planned = self.store.numbers(TOKENS)
+        planned = self.store.part_numbers(TOKENS)
         for array in arrays:
-            if lacking := sorted(set(planned) - set(self.store.numbers(array))):
+            if lacking := sorted(set(planned) - set(self.store.part_numbers(array))):
                 raise UsageError(
                     f"part_rows can change once all parts are collected, {array} lacks part "
                     f"{lacking[0]}; collect it, or leave that hookpoint out"
@@ -62,22 +62,26 @@ class Repartition:
 
     def parts(self, array: str) -> tuple[int, ...]:
         """Numbers of the new parts."""
-        there = self.store.numbers(array)
+        there = self.store.part_numbers(array)
         if self.is_same:
             return there
-        units = (unit for part in there for unit, _ in self.old.within(part, self._rows(part)))
-        return tuple(sorted({self.new.home(unit)[0] for unit in units}))
+        units = (
+            unit for part in there for unit, _ in self.old.units_with_rows(part, self._rows(part))
+        )
+        return tuple(sorted({self.new.part_of(unit)[0] for unit in units}))
 
     def grow(self, array: str, writer: Writer) -> None:
         """Let an array of the new store span its parts."""
         if self.is_same:
             return grow_alike(self.store, array, writer)
-        width = self.store.mark(self.store.numbers(array)[0], array).get("width", 0)
+        width = self.store.mark(self.store.part_numbers(array)[0], array).get("width", 0)
         return writer.grow(array, max(self.parts(array)) + 1, int(width))
 
     def is_copy(self, array: str) -> bool:
         """Whether new parts of an array are those of the source, byte for byte."""
-        return self.is_same and specs(array, self.store.layout, 1) == specs(array, self.layout, 1)
+        return self.is_same and array_specs(array, self.store.layout, 1) == array_specs(
+            array, self.layout, 1
+        )
 
     def values(self, part: int, array: str, which: int = 0) -> np.ndarray:
         """What a new part holds, as stored in the source.
@@ -113,10 +117,10 @@ class Repartition:
     def progress(self, part: int) -> dict[str, Any]:
         """What the mark of a new part's tokens says of the documents."""
         units = [
-            unit_progress(self.store.mark(source.part, TOKENS))[source.index]
+            split_progress(self.store.mark(source.part, TOKENS))[source.index]
             for source in self._sources(part)
         ]
-        return joined_progress(units)
+        return join_progress(units)
 
     def rows(self, part: int) -> int:
         """True rows of a new part."""
@@ -135,18 +139,18 @@ class Repartition:
 
     def _sources(self, part: int) -> Iterator[_Source]:
         """Where the units of a new part come from, as far as its split goes."""
-        planned = set(self.store.numbers(TOKENS))
-        for place, unit in enumerate(self.new.of(part)):
-            old, index = self.old.home(unit)
+        planned = set(self.store.part_numbers(TOKENS))
+        for place, unit in enumerate(self.new.units_of(part)):
+            old, index = self.old.part_of(unit)
             if old not in planned:
                 return
-            units = self.old.within(old, self._rows(old))
+            units = self.old.units_with_rows(old, self._rows(old))
             if index < len(units):
                 yield _Source(place, old, index, units[index][1])
 
     def _checked(self, part: int, array: str, which: int) -> np.ndarray:
         mark = self.store.mark(part, array)
-        spec = specs(array, self.store.layout, int(mark.get("width", 0)))[which]
+        spec = array_specs(array, self.store.layout, int(mark.get("width", 0)))[which]
         length = committed_length(spec, array, int(mark["rows"]), self.store.ctx_len)
         values = np.empty((length, *spec.part_shape[1:]), spec.dtype)
         for start, stop in spec.steps(length):  # at once it would take as much memory again

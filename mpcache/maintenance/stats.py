@@ -20,8 +20,8 @@ from tqdm import tqdm
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage
-from mpcache.store.format import TOKENS, acts, hookpoint_of, specs
-from mpcache.store.moments import Moments, merged, no_moments
+from mpcache.store.format import TOKENS, acts_array, array_specs, hookpoint_of
+from mpcache.store.moments import Moments, empty_moments, merge_moments
 from mpcache.store.reader import Store, open_store
 from mpcache.store.rows_wanted import extent_of
 
@@ -55,7 +55,7 @@ class SideStats:
 def info(where: str | Path | Storage) -> dict[str, Any]:
     """Provenance, rows wanted, and rows, bytes and parts done of each array, as plain values."""
     store = open_store(where)
-    planned, extent = set(store.numbers(TOKENS)), extent_of(store)
+    planned, extent = set(store.part_numbers(TOKENS)), extent_of(store)
     return {
         "store": str(store.storage),
         "fingerprint": store.fingerprint,
@@ -76,7 +76,7 @@ def info(where: str | Path | Storage) -> dict[str, Any]:
 
 
 def _side_info(store: Store, hookpoint: str, side: str) -> dict[str, Any]:
-    array = acts(hookpoint, side)
+    array = acts_array(hookpoint, side)
     marks = store.marks(array)
     return {
         "hookpoint": hookpoint,
@@ -113,12 +113,12 @@ def stats(
 ) -> tuple[SideRows, ...]:
     """Statistics of every collected side over all its parts."""
     store = open_store(where)
-    arrays = [acts(h, s) for h in store.hookpoints for s in store.sides(h)]
-    marks = [(part, array) for array in arrays for part in store.numbers(array)]
+    arrays = [acts_array(h, s) for h in store.hookpoints for s in store.sides(h)]
+    marks = [(part, array) for array in arrays for part in store.part_numbers(array)]
     found = ordered_map(functools.partial(_part_rows, store), marks, parallel, quiet=quiet)
     with tqdm(found, "stats", len(marks), unit="mark", disable=quiet) as bar:
         parts = iter(bar)
-        return tuple(_side_rows(store, a, _next(parts, len(store.numbers(a)))) for a in arrays)
+        return tuple(_side_rows(store, a, _next(parts, len(store.part_numbers(a)))) for a in arrays)
 
 
 def save_dimensions(sides: Iterable[SideRows], path: Path) -> None:
@@ -150,7 +150,7 @@ def _next(parts: Iterator[_PartRows], count: int) -> Iterator[_PartRows]:
 def _part_rows(store: Store, task: tuple[int, str]) -> _PartRows:
     part, array = task
     mark = store.mark(part, array)
-    _, norms, _ = specs(array, store.layout, int(mark["width"]))
+    _, norms, _ = array_specs(array, store.layout, int(mark["width"]))
     norms_R = store.read_object(array, norms, part, 0, int(mark["rows"]))
     return _PartRows(
         rows=int(mark["rows"]),
@@ -163,11 +163,11 @@ def _part_rows(store: Store, task: tuple[int, str]) -> _PartRows:
 
 def _side_rows(store: Store, array: str, parts: Iterable[_PartRows]) -> SideRows:
     hookpoint, side = hookpoint_of(array)
-    moments = no_moments(store.width(hookpoint, side))
+    moments = empty_moments(store.width(hookpoint, side))
     counts = np.zeros(_NORM_BINS, np.int64)
     rows, largest, nonfinite = 0, 0.0, 0
     for one in parts:
-        moments = merged([moments, one.moments])
+        moments = merge_moments([moments, one.moments])
         counts += one.norm_counts
         rows, nonfinite = rows + one.rows, nonfinite + one.nonfinite
         largest = max(largest, one.largest)

@@ -19,19 +19,19 @@ from mpcache.maintenance.journal import Journal
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
-from mpcache.storage.tempfiles import digest_of, is_temporary
+from mpcache.storage.tempfiles import digest_pieces, is_temporary
 from mpcache.store.format import (
     MARKS,
     POSITION,
     SEQUENCE,
     STORE_FILE,
     TOKENS,
+    array_specs,
     check_metadata,
     committed_length,
     digest,
     mark_path,
-    marked_array,
-    specs,
+    parse_mark_path,
 )
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import values_digest
@@ -77,7 +77,7 @@ def verify(
     except DamagedStoreError as error:
         return Verdict(findings=(Finding("settings", STORE_FILE, str(error)),))
     try:
-        marks = [(part, array) for array in store.arrays for part in store.numbers(array)]
+        marks = [(part, array) for array in store.arrays for part in store.part_numbers(array)]
     except DamagedStoreError as error:
         return Verdict(findings=(Finding("linked", MARKS, str(error)),))
     notes = None if journal is None else Journal(journal, place.address, store.digest)
@@ -134,7 +134,7 @@ def _check_mark(store: Store, task: tuple[int, str, str | None]) -> _Checked:
         fault = _or_linked("mark", store.storage, name)
         return _Checked("", 0, 0, False, (Finding(fault, name, str(error), (part, array)),))
     found, readable = [], []
-    for spec in specs(array, store.layout, int(mark.get("width", 0))):
+    for spec in array_specs(array, store.layout, int(mark.get("width", 0))):
         object_name = spec.object_path(part)
         if fault_told := _size_fault(store, object_name, mark["objects"][object_name]["bytes"]):
             found.append(Finding(fault_told[0], object_name, fault_told[1], (part, array)))
@@ -178,7 +178,7 @@ def _content_fault(store: Store, part: int, array: str, spec: ArraySpec) -> str 
     """What is wrong with the bytes of an object that has its size."""
     mark, name = store.mark(part, array), spec.object_path(part)
     committed = mark["objects"][name]
-    if digest_of(store.storage.pieces(name)) != committed["xxh3_128"]:
+    if digest_pieces(store.storage.read_pieces(name)) != committed["xxh3_128"]:
         return "its bytes differ from what was committed"
     length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
     try:
@@ -238,10 +238,10 @@ def usual_span(found: Mapping[str, int]) -> int:
 def all_specs(store: Store) -> Iterator[tuple[str, ArraySpec]]:
     """The Zarr arrays that a store has by its marks, each with the name that marks give it."""
     for array in store.arrays:
-        widths = (_width(store, part, array) for part in store.numbers(array))
+        widths = (_width(store, part, array) for part in store.part_numbers(array))
         width = next((found for found in widths if found is not None), None)
         if width is not None:  # else all its marks are damaged
-            yield from ((array, spec) for spec in specs(array, store.layout, width))
+            yield from ((array, spec) for spec in array_specs(array, store.layout, width))
 
 
 def _width(store: Store, part: int, array: str) -> int | None:
@@ -265,10 +265,10 @@ def _group_findings(place: Storage, name: str, implied: bytes) -> Iterator[Findi
 
 def _incomplete_parts(store: Store) -> Iterator[Finding]:
     """Activations without the tokens or rows that say what they are."""
-    needed = {array: set(store.numbers(array)) for array in (TOKENS, SEQUENCE, POSITION)}
+    needed = {array: set(store.part_numbers(array)) for array in (TOKENS, SEQUENCE, POSITION)}
     for array in (name for name in store.arrays if name.startswith("acts/")):
         for other, there in needed.items():
-            for part in sorted(set(store.numbers(array)) - there):
+            for part in sorted(set(store.part_numbers(array)) - there):
                 name = mark_path(part, other)
                 yield Finding("missing", name, f"{array} has this part", (part, other))
 
@@ -279,7 +279,7 @@ def _incomplete_parts(store: Store) -> Iterator[Finding]:
 def _strays(store: Store) -> Iterator[Finding]:
     """Objects that no mark vouches for."""
     names = _Names(store)
-    for name in store.storage.names():
+    for name in store.storage.object_names():
         if names.is_known(name):
             continue
         if store.storage.is_link(name):
@@ -299,11 +299,11 @@ class _Names:
         found = list(all_specs(store))
         self.files = {STORE_FILE, *(name for _, spec in found for name in spec.metadata(1))}
         self.arrays = {spec.name: (array, spec) for array, spec in found}
-        self.parts = {array: set(store.numbers(array)) for array in store.arrays}
+        self.parts = {array: set(store.part_numbers(array)) for array in store.arrays}
 
     def is_known(self, name: str) -> bool:
         """Whether a mark, or the store's being there, needs this object."""
-        if name in self.files or marked_array(PurePosixPath(name)) is not None:
+        if name in self.files or parse_mark_path(PurePosixPath(name)) is not None:
             return True
         found = self._placed(name)
         return found is not None and found[1] in self.parts[found[0]]

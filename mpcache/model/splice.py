@@ -27,7 +27,7 @@ from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
 from mpcache.model.loading import Head, load_model, loader_of, model_digest
 from mpcache.model.skeleton import load_architecture
 from mpcache.storage.base import Storage
-from mpcache.store.fingerprint import ways_of
+from mpcache.store.fingerprint import stored_settings
 from mpcache.store.format import BY_ASSISTANT
 from mpcache.store.reader import open_store
 
@@ -69,7 +69,7 @@ class SplicedModel:
                 head of the right kind.
         """
         self.store = open_store(store)
-        ways = ways_of(self.store.identity)
+        ways = stored_settings(self.store.identity)
         stored = {**self.store.config, **ways, "hookpoints": tuple(self.store.config["hookpoints"])}
         self.config = replace(
             CollectConfig(**stored),
@@ -155,7 +155,7 @@ class SplicedModel:
 
     def _parts(self) -> list[int]:
         """The parts of the validation split."""
-        numbers = self.store.numbers("tokens")
+        numbers = self.store.part_numbers("tokens")
         return [part for part in numbers if self.store.layout.split_of(part) == "validation"]
 
     def _inputs(self, part: int) -> Iterator[tuple[ModelInputs, Int64[np.ndarray, " L"]]]:

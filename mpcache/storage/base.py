@@ -24,7 +24,7 @@ class Storage(Protocol):
 
     concurrency: int
     "calls that are worth making at a time, each from a thread: where they wait for a server"
-    largest: int | None
+    max_object_bytes: int | None
     "bytes of the largest object that can be published; None where there is no limit"
 
     @property
@@ -59,7 +59,7 @@ class Storage(Protocol):
         """Whether a name is a link, which nothing here follows."""
         ...
 
-    def can_hold_stores(self) -> bool:
+    def can_be_root(self) -> bool:
         """Whether this can be a root: a folder, and not a file."""
         ...
 
@@ -67,7 +67,7 @@ class Storage(Protocol):
         """Bytes of an object; None if it is not there."""
         ...
 
-    def names(self, prefix: str = "") -> Iterator[str]:
+    def object_names(self, prefix: str = "") -> Iterator[str]:
         """All objects below, in a stable order. A link counts as an object."""
         ...
 
@@ -77,7 +77,7 @@ class Storage(Protocol):
         """The bytes of a small object; FileNotFoundError if it is not there."""
         ...
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def read_pieces(self, name: str) -> Iterator[bytes]:
         """The bytes of an object, a megabyte or so at a time; FileNotFoundError as `read`.
 
         What was prepared is read back so, and does not stay in the system's cache then.
@@ -93,7 +93,7 @@ class Storage(Protocol):
 
     # --- writing; what a call has done outlives a power cut once `sync` was called ---
 
-    def put_new(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes) -> bool:
         """Write an object that must not exist yet, all or nothing; False if another's is there."""
         ...
 
@@ -101,7 +101,7 @@ class Storage(Protocol):
         """Write an object over what is there, all or nothing."""
         ...
 
-    def prepare(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
+    def write_temporary(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
         """Write what is to become an object; gives its temporary name, which depends on `key`.
 
         Pieces of a megabyte or so are best: on ext4, syncing a file that came in one large write
@@ -116,7 +116,7 @@ class Storage(Protocol):
         """
         ...
 
-    def link_new(self, source: str, name: str) -> bool:
+    def create_copy(self, source: str, name: str) -> bool:
         """Give a small object a second name; False if something else may have it already.
 
         Raises FileNotFoundError where the source is gone.
@@ -133,11 +133,11 @@ class Storage(Protocol):
 
     # --- leaving ---
 
-    def rests(self) -> "tuple[Storage, ...]":
+    def removal_leftovers(self) -> "tuple[Storage, ...]":
         """What interrupted removals of this place have left beside it."""
         ...
 
-    def remove(self, head: str, told: str, first: str) -> None:
+    def delete_all(self, head: str, head_copy: str, first_prefix: str) -> None:
         """Delete everything for good. First `head` goes: then there is no store any more.
 
         Until all is gone, `told` has the content of `head`, where the rest does not move away; then

@@ -64,7 +64,7 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def client(scheme: Scheme, bucket: str) -> Any:
+def bucket_client(scheme: Scheme, bucket: str) -> Any:
     """obstore's client of a bucket, one in a process, so that its connections are used again."""
     if importlib.util.find_spec("obstore") is None:
         raise ValueError(f"{scheme}:// needs obstore; pip install 'mpcache[{scheme}]'")
@@ -115,7 +115,7 @@ def _profile(bucket: str) -> Any:
 
 
 @contextlib.contextmanager
-def asking(url: str) -> Iterator[None]:
+def translate_errors(url: str) -> Iterator[None]:
     """Errors of a server as the contract of places has them, in one line.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mpcache.errors import DamagedStoreError
-from mpcache.storage.tempfiles import PIECE, is_temporary, temporary_name
+from mpcache.storage.tempfiles import PIECE_BYTES, is_temporary, temporary_name
 from mpcache.validation import user_path
 
 # Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
@@ -34,7 +34,7 @@ class LocalStorage:
     """A place on a file system; mpcache.storage.base has the contract."""
 
     concurrency = 1
-    largest: int | None = None
+    max_object_bytes: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class LocalStorage:
     def is_link(self, name: str = "") -> bool:
         return (self.path / name).is_symlink()
 
-    def can_hold_stores(self) -> bool:
+    def can_be_root(self) -> bool:
         return self.path.is_dir() or not self.path.exists()
 
     def size(self, name: str) -> int | None:
@@ -81,17 +81,17 @@ class LocalStorage:
             raise DamagedStoreError(f"{self.path / name} is not a plain file")
         return found.st_size
 
-    def names(self, prefix: str = "") -> Iterator[str]:
+    def object_names(self, prefix: str = "") -> Iterator[str]:
         self._look(prefix)
         for file in _files_below(self.path / prefix):
             yield file.relative_to(self.path).as_posix()
 
     def read(self, name: str) -> bytes:
-        return self.locate(name).read_bytes()
+        return self.checked_path(name).read_bytes()
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        with self.locate(name).open("rb") as file:
-            while piece := file.read(PIECE):
+    def read_pieces(self, name: str) -> Iterator[bytes]:
+        with self.checked_path(name).open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
                 yield piece
                 if is_temporary(name):
                     _forget(file)
@@ -107,61 +107,61 @@ class LocalStorage:
     @functools.lru_cache(maxsize=4096)  # noqa: B019  holds a path; a look at each step takes long
     def _readable(self, name: str) -> Path:
         """Path of an object for reading pieces of it; that no link leads to it is seen once."""
-        return self.locate(name)
+        return self.checked_path(name)
 
-    def put_new(self, name: str, data: bytes) -> bool:
-        path = self.locate(name)
+    def create(self, name: str, data: bytes) -> bool:
+        path = self.checked_path(name)
         if path.exists():  # spares a write, also where nothing can be written; the link decides
             return False
         make_folders(path.parent)
         temporary = _write_temporary(path, [data])
         try:
-            return _link_new(temporary, path)
+            return _create_link(temporary, path)
         finally:
             temporary.unlink()
 
     def replace(self, name: str, data: bytes) -> None:
-        path = self.locate(name)
+        path = self.checked_path(name)
         _write_temporary(path, [data]).replace(path)
         sync_folders(path.parent, path.parent)
 
-    def prepare(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
-        path, temporary = self.locate(name), temporary_name(name, key)
+    def write_temporary(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
+        path, temporary = self.checked_path(name), temporary_name(name, key)
         make_folders(path.parent)
         # another who copies the same may be writing under the same key
-        _write_temporary(path, pieces).replace(self.locate(temporary))
+        _write_temporary(path, pieces).replace(self.checked_path(temporary))
         return temporary
 
     def publish(self, temporary: str, name: str) -> bool:
-        path = self.locate(name)
+        path = self.checked_path(name)
         make_folders(path.parent)
         try:
-            self.locate(temporary).replace(path)
+            self.checked_path(temporary).replace(path)
         except FileNotFoundError:
             return False
         return True
 
-    def link_new(self, source: str, name: str) -> bool:
-        path = self.locate(name)
+    def create_copy(self, source: str, name: str) -> bool:
+        path = self.checked_path(name)
         make_folders(path.parent)
-        return _link_new(self.locate(source), path)
+        return _create_link(self.checked_path(source), path)
 
     def delete(self, name: str) -> None:
-        self.locate(name).unlink(missing_ok=True)
+        self.checked_path(name).unlink(missing_ok=True)
 
     def sync(self, name: str, top: str = "") -> None:
         folder = (self.path / name).parent
         if folder.is_dir():
             sync_folders(folder, self.path / top)
 
-    def rests(self) -> "tuple[LocalStorage, ...]":
+    def removal_leftovers(self) -> "tuple[LocalStorage, ...]":
         pattern = re.compile(_REST.format(re.escape(self.path.name)))
         above = LocalStorage(self.path.parent)
         found = [name for name in above.children() if pattern.fullmatch(name)]
         folders = [n for n in found if (above.path / n).is_dir() and not above.is_link(n)]
         return tuple(above.child(name) for name in folders)
 
-    def remove(self, head: str, told: str, first: str) -> None:
+    def delete_all(self, head: str, head_copy: str, first_prefix: str) -> None:
         rest = self.path
         if not re.fullmatch(_REST.format(".+"), rest.name):
             rest = rest.with_name(f".{rest.name}.{uuid.uuid4().hex}.removed")
@@ -170,7 +170,7 @@ class LocalStorage:
         (rest / head).unlink(missing_ok=True)
         shutil.rmtree(rest)
 
-    def locate(self, name: str) -> Path:
+    def checked_path(self, name: str) -> Path:
         """Path of an object; the folder itself may be reached by links: that is the user's choice.
 
         Raises DamagedStoreError where a step below is a link, or what is there is no plain file.
@@ -223,7 +223,7 @@ def _calls(buffers: Sequence[np.ndarray]) -> Iterator[list[memoryview]]:
     yield some
 
 
-def _link_new(source: Path, path: Path) -> bool:
+def _create_link(source: Path, path: Path) -> bool:
     """Give a synced file a second name that must not exist yet; False if it does."""
     try:
         os.link(source, path)  # unlike a rename, fails where the name is taken
@@ -239,7 +239,7 @@ def _write_temporary(path: Path, pieces: Iterable[bytes]) -> Path:
     temporary = path.with_name(temporary_name(path.name, uuid.uuid4().hex))
     try:
         with temporary.open("xb") as file:
-            open_to_group(temporary)
+            share_with_group(temporary)
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
@@ -275,10 +275,10 @@ def make_folders(folder: Path) -> None:
                 errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)
             ) from None
         return  # somebody was faster
-    open_to_group(folder)
+    share_with_group(folder)
 
 
-def open_to_group(path: Path) -> None:
+def share_with_group(path: Path) -> None:
     """Give what was just made the group's permissions of the folder it is in, umask or not.
 
     Not below a folder like /tmp, where anyone may write and each keeps to what is theirs.

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpcache.storage.cloud import Scheme, asking, client, split_url
+from mpcache.storage.cloud import Scheme, bucket_client, split_url, translate_errors
 from mpcache.storage.tempfiles import temporary_name
 
 _PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
@@ -40,7 +40,7 @@ class ObjectStorage:
     """A prefix of a bucket; mpcache.storage.base has the contract."""
 
     concurrency = 8
-    largest: int | None = 5_000_000_000  # bytes that a server copies in one request
+    max_object_bytes: int | None = 5_000_000_000  # bytes that a server copies in one request
 
     def __init__(self, url: str) -> None:
         self.scheme, self.bucket, self.prefix = split_url(url)
@@ -74,12 +74,12 @@ class ObjectStorage:
     def exists(self, name: str = "") -> bool:
         if name:
             return self.size(name) is not None
-        return next(self.names(), None) is not None
+        return next(self.object_names(), None) is not None
 
     def is_link(self, name: str = "") -> bool:
         return False
 
-    def can_hold_stores(self) -> bool:
+    def can_be_root(self) -> bool:
         return True
 
     def size(self, name: str) -> int | None:
@@ -91,7 +91,7 @@ class ObjectStorage:
             _see_bucket(self.scheme, self.bucket)  # the answer is the same where there is none
             return None
 
-    def names(self, prefix: str = "") -> Iterator[str]:
+    def object_names(self, prefix: str = "") -> Iterator[str]:
         below, last = self._key(prefix) if prefix else self.prefix or None, None
         while page := self._ask(_page, below, last):
             for key in page:
@@ -111,7 +111,7 @@ class ObjectStorage:
 
         return self._ask(whole, self._key(name))
 
-    def pieces(self, name: str) -> Iterator[bytes]:
+    def read_pieces(self, name: str) -> Iterator[bytes]:
         size = self.size(name)
         if size is None:
             raise FileNotFoundError(f"{self}/{name}")
@@ -148,7 +148,7 @@ class ObjectStorage:
 
     # --- writing ---
 
-    def put_new(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes) -> bool:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -173,7 +173,7 @@ class ObjectStorage:
 
         self._ask(obstore.put, self._key(name), data)
 
-    def prepare(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
+    def write_temporary(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
         import obstore
 
         temporary, rest = temporary_name(name, key), iter(pieces)
@@ -211,8 +211,8 @@ class ObjectStorage:
             return False
         return True
 
-    def link_new(self, source: str, name: str) -> bool:
-        return self.put_new(name, self.read(source))
+    def create_copy(self, source: str, name: str) -> bool:
+        return self.create(name, self.read(source))
 
     def delete(self, name: str) -> None:
         import obstore
@@ -225,18 +225,18 @@ class ObjectStorage:
 
     # --- leaving ---
 
-    def rests(self) -> "tuple[ObjectStorage, ...]":
+    def removal_leftovers(self) -> "tuple[ObjectStorage, ...]":
         return ()
 
-    def remove(self, head: str, told: str, first: str) -> None:
+    def delete_all(self, head: str, head_copy: str, first_prefix: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.replace(told, self.read(head))
+            self.replace(head_copy, self.read(head))
         self.delete(head)
-        for prefix in (first, ""):
-            names = [name for name in self.names(prefix) if name != told]
+        for prefix in (first_prefix, ""):
+            names = [name for name in self.object_names(prefix) if name != head_copy]
             for _ in _requests().map(self.delete, names):
                 pass
-        self.delete(told)
+        self.delete(head_copy)
 
     # --- asking ---
 
@@ -267,8 +267,8 @@ def _ask(
     for pause in _pauses():
         asked = time.monotonic()
         try:
-            with asking(url):
-                return function(client(scheme, bucket), *arguments, **options)
+            with translate_errors(url):
+                return function(bucket_client(scheme, bucket), *arguments, **options)
         except ConnectionError as error:
             last = error
         failed = time.monotonic()

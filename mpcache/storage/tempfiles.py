@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-PIECE = 1 << 20
+PIECE_BYTES = 1 << 20
 _TEMPORARY = ".partial"  # the suffix of Zarr's own temporary files, so one rule finds both
 
 
@@ -18,7 +18,7 @@ def is_temporary(name: str) -> bool:
     return name.endswith(_TEMPORARY)
 
 
-def digest_of(pieces: Iterable[bytes]) -> str:
+def digest_pieces(pieces: Iterable[bytes]) -> str:
     """XXH3 of bytes, 128 bits in hexadecimal. Tells damage, not forgery, at disk speed."""
     digest = xxhash.xxh3_128()
     for piece in pieces:

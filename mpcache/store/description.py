@@ -46,7 +46,7 @@ class Description:
         return None if found is None else tuple(map(int, found))
 
     @property
-    def largest_id(self) -> int:
+    def largest_token_id(self) -> int:
         """The largest token id that can be in the store, as far as its provenance says."""
         known = self.provenance.get("tokenizer", {}).get("largest_id")
         largest = np.iinfo(self.layout.token_dtype).max if known is None else known

@@ -11,7 +11,7 @@ from mpcache.storage.tempfiles import is_temporary
 from mpcache.store.format import (
     STORE_FILE,
     Layout,
-    canonical,
+    canonical_json,
     digest,
     is_store,
     read_store_file,
@@ -63,7 +63,7 @@ def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> 
     return {**chosen, **digests, "attention": attention}
 
 
-def ways_of(identity: Mapping[str, Any]) -> dict[str, bool]:
+def stored_settings(identity: Mapping[str, Any]) -> dict[str, bool]:
     """The settings of a collection that a store's identity knows better than its config.
 
     An older store's config lacks them, and their defaults are not what was done then.
@@ -90,7 +90,7 @@ def layout_of(config: CollectConfig, token_dtype: str, *, token_flags: bool = Fa
     )
 
 
-def open_place(
+def create_or_check_store(
     place: Storage, config: CollectConfig, identity: dict[str, Any], layout: Layout,
     provenance: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -105,22 +105,22 @@ def open_place(
         "provenance": provenance,
     }
     if not is_store(place):
-        refuse_other_content(place)
-        place.put_new(STORE_FILE, seal(content))
+        check_no_foreign_objects(place)
+        place.create(STORE_FILE, seal(content))
     found = read_store_file(place)
     _refuse_converted(place, found)
     for key in ("identity", "layout"):
-        _refuse_difference(place, found[key], as_stored(content[key]))
+        _refuse_difference(place, found[key], json_round_trip(content[key]))
 
 
-def as_stored(content: Any) -> Any:
+def json_round_trip(content: Any) -> Any:
     """Content as it reads back from JSON, so that tuples compare as lists."""
-    return json.loads(canonical(content))
+    return json.loads(canonical_json(content))
 
 
-def refuse_other_content(place: Storage) -> None:
+def check_no_foreign_objects(place: Storage) -> None:
     """Raise ValueError where a new store would lie among other files."""
-    others = not place.can_hold_stores() or any(not is_temporary(name) for name in place.names())
+    others = not place.can_be_root() or any(not is_temporary(name) for name in place.object_names())
     if others and not is_store(place):  # another may have made the store just now
         raise ValueError(f"{place} exists and is no store; name a new or empty folder")
 
@@ -145,7 +145,7 @@ def _refuse_difference(place: Storage, stored: dict[str, Any], wanted: dict[str,
         )
 
 
-def dtypes_of(dtype: str, provenance: Mapping[str, Any]) -> list[str]:
+def dtype_history(dtype: str, provenance: Mapping[str, Any]) -> list[str]:
     """The storage dtypes that the rows of a store in `dtype` went through, from collection on."""
     found, source = [dtype], provenance.get("converted_from")
     while source:
@@ -162,7 +162,7 @@ def _refuse_converted(place: Storage, found: dict[str, Any]) -> None:
     source = found["provenance"].get("converted_from")
     is_joined = found["layout"]["part_rows"] != found["identity"].get("part_rows")
     if source and (
-        is_joined or len(set(dtypes_of(found["layout"]["dtype"], found["provenance"]))) > 1
+        is_joined or len(set(dtype_history(found["layout"]["dtype"], found["provenance"]))) > 1
     ):
         raise ValueError(
             f"{place} was converted from {source['store']}, as {source['dtype']}, and nothing is "

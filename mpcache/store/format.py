@@ -24,7 +24,7 @@ from mpcache.config import Codec, Split, split_of
 from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.store.zarr_codec import ArraySpec
-from mpcache.validation import is_acts, is_part
+from mpcache.validation import is_acts_array, is_part
 
 PLAIN_VERSION = 1
 FLAGS_VERSION = 2  # with token_flags
@@ -114,7 +114,7 @@ def check_metadata(place: Storage, spec: ArraySpec) -> int:
     return int(parts)
 
 
-def acts(hookpoint: str, side: str) -> str:
+def acts_array(hookpoint: str, side: str) -> str:
     """Name of the array that holds one side of a hookpoint."""
     return f"acts/{hookpoint}/{side}"
 
@@ -126,7 +126,7 @@ def hookpoint_of(array: str) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
+def array_specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
     """The Zarr arrays that one mark commits; `width` is that of an `acts` array."""
     if array == TOKENS:
         shape = (layout.part_sequences, layout.ctx_len)
@@ -137,7 +137,7 @@ def specs(array: str, layout: Layout, width: int = 0) -> tuple[ArraySpec, ...]:
             for name, dtype in dtypes.items()
         )
     rows, chunk = layout.part_rows, layout.chunk_rows
-    assert array in (SEQUENCE, POSITION) or is_acts(array), array
+    assert array in (SEQUENCE, POSITION) or is_acts_array(array), array
     if array in (SEQUENCE, POSITION):
         return (ArraySpec(name=array, dtype="uint32", part_shape=(rows,), chunk=chunk),)
     place = array.removeprefix("acts/")
@@ -170,7 +170,7 @@ def is_claim(name: str) -> bool:
     return name.startswith(f"{MARKS}/") and name.endswith(_CLAIM)
 
 
-def marked_array(path: PurePosixPath) -> tuple[int, str] | None:
+def parse_mark_path(path: PurePosixPath) -> tuple[int, str] | None:
     """Part and array of a mark's path, the inverse of `mark_path`; None for any other path."""
     top, *place = path.parts
     if top != MARKS or len(place) < 2 or not is_part(place[0]) or path.suffix != ".json":
@@ -178,7 +178,7 @@ def marked_array(path: PurePosixPath) -> tuple[int, str] | None:
     array = "/".join(place[1:]).removesuffix(".json")
     if array not in (TOKENS, SEQUENCE, POSITION):
         array = f"acts/{array}"
-        if not is_acts(array):
+        if not is_acts_array(array):
             return None
     return int(place[0]), array
 
@@ -206,15 +206,17 @@ def check_mark(
     ):  # older marks do not name their store
         raise DamagedStoreError(f"{file} is the mark of another store")
     counts: dict[str, tuple[int, Any]] = {"rows": (1, layout.part_rows)}
-    if is_acts(array):
+    if is_acts_array(array):
         counts |= {"width": (1, _LARGEST), "finite_rows": (0, content.get("rows"))}
         counts |= {"nonfinite": (0, _LARGEST * _LARGEST)}
     try:
         good = all(type(content[k]) is int and a <= content[k] <= b for k, (a, b) in counts.items())
         good = good and (array != TOKENS or _is_progress(content, layout))
-        good = good and (not is_acts(array) or 0 <= content["largest"] < float("inf"))
+        good = good and (not is_acts_array(array) or 0 <= content["largest"] < float("inf"))
         if good:
-            names = {s.object_path(part) for s in specs(array, layout, content.get("width", 0))}
+            names = {
+                s.object_path(part) for s in array_specs(array, layout, content.get("width", 0))
+            }
             good = content["objects"].keys() == names
             good = good and all(_is_told(one) for one in content["objects"].values())
     except (KeyError, TypeError, AttributeError, OverflowError):
@@ -243,19 +245,19 @@ def _is_told(one: Sealed) -> bool:
     )
 
 
-def canonical(content: Sealed) -> bytes:
+def canonical_json(content: Sealed) -> bytes:
     """The one spelling of a JSON file of ours."""
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 def digest(content: Sealed) -> str:
     """SHA-256 over the canonical spelling, in hexadecimal."""
-    return hashlib.sha256(canonical(content)).hexdigest()
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def seal(content: Sealed) -> bytes:
     """JSON with a digest of itself."""
-    return canonical({**content, "digest": digest(content)})
+    return canonical_json({**content, "digest": digest(content)})
 
 
 def unseal(data: bytes, name: str) -> Sealed:
@@ -282,12 +284,12 @@ def read_store_file(place: Storage) -> Sealed:
         raise ValueError(
             f"{place} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
         )
-    return store_content(place.read(STORE_FILE), f"{place}/{STORE_FILE}")
+    return parse_store_file(place.read(STORE_FILE), f"{place}/{STORE_FILE}")
 
 
-def store_content(data: bytes, file: str) -> Sealed:
+def parse_store_file(data: bytes, file: str) -> Sealed:
     """What the bytes of a `store.json` say, checked as far as it can be without the rest."""
-    refuse_unknown_version(data, file)
+    check_format_version(data, file)
     content = unseal(data, file)
     try:
         layout = Layout(**content["layout"])
@@ -303,7 +305,7 @@ def store_content(data: bytes, file: str) -> Sealed:
     return content
 
 
-def refuse_unknown_version(data: bytes, file: str) -> None:
+def check_format_version(data: bytes, file: str) -> None:
     # looked at before the seal: a later version may be sealed in another way
     try:
         version = json.loads(data)["format_version"]

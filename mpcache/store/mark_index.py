@@ -5,20 +5,20 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from mpcache.storage.base import Storage
-from mpcache.store.format import MARKS, marked_array
+from mpcache.store.format import MARKS, parse_mark_path
 
 
-def parts_of_arrays(place: Storage) -> dict[str, set[int]]:
+def committed_parts(place: Storage) -> dict[str, set[int]]:
     """The committed parts of each array, arrays in natural order."""
     parts: dict[str, set[int]] = {}
-    for part, array in marked(place):
+    for part, array in committed_marks(place):
         parts.setdefault(array, set()).add(part)
     return {array: parts[array] for array in sorted(parts, key=_natural)}
 
 
-def marked(place: Storage) -> Iterator[tuple[int, str]]:
+def committed_marks(place: Storage) -> Iterator[tuple[int, str]]:
     """Part and array of every mark there is."""
-    names = (marked_array(PurePosixPath(name)) for name in place.names(MARKS))
+    names = (parse_mark_path(PurePosixPath(name)) for name in place.object_names(MARKS))
     return (mark for mark in names if mark is not None)
 
 

@@ -24,14 +24,14 @@ class Moments:
     variance_W: Float64[Tensor, " W"]
 
 
-def no_moments(width: int) -> Moments:
+def empty_moments(width: int) -> Moments:
     """Moments of no rows: the start of a merge."""
     zeros_W = torch.zeros(width, dtype=torch.float64)
     return Moments(0, zeros_W, zeros_W)
 
 
 @dataclass(frozen=True)
-class Measured:
+class RowMeasurements:
     """All that is recorded of a part's rows on one side of a hookpoint."""
 
     moments: Moments
@@ -44,7 +44,7 @@ class Measured:
     "values that are infinite or not a number"
 
 
-def measure(x_RW: Float[Tensor, "R W"]) -> Measured:
+def measure_rows(x_RW: Float[Tensor, "R W"]) -> RowMeasurements:
     """Read the rows once, a few at a time; every sum is in float64.
 
     Moments are summed about the first finite row, not about zero: where a mean is many times the
@@ -59,7 +59,7 @@ def measure(x_RW: Float[Tensor, "R W"]) -> Measured:
         stored_RW = x_RW[start : start + _PIECE_ROWS]
         piece_RW = scratch_RW[: len(stored_RW)].copy_(stored_RW)
         sums.add_(piece_RW, norms_R[start : start + _PIECE_ROWS])
-    return Measured(
+    return RowMeasurements(
         moments=sums.moments(),
         norms_R=torch.from_numpy(norms_R).float(),
         largest=float(np.int32(sums.largest_bits).view(np.float32)),
@@ -98,14 +98,14 @@ class _Sums:
     def moments(self) -> Moments:
         """Over the rows that are finite throughout."""
         if not self.rows:
-            return no_moments(len(self.sum_W))
+            return empty_moments(len(self.sum_W))
         off_W = self.sum_W / self.rows
         variance_W = np.maximum(self.square_W / self.rows - off_W**2, 0)
         mean_W = self.shift_W + off_W
         return Moments(self.rows, torch.from_numpy(mean_W), torch.from_numpy(variance_W))
 
 
-def merged(pieces: Sequence[Moments]) -> Moments:
+def merge_moments(pieces: Sequence[Moments]) -> Moments:
     """Moments of all rows together (Chan, Golub & LeVeque 1979, eq. 2.1, for many sets)."""
     rows = sum(piece.rows for piece in pieces)
     share_P = torch.tensor([piece.rows / max(1, rows) for piece in pieces], dtype=torch.float64)

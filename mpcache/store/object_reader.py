@@ -20,7 +20,7 @@ class ObjectReader:
 
     def __init__(self, place: Storage) -> None:
         self.storage = place
-        self.tier: ReadCache | None = None
+        self.cache: ReadCache | None = None
         # of the instance, so that a store that is no longer used goes with its caches; one look at
         # an object's size will do, and takes as long as a read: later reads raise where bytes lack
         self._ends = functools.lru_cache(maxsize=1 << 12)(self._read_ends)
@@ -58,9 +58,9 @@ class ObjectReader:
         return self._through(name, key, lambda read: spec.ends(read, size))
 
     def _through(self, name: str, key: str, decode: Callable[[ReadInto], Result]) -> Result:
-        """What is decoded from an object's bytes, which a tier may have; `key` is their digest."""
+        """Decode an object's bytes, through the read cache if any; `key` is the object's digest."""
         read = functools.partial(self.storage.read_into, name)
-        return decode(read) if self.tier is None else self.tier.made(key, read, decode)
+        return decode(read) if self.cache is None else self.cache.read_through(key, read, decode)
 
     def _compare_size(self, name: str, size: int) -> None:
         stored = self.storage.size(name)

@@ -1,17 +1,17 @@
-"""A folder on this machine that keeps what was read of a store, so that it crosses a network once.
+"""A local folder that keeps the bytes read from a distant store, so that they cross a network once.
 
-    TIER/<store>/<object>/<offset>-<length>     bytes of an object, as they were read
-    TIER/length                                 a file without content, as long as all that is kept
+    CACHE/<store>/<object>/<offset>-<length>     bytes of an object, as they were read
+    CACHE/length                                 an empty (sparse) file, as long as all cached bytes
 
-`<store>` stands for where a store lies and for its `store.json`, `<object>` for the digest in the
-object's mark: what is mended or made anew has another name, so nothing here goes stale. Marks and
-metadata are never kept.
+`<store>` stands for the store's address and its `store.json`, `<object>` for the digest in the
+object's mark. A repaired object has another digest, so cached bytes are never stale. Marks and
+metadata are never cached.
 
-Bytes are kept once their checksums were compared, and compared again at every reading: what is
-torn or damaged here is read from the store, and replaced. Nothing is driven out: each epoch reads
-every row once, so that what was read last is no likelier to be read next.
+Bytes are cached once their checksums were compared, and are compared again at every read. Torn or
+damaged cache files are read from the store again and replaced. Nothing is evicted: each epoch reads
+every row once, so a recently read row is no likelier to be read next.
 
-Processes may share the folder, several stores too. It may be deleted at any time, whole.
+Processes may share the folder, and so may several stores. It may be deleted at any time, whole.
 """
 
 import contextlib
@@ -31,101 +31,108 @@ from typing import TypeVar
 
 import numpy as np
 
+from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
 from mpcache.storage.cloud import is_url
-from mpcache.storage.local import LocalStorage, make_folders, open_to_group
+from mpcache.storage.local import LocalStorage, make_folders, share_with_group
 from mpcache.storage.tempfiles import is_temporary, temporary_name
 from mpcache.store.zarr_codec import ReadInto
 from mpcache.validation import user_path
 
-_SPARED = 20  # a part in so many of the file system stays free: runs save their states somewhere
-_LENGTH = "length"
+_RESERVED = 20  # one part in this many of the file system stays free, for instance for checkpoints
+_COUNTER = "length"
 
-Made = TypeVar("Made")
+Decoded = TypeVar("Decoded")
 
 
 class ReadCache:
-    """What is kept of one store. Threads may share it.
+    """The cached bytes of one store. Threads may share it.
 
-    A tier that has no room, or cannot be written, is no error: a warning says so once, and what it
-    lacks is read from the store.
+    A cache that is full or not writable is no error: one warning says so, and bytes that the cache
+    lacks come from the store.
     """
 
-    def __init__(self, folder: str, most: int | None, place: Storage, digest: str) -> None:
-        """`digest` is that of the place's `store.json`; `most` bytes are kept, of all stores.
+    def __init__(
+        self, folder: str, max_bytes: int | None, storage: Storage, store_digest: str
+    ) -> None:
+        """`store_digest` is that of `store.json`; `max_bytes` bounds the files of all stores.
 
         Raises:
-            ValueError: the folder is no nearer than the store.
-            OSError: there can be no such folder. Nothing is written yet.
+            UsageError: the folder is no local folder, or is on the store's own file system.
+            OSError: the folder cannot be made. Nothing is written yet.
         """
         if not folder or is_url(folder):
-            raise ValueError(f"a tier must be a folder of this machine, got {folder!r}; name one")
+            raise UsageError(
+                f"the cache directory must be a local folder, got {folder!r}; name a folder"
+            )
         self.folder = LocalStorage(user_path(folder).absolute())
-        self.most = most
-        self._store = hashlib.sha256(f"{place.address}\n{digest}".encode()).hexdigest()[:32]
-        self._ending, self._has_ended = threading.Lock(), False
-        _refuse(self.folder.path, place)
+        self.max_bytes = max_bytes
+        self._store = hashlib.sha256(f"{storage.address}\n{store_digest}".encode()).hexdigest()[:32]
+        self._lock, self._is_full = threading.Lock(), False
+        _check_folder(self.folder.path, storage)
 
-    def made(self, key: str, read: ReadInto, make: Callable[[ReadInto], Made]) -> Made:
-        """What `make` makes of an object's bytes: of those kept here, else of those `read` gives.
+    def read_through(
+        self, key: str, fetch: ReadInto, decode: Callable[[ReadInto], Decoded]
+    ) -> Decoded:
+        """What `decode` makes of an object's bytes: cached bytes, else those that `fetch` reads.
 
-        `key` is the object's digest. `make` raises ValueError or RuntimeError where bytes are not
-        what was committed.
+        `key` is the object's digest. `decode` raises ValueError or RuntimeError where the bytes are
+        not those that were committed.
         """
         name = f"{self._store}/{key}"
         try:
-            return make(functools.partial(self._kept, name))
-        except (OSError, ValueError, RuntimeError):
-            if self._has_ended:
-                return make(read)
-        # it is not here, or not whole
-        fresh: list[tuple[int, np.ndarray]] = []
+            return decode(functools.partial(self._read_cached, name))
+        except (OSError, ValueError, RuntimeError):  # not cached, or not whole
+            if self._is_full:
+                return decode(fetch)
+        fetched: list[tuple[int, np.ndarray]] = []
 
-        def reading(offset: int, buffers: Sequence[np.ndarray]) -> None:
-            read(offset, buffers)
-            fresh.append((offset, np.concatenate([b.reshape(-1).view(np.uint8) for b in buffers])))
+        def fetch_and_keep(offset: int, buffers: Sequence[np.ndarray]) -> None:
+            fetch(offset, buffers)
+            data = np.concatenate([b.reshape(-1).view(np.uint8) for b in buffers])
+            fetched.append((offset, data))
 
-        made = make(reading)
-        for offset, data in fresh:
-            self._keep(f"{name}/{offset}-{len(data)}", data)
-        return made
+        decoded = decode(fetch_and_keep)
+        for offset, data in fetched:
+            self._add(f"{name}/{offset}-{len(data)}", data)
+        return decoded
 
     def size(self, key: str) -> int:
-        """Bytes that are kept of an object."""
+        """Cached bytes of an object."""
         folder = self.folder.child(f"{self._store}/{key}")
         return sum(folder.size(name) or 0 for name in folder.children() if not is_temporary(name))
 
-    def _kept(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
-        length = sum(one.nbytes for one in buffers)
+    def _read_cached(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
+        length = sum(buffer.nbytes for buffer in buffers)
         self.folder.read_into(f"{name}/{offset}-{length}", 0, buffers)
 
-    def _keep(self, name: str, data: np.ndarray) -> None:
+    def _add(self, name: str, data: np.ndarray) -> None:
         try:
-            told = self._put(name, data)
+            reason = self._write(name, data)
         except OSError as error:
-            told = error.strerror or str(error)
-        if told:
-            self._end(told)
+            reason = error.strerror or str(error)
+        if reason:
+            self._stop_adding(reason)
 
-    def _put(self, name: str, data: np.ndarray) -> str:
-        """Keep bytes, all or nothing; else say why there is no room for them."""
-        path = self.folder.locate(name)
-        self._make()
+    def _write(self, name: str, data: np.ndarray) -> str:
+        """Cache bytes, all or nothing; otherwise give the reason why there is no room."""
+        path = self.folder.checked_path(name)
+        self._make_folder()
         make_folders(path.parent)
         disk = shutil.disk_usage(path.parent)
-        if disk.free - len(data) < disk.total // _SPARED:
+        if disk.free - len(data) < disk.total // _RESERVED:
             return f"its file system has {disk.free / 1e9:.3g} GB left"
         temporary = path.with_name(temporary_name(path.name, uuid.uuid4().hex))
         try:
-            # not synced: what a power cut leaves of it does not pass for what it was
+            # not synced: its checksums tell what a power cut has torn
             with temporary.open("xb") as file:
-                open_to_group(temporary)
+                share_with_group(temporary)
                 file.write(data.data)
             return self._publish(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _make(self) -> None:
+    def _make_folder(self) -> None:
         """Make the folder; where anyone may write, as in /dev/shm, it is its owner's alone."""
         folder = self.folder.path
         if folder.is_dir():
@@ -136,39 +143,40 @@ class ReadCache:
                 folder.mkdir(0o700)
 
     def _publish(self, temporary: Path, path: Path) -> str:
-        """Give a file its name, and count it if it is new, one process and thread at a time."""
-        counter, size = self.folder.locate(_LENGTH), temporary.stat().st_size
+        """Rename a file, and count its bytes if it is new; one process and thread at a time."""
+        counter, size = self.folder.checked_path(_COUNTER), temporary.stat().st_size
         with open(os.open(counter, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-            open_to_group(counter)
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            share_with_group(counter)
             if not path.exists():
-                kept = os.fstat(file.fileno()).st_size
-                if self.most is not None and kept + size > self.most:
-                    return f"{kept} of {self.most} bytes are taken"
-                file.truncate(kept + size)
+                used = os.fstat(file.fileno()).st_size
+                if self.max_bytes is not None and used + size > self.max_bytes:
+                    return f"{used} of {self.max_bytes} bytes are used"
+                file.truncate(used + size)
             temporary.replace(path)
         return ""
 
-    def _end(self, told: str) -> None:
-        with self._ending:
-            is_first, self._has_ended = not self._has_ended, True
+    def _stop_adding(self, reason: str) -> None:
+        with self._lock:
+            is_first, self._is_full = not self._is_full, True
         if is_first:
             warnings.warn(
-                f"the tier in {self.folder} keeps no more ({told}); what it lacks is read from the "
-                "store each time",
+                f"the read cache {self.folder} takes no more data ({reason}); what it lacks is "
+                "read from the store each time",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
 
-def _refuse(folder: Path, place: Storage) -> None:
-    here = next(path for path in (folder, *folder.parents) if path.exists())
-    if not here.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(here))
-    if here != folder and not os.access(here, os.W_OK):
+def _check_folder(folder: Path, storage: Storage) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if existing != folder and not os.access(existing, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    if isinstance(place, LocalStorage) and place.path.stat().st_dev == here.stat().st_dev:
-        raise ValueError(
-            f"a tier must be nearer than its store, got {folder} on the file system of {place}; "
-            "leave it out, or name a folder of a faster disk or of memory, such as /dev/shm/tier"
+    if isinstance(storage, LocalStorage) and (storage.path.stat().st_dev == existing.stat().st_dev):
+        raise UsageError(
+            f"the cache directory {folder} is on the store's own file system, so it would save "
+            "nothing; leave it out, or name a folder on a faster disk or in memory, such as "
+            "/dev/shm/cache"
         )

@@ -29,17 +29,17 @@ from mpcache.store.format import (
     TOKEN_FLAGS,
     TOKENS,
     ZARR_DTYPE,
-    acts,
+    acts_array,
+    array_specs,
     check_mark,
     committed_length,
     hookpoint_of,
     is_store,
     mark_path,
-    specs,
     unseal,
 )
-from mpcache.store.mark_index import parts_of_arrays
-from mpcache.store.moments import Moments, merged, no_moments
+from mpcache.store.mark_index import committed_parts
+from mpcache.store.moments import Moments, empty_moments, merge_moments
 from mpcache.store.object_reader import ObjectReader
 from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ArraySpec
@@ -64,27 +64,27 @@ class Store(Description):
         self._objects_of = ObjectReader(place)
 
     @property
-    def tier(self) -> ReadCache | None:
-        """What keeps the bytes that are read, so that they are near the next time."""
-        return self._objects_of.tier
+    def read_cache(self) -> ReadCache | None:
+        """A local copy of bytes that were read before."""
+        return self._objects_of.cache
 
-    @tier.setter
-    def tier(self, tier: ReadCache | None) -> None:
-        self._objects_of.tier = tier
+    @read_cache.setter
+    def read_cache(self, cache: ReadCache | None) -> None:
+        self._objects_of.cache = cache
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Where it arrives, it is opened anew, without a tier."""
+        """Where it arrives, it is opened again, without a read cache."""
         return _opened_there, (self.storage, self.digest)
 
     @functools.cached_property
     def _marks(self) -> dict[str, set[int]]:
         # not in __init__: who wants one part alone, as a worker does, need not list all marks
-        return parts_of_arrays(self.storage)
+        return committed_parts(self.storage)
 
     @property
     def planned_parts(self) -> tuple[int, ...]:
         """Parts whose tokens and rows are committed: the model reads, or has read, these."""
-        return self.numbers(POSITION)
+        return self.part_numbers(POSITION)
 
     @property
     def is_planned(self) -> bool:
@@ -93,7 +93,7 @@ class Store(Description):
 
     def has_planned(self, parts: int) -> bool:
         """Whether the tokens of the first parts are committed, as far as the dataset has them."""
-        tokens, there = self.numbers(TOKENS), set(self.planned_parts)
+        tokens, there = self.part_numbers(TOKENS), set(self.planned_parts)
         newest = {self.layout.split_of(part): part for part in tokens}
         ended = {s: part for s, part in newest.items() if self.mark(part, TOKENS)["last"]}
         splits = ((part, self.layout.split_of(part)) for part in range(parts))
@@ -102,7 +102,7 @@ class Store(Description):
     def limited_to(self, parts: Collection[int]) -> "Store":
         """The same store as it would be if no other parts were committed."""
         other = Store(self.storage)
-        other.tier = self.tier
+        other.read_cache = self.read_cache
         left = {array: found & set(parts) for array, found in self._marks.items()}
         other._marks = {array: found for array, found in left.items() if found}
         return other
@@ -121,7 +121,7 @@ class Store(Description):
 
     def sides(self, hookpoint: str) -> tuple[str, ...]:
         """Collected sides of a hookpoint."""
-        found = tuple(s for s in ("input", "output") if acts(hookpoint, s) in self._marks)
+        found = tuple(s for s in ("input", "output") if acts_array(hookpoint, s) in self._marks)
         if not found:
             raise ValueError(
                 f"{self.storage} has no hookpoint {hookpoint!r}; "
@@ -134,7 +134,7 @@ class Store(Description):
         array = self._acts(hookpoint, side)
         return int(self.mark(min(self._marks[array]), array)["width"])
 
-    def numbers(self, array: str) -> tuple[int, ...]:
+    def part_numbers(self, array: str) -> tuple[int, ...]:
         """Committed parts of an array, in order."""
         return tuple(sorted(self._marks.get(array, ())))
 
@@ -151,7 +151,7 @@ class Store(Description):
 
     def marks(self, array: str, parts: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Commit marks of some parts of one array, or of all, in order; several read at a time."""
-        wanted = self.numbers(array) if parts is None else parts
+        wanted = self.part_numbers(array) if parts is None else parts
         return self._map_parts(lambda part: self.mark(part, array), wanted)
 
     @functools.lru_cache(maxsize=1 << 14)  # noqa: B019  a store lives as long as its reader
@@ -208,7 +208,7 @@ class Store(Description):
     ) -> Float[Tensor, " rows"]:
         """Euclidean norm of each row of one chunk, or of a whole part."""
         array = self._acts(hookpoint, side)
-        _, spec, _ = specs(array, self.layout, self.width(hookpoint, side))
+        _, spec, _ = array_specs(array, self.layout, self.width(hookpoint, side))
         norms = self.read_object(array, spec, part, *self._extent(array, part, chunk))
         return torch.from_numpy(norms)
 
@@ -245,7 +245,7 @@ class Store(Description):
         """All that one mark committed, as stored (bfloat16 as its 16 bits), by array name."""
         mark = self.mark(part, array)
         values = {}
-        for spec in specs(array, self.layout, int(mark.get("width", 0))):
+        for spec in array_specs(array, self.layout, int(mark.get("width", 0))):
             real = committed_length(spec, array, int(mark["rows"]), self.ctx_len)
             values[spec.name] = self.read_object(array, spec, part, 0, real)
         return values
@@ -255,16 +255,16 @@ class Store(Description):
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance per dimension, float64, over finite committed rows (of a split)."""
         array = self._acts(hookpoint, side)
-        parts = [n for n in self.numbers(array) if split in (None, self.layout.split_of(n))]
-        total = no_moments(self.width(hookpoint, side))
+        parts = [n for n in self.part_numbers(array) if split in (None, self.layout.split_of(n))]
+        total = empty_moments(self.width(hookpoint, side))
         for one in self._map_parts(lambda part: self.part_moments(array, part), parts):
-            total = merged([total, one])
+            total = merge_moments([total, one])
         return total.mean_W, total.variance_W
 
     def part_moments(self, array: str, part: int) -> Moments:
         """Moments of one part of an `acts` array, over its finite rows."""
         mark = self.mark(part, array)
-        _, _, spec = specs(array, self.layout, int(mark["width"]))
+        _, _, spec = array_specs(array, self.layout, int(mark["width"]))
         mean_W, variance_W = torch.from_numpy(self.read_object(array, spec, part, 0, 1)[0])
         return Moments(int(mark["finite_rows"]), mean_W, variance_W)
 
@@ -272,11 +272,11 @@ class Store(Description):
         """Bytes of a split's rows on these sides, and of their positions, as they are stored."""
         return sum(int(told["bytes"]) for told in self._objects(sides, split))
 
-    def kept_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
-        """Of those bytes, the ones that the tier has."""
-        if self.tier is None:
+    def cached_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
+        """Of those bytes, the ones that the read cache has."""
+        if self.read_cache is None:
             return 0
-        return sum(self.tier.size(told["xxh3_128"]) for told in self._objects(sides, split))
+        return sum(self.read_cache.size(told["xxh3_128"]) for told in self._objects(sides, split))
 
     def _objects(self, sides: Sequence[tuple[str, str]], split: Split) -> Iterator[dict[str, Any]]:
         """What marks say of the objects with a split's rows on these sides and their positions."""
@@ -284,7 +284,7 @@ class Store(Description):
         for part in self.parts(sides, split):
             for array in arrays:
                 mark = self.mark(part.number, array)
-                spec = specs(array, self.layout, int(mark.get("width", 0)))[0]
+                spec = array_specs(array, self.layout, int(mark.get("width", 0)))[0]
                 yield mark["objects"][spec.object_path(part.number)]
 
     def nonfinite(self, hookpoint: str, side: str) -> int:
@@ -306,10 +306,10 @@ class Store(Description):
                 f"only its {' and '.join(self.sides(hookpoint))}; "
                 f"collect it with --hookpoints {hookpoint}:{side}"
             )
-        return acts(hookpoint, side)
+        return acts_array(hookpoint, side)
 
     def _read_beside_tokens(self, name: str, part: int) -> np.ndarray:
-        (spec,) = (spec for spec in specs(TOKENS, self.layout) if spec.name == name)
+        (spec,) = (spec for spec in array_specs(TOKENS, self.layout) if spec.name == name)
         sequences = committed_length(spec, TOKENS, self.token_count(part), self.ctx_len)
         return self.read_object(TOKENS, spec, part, 0, sequences)
 
@@ -325,7 +325,7 @@ class Store(Description):
     def _read_rows(
         self, array: str, part: int, chunk: int | None, out: np.ndarray | None = None
     ) -> np.ndarray:
-        spec = specs(array, self.layout, int(self.mark(part, array).get("width", 0)))[0]
+        spec = array_specs(array, self.layout, int(self.mark(part, array).get("width", 0)))[0]
         return self.read_object(array, spec, part, *self._extent(array, part, chunk), out)
 
     def _extent(self, array: str, part: int, chunk: int | None) -> tuple[int, int]:
@@ -354,17 +354,17 @@ class Store(Description):
 
 
 def open_store(
-    where: str | Path | Storage, tier: str | None = None, tier_bytes: int | None = None
+    where: str | Path | Storage, cache_dir: str | None = None, cache_bytes: int | None = None
 ) -> Store:
-    """Open a store for reading; `tier` is a folder that keeps what is read, `tier_bytes` at most.
+    """Open a store for reading; `cache_dir`, a local folder, keeps up to `cache_bytes` of it.
 
     Raises:
-        ValueError: there is no store, or it has an unknown format version; or the tier is none.
+        ValueError: there is no store, or it has an unknown format version; or an unfit cache_dir.
         DamagedStoreError: `store.json` is not what was written.
     """
     store = Store(open_storage(where))
-    if tier is not None:
-        store.tier = ReadCache(tier, tier_bytes, store.storage, store.digest)
+    if cache_dir is not None:
+        store.read_cache = ReadCache(cache_dir, cache_bytes, store.storage, store.digest)
     return store
 
 

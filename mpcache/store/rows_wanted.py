@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mpcache.errors import DamagedStoreError
-from mpcache.store.format import TOKENS, check_metadata, specs
+from mpcache.store.format import TOKENS, array_specs, check_metadata
 from mpcache.store.reader import Store
 
 
@@ -42,7 +42,7 @@ def extent_of(store: Store, rows: int | None = None) -> Extent:
     """Of a collection of this many rows; None: of the largest that the store was asked for."""
     asked = _most_asked(store) if rows is None else rows
     parts = store.layout.parts_for(asked)
-    planned = [part for part in store.numbers(TOKENS) if part < parts]
+    planned = [part for part in store.part_numbers(TOKENS) if part < parts]
     rows_planned = sum(int(mark["rows"]) for mark in store.marks(TOKENS, planned))
     is_planned = store.has_planned(parts)
     has_ended = any(store.mark(part, TOKENS)["last"] for part in planned)
@@ -61,7 +61,7 @@ def _most_asked(store: Store) -> int:
     first = rows if type(rows) is int and rows > 0 else 0
     parts = store.layout.parts_for(first)
     try:
-        span = check_metadata(store.storage, specs(TOKENS, store.layout)[0])
+        span = check_metadata(store.storage, array_specs(TOKENS, store.layout)[0])
     except DamagedStoreError:
         span = 0  # for verify to say
     return first if span <= parts and first else max(span, parts) * store.part_rows

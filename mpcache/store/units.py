@@ -50,34 +50,34 @@ class Units:
     def unit_sequences(self) -> int:
         return self.unit_rows // self.layout.ctx_len
 
-    def of(self, part: int) -> tuple[int, ...]:
+    def units_of(self, part: int) -> tuple[int, ...]:
         """Numbers of the units that a part holds, as far as the split goes."""
         split, place = _placed(part, self.layout.validation_every)
         first = place * self.count
         every = self.layout.validation_every
         return tuple(_numbered(split, first + one, every) for one in range(self.count))
 
-    def home(self, unit: int) -> tuple[int, int]:
+    def part_of(self, unit: int) -> tuple[int, int]:
         """The part that holds a unit, and which of the part's units it is."""
         split, place = _placed(unit, self.layout.validation_every)
         part, index = divmod(place, self.count)
         return _numbered(split, part, self.layout.validation_every), index
 
-    def before(self, part: int) -> int | None:
+    def previous_part(self, part: int) -> int | None:
         """The part before this one in its split; None before the first."""
         split, place = _placed(part, self.layout.validation_every)
         return _numbered(split, place - 1, self.layout.validation_every) if place else None
 
-    def within(self, part: int, rows: int) -> tuple[tuple[int, int], ...]:
+    def units_with_rows(self, part: int, rows: int) -> tuple[tuple[int, int], ...]:
         """The units of a part of so many rows, with the rows of each: the last may be short."""
         starts = range(0, rows, self.unit_rows)
         return tuple(
             (unit, min(self.unit_rows, rows - start))
-            for unit, start in zip(self.of(part), starts, strict=False)
+            for unit, start in zip(self.units_of(part), starts, strict=False)
         )
 
 
-def joined_progress(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def join_progress(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the mark of a part's tokens says of the documents, given what each unit's would say."""
     first, last = units[0], units[-1]
     whole = {key: last[key] for key in ("next_cursor", "last")} | {"cursor": first["cursor"]}
@@ -90,8 +90,8 @@ def joined_progress(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def unit_progress(mark: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the marks of a part's units would say, the inverse of `joined_progress`."""
+def split_progress(mark: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the marks of a part's units would say, the inverse of `join_progress`."""
     starts = mark.get("cursors", [mark["cursor"]])
     ends = [*starts[1:], mark["next_cursor"]]
     units = [

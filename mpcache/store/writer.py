@@ -29,23 +29,23 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage
-from mpcache.storage.tempfiles import digest_of, temporary_name
+from mpcache.storage.tempfiles import digest_pieces, temporary_name
 from mpcache.store.format import (
     POSITION,
     SEQUENCE,
     TOKENS,
     Layout,
+    array_specs,
     check_mark,
     check_metadata,
     claim_path,
     mark_path,
     seal,
-    specs,
     unseal,
 )
-from mpcache.store.moments import measure
+from mpcache.store.moments import measure_rows
 from mpcache.store.zarr_codec import GROUP, ArraySpec
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
@@ -61,9 +61,9 @@ class Writer:
 
     def grow(self, array: str, parts: int, width: int = 0) -> None:
         """Make the Zarr metadata of an array for `parts` parts; what is longer stays so."""
-        for spec in specs(array, self.layout, width):
+        for spec in array_specs(array, self.layout, width):
             files = spec.metadata(parts)
-            is_new = [self.storage.put_new(name, data) for name, data in files.items()]
+            is_new = [self.storage.create(name, data) for name, data in files.items()]
             if not is_new[-1] and check_metadata(self.storage, spec) < parts:
                 self.storage.replace(spec.metadata_path, files[spec.metadata_path])
 
@@ -81,7 +81,7 @@ class Writer:
         true tokens, where the last sequence is filled up with zeros.
         """
         arrays = [tokens] if flags is None else [tokens, flags]
-        values = dict(zip(specs(TOKENS, self.layout), arrays, strict=True))
+        values = dict(zip(array_specs(TOKENS, self.layout), arrays, strict=True))
         self._commit(part, TOKENS, tokens.size if rows is None else rows, values, progress)
 
     def commit_rows(self, part: int, token_of_row: np.ndarray) -> None:
@@ -93,17 +93,17 @@ class Writer:
 
     def commit_index(self, part: int, array: str, values: np.ndarray) -> None:
         """Commit the sequence or the position of each row of a part."""
-        (spec,) = specs(array, self.layout)
+        (spec,) = array_specs(array, self.layout)
         self._commit(part, array, len(values), {spec: values}, {})
 
     def commit_acts(self, part: int, array: str, x_RW: Float[Tensor, "R W"]) -> None:
         """Commit one side of a hookpoint, rows in the order of the part, in the storage dtype."""
         rows, width = x_RW.shape
-        found = measure(x_RW)
+        found = measure_rows(x_RW)
         stored = x_RW.view(_INTEGER_VIEW.get(x_RW.dtype, x_RW.dtype)).numpy()
         both = torch.stack([found.moments.mean_W, found.moments.variance_W])[None].numpy()
         arrays = (stored, found.norms_R.numpy(), both)
-        values = dict(zip(specs(array, self.layout, width), arrays, strict=True))
+        values = dict(zip(array_specs(array, self.layout, width), arrays, strict=True))
         checks = {
             "width": width,
             "finite_rows": found.moments.rows,
@@ -174,7 +174,7 @@ class Writer:
             with self._preparing(part, array, key) as prepared:
                 told = unseal(claim, mark)["objects"]
                 for name, pieces in sources.items():
-                    prepared.append(self.storage.prepare(name, key, pieces))
+                    prepared.append(self.storage.write_temporary(name, key, pieces))
                     if self._is_spoilt(prepared[-1], told[name]):
                         raise DamagedStoreError(
                             f"{self.storage}/{name} does not read back as its mark says; copy again"
@@ -190,7 +190,7 @@ class Writer:
     def _is_spoilt(self, temporary: str, told: Mapping[str, Any]) -> bool:
         """Whether something else was prepared; it may be gone: who copies the same shares it."""
         try:
-            is_wrong = not is_as_told(self.storage, temporary, told)
+            is_wrong = not object_matches(self.storage, temporary, told)
             return is_wrong and self.storage.size(temporary) is not None
         except FileNotFoundError:
             return False
@@ -223,7 +223,7 @@ class Writer:
 
     def _span(self, part: int, array: str, width: int) -> None:
         """Let the metadata span the part, should another have made it shorter since."""
-        for spec in specs(array, self.layout, width):
+        for spec in array_specs(array, self.layout, width):
             is_there = self.storage.size(spec.metadata_path) is not None
             if not is_there or check_metadata(self.storage, spec) <= part:
                 self.grow(array, part + 1, width)
@@ -234,7 +234,7 @@ class Writer:
         for number in itertools.count():  # a claim that cannot be kept stays; the next one counts
             claim = claim_path(part, array, number)
             if ours:
-                self.storage.put_new(claim, ours)
+                self.storage.create(claim, ours)
             try:
                 data = self.storage.read(claim)
             except FileNotFoundError:
@@ -245,7 +245,7 @@ class Writer:
             if data == ours:
                 return False
         with contextlib.suppress(FileNotFoundError):  # another has cleared the claims by now
-            self.storage.link_new(claim, mark)
+            self.storage.create_copy(claim, mark)
         self.storage.sync(mark)
         content = self._content(part, array, data) or {"objects": ()}
         self._delete(temporary_name(name, _key(data)) for name in content["objects"])
@@ -259,14 +259,14 @@ class Writer:
             return False
         key, told = _key(data), content["objects"]
         lost = (name for name in told if self.storage.size(temporary_name(name, key)) is None)
-        if not all(is_as_told(self.storage, name, told[name]) for name in lost):
+        if not all(object_matches(self.storage, name, told[name]) for name in lost):
             # the next claim counts; had we begun with this one, we might end over what is marked
             return False
         published = [n for n in told if self.storage.publish(temporary_name(n, key), n)]
-        for spec in specs(array, self.layout, content.get("width", 0)):
+        for spec in array_specs(array, self.layout, content.get("width", 0)):
             self.storage.sync(spec.object_path(part), f"{GROUP}/{spec.name}")
         return all(
-            (is_ours and name in published) or is_as_told(self.storage, name, one)
+            (is_ours and name in published) or object_matches(self.storage, name, one)
             for name, one in told.items()
         )
 
@@ -285,9 +285,9 @@ class Writer:
         """Write one object under a temporary name, sync it, and describe what a read finds."""
         name = spec.object_path(part)
         written = xxhash.xxh3_128()
-        pieces = encoded(spec, data)
-        temporary = self.storage.prepare(name, key, _digested(pieces, written))
-        if (found := digest_of(self.storage.pieces(temporary))) != written.hexdigest():
+        pieces = encode_object(spec, data)
+        temporary = self.storage.write_temporary(name, key, _digested(pieces, written))
+        if (found := digest_pieces(self.storage.read_pieces(temporary))) != written.hexdigest():
             self.storage.delete(temporary)
             raise DamagedStoreError(
                 f"{self.storage}/{name} does not read back as it was written; check the disk"
@@ -299,21 +299,22 @@ class Writer:
         }
 
 
-def refuse_large(place: Storage, layout: Layout, widths: Iterable[int]) -> None:
-    """Raise ValueError where a part of rows this wide is no object for the place."""
+def check_object_size(storage: Storage, layout: Layout, widths: Iterable[int]) -> None:
+    """Raise UsageError where a part of the widest array is too large for one object."""
+    limit = storage.max_object_bytes
     row = max(widths, default=0) * getattr(torch, layout.dtype).itemsize
-    if place.largest is not None and row * layout.part_rows > place.largest:
-        raise ValueError(
-            f"an object in {place} must be at most {place.largest / 1e9:.0f} GB, the largest part "
+    if limit is not None and row * layout.part_rows > limit:
+        raise UsageError(
+            f"an object in {storage} must be at most {limit / 1e9:.0f} GB, the largest part "
             f"would be {row * layout.part_rows / 1e9:.1f} GB; "
-            f"use smaller part_rows, at most {place.largest // row}"
+            f"use smaller part_rows, at most {limit // row}"
         )
 
 
-def is_as_told(place: Storage, name: str, told: Mapping[str, Any]) -> bool:
+def object_matches(place: Storage, name: str, told: Mapping[str, Any]) -> bool:
     """Whether an object has the size and the bytes that a mark names."""
     size, digest = told["bytes"], told["xxh3_128"]
-    return bool(place.size(name) == size and digest_of(place.pieces(name)) == digest)
+    return bool(place.size(name) == size and digest_pieces(place.read_pieces(name)) == digest)
 
 
 def _key(claim: bytes) -> str:
@@ -341,7 +342,7 @@ def values_digest(pieces: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def encoded(spec: ArraySpec, data: np.ndarray) -> Iterator[bytes]:
+def encode_object(spec: ArraySpec, data: np.ndarray) -> Iterator[bytes]:
     """The bytes of the object that holds a part's true values."""
     return spec.encode(_padded(data, spec.part_shape[0]))
 

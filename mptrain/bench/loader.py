@@ -86,7 +86,7 @@ class LoaderReport:
 
 def bench_loader(config: LoaderBenchConfig) -> LoaderReport:
     """Measure on a warm cache: a first round over everything is not counted."""
-    store = open_store(config.store, config.tier)
+    store = open_store(config.store, config.cache_dir)
     side = (config.hookpoint or store.hookpoints[0], "output")
     with tempfile.TemporaryDirectory() as folder:
         readings, absent = _readings(config, store, side, Path(folder))

@@ -12,12 +12,12 @@ def check_at_least(config: object, minima: Mapping[str, int]) -> None:
             raise UsageError(f"{name} must be at least {minimum}, got {value}")
 
 
-def check_cache_limit(tier: str | None, tier_bytes: int | None) -> None:
-    """Refuse a limit of a read cache that is not there, and one below 1 byte."""
-    if tier_bytes is not None and (tier is None or tier_bytes < 1):
+def check_cache_limit(cache_dir: str | None, cache_bytes: int | None) -> None:
+    """Raise UsageError for cache_bytes without cache_dir, or below 1."""
+    if cache_bytes is not None and (cache_dir is None or cache_bytes < 1):
         raise UsageError(
-            f"tier_bytes must be at least 1, and goes with a tier, got tier_bytes={tier_bytes}, "
-            f"tier={tier}; name the tier's folder too"
+            f"cache_bytes must be at least 1 and needs cache_dir, got cache_bytes={cache_bytes}, "
+            f"cache_dir={cache_dir}; set cache_dir too"
         )
 
 

@@ -59,10 +59,10 @@ class DataSettings:
     "rows per shuffle window (two are held in memory); changes the row order, as order_seed does"
     window_bytes: int = 4_000_000_000
     "most bytes that the two shuffle windows may take; a run that needs more is refused"
-    tier: str | None = None
-    "folder of this machine that keeps what is read of a store that is far away, for the next time"
-    tier_bytes: int | None = None
-    "most bytes that are kept there; None: as long as a twentieth of its file system is free"
+    cache_dir: str | None = None
+    "local folder that caches what is read of a distant store, for later epochs and runs"
+    cache_bytes: int | None = None
+    "most bytes in the cache; default: until a twentieth of its file system is left"
     follow: bool = False
     "train while a collection still runs: wait until it has written all parts that it plans"
     allow_nonfinite: bool = False
@@ -128,7 +128,7 @@ class RunConfig(DataSettings, EvaluationSettings, RunSettings, ParallelSettings)
                 f"rows must be at least batch_rows, got rows={self.rows}, "
                 f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
             )
-        check_cache_limit(self.tier, self.tier_bytes)
+        check_cache_limit(self.cache_dir, self.cache_bytes)
         if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
             raise UsageError(f"save_minutes must be positive and finite, got {self.save_minutes}")
 
@@ -253,8 +253,8 @@ class LoaderBenchConfig:
     "rows mixed in memory"
     read_threads: int | None = None
     "threads that read, of the loader and of the bare loop; default as for fit"
-    tier: str | None = None
-    "folder of this machine that keeps what is read: to measure a store from there"
+    cache_dir: str | None = None
+    "local folder that caches what is read, to measure reading from the cache"
     peer_rows: int = 200_000
     "rows that SAELens reads from its own cache of them, where it is installed"
     steps: int = 0

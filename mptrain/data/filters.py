@@ -119,9 +119,9 @@ def median_norm(store: Store, side: Side) -> float:
 
 def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     ids = {int(token) for token in skip_tokens if token != "special"}
-    if ids and max(ids) > store.largest_id:
+    if ids and max(ids) > store.largest_token_id:
         raise UsageError(
-            f"skip_tokens must be token ids of {store.storage}, at most {store.largest_id}, "
+            f"skip_tokens must be token ids of {store.storage}, at most {store.largest_token_id}, "
             f"got {max(ids)}; leave that id out"
         )
     if "special" in skip_tokens:

@@ -26,13 +26,13 @@ def open_trainable_store(
     Raises:
         ValueError: with a remedy, where the store or the filters leave no rows to train on.
     """
-    tier = config.tier, config.tier_bytes
+    cache = config.cache_dir, config.cache_bytes
     if only_parts is not None:
-        store = open_store(config.store, *tier).limited_to(only_parts)
+        store = open_store(config.store, *cache).limited_to(only_parts)
     elif config.follow:
-        store = await_parts(config.store, sides, *tier, quiet=quiet)
+        store = await_parts(config.store, sides, *cache, quiet=quiet)
     else:
-        store = open_store(config.store, *tier)
+        store = open_store(config.store, *cache)
     _refuse_skipping_all(config, store)
     _refuse_uneven(store, sides)
     _refuse_nonfinite(config, store, sides)
@@ -44,8 +44,8 @@ def open_trainable_store(
 def await_parts(
     path: str,
     sides: Sequence[Side],
-    tier: str | None = None,
-    tier_bytes: int | None = None,
+    cache_dir: str | None = None,
+    cache_bytes: int | None = None,
     *,
     quiet: bool = True,
 ) -> Store:
@@ -54,7 +54,7 @@ def await_parts(
     is_told = False
     with tqdm(desc=told, unit="part", disable=quiet) as bar:
         while True:
-            store = open_store(path, tier, tier_bytes)
+            store = open_store(path, cache_dir, cache_bytes)
             planned, done = store.planned_parts, _common_parts(store, sides)
             bar.total, bar.n = len(planned), len(done & set(planned))
             bar.refresh()

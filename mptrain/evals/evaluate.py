@@ -86,14 +86,14 @@ def evaluate_coder(
     device: str = "auto",
     other_codes: Sequence[Codes] = (),
     parts: Collection[int] | None = None,
-    tier: str | None = None,
-    tier_bytes: int | None = None,
+    cache_dir: str | None = None,
+    cache_bytes: int | None = None,
 ) -> list[Evaluation]:
     """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
 
     Filters are those it was trained with; `parts` are those of the store to read, all if None;
-    `tier` and `tier_bytes` are as in a run. At another K, a batch- coder gets a threshold from the
-    store's train rows, as it did for its own K at the end of its training.
+    `cache_dir` and `cache_bytes` are as in a run. At another K, a batch- coder gets a
+    threshold from the store's train rows, as it did for its own K at the end of its training.
     The store must have the fingerprint of the one it was trained on: another dataset or seed may
     hold train rows among its held-out ones.
 
@@ -103,10 +103,10 @@ def evaluate_coder(
     """
     if rows is not None and rows < 1:
         raise UsageError(f"rows must be at least 1, got {rows}")
-    check_cache_limit(tier, tier_bytes)
+    check_cache_limit(cache_dir, cache_bytes)
     place = resolve_device(device)
     coder, trained = load_coder(folder)
-    store = open_store(store_path, tier, tier_bytes)
+    store = open_store(store_path, cache_dir, cache_bytes)
     if parts is not None:
         store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)

@@ -186,8 +186,8 @@ def _evaluate(
 ) -> dict[int, float]:
     place = trained.folder / "coders" / trained.config.name
     rows, device = part.fit["eval_rows"], part.fit["device"]
-    tier = {name: part.fit[name] for name in ("tier", "tier_bytes")}
-    found = evaluate_coder(place, store, other_k, rows, device, parts=trained.parts, **tier)
+    cache = {name: part.fit[name] for name in ("cache_dir", "cache_bytes")}
+    found = evaluate_coder(place, store, other_k, rows, device, parts=trained.parts, **cache)
     return {one.k: one.fvu for one in found}
 
 

@@ -39,7 +39,7 @@ class Plan:
     read_bytes: int
     "of the store, as stored: rows to train on, and to validate on"
     store_bytes: int
-    "of these, the ones that come from the store itself: a tier has the others, if it has room"
+    "bytes of these that come from the store itself; the rest comes from the read cache"
 
 
 def make_plan(
@@ -113,12 +113,12 @@ def _read_bytes(coders: Sequence[CoderConfig], config: RunConfig, store: Store) 
 
 
 def _store_bytes(read_bytes: int, sides: Sequence[Side], config: RunConfig, store: Store) -> int:
-    """Of what is read: with a tier each byte once, and none that it has already."""
-    if config.tier is None:
+    """Of what is read: with a read cache each byte once, without those it already has."""
+    if config.cache_dir is None:
         return read_bytes
     splits: tuple[Split, ...] = ("train", "validation")
     there = sum(store.stored_bytes(sides, split) for split in splits)
-    kept = sum(store.kept_bytes(sides, split) for split in splits)
+    kept = sum(store.cached_bytes(sides, split) for split in splits)
     return round(min(read_bytes, there) * (1 - kept / max(1, there)))
 
 

@@ -18,7 +18,7 @@ from mptrain.runs.metrics import writing_in
 # into memory may change between its commands; passes are those of the last saved state, if any
 FREE = {
     "run", "store", "device", "spread", "log", "save_every", "save_minutes", "window_bytes",
-    "read_threads", "tier", "tier_bytes", "follow", "max_memory",
+    "read_threads", "cache_dir", "cache_bytes", "follow", "max_memory",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def sums(store: Store) -> dict[str, int]:
     return {
         f"{part} {name}": int(values.astype("uint64").sum())
         for array in ARRAYS
-        for part in store.numbers(array)
+        for part in store.part_numbers(array)
         for name, values in store.read_part(array, part).items()
         if values.dtype.kind == "u"
     }

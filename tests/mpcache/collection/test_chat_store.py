@@ -73,7 +73,7 @@ def reference(chats: list, split: str) -> list[tuple[int, bool]]:
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_flags_are_the_assistants_tokens(store: Store, split: str) -> None:
-    parts = [p for p in store.numbers("tokens") if store.layout.split_of(p) == split]
+    parts = [p for p in store.part_numbers("tokens") if store.layout.split_of(p) == split]
     tokens = np.concatenate([store.read_tokens(part).reshape(-1) for part in parts])
     flags = np.concatenate([store.read_flags(part).reshape(-1) for part in parts])  # type: ignore[union-attr]
     wanted = reference(conversations(), split)[: len(tokens)]
@@ -111,8 +111,8 @@ def test_more_rows_continue_where_the_flags_ended(
     path, less = chat_store(tmp_path, rows=400)
     _, more = chat_store(tmp_path, rows=1500)
     one, other = open_store(path), open_store(made[0])
-    assert one.numbers("tokens") == other.numbers("tokens")
-    for part in one.numbers("tokens"):
+    assert one.part_numbers("tokens") == other.part_numbers("tokens")
+    for part in one.part_numbers("tokens"):
         assert np.array_equal(one.read_flags(part), other.read_flags(part))  # type: ignore[arg-type]
     assert (less.empty_documents or 0) < (more.empty_documents or 0)
     assert more.empty_documents == made[1].empty_documents
@@ -151,7 +151,7 @@ def test_a_converted_store_has_the_flags_of_its_rows(
     assert verify(tmp_path / "new").intact
 
     def facts(one: Store, split: str) -> list[tuple[int, bool]]:
-        parts = [p for p in one.numbers("tokens") if one.layout.split_of(p) == split]
+        parts = [p for p in one.part_numbers("tokens") if one.layout.split_of(p) == split]
         tokens = torch.cat([one.read_token_ids(part) for part in parts]).tolist()
         own = torch.cat([one.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
         return list(zip(tokens, own, strict=True))
@@ -161,7 +161,7 @@ def test_a_converted_store_has_the_flags_of_its_rows(
     assert new.empty_documents() == store.empty_documents()
     convert(tmp_path / "new", tmp_path / "back", ConvertConfig(part_rows=192))
     back = open_store(tmp_path / "back")
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         one, other = back.mark(part, "tokens"), store.mark(part, "tokens")
         assert {k: one[k] for k in ("objects", "cursor", "next_cursor", "empty_documents")} == {
             k: other[k] for k in ("objects", "cursor", "next_cursor", "empty_documents")

@@ -19,7 +19,7 @@ from mpcache.maintenance.repair import repair
 from mpcache.maintenance.stats import info, stats
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
-from mpcache.store.format import canonical, seal, unseal
+from mpcache.store.format import canonical_json, seal, unseal
 from mpcache.store.reader import open_store
 from tests.helpers.golden import fitted, sums
 from tests.helpers.paths import PROJECT
@@ -67,7 +67,7 @@ def test_rows_are_the_models_own(tmp_path: Path, dtype: str, codec: str) -> None
     model = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
     group = zarr.open_group(path / "arrays.zarr", mode="r")
     store = open_store(path)
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         values = full_values(model, store.read_tokens(part), batch=5)
         rows = slice(part * 192, part * 192 + store.mark(part, "tokens")["rows"])
         sequence = group["rows/sequence"][rows].astype(np.int64) - part * 12
@@ -94,7 +94,7 @@ def test_demo_model_rows_are_its_own(tmp_path: Path) -> None:
     collect(config, tmp_path / "store")
     store = open_store(tmp_path / "store")
     model = AutoModel.from_pretrained(PROJECT / "data/model", dtype=torch.bfloat16)
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         values = full_values(model, store.read_tokens(part), batch=5)
         read = store.read_part("rows/position", part)["rows/position"].astype(np.int64)
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
@@ -106,7 +106,7 @@ def test_demo_model_rows_are_its_own(tmp_path: Path) -> None:
 
 def test_every_token_is_one_row_and_splits_share_no_document(made: Path) -> None:
     store = open_store(made)
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         rows = store.mark(part, "tokens")["rows"]
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         position = store.read_part("rows/position", part)["rows/position"].astype(np.int64)
@@ -114,7 +114,7 @@ def test_every_token_is_one_row_and_splits_share_no_document(made: Path) -> None
         assert sorted(flat) == list(range(part * 192, part * 192 + rows))
         assert list(flat) != sorted(flat)
     places = {"train": [], "validation": []}
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         mark = store.mark(part, "tokens")
         places[mark["split"]] += [mark["cursor"][0], mark["next_cursor"][0]]
     assert all(place % 4 == 1 for place in places["validation"] if place)
@@ -140,12 +140,12 @@ def test_moments_agree_with_float64(made: Path) -> None:
 
 def test_same_command_again_needs_no_forward_pass(tmp_path: Path) -> None:
     path, first = small_store(tmp_path)
-    before = {**files_of(path), **{n: canonical(m) for n, m in marks_of(path).items()}}
+    before = {**files_of(path), **{n: canonical_json(m) for n, m in marks_of(path).items()}}
     _, second = small_store(tmp_path)
     assert first.forward_rows == first.rows > 0
     assert second.forward_rows == 0
     assert second.rows == first.rows
-    assert {**files_of(path), **{n: canonical(m) for n, m in marks_of(path).items()}} == before
+    assert {**files_of(path), **{n: canonical_json(m) for n, m in marks_of(path).items()}} == before
 
 
 def test_more_rows_and_more_hookpoints_equal_one_collection(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None
 def test_an_exhausted_dataset_ends_short_and_stays_so(tmp_path: Path) -> None:
     path, summary = small_store(tmp_path, rows=1_000_000)
     store = open_store(path)
-    lasts = [store.mark(p, "tokens") for p in store.numbers("tokens")]
+    lasts = [store.mark(p, "tokens") for p in store.part_numbers("tokens")]
     assert [m["split"] for m in lasts if m["last"]] == ["validation", "train"] or [
         m["split"] for m in lasts if m["last"]
     ] == ["train", "validation"]

@@ -29,7 +29,7 @@ TOKENS = {"input_ids": torch.randint(0, 250, (3, 7), generator=torch.Generator()
 
 def rows(path: Path, array: str = "acts/layers.1.mlp/output") -> torch.Tensor:
     store = open_store(path)
-    parts = [store.read_part(array, part)[array] for part in store.numbers(array)]
+    parts = [store.read_part(array, part)[array] for part in store.part_numbers(array)]
     return torch.from_numpy(np.concatenate(parts)).float()
 
 

@@ -38,7 +38,7 @@ def store(made: Path) -> Store:
 
 
 def test_parts_end_where_a_piece_ends(store: Store, made: Path) -> None:
-    rows = [store.token_count(part) for part in store.numbers("tokens")]
+    rows = [store.token_count(part) for part in store.part_numbers("tokens")]
     assert any(count % store.ctx_len for count in rows)
     assert all(store.part_rows - store.ctx_len < n <= store.part_rows for n in rows[:-2])
     for side in SIDES:
@@ -49,7 +49,7 @@ def test_parts_end_where_a_piece_ends(store: Store, made: Path) -> None:
 
 
 def test_positions_are_those_in_a_piece(store: Store) -> None:
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         positions, tokens = store.read_positions(part), store.read_token_ids(part)
         starts = store.read_document_starts(part)
         assert starts is not None
@@ -104,7 +104,7 @@ def test_copies_and_conversions_keep_pieces(made: Path, store: Store, tmp_path: 
     for name in ("copy", "new"):
         other = open_store(tmp_path / name)
         assert verify(tmp_path / name).intact
-        for part in store.numbers("tokens"):
+        for part in store.part_numbers("tokens"):
             assert np.array_equal(other.read_flags(part), store.read_flags(part))  # type: ignore[arg-type]
             assert torch.equal(other.read_positions(part), store.read_positions(part))
     with pytest.raises(ValueError, match="a part holds whole pieces of documents"):
@@ -118,7 +118,7 @@ def test_more_rows_only_append(tmp_path: Path) -> None:
     collect(config, tmp_path / "store")
     collect(config, tmp_path / "whole")
     more, whole = open_store(tmp_path / "store"), open_store(tmp_path / "whole")
-    assert more.numbers("tokens") == whole.numbers("tokens")
+    assert more.part_numbers("tokens") == whole.part_numbers("tokens")
     for array in whole.arrays:
-        for part in whole.numbers(array):
+        for part in whole.part_numbers(array):
             assert more.mark(part, array)["objects"] == whole.mark(part, array)["objects"]

@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """All sequences of a split, and the token of each row found through rows/..., in order."""
     found, tokens = [], []
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         if store.layout.split_of(part) != split:
             continue
         tokens.append(store.read_tokens(part))
@@ -58,7 +58,7 @@ def test_rows_keep_their_order_and_their_tokens(made: Path, tmp_path: Path, fact
     for side in SIDES:
         for found, wanted in zip(new.moments(*side), source.moments(*side), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    lasts = [new.mark(p, "tokens")["last"] for p in new.numbers("tokens")]
+    lasts = [new.mark(p, "tokens")["last"] for p in new.part_numbers("tokens")]
     assert sum(lasts) == 2
 
 
@@ -141,18 +141,18 @@ def test_units_are_each_in_one_part_of_their_split(every: int, count: int, part:
         dtype="float32", codec="none", token_dtype="uint8",
     )  # fmt: skip
     units = Units(layout, 64)
-    held = units.of(part)
+    held = units.units_of(part)
     assert len(held) == count
-    assert [units.home(unit) for unit in held] == [(part, place) for place in range(count)]
+    assert [units.part_of(unit) for unit in held] == [(part, place) for place in range(count)]
     assert {split_of(unit, every) for unit in held} == {split_of(part, every)}
     between = [
         n for n in range(held[0], held[-1] + 1) if split_of(n, every) == layout.split_of(part)
     ]
     assert between == list(held)
-    before = units.before(part)
+    before = units.previous_part(part)
     alike = [n for n in range(part) if split_of(n, every) == split_of(part, every)]
     assert before == (alike[-1] if alike else None)
     if before is not None:
-        assert units.of(before)[-1] == max(
+        assert units.units_of(before)[-1] == max(
             n for n in range(held[0]) if split_of(n, every) == split_of(part, every)
         )

@@ -26,7 +26,7 @@ from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.format import Layout
 from mpcache.store.reader import open_store
-from mpcache.store.writer import Writer, is_as_told
+from mpcache.store.writer import Writer, object_matches
 from tests.helpers.stores import files_of, marks_of, small_config, small_store
 
 LAYOUT = Layout(
@@ -105,7 +105,15 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
         return wait
 
     for kind in (LocalStorage, ObjectStorage):
-        for name in ("put_new", "prepare", "publish", "link_new", "delete", "size", "read"):
+        for name in (
+            "create",
+            "write_temporary",
+            "publish",
+            "create_copy",
+            "delete",
+            "size",
+            "read",
+        ):
             monkeypatch.setattr(kind, name, gated(getattr(kind, name)))
     yield schedules
     monkeypatch.undo()
@@ -119,7 +127,7 @@ def shared(
     if request.param == "folder":
         return open_storage(tmp_path / "store")
     memory = MemoryStore()
-    monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     return open_storage("gs://in-memory/store")
 
 
@@ -129,7 +137,7 @@ def claim_and_lose(place: Storage, lost: int) -> None:
         patch.setattr(type(place), "publish", refused)
         with pytest.raises(AssertionError):
             Writer(place, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.zeros(8, 3))
-    names = [name for name in place.names("arrays.zarr") if name.endswith(".partial")]
+    names = [name for name in place.object_names("arrays.zarr") if name.endswith(".partial")]
     assert len(names) == 3
     place.delete(names[lost])
 
@@ -152,7 +160,7 @@ def test_what_is_marked_is_never_overwritten(
             first.append(shared.read(mark))
             assert first[0] == first[-1]
             told = json.loads(first[0])["objects"]
-            assert all(is_as_told(shared, name, one) for name, one in told.items())
+            assert all(object_matches(shared, name, one) for name, one in told.items())
 
     def writer(x: torch.Tensor) -> Callable[[], None]:
         return lambda: Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, x)
@@ -167,7 +175,7 @@ def test_what_is_marked_is_never_overwritten(
     look()
     stored = shared.read("arrays.zarr/acts/layers.0/output/c/0/0")
     assert stored[:4] in [x.numpy().tobytes()[:4] for x in values]
-    rests = [name for name in shared.names() if name.endswith(".partial")]
+    rests = [name for name in shared.object_names() if name.endswith(".partial")]
     assert kills or lost is not None or not rests
 
 
@@ -191,9 +199,9 @@ def test_an_error_after_the_claim_costs_nothing(
     monkeypatch.setattr(type(shared), "publish", failing)
     with pytest.raises(ConnectionError):
         Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.ones(8, 3))
-    monkeypatch.setattr(type(shared), "prepare", refused)
+    monkeypatch.setattr(type(shared), "write_temporary", refused)
     Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.zeros(8, 3))
-    assert not [name for name in shared.names() if name.endswith(".partial")]
+    assert not [name for name in shared.object_names() if name.endswith(".partial")]
     assert shared.read("arrays.zarr/acts/layers.0/output/c/0/0")[:4] == b"\0\0\x80\x3f"
 
 
@@ -203,10 +211,10 @@ def test_an_error_before_the_claim_leaves_nothing(
     def failing(*_: object) -> bool:
         raise ConnectionError("the server is gone")
 
-    monkeypatch.setattr(type(shared), "put_new", failing)
+    monkeypatch.setattr(type(shared), "create", failing)
     with pytest.raises(ConnectionError):
         Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.ones(8, 3))
-    assert list(shared.names()) == []
+    assert list(shared.object_names()) == []
 
 
 def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) -> None:
@@ -244,7 +252,7 @@ def test_two_collections_of_the_same_thing_at_once_on_unlike_hardware(tmp_path: 
     shared, alone = open_store(path), open_store(tmp_path / "alone")
     assert set(marks_of(path)) == set(marks_of(tmp_path / "alone"))
     for array in (a for a in alone.arrays if a.startswith("acts/")):
-        for part in alone.numbers(array):
+        for part in alone.part_numbers(array):
             difference = shared.read_part(array, part)[array] - alone.read_part(array, part)[array]
             assert (difference == 0).all() or (abs(difference - 0.5) < 1e-5).all()
 
@@ -324,9 +332,9 @@ def test_a_link_that_the_server_made_twice_is_ours(
         raise FileExistsError
 
     monkeypatch.setattr(os, "link", twice)
-    assert open_storage(tmp_path).put_new("mark", b"x")
+    assert open_storage(tmp_path).create("mark", b"x")
     monkeypatch.undo()
-    assert not open_storage(tmp_path).put_new("mark", b"y")
+    assert not open_storage(tmp_path).create("mark", b"y")
     assert (tmp_path / "mark").read_bytes() == b"x"
 
 

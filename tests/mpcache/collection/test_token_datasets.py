@@ -47,7 +47,7 @@ def test_from_collection_to_repair(place, tmp_path):
     assert "tokenizer_digest" not in store.identity
     assert read_store_file(found.place)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
     assert find_store(tmp_path / "root", config).done
-    tokens = {part: store.read_tokens(part) for part in store.numbers(TOKENS)}
+    tokens = {part: store.read_tokens(part) for part in store.part_numbers(TOKENS)}
     path = tmp_path / "root" / found.place.name
     shutil.rmtree(path / "arrays.zarr" / "tokens" / "c" / "2")
     shutil.rmtree(path / "arrays.zarr" / "acts" / "layers.0" / "output" / "c" / "3")
@@ -62,8 +62,8 @@ def test_a_bin_gives_the_same_tokens(place, tmp_path):
     for name, changes in (("a.jsonl", {"text_column": "ids"}), ("a.bin", {})):
         collect(make_config(place, name, **changes), tmp_path / name)
     stores = [open_store(open_storage(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
-    parts = stores[0].numbers(TOKENS)
-    assert parts == stores[1].numbers(TOKENS)
+    parts = stores[0].part_numbers(TOKENS)
+    assert parts == stores[1].part_numbers(TOKENS)
     assert all((stores[0].read_tokens(p) == stores[1].read_tokens(p)).all() for p in parts)
 
 

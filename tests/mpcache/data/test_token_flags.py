@@ -53,7 +53,7 @@ def make_store(folder: Path, **identity: object) -> Store:
         "provenance": {"model": {"model": "m"}, "dataset": {"dataset": "d"}},
     }
     place = open_storage(folder)
-    place.put_new(STORE_FILE, seal(content))
+    place.create(STORE_FILE, seal(content))
     writer = Writer(place, FLAGGED, digest(named))
     for part, rows in ROWS.items():
         progress = {"cursor": [0, 0], "next_cursor": [1, 0], "last": False}

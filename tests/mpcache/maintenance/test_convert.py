@@ -41,7 +41,7 @@ def test_rows_are_the_sources_rounded_once(
             wanted = rows_of(source, side, split).to(getattr(torch, dtype))
             assert torch.equal(rows_of(new, side, split), wanted)
     for array in ("tokens", "rows/sequence", "rows/position"):
-        for part in source.numbers(array):
+        for part in source.part_numbers(array):
             found, wanted = new.read_part(array, part)[array], source.read_part(array, part)[array]
             assert (found == wanted).all()
             assert new.mark(part, array)["rows"] == source.mark(part, array)["rows"]

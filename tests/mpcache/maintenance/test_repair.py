@@ -341,7 +341,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
 
         return call
 
-    for name in ("_write_temporary", "_link_new", "sync_folders"):
+    for name in ("_write_temporary", "_create_link", "sync_folders"):
         monkeypatch.setattr(folder_stage, name, stopped(getattr(folder_stage, name)))
     # where other bits are accepted, all objects of the mark go before the mark does
     parts = {

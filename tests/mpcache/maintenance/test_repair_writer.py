@@ -15,7 +15,7 @@ from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
 from mpcache.store import writer as writer_stage
 from mpcache.store.format import unseal
-from mpcache.store.moments import Measured, measure
+from mpcache.store.moments import RowMeasurements, measure_rows
 from tests.helpers.damage import ACTS, MARK, OBJECT, flip
 from tests.helpers.paths import GOLDEN
 from tests.helpers.stores import files_of, small_store
@@ -48,14 +48,14 @@ def all_of(path: Path) -> dict[str, bytes]:
 def other_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another processor, or an older version: norms and moments differ in their last bits."""
 
-    def measured(x_RW: torch.Tensor) -> Measured:
-        found = measure(x_RW)
+    def measured(x_RW: torch.Tensor) -> RowMeasurements:
+        found = measure_rows(x_RW)
         mean_W = torch.nextafter(found.moments.mean_W, torch.tensor(torch.inf).double())
         moments = dataclasses.replace(found.moments, mean_W=mean_W)
         norms_R = torch.nextafter(found.norms_R, torch.tensor(torch.inf))
         return dataclasses.replace(found, moments=moments, norms_R=norms_R)
 
-    monkeypatch.setattr(writer_stage, "measure", measured)
+    monkeypatch.setattr(writer_stage, "measure_rows", measured)
 
 
 @pytest.mark.usefixtures("other_sums")

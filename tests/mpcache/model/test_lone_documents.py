@@ -64,7 +64,7 @@ def test_rows_are_those_of_each_piece_alone(
     store = make_store(tmp_path, name, batch_sequences=batch_sequences, rows=400)
     model, _ = load_model(small_config(tmp_path, hookpoints=("x",), **LONE))
     sides = resolve(KINDS[name], model)
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         assert {len(piece) for piece in pieces_of(store, part)} > {16}, "short ones too"
         token_of_row = (
             store.read_sequences(part) - part * store.layout.part_sequences
@@ -119,7 +119,7 @@ def test_the_language_model_reads_each_piece_alone(tmp_path: Path) -> None:
     spliced, store = SplicedModel(path, str(tmp_path / "model"), "main", "cpu"), open_store(path)
     pieces = [
         piece
-        for part in store.numbers("tokens")
+        for part in store.part_numbers("tokens")
         if store.layout.split_of(part) == "validation"
         for piece in pieces_of(store, part)
         if len(piece) > 1

@@ -67,7 +67,7 @@ def command(*words: object, code: int = 0) -> str:
 
 def download(place: Storage, folder: Path) -> Path:
     """All objects as files, by no code that copies stores."""
-    for name in place.names():
+    for name in place.object_names():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(place.read(name))
@@ -76,7 +76,9 @@ def download(place: Storage, folder: Path) -> Path:
 
 def marks(place: Storage) -> int:
     """Marks of activations."""
-    return sum("/layers." in name and ".partial" not in name for name in place.names("marks"))
+    return sum(
+        "/layers." in name and ".partial" not in name for name in place.object_names("marks")
+    )
 
 
 # --- commands ---
@@ -139,7 +141,7 @@ def test_copies_go_both_ways_and_on_after_a_stop(
     made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, source = made
-    with gone_at(monkeypatch, "prepare", 20), pytest.raises(ConnectionError):
+    with gone_at(monkeypatch, "write_temporary", 20), pytest.raises(ConnectionError):
         copy(folder / "store", url)
     assert "is no store" in command("info", url, code=2)
     done = json.loads(command("copy", folder / "store", url, "--json"))
@@ -155,7 +157,7 @@ def test_copies_go_both_ways_and_on_after_a_stop(
 
 def files_alike(url: str, folder: Path) -> bool:
     place, other = open_storage(url), open_storage(folder)
-    names = [name for name in place.names() if name.startswith("arrays.zarr/")]
+    names = [name for name in place.object_names() if name.startswith("arrays.zarr/")]
     return all(place.read(name) == other.read(name) for name in names)
 
 
@@ -163,7 +165,7 @@ def test_a_removal_that_stops_leaves_no_store_and_goes_on(
     made: tuple[Path, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(made[0] / "store", url)
-    open_storage(url).put_new("notes.txt", b"mine")
+    open_storage(url).create("notes.txt", b"mine")
     assert "'notes.txt'" in command("remove", url, "--yes", code=2)
     open_storage(url).delete("notes.txt")
     delete, calls = bucket.ObjectStorage.delete, 0
@@ -335,7 +337,7 @@ def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
 
 def test_nothing_secret_gets_into_a_store(made: tuple[Path, str]) -> None:
     place = open_storage(made[1])
-    content = b"".join(place.read(name) for name in place.names())
+    content = b"".join(place.read(name) for name in place.object_names())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         assert os.environ[name].encode() not in content
 
@@ -348,9 +350,9 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Retries soon, so that tests need not wait."""
     monkeypatch.setitem(cloud._RETRIES["backoff"], "init_backoff", 0.02 * cloud._SECONDS)
     monkeypatch.setattr(bucket, "_PAUSE", 0.02)
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
     yield
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
 
 
 @pytest.mark.usefixtures("s3", "hurried")
@@ -364,16 +366,16 @@ def test_a_place_on_a_server_that_fails_a_third_of_the_time(
         place = open_storage(f"s3://{servers.BUCKET}/{tmp_path.name}")
         for number in range(4):
             data = b"%d" % number
-            assert place.put_new(f"a{number}", data)
-            assert not place.put_new(f"a{number}", b"other")
-            temporary = place.prepare("large", "key", (data * (1 << 20) for _ in range(11)))
+            assert place.create(f"a{number}", data)
+            assert not place.create(f"a{number}", b"other")
+            temporary = place.write_temporary("large", "key", (data * (1 << 20) for _ in range(11)))
             assert place.publish(temporary, "large")
-            assert b"".join(place.pieces("large")) == data * (11 << 20)
-            assert place.link_new(f"a{number}", f"b{number}")
+            assert b"".join(place.read_pieces("large")) == data * (11 << 20)
+            assert place.create_copy(f"a{number}", f"b{number}")
             place.replace(f"a{number}", b"new")
             place.delete(temporary)
             assert place.size(temporary) is None
-            assert len(list(place.names())) == 2 * number + 3
+            assert len(list(place.object_names())) == 2 * number + 3
         assert len(place.children()) == 9
 
 
@@ -389,7 +391,7 @@ def test_a_collection_on_a_server_that_fails_now_and_then(
         url = f"s3://{servers.BUCKET}/{tmp_path.name}"
         assert not collect(config, url).missing
         assert verify(url).findings == ()
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
     monkeypatch.undo()
     assert equal(download(open_storage(url), tmp_path / "store"), tmp_path / "whole")
 

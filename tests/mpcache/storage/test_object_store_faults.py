@@ -30,7 +30,7 @@ from mpcache.storage import object_store as bucket
 from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.format import Layout, digest, mark_path, seal
-from mpcache.store.writer import Writer, refuse_large
+from mpcache.store.writer import Writer, check_object_size
 from tests.helpers import servers
 from tests.helpers.stores import small_config
 
@@ -46,7 +46,7 @@ IDENTITY = {"seed": 0}
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
     """obstore's store in memory stands for a server."""
     memory = MemoryStore()
-    monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
     for cached in (bucket._see_bucket, bucket._see_conditions, bucket._tell_waiting):
         cached.cache_clear()
@@ -63,7 +63,7 @@ def store(memory: MemoryStore) -> ObjectStorage:
         "identity": IDENTITY, "layout": dataclasses.asdict(LAYOUT), "config": {},
         "provenance": {"model": {"model": "m"}, "dataset": {"dataset": "d"}},
     }  # fmt: skip
-    place.put_new("store.json", seal(content))
+    place.create("store.json", seal(content))
     writer = Writer(place, LAYOUT, digest(IDENTITY))
     for array in ("tokens", "rows/sequence", "rows/position", ARRAY):
         writer.grow(array, 1, 3)
@@ -89,8 +89,8 @@ def test_a_source_that_breaks_off_is_no_fault_of_the_target(
 
     place = ObjectStorage("gs://in-memory/target")
     with pytest.raises(ConnectionError, match="the source is gone"):
-        place.prepare("a", "key", pieces())
-    assert list(place.names()) == []
+        place.write_temporary("a", "key", pieces())
+    assert list(place.object_names()) == []
 
 
 def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: ObjectStorage) -> None:
@@ -100,7 +100,7 @@ def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: ObjectStorag
     sources = {name: [store.read(name)[:-1]] for name in names}
     with pytest.raises(DamagedStoreError, match="does not read back as its mark says"):
         target.adopt(0, ARRAY, mark, sources)
-    assert list(target.storage.names()) == []
+    assert list(target.storage.object_names()) == []
 
 
 # --- removals ---
@@ -112,9 +112,9 @@ def test_no_copy_goes_on_with_what_a_removal_left(
     url, delete = "gs://in-memory/copy", ObjectStorage.delete
     copy(store, url)
     place = open_storage(url)
-    count = len(list(place.names()))
+    count = len(list(place.object_names()))
     for kept in range(count - 1, 0, -1):  # a removal is stopped again and again
-        deleted = len(list(place.names())) - kept
+        deleted = len(list(place.object_names())) - kept
 
         def stopped(self: ObjectStorage, name: str) -> None:
             nonlocal deleted
@@ -128,10 +128,10 @@ def test_no_copy_goes_on_with_what_a_removal_left(
             patch.setattr(bucket, "_requests", InTurn)
             with pytest.raises(KeyboardInterrupt):
                 remove(find_removable(url))
-        left = set(place.names())
+        left = set(place.object_names())
         assert (
             not any(n.startswith("marks") for n in left)
-            or {n for n in store.names() if n.startswith("arrays.zarr")} <= left
+            or {n for n in store.object_names() if n.startswith("arrays.zarr")} <= left
         )
         with pytest.raises(ValueError, match=f"finish that with mpcache remove {url}"):
             copy(store, url)
@@ -158,7 +158,7 @@ def test_half_a_copy_is_removed_and_its_removal_goes_on(
         patch.setattr(bucket, "_requests", lambda: None)
         with pytest.raises(AttributeError):
             remove(find_removable(url))
-    assert set(open_storage(url).names("store.json.incoming.partial")) == set()
+    assert set(open_storage(url).object_names("store.json.incoming.partial")) == set()
     assert find_removable(url).told == "half of a store, copied or removed"
     remove(find_removable(url))
     assert not open_storage(url).exists()
@@ -167,7 +167,7 @@ def test_half_a_copy_is_removed_and_its_removal_goes_on(
 def test_leftover_claims_go_before_what_they_name(store: ObjectStorage) -> None:
     names = [f"arrays.zarr/{ARRAY}/c/0/0.key.partial", f"{mark_path(0, ARRAY)}.0.claim.partial"]
     for name in names:
-        store.put_new(name, b"")
+        store.create(name, b"")
     assert repair(store, RepairConfig(delete_leftovers=True)).deleted == tuple(names[::-1])
 
 
@@ -185,10 +185,10 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(obstore, "put", careless)
         with pytest.raises(ValueError, match="must keep to If-None-Match"):
-            place.put_new("a", b"1")
-        assert list(place.names()) == []
-    assert place.put_new("a", b"1")
-    assert list(place.names()) == ["a"]
+            place.create("a", b"1")
+        assert list(place.object_names()) == []
+    assert place.create("a", b"1")
+    assert list(place.object_names()) == ["a"]
 
 
 @pytest.mark.usefixtures("memory")
@@ -215,10 +215,10 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.listen(50)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setitem(cloud._TIMEOUTS, "read_timeout", cloud._SECONDS)
-        cloud.client.cache_clear()
+        cloud.bucket_client.cache_clear()
         with servers.environment(address):
             yield "s3://shared/store"
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
 
 
 def test_ctrl_c_ends_the_wait_for_a_silent_server(silent: str) -> None:
@@ -242,11 +242,11 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
     store: ObjectStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = dataclasses.replace(LAYOUT, part_rows=1 << 20)
-    refuse_large(store, large, [1192])
-    refuse_large(open_storage(tmp_path), large, [1 << 20])
+    check_object_size(store, large, [1192])
+    check_object_size(open_storage(tmp_path), large, [1 << 20])
     told = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
     with pytest.raises(ValueError, match=told):
-        refuse_large(store, large, [64, 1193])
+        check_object_size(store, large, [64, 1193])
     monkeypatch.setattr(ObjectStorage, "largest", 8 * 3 * 4 - 1)
     target = "gs://in-memory/other"
     for write in (

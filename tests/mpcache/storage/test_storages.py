@@ -42,15 +42,15 @@ def place(
     from obstore.store import MemoryStore
 
     memory = MemoryStore()
-    monkeypatch.setattr(bucket, "client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
     bucket._see_bucket.cache_clear()
     return open_storage("gs://in-memory/place")
 
 
 OPERATIONS = st.one_of(
-    st.tuples(st.sampled_from(["put_new", "replace", "prepare"]), NAMES, DATA),
-    st.tuples(st.sampled_from(["delete", "link_new", "publish"]), NAMES, NAMES),
+    st.tuples(st.sampled_from(["create", "replace", "write_temporary"]), NAMES, DATA),
+    st.tuples(st.sampled_from(["delete", "create_copy", "publish"]), NAMES, NAMES),
 )
 
 
@@ -59,23 +59,23 @@ OPERATIONS = st.one_of(
     suppress_health_check=list(hypothesis.HealthCheck),  # a place a test is enough, and may be slow
 )
 @hypothesis.given(st.lists(OPERATIONS, max_size=12))
-@hypothesis.example([("put_new", "a", b"0"), ("link_new", "a", "b/c")])  # the folder is not there
-@hypothesis.example([("prepare", "a", b"0"), ("publish", "a", "d/e/f")])
+@hypothesis.example([("create", "a", b"0"), ("create_copy", "a", "b/c")])  # the folder is not there
+@hypothesis.example([("write_temporary", "a", b"0"), ("publish", "a", "d/e/f")])
 def test_a_place_is_a_dictionary(place: Storage, operations: list[tuple[str, str, object]]) -> None:
-    for name in list(place.names()):
+    for name in list(place.object_names()):
         place.delete(name)
     told: dict[str, bytes] = {}
     for what, name, more in operations:
-        if what == "put_new":
-            assert place.put_new(name, more) == (name not in told)
+        if what == "create":
+            assert place.create(name, more) == (name not in told)
             told.setdefault(name, more)
         elif what == "replace":
-            place.put_new(name, b"")
+            place.create(name, b"")
             place.replace(name, more)
             told[name] = more
-        elif what == "prepare":
+        elif what == "write_temporary":
             told[f"{name}.key.partial"] = more
-            assert place.prepare(name, "key", [more[:5], more[5:]]) == f"{name}.key.partial"
+            assert place.write_temporary(name, "key", [more[:5], more[5:]]) == f"{name}.key.partial"
         elif what == "publish":
             temporary = f"{name}.key.partial"
             assert place.publish(temporary, more) == (temporary in told)
@@ -87,17 +87,17 @@ def test_a_place_is_a_dictionary(place: Storage, operations: list[tuple[str, str
             place.delete(name)
             told.pop(name, None)
         elif name in told:
-            linked = place.link_new(name, more)
+            linked = place.create_copy(name, more)
             # a link that is there already may count as the one that was asked for
             assert linked or more in told
             assert not linked or told.setdefault(more, told[name]) == told[name]
         else:
             with pytest.raises(FileNotFoundError):
-                place.link_new(name, more)
-    assert {name: place.read(name) for name in place.names()} == told
-    assert list(place.names("b")) == [n for n in place.names() if n.startswith("b/")]
+                place.create_copy(name, more)
+    assert {name: place.read(name) for name in place.object_names()} == told
+    assert list(place.object_names("b")) == [n for n in place.object_names() if n.startswith("b/")]
     assert {name: place.size(name) for name in told} == {n: len(d) for n, d in told.items()}
-    assert {name: b"".join(place.pieces(name)) for name in told} == told
+    assert {name: b"".join(place.read_pieces(name)) for name in told} == told
     assert set(place.children()) >= {name.partition("/")[0] for name in told}
 
 
@@ -105,16 +105,16 @@ def test_what_is_not_there(place: Storage) -> None:
     assert not place.exists()
     assert not place.exists("a")
     assert place.size("a") is None
-    assert list(place.names()) == place.children() == []
+    assert list(place.object_names()) == place.children() == []
     assert not place.publish("a", "b")
     place.delete("a")
-    for ask in (place.read, lambda n: list(place.pieces(n)), lambda n: read(place, n, 0, 1)):
+    for ask in (place.read, lambda n: list(place.read_pieces(n)), lambda n: read(place, n, 0, 1)):
         with pytest.raises(FileNotFoundError):
             ask("a")
 
 
 def test_ranges_are_exact_or_refused(place: Storage) -> None:
-    place.put_new("a", b"0123456789")
+    place.create("a", b"0123456789")
     assert read(place, "a", 3, 4) == b"3456"
     assert read(place, "a", 3, 1, 0, 3) == b"3456"
     for offset, length in ((8, 3), (10, 1), (40, 1)):
@@ -135,7 +135,7 @@ def test_much_is_read_in_several_calls(place: Storage, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "preadv", little)
     whole = np.random.default_rng(0).bytes(3000)
-    place.put_new("a", whole)
+    place.create("a", whole)
     assert read(place, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == whole[5 : 5 + 1403]
     with pytest.raises(ValueError, match="ends before byte 3001"):
         read(place, "a", 2900, 50, 51)
@@ -147,20 +147,20 @@ def test_large_objects_go_and_come_in_parts(
     monkeypatch.setattr(bucket, "_PART", 5 << 20)
     whole = bytes(range(256)) * (52 << 10)
     pieces = (whole[start : start + 700_001] for start in range(0, len(whole), 700_001))
-    assert place.publish(place.prepare("large", "key", pieces), "large")
+    assert place.publish(place.write_temporary("large", "key", pieces), "large")
     assert place.size("large") == len(whole)
-    assert b"".join(place.pieces("large")) == whole
+    assert b"".join(place.read_pieces("large")) == whole
     assert read(place, "large", 9 << 20, 300) == whole[9 << 20 :][:300]
 
 
 def test_of_many_at_once_one_creates(place: Storage) -> None:
-    place.put_new("other", b"")
+    place.create("other", b"")
     results: list[bool] = []
     start = threading.Barrier(6)
 
     def create(data: bytes) -> None:
         start.wait()
-        results.append(place.put_new("mark", data))
+        results.append(place.create("mark", data))
 
     threads = [threading.Thread(target=create, args=(b"%d" % n,)) for n in range(6)]
     for thread in threads:
@@ -171,10 +171,10 @@ def test_of_many_at_once_one_creates(place: Storage) -> None:
 
 
 def test_text_and_pickle_lead_back(place: Storage) -> None:
-    place.put_new("a", b"1")
+    place.create("a", b"1")
     assert open_storage(place.address).read("a") == b"1"
     assert pickle.loads(pickle.dumps(place)).read("a") == b"1"
-    assert place.child("b").put_new("c", b"2")
+    assert place.child("b").create("c", b"2")
     assert place.read("b/c") == b"2"
     assert place.child("b").name == "b"
     assert place.child("b").is_within(place)
@@ -185,14 +185,14 @@ def test_text_and_pickle_lead_back(place: Storage) -> None:
 
 def test_nothing_is_left_of_what_is_removed(place: Storage) -> None:
     kept = place.child("kept-beside")
-    kept.put_new("store.json", b"other")
+    kept.create("store.json", b"other")
     store = place.child("kept")
     for name in ("store.json", "arrays.zarr/a/c/0", "marks/0/a.json"):
-        store.put_new(name, b"1")
-    store.remove("store.json", "store.json.rest.partial", "marks")
+        store.create(name, b"1")
+    store.delete_all("store.json", "store.json.rest.partial", "marks")
     assert not store.exists()
     assert kept.read("store.json") == b"other"
-    assert list(place.names()) == ["kept-beside/store.json"]
+    assert list(place.object_names()) == ["kept-beside/store.json"]
 
 
 # --- names ---
@@ -233,16 +233,16 @@ def test_a_url_that_became_a_path_is_told() -> None:
 @pytest.mark.parametrize("key", ["a//b", "a/../b", "con\x1btrol", ".."])
 def test_keys_that_no_store_has_are_refused_by_name(s3: str, tmp_path: Path, key: str) -> None:
     place = open_storage(f"{s3}/{tmp_path.name}")
-    place.put_new("marks/0/tokens.json", b"1")
+    place.create("marks/0/tokens.json", b"1")
     put_raw(f"{tmp_path.name}/marks/{key}", b"2")
     with pytest.raises(DamagedStoreError, match="a name that no store has") as error:
-        list(place.names("marks"))
+        list(place.object_names("marks"))
     assert str(error.value).isprintable()
 
 
 def test_a_folder_that_a_console_made_is_nothing(s3: str, tmp_path: Path) -> None:
     put_raw(f"{tmp_path.name}/", b"")
-    assert list(open_storage(f"{s3}/{tmp_path.name}").names()) == []
+    assert list(open_storage(f"{s3}/{tmp_path.name}").object_names()) == []
 
 
 def put_raw(key: str, data: bytes) -> None:
@@ -259,11 +259,11 @@ def test_a_bucket_that_is_not_there(s3: str) -> None:
     for ask in (
         lambda: place.exists("store.json"),
         lambda: place.read("store.json"),
-        lambda: place.put_new("store.json", b""),
-        lambda: list(place.names()),
+        lambda: place.create("store.json", b""),
+        lambda: list(place.object_names()),
         place.children,
         lambda: place.publish("a", "b"),
-        lambda: place.prepare("a", "key", [b""]),
+        lambda: place.write_temporary("a", "key", [b""]),
     ):
         with pytest.raises(NotADirectoryError, match="no such bucket"):
             ask()
@@ -271,9 +271,9 @@ def test_a_bucket_that_is_not_there(s3: str) -> None:
 
 @pytest.fixture
 def fresh_clients() -> Iterator[None]:
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
     yield
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
 
 
 @pytest.mark.usefixtures("s3", "fresh_clients")
@@ -336,7 +336,7 @@ def test_plain_http_is_for_this_machine_alone() -> None:
     ],
 )
 def test_errors_of_servers_in_words(raised: Exception, kind: type[OSError], told: str) -> None:
-    with pytest.raises(kind, match=told) as error, cloud.asking("gs://shared/a"):
+    with pytest.raises(kind, match=told) as error, cloud.translate_errors("gs://shared/a"):
         raise raised
     assert type(error.value) is kind
     assert "gs://shared/a" in str(error.value)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zarr.storage import LocalStore
 
 from mpcache.config import Codec
-from mpcache.store.format import mark_path, marked_array
+from mpcache.store.format import mark_path, parse_mark_path
 from mpcache.store.zarr_codec import GROUP, ArraySpec, ReadInto, crc32c
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.integers(1, 9))
@@ -162,4 +162,4 @@ def test_an_object_without_room_for_its_index_is_refused() -> None:
 
 @pytest.mark.parametrize("array", ["tokens", "rows/position", "acts/layers.10.mlp/input"])
 def test_a_marks_path_names_its_part_and_array(array: str) -> None:
-    assert marked_array(PurePosixPath(mark_path(12, array))) == (12, array)
+    assert parse_mark_path(PurePosixPath(mark_path(12, array))) == (12, array)

@@ -49,7 +49,7 @@ def test_the_plain_reader_reads_what_is_committed(made: Path) -> None:
     store = open_store(made)
     for side in SIDES:
         found = list(read_parts(made, *side))
-        assert [part for part, _, _ in found] == list(store.numbers(f"acts/{'/'.join(side)}"))
+        assert [part for part, _, _ in found] == list(store.part_numbers(f"acts/{'/'.join(side)}"))
         for part, split, rows in found:
             assert split == store.layout.split_of(part)
             wanted = rows_of(store, side, part, len(rows))
@@ -61,7 +61,7 @@ def test_the_plain_reader_reads_flags(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         path, _ = chat_store(tmp_path / name, **changes)
         store, read_flags = open_store(path), example("read_flags")
-        for part in store.numbers("tokens"):
+        for part in store.part_numbers("tokens"):
             position, own = read_flags(path, part)
             assert position.tolist() == store.read_positions(part).tolist()
             assistant = store.read_assistant(part)
@@ -84,7 +84,7 @@ def test_the_permutation_is_as_told(made: Path) -> None:
     """Section 5, with Python's own integers."""
     store = open_store(made)
     seed, words = store.identity["seed"], 1 << 64
-    for part in store.numbers("tokens"):
+    for part in store.part_numbers("tokens"):
         count = store.mark(part, "tokens")["rows"]
         key = int.from_bytes(hashlib.sha256(f"rows {seed} {part}".encode()).digest()[:8], "little")
         hashes = []
@@ -110,7 +110,7 @@ def test_seals_digests_and_moments_are_as_told(made: Path) -> None:
         rest = json.dumps(content, indent=1, sort_keys=True) + "\n"
         assert hashlib.sha256(rest.encode()).hexdigest() == told
     for array in store.arrays:
-        for part in store.numbers(array):
+        for part in store.part_numbers(array):
             values = store.read_part(array, part)
             for name, told in store.mark(part, array)["objects"].items():
                 data = (made / name).read_bytes()

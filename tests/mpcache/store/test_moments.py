@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numba.core import caching
 
 from mpcache.numba_jit import compiled
-from mpcache.store.moments import measure, merged
+from mpcache.store.moments import measure_rows, merge_moments
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 
@@ -34,7 +34,7 @@ def test_measures_what_float64_says(
     x_RW = x_RW.to(dtype)
     exact = x_RW.double().numpy()
     finite = exact[np.isfinite(exact).all(axis=1)]
-    found = measure(x_RW)
+    found = measure_rows(x_RW)
     assert found.moments.rows == len(finite)
     assert found.nonfinite == int((~np.isfinite(exact)).sum())
     if len(finite):
@@ -49,9 +49,9 @@ def test_measures_what_float64_says(
 
 def test_a_dimension_far_from_zero_loses_nothing() -> None:
     x_RW = torch.randn(5000, 3) * 1e-2 + torch.tensor([0.0, 1e3, -1e4])
-    found, exact = measure(x_RW).moments, x_RW.double()
+    found, exact = measure_rows(x_RW).moments, x_RW.double()
     torch.testing.assert_close(found.variance_W, exact.var(0, correction=0), rtol=1e-10, atol=0)
-    assert merged([found, found]).rows == 10_000
+    assert merge_moments([found, found]).rows == 10_000
 
 
 def test_kernels_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:

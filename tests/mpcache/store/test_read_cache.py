@@ -1,4 +1,4 @@
-"""A tier spares the network and changes nothing: not what is read, not what it costs to lose it."""
+"""The read cache saves network traffic and changes nothing that is read, also when it is lost."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.storage import cloud
 from mpcache.storage.base import open_storage
-from mpcache.store import read_cache as tier
+from mpcache.store import read_cache
 from mpcache.store.reader import Store, open_store
 from mpcache.store.zarr_codec import ReadInto
 from mpcli.mptrain import app
@@ -46,8 +46,8 @@ NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{32}/[0-9]+-[0-9]+")
 def made(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A store in a folder, and the URL of its copy; tests only read them."""
     path, _ = small_store(tmp_path_factory.mktemp("made"), rows=700, hookpoints=("layers.0",))
-    copy(path, f"{s3}/tier/made")
-    return path, f"{s3}/tier/made"
+    copy(path, f"{s3}/cache/made")
+    return path, f"{s3}/cache/made"
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def asked(
 
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.0, str(log)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-        cloud.client.cache_clear()
+        cloud.bucket_client.cache_clear()
         yield look
-    cloud.client.cache_clear()
+    cloud.bucket_client.cache_clear()
 
 
 def got(requests: list[str]) -> bool:
@@ -98,7 +98,7 @@ def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """All files of a tier, but for the one that counts; it must count them right."""
+    """All files of a cache but its counter, which must count them right."""
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     counted = files.pop("length").stat().st_size
     found = {name: file.read_bytes() for name, file in files.items()}
@@ -113,7 +113,7 @@ def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
     made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
     _, url = made
-    folder = tmp_path / "tier"
+    folder = tmp_path / "cache"
     for number in range(2):
         store = open_store(url, str(folder))
         with Loader(
@@ -133,12 +133,12 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
     made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
     path, url = made
-    folder = str(tmp_path / "tier")
+    folder = str(tmp_path / "cache")
     settings = {"rows": 64 * 20, "max_norm": 3.0, "skip_tokens": ("7",), **SMALL}
     fit(config(str(path), tmp_path / "plain", **settings))
     for name in ("cold", "warm"):
         asked()
-        fit(config(url, tmp_path / name, tier=folder, tier_bytes=10**9, **settings))
+        fit(config(url, tmp_path / name, cache_dir=folder, cache_bytes=10**9, **settings))
         assert got(asked()) == (name == "cold")
         assert equal(weights(tmp_path / name), weights(tmp_path / "plain"))
         assert lasting(tmp_path / name) == lasting(tmp_path / "plain")
@@ -146,7 +146,7 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
     fit(config(url, tmp_path / "warm", **settings))
     (coder, *_) = sorted((tmp_path / "warm/coders").iterdir())
     asked()
-    words = ["eval", str(coder), url, "--tier", folder, "--json"]
+    words = ["eval", str(coder), url, "--cache-dir", folder, "--json"]
     there = json.loads(CliRunner().invoke(app, words).stdout)
     assert not got(asked())
     words[2:5] = [str(path)]
@@ -156,31 +156,41 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
 def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: Path) -> None:
     _, url = made
     settings: dict[str, Any] = {"rows": 64 * 30, **SMALL}
-    run = config(url, tmp_path / "run", tier=str(tmp_path / "tier"), **settings)
+    run = config(url, tmp_path / "run", cache_dir=str(tmp_path / "cache"), **settings)
     before = plan_of(run)
-    assert not (tmp_path / "tier").exists()
+    assert not (tmp_path / "cache").exists()
     store = open_store(url)
     there = store.stored_bytes([SIDE], "train") + store.stored_bytes([SIDE], "validation")
     assert before.store_bytes == there < before.read_bytes
     plain = plan_of(config(url, tmp_path / "run", **settings))
     assert plain.store_bytes == plain.read_bytes
     fit(run)
-    after = plan_of(config(url, tmp_path / "other", tier=run.tier, **settings))
+    after = plan_of(config(url, tmp_path / "other", cache_dir=run.cache_dir, **settings))
     assert after.store_bytes < 0.05 * there  # the ends of short parts are never read
     words = ["fit", url, "--run", str(tmp_path / "other"), "--hookpoints", "layers.0"]
-    words += ["--rows", "1920", "--batch-rows", "64", "--dry-run", "--tier", str(run.tier)]
+    words += [
+        "--rows",
+        "1920",
+        "--batch-rows",
+        "64",
+        "--dry-run",
+        "--cache-dir",
+        str(run.cache_dir),
+    ]
     told = CliRunner().invoke(app, words).stdout
-    assert f" GB of it from {url}, the rest from {run.tier}; nothing was written" in told
+    assert f" GB of it from {url}, the rest from {run.cache_dir}; nothing was written" in told
 
 
 def test_the_benchmark_reads_from_a_tier(
     made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
     settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
-    run = LoaderBenchConfig(store=made[1], tier=str(tmp_path / "tier"), peer_rows=64, **settings)
+    run = LoaderBenchConfig(
+        store=made[1], cache_dir=str(tmp_path / "cache"), peer_rows=64, **settings
+    )
     bench_loader(run)
     assert got(asked())
-    assert kept(tmp_path / "tier")
+    assert kept(tmp_path / "cache")
     bench_loader(run)
     assert not got(asked())
 
@@ -191,7 +201,7 @@ def test_the_benchmark_reads_from_a_tier(
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "zeros", "directory", "gone"])
 def test_damage_is_read_anew_and_mended(made: tuple[Path, str], tmp_path: Path, harm: str) -> None:
     path, url = made
-    folder = tmp_path / "tier"
+    folder = tmp_path / "cache"
     wanted = everything(open_store(path))
     assert same(everything(open_store(url, str(folder))), wanted)
     whole = kept(folder)
@@ -206,7 +216,7 @@ def test_damage_is_read_anew_and_mended(made: tuple[Path, str], tmp_path: Path, 
             file.write_bytes(torn.get(harm, bytes(len(data))))
     if harm == "directory":
         (folder / next(iter(whole))).mkdir()
-        with pytest.warns(RuntimeWarning, match="keeps no more"):
+        with pytest.warns(RuntimeWarning, match="takes no more data"):
             assert same(everything(open_store(url, str(folder))), wanted)
         return
     if harm == "gone":
@@ -217,14 +227,14 @@ def test_damage_is_read_anew_and_mended(made: tuple[Path, str], tmp_path: Path, 
 
 def test_the_whole_folder_may_go_while_it_is_read(made: tuple[Path, str], tmp_path: Path) -> None:
     path, url = made
-    store, wanted = open_store(url, str(tmp_path / "tier")), everything(open_store(path))
+    store, wanted = open_store(url, str(tmp_path / "cache")), everything(open_store(path))
     for _ in range(2):
         assert same(everything(store), wanted)
-        shutil.rmtree(tmp_path / "tier")
+        shutil.rmtree(tmp_path / "cache")
 
 
 def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
-    place, folder = open_storage(own), tmp_path / "tier"
+    place, folder = open_storage(own), tmp_path / "cache"
     name = "arrays.zarr/acts/layers.0/output/c/0/0"
     data = place.read(name)
     place.replace(name, data[:40] + b"?" + data[41:])
@@ -240,16 +250,16 @@ def test_other_content_in_the_same_place_is_never_mistaken(
     made: tuple[Path, str], own: str, tmp_path: Path
 ) -> None:
     """A part that was rewritten with other bits has another digest in its mark."""
-    folder, store = str(tmp_path / "tier"), open_store(own)
-    one = tier.ReadCache(folder, None, store.storage, store.digest)
-    other = tier.ReadCache(folder, None, store.storage, "another store.json")
-    elsewhere = tier.ReadCache(folder, None, open_storage(made[1]), store.digest)
+    folder, store = str(tmp_path / "cache"), open_store(own)
+    one = read_cache.ReadCache(folder, None, store.storage, store.digest)
+    other = read_cache.ReadCache(folder, None, store.storage, "another store.json")
+    elsewhere = read_cache.ReadCache(folder, None, open_storage(made[1]), store.digest)
     for number, (of, key) in enumerate(
         [(one, "a" * 32), (one, "b" * 32), (other, "a" * 32), (elsewhere, "a" * 32)]
     ):
         content = np.full(4, number, np.uint8)
         for _ in range(2):
-            made_of = of.made(key, filling(content), lambda read: taken(read, 0, 4))
+            made_of = of.read_through(key, filling(content), lambda read: taken(read, 0, 4))
             assert made_of.tolist() == content.tolist()
         assert of.size(key) == 4
 
@@ -270,7 +280,7 @@ def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
     return found
 
 
-# --- a tier without room ---
+# --- a cache without room ---
 
 
 def warned(store: Store, match: str) -> list[torch.Tensor]:
@@ -282,15 +292,15 @@ def warned(store: Store, match: str) -> list[torch.Tensor]:
     return found
 
 
-def test_a_full_tier_keeps_what_it_has(made: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_full_cache_keeps_what_it_has(made: tuple[Path, str], tmp_path: Path) -> None:
     path, url = made
-    folder = tmp_path / "tier"
+    folder = tmp_path / "cache"
     wanted = everything(open_store(path))
-    found = warned(open_store(url, str(folder), 10_000), "of 10000 bytes are taken.*each time")
+    found = warned(open_store(url, str(folder), 10_000), "of 10000 bytes are used.*each time")
     assert same(found, wanted)
     before = kept(folder)
     assert 8_000 < sum(map(len, before.values())) <= 10_000
-    found = warned(open_store(url, str(folder), 20_000), "of 20000 bytes are taken")
+    found = warned(open_store(url, str(folder), 20_000), "of 20000 bytes are used")
     assert same(found, wanted)
     after = kept(folder)
     assert before.items() < after.items()
@@ -303,13 +313,13 @@ def test_a_file_system_is_not_filled_to_the_brim(
     path, url = made
     usage = SimpleNamespace(total=20_000_000, free=1_000_500)  # a twentieth, and a little
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    found = warned(open_store(url, str(tmp_path / "tier")), r"has 0\.001 GB left")
+    found = warned(open_store(url, str(tmp_path / "cache")), r"has 0\.001 GB left")
     assert same(found, everything(open_store(path)))
-    assert max(map(len, kept(tmp_path / "tier").values())) <= 500
+    assert max(map(len, kept(tmp_path / "cache").values())) <= 500
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
-def test_a_tier_that_cannot_be_written_is_no_error(
+def test_a_cache_that_cannot_be_written_is_no_error(
     made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     path, url = made
@@ -317,10 +327,10 @@ def test_a_tier_that_cannot_be_written_is_no_error(
     def failing(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(tier.fcntl, "flock", failing)
-    found = warned(open_store(url, str(tmp_path / "tier")), os.strerror(code))
+    monkeypatch.setattr(read_cache.fcntl, "flock", failing)
+    found = warned(open_store(url, str(tmp_path / "cache")), os.strerror(code))
     assert same(found, everything(open_store(path)))
-    assert kept(tmp_path / "tier") == {}
+    assert kept(tmp_path / "cache") == {}
 
 
 # --- several at once ---
@@ -340,7 +350,7 @@ for part in store.parts([("layers.0", "output")], "train"):
 
 def test_processes_and_threads_share_a_tier(made: tuple[Path, str], tmp_path: Path) -> None:
     path, url = made
-    folder = str(tmp_path / "tier")
+    folder = str(tmp_path / "cache")
     with subprocess.Popen(
         [sys.executable, "-c", READER, url, folder],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -356,7 +366,7 @@ def test_processes_and_threads_share_a_tier(made: tuple[Path, str], tmp_path: Pa
     assert same(found[0], wanted)
     assert same(found[1], wanted)
     assert told == [float(x.double().sum()) for x in wanted[: len(told)]] != []
-    assert all(NAME.fullmatch(name) for name in kept(tmp_path / "tier"))
+    assert all(NAME.fullmatch(name) for name in kept(tmp_path / "cache"))
 
 
 def test_no_two_take_the_same_room(
@@ -372,24 +382,26 @@ def test_no_two_take_the_same_room(
     monkeypatch.setattr(os, "fstat", slow)
 
     def keep(number: int) -> None:
-        one = tier.ReadCache(str(tmp_path / "tier"), 1000, place, "digest")
+        one = read_cache.ReadCache(str(tmp_path / "cache"), 1000, place, "digest")
         content = np.full(30, number, np.uint8)
-        one.made(f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30))
+        one.read_through(
+            f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30)
+        )
 
     with ThreadPoolExecutor(8) as pool, pytest.warns(RuntimeWarning, match="990 of 1000 bytes"):
         list(pool.map(keep, range(60)))
-    assert len(kept(tmp_path / "tier")) == 33
+    assert len(kept(tmp_path / "cache")) == 33
 
 
 def test_a_team_shares_what_its_folder_is_open_to(made: tuple[Path, str], tmp_path: Path) -> None:
-    (tmp_path / "tier").mkdir()
-    (tmp_path / "tier").chmod(0o2775)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o2775)
     mask = os.umask(0o077)
     try:
-        open_store(made[1], str(tmp_path / "tier")).read_chunk("layers.0", "output", 0, 0)
+        open_store(made[1], str(tmp_path / "cache")).read_chunk("layers.0", "output", 0, 0)
     finally:
         os.umask(mask)
-    assert all(path.stat().st_mode & 0o020 for path in (tmp_path / "tier").rglob("*"))
+    assert all(path.stat().st_mode & 0o020 for path in (tmp_path / "cache").rglob("*"))
 
 
 # --- what it cannot be ---
@@ -407,21 +419,21 @@ def test_what_is_no_tier(made: tuple[Path, str], tmp_path: Path) -> None:
         (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         return told
 
-    assert "must be nearer than its store" in refused(path, "--tier", str(tmp_path / "tier"))
-    assert "must be a folder of this machine" in refused(url, "--tier", "s3://shared/tier")
-    assert "must be a folder of this machine" in refused(url, "--tier", "")
-    assert "Not a directory" in refused(url, "--tier", str(tmp_path / "file"))
-    assert "Not a directory" in refused(url, "--tier", str(tmp_path / "file/below"))
-    assert "name the tier's folder too" in refused(url, "--tier-bytes", "1GB")
-    words = ("--tier", str(tmp_path / "tier"), "--tier-bytes", "0")
-    assert "tier_bytes must be at least 1" in refused(url, *words)
+    assert "so it would save nothing" in refused(path, "--cache-dir", str(tmp_path / "cache"))
+    assert "must be a local folder" in refused(url, "--cache-dir", "s3://shared/cache")
+    assert "must be a local folder" in refused(url, "--cache-dir", "")
+    assert "Not a directory" in refused(url, "--cache-dir", str(tmp_path / "file"))
+    assert "Not a directory" in refused(url, "--cache-dir", str(tmp_path / "file/below"))
+    assert "set cache_dir too" in refused(url, "--cache-bytes", "1GB")
+    words = ("--cache-dir", str(tmp_path / "cache"), "--cache-bytes", "0")
+    assert "cache_bytes must be at least 1" in refused(url, *words)
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o500)
-        assert "Permission denied" in refused(url, "--tier", str(tmp_path / "closed/tier"))
+        assert "Permission denied" in refused(url, "--cache-dir", str(tmp_path / "closed/cache"))
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs two file systems")
-def test_a_store_on_another_disk_has_a_tier_too(made: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_store_on_another_disk_has_a_cache_too(made: tuple[Path, str], tmp_path: Path) -> None:
     path, _ = made
     if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs two file systems")

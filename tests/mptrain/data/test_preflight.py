@@ -158,7 +158,9 @@ def test_follow_waits_for_tokens_and_for_sides_that_are_not_begun(
                     shutil.copy(mark, path / "marks" / place)
 
     monkeypatch.setattr(time, "sleep", look)
-    assert await_parts(str(path), [MLP]).numbers("tokens") == open_store(made).numbers("tokens")
+    assert await_parts(str(path), [MLP]).part_numbers("tokens") == open_store(made).part_numbers(
+        "tokens"
+    )
     assert seen == [False, False, False]
 
 

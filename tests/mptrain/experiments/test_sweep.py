@@ -181,7 +181,7 @@ def test_coders_of_other_rows_are_refused(tmp_path):
 def test_what_changes_no_row_and_no_step_may_change(whole, tmp_path):
     folder, _ = whole
     free = ("fit.max_memory=1_000_000_000", "fit.read_threads=1", "fit.window_bytes=1_000_000")
-    free += ("fit.tier='/dev/shm/tier'", "fit.tier_bytes=1_000_000")
+    free += ("fit.cache_dir='/dev/shm/cache'", "fit.cache_bytes=1_000_000")
     experiment = tiny_experiment(tmp_path, *free)
     there = tiny_experiment(folder).resolved({**COLLECTED, "write_threads": None})
     (tmp_path / "run").mkdir()
