@@ -25,7 +25,7 @@ from mpcache.bench.hardware import hardware
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mptrain.config.fit import FitConfig
-from mptrain.data.batches import resolve_device
+from mptrain.kernels.device import resolve_device
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics import read_records
 

@@ -111,9 +111,9 @@ def _tell_results(run: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _print_plan(config: RunConfig, json: bool) -> None:
-    from mptrain.runs.fit import plan_of
+    from mptrain.runs.fit import plan_fit
 
-    plan = plan_of(config)
+    plan = plan_fit(config)
     if json:
         return print_json(dataclasses.asdict(plan))
     number = {name: n for n, names in enumerate(plan.passes, 1) for name in names}
@@ -176,8 +176,8 @@ def sweep(
     if dry_run:
         return _tell_forecast(forecast(experiment, config, only or ()), json)
     from mpcache.bench.hardware import hardware
-    from mptrain.data.batches import resolve_device
     from mptrain.experiments.sweep import sweep as run
+    from mptrain.kernels.device import resolve_device
 
     try:
         with warnings_in_words():
@@ -226,7 +226,7 @@ def _tell_forecast(found: dict[str, Any], json: bool) -> None:
 
 
 def _how_to_go_on(run: Path) -> str:
-    from mptrain.coders.checkpoint import last_step
+    from mptrain.runs.saved_state import last_step
 
     step = last_step(run)
     if step is None:
@@ -359,7 +359,7 @@ def bench(config: BenchConfig, json: Json = False) -> None:
     from mpcache.bench.hardware import hardware
     from mptrain.bench.peers import HOW_TO_INSTALL
     from mptrain.bench.pursuit import bench as run
-    from mptrain.data.batches import resolve_device
+    from mptrain.kernels.device import resolve_device
 
     report = dataclasses.asdict(run(config))
     machine = hardware(resolve_device(config.device))
@@ -381,7 +381,7 @@ def bench_loader(config: LoaderBenchConfig, json: Json = False) -> None:
     from mpcache.bench.hardware import hardware
     from mptrain.bench.loader import bench_loader as run
     from mptrain.bench.peers import HOW_TO_INSTALL
-    from mptrain.data.batches import resolve_device
+    from mptrain.kernels.device import resolve_device
 
     report = dataclasses.asdict(run(config))
     machine = hardware(resolve_device(config.device))

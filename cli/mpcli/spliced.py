@@ -10,7 +10,7 @@ def spliced_figures(
     """The language model and the coder meet here only: neither package knows the other's."""
     from mpcache.model.splice import SplicedModel
     from mptrain.coders.checkpoint import load_coder
-    from mptrain.data.filters import stored_filters
+    from mptrain.data.filters import filters_from_json
     from mptrain.evals.loss_recovered import Prediction, recovered
 
     coder, trained = load_coder(folder)
@@ -27,4 +27,4 @@ def spliced_figures(
         )
         for example in spliced.examples()
     )
-    return recovered(coder, predictions, stored_filters(trained)).figures(spliced.head)
+    return recovered(coder, predictions, filters_from_json(trained)).figures(spliced.head)

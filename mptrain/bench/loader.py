@@ -21,11 +21,11 @@ from mptrain.bench.peers import saelens_reads
 from mptrain.config.coder import Arch
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import LoaderBenchConfig
-from mptrain.data.batches import resolve_device
 from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Side, Store, open_store
-from mptrain.data.windows import SEQUENCE, Fact, endless_plans
+from mptrain.data.windows import SEQUENCE, RowField, endless_plans
 from mptrain.evals.evaluate import sides_of
+from mptrain.kernels.device import resolve_device
 from mptrain.training.setup import make_coder_run
 
 MIXED_ROWS = 4096  # of the batches whose mixing is looked at
@@ -106,7 +106,7 @@ def open_loader(
     *,
     batch_rows: int | None = None,
     device: torch.device | None = None,
-    facts: Sequence[Fact] = (),
+    facts: Sequence[RowField] = (),
 ) -> Loader:
     """The loader of a run with these settings, but for what is given here."""
     return Loader(

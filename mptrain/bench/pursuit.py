@@ -21,9 +21,9 @@ from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
 from mptrain.config.coder import Arch, CoderConfig
 from mptrain.config.run import BenchConfig
-from mptrain.data.batches import resolve_device
 from mptrain.data.loader import Loader, open_store
 from mptrain.evals.evaluate import sides_of
+from mptrain.kernels.device import resolve_device
 from mptrain.kernels.sparse import sparse_decode
 from mptrain.pursuit import numba_backend as cpu
 from mptrain.pursuit.rule import argmax

@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from mpcache.errors import UsageError
-from mptrain.data.windows import POSITION, Columns, Fact, Memory, ReadWindow, Rows, Side
+from mptrain.data.windows import POSITION, Columns, Memory, ReadWindow, RowField, Rows, Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,32 +23,12 @@ class Batch:
     "position of each row in its sequence"
     values: Mapping[Side, Float[Tensor, "B _"]]
     "rows of each side in the storage dtype: to be cast once they are filtered"
-    facts: Mapping[Fact, Shaped[Tensor, " B"]] = field(default_factory=dict)
+    facts: Mapping[RowField, Shaped[Tensor, " B"]] = field(default_factory=dict)
     "what else the loader was asked for, by name"
 
     @property
     def rows(self) -> int:
         return len(self.positions_B)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device named; auto takes this process' GPU, else the CPU. ValueError: there is none such.
-
-    A GPU has its number: the current one is that of a thread, and threads make batches.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.zeros((), device=device).item()  # its name may be right, and no such device be here
-    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(
-            f"device must be one of this machine, got {name!r} ({told}); use auto or cpu"
-        ) from None
-    return device
 
 
 def cut_batches(

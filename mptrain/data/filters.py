@@ -14,7 +14,7 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mptrain.config.run import OnlyTokens, RunConfig
 from mptrain.data.loader import Batch, Side, Store, refuse_without_assistant
-from mptrain.data.windows import ASSISTANT, TOKEN, Fact, norm_of
+from mptrain.data.windows import ASSISTANT, TOKEN, RowField, norm_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Filters:
     "whose tokens' rows are taken"
 
     @property
-    def facts(self) -> tuple[Fact, ...]:
+    def facts(self) -> tuple[RowField, ...]:
         """What a loader has to tell of each row."""
         tokens = (TOKEN,) if self.skip_tokens else ()
         assistant = (ASSISTANT,) if self.only_tokens == "assistant" else ()
@@ -78,12 +78,12 @@ class Filters:
         return replace(self, norm_limits={s: n for s, n in self.norm_limits.items() if s in sides})
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, from which `stored_filters` makes the same filters again."""
+        """Plain values, from which `filters_from_json` makes the same filters again."""
         limits = {":".join(side): limit for side, limit in self.norm_limits.items()}
         return {**asdict(replace(self, norm_limits={})), "norm_limits": limits}
 
 
-def stored_filters(trained: Mapping[str, Any]) -> Filters:
+def filters_from_json(trained: Mapping[str, Any]) -> Filters:
     """The filters that a coder was trained with."""
     limits = trained.get("norm_limits", {})  # as tokens below: not in coders of earlier versions
     return Filters(

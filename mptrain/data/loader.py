@@ -18,17 +18,17 @@ from mptrain.config.run import RunConfig
 from mptrain.data.batches import Batch, cut_batches
 from mptrain.data.shuffle import Chunk
 from mptrain.data.windows import (
-    ALL,
     ASSISTANT,
     POSITION,
     SEQUENCE,
     TOKEN,
+    WHOLE_STREAM,
     Column,
     Columns,
-    Fact,
-    Plan,
-    Share,
+    RowField,
     Side,
+    StreamShare,
+    WindowPlan,
     endless_plans,
     norm_of,
     one_pass_plans,
@@ -68,8 +68,8 @@ class Loader:
         device: torch.device,
         window_rows: int = RunConfig.window_rows,
         threads: int | None = None,
-        facts: Sequence[Fact] = (),
-        share: Share = ALL,
+        facts: Sequence[RowField] = (),
+        share: StreamShare = WHOLE_STREAM,
     ) -> None:
         """Read the parts that all sides have; `facts` are to be told of each row beside them.
 
@@ -152,7 +152,7 @@ class Loader:
     def _sizes(self) -> list[int]:
         return [part.rows for part in self.parts]
 
-    def _cut(self, plans: Iterator[Plan], offset: int) -> Iterator[Batch]:
+    def _cut(self, plans: Iterator[WindowPlan], offset: int) -> Iterator[Batch]:
         windows = read_windows(plans, self.columns, self._readers)
         return cut_batches(windows, self.columns, self.batch_rows, offset, self.device)
 
@@ -196,7 +196,7 @@ def _dtype(store: Store) -> torch.dtype:
 
 
 def _columns(
-    store: Store, sides: Sequence[Side], parts: Sequence[Part], facts: Sequence[Fact]
+    store: Store, sides: Sequence[Side], parts: Sequence[Part], facts: Sequence[RowField]
 ) -> Columns:
     def of_side(hookpoint: str, name: str) -> Callable[[Chunk, Tensor], object]:
         return lambda chunk, out: store.read_chunk(
@@ -225,7 +225,7 @@ def _columns(
         known[ASSISTANT] = of_row(partial(_assistant, store))
     for side in sides:
         known[norm_of(side)] = of_row(store.read_norms, *side, dtype=torch.float32)
-    columns: dict[Side | Fact, Column] = {fact: known[fact] for fact in (POSITION, *facts)}
+    columns: dict[Side | RowField, Column] = {fact: known[fact] for fact in (POSITION, *facts)}
     for side in sides:
         columns[side] = Column(_dtype(store), store.width(*side), of_side(*side))
     return columns

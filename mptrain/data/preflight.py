@@ -9,6 +9,7 @@ from tqdm import tqdm
 from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig
 from mptrain.data.loader import Side, Split, Store, open_store, row_bytes
+from mptrain.data.part_ranges import format_ranges
 
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _LOOK_EVERY = 1.0  # seconds
@@ -70,7 +71,7 @@ def _doubt(store: Store, sides: Sequence[Side]) -> str | None:
     """What may be wrong where all that was collected is whole, and a side was never begun."""
     there = [(name, side) for name in store.hookpoints for side in store.sides(name)]
     absent = [side for side in sides if side not in there]
-    is_whole = all(parts_of(store, [side]) >= set(store.planned_parts) for side in there)
+    is_whole = all(common_parts(store, [side]) >= set(store.planned_parts) for side in there)
     if not (store.is_planned and there and absent and is_whole):
         return None
     return (
@@ -83,10 +84,10 @@ def _common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
     """Parts that all sides have; none where a side has yet to be begun."""
     if not all(hookpoint in store.hookpoints for hookpoint, _ in sides):
         return set()
-    return parts_of(store, sides)
+    return common_parts(store, sides)
 
 
-def parts_of(store: Store, sides: Sequence[Side]) -> set[int]:
+def common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
     """Parts of both splits that all of these sides have."""
     return {part.number for split in _SPLITS for part in store.parts(sides, split)}
 
@@ -101,31 +102,18 @@ def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
 
 def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
     """Common parts alone would make a coder's rows depend on its companions."""
-    found = {side: parts_of(store, [side]) for side in sides}
+    found = {side: common_parts(store, [side]) for side in sides}
     everything = set[int]().union(*found.values())
     if any(parts != everything for parts in found.values()):
         told = "; ".join(
-            f"{':'.join(side)} has parts {ranges(parts) or 'none'}" for side, parts in found.items()
+            f"{':'.join(side)} has parts {format_ranges(parts) or 'none'}"
+            for side, parts in found.items()
         )
         raise UsageError(
             f"the sides in {store.storage} have different parts ({told}); "
             "collect the missing parts, wait for a collection that is under way with --follow, "
             "or fit the sides in separate runs"
         )
-
-
-def ranges(numbers: Collection[int]) -> str:
-    """Numbers as runs, in order: 0-6, 8."""
-    starts = sorted(n for n in numbers if n - 1 not in numbers)
-    ends = sorted(n for n in numbers if n + 1 not in numbers)
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in pairs)
-
-
-def numbers_of(ranges: str) -> set[int]:
-    """What `ranges` was given."""
-    runs = (run.partition("-") for run in ranges.split(", ") if run)
-    return {n for first, _, last in runs for n in range(int(first), int(last or first) + 1)}
 
 
 def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:

@@ -20,22 +20,22 @@ from torch import Tensor
 from mptrain.data.shuffle import Chunk, Window, epoch_order
 
 Side = tuple[str, str]
-Fact = str
+RowField = str
 Order = NDArray[np.int64]
-Rows = Mapping[Side | Fact, Shaped[Tensor, "_ ..."]]
+Rows = Mapping[Side | RowField, Shaped[Tensor, "_ ..."]]
 "each side's values, and facts of each row by name, for the same rows"
 
 # handing over a task takes as long as reading half a chunk; and threads should end together
 _MOST_CHUNKS = 8  # of a task
 _LEAST_TASKS = 16  # of a window
 _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
-POSITION: Fact = "position"
-SEQUENCE: Fact = "sequence"
-TOKEN: Fact = "token"
-ASSISTANT: Fact = "assistant"
+POSITION: RowField = "position"
+SEQUENCE: RowField = "sequence"
+TOKEN: RowField = "token"
+ASSISTANT: RowField = "assistant"
 
 
-def norm_of(side: Side) -> Fact:
+def norm_of(side: Side) -> RowField:
     """Name of the fact that is the Euclidean norm of a row on one side."""
     return f"norm of {':'.join(side)}"
 
@@ -44,18 +44,18 @@ def norm_of(side: Side) -> Fact:
 
 
 @dataclass(frozen=True)
-class Share:
+class StreamShare:
     """One of several readers of a stream: each reads chunks of its own."""
 
     rank: int = 0
     size: int = 1
 
 
-ALL = Share()
+WHOLE_STREAM = StreamShare()
 
 
 @dataclass(frozen=True)
-class Plan:
+class WindowPlan:
     """A window before it is read: chunks to lay end to end, and which of their rows comes when."""
 
     chunks: tuple[Chunk, ...]
@@ -67,16 +67,16 @@ class Plan:
     "when each comes: rows that all readers hand over before it; ascending"
 
 
-def _plan(window: Window, order: Order, share: Share) -> Plan:
+def _plan(window: Window, order: Order, share: StreamShare) -> WindowPlan:
     """What one of several readers does of a window whose rows go out in this order."""
     if share.size == 1:  # what follows takes as long as drawing the order
-        return Plan(window.chunks, len(order), order, np.arange(len(order)))
+        return WindowPlan(window.chunks, len(order), order, np.arange(len(order)))
     chunks = np.arange(len(window.chunks))
     owner = np.repeat(chunks % share.size, [chunk.rows for chunk in window.chunks])
     place = np.cumsum(owner == share.rank) - 1  # of its own rows
     (turns_N,) = np.nonzero(owner[order] == share.rank)
     own = window.chunks[share.rank :: share.size]
-    return Plan(own, len(order), place[order[turns_N]], turns_N)
+    return WindowPlan(own, len(order), place[order[turns_N]], turns_N)
 
 
 def endless_plans(
@@ -86,8 +86,8 @@ def endless_plans(
     seed: int,
     window: int,
     offset: int,
-    share: Share = ALL,
-) -> Iterator[Plan]:
+    share: StreamShare = WHOLE_STREAM,
+) -> Iterator[WindowPlan]:
     """Epoch after epoch from row `offset` of the stream; each epoch is shuffled differently."""
     epoch, within = divmod(offset, sum(part_sizes))
     while True:
@@ -102,7 +102,7 @@ def endless_plans(
 
 def one_pass_plans(
     part_sizes: Sequence[int], chunk_rows: int, *, window: int, rows: int
-) -> Iterator[Plan]:
+) -> Iterator[WindowPlan]:
     """The first `rows` rows of one order of chunks, the same for all windows."""
     order = epoch_order(part_sizes, chunk_rows, seed=0, epoch=0, window=window)
     for number in range(order.windows):
@@ -110,7 +110,7 @@ def one_pass_plans(
         if rest <= 0:
             return
         coming = order.window(number)
-        yield _plan(coming, np.arange(min(rest, coming.rows)), ALL)
+        yield _plan(coming, np.arange(min(rest, coming.rows)), WHOLE_STREAM)
 
 
 # --- reading ---
@@ -135,7 +135,7 @@ class Column:
         return self.dtype.itemsize * (self.width or 1)
 
 
-Columns = Mapping[Side | Fact, Column]
+Columns = Mapping[Side | RowField, Column]
 
 
 class Piece(NamedTuple):
@@ -155,7 +155,7 @@ class Memory:
 
     def __init__(self, columns: Columns, *, pinned: bool = False) -> None:
         self.columns, self.pinned = columns, pinned
-        self._used: dict[Side | Fact, deque[np.ndarray]] = {key: deque() for key in columns}
+        self._used: dict[Side | RowField, deque[np.ndarray]] = {key: deque() for key in columns}
         # how many references Python counts in an array that nobody else has: its versions differ
         self._alone = _oldest(deque([np.empty(0, np.uint8)]))[1]
 
@@ -193,7 +193,7 @@ class ReadWindow:
     """The rows of a plan's chunks laid end to end."""
 
     rows: Rows
-    plan: Plan
+    plan: WindowPlan
 
     def __len__(self) -> int:
         return self.plan.rows
@@ -212,7 +212,7 @@ class ReadWindow:
 
 
 def read_windows(
-    plans: Iterator[Plan], columns: Columns, readers: Executor
+    plans: Iterator[WindowPlan], columns: Columns, readers: Executor
 ) -> Iterator[ReadWindow]:
     """Each window is read while the one before is consumed.
 
@@ -236,7 +236,7 @@ def read_windows(
 
 
 def _start(
-    plan: Plan, columns: Columns, readers: Executor, memory: Memory
+    plan: WindowPlan, columns: Columns, readers: Executor, memory: Memory
 ) -> tuple[ReadWindow, list[Future[None]]]:
     """Take memory for a window and have it filled by the reading threads."""
     ends = list(accumulate((chunk.rows for chunk in plan.chunks), initial=0))
@@ -255,7 +255,7 @@ def _start(
 
 def _apart(columns: Columns) -> list[Columns]:
     """What a thread reads of a chunk at a time: one side; facts, which take no time, with one."""
-    apart: list[dict[Side | Fact, Column]] = [
+    apart: list[dict[Side | RowField, Column]] = [
         {key: column} for key, column in columns.items() if isinstance(key, tuple)
     ]
     apart[0] |= {key: column for key, column in columns.items() if isinstance(key, str)}

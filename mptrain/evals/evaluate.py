@@ -19,10 +19,10 @@ from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import Fvu
 from mptrain.config.checks import check_cache_limit
 from mptrain.config.coder import PURSUITS, CoderConfig, Codes
-from mptrain.data.batches import resolve_device
-from mptrain.data.filters import Filters, stored_filters
+from mptrain.data.filters import Filters, filters_from_json
 from mptrain.data.loader import Batch, Loader, Side, Split, Store, open_store
 from mptrain.evals.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
+from mptrain.kernels.device import resolve_device
 from mptrain.kernels.sparse import active_latents
 
 _BATCH_ROWS = 8192
@@ -114,7 +114,7 @@ def evaluate_coder(
     ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
     codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
-    filters = stored_filters(trained)
+    filters = filters_from_json(trained)
     others = {k: at_k(coder, k) for k in ks if k != coder.config.k and coder.config.has_threshold}
     if others:
         with _loader(store, sides, "train", filters, place) as loader:

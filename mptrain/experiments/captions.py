@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mptrain.data.atomic_files import json_safe
 from mptrain.experiments.figures import Axis, OtherK
 from mptrain.experiments.runs import Trained
 from mptrain.experiments.spec import Experiment, FigurePlan
 from mptrain.experiments.verdicts import Coders, Verdict
-from mptrain.runs.metrics import json_value
 
 Row = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def caption(
 def point_rows(plan: FigurePlan, coders: Coders) -> list[Row]:
     """A row for each validation of each coder of the figure."""
     return [
-        {**place, **{name: json_value(value) for name, value in asdict(record).items()}}
+        {**place, **{name: json_safe(value) for name, value in asdict(record).items()}}
         for place, one in _shown(plan, coders)
         for record in one.records
         if record.validation_fvu is not None
@@ -47,7 +47,7 @@ def point_rows(plan: FigurePlan, coders: Coders) -> list[Row]:
 def other_k_rows(plan: FigurePlan, coders: Coders, other_k: OtherK) -> list[Row]:
     """A row for each K at which a coder of the figure was evaluated."""
     return [
-        {**place, "coder": one.config.name, "evaluated_k": k, "fvu": json_value(fvu)}
+        {**place, "coder": one.config.name, "evaluated_k": k, "fvu": json_safe(fvu)}
         for place, one in _shown(plan, coders)
         for k, fvu in other_k.get(one.config.name, {}).items()
     ]

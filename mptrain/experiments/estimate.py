@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mptrain.config.coder import CoderConfig
-from mptrain.data.batches import resolve_device
 from mptrain.data.loader import Side
 from mptrain.evals.evaluate import sides_of
 from mptrain.experiments.runs import Trained, find_runs, plan_runs, read_trained
 from mptrain.experiments.spec import Experiment
-from mptrain.runs.memory import Needs, in_passes, most_bytes, needs_of
+from mptrain.kernels.device import resolve_device
+from mptrain.runs.memory import CoderMemory, coder_memory, group_into_passes, pass_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +50,25 @@ def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, 
     passes = [
         [needs[name] for name in names]
         for run in left
-        for names in in_passes([needs[c.name] for c in run.coders], experiment.fit["max_memory"])
+        for names in group_into_passes(
+            [needs[c.name] for c in run.coders], experiment.fit["max_memory"]
+        )
     ]
     return Estimate(
         coders=len(part.coders),
         coders_left=len(coders),
         rows_trained=experiment.fit["rows"],
         passes=len(passes),
-        memory_bytes=max((most_bytes(together) for together in passes), default=0),
+        memory_bytes=max((pass_bytes(together) for together in passes), default=0),
         coders_bytes=sum(one.weights_bytes for one in needs.values()),
         train_seconds=_seconds(coders, read_trained(found), experiment.fit["rows"]),
     )
 
 
-def _needs(experiment: Experiment, coder: CoderConfig, widths: Mapping[Side, int]) -> Needs:
+def _needs(experiment: Experiment, coder: CoderConfig, widths: Mapping[Side, int]) -> CoderMemory:
     source, target = (widths[side] for side in sides_of(coder))
     device = resolve_device(experiment.fit["device"])
-    return needs_of(coder, source, target, experiment.fit["batch_rows"], device)
+    return coder_memory(coder, source, target, experiment.fit["batch_rows"], device)
 
 
 def _seconds(

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from mptrain.data.atomic_files import explain_write_errors
 from mptrain.experiments.plot_runs import (
     ARCHS,
     DPI,
@@ -26,7 +27,7 @@ from mptrain.experiments.plot_runs import (
 )
 from mptrain.experiments.spec import FigurePlan, Line, Panel, Variant
 from mptrain.experiments.verdicts import Coders, validations
-from mptrain.runs.metrics import Record, writing_in
+from mptrain.runs.metrics import Record
 
 Axis = Literal["time", "rows", "other-k"]
 OtherK = Mapping[str, Mapping[int, float]]  # FVU at other K, by the coder's name
@@ -66,7 +67,7 @@ def draw_figure(
 ) -> list[Path]:
     """Write a figure as `stem` with the endings png and svg; gives their paths."""
     paths = [stem.with_name(f"{stem.name}.{end}") for end in ("png", "svg")]
-    with writing_in(stem.parent), matplotlib.rc_context(RC):
+    with explain_write_errors(stem.parent), matplotlib.rc_context(RC):
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(plan, coders, other_k, axis, caption)
         figure.savefig(paths[0], dpi=DPI)

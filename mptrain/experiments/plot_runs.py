@@ -17,8 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
-from mptrain.runs.metrics import Record, json_value, read_records, writing_in
-from mptrain.runs.run_dir import read_started
+from mptrain.data.atomic_files import explain_write_errors, json_safe
+from mptrain.runs.metrics import Record, read_records
+from mptrain.runs.run_dir import read_run_config
 
 ARCHS = {
     "mp": ("#c8202f", "matching pursuit (MP)"),
@@ -79,12 +80,12 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
     """
     curves = [curve for run in runs for curve in read_curves(run)]
     if title is None:
-        title = "; ".join(dict.fromkeys(read_started(run)["source"] for run in runs))
+        title = "; ".join(dict.fromkeys(read_run_config(run)["source"] for run in runs))
     if not curves:
         raise UsageError("there is nothing to plot; name at least one run")
     stem = out.with_suffix("") if out.suffix in (".png", ".svg", ".csv", ".json") else out
     paths = [stem.with_name(f"{stem.name}.{end}") for end in ("png", "svg", "csv", "json")]
-    with writing_in(stem.parent), matplotlib.rc_context(RC):
+    with explain_write_errors(stem.parent), matplotlib.rc_context(RC):
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure = draw(curves, title)
         figure.savefig(paths[0], dpi=DPI)
@@ -95,7 +96,7 @@ def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> l
 
 def read_curves(run: Path) -> list[Curve]:
     """The curves of a run, in the order of its config."""
-    coders = read_started(run)["coders"]
+    coders = read_run_config(run)["coders"]
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
@@ -121,7 +122,7 @@ def write_table(curves: Sequence[Curve], csv_path: Path, json_path: Path) -> Non
         {
             "run": str(curve.run),
             **asdict(curve.coder),
-            **{name: json_value(value) for name, value in asdict(record).items()},
+            **{name: json_safe(value) for name, value in asdict(record).items()},
         }
         for curve in curves
         for record in curve.records

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
-from mptrain.coders.checkpoint import read_json
 from mptrain.config.coder import CoderConfig
-from mptrain.data.preflight import numbers_of
+from mptrain.data.atomic_files import read_json
+from mptrain.data.part_ranges import parse_ranges
 from mptrain.runs.metrics import Record, read_records
-from mptrain.runs.run_dir import FREE
+from mptrain.runs.run_dir import CHANGEABLE_FIELDS
 
-_FREE = {*FREE, "write_threads", "trust_remote_code"}
+_FREE = {*CHANGEABLE_FIELDS, "write_threads", "trust_remote_code"}
 # what sweeps of earlier versions did, whose files lack these settings
 _EARLIER: dict[str, dict[str, Any]] = {
     "fit": {"only_tokens": "all"},
@@ -156,7 +156,7 @@ def _run(folder: Path, config: Mapping[str, Any]) -> SweepRun:
         for one in config["coders"]
     )
     finished = {coder.name for coder in coders} <= {row["coder"] for row in _results(folder)}
-    parts = frozenset(numbers_of(config["parts"]))
+    parts = frozenset(parse_ranges(config["parts"]))
     return SweepRun(folder, coders, finished, config["order_digest"], parts)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 from mpcache.errors import UsageError
-from mptrain.coders.checkpoint import read_json, write_json
 from mptrain.config.run import ListedConfig
+from mptrain.data.atomic_files import explain_write_errors, json_safe, read_json, write_json
 from mptrain.data.loader import open_store
-from mptrain.data.preflight import parts_of, ranges
+from mptrain.data.part_ranges import format_ranges
+from mptrain.data.preflight import common_parts
 from mptrain.evals.evaluate import evaluate_coder, sides_of, sides_of_all
 from mptrain.experiments.captions import caption, other_k_rows, page, point_rows, write_rows
 from mptrain.experiments.figures import Axis, OtherK, draw_figure
@@ -29,8 +30,7 @@ from mptrain.experiments.runs import (
 from mptrain.experiments.spec import Experiment, FigurePlan
 from mptrain.experiments.verdicts import Coders, Verdict, faults, judge
 from mptrain.runs.fit import fit
-from mptrain.runs.metrics import json_value, writing_in
-from mptrain.training.distributed import is_one_of_several
+from mptrain.training.distributed import is_distributed
 
 Collect = Callable[[Sequence[str]], str]
 
@@ -66,7 +66,7 @@ def sweep(
         ValueError: the user's mistake, such as a folder that holds other settings' coders.
         KeyboardInterrupt: as it comes; the same call goes on.
     """
-    if is_one_of_several():
+    if is_distributed():
         raise UsageError("a sweep is one process, got several of torchrun; start it without")
     folder = Path(experiment.head.run)
     part = experiment.only(only)
@@ -104,7 +104,7 @@ def sweep(
 def keep_experiment(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Save the resolved file beside the results, if it goes with what is there."""
     refuse_other_settings(folder, resolved)
-    with writing_in(folder):
+    with explain_write_errors(folder):
         write_json(saved_settings(folder), resolved)
 
 
@@ -135,11 +135,11 @@ def _refuse_unsuited(
     store = open_store(place)
     part.refuse_other_k(lambda coder: coder.latents_of(store.width(*sides_of(coder)[0])))
     for run in left:
-        there = parts_of(store, sides_of_all(run.coders))
+        there = common_parts(store, sides_of_all(run.coders))
         if lost := set(parts or ()) - there:
             raise UsageError(
-                f"{store.storage} lacks parts {ranges(lost)}, which the coders in {part.head.run} "
-                "have trained on; collect them again, or name another run"
+                f"{store.storage} lacks parts {format_ranges(lost)}, which the coders in "
+                f"{part.head.run} have trained on; collect them again, or name another run"
             )
 
 
@@ -170,7 +170,7 @@ def _other_k(
             if not {*other_k, config.k} <= there.keys():
                 store = store or collect(part.sides)
                 there |= _evaluate(part, trained, store, other_k)
-                write_json(file, {str(k): json_value(there[k]) for k in sorted(there)})
+                write_json(file, {str(k): json_safe(there[k]) for k in sorted(there)})
             found[config.name] = {k: there[k] for k in sorted({*other_k, config.k})}
     return found
 

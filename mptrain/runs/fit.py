@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mptrain.coders.checkpoint import load_state, save_coder, save_state, write_json
+from mptrain.coders.checkpoint import save_coder
 from mptrain.coders.coder import Coder
 from mptrain.config.run import RunConfig
-from mptrain.data.batches import resolve_device
+from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters, make_filters
 from mptrain.data.loader import Batch, Loader, Side, Store
 from mptrain.data.preflight import open_trainable_store, refuse_constant
 from mptrain.evals.evaluate import Evaluation, calibrate_, evaluate, sides_of_all
-from mptrain.runs.loggers import MetricLoggers, refuse_absent
+from mptrain.kernels.device import resolve_device
+from mptrain.runs.loggers import MetricLoggers, check_installed
 from mptrain.runs.metrics import MetricsFile, Record, rewind
-from mptrain.runs.plan import Plan, make_plan
-from mptrain.runs.records import in_short, record_of
+from mptrain.runs.plan import RunPlan, make_plan
+from mptrain.runs.records import make_record, progress_summary
 from mptrain.runs.results import result_of
-from mptrain.runs.run_dir import Run, open_run, parts_begun_with, refuse_other
-from mptrain.runs.signals import held_interrupt
-from mptrain.runs.state import Progress, gathered, load_progress, restore_
-from mptrain.training.distributed import ALONE, Ranks, joined
-from mptrain.training.setup import CoderRun, loader_of, make_coder_run, train_steps
+from mptrain.runs.run_dir import RunFolder, check_same_run, open_run, recorded_parts
+from mptrain.runs.saved_state import load_state, save_state
+from mptrain.runs.signals import deferred_interrupts
+from mptrain.runs.state import RunProgress, gathered, load_progress, restore_
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, joined
+from mptrain.training.setup import CoderRun, make_coder_run, make_loader, train_steps
 from mptrain.training.train_step import StepResult
 
 
@@ -56,7 +58,7 @@ def fit(
 
 
 def _fit(
-    config: RunConfig, ranks: Ranks, quiet: bool, only_parts: Collection[int] | None
+    config: RunConfig, ranks: ProcessGroup, quiet: bool, only_parts: Collection[int] | None
 ) -> list[dict[str, Any]]:
     if not ranks.is_first:
         ranks.meet()  # the run has begun then: all take the parts that it began with
@@ -68,7 +70,7 @@ def _fit(
         rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
         tqdm.write(f"{rows} train rows in {store.storage}", file=sys.stderr)
     refuse_constant(store, sides_of_all(list(coders.values())))
-    progress = begun or Progress(passes=plan.passes)
+    progress = begun or RunProgress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):
         together = [coders[name] for name in progress.names]
@@ -77,7 +79,7 @@ def _fit(
         filters = make_filters(config, store, sides)
         coder_runs = [make_coder_run(one, config, filters, store, device, ranks) for one in own]
         with ExitStack() as stack:
-            open_loader = partial(loader_of, config, store, filters=filters, device=device)
+            open_loader = partial(make_loader, config, store, filters=filters, device=device)
             train = stack.enter_context(open_loader(sides, "train", share=ranks.share))
             validation = stack.enter_context(open_loader(sides, "validation"))
             sample = None
@@ -92,26 +94,28 @@ def _fit(
     return progress.finished
 
 
-def plan_of(config: RunConfig) -> Plan:
+def plan_fit(config: RunConfig) -> RunPlan:
     """What `fit` would do; raises as it does, and writes nothing."""
     begun = load_progress(Path(config.run), [one.name for one in config.coders()])
-    store, plan = _planned(config, resolve_device(config.device), ALONE, None, begun, quiet=True)
-    refuse_other(config, store.fingerprint)
+    store, plan = _planned(
+        config, resolve_device(config.device), SINGLE_PROCESS, None, begun, quiet=True
+    )
+    check_same_run(config, store.fingerprint)
     return plan
 
 
 def _planned(
     config: RunConfig,
     device: torch.device,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     only_parts: Collection[int] | None,
-    begun: Progress | None,
+    begun: RunProgress | None,
     *,
     quiet: bool,
-) -> tuple[Store, Plan]:
-    refuse_absent(config.log)
+) -> tuple[Store, RunPlan]:
+    check_installed(config.log)
     everything = sides_of_all(config.coders())
-    begun_with = parts_begun_with(config)
+    begun_with = recorded_parts(config)
     only_parts = only_parts if begun_with is None else begun_with
     store = open_trainable_store(config, everything, only_parts, quiet=quiet)
     return store, make_plan(config, store, device, ranks, begun.passes if begun else None)
@@ -123,9 +127,9 @@ class TrainLoop:
     def __init__(
         self,
         config: RunConfig,
-        ranks: Ranks,
-        run: Run,
-        progress: Progress,
+        ranks: ProcessGroup,
+        run: RunFolder,
+        progress: RunProgress,
         coder_runs: Sequence[CoderRun],
         filters: Filters,
         train: Loader,
@@ -158,7 +162,7 @@ class TrainLoop:
         batches = self.train.batches(start * self.config.batch_rows)
         with (
             closing(self.followers),
-            held_interrupt() as interrupted,
+            deferred_interrupts() as interrupted,
             tqdm(
                 total=self.steps * self.config.batch_rows,
                 initial=start * self.config.batch_rows,
@@ -198,7 +202,7 @@ class TrainLoop:
         is_due = is_evaluated or step % self.config.log_every == 0
         self._log(step, is_due, results, evaluations)
         if is_due and self.coder_runs:  # a rank may have none of a pass
-            bar.set_postfix_str(in_short(results, self._waited, self._trained))
+            bar.set_postfix_str(progress_summary(results, self._waited, self._trained))
 
     def _train(self, batch: Batch) -> list[StepResult | None]:
         return [
@@ -283,7 +287,7 @@ class TrainLoop:
             just_diverged = coder_run.diverged and result is not None
             if just_diverged or (is_due and not coder_run.diverged):
                 seconds = (self._waited, self.progress.validated)
-                self.records.append(record_of(step, coder_run, result, evaluation, *seconds))
+                self.records.append(make_record(step, coder_run, result, evaluation, *seconds))
         if is_due:
             self._write_records()
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpcache.errors import UsageError
-from mptrain.coders.checkpoint import read_json, write_json
 from mptrain.config.coder import CoderConfig
 from mptrain.config.run import Log
+from mptrain.data.atomic_files import read_json, write_json
 from mptrain.runs.metrics import Record, read_records
 
 _PACKAGES: Mapping[Log, str] = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -32,7 +32,7 @@ class MetricLogger(Protocol):
     def close(self) -> None: ...
 
 
-def refuse_absent(logs: Iterable[Log]) -> None:
+def check_installed(logs: Iterable[Log]) -> None:
     """ValueError where a package is missing, before anything is begun."""
     for log in logs:
         if importlib.util.find_spec(_PACKAGES[log]) is None:

@@ -14,7 +14,7 @@ from mptrain.coders.coder import Coder
 from mptrain.config.coder import PURSUITS, CoderConfig, Optimizer
 from mptrain.pursuit.backend import microbatch_rows, resolve
 from mptrain.pursuit.refit import refit_rows
-from mptrain.training.distributed import ALONE, Ranks
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.objective import WIDE
 
 # tensors of a parameter's size that an optimizer keeps for it: of a matrix, of a vector
@@ -27,7 +27,7 @@ _ROW_COPIES = 6  # of inputs and targets in float32: centred, residuals, predict
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needs:
+class CoderMemory:
     """Bytes of one coder on the device that it trains on."""
 
     name: str
@@ -45,9 +45,9 @@ class Needs:
         return self.weights_bytes + self.optimizer_bytes
 
 
-def needs_of(
+def coder_memory(
     config: CoderConfig, input_width: int, target_width: int, rows: int, device: torch.device
-) -> Needs:
+) -> CoderMemory:
     """What a coder needs to train on batches of so many rows.
 
     Raises:
@@ -59,7 +59,7 @@ def needs_of(
     matrix, vector = MOMENTS[config.optimizer]
     moments = sum(p.numel() * (matrix if p.ndim == 2 else vector) for p in trained)
     tensors = [*coder.parameters(), *coder.buffers()]
-    return Needs(
+    return CoderMemory(
         name=config.name,
         latents=coder.latents,
         parameters=sum(p.numel() for p in trained),
@@ -69,24 +69,26 @@ def needs_of(
     )
 
 
-def most_bytes(needs: Sequence[Needs]) -> int:
+def pass_bytes(needs: Sequence[CoderMemory]) -> int:
     """Of coders that are held together and stepped one after another."""
     return sum(one.held_bytes for one in needs) + max(one.step_bytes for one in needs)
 
 
-def in_passes(needs: Sequence[Needs], most: int | None, ranks: Ranks = ALONE) -> list[list[str]]:
+def group_into_passes(
+    needs: Sequence[CoderMemory], most: int | None, ranks: ProcessGroup = SINGLE_PROCESS
+) -> list[list[str]]:
     """Names of coders that fit into `most` bytes together, in their order; None: all of them.
     Where ranks share coders, the share of each has so many bytes.
 
     Raises:
         ValueError: one of them does not fit alone.
     """
-    passes: list[list[Needs]] = []
+    passes: list[list[CoderMemory]] = []
     for one in needs:
-        if most is not None and most_bytes([one]) > most:
+        if most is not None and pass_bytes([one]) > most:
             raise UsageError(
                 f"max_memory must hold at least one coder, got {most} bytes, but {one.name} needs "
-                f"{most_bytes([one])}: {one.weights_bytes} for weights, {one.optimizer_bytes} for "
+                f"{pass_bytes([one])}: {one.weights_bytes} for weights, {one.optimizer_bytes} for "
                 f"the optimizer, {one.step_bytes} for a train step (estimated); use fewer latents, "
                 "--batch-rows or --micro-batch-rows, or more memory"
             )
@@ -97,8 +99,8 @@ def in_passes(needs: Sequence[Needs], most: int | None, ranks: Ranks = ALONE) ->
     return [[one.name for one in together] for together in passes]
 
 
-def _fit(needs: Sequence[Needs], most: int, ranks: Ranks) -> bool:
-    return all(most_bytes(share) <= most for share in ranks.all_coders(needs) if share)
+def _fit(needs: Sequence[CoderMemory], most: int, ranks: ProcessGroup) -> bool:
+    return all(pass_bytes(share) <= most for share in ranks.all_coders(needs) if share)
 
 
 def _step_bytes(coder: Coder, D: int, E: int, rows: int, device: torch.device) -> int:

@@ -1,17 +1,16 @@
 """The lines of a run's `metrics.jsonl`: written while it trains, read back by plots and reports."""
 
-import errno
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
+from mptrain.data.atomic_files import NONFINITE, json_safe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +50,6 @@ class Record:
     def is_diverged(self) -> bool:
         """Whether the coder diverged in this train step, its last one."""
         return self.validation_fvu is not None and math.isnan(self.validation_fvu)
-
-
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-
-
-@contextmanager
-def writing_in(place: Path) -> Iterator[None]:
-    """Turn errors of a place that cannot be written into ValueError, the user's mistake."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _UNWRITABLE:
-            raise
-        raise UsageError(
-            f"cannot write in {place}: {error.strerror}; name a place that you may write to"
-        ) from None
 
 
 class MetricsFile:
@@ -132,17 +115,8 @@ def rewind(path: Path, is_kept: Callable[[Record], bool]) -> None:
     shorter.replace(path)
 
 
-# JSON has no NaN or infinity; null would hide that a run diverged
-NONFINITE = ("nan", "inf", "-inf")
-
-
-def json_value(value: str | float | int | None) -> str | float | int | None:
-    """The value as JSON can hold it."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _line(record: Record) -> str:
-    values = {name: json_value(value) for name, value in asdict(record).items()}
+    values = {name: json_safe(value) for name, value in asdict(record).items()}
     return json.dumps(values, allow_nan=False) + "\n"
 
 

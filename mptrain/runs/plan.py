@@ -9,8 +9,8 @@ from mptrain.config.coder import CoderConfig
 from mptrain.config.run import RunConfig
 from mptrain.data.loader import Side, Split, Store, row_bytes
 from mptrain.evals.evaluate import sides_of, sides_of_all
-from mptrain.runs.memory import Needs, in_passes, most_bytes, needs_of
-from mptrain.training.distributed import ALONE, Ranks
+from mptrain.runs.memory import CoderMemory, coder_memory, group_into_passes, pass_bytes
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.setup import train_steps
 
 _POSITION = 8  # bytes of a row's position, of its place in a window, and of its turn
@@ -20,10 +20,10 @@ _BATCHES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """A run that has not begun."""
 
-    needs: tuple[Needs, ...]
+    needs: tuple[CoderMemory, ...]
     "of each coder"
     passes: list[list[str]]
     "names of the coders that are trained together, in one reading of the rows"
@@ -46,23 +46,25 @@ def make_plan(
     config: RunConfig,
     store: Store,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     passes: list[list[str]] | None = None,
-) -> Plan:
-    """Plan a run; reads marks of the store and no rows. `passes` are those of a run that goes on.
+) -> RunPlan:
+    """Plan a run. Reads the store's marks and no rows.
+
+    `passes` are those of a run that is continued.
 
     Raises:
         ValueError: a coder cannot be made for the store's widths, or does not fit into max_memory.
     """
     coders = {one.name: one for one in config.coders()}
     needs = {name: _needs(one, config, store, device) for name, one in coders.items()}
-    passes = passes or in_passes(list(needs.values()), config.max_memory, ranks)
+    passes = passes or group_into_passes(list(needs.values()), config.max_memory, ranks)
     grouped = [[coders[name] for name in names] for names in passes]
-    largest = max(passes, key=lambda names: most_bytes([needs[name] for name in names]))
+    largest = max(passes, key=lambda names: pass_bytes([needs[name] for name in names]))
     sides = sides_of_all(coders.values())
     rows = sum(part.rows for part in store.parts(sides, "train"))
     read_bytes = sum(_read_bytes(together, config, store) for together in grouped)
-    return Plan(
+    return RunPlan(
         needs=tuple(needs.values()),
         passes=passes,
         train_steps=train_steps(config),
@@ -77,14 +79,14 @@ def make_plan(
     )
 
 
-def _needs(one: CoderConfig, config: RunConfig, store: Store, device: torch.device) -> Needs:
+def _needs(one: CoderConfig, config: RunConfig, store: Store, device: torch.device) -> CoderMemory:
     source, target = sides_of(one)
     widths = store.width(*source), store.width(*target)
-    return needs_of(one, *widths, config.batch_rows, device)
+    return coder_memory(one, *widths, config.batch_rows, device)
 
 
 def _memory(
-    needs: Sequence[Needs], coders: Sequence[CoderConfig], config: RunConfig, store: Store
+    needs: Sequence[CoderMemory], coders: Sequence[CoderConfig], config: RunConfig, store: Store
 ) -> dict[str, int]:
     sides = sides_of_all(coders)
     values = sum(store.width(*side) for side in sides)

@@ -12,7 +12,7 @@ from mptrain.training.setup import CoderRun
 from mptrain.training.train_step import StepResult
 
 
-def record_of(
+def make_record(
     step: int,
     coder_run: CoderRun,
     result: StepResult | None,
@@ -40,7 +40,7 @@ def record_of(
     )
 
 
-def in_short(
+def progress_summary(
     results: Sequence[StepResult | None], wait_seconds: float, train_seconds: float
 ) -> str:
     """Range of the coders' FVU, and the share of waiting for data in waiting and training."""

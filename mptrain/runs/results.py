@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mptrain.coders.checkpoint import read_json
 from mptrain.config.coder import PURSUITS, CoderConfig
+from mptrain.data.atomic_files import read_json
 from mptrain.evals.evaluate import Evaluation
 from mptrain.training.setup import CoderRun
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
-from mptrain.coders.checkpoint import is_partial, read_json, write_json
 from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import ListedConfig, RunConfig
-from mptrain.data.preflight import numbers_of, ranges
-from mptrain.runs.metrics import writing_in
+from mptrain.data.atomic_files import explain_write_errors, is_partial, read_json, write_json
+from mptrain.data.part_ranges import format_ranges, parse_ranges
 
 # where a run lives, what it is computed on, when it is saved, how rows are fetched and what fits
 # into memory may change between its commands; passes are those of the last saved state, if any
-FREE = {
+CHANGEABLE_FIELDS = {
     "run", "store", "device", "spread", "log", "save_every", "save_minutes", "window_bytes",
     "read_threads", "cache_dir", "cache_bytes", "follow", "max_memory",
 }  # fmt: skip
@@ -26,7 +25,7 @@ _KEYS = ("fit", "source", "coders")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """A run's folder and the provenance that its coders carry."""
 
     folder: Path
@@ -37,7 +36,7 @@ class Run:
         return self.folder / "metrics.jsonl"
 
 
-def read_started(run: Path) -> dict[str, Any]:
+def read_run_config(run: Path) -> dict[str, Any]:
     """What a run was started with: its `config.json`.
 
     Raises:
@@ -53,20 +52,20 @@ def read_started(run: Path) -> dict[str, Any]:
     return started
 
 
-def parts_begun_with(config: RunConfig) -> set[int] | None:
+def recorded_parts(config: RunConfig) -> set[int] | None:
     """The store's parts that the run there reads; None where there is none yet, or one of an
     earlier version, which did not keep them.
     """
     run = Path(config.run)
     if not (run / "config.json").exists():
         return None
-    parts = read_started(run).get("parts")
-    return None if parts is None else numbers_of(parts)
+    parts = read_run_config(run).get("parts")
+    return None if parts is None else parse_ranges(parts)
 
 
 def open_run(
     config: RunConfig, source: str, fingerprint: str, order_digest: str, parts: Collection[int]
-) -> Run:
+) -> RunFolder:
     """Make the run, or check that the one there was started with the same config and rows.
 
     `parts` are those of the store that it reads, also when more of them are there later.
@@ -75,7 +74,7 @@ def open_run(
         ValueError: the folder holds another run, or something that is no run, or cannot be written;
             says what differs.
     """
-    refuse_other(config, fingerprint)
+    check_same_run(config, fingerprint)
     folder = Path(config.run)
     provenance = {"store_fingerprint": fingerprint, "order_digest": order_digest}
     started = {
@@ -83,21 +82,21 @@ def open_run(
         "source": source,
         "coders": [{"name": one.name, **asdict(one)} for one in config.coders()],
         **provenance,
-        "parts": ranges(parts),
+        "parts": format_ranges(parts),
     }
     file = folder / "config.json"
     if not file.exists():
-        with writing_in(folder):
+        with explain_write_errors(folder):
             write_json(file, started)
-    elif read_started(folder)["order_digest"] != order_digest:
+    elif read_run_config(folder)["order_digest"] != order_digest:
         raise UsageError(
             f"{folder} cannot go on: the store lacks parts that were there when the run "
             "began; name another run"
         )
-    return Run(folder, provenance)
+    return RunFolder(folder, provenance)
 
 
-def refuse_other(config: RunConfig, fingerprint: str) -> None:
+def check_same_run(config: RunConfig, fingerprint: str) -> None:
     """ValueError where the folder holds another run, or something that is no run; writes nothing.
 
     `fingerprint` is that of the store. Says what differs.
@@ -118,11 +117,11 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
     Raises:
         ValueError: there is no such run, or something else is given.
     """
-    allowed = FREE - {"run"}
+    allowed = CHANGEABLE_FIELDS - {"run"}
     for name in given.keys() - allowed:
         told = ", ".join(sorted(allowed))
         raise UsageError(f"--resume takes {name} from the run; beside it may be given {told}")
-    started = read_started(Path(run))["fit"]
+    started = read_run_config(Path(run))["fit"]
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
     changes = {"spread": None, **given, "run": run}
     try:
@@ -137,12 +136,16 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
 
 
 def _refuse_difference(folder: Path, config: RunConfig, fingerprint: str) -> None:
-    stored = read_started(folder)
+    stored = read_run_config(folder)
     wanted = _as_stored(asdict(config))
     # a run of an earlier version did what is the default of a setting that came later
     defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
     there = {**_as_stored(defaults), **stored["fit"]}
-    pairs = [(name, there.get(name), value) for name, value in wanted.items() if name not in FREE]
+    pairs = [
+        (name, there.get(name), value)
+        for name, value in wanted.items()
+        if name not in CHANGEABLE_FIELDS
+    ]
     pairs += [("store_fingerprint", stored["store_fingerprint"], fingerprint)]
     different = [
         f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new

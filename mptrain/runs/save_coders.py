@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
-from mptrain.coders.checkpoint import load_state, read_json, save_coder
+from mptrain.coders.checkpoint import save_coder
 from mptrain.config.run import RunConfig
-from mptrain.data.batches import resolve_device
+from mptrain.data.atomic_files import read_json
 from mptrain.data.filters import Filters, make_filters
 from mptrain.data.loader import Store
 from mptrain.data.preflight import open_trainable_store
 from mptrain.evals.evaluate import calibrate_, sides_of_all
+from mptrain.kernels.device import resolve_device
 from mptrain.runs.results import result_so_far
-from mptrain.runs.run_dir import parts_begun_with, read_started, refuse_other, resumed_config
-from mptrain.runs.state import Progress, restore_
-from mptrain.training.setup import CoderRun, loader_of, make_coder_run, train_steps
+from mptrain.runs.run_dir import check_same_run, read_run_config, recorded_parts, resumed_config
+from mptrain.runs.saved_state import load_state
+from mptrain.runs.state import RunProgress, restore_
+from mptrain.training.setup import CoderRun, make_coder_run, make_loader, train_steps
 
 
 def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -38,14 +40,14 @@ def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
             "a smaller --save-every"
         )
     about, tensors = state
-    progress = Progress(**about["progress"])
+    progress = RunProgress(**about["progress"])
     if set(progress.names) <= _finished(Path(run)):
         return []
     coders = {coder.name: coder for coder in config.coders()}
     together = [coders[name] for name in progress.names]
     sides = sides_of_all(together)
-    store = open_trainable_store(config, sides, parts_begun_with(config))
-    refuse_other(config, store.fingerprint)
+    store = open_trainable_store(config, sides, recorded_parts(config))
+    check_same_run(config, store.fingerprint)
     filters, device = make_filters(config, store, sides), resolve_device(config.device)
     coder_runs = [make_coder_run(coder, config, filters, store, device) for coder in together]
     restore_(about, tensors, coder_runs, config.batch_rows)
@@ -62,14 +64,14 @@ def _save(
     config: RunConfig, coder_runs: list[CoderRun], store: Store, filters: Filters
 ) -> list[dict[str, Any]]:
     run = Path(config.run)
-    started = read_started(run)
+    started = read_run_config(run)
     provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
     healthy = [coder_run for coder_run in coder_runs if not coder_run.diverged]
     coders = {coder_run.config.name: coder_run.trainer.evaluated() for coder_run in healthy}
     if batch := [coder for coder in coders.values() if coder.config.has_threshold]:
         sides = sides_of_all(coder.config for coder in batch)
         device = batch[0].b_D.device
-        with loader_of(config, store, sides, "train", filters=filters, device=device) as sample:
+        with make_loader(config, store, sides, "train", filters=filters, device=device) as sample:
             calibrate_(batch, sample, filters)
     rows = []
     for coder_run in coder_runs:

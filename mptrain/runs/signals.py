@@ -14,7 +14,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def held_interrupt() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+def deferred_interrupts() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
     """Hold back a first Ctrl-C or SIGTERM, and tell what to raise; a second one is raised at once.
 
     Does nothing outside the main thread, which alone gets signals.

@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mptrain.coders.checkpoint import load_about
-from mptrain.training.distributed import Ranks
+from mptrain.runs.saved_state import load_about
+from mptrain.training.distributed import ProcessGroup
 from mptrain.training.setup import CoderRun
 
 
 @dataclass(kw_only=True)
-class Progress:
+class RunProgress:
     """Where a run is."""
 
     passes: list[list[str]]
@@ -43,9 +43,9 @@ class Progress:
     def finished_names(self) -> set[str]:
         return {result["coder"] for result in self.finished}
 
-    def next_pass(self, results: list[dict[str, Any]]) -> "Progress":
+    def next_pass(self, results: list[dict[str, Any]]) -> "RunProgress":
         """The beginning of the pass after this one, with all results so far."""
-        return Progress(
+        return RunProgress(
             passes=self.passes,
             number=self.number + 1,
             waited=self.waited,
@@ -54,7 +54,7 @@ class Progress:
         )
 
 
-def load_progress(run: Path, names: Sequence[str]) -> Progress | None:
+def load_progress(run: Path, names: Sequence[str]) -> RunProgress | None:
     """Where a run of these coders was kept last; None: it has yet to begin.
 
     Raises:
@@ -63,13 +63,13 @@ def load_progress(run: Path, names: Sequence[str]) -> Progress | None:
     about = load_about(run)
     if about is None:
         return None
-    progress = Progress(**about["progress"])
+    progress = RunProgress(**about["progress"])
     is_of_these = {name for together in progress.passes for name in together} == set(names)
     return progress if is_of_these else None  # another run's config is told apart elsewhere
 
 
 def gathered(
-    progress: Progress, coder_runs: Sequence[CoderRun], ranks: Ranks
+    progress: RunProgress, coder_runs: Sequence[CoderRun], ranks: ProcessGroup
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Where a run is, and the tensors of its coders: all of it on the first rank.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig, Spread
-from mptrain.data.windows import ALL, Share
+from mptrain.data.windows import WHOLE_STREAM, StreamShare
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ _PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
+class ProcessGroup:
     """This process among those of its run. Alone it does everything, and sends nothing."""
 
     rank: int = 0
@@ -62,9 +62,9 @@ class Ranks:
         return [coders[rank :: self.size] for rank in range(self.size)]
 
     @property
-    def share(self) -> Share:
+    def share(self) -> StreamShare:
         """What it reads of the train rows."""
-        return Share(self.rank, self.size) if self.shares_rows else ALL
+        return StreamShare(self.rank, self.size) if self.shares_rows else WHOLE_STREAM
 
     def add_(self, tensor: Tensor) -> Tensor:
         """Where rows are shared, the sum over ranks, in place and the same bits on all of them."""
@@ -130,33 +130,33 @@ class Ranks:
         self.any(False)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
-def is_one_of_several() -> bool:
+def is_distributed() -> bool:
     """Whether torchrun started this process."""
     return dist.is_torchelastic_launched()
 
 
 def is_first_process() -> bool:
     """Whether this process is the one to tell the user something."""
-    return not is_one_of_several() or os.environ["RANK"] == "0"
+    return not is_distributed() or os.environ["RANK"] == "0"
 
 
 @contextmanager
-def joined(config: RunConfig) -> Iterator[Ranks]:
+def joined(config: RunConfig) -> Iterator[ProcessGroup]:
     """This process among those that torchrun started, on its own GPU; alone without torchrun.
 
     Raises:
         ValueError: the config does not go with how many processes there are.
     """
-    if not is_one_of_several():
+    if not is_distributed():
         if config.spread is not None:
             raise UsageError(
                 f"spread {config.spread} needs several processes, got one; start them by "
                 "torchrun --nproc-per-node 2 --no-python -- mptrain fit ..., or leave out spread"
             )
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     _refuse_unfit(config, size)
@@ -164,7 +164,7 @@ def joined(config: RunConfig) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if _takes_gpu_(config, local) else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
-        yield Ranks(rank=int(os.environ["RANK"]), size=size, spread=config.spread)
+        yield ProcessGroup(rank=int(os.environ["RANK"]), size=size, spread=config.spread)
     finally:
         dist.destroy_process_group()
 

@@ -14,9 +14,9 @@ from mptrain.config.coder import CoderConfig
 from mptrain.config.run import RunConfig
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Loader, Side, Split, Store
-from mptrain.data.windows import ALL, Share
+from mptrain.data.windows import WHOLE_STREAM, StreamShare
 from mptrain.evals.evaluate import sides_of
-from mptrain.training.distributed import ALONE, Ranks
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.geometric_median import geometric_median
 from mptrain.training.normalization import IDENTITY, scale_of
 from mptrain.training.optimizers import make_optimizers
@@ -61,7 +61,7 @@ def make_coder_run(
     filters: Filters,
     store: Store,
     device: torch.device,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> CoderRun:
     """A coder at its start: biases in the middle of the train split, atoms drawn by its seed.
 
@@ -91,7 +91,7 @@ def make_coder_run(
     )
 
 
-def loader_of(
+def make_loader(
     config: RunConfig,
     store: Store,
     sides: Sequence[Side],
@@ -99,7 +99,7 @@ def loader_of(
     *,
     filters: Filters,
     device: torch.device,
-    share: Share = ALL,
+    share: StreamShare = WHOLE_STREAM,
 ) -> Loader:
     """What a run reads of a split, in its order."""
     return Loader(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mptrain.coders.coder import Code, Coder, coder_of
 from mptrain.kernels.sparse import active_latents
-from mptrain.training.distributed import ALONE, Ranks
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.normalization import IDENTITY, Scale, for_unscaled_rows
 from mptrain.training.objective import WIDE, Objective
 from mptrain.training.optimizers import Optimizers
@@ -51,7 +51,7 @@ class CoderTrainer:
         total_variance: float,
         input_variance: float | None = None,
         scale: Scale = IDENTITY,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """Variances as for `Objective`, of rows as they are; the coder is for `scale` of them."""
         self.coder = coder

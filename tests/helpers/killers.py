@@ -4,6 +4,7 @@ Imports no more than a run needs: it is imported anew in each process that is to
 """
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from mptrain.coders import checkpoint
 from mptrain.config.fit import FitConfig
+from mptrain.data import atomic_files
 from mptrain.experiments.spec import experiment_of
 from mptrain.experiments.sweep import sweep
 from mptrain.experiments.toml_config import read_settings
@@ -90,8 +92,8 @@ def arm(kind: str, moment: int, log: Path) -> None:
     metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
     checkpoint.save_file = killer.before("save", "before tensors", checkpoint.save_file)
     checkpoint.save_file = killer.half_way("save", "half of the tensors", checkpoint.save_file)
-    checkpoint._sync = killer.before("save", "sync", checkpoint._sync)
-    path: Any = checkpoint.Path
+    atomic_files.sync = killer.before("save", "sync", atomic_files.sync)
+    path: Any = Path
     path.rename = killer.before("save", "rename", path.rename)
     path.replace = killer.before("save", "replace", path.replace)
-    checkpoint.shutil.rmtree = killer.before("save", "drop", checkpoint.shutil.rmtree)  # type: ignore[assignment]
+    shutil.rmtree = killer.before("save", "drop", shutil.rmtree)  # type: ignore[assignment]

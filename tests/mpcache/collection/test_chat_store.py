@@ -20,7 +20,7 @@ from mpcache.maintenance.verify import verify
 from mpcache.store.reader import Store, open_store
 from mptrain.coders.checkpoint import load_coder
 from mptrain.config.fit import FitConfig
-from mptrain.data.filters import Filters, make_filters, stored_filters
+from mptrain.data.filters import Filters, filters_from_json, make_filters
 from mptrain.data.loader import Loader
 from mptrain.data.windows import ASSISTANT
 from mptrain.evals.evaluate import evaluate_coder
@@ -194,8 +194,8 @@ def test_filters_take_just_the_assistants_rows(store: Store) -> None:
     assert filters.kept(batch, MLP).tolist() == own.tolist()
     parts = store.parts(MLP, "train")
     assert int(own.sum()) == sum(int(store.read_assistant(p.number).sum()) for p in parts)  # type: ignore[union-attr]
-    assert stored_filters(filters.as_json()) == filters
-    assert stored_filters({"skip_positions": 1, "allow_nonfinite": False}) == Filters(
+    assert filters_from_json(filters.as_json()) == filters
+    assert filters_from_json({"skip_positions": 1, "allow_nonfinite": False}) == Filters(
         skip_positions=1, norm_limits={}
     )
 

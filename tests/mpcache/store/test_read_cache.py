@@ -32,7 +32,7 @@ from mpcli.mptrain import app
 from mptrain.bench.loader import bench_loader
 from mptrain.config.run import LoaderBenchConfig
 from mptrain.data.loader import Loader
-from mptrain.runs.fit import fit, plan_of
+from mptrain.runs.fit import fit, plan_fit
 from tests.helpers import servers
 from tests.helpers.fits import config, equal, lasting, weights
 from tests.helpers.stores import small_store
@@ -157,15 +157,15 @@ def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: P
     _, url = made
     settings: dict[str, Any] = {"rows": 64 * 30, **SMALL}
     run = config(url, tmp_path / "run", cache_dir=str(tmp_path / "cache"), **settings)
-    before = plan_of(run)
+    before = plan_fit(run)
     assert not (tmp_path / "cache").exists()
     store = open_store(url)
     there = store.stored_bytes([SIDE], "train") + store.stored_bytes([SIDE], "validation")
     assert before.store_bytes == there < before.read_bytes
-    plain = plan_of(config(url, tmp_path / "run", **settings))
+    plain = plan_fit(config(url, tmp_path / "run", **settings))
     assert plain.store_bytes == plain.read_bytes
     fit(run)
-    after = plan_of(config(url, tmp_path / "other", cache_dir=run.cache_dir, **settings))
+    after = plan_fit(config(url, tmp_path / "other", cache_dir=run.cache_dir, **settings))
     assert after.store_bytes < 0.05 * there  # the ends of short parts are never read
     words = ["fit", url, "--run", str(tmp_path / "other"), "--hookpoints", "layers.0"]
     words += [

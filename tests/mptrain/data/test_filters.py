@@ -12,7 +12,7 @@ from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import Arch, CoderConfig
 from mptrain.config.fit import FitConfig
-from mptrain.data.filters import Filters, make_filters, median_norm, stored_filters
+from mptrain.data.filters import Filters, filters_from_json, make_filters, median_norm
 from mptrain.data.loader import Batch, Loader, Store
 from mptrain.data.windows import TOKEN, norm_of
 from mptrain.evals.evaluate import evaluate, evaluate_coder, sides_of
@@ -158,7 +158,7 @@ def test_filters_are_kept_beside_a_coder_and_used_in_its_evaluation(
     results = {result["coder"]: result["validation"] for result in fit(chosen)}
     for folder in (tmp_path / "coders").iterdir():
         trained = json.loads((folder / "coder.json").read_text())["trained"]
-        filters = stored_filters(trained)
+        filters = filters_from_json(trained)
         side = RESIDUAL if folder.name.startswith("layers.0-") else OUT
         assert filters == make_filters(chosen, store, [side])
         assert filters.skip_tokens == tuple(sorted({71, *store.special_ids}))

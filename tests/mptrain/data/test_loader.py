@@ -20,7 +20,7 @@ from mpcache.store.reader import Part, Store
 from mptrain.data import windows
 from mptrain.data.loader import Batch, Loader
 from mptrain.data.shuffle import epoch_order
-from mptrain.data.windows import ALL, POSITION, Column, Memory, Share, endless_plans
+from mptrain.data.windows import POSITION, WHOLE_STREAM, Column, Memory, StreamShare, endless_plans
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
 WIDE = ("layers.1", "output")
@@ -72,7 +72,15 @@ class FakeStore(Store):
 
 
 def make(
-    store, *, sides=(IN, OUT), batch_rows=5, seed=0, window=2, device=CPU, threads=3, share=ALL
+    store,
+    *,
+    sides=(IN, OUT),
+    batch_rows=5,
+    seed=0,
+    window=2,
+    device=CPU,
+    threads=3,
+    share=WHOLE_STREAM,
 ):
     return Loader(
         store, sides, "train", batch_rows=batch_rows, seed=seed, share=share,
@@ -138,7 +146,7 @@ def test_shares_of_a_stream_are_it_together(store, batch_rows, window, size, off
         whole = [numbers(batch) for batch in islice(loader.batches(offset), 9)]
     shares = []
     for rank in range(size):
-        with make(store, **sizes, share=Share(rank, size)) as loader:
+        with make(store, **sizes, share=StreamShare(rank, size)) as loader:
             batches = list(islice(loader.batches(offset), 9))
         assert [batch.offset for batch in batches] == [offset + i * batch_rows for i in range(9)]
         shares.append([numbers(batch) for batch in batches])
@@ -155,8 +163,8 @@ def test_shares_of_a_stream_are_of_other_chunks(store, window, size):
         parts = store.sizes, store.chunk_rows
         return islice(endless_plans(*parts, seed=0, window=window, offset=0, share=share), 5)
 
-    shares = zip(*(plans(Share(rank, size)) for rank in range(size)), strict=True)
-    for alone, apart in zip(plans(ALL), shares, strict=True):
+    shares = zip(*(plans(StreamShare(rank, size)) for rank in range(size)), strict=True)
+    for alone, apart in zip(plans(WHOLE_STREAM), shares, strict=True):
         read = [chunk for plan in apart for chunk in plan.chunks]
         assert len(read) == len(alone.chunks)
         assert set(read) == set(alone.chunks)
@@ -268,7 +276,7 @@ def test_threads_by_default(monkeypatch, computing, concurrency, threads):
 
 def test_a_window_has_a_chunk_for_each_share():
     with pytest.raises(ValueError, match=r"3 processes .* windows of 2; use window_rows 12 or"):
-        make(FakeStore((8,)), window=2, share=Share(0, 3))
+        make(FakeStore((8,)), window=2, share=StreamShare(0, 3))
 
 
 def test_the_next_window_is_read_while_one_is_consumed():

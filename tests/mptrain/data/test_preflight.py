@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from mpcache.store.reader import open_store
 from mptrain.config.fit import FitConfig
 from mptrain.data import preflight as suited
-from mptrain.data.preflight import await_parts, numbers_of, open_trainable_store, ranges
-from mptrain.runs.fit import fit, plan_of
+from mptrain.data.part_ranges import format_ranges, parse_ranges
+from mptrain.data.preflight import await_parts, open_trainable_store
+from mptrain.runs.fit import fit, plan_fit
 from tests.helpers.stores import small_store, write_corpus
 
 MLP = ("layers.1.mlp", "output")
@@ -92,7 +93,7 @@ def test_a_store_without_train_rows_yet_is_refused(begun: Path) -> None:
     for mark in (begun / "marks/0").glob("layers*/*.json"):
         mark.unlink()
     with pytest.raises(ValueError, match=r"has 0 train rows, .* with --follow$"):
-        plan_of(config(begun))
+        plan_fit(config(begun))
 
 
 def test_a_side_that_nobody_collects_is_doubted_once(
@@ -173,5 +174,5 @@ def test_a_dataset_that_ended_early_is_planned_whole(tmp_path: Path) -> None:
 
 @given(st.sets(st.integers(0, 40)))
 def test_ranges_tell_which_numbers(numbers: set[int]) -> None:
-    assert numbers_of(ranges(numbers)) == numbers
-    assert ranges({0, 1, 2, 8}) == "0-2, 8"
+    assert parse_ranges(format_ranges(numbers)) == numbers
+    assert format_ranges({0, 1, 2, 8}) == "0-2, 8"

@@ -19,15 +19,18 @@ from typer.testing import CliRunner
 
 from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
-from mptrain.coders.checkpoint import load_coder, write_json
+from mptrain.coders.checkpoint import load_coder
 from mptrain.config.coder import Optimizer
 from mptrain.config.fit import FitConfig
+from mptrain.data import atomic_files
+from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch, Side
 from mptrain.evals.evaluate import Evaluation, evaluate_coder
 from mptrain.runs import fit as fit_stage
 from mptrain.runs.fit import fit
 from mptrain.runs.records import peak_memory_bytes
+from mptrain.runs.saved_state import save_state
 from mptrain.runs.signals import Terminated
 from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
 from tests.helpers.stores import small_store
@@ -454,9 +457,9 @@ def test_folders_are_synced_before_and_after_their_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(atomic_files, "sync", lambda path: synced.append(path.name))
     write_json(tmp_path / "run" / "a.json", 1)
     assert synced == ["a.json.partial", "run"]
     synced.clear()
-    checkpoint.save_state(tmp_path / "run", 3, {}, {"x": torch.zeros(1)})
+    save_state(tmp_path / "run", 3, {}, {"x": torch.zeros(1)})
     assert synced == ["state.json", "state.safetensors", "3.partial", "state"]

@@ -23,11 +23,11 @@ from mptrain.config.coder import Optimizer
 from mptrain.pursuit.numba_backend import free_room
 from mptrain.runs import fit as fit_stage
 from mptrain.runs import run_dir as runs
-from mptrain.runs.fit import fit, plan_of
-from mptrain.runs.memory import MOMENTS, Needs, in_passes, most_bytes, needs_of
-from mptrain.runs.plan import Plan
-from mptrain.runs.state import Progress
-from mptrain.training.distributed import Ranks
+from mptrain.runs.fit import fit, plan_fit
+from mptrain.runs.memory import MOMENTS, CoderMemory, coder_memory, group_into_passes, pass_bytes
+from mptrain.runs.plan import RunPlan
+from mptrain.runs.state import RunProgress
+from mptrain.training.distributed import ProcessGroup
 from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
@@ -62,7 +62,7 @@ def test_what_is_held_is_counted(optimizer: Any, arch: Any, kind: Any) -> None:
     one = dataclasses.replace(BASE, optimizer=optimizer, arch=arch, kind=kind, lr=1e-3)
     trainer = make_learner(one)
     train_(trainer, 0, 1)
-    needs = needs_of(one, D, D if kind == "sae" else D - 2, 64, CPU)
+    needs = coder_memory(one, D, D if kind == "sae" else D - 2, 64, CPU)
     held = trainer.state_tensors()
     # one number, of a tensor or of an optimizer's clock, is no memory to plan with
     large = [t.numel() * t.element_size() for t in held.values() if t.numel() > 1]
@@ -98,11 +98,11 @@ def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -
     if peak is None:
         pytest.skip("this system does not tell a process's peak")
     peak += x_BD.nbytes + (0 if y_BE is x_BD else y_BE.nbytes)  # copies that filters make
-    assert 0.8 * peak < needs_of(one, width, width, rows, CPU).step_bytes < 5 * peak
+    assert 0.8 * peak < coder_memory(one, width, width, rows, CPU).step_bytes < 5 * peak
 
 
-def needs(name: str, held: int, step: int) -> Needs:
-    return Needs(
+def needs(name: str, held: int, step: int) -> CoderMemory:
+    return CoderMemory(
         name=name, latents=1, parameters=1, weights_bytes=held, optimizer_bytes=0, step_bytes=step
     )
 
@@ -116,33 +116,33 @@ def test_passes_hold_all_coders_in_order_and_fit(
     sizes: list[tuple[int, int]], most: int, processes: int
 ) -> None:
     """Each process' share of them, where processes share coders."""
-    ranks = Ranks(size=processes, spread="coders")
+    ranks = ProcessGroup(size=processes, spread="coders")
 
     def largest(names: Sequence[str]) -> int:
         shares = [[by_name[n] for n in share] for share in ranks.all_coders(names)]
-        return max(most_bytes(share) for share in shares if share)
+        return max(pass_bytes(share) for share in shares if share)
 
     coders = [needs(str(n), *size) for n, size in enumerate(sizes)]
     by_name = {one.name: one for one in coders}
     if any(held + step > most for held, step in sizes):
         with pytest.raises(ValueError, match="max_memory must hold at least one coder, got"):
-            in_passes(coders, most, ranks)
+            group_into_passes(coders, most, ranks)
         return
-    passes = in_passes(coders, most, ranks)
+    passes = group_into_passes(coders, most, ranks)
     assert [name for names in passes for name in names] == list(by_name)
     assert all(largest(names) <= most for names in passes)
     for names, (following, *_) in itertools.pairwise(passes):
         assert largest([*names, following]) > most, "a pass takes all that fit"
-    assert in_passes(coders, None) == [list(by_name)]
+    assert group_into_passes(coders, None) == [list(by_name)]
 
 
 def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> None:
     """Widths, K, architectures and hookpoints side by side, in one pass and in several."""
     fit(config(store, tmp_path / "together", **MIXED))
-    plan = plan_of(config(store, tmp_path / "split", **MIXED))
-    most = most_bytes(plan.needs[:5]) + 1
+    plan = plan_fit(config(store, tmp_path / "split", **MIXED))
+    most = pass_bytes(plan.needs[:5]) + 1
     split = config(store, tmp_path / "split", **MIXED, max_memory=most)
-    assert len(plan_of(split).passes) > 2
+    assert len(plan_fit(split).passes) > 2
     fit(split)
     assert equal(weights(tmp_path / "together"), weights(tmp_path / "split"))
     found: dict[str, torch.Tensor] = {}
@@ -170,10 +170,10 @@ def test_passes_go_on_where_they_stopped(
     """Six steps a pass: within the first, at its end, within the third, at the very end."""
     few: dict[str, Any] = {"kind": ("sae",), "arch": ("mp",), "k": (2, 3, 4), "rows": 64 * 6}
     alone = max(
-        one.held_bytes + one.step_bytes for one in plan_of(config(store, tmp_path, **few)).needs
+        one.held_bytes + one.step_bytes for one in plan_fit(config(store, tmp_path, **few)).needs
     )
     few |= {"max_memory": alone, "eval_rows": 64, "save_every": 4}
-    assert len(plan_of(config(store, tmp_path, **few)).passes) == 3
+    assert len(plan_fit(config(store, tmp_path, **few)).passes) == 3
     fit(config(store, tmp_path / "whole", **few))
     with monkeypatch.context() as patch:
         interrupt_at(patch, stops_at)
@@ -195,7 +195,7 @@ def test_passes_are_those_that_the_run_began_with(
     fit(config(store, tmp_path / "whole", **few))
     train, make, calls = fit_stage.TrainLoop._train, fit_stage.make_plan, 0
 
-    def one_each(*args: Any) -> Plan:
+    def one_each(*args: Any) -> RunPlan:
         plan = make(*args)
         return dataclasses.replace(plan, passes=[[one.name] for one in plan.needs])
 
@@ -211,7 +211,7 @@ def test_passes_are_those_that_the_run_began_with(
         patch.setattr(fit_stage.TrainLoop, "_train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(config(store, tmp_path / "broken", **few, save_every=1))
-    assert len(plan_of(config(store, tmp_path / "broken", **few)).passes) == 2
+    assert len(plan_fit(config(store, tmp_path / "broken", **few)).passes) == 2
     monkeypatch.setattr(fit_stage.TrainLoop, "_train", interrupted)
     fit(config(store, tmp_path / "broken", **few, save_every=1))
     assert calls == 13, "six steps for each of two coders, and one that was interrupted"
@@ -237,7 +237,7 @@ def test_bytes_stored_are_those_of_the_files(store: str) -> None:
 
 def test_reading_is_planned_by_rows_sides_and_passes(store: str, tmp_path: Path) -> None:
     def read(**changes: Any) -> int:
-        return plan_of(config(store, tmp_path, **{"eval_every": 10**6, **changes})).read_bytes
+        return plan_fit(config(store, tmp_path, **{"eval_every": 10**6, **changes})).read_bytes
 
     found = open_store(store)
     sides = [("layers.0", "output")]
@@ -358,15 +358,15 @@ def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Pa
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter").touch()
     with pytest.raises(ValueError, match="exists and is no run"):
-        plan_of(config(store, tmp_path / "full"))
+        plan_fit(config(store, tmp_path / "full"))
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
     with pytest.raises(ValueError, match=r"another config .*rows: 64 there, 128 asked"):
-        plan_of(config(store, tmp_path / "run", rows=128, kind=("sae",)))
+        plan_fit(config(store, tmp_path / "run", rows=128, kind=("sae",)))
 
 
 def test_clocks_go_on_in_the_next_pass() -> None:
-    first = Progress(passes=[["a"], ["b"]], step=9, waited=1.5, validated=2.5)
-    following = Progress(passes=first.passes, number=1, waited=1.5, validated=2.5, finished=[{}])
+    first = RunProgress(passes=[["a"], ["b"]], step=9, waited=1.5, validated=2.5)
+    following = RunProgress(passes=first.passes, number=1, waited=1.5, validated=2.5, finished=[{}])
     assert first.next_pass([{}]) == following
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def test_after_a_full_disk_the_last_whole_state_goes_on(
 
 def test_the_system_s_error_of_a_tensor_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file or directory") as error:
-        checkpoint._save_tensors(tmp_path / "none" / "x", {"x": torch.zeros(1)})
+        checkpoint.save_tensors({"x": torch.zeros(1)}, tmp_path / "none" / "x")
     assert error.value.errno == errno.ENOENT
 
 
@@ -159,7 +160,7 @@ def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> 
         with pytest.raises(ValueError, match="state/24 is damaged"):
             fit(config(store, tmp_path / "run", **N_RESCORED))
         (folder / name).write_bytes(before)
-    checkpoint.shutil.rmtree(folder.parent)
+    shutil.rmtree(folder.parent)
     fit(config(store, tmp_path / "run", **N_RESCORED))
     assert equal(whole, weights(tmp_path / "run"))
 
@@ -184,7 +185,7 @@ def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
         return called
 
     for name in ("rename", "replace", "rmdir"):
-        monkeypatch.setattr(checkpoint.Path, name, looked_at(getattr(Path, name)))
+        monkeypatch.setattr(Path, name, looked_at(getattr(Path, name)))
     checkpoint.save_coder(folder, coder, {**trained, "again": True})
     assert seen == 3
     assert checkpoint.load_coder(folder)[1]["again"]

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from mpcli.mptrain import app as mptrain
-from mptrain.coders import checkpoint
 from mptrain.coders.checkpoint import load_coder
 from mptrain.evals.evaluate import evaluate_coder
+from mptrain.runs import saved_state
 from mptrain.runs.fit import fit
 from mptrain.runs.save_coders import save_coders
 from tests.helpers.fits import config, equal, interrupt_at, lasting, weights
@@ -116,14 +116,14 @@ def test_a_state_that_a_later_one_replaces_is_no_damage(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped(store, tmp_path / "run", monkeypatch)
-    states, load = tmp_path / "run/state", checkpoint.load_file
+    states, load = tmp_path / "run/state", saved_state.load_file
 
     def replaced(file: Path) -> Any:
-        monkeypatch.setattr(checkpoint, "load_file", load)
+        monkeypatch.setattr(saved_state, "load_file", load)
         (states / "10").rename(states / "15")
         return load(file)
 
-    monkeypatch.setattr(checkpoint, "load_file", replaced)
+    monkeypatch.setattr(saved_state, "load_file", replaced)
     assert len(save_coders(str(tmp_path / "run"), {})) == 2
     (states / "15/state.safetensors").unlink()
     with pytest.raises(ValueError, match="is damaged"):

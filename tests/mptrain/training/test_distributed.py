@@ -19,7 +19,7 @@ from torch import Tensor
 from mptrain.config.coder import CoderConfig
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics import read_records
-from mptrain.training.distributed import ALONE, Ranks, joined
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, joined
 from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers import fits
@@ -38,7 +38,7 @@ CONFIGS = [
 STATE, GRADIENT = "state.", "gradient."
 
 
-def prepared(config: CoderConfig, ranks: Ranks) -> CoderTrainer:
+def prepared(config: CoderConfig, ranks: ProcessGroup) -> CoderTrainer:
     """After a few train steps that are the same whatever comes then."""
     plain = make_learner(replace(config, micro_batch_rows=None))
     train_(plain, 0, 4)
@@ -58,7 +58,7 @@ def prepared(config: CoderConfig, ranks: Ranks) -> CoderTrainer:
     return trainer
 
 
-def step_of(trainer: CoderTrainer, rows: int, ranks: Ranks) -> dict[str, Tensor]:
+def step_of(trainer: CoderTrainer, rows: int, ranks: ProcessGroup) -> dict[str, Tensor]:
     """Gradients of a step that updates counters only, what it tells, and its state."""
     x_BD, y_BE = rows_of(trainer.coder.config, rows, 9)
     step_, trainer.optimizers.step_ = trainer.optimizers.step_, lambda: None  # type: ignore[method-assign]
@@ -77,7 +77,7 @@ def work(rank: int, folder: Path) -> None:
     """One of two processes: the same steps as `step_of` alone, each on a share of the rows."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    ranks = Ranks(rank=rank, size=2, spread="rows")
+    ranks = ProcessGroup(rank=rank, size=2, spread="rows")
     found = {
         (config.name, rows): step_of(prepared(config, ranks), rows, ranks)
         for config in CONFIGS
@@ -112,7 +112,7 @@ def test_a_step_of_two_ranks_is_that_of_one_with_the_joint_batch(
         assert torch.equal(tensor, second[name]), f"{name}: ranks have parted"
     if config.arch.startswith("batch-"):
         config = replace(config, micro_batch_rows=-(-rows // 2))
-    alone = step_of(prepared(config, ALONE), rows, ALONE)
+    alone = step_of(prepared(config, SINGLE_PROCESS), rows, SINGLE_PROCESS)
     assert alone.keys() == first.keys()
     for name, tensor in alone.items():
         if name.startswith(STATE) and "rows_since_fired" not in name and "threshold" not in name:
