@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 
 
 def names_a_place(name: str) -> bool:
@@ -68,7 +69,7 @@ def refuse_other_commit(cached: str | None, config: CollectConfig, commit: str) 
 
 @contextmanager
 def explained(thing: str, revision: str) -> Iterator[None]:
-    """Errors of opening a thing of the Hub, in one line: ValueError for the user's mistake,
+    """Errors of opening a thing of the Hub, in one line: UsageError for the user's mistake,
     ConnectionError for a lost server. What is neither, such as a full disk, passes as it is.
     """
     try:
@@ -89,11 +90,11 @@ def hub_error(error: Exception, thing: str, revision: str) -> Exception:
         return any(isinstance(one, kinds) for one in chain)
 
     if caused_by(GatedRepoError):
-        return ValueError(f"{thing} is gated; accept its terms on the Hub, then `hf auth login`")
+        return UsageError(f"{thing} is gated; accept its terms on the Hub, then `hf auth login`")
     if caused_by(RevisionNotFoundError):
-        return ValueError(f"revision must exist in {thing}, got {revision}; look it up on the Hub")
+        return UsageError(f"revision must exist in {thing}, got {revision}; look it up on the Hub")
     if caused_by(RepositoryNotFoundError):
-        return ValueError(
+        return UsageError(
             f"{thing} is neither a path here nor on the Hub; check its name, "
             "or `hf auth login` if it is private"
         )
@@ -105,7 +106,7 @@ def hub_error(error: Exception, thing: str, revision: str) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
         return error
     if isinstance(error, ValueError | OSError) or caused_by(RemoteEntryNotFoundError):
-        return ValueError(f"{thing} cannot be opened: {first_line(error)}")
+        return UsageError(f"{thing} cannot be opened: {first_line(error)}")
     return error
 
 

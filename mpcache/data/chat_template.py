@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from mpcache.data.conversation import Conversation
 from mpcache.data.text_tokenizer import ParsedText, PlainText
+from mpcache.errors import UsageError
 from mpcache.hub import first_line
 from mpcache.validation import user_path
 
@@ -45,7 +46,7 @@ class ChatTokens:
 def find_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
     """The chat template: that of the file, else the tokenizer's own.
 
-    Raises ValueError where there is none, or it is no template.
+    Raises UsageError where there is none, or it is no template.
     """
     if file is not None:
         template = _read(user_path(file))
@@ -53,14 +54,14 @@ def find_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
         try:
             template = tokenizer.get_chat_template()
         except ValueError as error:
-            raise ValueError(
+            raise UsageError(
                 "chat messages need a chat template, the tokenizer has none; give --chat-template"
             ) from error
     try:
         _compile_jinja_template(template)
     except Exception as error:  # a template is foreign code
         where = file or "the tokenizer's chat template"
-        raise ValueError(f"{where} is no chat template: {_fault(error)}; repair it") from error
+        raise UsageError(f"{where} is no chat template: {_fault(error)}; repair it") from error
     return template
 
 
@@ -69,9 +70,9 @@ def _read(file: Path) -> str:
         template = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-        raise ValueError(f"chat_template {file} cannot be read: {why}; check the file") from error
+        raise UsageError(f"chat_template {file} cannot be read: {why}; check the file") from error
     if not template.strip():
-        raise ValueError(f"chat_template {file} is empty; give a Jinja template")
+        raise UsageError(f"chat_template {file} is empty; give a Jinja template")
     return template
 
 
@@ -97,15 +98,15 @@ class ChatEncoder:
     def __call__(self, batch: Sequence[Conversation], end: str | None) -> list[ChatTokens]:
         """Tokens of conversations; `end` is the name of the end token.
 
-        Raises ValueError, which names the row, where the template does not take the messages.
+        Raises UsageError, which names the row, where the template does not take the messages.
         """
         texts, spans, is_ended = [], [], []
         for conversation in batch:
             try:
                 chat = _Chat(self, conversation)
                 cut, own = self._respelled(chat.whole, chat.spans())
-            except ValueError as error:
-                raise ValueError(f"{conversation.where}: {error}") from error
+            except UsageError as error:
+                raise UsageError(f"{conversation.where}: {error}") from error
             texts.append(cut)
             spans.append(own)
             is_ended.append(end is not None and chat.whole.rstrip().endswith(end))
@@ -127,7 +128,7 @@ class ChatEncoder:
                 **self.specials,
             )
         except Exception as error:  # a template is foreign code
-            raise ValueError(
+            raise UsageError(
                 f"the chat template does not take these messages: {_fault(error)}; "
                 "change them, or give another --chat-template"
             ) from error
@@ -179,12 +180,12 @@ class _Chat:
         for probe in (lone, {**self.messages[i], "content": _PROBE}):
             try:
                 written = self._with(i, probe)
-            except ValueError:  # say, a tool's answer must follow a call
+            except UsageError:  # say, a tool's answer must follow a call
                 continue
             if written.count(_PROBE) == 1:
                 before, _, after = written.partition(_PROBE)
                 return before, after
-        raise ValueError(_unmatched(i))
+        raise UsageError(_unmatched(i))
 
     def _difference(self, i: int, before: str, after: str) -> Span:
         start = len(_common_start(self.whole, before))
@@ -195,7 +196,7 @@ class _Chat:
         content = str(self.messages[i].get("content") or "").rsplit("</think>")[-1].strip()
         is_early = self.whole.startswith(earlier) and start < len(earlier)
         if is_early or content not in self.whole[start:stop]:
-            raise ValueError(_unmatched(i))
+            raise UsageError(_unmatched(i))
         return start, stop
 
     def _with(self, i: int, message: Message) -> str:
@@ -207,21 +208,21 @@ class _Chat:
         last = {"role": "assistant", "content": _PROBE}
         try:
             written, _ = self.encoder.render([*self.messages[:i], last])
-        except ValueError:
+        except UsageError:
             return ""
         return written.rpartition(_PROBE)[2] if _PROBE in written else ""
 
     def _rendered(self, i: int, *, prompt: bool = False) -> str:
         try:
             return self.encoder.render(self.messages[:i], prompt=prompt)[0] if i else ""
-        except ValueError:
+        except UsageError:
             return ""
 
     def _refuse_unwritten(self) -> None:
-        """Raise ValueError where the template leaves a message out without a word."""
+        """Raise UsageError where the template leaves a message out without a word."""
         for i, message in enumerate(self.messages):
             if message.get("tool_calls") and "tool_calls" not in self.encoder.template:
-                raise ValueError(
+                raise UsageError(
                     f"the chat template does not write tool_calls, got some in message {i + 1}; "
                     "give another --chat-template"
                 )
@@ -230,7 +231,7 @@ class _Chat:
                 continue
             probe = {**message, "content": _PROBE}
             if _PROBE not in self._with(i, probe):
-                raise ValueError(
+                raise UsageError(
                     f"the chat template leaves out message {i + 1}, of role {message['role']}; "
                     "leave it out of the data, or give another --chat-template"
                 )

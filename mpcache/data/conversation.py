@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpcache.errors import UsageError
+
 # ShareGPT's names of the roles; a name that is not listed stays as it is
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
@@ -19,11 +21,11 @@ class Conversation:
 
 
 def conversation_of(messages: Any, where: object) -> Conversation:
-    """The conversation of a row's value. Raises ValueError, which begins with `where`."""
+    """The conversation of a row's value. Raises UsageError, which begins with `where`."""
     if messages is None:
         return Conversation(())
     if not isinstance(messages, list):
-        raise ValueError(
+        raise UsageError(
             f"{where} must hold a list of messages, got {type(messages).__name__}; repair it"
         )
     return Conversation(
@@ -33,12 +35,12 @@ def conversation_of(messages: Any, where: object) -> Conversation:
 
 def _message(message: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(
+        raise UsageError(
             f"{where} must have role and content, got {type(message).__name__}; repair it"
         )
     role, content = ("from", "value") if "from" in message else ("role", "content")
     if not isinstance(message.get(role), str) or not message[role]:
-        raise ValueError(f"{where} must have a text as its {role}, got {message.get(role)!r:.40}")
+        raise UsageError(f"{where} must have a text as its {role}, got {message.get(role)!r:.40}")
     # a table fills fields that a message lacks with null: both forms of a dataset must agree
     others = {k: v for k, v in message.items() if k not in (role, content) and v is not None}
     name = message[role]
@@ -53,7 +55,7 @@ def _text(content: Any, field: str, where: str, *, may_lack: bool) -> str:
         return ""  # an assistant that only calls tools
     if isinstance(content, list) and all(_is_text(part) for part in content):
         return "".join(part["text"] for part in content)
-    raise ValueError(
+    raise UsageError(
         f"{where} must have a text as its {field}, got {_named(content)}; "
         "leave the message out, or give it a text"
     )

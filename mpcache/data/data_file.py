@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from mpcache.errors import UsageError
 from mpcache.hub import first_line
 
 COMPRESSIONS = (".gz", ".zst")
@@ -32,7 +33,7 @@ _COARSE_NS = 2_000_000_000
 
 
 class DataFile:
-    """A regular file with data. Raises ValueError where it cannot be one, with its name."""
+    """A regular file with data. Raises UsageError where it cannot be one, with its name."""
 
     descriptor = -1
 
@@ -43,7 +44,7 @@ class DataFile:
         try:
             size = self._stamp()[0]
             if not size and not may_be_empty:
-                raise ValueError(
+                raise UsageError(
                     f"dataset must hold a document, got the empty file {name}; "
                     "remove it, or get it again"
                 )
@@ -80,7 +81,7 @@ class DataFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_unchanged(self, *, thorough: bool = True) -> None:
-        """Raise ValueError if the content is another one than when it was digested.
+        """Raise UsageError if the content is another one than when it was digested.
 
         `thorough` also looks for a change so soon after the digest that no time stamp tells.
         """
@@ -89,7 +90,7 @@ class DataFile:
             return
         before = self.digest  # other times alone are no harm: the file may have got another name
         if self._digest() != before:
-            raise ValueError(
+            raise UsageError(
                 f"{self.name} was changed while it was read; wait until nothing writes to it, "
                 "then give the same command again"
             )
@@ -135,7 +136,7 @@ class DataFile:
         except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk, not the content
-            raise ValueError(
+            raise UsageError(
                 f"{self.name} cannot be read as {kind}: {first_line(error)}; "
                 "it may be cut short or damaged: write it again, or download it again"
             ) from error
@@ -192,28 +193,28 @@ def _opened(path: Path, name: str) -> int:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_NONBLOCK)
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise ValueError(
+            raise UsageError(
                 f"{name} is a link to {os.readlink(path)}, which does not exist; "
                 "mend the link, or download the file again"
             ) from error
-        raise ValueError(f"dataset must exist, got {name}; check the path") from error
+        raise UsageError(f"dataset must exist, got {name}; check the path") from error
     except PermissionError as error:
-        raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
+        raise UsageError(f"{name} is not readable: {error.strerror}; change its mode") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise ValueError(f"{name} is a link to itself; mend the link") from error
+            raise UsageError(f"{name} is a link to itself; mend the link") from error
         if error.errno == errno.ENAMETOOLONG:
-            raise ValueError(f"{name} is longer than a path may be; check the path") from error
+            raise UsageError(f"{name} is longer than a path may be; check the path") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{name} must be a regular file; name a file with data")
+        raise UsageError(f"{name} must be a regular file; name a file with data")
     return descriptor
 
 
 def _refuse_pointer(head: bytes, name: str) -> None:
     if is_pointer(head):
-        raise ValueError(
+        raise UsageError(
             f"{name} is a Git LFS pointer, not the data; run git lfs pull where it was cloned"
         )
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from mpcache.config import CollectConfig
 from mpcache.data.data_file import COMPRESSIONS
 from mpcache.data.files_of_split import complete, files_of_split
+from mpcache.errors import UsageError
 from mpcache.hub import names_a_place
 from mpcache.natural_sort import natural_key
 from mpcache.validation import user_path
@@ -73,7 +74,7 @@ def find_shards(config: CollectConfig) -> Shards | None:
     if "," in dataset or _GLOB & set(dataset):
         return _of_several(dataset, config)
     if path.name.lower().endswith(LOCAL_SUFFIXES) or names_a_place(dataset):
-        raise ValueError(f"dataset must exist, got {dataset}; check the path")
+        raise UsageError(f"dataset must exist, got {dataset}; check the path")
     return None
 
 
@@ -87,7 +88,7 @@ def suffix_of(path: Path) -> str:
 
 def _kind(path: Path) -> FileKind:
     if (suffix := suffix_of(path)) not in KINDS:
-        raise ValueError(
+        raise UsageError(
             f"a local dataset is a folder or a file {_TAKEN}, got {path.name}; convert it"
         )
     return KINDS[suffix]
@@ -109,7 +110,7 @@ def _of_folder(path: Path, config: CollectConfig) -> Shards:
         names = tuple(file.relative_to(folder).as_posix() for file in files)
         return Shards(label, "text", files, names, "text folder")
     if not files:
-        raise ValueError(
+        raise UsageError(
             f"dataset must hold a document, got none in {label}; a folder holds files {_TAKEN}, "
             "or is made by save_to_disk"
         )
@@ -126,7 +127,7 @@ def _of_several(dataset: str, config: CollectConfig) -> Shards:
     for item in filter(None, map(str.strip, dataset.split(","))):
         files += _of_item(item, config)
     if twice := [file for file, count in Counter(files).items() if count > 1]:
-        raise ValueError(f"dataset must name each file once, got {twice[0]} twice")
+        raise UsageError(f"dataset must name each file once, got {twice[0]} twice")
     label = ",".join(Path(item.strip()).name for item in dataset.split(",") if item.strip())
     names = tuple(map(str, files))
     return Shards(label, _common_kind(files, label), tuple(files), names, "several")
@@ -140,11 +141,11 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
         _kind(path)
         return [path]
     if not _GLOB & set(item):
-        raise ValueError(f"dataset must exist, got {item}; check the path")
+        raise UsageError(f"dataset must exist, got {item}; check the path")
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural_key)
     files = [file for file in matches if not file.is_dir() and is_data(file)]
     if not files:
-        raise ValueError(f"dataset must name a file, got {item}, which matches none {_TAKEN}")
+        raise UsageError(f"dataset must name a file, got {item}, which matches none {_TAKEN}")
     return files
 
 
@@ -173,16 +174,16 @@ def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
 def _refuse_folder(error: OSError) -> None:
     """A folder that cannot be read would be left out without a word."""
     name = Path(error.filename).name
-    raise ValueError(f"{name} is not readable: {error.strerror}; change its mode") from error
+    raise UsageError(f"{name} is not readable: {error.strerror}; change its mode") from error
 
 
 def is_data(file: Path) -> bool:
-    """Whether a file is one to read. Raises ValueError for data that cannot be read."""
+    """Whether a file is one to read. Raises UsageError for data that cannot be read."""
     name, suffix = file.name.lower(), suffix_of(file)
     if name[0] == "." or name in _OTHER_NAMES or name.split(".")[0] in _OTHER_STEMS:
         return False
     if file.suffix.lower() in _UNREADABLE or suffix in _UNREADABLE:
-        raise ValueError(
+        raise UsageError(
             f"{file.name} lies among the data and cannot be read: a local dataset is {_TAKEN}; "
             "convert it, or name the files to read, with a glob or with commas"
         )
@@ -192,14 +193,14 @@ def is_data(file: Path) -> bool:
 def _common_kind(files: Iterable[Path], label: str) -> FileKind:
     suffixes = tuple(dict.fromkeys(map(suffix_of, files)))
     if len(suffixes) > 1:
-        raise ValueError(
+        raise UsageError(
             f"dataset must hold files of one kind, got {' and '.join(suffixes)} in {label}; "
             f"name those to read with a glob, such as {label}/*{suffixes[0]}"
         )
     plain = {str(file): file.name for file in files if not _compressed([file])}
     for file in _compressed(files):
         if str(file.with_suffix("")) in plain:
-            raise ValueError(
+            raise UsageError(
                 f"dataset must hold each shard once, got {file.name} beside {file.stem}; "
                 "remove one of them, or name those to read with a glob"
             )
@@ -219,9 +220,9 @@ def _split_folder(path: Path, split: str) -> Path:
         return path
     splits = _json_of(path / "dataset_dict.json", "splits")
     if split not in splits:
-        raise ValueError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
+        raise UsageError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
     if not os.path.isdir(path / split):
-        raise ValueError(f"{path.name} must hold the folder {split}; save the dataset again")
+        raise UsageError(f"{path.name} must hold the folder {split}; save the dataset again")
     return path / split
 
 
@@ -231,7 +232,7 @@ def arrow_files(path: Path) -> tuple[Path, ...]:
     try:
         return tuple(path / file["filename"] for file in files)
     except (TypeError, KeyError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path.name}/state.json must name files; save the dataset again"
         ) from error
 
@@ -240,9 +241,9 @@ def _json_of(file: Path, key: str) -> list[Any]:
     try:
         content = json.loads(file.read_bytes())[key]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{file.parent.name}/{file.name} must be JSON with {key}; save the dataset again"
         ) from error
     if not isinstance(content, list):
-        raise ValueError(f"{key} in {file.parent.name}/{file.name} must be a list; save it again")
+        raise UsageError(f"{key} in {file.parent.name}/{file.name} must be a list; save it again")
     return content

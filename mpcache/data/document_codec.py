@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from mpcache.data.conversation import Conversation, conversation_of
 from mpcache.data.text_column import MASK, NO_MASK
 from mpcache.data.token_file import Tokens, Vocabulary
+from mpcache.errors import UsageError
 
 Kind = Literal["text", "tokens", "conversations"]
 Document = str | Tokens | Conversation
@@ -62,12 +63,12 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def check_mask_type(kind: pa.DataType, name: str) -> None:
-    """Raise ValueError for a column that can be no attention mask."""
+    """Raise UsageError for a column that can be no attention mask."""
     values = kind.value_type if is_list(kind) else kind
     if not is_list(kind) or not (
         pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
     ):
-        raise ValueError(
+        raise UsageError(
             f"{MASK} in {name} must hold lists of 0 and 1, got {kind}; "
             "write it again as whole numbers, or rename the column"
         )
@@ -87,7 +88,7 @@ def _type(value: Any) -> str:
 
 
 def record_of(value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: object) -> bytes:
-    """The record of a row's value. Raises ValueError, which begins with `where`."""
+    """The record of a row's value. Raises UsageError, which begins with `where`."""
     if value is None or (isinstance(value, list) and not value):
         return b""
     if kind == "text" and isinstance(value, str):
@@ -97,7 +98,7 @@ def record_of(value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: 
     if kind == "conversations" and isinstance(value, list):
         messages = [dict(message) for message in conversation_of(value, where).messages]
         return text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
-    raise ValueError(
+    raise UsageError(
         f"{where} must hold {_NAMES[kind]}, as the rows before it do, got "
         f"{_shown(value)}; repair it, or leave it out"
     )
@@ -112,7 +113,7 @@ def text_bytes(text: str, where: object) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{where} must hold Unicode text, got half a surrogate pair, "
             f"{error.object[error.start]!r}; repair it, or leave it out"
         ) from error
@@ -121,7 +122,7 @@ def text_bytes(text: str, where: object) -> bytes:
 def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object) -> bytes:
     for extreme in (min(ids), max(ids)):
         if not 0 <= extreme <= vocabulary.largest_id:
-            raise ValueError(outside(vocabulary, extreme, where))
+            raise UsageError(outside(vocabulary, extreme, where))
     if mask is not NO_MASK:
         ids = list(itertools.compress(ids, _checked_mask(mask, len(ids), where)))
     return np.array(ids, RECORD_IDS).tobytes()
@@ -129,12 +130,12 @@ def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object
 
 def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
     if not isinstance(mask, list) or not all(isinstance(m, int) for m in mask):
-        raise ValueError(
+        raise UsageError(
             f"{MASK} in {where} must be a list of 0 and 1, got {_shown(mask)}; "
             "repair it, or rename the column"
         )
     if len(mask) != count:
-        raise ValueError(
+        raise UsageError(
             f"attention_mask in {where} must be as long as the tokens, {count}, got {len(mask)}"
         )
     return mask
@@ -184,7 +185,7 @@ def token_records(
     for value in (ids.min(), ids.max()) if len(ids) else ():
         if not 0 <= value <= vocabulary.largest_id:
             row = np.searchsorted(ends, np.flatnonzero(ids == value)[0], side="right")
-            raise ValueError(outside(vocabulary, int(value), where(int(row))))
+            raise UsageError(outside(vocabulary, int(value), where(int(row))))
     if mask is not None:
         is_null = pc.is_null(mask).to_numpy(zero_copy_only=False)
         if (wrong := np.flatnonzero(is_null & (lengths > 0))).size:
@@ -192,7 +193,7 @@ def token_records(
         kept, mask_lengths = _flat(mask, lambda index: f"{MASK} in {where(index)}")
         if (wrong := np.flatnonzero(mask_lengths != lengths)).size:
             row = int(wrong[0])
-            raise ValueError(
+            raise UsageError(
                 f"attention_mask in {where(row)} must be as long as the tokens, {lengths[row]}, "
                 f"got {mask_lengths[row]}"
             )
@@ -210,5 +211,5 @@ def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
     if numbers.null_count:
         first = pc.index(pc.is_null(numbers), True).as_py()
         row = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
-        raise ValueError(f"{where(row)} must hold numbers only, got null; repair it")
+        raise UsageError(f"{where(row)} must hold numbers only, got null; repair it")
     return numbers.to_numpy(zero_copy_only=False), lengths

@@ -23,6 +23,7 @@ from mpcache.data.local_dataset import read_files
 from mpcache.data.local_documents import Row, refuse_without_tokenizer
 from mpcache.data.text_column import mask_beside, mask_of, path_in, value_at
 from mpcache.data.token_file import Indices, Vocabulary
+from mpcache.errors import UsageError
 from mpcache.hub import load_hub, resolve_commit
 
 Fetch = Callable[[Indices], Sequence[Document]]
@@ -51,13 +52,13 @@ class Documents:
 def open_documents(config: CollectConfig, vocabulary: Vocabulary) -> Documents:
     """The documents that `config` names, all of local files checked.
 
-    Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
+    Raises UsageError where the user can help it, ConnectionError where the Hub could not be asked.
     """
     if (shards := find_shards(config)) is None:
         return open_hub(config, vocabulary)
     files = read_files(shards, config, vocabulary)
     if not files.count:
-        raise ValueError(f"dataset must hold a document, got none in {shards.label}")
+        raise UsageError(f"dataset must hold a document, got none in {shards.label}")
     provenance = {"dataset": shards.label, "dataset_revision": None, "dataset_config": None}
     order = partial(permuted, files.fetch, files.count, config.seed)
     provenance["split"] = config.split
@@ -114,7 +115,7 @@ class HubRows:
             table = self._chosen(table, names)
         first = list(islice(table, FETCH_DOCUMENTS))
         if not first:
-            raise ValueError(f"dataset must hold a document, got {config.dataset} with none")
+            raise UsageError(f"dataset must hold a document, got {config.dataset} with none")
         tree = {**dict.fromkeys(names, ""), **first[0]}
         self.path = path_in(tree, config, config.dataset)
         self.kind: Kind = self._kind(first)
@@ -143,7 +144,7 @@ class HubRows:
             try:
                 kind = kind_of(value_at(row, self.path))
             except (TypeError, KeyError) as error:
-                raise ValueError(
+                raise UsageError(
                     f"text_column must hold text, token ids or chat messages, got {error} in "
                     f"{self.config.text_column} of {self.config.dataset}; name another"
                 ) from error
@@ -161,7 +162,7 @@ class HubRows:
         try:
             value = value_at(row, self.path)
         except KeyError as error:
-            raise ValueError(f"{where} has no {error.args[0]}; use another text_column") from error
+            raise UsageError(f"{where} has no {error.args[0]}; use another text_column") from error
         mask = mask_of(row, self.path)
         record = record_of(value, mask, self.kind, self.vocabulary, where)
         return document_of(record, self.kind, where)

@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mpcache.errors import UsageError
+
 _ALIASES = {
     "train": "train",
     "training": "train",
@@ -23,7 +25,7 @@ _NUMBERED = re.compile(r"(.*?)-(\d{5})-of-(\d{5}).*")
 def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Path, ...]:
     """Those of the split where names of files or folders tell splits, else all.
 
-    Raises ValueError where only some tell, or where the files are those of several datasets.
+    Raises UsageError where only some tell, or where the files are those of several datasets.
     """
     splits = {file: split_of_name(file.relative_to(folder)) for file in files}
     named = [file for file in files if splits[file]]
@@ -31,7 +33,7 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
         return tuple(files)
     if len(named) < len(files):
         other = next(file for file in files if not splits[file])
-        raise ValueError(
+        raise UsageError(
             f"files in {folder.name} must all name a split or none, got {named[0].name} and "
             f"{other.name}; name those to read with a glob, or with commas"
         )
@@ -39,11 +41,11 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
     chosen = [file for file in files if splits[file] == wanted]
     if not chosen:
         there = ", ".join(dict.fromkeys(str(splits[file]) for file in files))
-        raise ValueError(f"split must be one of {there} in {folder.name}, got {split}")
+        raise UsageError(f"split must be one of {there} in {folder.name}, got {split}")
     groups = dict.fromkeys(_above_split(file.relative_to(folder)) for file in chosen)
     if len(groups) > 1:
         names = ", ".join(group.as_posix() for group in groups)
-        raise ValueError(
+        raise UsageError(
             f"{folder.name} holds several datasets, {split} files are in {names}; "
             "name one of these folders"
         )
@@ -68,7 +70,7 @@ def _above_split(path: Path) -> Path:
 
 
 def complete(files: Sequence[Path], folder: Path) -> None:
-    """Raise ValueError where names such as a-00000-of-00002 tell of files that are not there."""
+    """Raise UsageError where names such as a-00000-of-00002 tell of files that are not there."""
     groups: defaultdict[tuple[Path, str, str], set[int]] = defaultdict(set)
     for file in files:
         if match := _NUMBERED.fullmatch(file.name):
@@ -79,7 +81,7 @@ def complete(files: Sequence[Path], folder: Path) -> None:
         lacking = [set(range(first, first + int(count))) - numbers for first in (0, 1)]
         lacking.sort(key=len)
         if missing := sorted(lacking[0]):
-            raise ValueError(
+            raise UsageError(
                 f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
                 f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "
                 "those to read with a glob"

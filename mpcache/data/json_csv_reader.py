@@ -11,6 +11,7 @@ from typing import Any, cast
 from mpcache.data.data_file import DataFile
 from mpcache.data.local_documents import DocumentList, Row
 from mpcache.data.text_column import MASK, NO_MASK, Path, mask_of, path_in, value_at
+from mpcache.errors import UsageError
 
 _PIECE = 1 << 20  # characters of a .json read at once
 _BOM = b"\xef\xbb\xbf"
@@ -26,7 +27,7 @@ def read_json(file: DataFile, documents: DocumentList) -> None:
         has_mask: bool | None = None
         for where, row in rows:
             if not isinstance(row, dict):
-                raise ValueError(
+                raise UsageError(
                     f"{where} must be a JSON object, got {type(row).__name__}; "
                     "give an object with named fields for each document"
                 )
@@ -35,7 +36,7 @@ def read_json(file: DataFile, documents: DocumentList) -> None:
             try:
                 value = value_at(row, path)
             except KeyError as error:
-                raise ValueError(
+                raise UsageError(
                     f"{where} has no {documents.config.text_column}, as the rows before it have; "
                     "give it that field, or leave it out"
                 ) from error
@@ -48,7 +49,7 @@ def read_json(file: DataFile, documents: DocumentList) -> None:
 def _same_for_all(before: bool | None, now: bool, where: object) -> bool:
     """Whether rows have a mask: in a table of another kind, a row that lacks it has a null."""
     if before not in (None, now):
-        raise ValueError(
+        raise UsageError(
             f"{where} has {'an' if now else 'no'} {MASK}, unlike the rows before it; "
             "give it in all rows, or in none"
         )
@@ -83,11 +84,11 @@ def _refuse_twins(row: Any, path: Path, where: object) -> None:
         if twins := [
             name for name in names if isinstance(beside, _Object) and name in beside.twins
         ]:
-            raise ValueError(f"{where} gives {twins[0]} twice; leave one of them out")
+            raise UsageError(f"{where} gives {twins[0]} twice; leave one of them out")
     is_chat = isinstance(row, list) and row and isinstance(row[0], dict)
     for message in row if is_chat else ():
         if isinstance(message, _Object):
-            raise ValueError(f"{where} gives {message.twins[0]} twice; leave one of them out")
+            raise UsageError(f"{where} gives {message.twins[0]} twice; leave one of them out")
 
 
 def _lines(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any]]:
@@ -106,7 +107,7 @@ def _utf8(data: bytes, where: object) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}; convert it, "
             "for instance with iconv -f latin1 -t utf-8"
         ) from error
@@ -119,7 +120,7 @@ def _decoded(text: str, where: object, *, is_first: bool) -> Any:
         message = _not_json(where, error)
         if is_first and text.lstrip()[:1] in "{[":  # perhaps over several lines
             message += "; a file holds one object a line, or in a .json an array of objects"
-        raise ValueError(message) from error
+        raise UsageError(message) from error
 
 
 def _not_json(where: object, error: BaseException) -> str:
@@ -153,7 +154,7 @@ def _array(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any
             text.take(",")
             text.skip()
     if text.skip():
-        raise ValueError(f"{Row(file.name, text.line)} must be the array's end, got more text")
+        raise UsageError(f"{Row(file.name, text.line)} must be the array's end, got more text")
 
 
 class _Window:
@@ -169,7 +170,7 @@ class _Window:
             piece = self.text.read(count)
         except UnicodeDecodeError as error:
             near = Row(self.file.name, self.line + self.buffer.count("\n"))
-            raise ValueError(
+            raise UsageError(
                 f"{near} or one after it is not UTF-8; convert the file, "
                 "for instance with iconv -f latin1 -t utf-8"
             ) from error
@@ -190,7 +191,7 @@ class _Window:
     def take(self, character: str) -> None:
         if self.buffer[:1] != character:
             there = self.buffer[:1] or "the end of the file"
-            raise ValueError(
+            raise UsageError(
                 f"{Row(self.file.name, self.line)} is not JSON: expected {character}, got {there}; "
                 "it may be cut short: repair it, or download it again"
             )
@@ -204,7 +205,7 @@ class _Window:
             except (ValueError, RecursionError) as error:
                 if self.more(max(_PIECE, len(self.buffer))):  # twice as much: linear in all
                     continue
-                raise ValueError(_not_json(Row(self.file.name, self.line), error)) from error
+                raise UsageError(_not_json(Row(self.file.name, self.line), error)) from error
             self.drop(end)
             return value
 
@@ -230,10 +231,10 @@ def read_csv(file: DataFile, documents: DocumentList) -> None:
                 header = row
                 (name,) = path_in(dict.fromkeys(header, ""), documents.config, file.name)
                 if header.count(name) > 1:
-                    raise ValueError(f"{where} names the column {name} twice; rename one")
+                    raise UsageError(f"{where} names the column {name} twice; rename one")
                 index = header.index(name)
             elif len(row) != len(header):
-                raise ValueError(
+                raise UsageError(
                     f"{where} must have {len(header)} fields, got {len(row)}; "
                     "it may be cut short: repair it, or leave it out"
                 )
@@ -249,12 +250,12 @@ def _csv_rows(reader: Any, file: DataFile) -> Iterator[tuple[Row, list[str]]]:
         except StopIteration:
             return
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{where} or one after it is not UTF-8; convert the file, "
                 "for instance with iconv -f latin1 -t utf-8"
             ) from error
         except csv.Error as error:
-            raise ValueError(
+            raise UsageError(
                 f"{where} is not CSV: {error}; it may be cut short: repair it, or leave it out"
             ) from error
         if row:

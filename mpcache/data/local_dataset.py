@@ -23,6 +23,7 @@ from mpcache.data.json_csv_reader import read_csv, read_json
 from mpcache.data.local_documents import DocumentList
 from mpcache.data.parquet_arrow_reader import read_arrow, read_parquet
 from mpcache.data.token_file import Indices, TokenFile, Vocabulary
+from mpcache.errors import UsageError
 
 _OTHER_FILES = 128  # that a collection has open besides its dataset's: a store's, a model's
 
@@ -45,7 +46,7 @@ class Files:
 
 
 def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:
-    """Raises ValueError for the first file that is not what its name says, with the place in it."""
+    """Raises UsageError for the first file that is not what its name says, with the place in it."""
     if shards.kind == "bin":
         return _token_files(shards, config, vocabulary)
     documents, digests = DocumentList(config, vocabulary), []
@@ -61,7 +62,7 @@ def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) ->
             digests.append(file.digest)
     documents.spool.finish()
     if len(documents) and not documents.spool.size and not vocabulary.has_tokenizer:
-        raise ValueError(
+        raise UsageError(
             f"dataset must hold a document with token ids, got {len(documents)} empty ones in "
             f"{shards.label}; name another, or another column with --text-column"
         )
@@ -76,7 +77,7 @@ def _may_be_empty(shards: Shards) -> bool:
 
 def _refuse_web_page(file: DataFile, kind: str) -> None:
     if is_web_page(file):
-        raise ValueError(
+        raise UsageError(
             f"{file.name} is a web page, not {kind}; download the file itself "
             "(on the Hub its URL has /resolve/, that of its page /blob/)"
         )
@@ -89,9 +90,9 @@ def _read_texts(file: DataFile, documents: DocumentList, *, split: bool) -> None
     try:
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text must be UTF-8, got {file.name}: {error}; convert it") from error
+        raise UsageError(f"text must be UTF-8, got {file.name}: {error}; convert it") from error
     if split and not text.strip():
-        raise ValueError(f"dataset must hold a document, got none in {file.name}; name another")
+        raise UsageError(f"dataset must hold a document, got none in {file.name}; name another")
     for paragraph in re.split(r"\n\s*\n", text.strip()) if split else [text]:
         documents.add_text(paragraph, file.name)
 
@@ -116,7 +117,7 @@ def _refuse_too_many(count: int, label: str) -> None:
     """Every `.bin` stays open, and a process may have so many files open and no more."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and count + _OTHER_FILES > limit:
-        raise ValueError(
+        raise UsageError(
             f"{label} has {count} .bin files, too many where {limit} files may be open at once; "
             f"allow more with ulimit -n {count + _OTHER_FILES}, or join some of the files"
         )

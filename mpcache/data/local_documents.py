@@ -21,6 +21,7 @@ from mpcache.data.document_codec import (
 from mpcache.data.temporary_record_file import TemporaryRecords
 from mpcache.data.text_column import NO_MASK
 from mpcache.data.token_file import Indices, Vocabulary
+from mpcache.errors import UsageError
 
 
 class DocumentList:
@@ -41,7 +42,7 @@ class DocumentList:
         self.files.append((len(self), name))
 
     def add(self, value: Any, mask: Any, where: object) -> None:
-        """Add the document of a row. Raises ValueError, which names `where` the row is."""
+        """Add the document of a row. Raises UsageError, which names `where` the row is."""
         try:
             kind = self._settled(kind_of(value), where)
         except TypeError as error:
@@ -54,7 +55,7 @@ class DocumentList:
         self.add(text, NO_MASK, where)
 
     def check_type(self, kind: pa.DataType, where: object) -> None:
-        """Raise ValueError for an arrow column that can hold no documents, or of another kind."""
+        """Raise UsageError for an arrow column that can hold no documents, or of another kind."""
         try:
             self._settled(kind_of_type(kind), where)
         except TypeError as error:
@@ -77,14 +78,14 @@ class DocumentList:
             self.kind = kind
             refuse_without_tokenizer(kind, self.vocabulary, self.config)
         if kind is not None and kind != self.kind and not isinstance(where, Row):
-            raise ValueError(
+            raise UsageError(
                 f"all files must hold the same kind of documents, got {kind} in {where} "
                 f"after {self.kind}; name files of one kind"
             )
         return self.kind
 
-    def _unusable(self, error: TypeError, where: object) -> ValueError:
-        return ValueError(
+    def _unusable(self, error: TypeError, where: object) -> UsageError:
+        return UsageError(
             f"{where}: text_column must hold text, token ids or chat messages, got {error} in "
             f"{self.config.text_column}; name another"
         )
@@ -104,7 +105,7 @@ class DocumentList:
 def refuse_without_tokenizer(kind: Kind, vocabulary: Vocabulary, config: CollectConfig) -> None:
     """Texts and chats need a tokenizer."""
     if kind != "tokens" and not vocabulary.has_tokenizer:
-        raise ValueError(
+        raise UsageError(
             f"{config.dataset} holds {kind}, and the model {config.model} has no tokenizer; "
             "put its tokenizer.json beside the model, or name a column of token ids with "
             "--text-column"

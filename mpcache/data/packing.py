@@ -20,6 +20,7 @@ from mpcache.config import CollectConfig, Split, split_of
 from mpcache.data.documents import Documents, permutation
 from mpcache.data.token_file import Tokenizer, end_token, token_dtype
 from mpcache.data.tokenization import FLAG_SHIFT, Encoder, Specials, Stream
+from mpcache.errors import UsageError
 from mpcache.store.format import STARTS_DOCUMENT
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
@@ -74,22 +75,22 @@ def following(part: int, validation_every: int) -> int:
 
 
 def special_tokens(tokenizer: Tokenizer, config: CollectConfig) -> Specials:
-    """What `config` asks of the tokenizer. Raises ValueError where it has no such token."""
+    """What `config` asks of the tokenizer. Raises UsageError where it has no such token."""
     begin = next(
         (t for t in (tokenizer.bos_token_id, tokenizer.cls_token_id) if isinstance(t, int)), None
     )
     end = end_token(tokenizer)
     if config.bos != "none" and begin is None:
-        raise ValueError(
+        raise UsageError(
             f"bos={config.bos} needs a tokenizer with BOS or CLS, got none; use bos=none"
         )
     if config.eos and end is None:
-        raise ValueError("eos needs a tokenizer with EOS or SEP, got none; turn eos off")
+        raise UsageError("eos needs a tokenizer with EOS or SEP, got none; turn eos off")
     if config.bos == "sequence" and config.ctx_len == 1:
-        raise ValueError("bos=sequence needs ctx_len of at least 2, got 1; use bos=none")
+        raise UsageError("bos=sequence needs ctx_len of at least 2, got 1; use bos=none")
     is_apart = config.cross_document_attention or config.one_document_per_sequence
     if not (is_apart or config.eos or config.bos == "document"):
-        raise ValueError(
+        raise UsageError(
             "without cross_document_attention a token must mark where documents start, "
             f"got eos=False, bos={config.bos}; turn eos on, or use bos=document"
         )
@@ -292,7 +293,7 @@ def iter_parts(
     `cursors` maps the first part wanted of a split to its cursor; a split that is not named is not
     read. `template` is the chat template; without it that of the config is taken.
 
-    Raises ValueError for a token the tokenizer lacks, a split without a single sequence, or a
+    Raises UsageError for a token the tokenizer lacks, a split without a single sequence, or a
     conversation that the chat template does not take.
     """
     specials = special_tokens(tokenizer, config)
@@ -312,7 +313,7 @@ def packed(
     for packer in packers.values():  # an empty split shows before the first part is out
         feed.fill(packer)
         if packer.is_empty and packer.cursor == (0, 0):
-            raise ValueError(
+            raise UsageError(
                 f"each split must fill a sequence of {config.ctx_len} tokens, got no "
                 f"{packer.split} one from {feed.count} documents; use more documents, "
                 "or a smaller ctx_len or validation_every"

@@ -10,6 +10,7 @@ from mpcache.data.data_file import DataFile
 from mpcache.data.document_codec import check_mask_type
 from mpcache.data.local_documents import DocumentList, rows_from
 from mpcache.data.text_column import Path, array_at, mask_beside, path_in, tree_of, value_at
+from mpcache.errors import UsageError
 
 _BATCH_ROWS = 512  # of a .parquet; few, because one document may be long
 _FILE_MAGIC = b"ARROW1"
@@ -46,7 +47,7 @@ def _refuse_open_end(stream: io.BufferedIOBase, file: DataFile) -> None:
     size = stream.seek(0, 2)
     stream.seek(max(0, size - 8))
     if stream.read() != _STREAM_END:
-        raise ValueError(
+        raise UsageError(
             f"{file.name} cannot be read as arrow: it has no end mark; "
             "it is cut short or damaged: write it again, or download it again"
         )
@@ -60,7 +61,7 @@ class _Columns:
         try:
             tree = tree_of(schema)
         except KeyError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{file.name} names the column {error.args[0]} twice; rename one"
             ) from error
         self.path = path_in(tree, documents.config, file.name)

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 
 MASK = "attention_mask"  # beside a column of token ids: tokens of mask 0 are left out
 NO_MASK: Any = object()
@@ -33,7 +34,7 @@ def tree_of(fields: pa.Schema | pa.StructType) -> dict[str, Any]:
 def path_in(tree: Tree, config: CollectConfig, name: str) -> Path:
     """The path of `text_column`: a column of that very name, else a field of a struct.
 
-    Raises ValueError with the columns that there are in `name`.
+    Raises UsageError with the columns that there are in `name`.
     """
     wanted = config.text_column
     if wanted in tree:
@@ -45,7 +46,7 @@ def path_in(tree: Tree, config: CollectConfig, name: str) -> Path:
         if not isinstance(node, Mapping) or step not in node:
             columns = list(dotted(tree))
             more = f" and {len(columns) - _LISTED} more" if len(columns) > _LISTED else ""
-            raise ValueError(
+            raise UsageError(
                 f"text_column must be a column of {name}, got {wanted}; "
                 f"use one of {', '.join(columns[:_LISTED])}{more}"
             )

@@ -18,6 +18,8 @@ from jaxtyping import UInt32
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from mpcache.errors import UsageError
+
 _BREAK = hashlib.sha256(b"mpcache break").hexdigest()
 "stands within the name of a special token in a message, until the template has written its own"
 
@@ -26,7 +28,7 @@ class PlainText:
     """Texts -> token ids, none of them special."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ValueError where the special tokens of this tokenizer cannot be respelled."""
+        """Raises UsageError where the special tokens of this tokenizer cannot be respelled."""
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         self.names = {name: _respelled(name) for name in special_names(tokenizer, state)}
         "of each special token the new one"
@@ -34,7 +36,7 @@ class PlainText:
         self.unknown = _unknown_id(state)
         before, after = tokenizer.backend_tokenizer.token_to_id, self.backend.token_to_id
         if any(before(old) != after(new) for old, new in self.names.items()):
-            raise ValueError(
+            raise UsageError(
                 f"the special tokens of {type(tokenizer).__name__} cannot be told from text; "
                 "use --parse-special-tokens"
             )
@@ -50,7 +52,7 @@ class PlainText:
         found = [np.array(one.ids, np.uint32) for one in batch]
         for ids in found:
             if np.isin(ids, self.special_ids).any():
-                raise ValueError("a text holds the name that a special token has here; change it")
+                raise UsageError("a text holds the name that a special token has here; change it")
         return found
 
     def marked(self, value: Any) -> Any:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mpcache.data.data_file import DataFile, is_web_page, temporary_file
 from mpcache.data.temporary_record_file import read_exactly
+from mpcache.errors import UsageError
 
 Tokens = UInt[np.ndarray, " _"]
 Indices = Int64[np.ndarray, " _"]
@@ -92,9 +93,9 @@ class TokenFile:
         self.file, self.vocabulary = file, vocabulary
         self.dtype = np.promote_types(vocabulary.dtype, np.uint16).newbyteorder("<")
         if is_web_page(file):
-            raise ValueError(f"{file.name} is a web page, not token ids; download it again")
+            raise UsageError(f"{file.name} is a web page, not token ids; download it again")
         if vocabulary.end is None:
-            raise ValueError(
+            raise UsageError(
                 f"documents in {file.name} must end with the model's end token, but the model "
                 "names none; give token ids in a column of a table instead"
             )
@@ -131,13 +132,13 @@ class TokenFile:
                 if self.copy is not None:
                     self.copy.write(data)
                 if len(data) % size:
-                    raise ValueError(self._odd(start * size + len(data)))
+                    raise UsageError(self._odd(start * size + len(data)))
                 piece = np.frombuffer(data, self.dtype)
                 self._check(piece, start)
                 ends.append((start, np.flatnonzero(piece == self.vocabulary.end)))
                 start += len(piece)
         if not start:
-            raise ValueError(self._odd(0))
+            raise UsageError(self._odd(0))
         if self.copy is not None:
             self.copy.flush()
         self.size = start
@@ -148,7 +149,7 @@ class TokenFile:
         starts = [np.zeros(1, np.int64), *(start + places + 1 for start, places in ends)]
         bounds = np.concatenate(starts)
         if len(bounds) == 1:
-            raise ValueError(
+            raise UsageError(
                 f"documents in {self.file.name} must end with token {self.vocabulary.end}, "
                 "got no such token; write the file with it"
             )
@@ -165,7 +166,7 @@ class TokenFile:
     def _check(self, piece: Tokens, start: int) -> None:
         if piece.max() > self.vocabulary.largest_id:
             index = int(np.argmax(piece > self.vocabulary.largest_id))
-            raise ValueError(
+            raise UsageError(
                 f"tokens must be at most {self.vocabulary.largest_id} for this model, got "
                 f"{piece[index]} at token {start + index} of {self.file.name}; "
                 "tokenise it with the model's own tokenizer"

@@ -20,6 +20,7 @@ from mpcache.data.document_codec import Document
 from mpcache.data.documents import Documents
 from mpcache.data.text_tokenizer import ParsedText, PlainText
 from mpcache.data.token_file import TokenIds, Tokenizer
+from mpcache.errors import UsageError
 from mpcache.store.format import BY_ASSISTANT
 
 Stream = UInt[np.ndarray, " _"]
@@ -45,17 +46,17 @@ def has_flags(documents: Documents, config: CollectConfig) -> bool:
 def template_of(documents: Documents, tokenizer: Tokenizer, config: CollectConfig) -> str | None:
     """The chat template, where the documents are conversations.
 
-    Raises ValueError where conversations cannot be read so.
+    Raises UsageError where conversations cannot be read so.
     """
     if documents.kind != "conversations":
         if config.chat_template is not None:
-            raise ValueError(
+            raise UsageError(
                 "chat_template is for chat messages, got a dataset without; leave it out, or name "
                 "the column of messages with --text-column"
             )
         return None
     if not (config.cross_document_attention or config.one_document_per_sequence):
-        raise ValueError(
+        raise UsageError(
             "conversations cannot be kept apart within a sequence: end tokens stand within them; "
             "use --one-document-per-sequence"
         )
@@ -139,11 +140,11 @@ class Encoder:
         return [self._whole_chat(one) if one and len(one.ids) else None for one in tokens]
 
     def _refuse_beyond(self, ids: UInt32[np.ndarray, " _"], where: str) -> None:
-        """Raise ValueError for a token without an embedding, as a special one may be."""
+        """Raise UsageError for a token without an embedding, as a special one may be."""
         largest = self.largest_id
         if largest is not None and len(ids) and (worst := int(ids.max())) > largest:
             name = self._of_text.convert_ids_to_tokens(worst)
-            raise ValueError(
+            raise UsageError(
                 f"{where} has the token {name!r}, {worst}, and the embedding of "
                 f"{self.config.model} ends at {largest}; resize the model for its tokenizer, "
                 "or use the model's own tokenizer and chat template"

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.model.file_integrity import Tensors, check_json, check_safetensors, check_torch
 from mpcache.model.file_snapshot import GENERATION, INDEX, TOKENIZER, weight_names
 from mpcache.model.gguf import check_gguf
@@ -19,7 +20,7 @@ _LEFTOVERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "positio
               "num_batches_tracked", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 
 
-class MissingWeights(ValueError):
+class MissingWeights(UsageError):
     """A checkpoint lacks weights of the model."""
 
 
@@ -27,7 +28,7 @@ class MissingWeights(ValueError):
 
 
 def check_tokenizer_files(source: ModelSource) -> None:
-    """Raises ValueError where a tokenizer's file is damaged, or none is there that can be read."""
+    """Raises UsageError where a tokenizer's file is damaged, or none is there that can be read."""
     if source.gguf_path is not None:
         return check_gguf(source.gguf_path)
     files = {name: source.file(name) for name in TOKENIZER}
@@ -36,7 +37,7 @@ def check_tokenizer_files(source: ModelSource) -> None:
             check_json(path)
     if (path := files["tokenizer.json"]) is not None:
         if not isinstance(check_json(path).get("model"), dict):
-            raise ValueError(
+            raise UsageError(
                 f"{path} must hold a tokenizer's model, got none; use the original file"
             )
         return None
@@ -46,7 +47,7 @@ def check_tokenizer_files(source: ModelSource) -> None:
 def _check_without_tokenizer_json(source: ModelSource) -> None:
     pieces = [name for name in _SENTENCEPIECE if source.file(name) is not None]
     if pieces and not any(source.file(name) for name in _VOCABULARIES):
-        raise ValueError(
+        raise UsageError(
             f"{source.location} must have tokenizer.json, got {pieces[0]} of SentencePiece alone; "
             "convert it where the packages sentencepiece and protobuf are: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
@@ -67,14 +68,14 @@ def has_tokenizer(source: ModelSource) -> bool:
 def check_model_files(source: ModelSource) -> Tensors:
     """The tensors of a model's weights, as far as headers tell of them.
 
-    Raises ValueError where a file is damaged or missing.
+    Raises UsageError where a file is damaged or missing.
     """
     if source.gguf is not None:
         return {}  # looked at with the tokenizer, which is in the same file
     if (path := source.file(GENERATION)) is not None:
         check_json(path)
     if not (names := weight_names(source)):
-        raise ValueError(
+        raise UsageError(
             f"{source.location} must have weights, got neither model.safetensors nor "
             "pytorch_model.bin; download them too"
         )
@@ -90,17 +91,17 @@ def check_model_files(source: ModelSource) -> Tensors:
 
 
 def check_settings(source: ModelSource) -> None:
-    """Raises ValueError where `config.json` is not a model's."""
+    """Raises UsageError where `config.json` is not a model's."""
     if source.gguf is not None:
         return
     settings = source.settings
     if not isinstance(settings.get("model_type"), str) and "auto_map" not in settings:
-        raise ValueError(
+        raise UsageError(
             f"{source.file(CONFIG)} must have a model_type, got "
             f"{settings.get('model_type')!r}; use the config.json of the original model"
         )
     if not isinstance(settings.get("quantization_config", {}), dict | None):
-        raise ValueError(
+        raise UsageError(
             f"{source.file(CONFIG)} must have an object as its quantization_config, got "
             f"{settings['quantization_config']!r}; use the config.json of the original model"
         )
@@ -110,12 +111,12 @@ def check_settings(source: ModelSource) -> None:
 
 
 def refuse_other_shapes(source: ModelSource, info: dict[str, Any]) -> None:
-    """Raises ValueError with the first weights that the model has in another shape."""
+    """Raises UsageError with the first weights that the model has in another shape."""
     different = sorted(map(tuple, info["mismatched_keys"]))
     if different:
         name, there, wanted = different[0][:3]
         more = f", and {len(different) - 1} more" if different[1:] else ""
-        raise ValueError(
+        raise UsageError(
             f"the weights of {source.name} must fit its {CONFIG}, got {name} of shape "
             f"{list(there)} where {list(wanted)} is wanted{more}; use the config.json of this "
             "checkpoint"
@@ -125,7 +126,7 @@ def refuse_other_shapes(source: ModelSource, info: dict[str, Any]) -> None:
 def check_loaded(
     model: PreTrainedModel, source: ModelSource, info: dict[str, Any], tensors: Tensors
 ) -> None:
-    """Raises ValueError where weights are missing, left over, or whole numbers."""
+    """Raises UsageError where weights are missing, left over, or whole numbers."""
     missing = set(info["missing_keys"])
     if any(key.startswith("pooler.") for key in missing):
         # encoders trained without a pooler get a random one, which no run could reproduce
@@ -136,7 +137,7 @@ def check_loaded(
             f"{_first(missing)}; use another checkpoint"
         )
     if unused := [key for key in info["unexpected_keys"] if _is_of(key, model)]:
-        raise ValueError(
+        raise UsageError(
             f"the weights of {source.name} must fit its {CONFIG}, got {len(unused)} tensors that "
             f"{type(model).__name__} has no use for: {_first(unused)}; use the config.json of "
             "this checkpoint"
@@ -161,7 +162,7 @@ def _is_of(key: str, model: PreTrainedModel) -> bool:
 
 
 def refuse_whole_numbers(model: PreTrainedModel, source: ModelSource, tensors: Tensors) -> None:
-    """Raises ValueError where integers would be read as a model's weights."""
+    """Raises UsageError where integers would be read as a model's weights."""
     if source.settings.get("quantization_config"):
         return
     other = {name: dtype for name, (dtype, _) in tensors.items() if dtype not in _FLOATS}
@@ -170,7 +171,7 @@ def refuse_whole_numbers(model: PreTrainedModel, source: ModelSource, tensors: T
     weights = [name for name, value in model.named_parameters() if value.is_floating_point()]
     for name, dtype in sorted(other.items()):
         if any(name == weight or name.endswith(f".{weight}") for weight in weights):
-            raise ValueError(
+            raise UsageError(
                 f"the weights of {source.name} must be floating-point numbers, got {name} as "
                 f"{dtype}; use an unquantised checkpoint"
             )
@@ -179,7 +180,7 @@ def refuse_whole_numbers(model: PreTrainedModel, source: ModelSource, tensors: T
 def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: CollectConfig
 ) -> None:
-    """Raises ValueError where the tokenizer can give ids that the model has no embedding for.
+    """Raises UsageError where the tokenizer can give ids that the model has no embedding for.
 
     Some models have special tokens beyond it, as for images, that no text leads to.
     """
@@ -193,7 +194,7 @@ def check_vocabulary(
         beyond = {t: i for t, i in beyond.items() if t in ends or t not in specials}
     if beyond:
         token, number = max(beyond.items(), key=lambda item: item[1])
-        raise ValueError(
+        raise UsageError(
             f"the tokenizer of {config.model} must not have more ids than the model has "
             f"embeddings, {rows}, got {number} for {token!r}; use the model's own tokenizer"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpcache.errors import UsageError
 from mpcache.model.hooks import Side
 
 BACKEND = "inductor"
@@ -19,12 +20,12 @@ _SHAPES = 64  # of batches and kinds of layers; torch would go on without compil
 
 
 class Compiled:
-    """Compiled forms of a model's layers. Raises ValueError where they do not suit the sides."""
+    """Compiled forms of a model's layers. Raises UsageError where they do not suit the sides."""
 
     def __init__(self, model: nn.Module, sides: Sequence[Side]) -> None:
         found = children_of_layers(model)
         if not found:
-            raise ValueError(
+            raise UsageError(
                 f"a model must have its layers in a list to be compiled, got {type(model).__name__}"
                 "; leave compile out"
             )
@@ -67,7 +68,7 @@ def children_of_layers(model: nn.Module) -> dict[str, nn.Module]:
 def check_outside(side: Side, compiled: Sequence[str]) -> None:
     for name in compiled:
         if side.hookpoint.startswith(f"{name}."):
-            raise ValueError(
+            raise UsageError(
                 f"a hookpoint must not lie inside of {name}, which is compiled as one, "
                 f"got {side.hookpoint}; leave compile out"
             )

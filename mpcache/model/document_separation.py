@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.model.hooks import Capture, Side
 from mpcache.model.inputs import (
     PACKED_SEPARATIONS,
@@ -71,7 +72,7 @@ def find_separation(
 ) -> Separation:
     """What keeps documents apart, as `config` asks, in all values of `sides`.
 
-    Raises ValueError where nothing does.
+    Raises UsageError where nothing does.
     """
     if config.one_document_per_sequence:
         return _first_without_fault(
@@ -103,7 +104,7 @@ def _first_without_fault(
                 return way
             faults.append(fault)
     fault = max(faults, key=lambda fault: fault.rank)
-    raise ValueError(
+    raise UsageError(
         f"{type(model).__name__} cannot {task}: {fault.reason()}; {fault.remedy or remedy}"
     )
 

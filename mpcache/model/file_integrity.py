@@ -1,6 +1,6 @@
 """Whether a model's file can be what its name says, from its first bytes and its size.
 
-Each check raises ValueError in one line with the file's name and what to do. Nothing here reads
+Each check raises UsageError in one line with the file's name and what to do. Nothing here reads
 the whole of a large file.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mpcache.data.data_file import is_page, is_pointer
+from mpcache.errors import UsageError
 
 AGAIN = "download it again, for instance with `hf download`"
 _HEAD = 1024  # bytes, enough for a Git LFS pointer and for the start of a page
@@ -35,33 +36,33 @@ def check_present(path: Path) -> None:
     """A file that can be read, and is not what is put in a file's place while it is elsewhere."""
     head = read_head(path)
     if not head:
-        raise ValueError(f"{path} is empty; {AGAIN}")
+        raise UsageError(f"{path} is empty; {AGAIN}")
     if is_pointer(head):
-        raise ValueError(
+        raise UsageError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
             "or download it with `hf download`"
         )
     if is_page(head):
-        raise ValueError(f"{path} is a web page, not the file itself; {AGAIN}")
+        raise UsageError(f"{path} is a web page, not the file itself; {AGAIN}")
 
 
 def read_head(path: Path) -> bytes:
-    """The first bytes of a file. Raises ValueError where it cannot be read."""
+    """The first bytes of a file. Raises UsageError where it cannot be read."""
     if os.path.islink(path) and not os.path.exists(path):
         if _is_loop(path):
-            raise ValueError(f"{path} is a link to itself; {AGAIN}")
-        raise ValueError(f"{path} is a link to a missing file, {os.readlink(path)}; {AGAIN}")
+            raise UsageError(f"{path} is a link to itself; {AGAIN}")
+        raise UsageError(f"{path} is a link to a missing file, {os.readlink(path)}; {AGAIN}")
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)
     except IsADirectoryError:
-        raise ValueError(f"{path} must be a file, got a folder; {AGAIN}") from None
+        raise UsageError(f"{path} must be a file, got a folder; {AGAIN}") from None
     except PermissionError:
-        raise ValueError(f"{path} must be readable, got no permission; chmod +r it") from None
+        raise UsageError(f"{path} must be readable, got no permission; chmod +r it") from None
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise ValueError(f"{path} is longer than a path may be; check the path") from None
+        raise UsageError(f"{path} is longer than a path may be; check the path") from None
 
 
 def _is_loop(path: Path) -> bool:
@@ -80,9 +81,9 @@ def check_json(path: Path | None) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} must be JSON, got {reason}; {AGAIN}") from None
+        raise UsageError(f"{path} must be JSON, got {reason}; {AGAIN}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; {AGAIN}")
+        raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}; {AGAIN}")
     return content
 
 
@@ -92,10 +93,10 @@ def check_index(path: Path) -> list[str]:
     if not isinstance(names, dict) or not names or not all(
         isinstance(name, str) and name for name in names.values()
     ):  # fmt: skip
-        raise ValueError(f"{path} must hold a weight_map from tensors to files; {AGAIN}")
+        raise UsageError(f"{path} must hold a weight_map from tensors to files; {AGAIN}")
     files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{path} must name files of its own folder, got {outside[0]!r}; {AGAIN}")
+        raise UsageError(f"{path} must name files of its own folder, got {outside[0]!r}; {AGAIN}")
     return files
 
 
@@ -110,13 +111,13 @@ def check_safetensors(path: Path) -> Tensors:
     end = 0
     for name, (dtype, shape, (begin, stop)) in tensors.items():
         if dtype in _BITS and (stop - begin) * 8 != _BITS[dtype] * math.prod(shape):
-            raise ValueError(
+            raise UsageError(
                 f"{path} is damaged: its header gives {name} {stop - begin} bytes for "
                 f"{dtype} values of shape {list(shape)}; {AGAIN}"
             )
         end = max(end, stop)
     if size != start + end:
-        raise ValueError(_cut(path, size, start + end))
+        raise UsageError(_cut(path, size, start + end))
     return {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
 
 
@@ -135,9 +136,9 @@ def _header(path: Path, size: int) -> tuple[_Tensors, int]:
         if size >= 8 + length:
             raw = file.read(length)
         elif file.read(1) == b"{":
-            raise ValueError(_cut(path, size, 8 + length))
+            raise UsageError(_cut(path, size, 8 + length))
         else:
-            raise ValueError(f"{path} must be a safetensors file, got other content; {AGAIN}")
+            raise UsageError(f"{path} must be a safetensors file, got other content; {AGAIN}")
     try:
         content = json.loads(raw)
         content.pop("__metadata__", None)
@@ -146,7 +147,7 @@ def _header(path: Path, size: int) -> tuple[_Tensors, int]:
             for name, t in content.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(
+        raise UsageError(
             f"{path} must be a safetensors file, got a broken header; {AGAIN}"
         ) from None
     return tensors, 8 + length
@@ -168,15 +169,15 @@ def check_torch(path: Path) -> Tensors:
     check_present(path)
     if not head.startswith(b"PK"):
         if not head.startswith(b"\x80"):  # a pickle
-            raise ValueError(f"{path} must be weights of PyTorch, got other content; {AGAIN}")
+            raise UsageError(f"{path} must be weights of PyTorch, got other content; {AGAIN}")
         return {}
     try:
         content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{path} is cut short or damaged: {str(error).splitlines()[0]}; {AGAIN}"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold weights by name, got other content; {AGAIN}")
+        raise UsageError(f"{path} must hold weights by name, got other content; {AGAIN}")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     return {str(name): (_NAMES.get(t.dtype, "F32"), tuple(t.shape)) for name, t in tensors.items()}

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.errors import UsageError
 from mpcache.model.file_integrity import check_index
 from mpcache.model.model_source import ModelSource, commit_of
 
@@ -47,9 +48,9 @@ class ModelFiles:
         return not self._changed()
 
     def check_unchanged(self) -> None:
-        """Raises ValueError where a file was written or replaced meanwhile."""
+        """Raises UsageError where a file was written or replaced meanwhile."""
         if changed := self._changed():
-            raise ValueError(
+            raise UsageError(
                 f"{', '.join(changed[:3])} of {self.source.name} changed while the model was "
                 "loaded; give the same command again"
             )
@@ -57,7 +58,7 @@ class ModelFiles:
     def digest(self) -> str | None:
         """What names the files: their sha256, or the commit of a Hub model.
 
-        None where neither says what was loaded. Raises ValueError where a file changed meanwhile,
+        None where neither says what was loaded. Raises UsageError where a file changed meanwhile,
         or where the Hub's cache holds other content than it had there.
         """
         if self.source.folder is None:
@@ -83,7 +84,7 @@ class ModelFiles:
         verdicts = [is_intact(path) for path in self.paths.values()]
         for path, intact in zip(self.paths.values(), verdicts, strict=True):
             if intact is False:
-                raise ValueError(
+                raise UsageError(
                     f"{path} is not what the Hub has: its content does not fit its digest there; "
                     f"delete {path.resolve()} and give the same command again"
                 )
@@ -139,7 +140,7 @@ def _of_the_hub(source: ModelSource) -> dict[str, Path]:
 def weight_names(source: ModelSource) -> list[str]:
     """The names of the files that hold a model's weights, with their index; empty if none is there.
 
-    Raises ValueError where an index names files that are not there.
+    Raises UsageError where an index names files that are not there.
     """
     explicit = source.settings.get("transformers_weights")
     for name in (explicit,) if isinstance(explicit, str) else WEIGHTS:
@@ -151,7 +152,7 @@ def weight_names(source: ModelSource) -> list[str]:
         shards = check_index(path)
         missing = [shard for shard in shards if source.file(shard) is None]
         if missing:
-            raise ValueError(
+            raise UsageError(
                 f"{path} names {len(shards)} files with weights, of which {len(missing)} are "
                 f"missing: {', '.join(missing[:3])}; download them too"
             )

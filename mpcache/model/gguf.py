@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mpcache.errors import UsageError
 from mpcache.model.file_integrity import AGAIN, check_present
 
 _VERSIONS = (2, 3)
@@ -31,44 +32,44 @@ _FORMATS = {
 
 
 def check_gguf(path: Path) -> None:
-    """Raises ValueError where the file is damaged, a piece of a model, or cannot be read here."""
+    """Raises UsageError where the file is damaged, a piece of a model, or cannot be read here."""
     check_present(path)
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{path.name} needs the package {' and '.join(missing)}; pip install 'mpcache[gguf]'"
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} must be a GGUF file, got other content; {AGAIN}")
+            raise UsageError(f"{path} must be a GGUF file, got other content; {AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 header = _Header(content)
             except (struct.error, IndexError):
-                raise ValueError(f"{path} is cut short: its header has no end; {AGAIN}") from None
+                raise UsageError(f"{path} is cut short: its header has no end; {AGAIN}") from None
             except (KeyError, UnicodeDecodeError):
-                raise ValueError(f"{path} is damaged: its header is no GGUF; {AGAIN}") from None
+                raise UsageError(f"{path} is damaged: its header is no GGUF; {AGAIN}") from None
             size = len(content)
     _check_header(path, header, size)
 
 
 def _check_header(path: Path, header: "_Header", size: int) -> None:
     if header.version not in _VERSIONS:
-        raise ValueError(
+        raise UsageError(
             f"{path} must be GGUF version 2 or 3, got {header.version}; convert it again"
         )
     if (pieces := int(header.fields.get("split.count", 1))) > 1:
-        raise ValueError(
+        raise UsageError(
             f"{path} is one of {pieces} pieces of a model; join them with llama.cpp's "
             "`llama-gguf-split --merge`, and name the whole file"
         )
     if not header.fields.get("general.architecture"):
-        raise ValueError(f"{path} must name its general.architecture, got none; {AGAIN}")
+        raise UsageError(f"{path} must name its general.architecture, got none; {AGAIN}")
     if not header.tensors:
-        raise ValueError(f"{path} must hold weights, got a vocabulary alone; use another file")
+        raise UsageError(f"{path} must hold weights, got a vocabulary alone; use another file")
     wanted = max(header.data_start + tensor.offset + tensor.bytes for tensor in header.tensors)
     if size < wanted:
-        raise ValueError(
+        raise UsageError(
             f"{path} is cut short: it has {size:,} bytes, its header says {wanted:,}; {AGAIN}"
         )
 

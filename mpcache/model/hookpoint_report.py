@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig, HookpointsConfig
+from mpcache.errors import UsageError
 from mpcache.hub import first_line
 from mpcache.model.hookpoint_roles import Role, roles
 from mpcache.model.hookpoint_survey import Survey, Verdict, starred
@@ -62,7 +63,7 @@ class Report:
 
 
 def find_hookpoints(config: HookpointsConfig) -> Report:
-    """Raises ValueError where there is no such model, or one that does not run on text."""
+    """Raises UsageError where there is no such model, or one that does not run on text."""
     model, attention = hollow_model(config)
     survey = survey_hollow(model)
     return Report(
@@ -88,24 +89,24 @@ def hollow_model(config: HookpointsConfig) -> tuple[PreTrainedModel, str]:
     )
     try:
         model = skeleton(asked)
-    except ValueError:
+    except UsageError:
         if config.attention is not None:
             raise
         other = replace(asked, attention="eager")
         try:
             model, asked = skeleton(other), other
-        except ValueError:
+        except UsageError:
             skeleton(asked)  # the first error is the one that helps
             raise
     except ImportError as error:
-        raise ValueError(f"{config.model} needs another library: {first_line(error)}") from error
+        raise UsageError(f"{config.model} needs another library: {first_line(error)}") from error
     hollow_(model)
     model.train(False).requires_grad_(False)
     return model, asked.attention
 
 
 def survey_hollow(model: PreTrainedModel) -> Survey:
-    """Raises ValueError for a model that does not run on tokens alone."""
+    """Raises UsageError for a model that does not run on tokens alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny
     try:
@@ -115,7 +116,7 @@ def survey_hollow(model: PreTrainedModel) -> Survey:
             except (RuntimeError, TypeError):  # few models compute in float32 alone
                 return Survey(model.to(torch.float32), weights.added)  # type: ignore[arg-type]
     except Exception as error:  # what a model raises that lacks an input has no common base
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} must run on tokens alone, but it raises "
             f"{type(error).__name__}: {first_line(error)}; use a language model"
         ) from error

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpcache.errors import UsageError
 from mpcache.validation import is_hookpoint
 
 SideName = Literal["input", "output"]
@@ -41,7 +42,7 @@ class Side:
 Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
 
 
-class _Unfit(ValueError):
+class _Unfit(UsageError):
     """A side that cannot be collected, and why."""
 
     def __init__(self, side: Side, reason: str) -> None:
@@ -59,7 +60,7 @@ class _AllSeen(Exception):
 def resolve(patterns: Iterable[str], model: nn.Module) -> tuple[Side, ...]:
     """The sides that patterns name, in the model's order, each once.
 
-    Raises ValueError for a pattern that is malformed or matches no module.
+    Raises UsageError for a pattern that is malformed or matches no module.
     """
     names = [name for name, _ in model.named_modules() if name]
     wanted = {side for pattern in patterns for side in match(pattern, names, model)}
@@ -72,15 +73,15 @@ def match(pattern: str, names: list[str], model: nn.Module) -> list[Side]:
     hookpoint, colon, side = pattern.partition(":")
     segments = check_segments(hookpoint)
     if colon and side not in ("input", "output"):
-        raise ValueError(f"a side must be input or output, got {side!r} in {pattern!r}")
+        raise UsageError(f"a side must be input or output, got {side!r} in {pattern!r}")
     found = [name for name in names if is_match(segments, name.split("."))]
     if not found:
-        raise ValueError(
+        raise UsageError(
             f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; "
             f"near: {', '.join(near_names(hookpoint, names))}; {LIST_THEM}"
         )
     if strange := [name for name in found if not is_hookpoint(name)]:
-        raise ValueError(
+        raise UsageError(
             f"{pattern} matches the module {strange[0]!r}, whose name cannot be a folder's; "
             "name the others one by one"
         )
@@ -91,11 +92,11 @@ def check_segments(hookpoint: str) -> list[str]:
     """The segments of a hookpoint; it becomes a path in the store, so nothing may lead astray."""
     segments = hookpoint.split(".")
     if not hookpoint.isprintable() or re.search(r"[\s/\\]", hookpoint) or "" in segments:
-        raise ValueError(
+        raise UsageError(
             f"a hookpoint must be names joined by dots, got {hookpoint!r}; write layers.10.mlp"
         )
     if any("*" in segment and segment != "*" for segment in segments):
-        raise ValueError(f"* must be a whole segment, got {hookpoint!r}; write layers.*.mlp")
+        raise UsageError(f"* must be a whole segment, got {hookpoint!r}; write layers.*.mlp")
     return segments
 
 
@@ -136,7 +137,7 @@ def forward_options(model: nn.Module) -> dict[str, bool]:
 class Capture:
     """Hooks on a model that record sides, as a context manager.
 
-    Entering runs one tiny pass to the end, which raises ValueError for a side that is not seen
+    Entering runs one tiny pass to the end, which raises UsageError for a side that is not seen
     exactly once or whose value is not [B, L, width]; `widths` then holds each side's width.
     """
 
@@ -159,7 +160,7 @@ class Capture:
             self._remove()
             stream = one_stream(self.model, unfit.side) if "streams" in unfit.reason else None
             remedy = f"use {stream}" if stream else LIST_THEM
-            raise ValueError(f"{unfit}; {remedy}") from None
+            raise UsageError(f"{unfit}; {remedy}") from None
         except BaseException:
             self._remove()
             raise

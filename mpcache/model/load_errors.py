@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.hub import first_line, hub_error
 from mpcache.model.model_source import CONFIG, ModelSource
-from mpcache.validation import is_raised_by_us
 
 # what reads weights of each quantisation
 _PACKAGES = {
@@ -26,15 +26,15 @@ _PACKAGES = {
     "fbgemm_fp8": "fbgemm-gpu",
     "auto-round": "auto-round",
 }
-# no mistake of the user: no memory, or the Hub
-_PASSED_ON = (MemoryError, ConnectionError, torch.OutOfMemoryError)
+# explained already, or not a fault of the model: no memory, no Hub
+_PASSED_ON = (UsageError, MemoryError, ConnectionError, torch.OutOfMemoryError)
 
 
 @contextmanager
 def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> Iterator[None]:
     """Errors of loading `thing`, "model" or "tokenizer of", of a source.
 
-    ValueError in one line for what is wrong with the files or the settings; ConnectionError
+    UsageError in one line for what is wrong with the files or the settings; ConnectionError
     without the Hub. A full disk or memory passes as it is.
     """
     try:
@@ -42,15 +42,13 @@ def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> It
     except _PASSED_ON:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and is_raised_by_us(error):
-            raise
         if (message := _known(error, source, config)) is not None:
-            raise ValueError(message) from error
+            raise UsageError(message) from error
         if source.folder is None or not isinstance(error, ValueError):
             explanation = hub_error(error, f"{thing} {source.name}", source.revision)
             if explanation is not error or isinstance(error, OSError):
                 raise explanation from error
-        raise ValueError(_unknown(error, source, thing)) from error
+        raise UsageError(_unknown(error, source, thing)) from error
 
 
 def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str | None:

@@ -24,6 +24,7 @@ from transformers import (
 
 from mpcache.config import CollectConfig
 from mpcache.data.token_file import TokenIds, Tokenizer
+from mpcache.errors import UsageError
 from mpcache.hub import first_line
 from mpcache.model.checkpoint_validation import (
     check_loaded,
@@ -54,7 +55,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
-        raise ValueError(
+        raise UsageError(
             f"device must be a torch device here, got {name} ({first_line(error)}); use auto"
         ) from error
     return torch.device(name)
@@ -65,7 +66,7 @@ def load_tokenizer(config: CollectConfig, source: ModelSource | None = None) -> 
 
     `source` is where the model's files are, if that is known.
 
-    Raises ValueError where it is damaged or a slow one, ConnectionError without the Hub.
+    Raises UsageError where it is damaged or a slow one, ConnectionError without the Hub.
     """
     source = source or find_source(config)
     check_settings(source)
@@ -82,7 +83,7 @@ def tokenizer_of(source: ModelSource, config: CollectConfig) -> PreTrainedTokeni
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
     if not tokenizer.is_fast:
-        raise ValueError(
+        raise UsageError(
             f"the tokenizer must be a fast one, got {type(tokenizer).__name__} in {config.model}; "
             "convert it to tokenizer.json"
         )
@@ -93,7 +94,7 @@ def token_ids(source: ModelSource, config: CollectConfig) -> TokenIds:
     """What the model's config says of its tokens."""
     text = architecture_of(source, config).get_text_config()
     if not isinstance(size := getattr(text, "vocab_size", None), int):
-        raise ValueError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
+        raise UsageError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     return TokenIds(size, *(_first_id(getattr(text, name, None), size) for name in names))
 
@@ -115,7 +116,7 @@ def load_model(
 
     The model is on its device and frozen. `source` and `tokenizer` are given where they are known.
 
-    Raises ValueError where the user can help it, ConnectionError where the Hub could not be asked.
+    Raises UsageError where the user can help it, ConnectionError where the Hub could not be asked.
     """
     device, source = resolve_device(config.device), source or find_source(config)
     tensors = check_model_files(source)
@@ -156,7 +157,7 @@ def architecture_of(source: ModelSource, config: CollectConfig) -> PreTrainedCon
 
 def check_architecture(architecture: PreTrainedConfig, config: CollectConfig) -> None:
     if architecture.is_encoder_decoder:
-        raise ValueError(
+        raise UsageError(
             f"a model must be a decoder or an encoder, got the encoder-decoder "
             f"{architecture.model_type}; use another"
         )
@@ -167,7 +168,7 @@ def check_architecture(architecture: PreTrainedConfig, config: CollectConfig) ->
 
 def check_positions(positions: int, config: CollectConfig) -> None:
     if positions < config.ctx_len:
-        raise ValueError(
+        raise UsageError(
             f"ctx_len must not exceed the model's {positions} positions, got {config.ctx_len}; "
             f"use {positions}"
         )
@@ -204,7 +205,7 @@ def load_weights(
     """The model, and what of its weights the checkpoint lacks or has beyond them."""
     loader = loader_of(architecture, head)
     if loader is None:
-        raise ValueError(f"{architecture.model_type} has no {head} head; use another model")
+        raise UsageError(f"{architecture.model_type} has no {head} head; use another model")
 
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         model, info = loader.from_pretrained(

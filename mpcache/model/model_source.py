@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.hub import explained, names_a_place
 from mpcache.model.file_integrity import check_json, check_present, read_head
 from mpcache.validation import user_path
@@ -55,7 +56,7 @@ class ModelSource:
     def file(self, name: str) -> Path | None:
         """The path of a file, downloaded from the Hub; None where the model has no such file.
 
-        Raises ValueError for a file that cannot be read.
+        Raises UsageError for a file that cannot be read.
         """
         if self.folder is None:
             path = _from_hub(self.name, name, self.revision)
@@ -74,7 +75,7 @@ class ModelSource:
 
 
 def find_source(config: CollectConfig) -> ModelSource:
-    """Raises ValueError where there is no model, ConnectionError without the Hub."""
+    """Raises UsageError where there is no model, ConnectionError without the Hub."""
     path = user_path(config.model)
     if os.path.isdir(path):  # a name can be longer than a path may be: Path's own would raise
         if path.suffix.lower() == ".gguf" and not (path / CONFIG).exists():
@@ -84,12 +85,12 @@ def find_source(config: CollectConfig) -> ModelSource:
         check_present(path)
         return ModelSource(config.model, folder=path.parent, gguf=path.name)
     if os.path.exists(path):
-        raise ValueError(
+        raise UsageError(
             f"model must be a folder, a .gguf file or a Hub id, got the file {config.model}; "
             f"name {_better_than(path)}"
         )
     if names_a_place(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
-        raise ValueError(f"model must exist, got {config.model}; check the path")
+        raise UsageError(f"model must exist, got {config.model}; check the path")
     return _checked(_at_commit(ModelSource(config.model, revision=config.revision)))
 
 
@@ -137,16 +138,16 @@ def _from_hub(repository: str, name: str, revision: str) -> Path | None:
 
 
 def _checked(source: ModelSource) -> ModelSource:
-    """Raises ValueError for a folder or repository that holds something else than a model."""
+    """Raises UsageError for a folder or repository that holds something else than a model."""
     if source.file(ADAPTER) is not None:
         base = check_json(source.file(ADAPTER)).get("base_model_name_or_path", "its base model")
-        raise ValueError(
+        raise UsageError(
             f"{source.location} is an adapter (LoRA) for {base}, not a whole model, by its "
             f"{ADAPTER}; merge both with peft's merge_and_unload(), save_pretrained() the result "
             "with the tokenizer, and name that folder"
         )
     if source.file(CONFIG) is None:
-        raise ValueError(
+        raise UsageError(
             f"a model folder must hold {CONFIG}, got {source.location}; {_other_files(source)}"
         )
     return source

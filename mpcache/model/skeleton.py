@@ -15,7 +15,7 @@ from mpcache.model.model_source import find_source
 
 
 def load_architecture(config: CollectConfig) -> PreTrainedConfig:
-    """Raises ValueError where the user can help it, ConnectionError where the Hub is not there."""
+    """Raises UsageError where the user can help it, ConnectionError where the Hub is not there."""
     source = find_source(config)
     if source.gguf_path is not None:
         check_gguf(source.gguf_path)

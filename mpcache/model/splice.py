@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mpcache.config import CollectConfig
 from mpcache.data.packing import document_starts, special_tokens
 from mpcache.data.token_file import TokenIds, Tokenizer, largest_id
+from mpcache.errors import UsageError
 from mpcache.model.bert_masking import Masking
 from mpcache.model.capture import Reading, part_input, piece_places
 from mpcache.model.causality import is_causal
@@ -65,7 +66,7 @@ class SplicedModel:
         """Load the model, with the causal head if it is causal, else with its masked head.
 
         Raises:
-            ValueError: there is no store, `model` is not the one it was made from, or it has no
+            UsageError: there is no store, `model` is not the one it was made from, or it has no
                 head of the right kind.
         """
         self.store = open_store(store)
@@ -89,7 +90,7 @@ class SplicedModel:
             if (head == "causal") == is_causal(self._all_logits, self._longest_inputs()):
                 break
         else:
-            raise ValueError(
+            raise UsageError(
                 f"{model} has neither a causal head nor, as a bidirectional model, the weights of "
                 f"a masked one{missing}; cross-entropy needs one, so leave --model out"
             )
@@ -102,7 +103,7 @@ class SplicedModel:
         assert isinstance(base, PreTrainedModel)
         digest = self.store.identity["model_digest"]
         if model_digest(base) != digest and not is_part_of_collected(base, self.config, digest):
-            raise ValueError(
+            raise UsageError(
                 f"{self.store.storage} was made from another model than {self.config.model}; name "
                 f"{self.store.provenance['model']['model']}, "
                 f"revision {self.store.config['revision']}"
@@ -174,11 +175,11 @@ class SplicedModel:
         inputs = (inputs for part in self._parts()[:1] for inputs, _ in self._inputs(part))
         longest = max(inputs, key=lambda one: one["input_ids"].numel(), default=None)
         if longest is None and not self._parts():
-            raise ValueError(
+            raise UsageError(
                 f"{self.store.storage} has no validation tokens yet; collect more rows"
             )
         if longest is None or longest["input_ids"].numel() < 2:
-            raise ValueError(
+            raise UsageError(
                 f"{self.store.storage} must have a held-out sequence of two tokens or more, "
                 "got none to predict from; collect longer documents, or with a longer ctx_len"
             )
@@ -224,10 +225,10 @@ def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: s
 
 
 def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
-    """Raises ValueError where the tokenizer has no mask token."""
+    """Raises UsageError where the tokenizer has no mask token."""
     mask = None if isinstance(tokenizer, TokenIds) else tokenizer.mask_token_id
     if not isinstance(mask, int):
-        raise ValueError(
+        raise UsageError(
             f"a bidirectional model must have a mask token, got none in the tokenizer of "
             f"{config.model}; leave --model out"
         )
