@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mpcache.errors import UsageError
@@ -128,14 +128,12 @@ class Coder(nn.Module):
         *,
         codes: Codes | None = None,
         over_batch: bool = False,
-        among_m: Int64[Tensor, " available"] | None = None,
     ) -> Code:
         """Codes with `k` entries a row and values by `codes` (None: as trained).
 
         batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`, those above `threshold`;
         with `over_batch`, or a `k` that is not their own, the strongest of all these rows instead,
         `k` a row on average; `thresholds.at_k` makes a coder that has a threshold for another `k`.
-        `among` are the latents that mp may choose (None: all).
 
         Raises ValueError where this coder cannot be run with such a `k` or such codes.
         """
@@ -144,7 +142,7 @@ class Coder(nn.Module):
         codes = self.config.codes if codes is None else self.checked_codes(codes)
         if self.W_MD is None or self.coded_as != "mp":
             return Code(*self._encode_linearly(x_BD, k, over_batch), residual_BD=None)
-        return Code(*self._pursue(x_BD - self.b_D, k, codes, over_batch, among_m))
+        return Code(*self._pursue(x_BD - self.b_D, k, codes, over_batch))
 
     def decode(self, code: Code, x_BD: Float[Tensor, "batch input"]) -> Float[Tensor, "batch out"]:
         """`c + sum_k val_k v_k (+ S x)`; without a skip `x` does not matter."""
@@ -179,7 +177,7 @@ class Coder(nn.Module):
         if code.residual_BD is None:
             encoder = self._encoder()
             return error_by_encoder(x_BD, self.b_D, *encoder, decoder_ME, dead_M, score_dtype)
-        residual_BD, own = code.residual_BD.detach(), self._dictionaries(None)
+        residual_BD, own = code.residual_BD.detach(), self._dictionaries()
         return error_by_residual(residual_BD, *own, decoder_ME, dead_M, score_dtype)
 
     @torch.no_grad()
@@ -230,36 +228,25 @@ class Coder(nn.Module):
                 project_rows_(rows.grad, rows)
 
     def _pursue(
-        self, x_BD: Tensor, k: int, codes: Codes, over_batch: bool, among_m: Tensor | None
+        self, x_BD: Tensor, k: int, codes: Codes, over_batch: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
-        W_MD, U_MD = self._dictionaries(among_m)
+        W_MD, U_MD = self._dictionaries()
         cut = None
         if self.threshold is not None:
             k, cut = 2 * k, Cut(k if over_batch else None, self.threshold)
-        if config.ban_chosen:
-            k = min(k, len(W_MD))
         if codes == "mp":
-            idx_BK, val_BK, residual_BD = pursue(
-                x_BD, W_MD, U_MD, k, self.rule, self.search, config.detach, cut
-            )
-        else:
-            idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, self.rule, codes)
-        if among_m is not None:
-            idx_BK = torch.where(idx_BK < 0, -1, among_m[idx_BK.clamp_min(0)])
-        return idx_BK, val_BK, residual_BD
+            return pursue(x_BD, W_MD, U_MD, k, self.rule, self.search, config.detach, cut)
+        return pursue_refit(x_BD, W_MD, k, self.rule, codes)
 
-    def _dictionaries(self, among_m: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Selecting and subtracting rows of these latents; one tensor where they are the same."""
+    def _dictionaries(self) -> tuple[Tensor, Tensor]:
+        """Selecting and subtracting rows; one tensor where they are the same."""
         W_MD = self.W_MD
         assert W_MD is not None
         of = {"selecting": W_MD, "separate": self.U_MD, "predicting": self.V_ME}
         U_MD = of[self.config.subtract]
         assert U_MD is not None
-        if among_m is None:
-            return W_MD, U_MD
-        W_mD = W_MD[among_m]
-        return W_mD, W_mD if U_MD is W_MD else U_MD[among_m]
+        return W_MD, U_MD
 
     def _encode_linearly(self, x_BD: Tensor, k: int, over_batch: bool) -> tuple[Tensor, Tensor]:
         score_dtype = self.config.score_dtype
@@ -298,7 +285,7 @@ class Coder(nn.Module):
         """What an mp coder's steps choose."""
         config = self.config
         block = None if config.blocks == "none" else self.latents // config.k
-        return Rule(config.select, config.ban_chosen, config.tolerance, block)
+        return Rule(config.select, config.tolerance, block)
 
     def checked_k(self, k: int) -> int:
         """`k`, where this coder can be run with it; else ValueError."""

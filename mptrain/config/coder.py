@@ -4,7 +4,7 @@ which coders, and with each other."""
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mpcache.errors import UsageError
 
@@ -26,8 +26,8 @@ PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
 # Fields of a recipe that are not for every coder, with the architectures they are for.
 _SHORTLIST = ("shortlist_size", "shortlist_refresh")
 _FOR_PURSUITS = (
-    "backend", *_SHORTLIST, "tolerance", "select", "subtract", "ban_chosen",
-    "free_norm", "bias", "atom_dropout", "detach", "per_step_loss", "input_loss",
+    "backend", *_SHORTLIST, "tolerance", "select", "subtract",
+    "free_norm", "bias", "detach", "per_step_loss", "input_loss",
 )  # fmt: skip
 _ARCHS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(_FOR_PURSUITS, PURSUITS),
@@ -38,77 +38,105 @@ _ARCHS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How coders are trained: what all coders of a run share, as far as it is for them."""
+class OptimizerSettings:
+    """How the weights of a coder are updated."""
+
+    group: ClassVar[str] = "Optimizer"
 
     optimizer: Optimizer = "muon"
     "muon: for matrices, with Adam for vectors; adam: for all; signsgd: for all, schedule-free"
     warmup_share: float = 0.02
     "share of the train steps in which the learning rate rises linearly"
     schedule: Schedule | None = None
-    "how it falls to 0 then; None: linear, but constant for signsgd, whose averages stand for it"
+    "how the learning rate falls to 0; default: linear, but constant for signsgd, which averages"
     decay_share: float = 1.0
-    "share of the train steps, at their end, in which it falls"
+    "share of the train steps, at their end, in which the learning rate falls"
     clip_norm: float | None = None
-    "gradients with a larger norm, over all parameters, are scaled down to it; None: never"
+    "scale gradients down to this norm, taken over all parameters; default: no clipping"
     micro_batch_rows: int | None = None
-    "rows coded at once; a batch's gradients add up, batch- selects in each; None: the whole batch"
+    "rows coded at once; their gradients add up (batch- selects in each); default: the whole batch"
     start: Start = "mean"
-    "biases start at the mean of all train rows, or the geometric median of 16384 unfiltered ones"
+    "biases start at the mean of all train rows, or at the geometric median of 16384 filtered ones"
     normalise: bool = False
-    "train on rows scaled to a mean square of about 1; the saved coder takes rows as they are"
+    "train on rows scaled to a mean square of about 1; the saved coder takes unscaled rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSettings:
+    """How a coder computes the code of a row."""
+
+    group: ClassVar[str] = "Coder"
+
     codes: Codes = "mp"
-    "mp values: as steps left them; gp, omp: all fitted anew at each step, by gradient or exactly"
+    "values of an mp code: as steps leave them, or refitted by gradient (gp) or exactly (omp)"
     backend: Backend = "auto"
-    "mp atoms by direct, gram (exact) or shortlist (not); auto: gram or direct, by size"
+    "how mp finds atoms: direct, gram (both exact) or shortlist; auto: gram or direct, by size"
     shortlist_size: int = 64
-    "shortlist: best atoms of each row that are looked at between two full searches"
+    "shortlist: best atoms of a row that are searched between two full searches"
     shortlist_refresh: int = 4
-    "shortlist: pursuit steps from one search of all atoms to the next"
+    "shortlist: pursuit steps from one full search to the next"
     score_dtype: ScoreDtype = "float32"
-    "dtype of the products by which latents are chosen; values and gradients are in float32"
+    "dtype of the products that choose latents; values and gradients are float32"
     tolerance: float = 0.0
-    "mp stops a row when its residual norm is at most this share of the first one"
+    "mp: stop a row when its residual norm is at most this share of its first norm"
     select: Select = "positive"
-    "mp: largest correlation, 0 at least; signed: of any sign; magnitude: largest of either sign"
+    "mp: largest correlation, if positive; signed: largest, any sign; magnitude: largest absolute"
     subtract: Subtract = "selecting"
-    "mp subtracts the rows it selects by, a separate dictionary (transcoder), or the predicting one"
+    "mp: rows to subtract: the selecting ones, a separate dictionary (transcoder), or the decoder's"
     blocks: Blocks = "none"
-    "mp: a block of latents for each step; of the selecting rows, the predicting ones, or both"
-    ban_chosen: bool = False
-    "mp: a row never chooses the same atom twice"
+    "mp: a block of latents for each step, of the selecting rows, of the decoder's, or of both"
     free_norm: bool = False
-    "mp: dictionaries of any norm; then a step can enlarge the residual"
+    "mp: dictionaries of any norm; a step can then enlarge the residual"
     bias: bool = True
-    "mp: an input and an output bias; without them, the pursuit starts from the rows themselves"
-    atom_dropout: float = 0.0
-    "mp: share of the atoms, drawn anew for each train step, that cannot be chosen in it"
+    "mp: an input and an output bias"
     detach: bool = False
-    "mp: no gradient from a pursuit step to those before it"
+    "mp: no gradient from a pursuit step to the steps before it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """The terms of the loss."""
+
+    group: ClassVar[str] = "Loss"
+
     per_step_loss: bool = False
-    "mp: the loss is the mean over all prefixes of the pursuit, not that of its end"
+    "mp: average the loss over all prefixes of the pursuit instead of taking its end"
     nested: bool = False
-    "the loss is the mean over predictions by the first 1/16, 1/4, 1/2 and all of the latents"
+    "average the loss over predictions by the first 1/16, 1/4, 1/2 and all latents (Matryoshka)"
     multi_topk: bool = False
-    "adds 1/8 of the loss with 4 K entries a row"
+    "add 1/8 of the loss with 4 K entries a row"
     input_loss: float = 0.0
-    "mp transcoder: weight of the loss of the input that its pursuit leaves, as share of variance"
+    "mp transcoder: weight of the input's variance that its pursuit leaves unexplained"
     auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents (0: off)"
+    "weight of the auxiliary loss that revives dead latents; 0 turns it off"
     dead_rows: int = 1_000_000
     "a latent that did not fire for this many rows is dead"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumSettings:
+    """What a coder trains as before it trains as itself."""
+
+    group: ClassVar[str] = "Coder"
+
     begin_as: BeginAs = "mp"
-    "mp: train as topk or groupmax, by the same dictionaries, before the switch to mp"
+    "mp: train as topk or groupmax, with the same dictionaries, before the switch to mp"
     begin_share: float = 0.0
     "share of the train steps before that switch"
     k_factor: float = 1.0
     "training starts at this multiple of K"
     k_decay_share: float = 0.0
-    "share of the train steps in which that falls linearly to K"
+    "share of the train steps in which that multiple falls linearly to 1"
+
+
+# fields are listed, also in the names of coders, in the order of these classes from the last one
+@dataclass(frozen=True, kw_only=True)
+class CoderSettings(CurriculumSettings, LossSettings, CodeSettings, OptimizerSettings):
+    """Options that all coders of a run share, as far as they apply to their architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoderConfig(Recipe):
+class CoderConfig(CoderSettings):
     """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
 
     hookpoint: str
@@ -229,7 +257,7 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
     for name in ("auxk_alpha", "input_loss"):
         if not 0 <= getattr(config, name) < math.inf:
             yield f"{name} must be at least 0 and finite, got {getattr(config, name)}"
-    for name in ("tolerance", "atom_dropout", "begin_share"):
+    for name in ("tolerance", "begin_share"):
         if not 0 <= getattr(config, name) < 1:
             yield f"{name} must be in [0, 1), got {getattr(config, name)}"
     for name in ("warmup_share", "decay_share", "k_decay_share"):
@@ -241,7 +269,7 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
 
 def _alone(config: CoderConfig) -> Iterator[str]:
     """Settings that do nothing on such a coder, or without another one."""
-    for field in fields(Recipe):
+    for field in fields(CoderSettings):
         if _is_set(config, field.name) and not applies_to(field.name, config.kind, config.arch):
             yield inapplicable_message(field.name, config.kind, config.arch)
     for name in _SHORTLIST:
@@ -268,7 +296,7 @@ def _contradictory(config: CoderConfig) -> Iterator[str]:
         if sum(getattr(config, name) for name in names) > 1:
             yield f"{' and '.join(names)} each change the loss; use one of them"
     if config.begin_as != "mp":
-        of_pursuits = ("per_step_loss", "codes", "atom_dropout", "input_loss")
+        of_pursuits = ("per_step_loss", "codes", "input_loss")
         yield from _refused(config, f"begin_as {config.begin_as}", of_pursuits)
         if config.begin_as == "groupmax":
             yield from _refused(config, "begin_as groupmax", ("k_factor", "multi_topk"))
@@ -277,13 +305,12 @@ def _contradictory(config: CoderConfig) -> Iterator[str]:
     if config.codes != "mp":
         if config.backend not in ("auto", "direct"):
             yield f"codes {config.codes} needs backend direct, got {config.backend}"
-        steps_only = ("subtract", "ban_chosen", "blocks", "detach", "per_step_loss", "multi_topk")
+        steps_only = ("subtract", "blocks", "detach", "per_step_loss", "multi_topk")
         yield from _refused(config, f"codes {config.codes}", steps_only)
     if config.blocks != "none":
         if config.backend not in ("auto", "direct"):
             yield f"blocks need backend direct, got {config.backend}: a step has little to search"
-        fixed = ("ban_chosen", "multi_topk", "k_factor", "atom_dropout")
-        yield from _refused(config, f"blocks {config.blocks}", fixed)
+        yield from _refused(config, f"blocks {config.blocks}", ("multi_topk", "k_factor"))
         shared = config.kind == "sae" and config.subtract != "predicting"
         if shared and config.blocks != "both":
             yield (
@@ -299,7 +326,7 @@ def _refused(config: CoderConfig, told: str, names: tuple[str, ...]) -> Iterator
 
 
 def _is_set(config: CoderConfig, name: str) -> bool:
-    return bool(getattr(config, name) != getattr(Recipe, name))
+    return bool(getattr(config, name) != getattr(CoderSettings, name))
 
 
 def _named(name: str, value: object) -> str:

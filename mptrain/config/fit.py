@@ -13,7 +13,7 @@ from mptrain.config.coder import (
     Arch,
     CoderConfig,
     Kind,
-    Recipe,
+    CoderSettings,
     applies_to,
     inapplicable_message,
     is_compatible,
@@ -68,7 +68,7 @@ class LearningRateGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
+class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunConfig):
     """A run of a grid of coders."""
 
     def __post_init__(self) -> None:
@@ -122,7 +122,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
     def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
         return {
-            f.name: getattr(self, f.name) for f in fields(Recipe) if applies_to(f.name, kind, arch)
+            f.name: getattr(self, f.name) for f in fields(CoderSettings) if applies_to(f.name, kind, arch)
         }
 
     def _variants(self, kind: Kind, arch: Arch) -> list[Mapping[str, Any]]:
@@ -136,7 +136,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
             if name not in PRESETS:
                 raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
             for field in PRESETS[name]:
-                if getattr(self, field) != getattr(Recipe, field):
+                if getattr(self, field) != getattr(CoderSettings, field):
                     raise UsageError(f"preset {name} sets {field}; give one of them, not both")
             pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
             if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
@@ -159,7 +159,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, Recipe, RunConfig):
 
     def _check_all_apply(self) -> None:
         """Refuse what was set and is for none of the coders."""
-        for field in fields(Recipe):
+        for field in fields(CoderSettings):
             is_set = getattr(self, field.name) != field.default
             if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):
                 raise UsageError(

@@ -11,7 +11,7 @@ from mptrain.config.checks import (
     check_nonempty,
     check_unique,
 )
-from mptrain.config.coder import CoderConfig, Recipe
+from mptrain.config.coder import CoderConfig, CoderSettings
 
 Spread = Literal["rows", "coders"]
 Log = Literal["tensorboard", "wandb"]
@@ -210,9 +210,9 @@ class BenchConfig:
     "folder of a trained mp coder whose dictionary to use, instead of a random one"
     store: str | None = None
     "store whose held-out rows to use with that coder, instead of planted ones"
-    shortlist_size: int = Recipe.shortlist_size
+    shortlist_size: int = CoderSettings.shortlist_size
     "shortlist: best atoms of each row that are looked at between two full searches"
-    shortlist_refresh: int = Recipe.shortlist_refresh
+    shortlist_refresh: int = CoderSettings.shortlist_refresh
     "shortlist: pursuit steps from one search of all atoms to the next"
     peers: tuple[Peer, ...] = ("sae-lens", "overcomplete", "eai-sparsify")
     "other tools to measure beside ours where they are installed"

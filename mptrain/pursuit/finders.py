@@ -1,11 +1,11 @@
 """How the next atom is found, step by step on whole matrices: three back ends with one contract.
 
-A back end sees one micro-batch: `best(r, chosen)` gives the latent that each row chooses next,
-where `chosen` are those it has; then `subtract_(a)` tells that `a` times these latents' rows was
-taken from the residuals.
+A back end sees one micro-batch: `best(r, step)` returns the latent that each row chooses in a
+step; then `subtract_(a)` reports that `a` times these latents' rows was subtracted from the
+residuals.
 
-b rows of one micro-batch, D input width, M latents, t steps taken so far, S candidates of a
-shortlist, R pursuit steps from one shortlist to the next.
+b rows of one micro-batch, D input width, M latents, S candidates of a shortlist, R pursuit steps
+from one shortlist to the next.
 """
 
 import torch
@@ -21,17 +21,16 @@ class Direct:
         assert rule.block is None or len(W_MD) % rule.block == 0
         self.W_MD, self.rule = W_MD, rule
 
-    def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
-        W_MD, first = self.W_MD, self.rule.first(chosen_bt.shape[1])
+    def best(self, r_bD: Tensor, step: int) -> Tensor:
+        W_MD, first = self.W_MD, self.rule.first(step)
         if self.rule.block is not None:
             W_MD = W_MD[first % len(W_MD) :][: self.rule.block]
-        # of a block's own columns, none was chosen before: in earlier blocks all are negative
-        return self._best_column(r_bD, W_MD, chosen_bt - first) + first
+        return self._best_column(r_bD, W_MD, step) + first
 
-    def _best_column(self, r_bD: Tensor, W_mD: Tensor, chosen_bt: Tensor) -> Tensor:
-        if chosen_bt.shape[1] == 0:
+    def _best_column(self, r_bD: Tensor, W_mD: Tensor, step: int) -> Tensor:
+        if step == 0:
             self.score_bm = r_bD.new_empty(len(r_bD), len(W_mD))
-        return self.rule.best(torch.mm(r_bD, W_mD.T, out=self.score_bm), chosen_bt)
+        return self.rule.best(torch.mm(r_bD, W_mD.T, out=self.score_bm))
 
     def subtract_(self, a_b: Tensor) -> None:
         """The next residual tells."""
@@ -46,21 +45,21 @@ class Gram:
     def __init__(self, W_MD: Tensor, G_MM: Tensor, rule: Rule) -> None:
         self.W_MD, self.G_MM, self.rule = W_MD, G_MM, rule
 
-    def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
-        if chosen_bt.shape[1] == 0:
+    def best(self, r_bD: Tensor, step: int) -> Tensor:
+        if step == 0:
             self.score_bM = r_bD @ self.W_MD.T
             self.row_bM = torch.empty_like(self.score_bM, dtype=self.G_MM.dtype)
         if self.G_MM.dtype != self.W_MD.dtype:
-            self._score_few_again_(r_bD, chosen_bt)
-        self.atom_b = self.rule.best(self.score_bM, chosen_bt)
+            self._score_few_again_(r_bD)
+        self.atom_b = self.rule.best(self.score_bM)
         return self.atom_b
 
     def subtract_(self, a_b: Tensor) -> None:
         torch.index_select(self.G_MM, 0, self.atom_b, out=self.row_bM)
         self.score_bM.addcmul_(self.row_bM, a_b[:, None], value=-1)  # in the dtype of the scores
 
-    def _score_few_again_(self, r_bD: Tensor, chosen_bt: Tensor) -> None:
-        atom_bF = self.rule.candidates(self.score_bM, chosen_bt, min(N_RESCORED, len(self.W_MD)))
+    def _score_few_again_(self, r_bD: Tensor) -> None:
+        atom_bF = self.rule.candidates(self.score_bM, min(N_RESCORED, len(self.W_MD)))
         w_bFD = self.W_MD[atom_bF]
         self.score_bM.scatter_(1, atom_bF, torch.bmm(w_bFD, r_bD[:, :, None])[:, :, 0])
 
@@ -78,27 +77,18 @@ class Shortlist:
         self.W_MD, self.scoring_MD, self.rule = W_MD, scoring_MD, rule
         self.size, self.refresh = size, refresh
 
-    def best(self, r_bD: Tensor, chosen_bt: Tensor) -> Tensor:
-        if chosen_bt.shape[1] % self.refresh == 0:
-            self._refresh(r_bD, chosen_bt)
+    def best(self, r_bD: Tensor, step: int) -> Tensor:
+        if step % self.refresh == 0:
+            self._refresh(r_bD)
         score_bS = torch.bmm(self.w_bSD, r_bD[:, :, None])[:, :, 0]
-        place_b = self.rule.best(score_bS, self._places(chosen_bt))
-        return self.atom_bS.gather(1, place_b[:, None])[:, 0]
+        return self.atom_bS.gather(1, self.rule.best(score_bS)[:, None])[:, 0]
 
     def subtract_(self, a_b: Tensor) -> None:
         """The next residual tells."""
 
-    def _refresh(self, r_bD: Tensor, chosen_bt: Tensor) -> None:
+    def _refresh(self, r_bD: Tensor) -> None:
         score_bM = (r_bD.to(self.scoring_MD.dtype) @ self.scoring_MD.T).to(r_bD.dtype)
         # in the order of the atoms, so that a tie is decided as in `direct`
-        self.atom_bS = self.rule.candidates(score_bM, chosen_bt, self.size)
+        self.atom_bS = self.rule.candidates(score_bM, self.size)
         w_nD = self.W_MD.index_select(0, self.atom_bS.flatten())
         self.w_bSD = w_nD.view(*self.atom_bS.shape, self.W_MD.shape[1])
-
-    def _places(self, chosen_bt: Tensor) -> Tensor:
-        """Each place of the list whose atom was chosen, where that matters; -1 for the others."""
-        if not self.rule.ban:
-            return chosen_bt[:, :0]
-        is_chosen_bS = (self.atom_bS[:, :, None] == chosen_bt[:, None]).any(2)
-        place_S = torch.arange(self.atom_bS.shape[1], device=chosen_bt.device)
-        return torch.where(is_chosen_bS, place_S, -1)

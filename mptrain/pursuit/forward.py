@@ -99,13 +99,11 @@ def _by_finder(
     finder, floor_b = new_finder(), rule.floor(r_bD)
     K = idx_bK.shape[1]
     for step in range(K):
-        latent_b = finder.best(r_bD, idx_bK[:, :step])
+        latent_b = finder.best(r_bD, step)
         w_bD = W_MD.index_select(0, dictionary_row(latent_b, W_MD))
         a_b = rule.value_((w_bD * r_bD).sum(1))
         if rule.tolerance > 0:
             a_b.masked_fill_(torch.linalg.vector_norm(r_bD, dim=1) <= floor_b, 0)
-        if rule.ban:  # chosen again only where nothing else is left; a NaN goes on, and shows
-            a_b *= (idx_bK[:, :step] != latent_b[:, None]).all(1)
         u_bD = w_bD if U_MD is W_MD else U_MD.index_select(0, dictionary_row(latent_b, U_MD))
         r_bD.addcmul_(u_bD, a_b[:, None], value=-1)
         idx_bK[:, step] = latent_b.masked_fill(a_b == 0, -1)

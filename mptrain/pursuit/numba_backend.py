@@ -83,7 +83,7 @@ def pursue_by_gram_(
     def work(first: int, end: int) -> None:
         G, W, U, *rest = arrays
         score, r, floor, idx, val = (array[first:end] for array in rest)
-        gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, rule.ban, mode)
+        gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, mode)
 
     in_pieces(work, len(r_bD), _PIECE)
 
@@ -110,9 +110,7 @@ def pursue_by_shortlist_(
             W, U, *of_rows = arrays
             r, floor, idx, val = (array[first:end] for array in of_rows)
             last = min(step + refresh, K)
-            shortlist_rows_(
-                score[first:end], size, W, U, r, floor, idx, val, step, last, rule.ban, mode
-            )
+            shortlist_rows_(score[first:end], size, W, U, r, floor, idx, val, step, last, mode)
 
         in_pieces(work, len(r_bD), _PIECE)
 

@@ -19,7 +19,7 @@ _compiled = compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 @_compiled
 @no_type_check
-def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, ban, mode):
+def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, mode):
     """Two rows go side by side: while one waits for its row of `G`, the other's is on its way."""
     b, K = idx.shape
     lanes = np.empty(LANES, score.dtype)
@@ -28,12 +28,10 @@ def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, ban, mode):
         goes_on, other_goes_on = True, other > row
         for step in range(K):
             if goes_on:
-                goes_on = _gram_step_(
-                    row, step, score, lanes, few, W, U, r, floor, idx, val, ban, mode
-                )
+                goes_on = _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, mode)
             if other_goes_on:
                 other_goes_on = _gram_step_(
-                    other, step, score, lanes, few, W, U, r, floor, idx, val, ban, mode
+                    other, step, score, lanes, few, W, U, r, floor, idx, val, mode
                 )
             if step + 1 == K or not (goes_on or other_goes_on):
                 break
@@ -53,10 +51,8 @@ def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, ban, mode):
 
 @_compiled
 @no_type_check
-def _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, ban, mode):
+def _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, mode):
     p_M, r_D, chosen = score[row], r[row], idx[row]
-    if ban:
-        _ban_(p_M, chosen[:step])
     if few > 1:
         atom = first_of_few(p_M, lanes, few, W, r_D, mode)
     else:
@@ -66,21 +62,17 @@ def _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, ban, mod
 
 @_compiled
 @no_type_check
-def shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, ban, mode):
+def shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, mode):
     lanes = np.empty((4 * size + LANES - 1) // LANES * LANES, score.dtype)
     listed = np.empty(score.shape[1], np.int64)
     keys = np.empty(score.shape[1], score.dtype)
     for row in range(len(idx)):
         p, r_D, chosen, values = score[row], r[row], idx[row], val[row]
-        if ban:
-            _ban_(p, chosen[:first])
         count = largest(p, size, lanes, keys, listed)
         for step in range(first, end):
             best, atom = r.dtype.type(-np.inf), -1
             for place in range(count):
                 at = listed[place]
-                if ban and at in chosen[first:step]:
-                    continue
                 key = _key(_dot(W[at], r_D), mode)
                 if key > best:
                     best, atom = key, at
@@ -266,14 +258,6 @@ def nth_largest_(values, n):
         else:
             break
     return values[place]
-
-
-@_compiled
-@no_type_check
-def _ban_(p, chosen):
-    for atom in chosen:
-        if atom >= 0:
-            p[atom] = np.nan  # larger than nothing, by magnitude too
 
 
 @_compiled

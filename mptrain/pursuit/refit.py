@@ -46,7 +46,6 @@ def pursue_refit(
     backward pass: the chosen indices and references to the arguments; it goes through the fit of
     a micro-batch once more.
     """
-    assert not rule.ban, "an atom that is chosen again has its value fitted again"
     assert rule.block is None
     # torch does not annotate `apply`
     idx_BK, val_BK, residual_BD = _PursueRefit.apply(  # type: ignore[no-untyped-call]
@@ -114,7 +113,7 @@ def _choose_(
     G_bKK, p_bK = x_bD.new_zeros(b, K, K), x_bD.new_zeros(b, K)
     floor_b = rule.floor(x_bD)
     for step in range(K):
-        atom_b = rule.best(r_bD @ W_MD.T, idx_bK[:, :0])
+        atom_b = rule.best(r_bD @ W_MD.T)
         w_bD = W_MD.index_select(0, atom_b)
         goes_on_b = _goes_on(w_bD, r_bD, floor_b, rule)
         if codes == "omp":

@@ -1,6 +1,6 @@
 """What a pursuit step may choose, and which value it takes.
 
-b rows of one micro-batch, D input width, M latents, S candidates, t steps taken so far.
+b rows of one micro-batch, D input width, M latents, S candidates.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,6 @@ class Rule(NamedTuple):
 
     select: Select = "positive"
     "positive: largest p, a = max(0, p); signed: largest p, a = p; magnitude: largest |p|, a = p"
-    ban: bool = False
-    "a latent is chosen once in a row at most"
     tolerance: float = 0.0
     "a row stops where `||r|| <= tolerance ||x||`"
     block: int | None = None
@@ -34,30 +32,21 @@ class Rule(NamedTuple):
         norm_b: Tensor = torch.linalg.vector_norm(x_bD, dim=1)
         return self.tolerance * norm_b
 
-    def best(self, score_bM: Tensor, chosen_bt: Tensor) -> Tensor:
-        """The column that each row chooses; the first of equals.
+    def best(self, score_bM: Tensor) -> Tensor:
+        """The column that each row chooses; the first of equals."""
+        return argmax(self._keys(score_bM))
 
-        `chosen`: columns chosen before, -1 for none. Their scores may be overwritten.
-        """
-        return argmax(self._keys(score_bM, chosen_bt))
-
-    def candidates(self, score_bM: Tensor, chosen_bt: Tensor, size: int) -> Tensor:
+    def candidates(self, score_bM: Tensor, size: int) -> Tensor:
         """The `size` columns that each row would choose first, ascending."""
-        best_bS = self._keys(score_bM, chosen_bt).topk(size, sorted=False).indices
+        best_bS = self._keys(score_bM).topk(size, sorted=False).indices
         return best_bS.sort(1).values
 
     def value_(self, a_b: Tensor) -> Tensor:
         """The value to take where the chosen atom has the score `a`, in place."""
         return a_b.clamp_min_(0) if self.select == "positive" else a_b
 
-    def _keys(self, score_bM: Tensor, chosen_bt: Tensor) -> Tensor:
-        if self.select == "magnitude":
-            score_bM = score_bM.abs()
-        if self.ban and chosen_bt.shape[1]:
-            # infinity leaves the least of both as it is
-            most_bt = torch.where(chosen_bt < 0, torch.inf, -torch.inf).to(score_bM.dtype)
-            score_bM.scatter_reduce_(1, chosen_bt.clamp_min(0), most_bt, "amin")
-        return score_bM
+    def _keys(self, score_bM: Tensor) -> Tensor:
+        return score_bM.abs() if self.select == "magnitude" else score_bM
 
 
 def argmax(score_bM: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Pursuits on an NVIDIA GPU, in Triton kernels, with the functions of `cpu`.
 
-b rows of one micro-batch, B of a batch, D input width, M latents, K pursuit steps, t steps so far.
+b rows of one micro-batch, B of a batch, D input width, M latents, K pursuit steps.
 Triton is imported when it is known to be there.
 """
 
@@ -21,11 +21,10 @@ def applies(dictionary_MD: Tensor) -> bool:
 class Direct(atoms.Direct):
     """The product and its argmax in one kernel: no scores are written."""
 
-    def _best_column(self, r_bD: Tensor, W_mD: Tensor, chosen_bt: Tensor) -> Tensor:
+    def _best_column(self, r_bD: Tensor, W_mD: Tensor, step: int) -> Tensor:
         from mptrain.pursuit.triton_search import best_atoms
 
-        banned_bt = chosen_bt if self.rule.ban and chosen_bt.shape[1] else None
-        return best_atoms(r_bD, W_mD, self.rule.select, banned_bt)
+        return best_atoms(r_bD, W_mD, self.rule.select)
 
 
 def pursue_by_gram_(
@@ -42,7 +41,7 @@ def pursue_by_gram_(
 
     gram_steps_(
         r_bD, r_bD @ W_MD.T, G_MM, W_MD, U_MD, idx_bK, val_bK, rule.floor(r_bD),
-        rule.select, once=rule.ban,
+        rule.select,
     )  # fmt: skip
 
 
@@ -67,7 +66,6 @@ def pursue_by_shortlist_(
         here = slice(first, min(first + refresh, K))
         shortlist_steps_(
             r_bD, candidate_bS, W_MD, U_MD, idx_bK[:, here], val_bK[:, here], floor_b, rule.select,
-            idx_bK[:, :first] if rule.ban and first else None, rule.ban,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Atoms found by Triton kernels: product with all of them and choice in one, no score is written.
 
-B rows in a batch, D input width, M latents, S candidates of a shortlist, K banned atoms, N groups
-of latents, P parts of the latents. Tiles are fixed: a tuned choice could change a sum.
+B rows in a batch, D input width, M latents, S candidates of a shortlist, N groups of
+latents, P parts of the latents. Tiles are fixed: a tuned choice could change a sum.
 
 Import it where `kernels.triton_support.available` says so. `no_type_check` keeps the tests'
 type-checking hook off the kernels, whose source Triton compiles.
@@ -30,14 +30,13 @@ def best_atoms(
     r_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "latents input"],
     sign: Sign = "positive",
-    banned_BK: Int64[Tensor, "batch banned"] | None = None,
     precision: Precision = "tf32x3",
 ) -> Int64[Tensor, " batch"]:
     """First largest `<w_j, r_b>` of each row (`magnitude`: largest `|<w_j, r_b>|`).
 
     With `W` in bfloat16 the residual is rounded to it too, and products are added up in float32.
-    The atoms in `banned` (-1: none) are not chosen; some atom must be left. Scores stay in
-    registers: what is written is `B P` numbers. A row with a NaN gets an atom, no matter which.
+    Scores stay in registers: what is written is `B P` numbers. A row with a NaN gets an atom, no
+    matter which.
     """
     (B, D), M = r_BD.shape, len(W_MD)
     atoms = 2 * _ATOMS if W_MD.dtype == torch.bfloat16 else _ATOMS
@@ -47,11 +46,10 @@ def best_atoms(
     parts = triton.cdiv(blocks, each)
     score_BP = r_BD.new_empty(B, parts, dtype=torch.float32)
     atom_BP = torch.empty(B, parts, dtype=torch.int64, device=r_BD.device)
-    banned_KB = None if banned_BK is None else banned_BK.T.int().contiguous()
     with torch.cuda.device(r_BD.get_device()):
         _best_kernel[(triton.cdiv(B, _ROWS), parts)](
-            *(r_BD.to(W_MD.dtype).contiguous(), W_MD.contiguous(), banned_KB, score_BP, atom_BP),
-            *(B, M, D, 0 if banned_BK is None else banned_BK.shape[1], each, parts),
+            *(r_BD.to(W_MD.dtype).contiguous(), W_MD.contiguous(), score_BP, atom_BP),
+            *(B, M, D, each, parts),
             MAGNITUDE=sign == "magnitude",
             **_tiles(W_MD, atoms, precision),
         )
@@ -150,13 +148,11 @@ def _scores(
 def _best_kernel(
     r,
     W,
-    banned,
     best_score,
     best_atom,
     B,
     M,
     D,
-    K,
     each,
     parts,
     MAGNITUDE: tl.constexpr,
@@ -176,17 +172,6 @@ def _best_kernel(
         score = _scores(r, W, row, atom, B, M, D, BLOCK_B, BLOCK_M, BLOCK_D, PRECISION, WIDEN)
         score = key_of(score, MAGNITUDE)
         top, place = tl.max(score, 1, return_indices=True)
-        if banned is not None:
-            # atoms already taken hardly ever lead: look whether one does before masking them all
-            hit = tl.zeros([BLOCK_B], tl.int32)
-            for k in range(K):
-                one = tl.load(banned + k * B + row, mask=row < B, other=-1)
-                hit |= (one == block * BLOCK_M + place).to(tl.int32)
-            if tl.max(hit, 0) > 0:
-                for k in range(K):
-                    one = tl.load(banned + k * B + row, mask=row < B, other=-1)
-                    score = tl.where(one[:, None] == atom[None, :], float("-inf"), score)
-                top, place = tl.max(score, 1, return_indices=True)
         best_j = tl.where(top > best, block * BLOCK_M + place, best_j)
         best = tl.where(top > best, top, best)
     at = row.to(tl.int64) * parts + part

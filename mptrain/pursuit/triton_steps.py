@@ -1,7 +1,7 @@
 """Pursuit steps by Triton kernels, one program a row: what `atoms` and `select` do in torch.
 
 B rows in a batch, D input width, M latents, S candidates of a shortlist, R pursuit steps from one
-shortlist to the next, K banned atoms.
+shortlist to the next.
 
 Import it where `kernels.triton_support.available` says so. `no_type_check` keeps the tests'
 type-checking hook off the kernels, whose source Triton compiles.
@@ -29,8 +29,6 @@ def shortlist_steps_(
     val_BR: Float[Tensor, "batch steps"],
     floor_B: Float[Tensor, " batch"],
     sign: Sign = "positive",
-    banned_BK: Int64[Tensor, "batch banned"] | None = None,
-    once: bool = False,
     G_MM: Float[Tensor, "latents latents"] | None = None,
     precision: Precision = "tf32x3",
 ) -> None:
@@ -43,8 +41,8 @@ def shortlist_steps_(
 
     Scores of candidates are computed from `r` once, then `a <w, u_j>` is taken from them: these
     products are read from `G = U W^T` where it is given, else computed for each row's candidates
-    (`B S^2` numbers are written). Candidates of a row differ; those in `banned` (-1: none) are not
-    chosen, and with `once` none twice. `idx` and `val` may be blocks of columns.
+    (`B S^2` numbers are written). Candidates of a row differ. `idx` and `val` may be blocks of
+    columns.
     """
     (B, S), D = candidate_BS.shape, r_BD.shape[1]
     candidate_BS, W_MD, U_MD, shared = candidate_BS.contiguous(), *_atoms(W_MD, U_MD)
@@ -64,7 +62,7 @@ def shortlist_steps_(
         )
     _steps_(
         *(r_BD, candidate_BS, score_BS, products, W_MD, U_MD, idx_BR, val_BR, floor_B, sign),
-        *(banned_BK, once, shared, G_MM is not None),
+        *(shared, G_MM is not None),
     )
 
 
@@ -78,8 +76,6 @@ def gram_steps_(
     val_BK: Float[Tensor, "batch steps"],
     floor_B: Float[Tensor, " batch"],
     sign: Sign = "positive",
-    banned_BK: Int64[Tensor, "batch banned"] | None = None,
-    once: bool = False,
 ) -> None:
     """`shortlist_steps_` with all atoms as candidates: exact up to rounding.
 
@@ -89,7 +85,7 @@ def gram_steps_(
     W_MD, U_MD, shared = _atoms(W_MD, U_MD)
     _steps_(
         *(r_BD, None, score_BM.contiguous(), G_MM.contiguous(), W_MD, U_MD, idx_BK, val_BK),
-        *(floor_B, sign, banned_BK, once, shared, True),
+        *(floor_B, sign, shared, True),
     )
 
 
@@ -104,8 +100,6 @@ def _steps_(
     val_BR: Tensor,
     floor_B: Tensor,
     sign: Sign,
-    banned_BK: Tensor | None,
-    once: bool,
     shared: bool,
     of_all: bool,
 ) -> None:
@@ -115,12 +109,10 @@ def _steps_(
     with torch.cuda.device(r_BD.get_device()):
         _steps_kernel[(B,)](
             *(r_BD, candidate_BS, score_BS, products, W_MD, U_MD, idx_BR, val_BR, floor_B),
-            *(None if banned_BK is None else banned_BK.contiguous(), S, D, idx_BR.shape[1]),
-            *(0 if banned_BK is None else banned_BK.shape[1], M if of_all else S, r_BD.stride(0)),
+            *(S, D, idx_BR.shape[1], M if of_all else S, r_BD.stride(0)),
             *(idx_BR.stride(0), val_BR.stride(0)),
             MAGNITUDE=sign == "magnitude",
             POSITIVE=sign == "positive",
-            ONCE=once,
             SHARED=shared,
             ALL=candidate_BS is None,
             OF_ALL=of_all,
@@ -191,18 +183,15 @@ def _steps_kernel(
     idx,
     val,
     floor,
-    banned,
     S,
     D,
     R,
-    K,
     width,
     r_stride,
     idx_stride,
     val_stride,
     MAGNITUDE: tl.constexpr,
     POSITIVE: tl.constexpr,
-    ONCE: tl.constexpr,
     SHARED: tl.constexpr,
     ALL: tl.constexpr,
     OF_ALL: tl.constexpr,
@@ -217,9 +206,6 @@ def _steps_kernel(
     if not ALL:
         atom = tl.load(candidate + row * S + place, mask=within_S, other=0).to(tl.int32)
     p = tl.load(score + row * S + place, mask=within_S, other=float("-inf"))
-    if banned is not None:
-        for k in range(K):
-            p = tl.where(atom == tl.load(banned + row * K + k), float("-inf"), p)
     rest = tl.load(r + row * r_stride + d, mask=within_D, other=0.0)
     least = tl.load(floor + row)
     for step in range(R):
@@ -243,6 +229,4 @@ def _steps_kernel(
         else:
             at = (row * S + tl.max(tl.where((atom == j) & within_S, place, 0), 0)) * width + place
         p -= a * tl.load(product + at, mask=within_S, other=0.0)
-        if ONCE:
-            p = tl.where(atom == tl.where(a == 0, -1, j), float("-inf"), p)
     tl.store(r + row * r_stride + d, rest, mask=within_D)

@@ -1,13 +1,9 @@
-"""What changes along a training: learning rate, number of steps, way of coding, available latents.
+"""What changes along a training: learning rate, number of pursuit steps, kind of code.
 
-Train steps are counted from 0. M latents.
+Train steps are counted from 0.
 """
 
 import math
-import random
-
-import torch
-from torch import Tensor
 
 from mptrain.config.coder import BeginAs, CoderConfig, Schedule
 
@@ -42,16 +38,3 @@ def k_at(config: CoderConfig, step: int, steps: int) -> int:
 def coded_as(config: CoderConfig, step: int, steps: int) -> BeginAs:
     """The way an mp coder codes at a train step."""
     return config.begin_as if step < round(config.begin_share * steps) else "mp"
-
-
-def available_latents(config: CoderConfig, latents: int, step: int) -> Tensor | None:
-    """The latents that may be chosen at a train step, ascending; None: all.
-
-    Drawn on the CPU from the coder's seed and the step, so that a resumed training draws them too.
-    """
-    if config.atom_dropout == 0:
-        return None
-    kept = max(1, round((1 - config.atom_dropout) * latents))
-    seed = random.Random(f"{config.seed}:{step}").getrandbits(63)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(latents, generator=generator)[:kept].sort().values

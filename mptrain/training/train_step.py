@@ -17,7 +17,7 @@ from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.normalization import IDENTITY, Scale, for_unscaled_rows
 from mptrain.training.objective import WIDE, Objective
 from mptrain.training.optimizers import Optimizers
-from mptrain.training.schedules import available_latents, coded_as, k_at
+from mptrain.training.schedules import coded_as, k_at
 
 
 class StepResult(NamedTuple):
@@ -72,8 +72,8 @@ class CoderTrainer:
         """Update coder, optimizers and counters once; for an SAE `y` is `x`.
 
         Gradients of micro-batches add up to that of the batch. What the whole batch decides stays
-        so: which latents are dead before it and which fired in it, the draw of available atoms.
-        But batch- coders keep the strongest of each micro-batch.
+        so: which latents are dead before it and which fired in it. But batch- coders keep the
+        strongest of each micro-batch.
         Where ranks share rows, these are the rank's share, and as many micro-batches of the batch.
 
         Waits for no device but in the auxiliary loss, which counts the dead.
@@ -163,10 +163,7 @@ class CoderTrainer:
         """The code that is due in this train step, with so many times the entries."""
         config, step, steps = self.coder.config, self.optimizers.steps_done, self.optimizers.steps
         k = min(times * k_at(config, step, steps), self.coder.latents)
-        among_m = available_latents(config, self.coder.latents, step)
-        if among_m is not None:
-            among_m = among_m.to(x_BD.device)
-        return self.coder.encode(x_BD, k, over_batch=True, among_m=among_m)
+        return self.coder.encode(x_BD, k, over_batch=True)
 
     def dead_M(self, dead_rows: int) -> Tensor:
         """Which latents did not fire in the last `dead_rows` rows."""

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mptrain.pursuit import numba_backend as cpu
 from mptrain.pursuit.backend import Search
-from mptrain.pursuit.rule import Rule
 
 DIRECT = Search(backend="direct", shortlist_size=10**6, shortlist_refresh=1, score_dtype="float32")
 GRAM = replace(DIRECT, backend="gram")
@@ -134,16 +133,6 @@ def without_noise(idx_BK: Tensor, val_BK: Tensor) -> tuple[Tensor, Tensor]:
     order_BK = is_noise_BK.sort(dim=1, stable=True).indices
     idx_BK, val_BK = idx_BK.masked_fill(is_noise_BK, -1), val_BK.masked_fill(is_noise_BK, 0)
     return idx_BK.gather(1, order_BK), val_BK.gather(1, order_BK)
-
-
-def hangs_on_noise(rule: Rule, val_BK: Tensor) -> bool:
-    """Whether rounding decides if a row stops: where only negative values would follow."""
-    is_noise_BK = (val_BK != 0) & (val_BK.abs() <= NOISE)
-    return (
-        rule.select == "signed"
-        and rule.ban
-        and bool((is_noise_BK[:, :-1] & (val_BK[:, 1:].abs() > NOISE)).any())
-    )
 
 
 def assert_same_code(

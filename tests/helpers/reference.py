@@ -27,7 +27,6 @@ def pursue(
     *,
     U_MD: Array | None = None,
     select: str = "positive",
-    ban: bool = False,
     block: int | None = None,
 ) -> Pursued:
     """Matching pursuit, row by row and atom by atom.
@@ -41,8 +40,8 @@ def pursue(
         first_norm, chosen = np.linalg.norm(r_D), list[int]()
         for step in range(k):
             first, end = (0, len(W_MD)) if block is None else (step * block, (step + 1) * block)
-            latents = [j for j in range(first, end) if not (ban and j in chosen)]
-            if not latents or np.linalg.norm(r_D) <= tolerance * first_norm:
+            latents = list(range(first, end))
+            if np.linalg.norm(r_D) <= tolerance * first_norm:
                 continue
             # a sum for each row alone: equal rows have equal scores
             scores = (W_MD[np.array(latents) % len(W_MD)] * r_D).sum(1)

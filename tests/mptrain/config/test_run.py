@@ -81,8 +81,6 @@ def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
         (BEGINS | {"per_step_loss": True}, "per_step_loss has no place beside begin_as topk"),
         (BEGINS | {"codes": "gp"}, "codes has no place beside begin_as topk"),
         (BEGINS | BLOCKS | {"blocks": "predicting"}, "begin_as needs a selecting row for each"),
-        (BLOCKS | {"ban_chosen": True}, "ban_chosen has no place beside blocks both"),
-        (BLOCKS | {"atom_dropout": 0.1}, "atom_dropout has no place beside blocks both"),
         (BLOCKS | {"backend": "gram"}, "blocks need backend direct, got gram"),
         ({"blocks": "selecting"}, "blocks selecting needs selecting and predicting rows to be di"),
         ({"codes": "gp", "subtract": "predicting"}, "subtract has no place beside codes gp"),
@@ -96,7 +94,6 @@ def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
             {"preset": ("input-loss",)},
             "preset input-loss is for none of kind sae with",
         ),
-        (BEGINS | {"atom_dropout": 0.1}, "atom_dropout has no place beside begin_as topk"),
         (
             {"input_loss": -1.0, "kind": ("transcoder",)},
             "input_loss must be at least 0 and finite",

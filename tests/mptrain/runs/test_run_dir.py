@@ -248,7 +248,7 @@ def test_a_full_disk_is_a_warning_in_words(
 
 def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
     """So no state of a random generator has to be kept."""
-    drawn = {**N_RESCORED, "arch": ("mp",), "atom_dropout": 0.3, "rows": 64 * 6}
+    drawn = {**N_RESCORED, "arch": ("mp",), "rows": 64 * 6}
     for number in range(2):
         random.seed(number)
         np.random.seed(number)

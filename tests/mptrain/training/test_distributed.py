@@ -33,7 +33,7 @@ CONFIGS = [
     replace(BASE, arch="batch-mp"),
     replace(BASE, arch="batch-topk"),
     replace(TRANSCODER, subtract="separate", begin_as="topk", begin_share=0.5),
-    replace(TRANSCODER, normalise=True, atom_dropout=0.3, multi_topk=True),
+    replace(TRANSCODER, normalise=True, multi_topk=True),
 ]
 STATE, GRADIENT = "state.", "gradient."
 

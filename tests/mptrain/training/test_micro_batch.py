@@ -19,7 +19,7 @@ OTHERS = [
     DEAD,
     replace(DEAD, arch="topk"),
     replace(BASE, arch="groupmax", nested=True),
-    replace(BASE, multi_topk=True, atom_dropout=0.3),
+    replace(BASE, multi_topk=True),
     replace(TRANSCODER, input_loss=0.5, per_step_loss=True),
     replace(BASE, kind="skip-transcoder", codes="omp"),
 ]

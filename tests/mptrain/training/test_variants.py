@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mptrain.coders.fvu import reconstruction_loss
-from mptrain.config.coder import CoderConfig, Recipe, is_compatible
+from mptrain.config.coder import CoderConfig, CoderSettings, is_compatible
 from mptrain.config.presets import PRESETS
-from mptrain.training.schedules import available_latents, coded_as, k_at
+from mptrain.training.schedules import coded_as, k_at
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers import reference
 from tests.helpers.trainers import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_
@@ -44,16 +44,12 @@ VARIANTS += [
     replace(PREDICTING, select="magnitude", backend="gram"),
     replace(TRANSCODER, subtract="predicting", input_loss=0.5),
     replace(TRANSCODER, blocks="both", input_loss=0.5, select="magnitude"),
-    replace(BASE, ban_chosen=True),
-    replace(BASE, ban_chosen=True, multi_topk=True, select="magnitude"),
-    replace(BASE, atom_dropout=0.5),
-    replace(PREDICTING, atom_dropout=0.5),
-    replace(SEPARATE, atom_dropout=0.5),
+    replace(BASE, multi_topk=True, select="magnitude"),
     replace(BASE, multi_topk=True),
     replace(TOPK, multi_topk=True),
     replace(SKIP, multi_topk=True),
     replace(BATCH, select="signed"),
-    replace(BATCH, select="magnitude", ban_chosen=True),
+    replace(BATCH, select="magnitude"),
     replace(BATCH, bias=False, free_norm=True),
     replace(TRANSCODER, bias=False),
     replace(BASE, free_norm=True, codes="omp"),
@@ -178,10 +174,8 @@ CASES: dict[str, list[tuple[CoderConfig, Any]]] = {
         (BASE, "both"), (TRANSCODER, "both"), (TRANSCODER, "selecting"),
         (TRANSCODER, "predicting"), (PREDICTING, "selecting"), (PREDICTING, "predicting"),
     ],
-    "ban_chosen": [(replace(BASE, k=20), True), (replace(BATCH, k=10), True)],
     "free_norm": [(BASE, True), (TRANSCODER, True)],
     "bias": [(BASE, False), (TRANSCODER, False)],
-    "atom_dropout": [(BASE, 0.3), (SEPARATE, 0.3)],
     "detach": [(BASE, True), (TRANSCODER, True), (BATCH, True), (PREDICTING, True)],
     "per_step_loss": [(BASE, True), (TRANSCODER, True)],
     "nested": [(BASE, True), (TOPK, True), (replace(BASE, blocks="both"), True)],
@@ -207,7 +201,7 @@ CASES: dict[str, list[tuple[CoderConfig, Any]]] = {
 def test_every_field_has_a_case():
     """But `hookpoint`, which names data. A new field without a case fails here."""
     assert CASES.keys() == {field.name for field in fields(CoderConfig)} - {"hookpoint"}
-    assert CASES.keys() >= {field.name for field in fields(Recipe)}
+    assert CASES.keys() >= {field.name for field in fields(CoderSettings)}
 
 
 @pytest.mark.parametrize(
@@ -226,22 +220,6 @@ def test_schedules():
     assert [coded_as(config, step, 10) for step in (0, 2, 3, 9)] == ["topk", "topk", "mp", "mp"]
     assert [k_at(DECAY, step, 20) for step in (0, 5, 9, 10, 19)] == [9, 6, 4, 3, 3]
     assert [k_at(BASE, step, 20) for step in (0, 19)] == [3, 3]
-
-
-def test_atom_dropout_draws_for_each_step():
-    config = replace(BASE, atom_dropout=0.25)
-    drawn = [available_latents(config, M, step) for step in (0, 1, 0)]
-    assert available_latents(BASE, M, 0) is None
-    assert drawn[0] is not None
-    assert drawn[1] is not None
-    assert len(drawn[0]) == 27
-    assert torch.equal(drawn[0], drawn[0].unique())
-    assert not torch.equal(drawn[0], drawn[1])
-    assert torch.equal(drawn[0], drawn[2])  # type: ignore[arg-type]
-    trainer = make_learner(config)
-    x_BD, y_BE = rows_of(config, 64, 1)
-    fired = set(trainer.step(x_BD, y_BE).codes[0].idx_BK.flatten().tolist()) - {-1}
-    assert fired <= set(drawn[0].tolist())
 
 
 @pytest.mark.parametrize("begin_as", ["topk", "groupmax"])
