@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mptrain.bench.measure import seconds
 from mptrain.bench.peers import saelens_reads
-from mptrain.config.coder import Arch
+from mptrain.config.architectures import Arch
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import LoaderBenchConfig
 from mptrain.data.filters import make_filters

@@ -19,7 +19,8 @@ from mptrain.bench.peers import find_peers
 from mptrain.coders.checkpoint import load_coder
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
-from mptrain.config.coder import Arch, CoderConfig
+from mptrain.config.architectures import Arch
+from mptrain.config.coder import CoderConfig
 from mptrain.config.run import BenchConfig
 from mptrain.data.loader import Loader, open_store
 from mptrain.evals.evaluate import sides_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mpcache.errors import UsageError
 from mptrain.coders.auxk import error_by_encoder, error_by_residual
 from mptrain.coders.topk import topk_encode
-from mptrain.config.coder import PURSUITS, BeginAs, CoderConfig, Codes, k_error
+from mptrain.config.coder import BeginAs, CoderConfig, Codes, k_error
 from mptrain.kernels.sparse import dictionary_row, sparse_decode, strongest
 from mptrain.kernels.unit_norm import normalise_rows_, project_rows_
 from mptrain.pursuit.autograd import pursue
@@ -71,7 +71,7 @@ class Coder(nn.Module):
         super().__init__()
         D, E, M = input_width, target_width, config.latents_of(input_width)
         sae, skip = config.kind == "sae", config.kind == "skip-transcoder"
-        mp = config.arch in PURSUITS
+        mp = config.architecture.is_pursuit
         if sae and D != E:
             raise UsageError(
                 f"an sae codes rows of one width, got input_width={D}, target_width={E}; "
@@ -100,7 +100,9 @@ class Coder(nn.Module):
         self.V_ME = None if sae and mp and not predicts_apart else _zeros(predicting, E)
         self.S_ED = _zeros(E, D) if skip else None
         self.threshold: Tensor | None
-        self.register_buffer("threshold", torch.zeros(()) if config.has_threshold else None)
+        self.register_buffer(
+            "threshold", torch.zeros(()) if config.architecture.has_threshold else None
+        )
 
     @property
     def unit_norm(self) -> tuple[str, ...]:

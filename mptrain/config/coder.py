@@ -7,9 +7,9 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from mpcache.errors import UsageError
+from mptrain.config.architectures import ARCHITECTURES, Arch, Architecture, architectures_with
 
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
-Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
 Optimizer = Literal["adam", "muon", "signsgd"]
 Schedule = Literal["linear", "cosine", "constant"]
 Start = Literal["mean", "median"]
@@ -21,20 +21,7 @@ Subtract = Literal["selecting", "separate", "predicting"]
 Blocks = Literal["none", "selecting", "predicting", "both"]
 BeginAs = Literal["mp", "topk", "groupmax"]
 
-PURSUITS = ("mp", "batch-mp")  # architectures without an encoder
-
-# Fields of a recipe that are not for every coder, with the architectures they are for.
 _SHORTLIST = ("shortlist_size", "shortlist_refresh")
-_FOR_PURSUITS = (
-    "backend", *_SHORTLIST, "tolerance", "select", "subtract",
-    "free_norm", "bias", "detach", "per_step_loss", "input_loss",
-)  # fmt: skip
-_ARCHS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(_FOR_PURSUITS, PURSUITS),
-    **dict.fromkeys(("codes", "blocks", "begin_as", "begin_share"), ("mp",)),
-    "multi_topk": ("mp", "topk"),
-    **dict.fromkeys(("k_factor", "k_decay_share"), (*PURSUITS, "topk", "batch-topk")),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +148,9 @@ class CoderConfig(CoderSettings):
             raise UsageError(wrong)
 
     @property
-    def has_threshold(self) -> bool:
-        """Whether one threshold decides how many latents a row has: K on average."""
-        return self.arch.startswith("batch-")
+    def architecture(self) -> Architecture:
+        """Its row of the table of architectures."""
+        return ARCHITECTURES[self.arch]
 
     @property
     def decays_by(self) -> Schedule:
@@ -221,7 +208,7 @@ def applies_to(name: str, kind: Kind, arch: Arch) -> bool:
     """Whether a field of a recipe has an effect on such coders."""
     if name == "input_loss" and kind == "sae":
         return False
-    return arch in _ARCHS.get(name, (arch,))
+    return arch in architectures_with(name)
 
 
 def is_compatible(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
@@ -235,7 +222,7 @@ def is_compatible(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
 
 def inapplicable_message(name: str, kinds: str, archs: str) -> str:
     """What to tell of a field that is not for such coders."""
-    needed = ",".join(_ARCHS.get(name, PURSUITS)) + (" transcoders" if name == "input_loss" else "")
+    needed = ",".join(architectures_with(name)) + (" transcoders" if name == "input_loss" else "")
     return f"{name} has no effect on kind {kinds} with arch {archs}; it is for {needed}"
 
 
@@ -275,7 +262,7 @@ def _alone(config: CoderConfig) -> Iterator[str]:
     for name in _SHORTLIST:
         if config.backend != "shortlist" and _is_set(config, name):
             yield f"{name} is for backend shortlist, got backend {config.backend}"
-    exact = config.arch in PURSUITS and config.backend not in ("gram", "shortlist")
+    exact = config.architecture.is_pursuit and config.backend not in ("gram", "shortlist")
     if config.score_dtype != "float32" and exact:
         yield f"score_dtype is for backend gram or shortlist, got backend {config.backend}"
     if config.optimizer == "signsgd" and config.clip_norm is not None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from mpcache.errors import UsageError
+from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.checks import check_nonempty, check_unique
 from mptrain.config.coder import (
-    PURSUITS,
-    Arch,
     CoderConfig,
-    Kind,
     CoderSettings,
+    Kind,
     applies_to,
     inapplicable_message,
     is_compatible,
@@ -122,12 +121,14 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
     def _recipe(self, kind: Kind, arch: Arch) -> dict[str, Any]:
         """The fields of the recipe that are for such a coder; the others keep their defaults."""
         return {
-            f.name: getattr(self, f.name) for f in fields(CoderSettings) if applies_to(f.name, kind, arch)
+            f.name: getattr(self, f.name)
+            for f in fields(CoderSettings)
+            if applies_to(f.name, kind, arch)
         }
 
     def _variants(self, kind: Kind, arch: Arch) -> list[Mapping[str, Any]]:
         """What each preset that is for such coders changes; other coders than mp come once."""
-        if arch not in PURSUITS:
+        if not ARCHITECTURES[arch].is_pursuit:
             return [{}]
         return [PRESETS[name] for name in self.preset if is_compatible(PRESETS[name], kind, arch)]
 
@@ -138,7 +139,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
             for field in PRESETS[name]:
                 if getattr(self, field) != getattr(CoderSettings, field):
                     raise UsageError(f"preset {name} sets {field}; give one of them, not both")
-            pairs = [pair for pair in self._pairs() if pair[1] in PURSUITS]
+            pairs = [pair for pair in self._pairs() if ARCHITECTURES[pair[1]].is_pursuit]
             if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
                 raise UsageError(
                     f"preset {name} is for none of kind {','.join(self.kind)} with arch "

@@ -18,7 +18,7 @@ from mptrain.coders.checkpoint import load_coder
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import Fvu
 from mptrain.config.checks import check_cache_limit
-from mptrain.config.coder import PURSUITS, CoderConfig, Codes
+from mptrain.config.coder import CoderConfig, Codes
 from mptrain.data.filters import Filters, filters_from_json
 from mptrain.data.loader import Batch, Loader, Side, Split, Store, open_store
 from mptrain.evals.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
@@ -115,7 +115,11 @@ def evaluate_coder(
     codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
     filters = filters_from_json(trained)
-    others = {k: at_k(coder, k) for k in ks if k != coder.config.k and coder.config.has_threshold}
+    others = {
+        k: at_k(coder, k)
+        for k in ks
+        if k != coder.config.k and coder.config.architecture.has_threshold
+    }
     if others:
         with _loader(store, sides, "train", filters, place) as loader:
             calibrate_(list(others.values()), loader, filters)
@@ -127,7 +131,11 @@ def evaluate_coder(
 
 def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
     """Set the thresholds of coders that have a threshold, from a loader's rows."""
-    with_sides = [(coder, sides_of(coder.config)) for coder in coders if coder.config.has_threshold]
+    with_sides = [
+        (coder, sides_of(coder.config))
+        for coder in coders
+        if coder.config.architecture.has_threshold
+    ]
     if with_sides:
         set_thresholds_(with_sides, loader.one_pass(MOST_ROWS_READ), filters)
 
@@ -194,7 +202,7 @@ class _Tally:
         l0 = self.active / max(1, self.kept.rows)
         return Evaluation(
             k=self.k,
-            codes=self.codes if self.coder.config.arch in PURSUITS else None,
+            codes=self.codes if self.coder.config.architecture.is_pursuit else None,
             rows=self.kept.rows,
             fvu=self.kept.value,
             fvu_all=self.all.value,

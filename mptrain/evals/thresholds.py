@@ -67,7 +67,7 @@ class _Sample:
             return
         self.rows += len(x_BD)
         code = self.coder.encode(x_BD)
-        is_pursuit = self.coder.config.arch == "batch-mp"
+        is_pursuit = self.coder.config.architecture.is_pursuit
         strengths = latent_strengths(code.idx_BK, code.val_BK, is_pursuit=is_pursuit)
         strengths = torch.cat([self.strengths, strengths[strengths > 0]])
         if len(strengths) > self.most:

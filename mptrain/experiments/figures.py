@@ -14,9 +14,9 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from mptrain.config.architectures import ARCHITECTURES
 from mptrain.data.atomic_files import explain_write_errors
 from mptrain.experiments.plot_runs import (
-    ARCHS,
     DPI,
     LOG_FROM,
     PANEL_INCHES,
@@ -119,8 +119,8 @@ def looks_of(variants: Iterable[Variant]) -> dict[str, Look]:
         if variant.name in looks:
             continue
         if variant.is_plain and variant.arch in ("mp", "topk"):
-            color, label = ARCHS[variant.arch]
-            look = Look(label, color, "-", 1.8)
+            plain = ARCHITECTURES[variant.arch]
+            look = Look(plain.label, plain.color, "-", 1.8)
         else:
             color, style = (variant.color, "-") if variant.color else next(marks)
             look = Look(variant.label or _spoken(variant), color, style, 1.3)
@@ -129,7 +129,7 @@ def looks_of(variants: Iterable[Variant]) -> dict[str, Look]:
 
 
 def _spoken(variant: Variant) -> str:
-    return ARCHS[variant.arch][1] if variant.is_plain else variant.name.replace("-", " ")
+    return ARCHITECTURES[variant.arch].label if variant.is_plain else variant.name.replace("-", " ")
 
 
 def _points(

@@ -21,13 +21,6 @@ from mptrain.data.atomic_files import explain_write_errors, json_safe
 from mptrain.runs.metrics import Record, read_records
 from mptrain.runs.run_dir import read_run_config
 
-ARCHS = {
-    "mp": ("#c8202f", "matching pursuit (MP)"),
-    "batch-mp": ("#d98b1e", "batch MP"),
-    "topk": ("#1f5fa8", "plain (TopK)"),
-    "batch-topk": ("#3a9d8f", "BatchTopK"),
-    "groupmax": ("#7a5195", "GroupMax"),
-}
 STYLES = ("-", "--", ":", "-.")
 # settings that panels, colours and thin lines show already
 SHOWN = ("hookpoint", "kind", "arch", "k", "seed")
@@ -154,7 +147,7 @@ def looks(curves: Sequence[Curve]) -> dict[str, Look]:
     styles: dict[str, str] = {}
     for coder in (curve.coder for curve in curves):
         settings = "".join(f", {n.replace('_', ' ')} {getattr(coder, n)}" for n in differing)
-        color, label = ARCHS[coder.arch]
+        color, label = coder.architecture.color, coder.architecture.label
         style = styles.setdefault(settings, STYLES[len(styles) % len(STYLES)])
         found[coder.name] = Look(label + settings, color, style)
     return found

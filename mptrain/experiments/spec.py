@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mpcache.errors import UsageError
+from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.checks import check_nonempty, check_unique
-from mptrain.config.coder import Arch, CoderConfig, Kind, applies_to, inapplicable_message, k_error
+from mptrain.config.coder import CoderConfig, Kind, applies_to, inapplicable_message, k_error
 from mptrain.config.presets import PRESETS
 from mptrain.config.run import RunConfig
 from mptrain.experiments.toml_config import Settings, unknown
@@ -19,7 +20,6 @@ TABLES = ("collect", "fit", "coders", "variants", "figures")
 _OF_PANELS = ("hookpoint", "kind", "k", "seed")  # of a coder: its panel and line say them
 # of a run: its places, which the sweep gives, and that it is torchrun's, which a sweep is not
 _NOT_OF_A_FILE: Mapping[str, Any] = {"store": "", "run": "", "spread": None}
-_ARCHS: tuple[str, ...] = typing.get_args(Arch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +261,7 @@ def _refuse_misplaced(settings: Settings, of_coders: Collection[str]) -> None:
 def _built_in() -> dict[str, Variant]:
     """The variants that need no table: presets of mp, and architectures as they are."""
     presets = {name: Variant(name, None, None, changes) for name, changes in PRESETS.items()}
-    return presets | {arch: Variant(arch, None, None, {"arch": arch}) for arch in _ARCHS}
+    return presets | {arch: Variant(arch, None, None, {"arch": arch}) for arch in ARCHITECTURES}
 
 
 def _variant(settings: Settings, name: str, hints: Mapping[str, Any]) -> Variant:

@@ -83,7 +83,7 @@ def _fit(
             train = stack.enter_context(open_loader(sides, "train", share=ranks.share))
             validation = stack.enter_context(open_loader(sides, "validation"))
             sample = None
-            if batch := [coder for coder in own if coder.has_threshold]:
+            if batch := [coder for coder in own if coder.architecture.has_threshold]:
                 sample = stack.enter_context(open_loader(sides_of_all(batch), "train"))
             parts = {part.number for loader in (train, validation) for part in loader.parts}
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)

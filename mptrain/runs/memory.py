@@ -11,7 +11,7 @@ import torch
 
 from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
-from mptrain.config.coder import PURSUITS, CoderConfig, Optimizer
+from mptrain.config.coder import CoderConfig, Optimizer
 from mptrain.pursuit.backend import microbatch_rows, resolve
 from mptrain.pursuit.refit import refit_rows
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
@@ -119,7 +119,7 @@ def _step_bytes(coder: Coder, D: int, E: int, rows: int, device: torch.device) -
 def _entries(config: CoderConfig, M: int, D: int) -> int:
     """Entries of a row's codes that are there together, those of the dead included."""
     own = math.ceil(config.k_factor * config.k)  # at the beginning
-    own *= {"batch-mp": 2, "batch-topk": 4}.get(config.arch, 1)
+    own *= config.architecture.entries
     wide = WIDE * config.k if config.multi_topk else 0
     dead = D // 2 if config.auxk_alpha else 0
     return min(own, M) + min(wide, M) + min(dead, M)
@@ -129,7 +129,7 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
     config, M = coder.config, coder.latents
     at_once = min(B, microbatch_rows(M, device))
     scores = 2 * _FLOAT * at_once * M
-    if config.arch not in PURSUITS or config.codes != "mp":
+    if not config.architecture.is_pursuit or config.codes != "mp":
         return scores
     backend = resolve(coder.search, M, B * config.k, config.blocks != "none")
     return scores + (_FLOAT * M**2 if backend == "gram" else 0)
@@ -138,9 +138,9 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
 def _refit(coder: Coder, D: int, device: torch.device) -> int:
     """A micro-batch's chosen atoms and their products, and what autograd keeps of the way back."""
     config = coder.config
-    if config.arch not in PURSUITS or config.codes == "mp":
+    if not config.architecture.is_pursuit or config.codes == "mp":
         return 0
-    k = config.k * (2 if config.arch == "batch-mp" else 1)
+    k = config.k * config.architecture.entries
     rows = refit_rows(coder.latents, D, k, device)
     steps = k if config.codes == "gp" else 2  # gp's fit is a chain of K steps, omp's in float64
     return _FLOAT * rows * k * (4 * D + (3 + steps) * k) + _FLOAT * coder.latents * D

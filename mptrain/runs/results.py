@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mptrain.config.coder import PURSUITS, CoderConfig
+from mptrain.config.coder import CoderConfig
 from mptrain.data.atomic_files import read_json
 from mptrain.evals.evaluate import Evaluation
 from mptrain.training.setup import CoderRun
@@ -79,7 +79,7 @@ def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
         return [f"no held-out row passes the filters of {folder.name}; train with other filters"]
     about = read_json(folder / "coder.json")
     config = CoderConfig(**about["config"])
-    has_running_threshold = "step" not in about["trained"] and config.has_threshold
+    has_running_threshold = "step" not in about["trained"] and config.architecture.has_threshold
     reason = "an earlier version followed its threshold during training; train it again"
     warnings = (
         l0_warning(config, one, reason if has_running_threshold and one.k == config.k else None)
@@ -89,8 +89,8 @@ def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _reason(config: CoderConfig) -> str:
-    if config.has_threshold:
+    if config.architecture.has_threshold:
         return "these rows differ from the train rows that its threshold is from"
-    if config.arch in PURSUITS:
+    if config.architecture.is_pursuit:
         return "rows end early, or choose a latent again"
     return "rows have fewer positive latents"

@@ -68,7 +68,7 @@ def _save(
     provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
     healthy = [coder_run for coder_run in coder_runs if not coder_run.diverged]
     coders = {coder_run.config.name: coder_run.trainer.evaluated() for coder_run in healthy}
-    if batch := [coder for coder in coders.values() if coder.config.has_threshold]:
+    if batch := [coder for coder in coders.values() if coder.config.architecture.has_threshold]:
         sides = sides_of_all(coder.config for coder in batch)
         device = batch[0].b_D.device
         with make_loader(config, store, sides, "train", filters=filters, device=device) as sample:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mptrain.coders.coder import Code, Coder
 from mptrain.coders.fvu import Fvu, batch_fvu, reconstruction_loss
-from mptrain.config.coder import PURSUITS, Arch, CoderConfig, Kind
+from mptrain.config.architectures import ARCHITECTURES, Arch
+from mptrain.config.coder import CoderConfig, Kind
 from mptrain.pursuit.autograd import pursue
 from mptrain.pursuit.batch_threshold import Cut
 from tests.helpers import reference
@@ -127,7 +128,7 @@ def test_unit_norm(kind: Kind, arch: Arch):
     sizes = {name: p.grad.norm(dim=1) for name, p in coder.named_parameters() if p.ndim == 2}
     coder.project_gradient_()
     linear = ("V_ME",) if kind == "sae" else ()
-    expected = ("W_MD",) if arch in PURSUITS else linear
+    expected = ("W_MD",) if ARCHITECTURES[arch].is_pursuit else linear
     assert coder.unit_norm == expected
     for name in coder.unit_norm:
         rows = coder.get_parameter(name)

@@ -10,7 +10,8 @@ import torch
 
 from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
-from mptrain.config.coder import Arch, CoderConfig
+from mptrain.config.architectures import Arch
+from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
 from mptrain.data.filters import Filters, filters_from_json, make_filters, median_norm
 from mptrain.data.loader import Batch, Loader, Store

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import matplotlib
 import pytest
 
-from mptrain.config.coder import Arch
+from mptrain.config.architectures import Arch
 from mptrain.config.presets import PRESETS
 from mptrain.experiments.figures import Axis, bands, draw, draw_figure, looks_of
 from mptrain.experiments.plot_runs import RC

@@ -110,7 +110,7 @@ def test_a_step_of_two_ranks_is_that_of_one_with_the_joint_batch(
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), f"{name}: ranks have parted"
-    if config.arch.startswith("batch-"):
+    if config.architecture.has_threshold:
         config = replace(config, micro_batch_rows=-(-rows // 2))
     alone = step_of(prepared(config, SINGLE_PROCESS), rows, SINGLE_PROCESS)
     assert alone.keys() == first.keys()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mptrain.coders.coder import Code, Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
-from mptrain.config.coder import Arch, CoderConfig, Kind, Optimizer
+from mptrain.config.architectures import Arch
+from mptrain.config.coder import CoderConfig, Kind, Optimizer
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers import reference
 from tests.helpers.trainers import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_

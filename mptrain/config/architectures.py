@@ -1,0 +1,89 @@
+"""The table of architectures: what each is called, which options it takes, and what it needs.
+
+An architecture is complete with an entry here and a module `mptrain/coders/encoders/<encoder>.py`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
+Encoder = Literal["pursuit", "topk"]
+
+_PURSUIT = frozenset(
+    {
+        "backend", "shortlist_size", "shortlist_refresh", "tolerance", "select", "subtract",
+        "free_norm", "bias", "detach", "per_step_loss", "input_loss",
+    }
+)  # fmt: skip
+_K_SCHEDULE = frozenset({"k_factor", "k_decay_share"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One row of the table."""
+
+    label: str
+    "its name in figures"
+    color: str
+    "its color in figures"
+    encoder: Encoder
+    "module of `mptrain.coders.encoders`"
+    options: frozenset[str]
+    "options that apply to it, of those that do not apply to every architecture"
+    has_threshold: bool = False
+    "a threshold keeps K latents a row on average, instead of K in each row"
+    entries: int = 1
+    "entries of a code that are computed, as a multiple of K, before the threshold drops some"
+
+    @property
+    def is_pursuit(self) -> bool:
+        """Whether a matching pursuit computes its codes."""
+        return self.encoder == "pursuit"
+
+
+ARCHITECTURES: dict[Arch, Architecture] = {
+    "mp": Architecture(
+        label="matching pursuit (MP)",
+        color="#c8202f",
+        encoder="pursuit",
+        options=_PURSUIT
+        | _K_SCHEDULE
+        | {"codes", "blocks", "begin_as", "begin_share", "multi_topk"},
+    ),
+    "batch-mp": Architecture(
+        label="batch MP",
+        color="#d98b1e",
+        encoder="pursuit",
+        options=_PURSUIT | _K_SCHEDULE,
+        has_threshold=True,
+        entries=2,
+    ),
+    "topk": Architecture(
+        label="plain (TopK)",
+        color="#1f5fa8",
+        encoder="topk",
+        options=_K_SCHEDULE | {"multi_topk"},
+    ),
+    "batch-topk": Architecture(
+        label="BatchTopK",
+        color="#3a9d8f",
+        encoder="topk",
+        options=_K_SCHEDULE,
+        has_threshold=True,
+        entries=4,
+    ),
+    "groupmax": Architecture(
+        label="GroupMax", color="#7a5195", encoder="topk", options=frozenset()
+    ),
+}
+
+_RESTRICTED = frozenset[str]().union(*(a.options for a in ARCHITECTURES.values()))
+
+
+def architectures_with(option: str) -> tuple[Arch, ...]:
+    """The architectures that an option applies to."""
+    return tuple(
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if option not in _RESTRICTED or option in architecture.options
+    )
