@@ -12,9 +12,10 @@ from mpcli.errors import guarded, run_app, warnings_in_words
 from mpcli.options import LoadConfigFrom, choices, count, counts, field_docs, from_config, option
 from mpcli.spliced import spliced_figures
 from mpcli.tables import print_json, print_table
+from mptrain.bench.config import LoaderBenchConfig, PursuitBenchConfig
 from mptrain.config.coder import Codes
 from mptrain.config.fit import FitConfig
-from mptrain.config.run import BenchConfig, LoaderBenchConfig, RunConfig
+from mptrain.config.run import RunConfig
 
 app = typer.Typer(
     help="Train matching-pursuit and TopK coders from a store of activations.",
@@ -353,12 +354,11 @@ def plot(
 
 @app.command()
 @guarded
-@from_config(BenchConfig)
-def bench(config: BenchConfig, json: Json = False) -> None:
-    """Time, memory and agreement of the pursuit's back ends on this machine, and of other tools."""
+@from_config(PursuitBenchConfig)
+def bench(config: PursuitBenchConfig, json: Json = False) -> None:
+    """Measure time, memory and exactness of the pursuit's back ends on this machine."""
     from mpcache.bench.hardware import hardware
-    from mptrain.bench.peers import HOW_TO_INSTALL
-    from mptrain.bench.pursuit import bench as run
+    from mptrain.bench.pursuit import bench_pursuit as run
     from mptrain.kernels.device import resolve_device
 
     report = dataclasses.asdict(run(config))
@@ -367,9 +367,6 @@ def bench(config: BenchConfig, json: Json = False) -> None:
         return print_json({"hardware": machine, "bench": dataclasses.asdict(config), **report})
     typer.echo(f"{machine}; ratios and changes: to direct on the same rows")
     print_table(tuple(report["methods"][0]), report["methods"])
-    if report["absent"]:
-        reasons = ", ".join(f"{name} ({reason})" for name, reason in report["absent"].items())
-        typer.echo(f"not measured: {reasons}; {HOW_TO_INSTALL}")
     return None
 
 
@@ -377,20 +374,17 @@ def bench(config: BenchConfig, json: Json = False) -> None:
 @guarded
 @from_config(LoaderBenchConfig, arguments=("store",))
 def bench_loader(config: LoaderBenchConfig, json: Json = False) -> None:
-    """Rows a second from a store, their mixing, and with --steps what training waits for them."""
+    """Measure rows per second from a store, their mixing and, with --steps, waiting in training."""
     from mpcache.bench.hardware import hardware
     from mptrain.bench.loader import bench_loader as run
-    from mptrain.bench.peers import HOW_TO_INSTALL
     from mptrain.kernels.device import resolve_device
 
     report = dataclasses.asdict(run(config))
     machine = hardware(resolve_device(config.device))
     if json:
         return print_json({"hardware": machine, "bench": dataclasses.asdict(config), **report})
-    typer.echo(f"{machine}; one side, warm cache")
+    typer.echo(f"{machine}; warm cache")
     for table in (report["readings"], [report["mixing"]], report["waiting"]):
         if table:
             print_table(tuple(table[0]), table)
-    if report["absent"]:
-        typer.echo(f"not measured: SAELens ({report['absent']}); {HOW_TO_INSTALL}")
     return None

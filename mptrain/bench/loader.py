@@ -1,117 +1,117 @@
-"""How fast rows come from a store, how well they are mixed, and what training waits for them.
+"""Speed of reading rows from a store, quality of their mixing, and time that training waits.
 
-All of it of one side, in one process, alternating with what it is compared to.
+Everything runs in one process and alternates with the method that it is compared with.
 """
 
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from mptrain.bench.measure import seconds
-from mptrain.bench.peers import saelens_reads
+from mptrain.bench.config import LoaderBenchConfig
+from mptrain.bench.measure import Progress, median_ratio, silent, time_calls
 from mptrain.config.architectures import Arch
 from mptrain.config.fit import FitConfig
-from mptrain.config.run import LoaderBenchConfig
 from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Side, Store, open_store
 from mptrain.data.windows import SEQUENCE, RowField, endless_plans
-from mptrain.evals.evaluate import sides_of
+from mptrain.evals.evaluate import sides_of, sides_of_all
 from mptrain.kernels.device import resolve_device
 from mptrain.training.setup import make_coder_run
 
-MIXED_ROWS = 4096  # of the batches whose mixing is looked at
-_MIXED_BATCHES = 100
-_HELD_BATCHES = 16  # in memory, of those that a coder is trained on
+_MIXING_BATCH_ROWS = 4096
+_MIXING_BATCHES = 100
+_BATCHES_IN_MEMORY = 16  # that training reads again and again
+
+Read = Callable[[], int]
+"reads rows; gives their number"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """One way to read rows of the store; medians over alternating repeats."""
+class ReadSpeed:
+    """Speed of one method that reads rows of the store; medians over the rounds."""
 
     method: str
     rows: int
     rows_per_second: float
     loader_ratio: float
-    "the loader's rows a second over these"
+    "rows per second of the loader divided by those of this method"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """How many sequences the rows of a batch come from."""
+    """Number of sequences that the rows of a batch come from."""
 
     batch_rows: int
     sequences: int
-    "in the train split"
+    "sequences in the train split"
     distinct: float
-    "in a batch, the mean"
+    "sequences in a batch, mean over batches"
     perfect: float
-    "what a perfect shuffle would have, sequences * (1 - (1 - 1 / sequences) ** batch_rows)"
+    "expected in a perfect shuffle: sequences * (1 - (1 - 1 / sequences) ** batch_rows)"
     share: float
-    "of the perfect"
+    "distinct / perfect"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waiting:
-    """Training from the store, and from memory on rows that were read before."""
+class TrainingWait:
+    """Training from the store, compared with training on batches in memory."""
 
     arch: str
     steps: int
     store_seconds: float
     memory_seconds: float
     ratio: float
-    "store over memory, the median of the pairs"
+    "store_seconds / memory_seconds, median over the rounds"
     waited_seconds: float
-    "of a run from the store, the median: what is hidden behind training is not in it"
+    "seconds that training from the store waited for rows, median; reading behind training is free"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderReport:
-    """All measurements; the loader is the first of the readings, a bare decode loop the second."""
+    """All measurements. The first of the readings is the loader, the second a bare decode loop."""
 
-    readings: list[Reading]
+    readings: list[ReadSpeed]
     mixing: Mixing
-    waiting: list[Waiting]
-    absent: str | None
-    "why SAELens was not measured"
+    waiting: list[TrainingWait]
 
 
-def bench_loader(config: LoaderBenchConfig) -> LoaderReport:
-    """Measure on a warm cache: a first round over everything is not counted."""
+def bench_loader(config: LoaderBenchConfig, progress: Progress = silent) -> LoaderReport:
+    """Measure the loader on a warm cache: a first round over everything is not counted."""
     store = open_store(config.store, config.cache_dir)
-    side = (config.hookpoint or store.hookpoints[0], "output")
-    with tempfile.TemporaryDirectory() as folder:
-        readings, absent = _readings(config, store, side, Path(folder))
-    archs: tuple[Arch, ...] = ("mp", "topk")
+    sides = output_sides(config, store)
+    archs: tuple[Arch, ...] = ("mp", "topk") if config.steps else ()
     return LoaderReport(
-        readings=readings,
-        mixing=mixing(config, store, side),
-        waiting=[_waiting(config, store, side, arch) for arch in archs if config.steps],
-        absent=absent,
+        readings=measure_reads(config, own_reads(config, store, sides), progress),
+        mixing=measure_mixing(config, store, sides[:1]),
+        waiting=[_measure_training(config, store, sides, arch, progress) for arch in archs],
     )
+
+
+def output_sides(config: LoaderBenchConfig, store: Store) -> tuple[Side, ...]:
+    """The sides that are read: the outputs of the chosen hookpoints, or of the store's first."""
+    return tuple((name, "output") for name in config.hookpoints or store.hookpoints[:1])
 
 
 def open_loader(
     config: LoaderBenchConfig,
     store: Store,
-    side: Side,
+    sides: Sequence[Side],
     *,
     batch_rows: int | None = None,
     device: torch.device | None = None,
     facts: Sequence[RowField] = (),
 ) -> Loader:
-    """The loader of a run with these settings, but for what is given here."""
+    """The loader of a run with these settings; keyword arguments replace settings."""
     return Loader(
         store,
-        (side,),
+        tuple(sides),
         "train",
         batch_rows=batch_rows or config.batch_rows,
         seed=0,
@@ -125,62 +125,65 @@ def open_loader(
 # --- reading ---
 
 
-def _readings(
-    config: LoaderBenchConfig, store: Store, side: Side, folder: Path
-) -> tuple[list[Reading], str | None]:
-    calls: dict[str, Callable[[], int]] = {
-        "loader": partial(read_with_loader, config, store, side),
-        "bare decode": partial(read_bare, config, store, side),
+def own_reads(config: LoaderBenchConfig, store: Store, sides: Sequence[Side]) -> dict[str, Read]:
+    """The loader, and the bare loop that shows how fast this machine decodes the same chunks."""
+    return {
+        "loader": partial(read_with_loader, config, store, sides),
+        "bare decode": partial(read_bare, config, store, sides),
     }
-    absent = None
-    try:
-        calls |= saelens_reads(_first_rows(config, store, side), store.ctx_len, folder)
-    except ModuleNotFoundError as error:
-        absent = f"there is no module {error.name}"
+
+
+def measure_reads(
+    config: LoaderBenchConfig, reads: Mapping[str, Read], progress: Progress = silent
+) -> list[ReadSpeed]:
+    """Time these reads in turn; one of them is called `loader`."""
     rows: dict[str, int] = {}
-    counted = {name: partial(_count, rows, name, call) for name, call in calls.items()}
-    found = seconds(counted, config.repeats, resolve_device(config.device))
-    rates = {name: [rows[name] / one for one in times] for name, times in found.items()}
-    readings = [
-        Reading(
+
+    def count_rows(name: str, read: Read) -> None:
+        rows[name] = read()
+
+    calls = {name: partial(count_rows, name, read) for name, read in reads.items()}
+    times = time_calls(calls, config.repeats, resolve_device(config.device), progress)
+    rates = {name: [rows[name] / seconds for seconds in times[name]] for name in reads}
+    return [
+        ReadSpeed(
             method=name,
             rows=rows[name],
             rows_per_second=median(rates[name]),
-            loader_ratio=_ratio(rates["loader"], rates[name]),
+            loader_ratio=median_ratio(rates["loader"], rates[name]),
         )
-        for name in calls
+        for name in reads
     ]
-    return readings, absent
 
 
-def _count(rows: dict[str, int], name: str, call: Callable[[], int]) -> None:
-    rows[name] = call()
-
-
-def read_with_loader(config: LoaderBenchConfig, store: Store, side: Side) -> int:
-    """Open a loader and take batches from it, from the first window on, epoch after epoch."""
+def read_with_loader(config: LoaderBenchConfig, store: Store, sides: Sequence[Side]) -> int:
+    """Open a loader and take batches from its first window on, epoch after epoch."""
     batches = max(1, config.rows // config.batch_rows)
-    with open_loader(config, store, side) as loader:
+    with open_loader(config, store, sides) as loader:
         return sum(batch.rows for batch in islice(loader.batches(), batches))
 
 
-def read_bare(config: LoaderBenchConfig, store: Store, side: Side) -> int:
-    """Decode the chunks that the loader reads, in its order, each over the one before."""
-    with open_loader(config, store, side) as loader:
+def read_bare(config: LoaderBenchConfig, store: Store, sides: Sequence[Side]) -> int:
+    """Decode the chunks that the loader reads, in its order, always into the same memory."""
+    with open_loader(config, store, sides) as loader:
         parts, chunk_rows, window = loader.parts, loader.chunk_rows, loader.window
-        column, threads = loader.columns[side], loader.threads
+        columns, threads = [loader.columns[side] for side in sides], loader.threads
     plans = endless_plans(
         [part.rows for part in parts], chunk_rows, seed=0, window=window, offset=0
     )
     chunks = (chunk for plan in plans for chunk in plan.chunks)
-    wanted = iter(list(islice(chunks, -(-config.rows // chunk_rows))))
+    remaining = iter(list(islice(chunks, -(-config.rows // chunk_rows))))
 
     def decode(_: int) -> int:
         # fresh memory would cost as much as reading into it
-        held = column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
+        buffers = [
+            column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
+            for column in columns
+        ]
         rows = 0
-        for chunk in wanted:  # each thread takes the next one; a list's iterator is thread-safe
-            column.read(chunk, held[: chunk.rows])
+        for chunk in remaining:  # each thread takes the next one; a list's iterator is thread-safe
+            for column, buffer in zip(columns, buffers, strict=True):
+                column.read(chunk, buffer[: chunk.rows])
             rows += chunk.rows
         return rows
 
@@ -188,27 +191,33 @@ def read_bare(config: LoaderBenchConfig, store: Store, side: Side) -> int:
         return sum(pool.map(decode, range(threads)))
 
 
-def _first_rows(config: LoaderBenchConfig, store: Store, side: Side) -> Tensor:
-    with open_loader(config, store, side, device=torch.device("cpu")) as loader:
-        rows = min(config.peer_rows, loader.rows)
-        return torch.cat([batch.values[side] for batch in loader.one_pass(rows)])
+def first_rows(config: LoaderBenchConfig, store: Store, side: Side, rows: int) -> Tensor:
+    """At most this many rows `[rows, width]` of a side, in the order of the loader."""
+    with open_loader(config, store, (side,), device=torch.device("cpu")) as loader:
+        batches = loader.one_pass(min(rows, loader.rows))
+        return torch.cat([batch.values[side] for batch in batches])
 
 
 # --- mixing ---
 
 
-def mixing(config: LoaderBenchConfig, store: Store, side: Side) -> Mixing:
-    """Of the first batches, from several windows where the store has as many."""
-    with open_loader(config, store, side, batch_rows=MIXED_ROWS, facts=[SEQUENCE]) as loader:
-        batches = max(1, min(_MIXED_BATCHES, loader.rows // MIXED_ROWS))
+def measure_mixing(
+    config: LoaderBenchConfig,
+    store: Store,
+    sides: Sequence[Side],
+    batch_rows: int = _MIXING_BATCH_ROWS,
+) -> Mixing:
+    """Count sequences in the first 100 batches, which come from several windows if possible."""
+    with open_loader(config, store, sides, batch_rows=batch_rows, facts=[SEQUENCE]) as loader:
+        batches = max(1, min(_MIXING_BATCHES, loader.rows // batch_rows))
         counts = [
             len(torch.unique(batch.facts[SEQUENCE])) for batch in islice(loader.batches(), batches)
         ]
         sequences = loader.rows // store.ctx_len
     distinct = sum(counts) / len(counts)
-    perfect = sequences * (1 - (1 - 1 / sequences) ** MIXED_ROWS)
+    perfect = sequences * (1 - (1 - 1 / sequences) ** batch_rows)
     return Mixing(
-        batch_rows=MIXED_ROWS,
+        batch_rows=batch_rows,
         sequences=sequences,
         distinct=distinct,
         perfect=perfect,
@@ -216,43 +225,48 @@ def mixing(config: LoaderBenchConfig, store: Store, side: Side) -> Mixing:
     )
 
 
-# --- waiting ---
+# --- training ---
 
 
-def _waiting(config: LoaderBenchConfig, store: Store, side: Side, arch: Arch) -> Waiting:
+def _measure_training(
+    config: LoaderBenchConfig, store: Store, sides: Sequence[Side], arch: Arch, progress: Progress
+) -> TrainingWait:
+    """Train an SAE for each hookpoint, from the store and from memory."""
     run = FitConfig(
-        store=config.store, run="", hookpoints=side[:1], arch=(arch,), k=(config.k,),
-        expansion=(config.expansion,), batch_rows=config.batch_rows,
+        store=config.store, run="", hookpoints=tuple(hookpoint for hookpoint, _ in sides),
+        arch=(arch,), k=(config.k,), expansion=(config.expansion,), batch_rows=config.batch_rows,
         rows=2 * (config.repeats + 1) * config.steps * config.batch_rows,
     )  # fmt: skip
-    (coder,) = run.coders()
-    filters, device = make_filters(run, store, sides_of(coder)), resolve_device(config.device)
-    coder_run = make_coder_run(coder, run, filters, store, device)
+    coders, device = run.coders(), resolve_device(config.device)
+    filters = make_filters(run, store, sides_of_all(coders))
+    coder_runs = [make_coder_run(coder, run, filters, store, device) for coder in coders]
     waited: deque[float] = deque(maxlen=config.repeats)
 
     def train(batches: Iterator[Batch]) -> None:
         for batch in islice(batches, config.steps):
-            x_BD = batch.values[side][filters.kept(batch, sides_of(coder))].float()
-            coder_run.trainer.step(x_BD, x_BD)
+            for coder, coder_run in zip(coders, coder_runs, strict=True):
+                source, target = sides_of(coder)
+                kept = filters.kept(batch, (source, target))
+                x_BD, y_BD = batch.values[source][kept], batch.values[target][kept]
+                coder_run.trainer.step(x_BD.float(), y_BD.float())
 
-    def from_store() -> None:
-        with open_loader(config, store, side) as loader:
+    def train_from_store() -> None:
+        with open_loader(config, store, sides) as loader:
             train(loader.batches())
             waited.append(loader.wait_seconds)
 
-    with open_loader(config, store, side) as loader:
-        held = list(islice(loader.batches(), min(config.steps, _HELD_BATCHES)))
-    calls = {"store": from_store, "memory": lambda: train(cycle(held))}
-    found = seconds(calls, config.repeats, device)
-    return Waiting(
+    with open_loader(config, store, sides) as loader:
+        in_memory = list(islice(loader.batches(), min(config.steps, _BATCHES_IN_MEMORY)))
+    calls = {
+        f"training {arch} from the store": train_from_store,
+        f"training {arch} from memory": lambda: train(cycle(in_memory)),
+    }
+    store_seconds, memory_seconds = time_calls(calls, config.repeats, device, progress).values()
+    return TrainingWait(
         arch=arch,
         steps=config.steps,
-        store_seconds=median(found["store"]),
-        memory_seconds=median(found["memory"]),
-        ratio=_ratio(found["store"], found["memory"]),
+        store_seconds=median(store_seconds),
+        memory_seconds=median(memory_seconds),
+        ratio=median_ratio(store_seconds, memory_seconds),
         waited_seconds=median(waited),
     )
-
-
-def _ratio(some: Sequence[float], others: Sequence[float]) -> float:
-    return median(a / b for a, b in zip(some, others, strict=True))

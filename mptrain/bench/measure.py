@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call, measured in the same way whoever wrote what is called.
+"""Seconds and bytes of a call, measured in the same way for every method.
 
 B rows in a batch, M latents, K pursuit steps.
 """
@@ -6,46 +6,65 @@ B rows in a batch, M latents, K pursuit steps.
 import contextlib
 import ctypes
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
 
-Codes = Tensor | tuple[Tensor, Tensor]  # dense `code_BM`, or `idx_BK` and `val_BK`
+CodeTensors = Tensor | tuple[Tensor, Tensor]  # dense `code_BM`, or `idx_BK` and `val_BK`
+Progress = Callable[[str], None]
+"is called with a line of text before each step of a measurement"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way to code rows: one of ours, or another tool's."""
+class CodingMethod:
+    """A method to code rows: one of our coders, or another tool's."""
 
     name: str
-    encode: Callable[[Tensor], Codes | None]
+    encode: Callable[[Tensor], CodeTensors | None]
     loss: Callable[[Tensor], Tensor] | None
-    "what it is trained on; None: it cannot be"
+    "training loss of a batch; None: the method cannot be trained"
     parameters: tuple[Tensor, ...]
-    pursues: bool
-    "whether its codes are a pursuit over the dictionary, to compare with those of direct"
+    is_pursuit: bool
+    "whether its codes are a pursuit over the dictionary, comparable with those of `direct`"
 
 
-def seconds(
-    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+def silent(_: str) -> None:
+    """Report no progress."""
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    progress: Progress = silent,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, all of them in turn; a first round only warms up."""
-    of_call: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
+    """Seconds of each call in each of `repeats` rounds, after one round that only warms up.
+
+    Every round runs all calls in turn, so that a slow phase of the machine meets all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
         for name, call in calls.items():
+            progress(f"round {number + 1} of {repeats + 1}: {name}")
             _synchronise(device)
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
             _synchronise(device)
-            of_call[name].append(time.perf_counter() - began)
-    return {name: all_of[1:] for name, all_of in of_call.items()}
+            seconds[name].append(time.perf_counter() - start)
+    return {name: all_rounds[1:] for name, all_rounds in seconds.items()}
+
+
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Median over the rounds of a call's seconds divided by another call's in the same round."""
+    return median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def saved_bytes(loss: Callable[[], Tensor], excluded: Iterable[Tensor]) -> int:
-    """Bytes that computing a loss leaves for its backward pass, without those of `excluded`."""
+    """Bytes that computing a loss keeps for its backward pass, without those of `excluded`."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -55,14 +74,14 @@ def saved_bytes(loss: Callable[[], Tensor], excluded: Iterable[Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         graph = loss()
-    # asked for afterwards: a forward pass may have moved its parameters
-    given = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    # looked up after the forward pass, which may have moved its parameters
+    excluded_pointers = {tensor.untyped_storage().data_ptr() for tensor in excluded}
     del graph
-    return sum(size for storage, size in kept.items() if storage not in given)
+    return sum(size for pointer, size in kept.items() if pointer not in excluded_pointers)
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """Most memory in use during a call, above what was in use before; None where unknown."""
+    """Peak memory during a call, above the memory in use before it; None where unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -71,7 +90,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     _return_free_memory()
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
-        reset.write_text("5")  # the peak starts again from what is in use
+        reset.write_text("5")  # resets the peak to the memory in use
     except OSError:
         return None
     before = _kilobytes(status.read_text(), "VmRSS")
@@ -80,7 +99,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _return_free_memory() -> None:
-    """What the allocator holds from earlier calls would hide what the next one needs."""
+    """Return freed memory to the OS: memory kept from earlier calls would hide the next peak."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

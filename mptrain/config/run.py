@@ -11,12 +11,11 @@ from mptrain.config.checks import (
     check_nonempty,
     check_unique,
 )
-from mptrain.config.coder import CoderConfig, CoderSettings
+from mptrain.config.coder import CoderConfig
 
 Spread = Literal["rows", "coders"]
 Log = Literal["tensorboard", "wandb"]
 OnlyTokens = Literal["all", "assistant"]
-Peer = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 
 _LEAST = {
     "rows": 1,
@@ -188,86 +187,3 @@ class ListedConfig(RunConfig):
 
     def coders(self) -> tuple[CoderConfig, ...]:
         return self.listed
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """What `mptrain bench` times: random unit-norm atoms and rows made of them, or real ones."""
-
-    rows: int = 2048
-    "rows coded at once"
-    width: int = 576
-    "their width"
-    latents: int = 9216
-    "atoms; a multiple of the width"
-    k: int = 64
-    "pursuit steps"
-    active: int | None = None
-    "atoms that each planted row is made of; None: as many as pursuit steps"
-    noise: float = 0.05
-    "Gaussian noise of planted rows, as share of their root mean square"
-    coder: str | None = None
-    "folder of a trained mp coder whose dictionary to use, instead of a random one"
-    store: str | None = None
-    "store whose held-out rows to use with that coder, instead of planted ones"
-    shortlist_size: int = CoderSettings.shortlist_size
-    "shortlist: best atoms of each row that are looked at between two full searches"
-    shortlist_refresh: int = CoderSettings.shortlist_refresh
-    "shortlist: pursuit steps from one search of all atoms to the next"
-    peers: tuple[Peer, ...] = ("sae-lens", "overcomplete", "eai-sparsify")
-    "other tools to measure beside ours where they are installed"
-    peer_rows: int = 256
-    "rows on which they are measured (overcomplete keeps 5 MB a row at the default sizes)"
-    repeats: int = 3
-    "rounds over all methods, after one that only warms up"
-    seed: int = 0
-    "seed of atoms and rows"
-    device: str = "auto"
-    "torch device; auto takes the first GPU, else the CPU"
-
-    def __post_init__(self) -> None:
-        counts = ("rows", "width", "latents", "k", "peer_rows", "repeats")
-        check_at_least(self, dict.fromkeys(counts, 1))
-        if self.latents % self.width:
-            raise UsageError(
-                f"width must divide latents, got width={self.width}, latents={self.latents}; "
-                f"use {self.latents // self.width * self.width or self.width} latents"
-            )
-        if (self.coder is None) != (self.store is None):
-            raise UsageError("coder and store go together; give both, or neither")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderBenchConfig:
-    """What `mptrain bench-loader` times: reading one side of a store, and training on it."""
-
-    store: str
-    "store to read"
-    hookpoint: str | None = None
-    "hookpoint whose output is read; None: the store's first"
-    rows: int = 1_000_000
-    "rows to read, in as many epochs as that takes"
-    batch_rows: int = RunConfig.batch_rows
-    "rows in a batch"
-    window_rows: int = RunConfig.window_rows
-    "rows mixed in memory"
-    read_threads: int | None = None
-    "threads that read, of the loader and of the bare loop; default as for fit"
-    cache_dir: str | None = None
-    "local folder that caches what is read, to measure reading from the cache"
-    peer_rows: int = 200_000
-    "rows that SAELens reads from its own cache of them, where it is installed"
-    steps: int = 0
-    "train steps, from the store and from memory; 0: no training"
-    k: int = 16
-    "of the coders that are trained: pursuit steps or active latents per row"
-    expansion: int = 8
-    "of the coders that are trained: latents per dimension"
-    repeats: int = 3
-    "rounds over all methods, after one that only warms up"
-    device: str = "auto"
-    "torch device of batches and training; auto takes the first GPU, else the CPU"
-
-    def __post_init__(self) -> None:
-        counts = ("rows", "batch_rows", "window_rows", "read_threads", "peer_rows", "repeats")
-        check_at_least(self, {"steps": 0, **dict.fromkeys(counts, 1)})

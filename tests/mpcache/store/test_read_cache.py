@@ -29,8 +29,8 @@ from mpcache.store import read_cache
 from mpcache.store.reader import Store, open_store
 from mpcache.store.zarr_codec import ReadInto
 from mpcli.mptrain import app
+from mptrain.bench.config import LoaderBenchConfig
 from mptrain.bench.loader import bench_loader
-from mptrain.config.run import LoaderBenchConfig
 from mptrain.data.loader import Loader
 from mptrain.runs.fit import fit, plan_fit
 from tests.helpers import servers
@@ -185,9 +185,7 @@ def test_the_benchmark_reads_from_a_tier(
     made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
     settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
-    run = LoaderBenchConfig(
-        store=made[1], cache_dir=str(tmp_path / "cache"), peer_rows=64, **settings
-    )
+    run = LoaderBenchConfig(store=made[1], cache_dir=str(tmp_path / "cache"), **settings)
     bench_loader(run)
     assert got(asked())
     assert kept(tmp_path / "cache")

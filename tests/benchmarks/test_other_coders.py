@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mptrain.bench import peers as peers_module
-from mptrain.bench.measure import Codes, Method, saved_bytes
-from mptrain.bench.peers import find_peers, overcomplete_mp, saelens_mp, sparsify_topk
+from benchmarks import other_coders
+from benchmarks.other_coders import find_methods, overcomplete_mp, saelens_mp, sparsify_topk
+from benchmarks.other_tools import import_quietly
+from mptrain.bench.measure import CodeTensors, CodingMethod, saved_bytes
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import reconstruction_loss
 from mptrain.config.coder import CoderConfig
 from tests.helpers import reference
 
-Adapter = Callable[[Tensor, Tensor, int], Method]
+Adapter = Callable[[Tensor, Tensor, int], CodingMethod]
 
 
 def needs(module: str) -> pytest.MarkDecorator:
@@ -39,11 +40,11 @@ def our_coder(D: int, M: int, k: int, arch: str = "mp", seed: int = 0) -> Coder:
     return coder
 
 
-def adapted(adapter: Adapter, coder: Coder) -> Method:
+def adapted(adapter: Adapter, coder: Coder) -> CodingMethod:
     return adapter(coder.decoder_ME.detach(), coder.b_D.detach(), coder.config.k)
 
 
-def dense(codes: Codes | None, latents: int) -> Tensor:
+def dense(codes: CodeTensors | None, latents: int) -> Tensor:
     assert codes is not None
     return codes if isinstance(codes, Tensor) else reference.dense(*codes, latents)
 
@@ -54,11 +55,11 @@ def test_chooses_the_atoms_of_direct_with_their_values(adapter: Adapter, D: int,
     """Also where atoms come again: 30 steps in 8 dimensions."""
     coder, x_BD = our_coder(D, M, k), torch.randn(50, D)
     with torch.no_grad():
-        found_BM = dense(adapted(adapter, coder).encode(x_BD), M)
+        theirs_BM = dense(adapted(adapter, coder).encode(x_BD), M)
         code = coder.encode(x_BD)
     ours_BM = reference.dense(code.idx_BK, code.val_BK, M)
-    assert ((found_BM != 0) == (ours_BM != 0)).float().mean() > 0.999
-    torch.testing.assert_close(found_BM, ours_BM, atol=2e-5, rtol=1e-4)
+    assert ((theirs_BM != 0) == (ours_BM != 0)).float().mean() > 0.999
+    torch.testing.assert_close(theirs_BM, ours_BM, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("adapter", "biased"), [
@@ -68,13 +69,13 @@ def test_chooses_the_atoms_of_direct_with_their_values(adapter: Adapter, D: int,
 def test_its_autograd_gives_our_gradient(adapter: Adapter, biased: bool):
     """They keep every step; ours walks back. The dictionary's gradient is the same."""
     coder, x_BD = our_coder(16, 64, 6), torch.randn(40, 16)
-    peer = adapted(adapter, coder)
-    assert peer.loss is not None
-    theirs, ours = peer.loss(x_BD), reconstruction_loss(x_BD, coder(x_BD), 1.0)
+    other = adapted(adapter, coder)
+    assert other.loss is not None
+    theirs, ours = other.loss(x_BD), reconstruction_loss(x_BD, coder(x_BD), 1.0)
     torch.testing.assert_close(theirs, ours)
     theirs.backward()
     ours.backward()
-    grads = {tuple(p.shape): p.grad for p in peer.parameters}
+    grads = {tuple(p.shape): p.grad for p in other.parameters}
     torch.testing.assert_close(grads[64, 16], coder.decoder_ME.grad, atol=1e-5, rtol=1e-4)
     if biased:
         torch.testing.assert_close(grads[(16,)], coder.b_D.grad, atol=1e-5, rtol=1e-4)
@@ -87,22 +88,22 @@ def test_overcomplete_goes_on_where_no_score_is_positive():
     with torch.no_grad():
         coder.b_D.zero_()
         coder.decoder_ME.copy_(torch.eye(2))
-        found_BM = dense(adapted(overcomplete_mp, coder).encode(x_BD), 2)
+        theirs_BM = dense(adapted(overcomplete_mp, coder).encode(x_BD), 2)
     assert coder.encode(x_BD).idx_BK.tolist() == [[-1]]
-    assert found_BM.min() == -1
+    assert theirs_BM.min() == -1
 
 
 @needs("sparsify")
 def test_sparsify_is_our_topk():
     coder, x_BD = our_coder(16, 64, 4, "topk"), torch.randn(40, 16)
-    peer = sparsify_topk(coder.decoder_ME.detach(), coder.b_D.detach(), 4)
+    other = sparsify_topk(coder.decoder_ME.detach(), coder.b_D.detach(), 4)
     code = coder.encode(x_BD)
     ours_BM = reference.dense(code.idx_BK, code.val_BK, 64)
     with torch.no_grad():
-        torch.testing.assert_close(dense(peer.encode(x_BD), 64), ours_BM, atol=1e-5, rtol=1e-5)
-    assert peer.loss is not None
+        torch.testing.assert_close(dense(other.encode(x_BD), 64), ours_BM, atol=1e-5, rtol=1e-5)
+    assert other.loss is not None
     centred = (x_BD - x_BD.mean(0)).square().sum()
-    torch.testing.assert_close(peer.loss(x_BD), (x_BD - coder(x_BD)).square().sum() / centred)
+    torch.testing.assert_close(other.loss(x_BD), (x_BD - coder(x_BD)).square().sum() / centred)
 
 
 @pytest.mark.parametrize(("adapter", "megabytes"), [
@@ -117,9 +118,9 @@ def test_bytes_kept_for_the_backward_pass(adapter: Adapter, megabytes: float):
     17.4.
     """
     coder, x_BD = our_coder(256, 8192, 32), torch.randn(256, 256)
-    peer = adapted(adapter, coder)
-    assert peer.loss is not None
-    kept = saved_bytes(lambda: peer.loss(x_BD), (x_BD, *peer.parameters))  # type: ignore[misc]
+    other = adapted(adapter, coder)
+    assert other.loss is not None
+    kept = saved_bytes(lambda: other.loss(x_BD), (x_BD, *other.parameters))  # type: ignore[misc]
     assert kept / 1e6 == pytest.approx(megabytes, rel=0.01)
 
 
@@ -133,34 +134,33 @@ def test_our_bytes_kept_for_the_backward_pass():
 @pytest.mark.parametrize("adapter", [SAELENS, OVERCOMPLETE, SPARSIFY])
 def test_trains(adapter: Adapter):
     coder, x_BD = our_coder(16, 64, 4), torch.randn(20, 16)
-    peer = adapted(adapter, coder)
-    assert peer.loss is not None
-    before = peer.loss(x_BD)
+    other = adapted(adapter, coder)
+    assert other.loss is not None
+    before = other.loss(x_BD)
     before.backward()
     with torch.no_grad():
-        for parameter in peer.parameters:
+        for parameter in other.parameters:
             if parameter.grad is not None:
                 parameter -= 0.01 * parameter.grad
-    assert peer.loss(x_BD) < before
+    assert other.loss(x_BD) < before
 
 
-def test_what_does_not_work_is_absent_with_the_reason(monkeypatch: pytest.MonkeyPatch):
-    """A tool that breaks does not break the bench."""
+def test_a_tool_that_does_not_work_is_absent_with_the_reason():
+    """A tool that breaks does not break the comparison."""
 
-    def missing(*_: object) -> Method:
+    def missing(*_: object) -> CodingMethod:
         raise ModuleNotFoundError("No module named 'a.b'", name="a")
 
-    def broken(*_: object) -> Method:
+    def broken(*_: object) -> CodingMethod:
         raise RuntimeError("operator does not exist\nand so on")
 
-    def silent(*_: object) -> Method:
+    def silent(*_: object) -> CodingMethod:
         raise KeyError
 
-    method = Method(name="c", encode=lambda x: x, loss=None, parameters=(), pursues=False)
+    method = CodingMethod(name="c", encode=lambda x: x, loss=None, parameters=(), is_pursuit=False)
     adapters = {"a": missing, "b": broken, "c": lambda *_: method, "d": silent}
-    monkeypatch.setattr(peers_module, "ADAPTERS", adapters)
-    found, absent = find_peers(tuple(adapters), torch.eye(2), torch.zeros(2), 1)
-    assert found == [method]
+    methods, absent = find_methods(tuple(adapters), torch.eye(2), torch.zeros(2), 1, adapters)
+    assert methods == [method]
     assert absent == {
         "a": "there is no module a",
         "b": "RuntimeError: operator does not exist",
@@ -175,7 +175,7 @@ def test_an_imported_tool_neither_prints_nor_fails_by_its_warnings(
     text = "import warnings\nprint('hello')\nwarnings.warn('old', DeprecationWarning)\n"
     (tmp_path / "talkative.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    peers_module._imported("talkative")
+    import_quietly("talkative")
     assert capsys.readouterr().out == ""
 
 
@@ -191,8 +191,8 @@ def test_overcomplete_is_imported_without_its_vision_models(
     (tmp_path / "overcomplete/sae/__init__.py").write_text("from ..base import here")
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(2):
-        part = peers_module._overcomplete_sae()
-        assert (part.here, part.__file__) == (1, str(tmp_path / "overcomplete/sae/__init__.py"))
+        module = other_coders._overcomplete_sae()
+        assert (module.here, module.__file__) == (1, str(tmp_path / "overcomplete/sae/__init__.py"))
         assert "overcomplete" not in sys.modules
     for name in ("overcomplete.base", "overcomplete.sae"):
         del sys.modules[name]  # for good: monkeypatch would bring the false ones back

@@ -1,0 +1,81 @@
+"""Compare our coders with SAELens, overcomplete and sparsify on the same rows and dictionary.
+
+\b
+    python -m benchmarks.pursuit
+    python -m benchmarks.pursuit --tools sae-lens --device cuda --json
+
+Speed, memory for the backward pass, peak memory, and agreement with exact matching pursuit. Our own
+coders are measured beside the other tools, on the same rows and in the same rounds.
+"""
+
+import dataclasses
+from typing import Annotated, Literal, get_args
+
+import typer
+
+from benchmarks.other_tools import HOW_TO_INSTALL, show_progress
+from mpcli.errors import guarded, run_app
+from mpcli.options import choices, count, from_config
+from mpcli.tables import print_json, print_table
+from mptrain.bench.config import PursuitBenchConfig
+
+Tool = Literal["sae-lens", "overcomplete", "eai-sparsify"]
+TOOLS = get_args(Tool)
+# these tools keep every pursuit step, some as [rows, latents]: overcomplete 5 MB a row by default
+TOOL_ROWS = "256"
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command(help=__doc__)
+@guarded
+@from_config(PursuitBenchConfig)
+def compare(
+    config: PursuitBenchConfig,
+    *,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(metavar=f"{'|'.join(TOOLS)},...", help="tools to measure [default: all]"),
+    ] = None,
+    tool_rows: Annotated[
+        int, typer.Option(parser=count, metavar="COUNT", help="rows coded beside these tools")
+    ] = TOOL_ROWS,  # type: ignore[assignment]  # parsed by Typer
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Measure all tools; the docstring of the module is the help."""
+    show_progress("loading torch")
+    from benchmarks.other_coders import find_methods
+    from mpcache.bench.hardware import hardware
+    from mptrain.bench.pursuit import bare_products, make_tensors, measure_methods, own_methods
+
+    names = choices(tools or TOOLS, Tool)
+    config = dataclasses.replace(config, rows=min(config.rows, tool_rows))
+    show_progress("making rows and dictionary")
+    x_BD, direct = make_tensors(config)
+    show_progress(f"loading {', '.join(names)}")
+    dictionary, bias = direct.decoder_ME.detach(), direct.b_D.detach()
+    others, absent = find_methods(names, dictionary, bias, config.k)
+    methods = [*own_methods(config, direct), *others, bare_products(direct)]
+    measurements = measure_methods(methods, x_BD, direct, config.repeats, show_progress)
+    rows = [dataclasses.asdict(measurement) for measurement in measurements]
+    show_progress("")
+    if json:
+        settings = dataclasses.asdict(config)
+        machine = hardware(x_BD.device)
+        return print_json(
+            {"hardware": machine, "bench": settings, "methods": rows, "absent": absent}
+        )
+    typer.echo(f"{hardware(x_BD.device)}; ratios and changes compare with direct on the same rows")
+    print_table(tuple(rows[0]), rows)
+    for name, reason in absent.items():
+        typer.echo(f"not measured: {name} ({reason}); {HOW_TO_INSTALL}")
+    return None
+
+
+def main() -> None:
+    """Entry point."""
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()
