@@ -6,6 +6,7 @@ that it was written by the code of its time. Version 1 was made so before versio
 """
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,6 +24,18 @@ from tests.helpers.paths import GOLDEN
 
 FOLDER = GOLDEN
 ARRAYS = ("tokens", "rows/position", "acts/layers.0/output")
+
+
+def machine() -> dict[str, str]:
+    """What the last bits of trained weights depend on: torch and the processor, down to its model."""
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    about = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    keys = ("cpu family", "model", "model name", "stepping", "cache size")
+    return {
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": ", ".join(about.get(key, "?") for key in keys),
+    }
 
 
 def sums(store: Store) -> dict[str, int]:
