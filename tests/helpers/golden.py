@@ -27,7 +27,7 @@ ARRAYS = ("tokens", "rows/position", "acts/layers.0/output")
 
 
 def machine() -> dict[str, str]:
-    """What the last bits of trained weights depend on: torch and the processor, down to its model."""
+    """What the last bits of trained weights depend on: torch, and the model of the processor."""
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     about = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
     keys = ("cpu family", "model", "model name", "stepping", "cache size")
