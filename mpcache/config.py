@@ -1,94 +1,172 @@
-"""What `mpcache collect` can be told: one frozen dataclass, from which the options are derived."""
+"""Settings of the commands of `mpcache`: frozen dataclasses that the command line is made from.
+
+The literal under a field is its documentation and its line in `--help`. A class attribute `group`
+names the heading under which `--help` lists the fields that the class defines.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mpcache.errors import UsageError
 
 Codec = Literal["none", "lz4", "zstd"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 Split = Literal["train", "validation"]
 
 
 def split_of(number: int, validation_every: int) -> Split:
-    """The split of a part, or of the document at a place: every n-th is validation, 1 the first."""
+    """The split of the part, or of the document, with this number.
+
+    Every n-th is validation, and number 1 is the first of these.
+    """
     return "validation" if number % validation_every == 1 else "train"
 
 
+def check_at_least(config: object, minimum: int, *names: str) -> None:
+    """Raise UsageError for the first of these fields that is below the minimum; None passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise UsageError(f"{name} must be at least {minimum}, got {value}")
+
+
+# --- groups of settings ---
+
+
 @dataclass(frozen=True, kw_only=True)
-class CollectConfig:
-    """A collection: which model reads which dataset, and what of it is kept."""
+class DataSettings:
+    """The documents to read."""
+
+    group: ClassVar[str] = "Data"
+
+    dataset: str
+    "Hugging Face dataset id, or local files, folders and globs, separated by commas"
+    dataset_revision: str = "main"
+    "branch, tag or commit of a Hugging Face dataset"
+    dataset_config: str | None = None
+    "configuration (subset) of a Hugging Face dataset, such as sample-10BT"
+    split: str = "train"
+    "split of the dataset to read"
+    text_column: str = "text"
+    "column that holds text, token ids or chat messages; a.b is the field b of the column a"
+    streaming: bool = False
+    "stream a Hugging Face dataset instead of downloading it; shuffles within 10,000 documents"
+    chat_template: str | None = None
+    "Jinja file with the chat template for chat messages; default: the tokenizer's own template"
+    keep_empty_documents: bool = False
+    "keep documents without text, which consist of special tokens; by default they are left out"
+    rows: int = 10_000_000
+    "rows to collect, rounded up to whole parts; one row is one token's activations"
+    validation_every: int = 10
+    "hold out every n-th part, filled from every n-th document, for validation"
+    seed: int = 0
+    "seed of the order of documents, and of the order of rows in each part"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceSettings:
+    """How documents become the sequences that the model sees."""
+
+    group: ClassVar[str] = "Sequences"
+
+    ctx_len: int = 1024
+    "tokens per sequence, at most the model's context length"
+    one_document_per_sequence: bool = False
+    "run the model on each document alone, cut into pieces of ctx_len tokens; stores no padding"
+    cross_document_attention: bool = True
+    "let tokens attend to earlier documents in their sequence; no effect on documents run alone"
+    bos: Literal["none", "document", "sequence"] = "none"
+    "where to add the tokenizer's BOS or CLS token: before each document or each sequence"
+    eos: bool = True
+    "add the tokenizer's EOS or SEP token after each document"
+    parse_special_tokens: bool = False
+    "turn names such as <|endoftext|> inside a text into special tokens; by default they are text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedModelSettings:
+    """A pretrained model, and whether its own code may run."""
+
+    group: ClassVar[str] = "Model"
 
     model: str
-    "Hugging Face model id, a local folder, or a .gguf file"
-    dataset: str
-    "Hugging Face dataset id, or local files and folders: paths or globs, joined by commas"
-    hookpoints: tuple[str, ...]
-    "module paths inside the base model, `*` for one segment, `:input` or `:output` for one side"
-    rows: int = 10_000_000
-    "rows wanted (one row is one token), rounded up to whole parts"
-    ctx_len: int = 1024
-    "tokens in a sequence"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    "storage dtype of activations"
-    model_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    "computation dtype of the model"
-    autocast: bool = False
-    "keep weights in float32, and let torch's autocast choose what is computed in model_dtype"
-    compile: bool = False
-    "compile the parts of each layer with torch.compile; the first batches take minutes more"
-    codec: Codec = "none"
-    "compression of activation chunks (with bit shuffle); every codec is lossless"
-    seed: int = 0
-    "seed of the order of documents and of the rows in a part"
+    "language model: a Hugging Face id, a local folder, or a .gguf file"
     revision: str = "main"
-    "revision of a Hugging Face model"
-    dataset_revision: str = "main"
-    "revision of a Hugging Face dataset"
-    dataset_config: str | None = None
-    "configuration of a Hugging Face dataset"
-    split: str = "train"
-    "split of the dataset that is read"
-    text_column: str = "text"
-    "column that holds the documents: text, token ids or chat messages; a.b is field b of column a"
-    chat_template: str | None = None
-    "file with the chat template for messages; default the tokenizer's own"
-    parse_special_tokens: bool = False
-    "read the name of a special token in a text, such as <|endoftext|>, as that token"
-    keep_empty_documents: bool = False
-    "keep documents without text, which are lone special tokens, instead of leaving them out"
-    one_document_per_sequence: bool = False
-    "run the model on each document alone, in pieces of ctx_len tokens; padding is not stored"
-    streaming: bool = False
-    "stream a Hugging Face dataset instead of downloading it; order is a seeded buffer shuffle"
-    bos: Literal["none", "document", "sequence"] = "none"
-    "what the tokenizer's begin token (BOS or CLS) begins"
-    eos: bool = True
-    "end each document with the tokenizer's end token (EOS or SEP)"
-    cross_document_attention: bool = True
-    "let tokens see an earlier document of their sequence; never with one_document_per_sequence"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    "attention implementation of the model"
+    "branch, tag or commit of a Hugging Face model"
     trust_remote_code: bool = False
-    "run model code that comes with the model"
-    device: str = "auto"
-    "torch device of the model; auto takes the first GPU, else the CPU"
+    "run the Python code that comes with the model; read that code first"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(PretrainedModelSettings):
+    """How the model computes, and which of its activations are kept."""
+
+    group: ClassVar[str] = "Model"
+
+    hookpoints: tuple[str, ...]
+    (
+        "modules to collect, such as layers.10 or layers.*.mlp:input; * is any one name between "
+        "dots; :input or :output is one side"
+    )
+    model_dtype: Dtype = "bfloat16"
+    "dtype that the model computes in"
+    autocast: bool = False
+    "keep the weights in float32; torch.autocast picks the operations that run in model_dtype"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    "attention implementation of transformers"
+    compile: bool = False
+    "compile the modules of each layer with torch.compile; the first batches take minutes longer"
     batch_sequences: int = 16
-    "sequences in a forward pass"
-    write_threads: int | None = None
-    "threads that write a part's arrays; default one for four that compute, 2 to 8; 8 to a bucket"
+    "sequences per forward pass; fewer need less memory"
+    device: str = "auto"
+    "torch device of the model, such as cuda:1; auto is the first GPU, or the CPU without a GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageSettings:
+    """How rows are stored."""
+
+    group: ClassVar[str] = "Storage"
+
+    dtype: Dtype = "bfloat16"
+    "dtype that activations are stored in"
+    codec: Codec = "none"
+    "lossless compression of stored activations, after a bit shuffle"
     part_rows: int = 65_536
-    "rows in a part, the unit of commit and retry; a multiple of ctx_len"
+    "rows per part, the unit of commit and retry; a multiple of ctx_len"
     chunk_rows: int = 1024
-    "rows in a chunk, the unit of read; divides part_rows"
-    validation_every: int = 10
-    "every n-th part is held out for validation"
+    "rows per chunk, the unit of read; divides part_rows"
+    write_threads: int | None = None
+    "threads that write; default: 1 per 4 compute threads, from 2 to 8; always 8 for a bucket"
+
+
+# --- commands ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettings):
+    """A collection: the model, the dataset, and the activations to keep.
+
+    `model`, `dataset` and `hookpoints` are required. All counts are of rows (one row is one token),
+    tokens or sequences, as each field says. Raises UsageError where settings contradict each other.
+
+    Example:
+        >>> from mpcache.config import CollectConfig
+        >>> config = CollectConfig(
+        ...     model="EleutherAI/pythia-160m",
+        ...     dataset="texts.jsonl",
+        ...     hookpoints=("layers.5", "layers.*.mlp:input"),
+        ...     rows=200_000,
+        ...     ctx_len=512,
+        ... )
+        >>> config.part_rows // config.ctx_len  # sequences in a part
+        128
+    """
 
     def __post_init__(self) -> None:
         if not self.hookpoints:
             raise UsageError("hookpoints is empty; name at least one, for instance layers.10.mlp")
-        for name in ("rows", "ctx_len", "batch_sequences", "part_rows", "chunk_rows"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "rows", "ctx_len", "batch_sequences", "part_rows", "chunk_rows")
         if self.part_rows % self.ctx_len:
             raise UsageError(
                 f"part_rows must be a multiple of ctx_len, got part_rows={self.part_rows}, "
@@ -99,51 +177,49 @@ class CollectConfig:
                 f"chunk_rows must divide part_rows, got chunk_rows={self.chunk_rows}, "
                 f"part_rows={self.part_rows}"
             )
-        if self.write_threads is not None and self.write_threads < 1:
-            raise UsageError(f"write_threads must be at least 1, got {self.write_threads}")
+        check_at_least(self, 1, "write_threads")
         if self.autocast and self.model_dtype == "float32":
             raise UsageError(
                 "autocast must have a model_dtype to cast to, got float32; use bfloat16 or float16"
             )
         if self.compile and self.one_document_per_sequence:
             raise UsageError(
-                "compile needs batches of one shape, and one_document_per_sequence makes many; "
-                "leave compile out"
+                "compile needs batches of one shape, but one_document_per_sequence makes batches "
+                "of many shapes; leave compile out"
             )
-        if self.validation_every < 2:
-            raise UsageError(f"validation_every must be at least 2, got {self.validation_every}")
+        check_at_least(self, 2, "validation_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreBenchConfig:
     """What `mpcache bench-store` writes and reads: every combination of parts, chunks and codec."""
 
+    group: ClassVar[str] = "Storage"
+
     rows: int = 262_144
-    "rows of one array, rounded up to whole parts; its values are random"
+    "rows of random values in an array, rounded up to whole parts"
     width: int = 384
-    "dimensions of a row"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    "values per row"
+    dtype: Dtype = "bfloat16"
     "dtype of the rows"
     part_rows: tuple[int, ...] = (65_536,)
-    "rows in a part"
+    "rows per part"
     chunk_rows: tuple[int, ...] = (1024,)
-    "rows in a chunk"
+    "rows per chunk"
     codec: tuple[Codec, ...] = ("none",)
     "compression of chunks"
     threads: int = 4
-    "threads that write parts and read chunks, of ours and of Zarr's"
+    "threads that write parts and read chunks, both here and in Zarr"
     peers: tuple[str, ...] = ("zarr", "zarrs", "sae-lens")
-    "other ways to measure beside ours, where they are installed"
+    "other libraries to measure as well, if they are installed"
     repeats: int = 3
-    "rounds, one more warms up"
+    "measured rounds, after one warm-up round"
 
     def __post_init__(self) -> None:
         known = ("zarr", "zarrs", "sae-lens")
         if unknown := [name for name in self.peers if name not in known]:
             raise UsageError(f"peers must be of {', '.join(known)}, got {unknown[0]}")
-        for name in ("rows", "width", "threads", "repeats"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "rows", "width", "threads", "repeats")
         for name in ("part_rows", "chunk_rows", "codec"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty; name at least one")
@@ -151,57 +227,59 @@ class StoreBenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What `mpcache convert` changes; what is not given stays as it is in the source."""
+    """What `mpcache convert` changes. A setting that is not given stays as in the source."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    "storage dtype of activations; a narrower one rounds to nearest even"
+    group: ClassVar[str] = "Storage"
+
+    dtype: Dtype | None = None
+    "storage dtype of activations; a narrower dtype rounds to nearest even"
     codec: Codec | None = None
-    "compression of activation chunks"
+    "compression of stored activations"
     chunk_rows: int | None = None
-    "rows in a chunk; divides part_rows"
+    "rows per chunk; divides part_rows"
     part_rows: int | None = None
-    "rows in a part; a multiple of the part_rows that the rows were collected with"
+    "rows per part; a multiple of the part_rows that the rows were collected with"
     hookpoints: tuple[str, ...] = ()
-    "hookpoints to keep, written as for collect; all without this option"
+    "hookpoints to keep, written as for collect; default: all"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    """Where `mpcache repair` finds what it needs, and what it may do."""
+    """The sources of a repair, and what the repair may do."""
+
+    group: ClassVar[str] = "Run"
 
     model: str | None = None
-    "model, if it is elsewhere now: Hugging Face id, a local folder, or a .gguf file"
+    "where the model is now, if it moved: Hugging Face id, local folder, or .gguf file"
     revision: str | None = None
-    "revision of a Hugging Face model, if it is another name now"
+    "revision of the Hugging Face model, if its name changed"
     dataset: str | None = None
-    "dataset, if it is elsewhere now; read only where tokens are damaged"
+    "where the dataset is now, if it moved; only damaged tokens need it"
     source: str | None = None
-    "take rows from this copy of the store, or the store it was converted from; no model is run"
+    "copy rows from this store, a copy of the damaged one or its source; then no model runs"
     device: str = "auto"
-    "torch device of the model; the one it was collected on computes the same bits"
+    "torch device of the model; only the device that collected the store is sure to give its bits"
     trust_remote_code: bool = False
-    "run model code that comes with the model"
+    "run the Python code that comes with the model; read that code first"
     accept_other_bits: bool = False
-    "where this machine computes other bits than were committed, commit those instead"
+    "commit what this machine computes even if its bits differ from those that were committed"
     delete_leftovers: bool = False
-    "delete the rests of interrupted writes; only when nothing writes to the store"
+    "delete leftovers of interrupted writes; use it only while nothing writes to the store"
 
     def __post_init__(self) -> None:
         if self.source is not None and (self.model or self.dataset):
             raise UsageError("source needs neither model nor dataset; leave them out")
         if self.source is not None and self.accept_other_bits:
-            raise UsageError("accept_other_bits is for what is computed anew; leave source out")
+            raise UsageError(
+                "accept_other_bits is for rows that the model computes again; leave source out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
-class HookpointsConfig:
-    """The model whose hookpoints `mpcache hookpoints` lists."""
+class HookpointsConfig(PretrainedModelSettings):
+    """The model whose hookpoints `mpcache hookpoints` lists. Its weights are not needed."""
 
-    model: str
-    "Hugging Face model id, a local folder, or a .gguf file; its weights are not needed"
-    revision: str = "main"
-    "revision of a Hugging Face model"
+    group: ClassVar[str] = "Model"
+
     attention: Literal["sdpa", "eager"] | None = None
-    "attention implementation of the model; default sdpa, else eager"
-    trust_remote_code: bool = False
-    "run model code that comes with the model"
+    "attention implementation; default: sdpa, or eager if the model has no sdpa"

@@ -1,0 +1,51 @@
+"""Settings of a collection are in groups for people; a store records them as one flat object."""
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+
+from mpcache import config as configs
+from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
+from mpcache.store.format import canonical_json
+from tests.helpers.paths import GOLDEN
+
+
+def test_a_store_records_the_same_bytes_as_before() -> None:
+    recorded = json.loads((GOLDEN / "store-v2" / "store.json").read_bytes())["config"]
+    config = CollectConfig(**{**recorded, "hookpoints": tuple(recorded["hookpoints"])})
+    assert canonical_json(dataclasses.asdict(config)) == canonical_json(recorded)
+
+
+def test_every_setting_of_a_collection_has_a_group() -> None:
+    own = CollectConfig.__dict__.get("__annotations__", {})
+    assert not own, "define the setting in one of the groups"
+    assert all("group" in vars(base) for base in CollectConfig.__bases__)
+
+
+def test_examples_run() -> None:
+    result = doctest.testmod(configs)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hookpoints": ()}, "hookpoints is empty"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"write_threads": 0}, "write_threads must be at least 1, got 0"),
+        ({"validation_every": 1}, "validation_every must be at least 2, got 1"),
+        ({"ctx_len": 100}, "part_rows must be a multiple of ctx_len, .*; use 65600"),
+        ({"chunk_rows": 1000}, "chunk_rows must divide part_rows"),
+        ({"autocast": True, "model_dtype": "float32"}, "autocast must have a model_dtype"),
+        ({"compile": True, "one_document_per_sequence": True}, "leave compile out"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        CollectConfig(**({"model": "m", "dataset": "d", "hookpoints": ("a",)} | changes))  # type: ignore[arg-type]
