@@ -1,10 +1,16 @@
 # Two commands set everything up: `make demo` and `make test`. Both are safe to run again.
+# `make -j2 lint reproduce-smoke` and then `make tests shapes` is what CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install -q
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 DEMO := demo
 # a process a core, each with one thread: more would wait for each other
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist worksteal
+# Checking the shape and type of every argument takes three times what the tests take themselves, so
+# it has a run of its own, over tests that together call every function with annotated shapes.
+CHECK_SHAPES := --jaxtyping-packages=mpcache,mptrain,beartype.beartype
+SHAPES := mpcache/data/test_packing.py mpcache/model/test_capture.py mptrain/coders mptrain/kernels
 RESIDUAL := layers.3,layers.5
 MLP := layers.3.mlp,layers.5.mlp
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
@@ -13,9 +19,9 @@ FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-
 # `make reproduce SET='coders.expansion=32 fit.rows=8_000_000'` changes what the files say.
 TWINS := smollm2-demo llama-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 fit.rows=1024 fit.batch_rows=128 fit.eval_every=4 \
-         fit.eval_rows=512 coders.expansion=2 coders.dead_rows=512 root=reproduce-smoke/stores
+         fit.eval_rows=512 coders.expansion=2 coders.dead_rows=512
 
-.PHONY: install demo reproduce reproduce-smoke test slow format clean
+.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes format clean
 install: .venv/installed
 
 # Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
@@ -23,8 +29,8 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	command -v nvidia-smi >/dev/null || $(PIP) $(TORCH)
+	$(PIP) -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: install
@@ -41,23 +47,30 @@ reproduce: install
 	    $(BIN)/mptrain sweep data/experiments/$$twin.toml $(SET:%=--set %) || exit; \
 	done
 
-# The same figures of a few rows and small coders, in minutes.
-reproduce-smoke: install
-	for twin in $(TWINS); do \
-	    $(BIN)/mptrain sweep data/experiments/$$twin.toml $(SMALL:%=--set %) \
-	        --set run=reproduce-smoke/$$twin || exit; \
-	done
+# The same figures of a few rows and small coders, in minutes; `-j2` makes both twins at once.
+reproduce-smoke: $(TWINS:%=smoke-%)
+smoke-%: install
+	OMP_NUM_THREADS=1 $(BIN)/mptrain sweep data/experiments/$*.toml $(SMALL:%=--set %) \
+	    --set run=reproduce-smoke/$* --set root=reproduce-smoke/stores-$*
 
-test: install
+lint: install
 	$(BIN)/ruff format --check -q .
 	$(BIN)/ruff check -q .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+test: lint
 	$(PYTEST) -m 'not slow'
 
 # Whole commands that are killed, servers that fail, memory: some minutes more.
 slow: install
 	$(PYTEST) -m slow
+
+tests: install
+	$(PYTEST)
+
+shapes: install
+	$(PYTEST) -m 'not slow' $(CHECK_SHAPES) $(SHAPES:%=tests/%)
 
 format: install
 	$(BIN)/ruff format -q .
