@@ -24,7 +24,7 @@ from mptrain.runs.signals import Terminated
 # what is wrong with the place that was named, not with the disk or the network
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 _READER_LEFT = 141  # 128 + SIGPIPE
-_OURS = {"mpcache", "mptrain", "cli"}
+_OURS = {"mpcache", "mptrain", "mpcli"}
 _MENDING = {"verify", "repair"}  # commands
 
 

@@ -10,13 +10,32 @@ import inspect
 import types
 import typing
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 
 from mpcache.errors import UsageError
+from mpcli.environment import with_variables
 
+FIRST_GROUP = "Set these first"
+DEFAULT_GROUP = "Run"
+"the group of options that no config defines, such as --json"
+GROUPS = (
+    "Arguments",
+    FIRST_GROUP,
+    "Data",
+    "Model",
+    "Coder",
+    "Optimizer",
+    "Loss",
+    "Storage",
+    "Evaluation",
+    DEFAULT_GROUP,
+    "Parallel",
+)
+"all groups, in the order of help"
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _FACTORS |= {f"{letter}B": _FACTORS[letter] for letter in "kMGT"}  # of bytes
 
@@ -39,48 +58,60 @@ class LoadConfigFrom:
 
 
 def from_config(
-    *config_types: type, arguments: Sequence[str] = (), instead: LoadConfigFrom | None = None
+    *config_types: type,
+    arguments: Sequence[str] = (),
+    first: Mapping[str, str] | None = None,
+    load_from: LoadConfigFrom | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make `function(config..., own options...)` a command whose options are the configs' fields.
 
-    Fields named in `arguments` become positional arguments; the rest become options. With
-    `instead`, which is for one config, no field is required where that option is given.
+    Fields named in `arguments` become positional arguments; the rest become options. Help shows
+    each option in the group of the class that defines its field, except that the options in
+    `first`, which almost every user sets, come before the groups, each with the example value that
+    `first` gives. With `load_from`, which is for one config, no field is required where that
+    option is given.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        groups = [_parameters(config_type, arguments) for config_type in config_types]
+        groups = [_parameters(config_type, arguments, first or {}) for config_type in config_types]
         fields = [parameter for group in groups for parameter in group]
         own = [
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for p in list(inspect.signature(function).parameters.values())[len(groups) :]
         ]
         required = {
-            p.name: p.name.upper() if p.name in arguments else f"--{p.name.replace('_', '-')}"
+            p.name: p.name.upper() if p.name in arguments else _spelled(p.name)
             for p in fields
             if p.default is inspect.Parameter.empty
         }
-        if instead:
-            own.append(instead.parameter)
+        if load_from:
+            own.append(load_from.parameter)
             # whether they are there is looked at once it is known that they are needed
             fields = [p.replace(default=None) if p.name in required else p for p in fields]
         _refuse_twins(*groups, own)
 
-        def command(**values: Any) -> None:
+        def command(ctx: typer.Context, **values: Any) -> None:
             chosen = [_given(values, group) for group in groups]
-            place = values.pop(instead.name) if instead else None
-            if instead and place is not None:
-                function(instead.load(place, chosen[0]), **values)
-                return
-            if instead:
-                _refuse_missing(
-                    [told for n, told in required.items() if n not in chosen[0]], instead
-                )
-            function(*(t(**c) for t, c in zip(config_types, chosen, strict=True)), **values)
+            source = values.pop(load_from.name) if load_from else None
+            try:
+                if load_from and source is not None:
+                    configs = [load_from.load(source, chosen[0])]
+                else:
+                    if load_from:
+                        _refuse_missing(
+                            [option for n, option in required.items() if n not in chosen[0]],
+                            load_from,
+                        )
+                    configs = [t(**c) for t, c in zip(config_types, chosen, strict=True)]
+            except ValueError as error:
+                raise with_variables(error, ctx, [p.name for p in fields]) from error
+            function(*configs, **values)
 
         positional = [p for p in fields if p.name in arguments]
         options = [p for p in fields if p.name not in arguments]
         options.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # required ones first
-        parameters = [*positional, *own, *options]
+        context = inspect.Parameter("ctx", _KEYWORD, annotation=typer.Context)
+        parameters = [context, *positional, *options, *own]
         command.__name__ = function.__name__
         command.__doc__ = function.__doc__
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
@@ -92,8 +123,19 @@ def from_config(
 
 def field_docs(config_type: type) -> dict[str, str]:
     """The literal under each field of a dataclass: its own fields first, then inherited ones."""
-    classes = [one for one in config_type.__mro__ if dataclasses.is_dataclass(one)]
-    return {name: doc for one in classes for name, doc in _own_docs(one).items()}
+    docs: dict[str, str] = {}
+    for cls in filter(dataclasses.is_dataclass, config_type.__mro__):
+        docs = {**docs, **{n: doc for n, doc in _own_docs(cls).items() if n not in docs}}
+    return docs
+
+
+def field_groups(config_type: type) -> dict[str, str]:
+    """The group of each field: the `group` of the class that defines it."""
+    groups: dict[str, str] = {}
+    for cls in filter(dataclasses.is_dataclass, config_type.__mro__):
+        for name in _own_docs(cls):
+            groups.setdefault(name, cls.__dict__.get("group", DEFAULT_GROUP))
+    return groups
 
 
 def _own_docs(config_type: type) -> dict[str, str]:
@@ -121,61 +163,70 @@ def count(text: str) -> int:
     return int(value)
 
 
-def counts(texts: Sequence[str]) -> list[int]:
-    """The whole numbers of an option that takes several: `a,b`, or the option repeated."""
-    parse = _parser(int, several=True)
-    return [number for text in texts for number in parse(text)]
-
-
-def choices(texts: Sequence[str], literal: Any) -> list[Any]:
-    """The values of a Literal in an option that takes several, as for `counts`."""
-    parse = _parser(literal, several=True)
-    return [value for text in texts for value in parse(text)]
-
-
 def option(name: str, value: Any) -> str:
     """How a field is set to a value on the command line."""
-    dashed = name.replace("_", "-")
     if isinstance(value, bool):
-        return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {_shown(value)}"
+        return _spelled(name) if value else f"--no-{_spelled(name)[2:]}"
+    return f"{_spelled(name)} {_shown(value)}"
 
 
-def _parameters(config_type: type, arguments: Sequence[str]) -> list[inspect.Parameter]:
+def _spelled(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parameters(
+    config_type: type, arguments: Sequence[str], first: Mapping[str, str]
+) -> list[inspect.Parameter]:
     docs, hints = field_docs(config_type), typing.get_type_hints(config_type)
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     assert docs.keys() == fields.keys(), f"no doc: {fields.keys() ^ docs.keys()}"
-    return [
-        _parameter(fields[name], hints[name], doc, name in arguments) for name, doc in docs.items()
-    ]
+    groups = field_groups(config_type)
+    parameters = []
+    for name, doc in docs.items():
+        field, hint = fields[name], hints[name]
+        text = doc + _default(field)
+        if name in arguments:
+            parameters.append(_argument(field, hint, text))
+        elif name in first:
+            text += f"; example: {_spelled(name)} {first[name]}"
+            parameters.append(_option(field, hint, text, FIRST_GROUP))
+        else:
+            parameters.append(_option(field, hint, text, groups[name]))
+    return parameters
 
 
-def _parameter(
-    field: "dataclasses.Field[Any]", hint: Any, doc: str, positional: bool
-) -> inspect.Parameter:
-    required = field.default is dataclasses.MISSING
+def _argument(field: "dataclasses.Field[Any]", hint: Any, text: str) -> inspect.Parameter:
+    parser = _parser(_element(hint), several=False)
+    info = typer.Argument(help=text, parser=parser, metavar=field.name.upper())
+    return _parameter(field, Annotated[str, info])
+
+
+def _option(field: "dataclasses.Field[Any]", hint: Any, text: str, group: str) -> inspect.Parameter:
     element, several = _element(hint), typing.get_origin(hint) is tuple
-    info = typer.Argument if positional else typer.Option
-    # a default is only shown, and filled in by the config: so what was given is told apart from it
-    shown = "" if required or field.default in (None, ()) else _default(field.name, field.default)
-    annotation: Any
     if element is bool:
-        annotation = Annotated[bool, info(help=doc + shown)]
-    else:
-        metavar = field.name.upper() if positional else _metavar(element, several)
-        told = info(help=doc + shown, parser=_parser(element, several), metavar=metavar)
-        annotation = Annotated[list[str] if several else str, told]
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if required else None,
-        annotation=annotation,
+        return _parameter(field, Annotated[bool, typer.Option(help=text, rich_help_panel=group)])
+    info = typer.Option(
+        help=text,
+        parser=_parser(element, several),
+        metavar=_metavar(element, several),
+        rich_help_panel=group,
     )
+    return _parameter(field, Annotated[list[str] if several else str, info])
 
 
-def _default(name: str, value: Any) -> str:
-    shown = option(name, value).removeprefix("--") if isinstance(value, bool) else _shown(value)
-    return f" [default: {shown}]"
+def _parameter(field: "dataclasses.Field[Any]", annotation: Any) -> inspect.Parameter:
+    # Typer gets None as the default and the config fills in its own: so options that were given
+    # can be told apart from those that were not, as `LoadConfigFrom` needs.
+    default = inspect.Parameter.empty if field.default is dataclasses.MISSING else None
+    return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    """The default as help shows it; where it is None, the field's doc says what that means."""
+    value = field.default
+    if value is dataclasses.MISSING or value in (None, (), False):
+        return ""
+    return f" [default: {'on' if value is True else _shown(value)}]"
 
 
 def _element(hint: Any) -> Any:
@@ -223,8 +274,15 @@ def _metavar(element: Any, several: bool) -> str:
     return f"{name},..." if several else name
 
 
-def _shown(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+def _shown(value: Any) -> str:
+    """A value as a user writes it: `a,b`, `10M`."""
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
+    if isinstance(value, int) and value >= 10_000:
+        for letter, factor in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+            if value % factor == 0:
+                return f"{value // factor}{letter}"
+    return str(value)
 
 
 def _refuse_twins(*groups: Sequence[inspect.Parameter]) -> None:
@@ -246,8 +304,8 @@ def _given(values: dict[str, Any], group: Sequence[inspect.Parameter]) -> dict[s
     return given
 
 
-def _refuse_missing(missing: Sequence[str], instead: LoadConfigFrom) -> None:
+def _refuse_missing(missing: Sequence[str], load_from: LoadConfigFrom) -> None:
     if missing:
         raise UsageError(
-            f"{', '.join(missing)} must be given, or --{instead.name} {instead.metavar}"
+            f"{', '.join(missing)} must be given, or --{load_from.name} {load_from.metavar}"
         )

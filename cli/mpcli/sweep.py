@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.config import CollectConfig, split_of
-from mpcli.mpcache import open_storage
+from mpcli.open_storage import open_storage
 from mptrain.experiments.spec import Experiment, experiment_of
 from mptrain.experiments.toml_config import read_settings
 

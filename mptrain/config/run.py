@@ -33,6 +33,18 @@ _LEAST = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadCacheSettings:
+    """A folder on this machine that keeps what was read from a remote store."""
+
+    group: ClassVar[str] = "Data"
+
+    cache_dir: str | None = None
+    "folder on this machine that keeps what is read from a remote store, for the next reads"
+    cache_bytes: int | None = None
+    "most bytes in that folder; default: until less than 5 % of its file system is free"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSettings:
     """The rows of a store that a run reads, and their order."""
 
@@ -58,10 +70,6 @@ class DataSettings:
     "rows per shuffle window (two are held in memory); changes the row order, as order_seed does"
     window_bytes: int = 4_000_000_000
     "most bytes that the two shuffle windows may take; a run that needs more is refused"
-    cache_dir: str | None = None
-    "local folder that caches what is read of a distant store, for later epochs and runs"
-    cache_bytes: int | None = None
-    "most bytes in the cache; default: until a twentieth of its file system is left"
     follow: bool = False
     "train while a collection still runs: wait until it has written all parts that it plans"
     allow_nonfinite: bool = False
@@ -115,7 +123,7 @@ class ParallelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(DataSettings, EvaluationSettings, RunSettings, ParallelSettings):
+class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings, ParallelSettings):
     """A pass over a store, without the coders that it trains: see `FitConfig`, `ListedConfig`."""
 
     def __post_init__(self) -> None:

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,21 +48,6 @@ def one_line(result) -> str:
     assert len(lines) == 1
     assert "Traceback" not in result.stderr
     return lines[0]
-
-
-@pytest.mark.parametrize("command", ["mpcache", "mptrain"])
-def test_help_is_light(command: str) -> None:
-    """`--help` imports neither torch nor zarr, nor anything else that is slow."""
-    code = (
-        f"import sys; from cli.{command} import app\n"
-        "try: app(['--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'zarr', 'numpy', 'transformers', 'datasets', 'matplotlib', 'dask'}\n"
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Commands:" in done.stdout
 
 
 def test_unknown_hookpoint_lists_near_names(place: Path) -> None:

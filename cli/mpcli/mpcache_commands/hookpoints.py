@@ -1,14 +1,27 @@
-"""The report of `mpcache hookpoints` for people."""
+"""`mpcache hookpoints`, and its report for people."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 
+from mpcache.config import HookpointsConfig
 from mpcache.validation import printable
-from mpcli.tables import print_table
+from mpcli.arguments import Json
+from mpcli.options import from_config
+from mpcli.tables import print_json, print_table
 
 _COLUMNS = ("hookpoint", "*", "input", "output", "bytes a row", "module")
+
+
+@from_config(HookpointsConfig, arguments=("model",))
+def hookpoints(config: HookpointsConfig, json: Json = False) -> None:
+    from mpcache.model.hookpoint_report import find_hookpoints
+
+    report = find_hookpoints(config)
+    if json:
+        return print_json(report.as_json())
+    return print_report(report)
 
 
 def print_report(report: Any) -> None:

@@ -1,0 +1,135 @@
+"""Commands that are imported when they run, and their help in groups of options."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import mpcache
+from mpcli.environment import is_from_environment, variable_of
+from mpcli.errors import guarded
+from mpcli.options import DEFAULT_GROUP, GROUPS
+
+_WIDEST = 120  # columns of help; longer lines are hard to read
+_PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,  # rich would add half to the time that --help takes
+    "pretty_exceptions_enable": False,
+}
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """A command of an app, as its list shows it before it is imported."""
+
+    target: str
+    "where its function is: `module:function`"
+    summary: str
+    "one sentence; the function's docstring goes on from there"
+    examples: tuple[str, ...]
+    "command lines that end its help"
+
+
+def lazy_app(help: str, prefix: str, subcommands: Mapping[str, Subcommand]) -> typer.Typer:
+    """An app that imports the module of a command when that command runs or shows its help.
+
+    Each option can also be given as an environment variable: `prefix` and the option's name.
+    """
+
+    class Group(TyperGroup):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self.commands = dict.fromkeys(subcommands)  # type: ignore[assignment]  # names only
+
+        def get_command(self, ctx: Any, cmd_name: str) -> Any:
+            subcommand = subcommands.get(cmd_name)
+            return None if subcommand is None else _load(cmd_name, subcommand, prefix)
+
+        def format_commands(self, ctx: Any, formatter: Any) -> None:
+            with formatter.section("Commands"):
+                formatter.write_dl([(name, sub.summary) for name, sub in subcommands.items()])
+
+    app = typer.Typer(cls=Group, no_args_is_help=True, **_PLAIN)
+
+    @app.callback(
+        help=help, invoke_without_command=True, context_settings={"max_content_width": _WIDEST}
+    )
+    def version(
+        show: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
+    ) -> None:
+        if show:
+            typer.echo(mpcache.__version__)
+            raise typer.Exit
+
+    return app
+
+
+def _load(name: str, subcommand: Subcommand, prefix: str) -> Any:
+    module, _, function = subcommand.target.partition(":")
+    run: Callable[..., None] = getattr(importlib.import_module(module), function)
+    app = typer.Typer(**_PLAIN)
+    app.command(
+        name,
+        cls=GroupedCommand,
+        help="\n\n".join(filter(None, (subcommand.summary, inspect.getdoc(run)))),
+        epilog="\n".join(subcommand.examples),
+        context_settings={"max_content_width": _WIDEST, "auto_envvar_prefix": prefix},
+    )(guarded(run))
+    return typer.main.get_command(app)
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows options in groups and ends with examples.
+
+    The group of an option is its `rich_help_panel`, which `from_config` takes from the class that
+    defines the field. The error for a wrong value names the environment variable that gave it.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            name = getattr(error.param, "name", None)
+            if name is not None and is_from_environment(ctx, name):
+                error.param_hint = f"environment variable {variable_of(ctx, name)}"
+            raise
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
+            parameter.show_envvar = False  # the epilog explains it once
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(_group(parameter), []).append(
+                    (_name(parameter, record), record[1])
+                )
+        for name in sorted(groups, key=GROUPS.index):
+            with formatter.section(name):
+                formatter.write_dl(groups[name])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        prefix = ctx.auto_envvar_prefix
+        formatter.write_paragraph()
+        formatter.write_text(
+            f"Each option can also be set by an environment variable, for example --device by "
+            f"{prefix}_DEVICE. The command line takes precedence."
+        )
+        with formatter.section("Examples"):
+            for example in (self.epilog or "").splitlines():
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+
+def _group(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return getattr(parameter, "rich_help_panel", None) or DEFAULT_GROUP
+
+
+def _name(parameter: Any, record: tuple[str, str]) -> str:
+    """An argument by its metavar alone, without the Python type that Typer adds."""
+    return str(parameter.metavar) if parameter.param_type_name == "argument" else record[0]

@@ -1,0 +1,117 @@
+"""Commands that read every part of a store: verify, repair, stats, copy, convert."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpcache.config import ConvertConfig, RepairConfig
+from mpcache.parallel.config import ParallelConfig
+from mpcache.validation import printable
+from mpcli.arguments import Json, StoreArgument, TargetArgument
+from mpcli.options import from_config
+from mpcli.reports import finding_in_full, print_findings, print_moved
+from mpcli.tables import print_json, print_table
+
+JournalPath = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="note there what is sound; again: go on from there"),
+]
+
+
+@from_config(ParallelConfig)
+def verify(
+    parallel: ParallelConfig, store: StoreArgument, journal: JournalPath = None, json: Json = False
+) -> None:
+    from mpcache.maintenance.verify import verify as run
+
+    verdict = run(store, parallel, journal=journal, quiet=json)
+    if json:
+        findings = [finding_in_full(finding) for finding in verdict.findings]
+        told = {**dataclasses.asdict(verdict), "findings": findings}
+        print_json({"intact": verdict.intact, **told})
+    else:
+        print_findings(verdict.findings)
+        state = "intact" if verdict.intact else "DAMAGED"
+        earlier = f", {verdict.earlier} of the marks earlier" if verdict.earlier else ""
+        typer.echo(
+            f"{printable(store)}: {state}; {verdict.marks} marks, {verdict.objects} objects, "
+            f"{verdict.bytes / 1e9:.2f} GB checked{earlier}"
+        )
+    if not verdict.intact:
+        raise typer.Exit(1)
+
+
+@from_config(RepairConfig, ParallelConfig)
+def repair(
+    config: RepairConfig, parallel: ParallelConfig, store: StoreArgument, json: Json = False
+) -> None:
+    """What comes out equal to what was committed is put back; anything else stays as it is, and is
+    told, unless --accept-other-bits is given.
+    """
+    from mpcache.maintenance.repair import repair as run
+
+    done = run(store, config, parallel, quiet=json)
+    if json:
+        left = [finding_in_full(finding) for finding in done.left]
+        print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})
+    else:
+        for name in (*done.metadata, *done.deleted):
+            typer.echo(printable(f"{'mended' if name in done.metadata else 'deleted':14}{name}"))
+        for one in done.marks:
+            typer.echo(printable(f"{one.outcome:14}part {one.part} of {one.array}: {one.told}"))
+        print_findings(done.left)
+        typer.echo(f"{printable(store)}: {'intact' if done.intact else 'DAMAGED'}")
+    if any(one.outcome == "other bits" for one in done.marks):
+        typer.echo(
+            "error: other bits are computed here; repair where it was collected, name a copy with "
+            "--source, or say --accept-other-bits",
+            err=True,
+        )
+    if not done.intact:
+        raise typer.Exit(1)
+
+
+@from_config(ParallelConfig)
+def stats(
+    parallel: ParallelConfig,
+    store: StoreArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="write mean and variance per dimension, as safetensors"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    from mpcache.maintenance.stats import save_dimensions
+    from mpcache.maintenance.stats import stats as run
+
+    found = run(store, parallel, quiet=json)
+    if out is not None:
+        save_dimensions(found, out)
+    told = [dataclasses.asdict(one.stats) for one in found]
+    if json:
+        return print_json(told)
+    return print_table(tuple(told[0]) if told else (), told)
+
+
+@from_config(ParallelConfig)
+def copy(
+    parallel: ParallelConfig, store: StoreArgument, to: TargetArgument, json: Json = False
+) -> None:
+    from mpcache.maintenance.copy import copy as run
+
+    print_moved("copied", run(store, to, parallel, quiet=json), json)
+
+
+@from_config(ConvertConfig, ParallelConfig)
+def convert(
+    config: ConvertConfig,
+    parallel: ParallelConfig,
+    store: StoreArgument,
+    to: TargetArgument,
+    json: Json = False,
+) -> None:
+    from mpcache.maintenance.convert import convert as run
+
+    print_moved("converted", run(store, to, config, parallel, quiet=json), json)

@@ -1,0 +1,29 @@
+"""The store that a collection fills: the one that is named, or the right one below a root."""
+
+from typing import Any
+
+import typer
+
+from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
+from mpcache.validation import check_printable
+
+
+def open_storage(
+    store: str | None, root: str | None, config: CollectConfig
+) -> tuple[Any, CollectConfig, Any]:
+    """Where to collect, how, and what is there if that is all that was asked for."""
+    if (store is None) == (root is None):
+        raise UsageError("name either STORE or --root ROOT, the folder of stores that has it")
+    if store is not None:
+        check_printable(store)
+        return store, config, None
+    from mpcache.collection.catalog import find_store
+
+    assert root is not None
+    found = find_store(root, config)
+    kept = [n for n in ("codec", "chunk_rows") if getattr(found.config, n) != getattr(config, n)]
+    if kept:
+        told = ", ".join(f"{name} {getattr(found.config, name)}" for name in kept)
+        typer.echo(f"{found.place} is there with {told}, which stays", err=True)
+    return found.place, found.config, found.done
