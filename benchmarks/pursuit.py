@@ -9,37 +9,40 @@ coders are measured beside the other tools, on the same rows and in the same rou
 """
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 import typer
 
 from benchmarks.other_tools import HOW_TO_INSTALL, show_progress
 from mpcli.errors import guarded, run_app
-from mpcli.options import choices, count, from_config
+from mpcli.options import from_config
 from mpcli.tables import print_json, print_table
 from mptrain.bench.config import PursuitBenchConfig
 
 Tool = Literal["sae-lens", "overcomplete", "eai-sparsify"]
 TOOLS = get_args(Tool)
-# these tools keep every pursuit step, some as [rows, latents]: overcomplete 5 MB a row by default
-TOOL_ROWS = "256"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolOptions:
+    """The tools to compare with, and on how many rows."""
+
+    tools: tuple[Tool, ...] = TOOLS
+    "tools to measure"
+    tool_rows: int = 256
+    "rows coded with these tools; some keep every pursuit step: overcomplete 5 MB per row"
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command(help=__doc__)
 @guarded
-@from_config(PursuitBenchConfig)
+@from_config(PursuitBenchConfig, ToolOptions)
 def compare(
     config: PursuitBenchConfig,
-    *,
-    tools: Annotated[
-        list[str] | None,
-        typer.Option(metavar=f"{'|'.join(TOOLS)},...", help="tools to measure [default: all]"),
-    ] = None,
-    tool_rows: Annotated[
-        int, typer.Option(parser=count, metavar="COUNT", help="rows coded beside these tools")
-    ] = TOOL_ROWS,  # type: ignore[assignment]  # parsed by Typer
+    options: ToolOptions,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure all tools; the docstring of the module is the help."""
@@ -48,13 +51,12 @@ def compare(
     from mpcache.bench.hardware import hardware
     from mptrain.bench.pursuit import bare_products, make_tensors, measure_methods, own_methods
 
-    names = choices(tools or TOOLS, Tool)
-    config = dataclasses.replace(config, rows=min(config.rows, tool_rows))
+    config = dataclasses.replace(config, rows=min(config.rows, options.tool_rows))
     show_progress("making rows and dictionary")
     x_BD, direct = make_tensors(config)
-    show_progress(f"loading {', '.join(names)}")
+    show_progress(f"loading {', '.join(options.tools)}")
     dictionary, bias = direct.decoder_ME.detach(), direct.b_D.detach()
-    others, absent = find_methods(names, dictionary, bias, config.k)
+    others, absent = find_methods(options.tools, dictionary, bias, config.k)
     methods = [*own_methods(config, direct), *others, bare_products(direct)]
     measurements = measure_methods(methods, x_BD, direct, config.repeats, show_progress)
     rows = [dataclasses.asdict(measurement) for measurement in measurements]
