@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import mpcache
+from mpcache.version import __version__
 from mpcli.environment import is_from_environment, variable_of
 from mpcli.errors import guarded
 from mpcli.options import DEFAULT_GROUP, GROUPS
@@ -62,7 +62,7 @@ def lazy_app(help: str, prefix: str, subcommands: Mapping[str, Subcommand]) -> t
         show: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False,
     ) -> None:
         if show:
-            typer.echo(mpcache.__version__)
+            typer.echo(__version__)
             raise typer.Exit
 
     return app

@@ -224,7 +224,7 @@ def _parameter(field: "dataclasses.Field[Any]", annotation: Any) -> inspect.Para
 def _default(field: "dataclasses.Field[Any]") -> str:
     """The default as help shows it; where it is None, the field's doc says what that means."""
     value = field.default
-    if value is dataclasses.MISSING or value in (None, (), False):
+    if value is dataclasses.MISSING or value is None or value is False or value == ():
         return ""
     return f" [default: {'on' if value is True else _shown(value)}]"
 

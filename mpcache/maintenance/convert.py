@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import mpcache
 from mpcache.config import ConvertConfig
 from mpcache.errors import UsageError
 from mpcache.maintenance.copy import Moved, arrived, copy_part, receive, refuse_nesting
@@ -36,6 +35,7 @@ from mpcache.store.format import (
 )
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
+from mpcache.version import __version__
 
 
 def convert(
@@ -113,7 +113,7 @@ def _content(store: Store, layout: Layout, sides: tuple[Side, ...]) -> dict[str,
         "codec": store.layout.codec,
         "chunk_rows": store.layout.chunk_rows,
         "part_rows": store.layout.part_rows,
-        "mpcache_version": mpcache.__version__,
+        "mpcache_version": __version__,
         "converted_from": store.provenance.get("converted_from"),
     }
     changed = {"dtype": layout.dtype, "codec": layout.codec, "chunk_rows": layout.chunk_rows}
