@@ -25,6 +25,7 @@ GROUPS = (
     "Arguments",
     FIRST_GROUP,
     "Data",
+    "Sequences",
     "Model",
     "Coder",
     "Optimizer",
