@@ -106,17 +106,31 @@ def read_curves(run: Path) -> list[ValidationCurve]:
 
 
 def line_styles(curves: Sequence[ValidationCurve]) -> dict[str, LineStyle]:
-    """The style of each coder by its name; the legend names the settings that differ."""
-    names = [field.name for field in fields(CoderConfig) if field.name not in _SHOWN_SETTINGS]
-    differing = [n for n in names if len({getattr(c.coder, n) for c in curves}) > 1]
+    """The style of each coder by its name; the legend names the settings that set it apart."""
+    differing = [
+        field
+        for field in fields(CoderConfig)
+        if field.name not in _SHOWN_SETTINGS
+        and len({getattr(curve.coder, field.name) for curve in curves}) > 1
+    ]
     styles: dict[str, LineStyle] = {}
     dashes: dict[str, str] = {}
     for coder in (curve.coder for curve in curves):
-        settings = "".join(f", {n.replace('_', ' ')} {getattr(coder, n)}" for n in differing)
+        values = [(field, getattr(coder, field.name)) for field in differing]
+        settings = "".join(
+            f", {_setting(field.name, value)}" for field, value in values if value != field.default
+        )
         dash = dashes.setdefault(settings, DASHES[len(dashes) % len(DASHES)])
         architecture = coder.architecture
         styles[coder.name] = LineStyle(architecture.label + settings, architecture.color, dash)
     return styles
+
+
+def _setting(name: str, value: object) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value}"
 
 
 def runs_figure(curves: Sequence[ValidationCurve], title: str | None) -> Figure:
