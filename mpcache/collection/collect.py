@@ -114,7 +114,7 @@ def collect(
         KeyboardInterrupt: as it comes; what was committed stays.
     """
     place = open_storage(where)
-    if parallel.is_wanted:
+    if parallel.uses_dask:
         return _collect_with_workers(config, place, parallel, quiet)
     files = ModelFiles.of(find_source(config))
     tokenizer = load_tokenizer(config, files.source)
@@ -205,7 +205,7 @@ class Collection:
     ) -> None:
         self.config, self.facts, self.quiet = config, facts, quiet
         self.storage = open_storage(where)
-        self.tokenizer, self.documents, self.share = tokenizer, documents, parallel.parts
+        self.tokenizer, self.documents, self.share = tokenizer, documents, parallel.part_share
         self.sides = facts.sides
         flags = has_flags(documents, config)
         self.layout = layout_of(config, facts.token_dtype, token_flags=flags)
@@ -247,7 +247,7 @@ class Collection:
         return tuple(part for part in store.part_numbers(TOKENS) if part < self.wanted_parts)
 
     def share_of(self, store: Store) -> tuple[int, ...]:
-        return tuple(part for part in self.parts(store) if self.share.has(part))
+        return tuple(part for part in self.parts(store) if self.share.includes(part))
 
     def missing_sides(self, store: Store, part: int) -> tuple[Side, ...]:
         return tuple(s for s in self.sides if part not in store.part_numbers(self.array(s)))

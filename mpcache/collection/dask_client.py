@@ -24,7 +24,7 @@ from mpcache.collection.producer import ModelFacts
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 from mpcache.parallel.config import CollectParallelConfig
-from mpcache.parallel.dask_cluster import connected
+from mpcache.parallel.dask_cluster import connect
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import read_store_file
 from mpcache.validation import user_path
@@ -58,7 +58,7 @@ class DaskCollector:
 
     def __enter__(self) -> "DaskCollector":
         self.client = self.exits.enter_context(
-            connected(
+            connect(
                 self.parallel,
                 threads=_THREADS,
                 preload="mpcache.collection.dask_worker",

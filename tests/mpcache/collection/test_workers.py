@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed.client import Client
 from typer.testing import CliRunner
@@ -23,12 +24,20 @@ from mpcache.data.documents import open_documents
 from mpcache.data.token_file import vocabulary_of
 from mpcache.maintenance.verify import verify
 from mpcache.model.loading import load_tokenizer
-from mpcache.parallel import dask_cluster as cluster_stage
 from mpcache.parallel.config import CollectParallelConfig, Share
+from mpcache.parallel.dask_cluster import CONNECT_TIMEOUT_KEY, start_cluster
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
 from mpcli.mpcache import app
-from tests.helpers.commands import clean, collect_with_four, equal, start, wait_for, workers_of
+from tests.helpers.commands import (
+    clean,
+    collect_with_four,
+    equal,
+    fast_starting_workers,
+    start,
+    wait_for,
+    workers_of,
+)
 from tests.helpers.stores import marks_of, small_config, write_corpus
 
 ROWS = {"rows": 2400, "codec": "zstd"}
@@ -42,8 +51,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _workers_start_at_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_stage, "START_METHOD", "forkserver")
+    with fast_starting_workers():
         yield
 
 
@@ -51,7 +59,7 @@ def _workers_start_at_once() -> Iterator[None]:
 def cluster() -> Iterator[Client]:
     """A Dask cluster that somebody else started, and that outlives commands."""
     with (
-        cluster_stage.local_cluster(2, 2, "mpcache.collection.dask_worker") as local,
+        start_cluster(2, 2, "mpcache.collection.dask_worker") as local,
         Client(local, set_as_default=False) as one,
     ):
         yield one
@@ -368,7 +376,7 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
 @pytest.mark.parametrize("shares", [1, 2, 3, 50])
 def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
     found = [Share(i, shares) for i in range(1, shares + 1)]
-    assert all(sum(share.has(part) for share in found) == 1 for part in range(parts))
+    assert all(sum(share.includes(part) for share in found) == 1 for part in range(parts))
 
 
 # --- what is refused ---
@@ -392,9 +400,12 @@ def test_useless_options(tmp_path: Path, options: list[str], told: str) -> None:
     assert [told in line for line in result.stderr.splitlines()] == [True]
 
 
-def test_a_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_stage, "CONNECT", 1.0)
-    with pytest.raises(ConnectionError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
+def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
+    message = r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"
+    with (
+        dask.config.set({CONNECT_TIMEOUT_KEY: "1s"}),
+        pytest.raises(ConnectionError, match=message),
+    ):
         collect(
             small_config(tmp_path),
             tmp_path / "store",
