@@ -42,6 +42,7 @@ from mpcache.store.mark_index import committed_parts
 from mpcache.store.moments import Moments, empty_moments, merge_moments
 from mpcache.store.object_reader import ObjectReader
 from mpcache.store.read_cache import ReadCache
+from mpcache.store.token_plan import first_missing_parts
 from mpcache.store.zarr_codec import ArraySpec
 
 Result = TypeVar("Result")
@@ -93,11 +94,18 @@ class Store(Description):
 
     def has_planned(self, parts: int) -> bool:
         """Whether the tokens of the first parts are committed, as far as the dataset has them."""
-        tokens, there = self.part_numbers(TOKENS), set(self.planned_parts)
-        newest = {self.layout.split_of(part): part for part in tokens}
-        ended = {s: part for s, part in newest.items() if self.mark(part, TOKENS)["last"]}
-        splits = ((part, self.layout.split_of(part)) for part in range(parts))
-        return all(part in there or ended.get(split, part) < part for part, split in splits)
+        return not self.first_missing_parts(parts)
+
+    def first_missing_parts(self, parts: int) -> dict[int, int | None]:
+        """The first of so many parts that lacks tokens, by split; see `store.token_plan`."""
+        arrays = (TOKENS, SEQUENCE, POSITION)
+        committed = set.intersection(*(set(self.part_numbers(array)) for array in arrays))
+        return first_missing_parts(
+            committed,
+            parts,
+            self.layout.validation_every,
+            lambda part: bool(self.mark(part, TOKENS)["last"]),
+        )
 
     def limited_to(self, parts: Collection[int]) -> "Store":
         """The same store as it would be if no other parts were committed."""

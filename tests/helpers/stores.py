@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcache.collection.collect import Summary, collect
+from mpcache.collection.collect import collect
+from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
 from mpcache.store.reader import Store
 from tests.helpers.models import save_tiny
@@ -49,7 +50,7 @@ def small_config(folder: Path, **changes: object) -> CollectConfig:
     return CollectConfig(**settings)  # type: ignore[arg-type]
 
 
-def small_store(folder: Path, **changes: object) -> tuple[Path, Summary]:
+def small_store(folder: Path, **changes: object) -> tuple[Path, CollectSummary]:
     """A collected store."""
     path = folder / "store"
     return path, collect(small_config(folder, **changes), path)

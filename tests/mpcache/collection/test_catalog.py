@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mpcache.collection import catalog as roots
-from mpcache.collection.catalog import entries, find_store
+from mpcache.collection.catalog import list_stores as run_list, find_store
 from mpcache.collection.collect import collect
 from mpcache.maintenance.verify import verify
 from mpcache.store.format import seal, unseal

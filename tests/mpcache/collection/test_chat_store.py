@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.collection.collect import Summary, collect
+from mpcache.collection.collect import collect
+from mpcache.collection.summary import CollectSummary
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.data.packing import row_permutation
 from mpcache.maintenance.convert import convert
@@ -35,17 +36,17 @@ FLAGS, TOKENS = "arrays.zarr/token_flags/c/2/0", "arrays.zarr/tokens/c/2/0"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CollectSummary]:
     return chat_store(tmp_path_factory.mktemp("chats"))
 
 
 @pytest.fixture(scope="module")
-def store(made: tuple[Path, Summary]) -> Store:
+def store(made: tuple[Path, CollectSummary]) -> Store:
     return open_store(made[0])
 
 
 @pytest.fixture
-def damaged(made: tuple[Path, Summary], tmp_path: Path) -> Path:
+def damaged(made: tuple[Path, CollectSummary], tmp_path: Path) -> Path:
     shutil.copytree(made[0].parent, tmp_path / "all")
     return tmp_path / "all/store"
 
@@ -87,7 +88,7 @@ def test_flags_are_the_assistants_tokens(store: Store, split: str) -> None:
         assert own.tolist() == (store.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
 
 
-def test_the_store_says_what_it_is(store: Store, made: tuple[Path, Summary]) -> None:
+def test_the_store_says_what_it_is(store: Store, made: tuple[Path, CollectSummary]) -> None:
     assert store.layout.format_version == 2
     assert store.provenance["chat_template"] == TEMPLATES["chatml"]
     identity = store.identity
@@ -97,7 +98,7 @@ def test_the_store_says_what_it_is(store: Store, made: tuple[Path, Summary]) -> 
     assert verify(made[0]).intact
 
 
-def test_another_template_is_another_store(made: tuple[Path, Summary]) -> None:
+def test_another_template_is_another_store(made: tuple[Path, CollectSummary]) -> None:
     config = chat_config(made[0].parent)
     Path(str(config.chat_template)).write_text(TEMPLATES["alpaca"])
     with dataset_of(conversations()), pytest.raises(ValueError, match="chat_template: "):
@@ -106,7 +107,7 @@ def test_another_template_is_another_store(made: tuple[Path, Summary]) -> None:
 
 
 def test_more_rows_continue_where_the_flags_ended(
-    made: tuple[Path, Summary], tmp_path: Path
+    made: tuple[Path, CollectSummary], tmp_path: Path
 ) -> None:
     path, less = chat_store(tmp_path, rows=400)
     _, more = chat_store(tmp_path, rows=1500)
@@ -135,7 +136,7 @@ def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
             assert [one.outcome for one in done.marks] == ["other bits"]
 
 
-def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, Summary]) -> None:
+def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, CollectSummary]) -> None:
     before = (damaged / FLAGS).read_bytes()
     (damaged / FLAGS).unlink()
     assert repair(damaged, RepairConfig(source=str(made[0]))).intact
@@ -144,7 +145,7 @@ def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, Summary])
 
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"part_rows": 384}, {"codec": "zstd"}])
 def test_a_converted_store_has_the_flags_of_its_rows(
-    made: tuple[Path, Summary], store: Store, tmp_path: Path, changes: dict[str, object]
+    made: tuple[Path, CollectSummary], store: Store, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     convert(made[0], tmp_path / "new", ConvertConfig(**changes))  # type: ignore[arg-type]
     new = open_store(tmp_path / "new")

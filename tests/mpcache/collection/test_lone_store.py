@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.collection.collect import Summary, collect
+from mpcache.collection.collect import collect
+from mpcache.collection.summary import CollectSummary
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy

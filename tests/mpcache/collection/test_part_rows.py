@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mpcache.collection.catalog import find_store
+from mpcache.collection.find_store import find_store
 from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpcache.collection import collect as stage
-from mpcache.collection.catalog import find_store
+from mpcache.collection.find_store import find_store
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.maintenance.repair import repair

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpcache.store.token_plan import next_part
 from mpcache.config import CollectConfig
 from mpcache.data.documents import Documents, permutation
 from mpcache.data.packing import (
@@ -14,7 +15,6 @@ from mpcache.data.packing import (
     PartTokens,
     Specials,
     document_starts,
-    following,
     iter_parts,
     position_ids,
     row_permutation,
@@ -105,7 +105,7 @@ def test_parts_are_the_same_from_any_cursor(texts, data):
     cursors = {0: Cursor(0, 0), 1: Cursor(0, 0)}
     for part in parts[:done]:
         assert cursors.pop(part.part) == part.cursor
-        cursors[following(part.part, config.validation_every)] = part.next_cursor
+        cursors[next_part(part.part, config.validation_every)] = part.next_cursor
     for got, want in zip(parts_of(texts, config, cursors=cursors), parts[done:], strict=True):
         assert same(got, want)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpcache.collection import producer as station
-from mpcache.collection.catalog import find_store
+from mpcache.collection.find_store import find_store
 from mpcache.collection.collect import collect
 from mpcache.model.file_snapshot import ModelFiles, is_intact, look
 from mpcache.model.loading import load_model, load_tokenizer, model_digest, tokenizer_digest

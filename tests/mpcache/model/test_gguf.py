@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, GgufConfig
 
-from mpcache.collection.catalog import find_store
+from mpcache.collection.find_store import find_store
 from mpcache.collection.collect import collect
 from mpcache.config import RepairConfig
 from mpcache.data.packing import row_permutation

@@ -17,7 +17,7 @@ import pytest
 import torch
 from obstore.store import MemoryStore
 
-from mpcache.collection.catalog import entries
+from mpcache.collection.catalog import list_stores as run_list
 from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.errors import DamagedStoreError

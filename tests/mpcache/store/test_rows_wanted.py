@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.collection.catalog import entries, find_store
+from mpcache.collection.catalog import list_stores as run_list, find_store
 from mpcache.collection.collect import collect
 from mpcache.maintenance.stats import info
 from mpcache.parallel.config import CollectParallelConfig
