@@ -25,7 +25,7 @@ from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.parallel.dask_cluster import connect
-from mpcache.storage.base import Storage, open_storage
+from mpcache.storage.base import Storage
 from mpcache.store.format import read_store_file
 from mpcache.validation import user_path
 
@@ -46,7 +46,7 @@ class DaskCollector:
         *,
         quiet: bool,
     ) -> None:
-        self.parallel, self.quiet = parallel, quiet
+        self.parallel, self.storage, self.quiet = parallel, storage, quiet
         self.spec = _new_spec(parallel, config, storage)
         self._exits = contextlib.ExitStack()
         self._broken: dict[str, Failure] = {}
@@ -79,7 +79,7 @@ class DaskCollector:
 
     def collect_parts(self, jobs: Sequence[Job], progress: Progress) -> tuple[MissingPart, ...]:
         """Have all jobs done by workers. Returns the parts that failed three times."""
-        fingerprint = read_store_file(open_storage(self.spec.address))["fingerprint"]
+        fingerprint = read_store_file(self.storage)["fingerprint"]
         self.spec = replace(self.spec, fingerprint=fingerprint)
         queue, missing = JobQueue(jobs, TRIES), list[MissingPart]()
         pending: dict[Future, Job] = {}
@@ -200,7 +200,9 @@ def _failure_of_dask(error: BaseException) -> Failure:
         message = f"its workers died {times} times; out of memory?"
         return Failure("fault", message, worker=str(error.last_worker.address))
     if isinstance(error, ImportError):
-        return Failure("usage", f"workers must have the same mpcache, got {error}; install it there")
+        return Failure(
+            "usage", f"workers must have the same mpcache, got {error}; install it there"
+        )
     return Failure("fault", f"{type(error).__name__}: {error}")
 
 

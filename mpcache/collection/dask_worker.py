@@ -1,4 +1,4 @@
-"""What runs in the worker processes of a Dask cluster: a model that stays loaded, one part a task."""
+"""What runs in the worker processes of a Dask cluster. The model stays loaded between parts."""
 
 import contextlib
 import functools
@@ -41,7 +41,7 @@ from mpcache.errors import UsageError
 from mpcache.model.capture import part_input
 from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.model_source import find_source
-from mpcache.storage.base import open_storage
+from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import is_store, mark_path, read_store_file
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
@@ -149,6 +149,8 @@ WORKER = WorkerState()
 
 def _collect_part(spec: CollectionSpec, job: Job) -> PartDone | Failure:
     storage = open_storage(spec.address)
+    with _as_setup():
+        _check_same_store(spec, storage)
     sides = tuple(
         side for side in job.sides if not storage.exists(mark_path(job.part, side_array(side)))
     )
@@ -158,7 +160,7 @@ def _collect_part(spec: CollectionSpec, job: Job) -> PartDone | Failure:
         _raise_if_stopped(spec)
         with _as_setup():
             producer = WORKER.producer(spec)
-            _check_same_content(spec, producer)
+            _check_same_model(storage, producer)
         store = open_store(storage)
         report = RowReport(spec, job)
         buffers = producer.read_part(job.part, part_input(store, job.part), sides, report.add)
@@ -197,14 +199,17 @@ def _as_setup() -> Iterator[None]:
         raise SetupError from error
 
 
-def _check_same_content(spec: CollectionSpec, producer: ActivationProducer) -> None:
-    """A worker must see the store, and compute with the model, of the collection."""
-    storage = open_storage(spec.address)
+def _check_same_store(spec: CollectionSpec, storage: Storage) -> None:
+    """A worker must see the store of the collection."""
     if not is_store(storage) or read_store_file(storage)["fingerprint"] != spec.fingerprint:
         raise UsageError(
             f"{storage} must be one folder that all machines share, got another folder on "
             f"{socket.gethostname()}; use a path on a shared file system"
         )
+
+
+def _check_same_model(storage: Storage, producer: ActivationProducer) -> None:
+    """A worker must compute with the model that the store names."""
     identity = read_store_file(storage)["identity"]
     computed = {**producer.facts.digests, "attention": producer.facts.attention}
     if different := [name for name in computed if computed[name] != identity.get(name)]:

@@ -60,7 +60,7 @@ class Collection:
         documents: Documents,
         *,
         parallel: CollectParallelConfig = CollectParallelConfig(),  # noqa: B008  frozen
-        waits: WaitConfig = WaitConfig(),  # noqa: B008  frozen
+        waits: WaitConfig = WaitConfig(),
         quiet: bool = True,
     ) -> None:
         self.config, self.facts, self.waits, self.quiet = config, facts, waits, quiet
@@ -73,9 +73,7 @@ class Collection:
         )
         self.template = template_of(documents, tokenizer, config)
         digests = {**facts.digests, "dataset_digest": documents.digest}
-        self.identity = identify(
-            config, digests | template_digests(self.template), facts.attention
-        )
+        self.identity = identify(config, digests | template_digests(self.template), facts.attention)
         self.writer = Writer(self.storage, self.layout, digest(self.identity))
 
     def run(self, collect_parts: CollectParts) -> CollectSummary:

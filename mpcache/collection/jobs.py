@@ -1,7 +1,7 @@
 """The work of a collection, part by part: what is to do, and what could not be done."""
 
-from collections.abc import Sequence
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpcache.model.hooks import Side

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mpcache.collection.jobs import Job
 from mpcache.model.hooks import Side
-from mpcache.parallel.config import Share
+from mpcache.parallel.config import ALL_PARTS, Share
 from mpcache.store.format import TOKENS, acts_array
 from mpcache.store.reader import Store
 
@@ -21,7 +21,7 @@ class CollectionPlan:
     sides: tuple[Side, ...]
     parts_wanted: int
     "parts that hold the rows wanted, if the dataset has as many"
-    share: Share = Share(1, 1)
+    share: Share = ALL_PARTS
     "the parts that this job collects"
 
     @property

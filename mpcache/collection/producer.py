@@ -28,7 +28,7 @@ from mpcache.model.hooks import Capture, Side, resolve, widths
 from mpcache.model.loading import load_model, model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source
 from mpcache.model.offload import Transfer
-from mpcache.store.format import acts_array
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
@@ -62,7 +62,7 @@ class LoadedModel:
     "code that came with the model was run, and may have read any file"
 
     def files_digest(self) -> str | None:
-        """Digest of the model's files. Raises UsageError if they changed since the model was loaded."""
+        """Digest of the model's files. Raises UsageError if they changed since the load."""
         return None if self.has_code else self.files.digest()
 
 
@@ -136,7 +136,7 @@ class ActivationProducer:
         return self._compiled.used() if self._compiled else nullcontext()
 
     def _capturing(self, sides: tuple[Side, ...]) -> Capture:
-        """Hooks stay on the model from part to part, because registering them costs a probing pass."""
+        """Hooks stay on the model from part to part: registering them costs a probing pass."""
         if self._capture is None or self._capture.sides != sides:
             self.close()
             self._capture = self._hooks.enter_context(Capture(self.model, sides))

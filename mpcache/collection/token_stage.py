@@ -38,7 +38,9 @@ def missing_parts(
     every = config.validation_every
     first = {split_of(part, every): part for part in cursors}
     count = sum(p >= first.get(split_of(p, every), p + 1) for p in range(parts_wanted))
-    return itertools.takewhile(lambda part: part.part < parts_wanted, itertools.islice(parts, count))
+    return itertools.takewhile(
+        lambda part: part.part < parts_wanted, itertools.islice(parts, count)
+    )
 
 
 def commit_tokens(writer: Writer, part: PartTokens, seed: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcache.collection.producer import ActivationProducer, load
+from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.data.documents import Documents, open_documents
 from mpcache.data.packing import Cursor, PartTokens, iter_parts, row_permutation
@@ -65,7 +65,7 @@ class Recomputation:
 
     @functools.cached_property
     def _station(self) -> ActivationProducer:
-        loaded = load(self.config)
+        loaded = load_for_collection(self.config)
         self._refuse_other("model", loaded.digests["model_digest"], "model")
         return ActivationProducer(self.config, loaded)
 
@@ -162,7 +162,7 @@ class Recomputation:
         # a part of lone documents is one unit: such parts are never joined
         inputs = [PartInput(unit_SL) for unit_SL in units_SL] if cuts else [tokens]
         found = [
-            self._station.read(unit, unit_input, sides, lambda _: None)
+            self._station.read_part(unit, unit_input, sides, lambda _: None)
             for (unit, _), unit_input in zip(units, inputs, strict=True)
         ]
         return {side: self._rounded(torch.cat([one[side] for one in found])) for side in sides}

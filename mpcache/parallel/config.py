@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mpcache.errors import UsageError
 
@@ -23,9 +24,14 @@ class Share:
         return f"{self.number}/{self.count}"
 
 
+ALL_PARTS = Share(1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig:
     """The processes that do the work. By default the calling process does all of it."""
+
+    group: ClassVar[str] = "Parallel"
 
     workers: int | None = None
     "number of worker processes to start on this machine"
@@ -52,6 +58,8 @@ class WorkersConfig:
 class CollectParallelConfig(WorkersConfig):
     """The processes that run the model during a collection."""
 
+    group: ClassVar[str] = "Parallel"
+
     workers: int | None = None
     "number of worker processes to start on this machine: one for each GPU, or they share the cores"
     scheduler: str | None = None
@@ -67,7 +75,7 @@ class CollectParallelConfig(WorkersConfig):
     def part_share(self) -> Share:
         """The parsed share. Without `share` it includes all parts."""
         if self.share is None:
-            return Share(1, 1)
+            return ALL_PARTS
         number, slash, count = self.share.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal()) or not (
             1 <= int(number) <= int(count)
@@ -82,6 +90,8 @@ class CollectParallelConfig(WorkersConfig):
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(WorkersConfig):
     """The processes and threads that go over the parts of an existing store."""
+
+    group: ClassVar[str] = "Parallel"
 
     threads: int | None = None
     "parts processed at the same time in each process; default: its cores, up to 8; memory scales"

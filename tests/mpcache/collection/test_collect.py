@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from mpcache.collection.collect import Collection, collect
+from mpcache.collection import fill
+from mpcache.collection.collect import collect
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.stats import info, stats
@@ -171,7 +172,7 @@ def test_an_interrupted_extension_is_no_damage_and_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Collection, "commit_tokens", interrupted)
+        patch.setattr(fill, "commit_tokens", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small_store(tmp_path)
     assert verify(path).intact

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mpcache.collection import producer as station
+from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
@@ -65,7 +65,7 @@ def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Pa
     folder._write_temporary = killer.within("write", folder._write_temporary)
     folder.sync_folders = killer.before("sync", folder.sync_folders)
     writer.values_digest = killer.before("digest after the read back", writer.values_digest)
-    station.capture_part = killer.before("forward pass", station.capture_part)
+    producer_module.capture_part = killer.before("forward pass", producer_module.capture_part)
     collect(config, path)
 
 
@@ -101,7 +101,7 @@ def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    capture, calls = station.capture_part, 0
+    capture, calls = producer_module.capture_part, 0
 
     def interrupted(*args: Any) -> None:
         nonlocal calls
@@ -110,7 +110,7 @@ def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
             raise KeyboardInterrupt
         capture(*args)
 
-    monkeypatch.setattr(station, "capture_part", interrupted)
+    monkeypatch.setattr(producer_module, "capture_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(config, tmp_path / "store")
     done = [name for name in marks_of(tmp_path / "store") if "layers.0" in name]

@@ -29,7 +29,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     make = small_store if request.param == "text" else chat_store
     path, summary = make(folder, one_document_per_sequence=True, bos="sequence")
-    assert isinstance(summary, Summary)
+    assert isinstance(summary, CollectSummary)
     return path
 
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mpcache.collection.find_store import find_store
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
@@ -131,7 +131,7 @@ def test_nothing_is_collected_into_larger_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is collected into it"):
         collect(config, tmp_path / "root" / "new")
     found = find_store(tmp_path / "root", config)  # another store, not that one
-    assert not Path(str(found.place)).exists()
+    assert not Path(str(found.storage)).exists()
 
 
 @given(every=st.integers(1, 12), count=st.integers(1, 9), part=st.integers(0, 400))

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpcache.store.token_plan import next_part
 from mpcache.config import CollectConfig
 from mpcache.data.documents import Documents, permutation
 from mpcache.data.packing import (
@@ -21,6 +20,7 @@ from mpcache.data.packing import (
     special_tokens,
     split_of,
 )
+from mpcache.store.token_plan import next_part
 from tests.helpers.models import tiny_tokenizer, transformers_log
 
 TOKENIZER = tiny_tokenizer()

@@ -49,7 +49,7 @@ def store(made: Path, tmp_path: Path) -> Path:
 
 def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine: the model computes almost the same."""
-    load = retrace.load
+    load = retrace.load_for_collection
 
     def loaded(config):
         found = load(config)
@@ -57,7 +57,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
             found.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
         return found
 
-    monkeypatch.setattr(retrace, "load", loaded)
+    monkeypatch.setattr(retrace, "load_for_collection", loaded)
 
 
 MENDED = [name for name in HARM if name not in ("settings", "object that is a link")]
@@ -105,7 +105,7 @@ def test_only_what_is_needed_is_loaded(
         raise AssertionError
 
     if needs not in ("model", "both"):
-        monkeypatch.setattr(retrace, "load", refused)
+        monkeypatch.setattr(retrace, "load_for_collection", refused)
     if needs not in ("dataset", "both"):
         monkeypatch.setattr(retrace, "open_documents", refused)
     touched = {f: f.stat().st_mtime_ns for f in store.rglob("*") if f.is_file()}
@@ -328,7 +328,9 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
     before = {f.path for f in verify(tmp_path / "damaged").findings}
     if accept:
         other_bits(monkeypatch)
-    monkeypatch.setattr(retrace, "load", functools.cache(retrace.load))
+    monkeypatch.setattr(
+        retrace, "load_for_collection", functools.cache(retrace.load_for_collection)
+    )
     left = 0
 
     def stopped(function: Callable[..., Any]) -> Callable[..., Any]:

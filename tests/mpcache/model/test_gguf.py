@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModel, GgufConfig
 
-from mpcache.collection.find_store import find_store
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.config import RepairConfig
 from mpcache.data.packing import row_permutation
 from mpcache.maintenance.repair import repair
@@ -75,7 +75,7 @@ def test_the_model_is_dense_and_named_by_its_weights(tmp_path, file):
 
 def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     config = config_of(tmp_path, file)
-    place = find_store(tmp_path / "root", config).place
+    place = find_store(tmp_path / "root", config).storage
     collect(config, place)
     found = open_store(place).provenance["model"]
     assert found["model_files"] == f"sha256 {file_digest(file)}"
@@ -83,8 +83,8 @@ def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     monkeypatch.setattr("mpcache.collection.catalog.load_model", None)
     moved = file.rename(tmp_path / "moved.gguf")
     again = find_store(tmp_path / "root", dataclasses.replace(config, model=str(moved)))
-    assert again.place.address == place.address
-    assert again.done is not None
+    assert again.storage.address == place.address
+    assert again.summary is not None
 
 
 def test_repair_and_splice_take_the_file(tmp_path, file):

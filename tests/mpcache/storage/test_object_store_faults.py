@@ -17,7 +17,7 @@ import pytest
 import torch
 from obstore.store import MemoryStore
 
-from mpcache.collection.catalog import list_stores as run_list
+from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.errors import DamagedStoreError
@@ -235,7 +235,7 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server(silent: str) -> None:
 def test_a_root_may_hold_what_no_url_leads_to(store: ObjectStorage, memory: MemoryStore) -> None:
     for key in ("no\u200bte/x", "a:b/store.json", "who?"):
         obstore.put(memory, key, b"x")
-    assert [entry.store for entry in entries("gs://in-memory")] == ["store"]
+    assert [entry.store for entry in list_stores("gs://in-memory")] == ["store"]
 
 
 def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
