@@ -95,7 +95,7 @@ def test_another_dtype_is_told_and_convert_does_it(place: Path) -> None:
     result = run(place, "600", "layers.0", "--dtype", "float32")
     assert result.exit_code == 2
     (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "holds these rows as bfloat16, asked was float32" in told
+    assert "holds these rows as bfloat16, got float32" in told
     command = told.partition("mpcache ")[2].split()[:5]
     assert command[0] == "convert"
     assert CliRunner().invoke(app, command).exit_code == 0
