@@ -22,7 +22,7 @@ from mpcache.data.token_file import Tokenizer, end_token, token_dtype
 from mpcache.data.tokenization import FLAG_SHIFT, Encoder, Specials, Stream
 from mpcache.errors import UsageError
 from mpcache.store.format import STARTS_DOCUMENT
-from mpcache.store.token_plan import next_part
+from mpcache.store.mark import TokenProgress
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
 _TOKEN = (1 << int(FLAG_SHIFT)) - 1  # bits of an item that are its token
@@ -61,11 +61,21 @@ class PartTokens:
             object.__setattr__(self, "rows", self.tokens.size)
 
     @property
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> TokenProgress:
         """What the mark of the part says of the documents."""
-        empty = {} if self.empty_documents is None else {"empty_documents": self.empty_documents}
-        cursors = {"cursor": list(self.cursor), "next_cursor": list(self.next_cursor)}
-        return {**cursors, "last": self.last, **empty}
+        return TokenProgress(
+            cursor=self.cursor,
+            next_cursor=self.next_cursor,
+            last=self.last,
+            empty_documents=self.empty_documents,
+        )
+
+
+def following(part: int, validation_every: int) -> int:
+    """The next part of the same split."""
+    if split_of(part, validation_every) == "validation":
+        return part + validation_every
+    return part + 1 if split_of(part + 1, validation_every) == "train" else part + 2
 
 
 def special_tokens(tokenizer: Tokenizer, config: CollectConfig) -> Specials:
@@ -142,7 +152,7 @@ class Packer:
         part, cursor = self.part, self.cursor
         items, rows = self.next_items()
         tokens, flags = _unpacked(items.reshape(-1, self.ctx_len), dtype)
-        self.part = next_part(part, self.every)
+        self.part = following(part, self.every)
         return PartTokens(
             part,
             self.split,

@@ -1,42 +1,36 @@
-"""Parallelism settings. They never affect a store's contents."""
+"""Who does the work on a store. Nothing of it changes what the store holds."""
 
 import os
 import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mpcache.errors import UsageError
 
-_DEFAULT_THREADS = 8  # at most, because more parts in memory do not make a disk faster
+_MOST_THREADS = 8  # by default: more parts in memory help no disk
 
 
 @dataclass(frozen=True)
 class Share:
-    """The parts of one job of an array job: every `count`-th part, starting at `number - 1`."""
+    """The parts of one job of an array: every `count`-th, from part `number - 1` on."""
 
     number: int
     count: int
 
-    def includes(self, part: int) -> bool:
+    def has(self, part: int) -> bool:
         return part % self.count == self.number - 1
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
 
-ALL_PARTS = Share(1, 1)
-
-
 @dataclass(frozen=True, kw_only=True)
-class WorkersConfig:
-    """The processes that do the work. By default the calling process does all of it."""
-
-    group: ClassVar[str] = "Parallel"
+class DaskConfig:
+    """Processes that share the work; without either of these, it is done by the calling one."""
 
     workers: int | None = None
-    "number of worker processes to start on this machine"
+    "share the work among so many processes on this machine"
     scheduler: str | None = None
-    "address of a Dask scheduler whose workers do the work, such as tcp://host:8786"
+    "share the work among the workers of the Dask cluster whose scheduler has this address"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -49,33 +43,31 @@ class WorkersConfig:
             )
 
     @property
-    def uses_dask(self) -> bool:
-        """Whether other processes than the calling one do the work."""
+    def is_wanted(self) -> bool:
+        """Whether any process but the calling one is to work."""
         return bool(self.workers or self.scheduler)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectParallelConfig(WorkersConfig):
-    """The processes that run the model during a collection."""
-
-    group: ClassVar[str] = "Parallel"
+class CollectParallelConfig(DaskConfig):
+    """Where the model of a collection runs."""
 
     workers: int | None = None
-    "number of worker processes to start on this machine: one for each GPU, or they share the cores"
+    "collect with so many processes on this machine: one a GPU, or dividing the cores among them"
     scheduler: str | None = None
-    "address of a Dask scheduler whose workers run the model, such as tcp://host:8786"
+    "collect with the workers of the Dask cluster whose scheduler has this address"
     share: str | None = None
-    "collect only share i of n disjoint shares, written i/n, from 1/n to n/n; for array jobs"
+    "collect the i-th of n disjoint shares alone, written i/n from 1/n to n/n; for array jobs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.part_share
+        _ = self.parts
 
     @property
-    def part_share(self) -> Share:
-        """The parsed share. Without `share` it includes all parts."""
+    def parts(self) -> Share:
+        """The share; without one, all parts."""
         if self.share is None:
-            return ALL_PARTS
+            return Share(1, 1)
         number, slash, count = self.share.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal()) or not (
             1 <= int(number) <= int(count)
@@ -88,13 +80,11 @@ class CollectParallelConfig(WorkersConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(WorkersConfig):
-    """The processes and threads that go over the parts of an existing store."""
-
-    group: ClassVar[str] = "Parallel"
+class ParallelConfig(DaskConfig):
+    """What goes over the parts of a store that is there."""
 
     threads: int | None = None
-    "parts processed at the same time in each process; default: its cores, up to 8; memory scales"
+    "parts worked on at a time in each process: by default its cores, up to 8; memory is times this"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,8 +96,8 @@ class ParallelConfig(WorkersConfig):
             )
 
     @property
-    def threads_per_process(self) -> int:
-        """Parts that each process of this machine has in work."""
+    def at_a_time(self) -> int:
+        """Parts in work in one process of this machine."""
         if self.threads is not None:
             return self.threads
-        return 1 if self.workers else min(_DEFAULT_THREADS, os.cpu_count() or 1)
+        return 1 if self.workers else min(_MOST_THREADS, os.cpu_count() or 1)

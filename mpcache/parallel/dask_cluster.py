@@ -1,4 +1,4 @@
-"""A Dask cluster: one that is started on this machine, or one that runs already."""
+"""A Dask cluster to work with: one of this machine, or one that is there already."""
 
 import contextlib
 import logging
@@ -16,76 +16,70 @@ from distributed.client import Client
 from distributed.deploy.local import LocalCluster
 from distributed.utils import get_mp_context
 
-from mpcache.parallel.config import WorkersConfig
+from mpcache.parallel.config import DaskConfig
 
-# Dask's own setting, by default "spawn": forked workers would start at once, but they hang where
-# OpenMP has several threads, and they cannot use CUDA. Tests compute in one thread and set
-# "forkserver", which starts workers faster.
-START_METHOD_KEY = "distributed.worker.multiprocessing-method"
-CONNECT_TIMEOUT_KEY = "distributed.comm.timeouts.connect"
+# forked workers would start in no time, but hang where OpenMP has several threads, and cannot use
+# CUDA; tests, which compute in one thread, set "forkserver"
+START_METHOD = "spawn"
+CONNECT = 30.0  # seconds
 
 
 @contextlib.contextmanager
-def connect(
-    parallel: WorkersConfig, *, threads: int, preload: str, quiet: bool
-) -> Iterator[Client]:
-    """A client of the cluster, once the cluster has a worker.
-
-    Workers that are started here run `threads` tasks at a time and have imported the module
-    `preload`.
-
-    Raises:
-        ConnectionError: no scheduler answers at the address.
-    """
+def connected(wanted: DaskConfig, *, threads: int, preload: str, quiet: bool) -> Iterator[Client]:
+    """A client of the cluster, once it has a worker; `threads` and `preload` are for our own."""
     with contextlib.ExitStack() as exits:
-        address: Any = parallel.scheduler
+        address: Any = wanted.scheduler
         if address is None:
-            assert parallel.workers is not None
-            address = exits.enter_context(start_cluster(parallel.workers, threads, preload))
+            assert wanted.workers is not None
+            address = exits.enter_context(local_cluster(wanted.workers, threads, preload))
         try:
-            client = Client(address, set_as_default=False)
+            client = Client(address, timeout=CONNECT, set_as_default=False)
         except (OSError, TimeoutError) as error:
             raise ConnectionError(f"no Dask scheduler answers at {address}: {error}") from error
         exits.enter_context(client)
         hint = "" if find_spec("bokeh") else " (its pages need bokeh: pip install bokeh)"
-        _print(f"dashboard: {client.dashboard_link}{hint}", quiet)
+        _say(f"dashboard: {client.dashboard_link}{hint}", quiet)
         if not client.scheduler_info(n_workers=-1)["workers"]:
-            _print(f"waiting for workers of {parallel.scheduler}", quiet)
+            _say(f"waiting for workers of {wanted.scheduler}", quiet)
             client.wait_for_workers(1)
         yield client
 
 
-def _print(line: str, quiet: bool) -> None:
+def _say(line: str, quiet: bool) -> None:
     if not quiet:
         sys.stderr.write(line + "\n")
 
 
 @contextlib.contextmanager
-def start_cluster(workers: int, threads: int, preload: str) -> Iterator[LocalCluster]:
-    """Worker processes on this machine that have imported a module, each with `threads` tasks."""
-    with _interrupts_ignored(), warnings.catch_warnings():
+def local_cluster(workers: int, threads: int, preload: str) -> Iterator[LocalCluster]:
+    """Processes of this machine that have imported a module, each with so many tasks at a time."""
+    settings = {
+        "distributed.worker.multiprocessing-method": START_METHOD,
+        "distributed.comm.timeouts.connect": CONNECT,
+    }
+    with dask.config.set(settings), _interrupts_ignored(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Port .* is already in use")
-        get_mp_context()  # it sets a preload of its own, once
-        if dask.config.get(START_METHOD_KEY) == "forkserver":
-            multiprocessing.get_context("forkserver").set_forkserver_preload([preload])
+        get_mp_context()  # sets its own preload, once
+        if START_METHOD == "forkserver":
+            multiprocessing.get_context(START_METHOD).set_forkserver_preload([preload])
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=threads,
             processes=True,
             host="127.0.0.1",
             dashboard_address="127.0.0.1:8787",
-            memory_limit=0,  # Dask would pause workers because of the model's memory
+            memory_limit=0,  # Dask would pause workers for what the model takes
             silence_logs=logging.CRITICAL,
             preload=[__name__, preload],
         )
-    with cluster:
+    with dask.config.set(settings), cluster:
         yield cluster
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by Dask in the workers of this machine, which share the command's terminal.
+    """Called by Dask in workers of this machine, which share the command's terminal.
 
-    Workers ignore Ctrl-C: the command receives it too, and stops its workers.
+    Ctrl-C is for the command, which then stops them.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -93,16 +87,15 @@ def dask_setup(worker: Any) -> None:
 
 @contextlib.contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes that start in this context ignore Ctrl-C.
+    """Processes that start meanwhile ignore Ctrl-C: it is for the command, which then stops them.
 
-    A terminal sends Ctrl-C to all of its processes, and workers would end in the middle of a part.
-    The command stops its workers.
+    A terminal sends it to all of them, and they would end in the middle of a part.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, before)

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpcache.collection.commit_threads import PartCommitter, lower_priority
-from mpcache.collection.producer import empty_rows
+from mpcache.collection.producer import Background, empty_rows, yield_to_others
 from mpcache.model.capture import Batch, Copy, capture_part, piece_batches, piece_places, scatter_
 from mpcache.model.hooks import Capture, Side, resolve
 from mpcache.model.offload import Transfer
@@ -180,9 +179,9 @@ def test_one_parts_work_is_done_at_a_time_by_several_threads() -> None:
             active -= 1
             log.append(part)
 
-    with PartCommitter(2) as committer:
+    with Background(2) as background:
         for part in range(3):
-            committer.submit([partial(work, part), partial(work, part)])
+            background.submit([partial(work, part), partial(work, part)])
     assert most == 2
     assert log == [0, 0, 1, 1, 2, 2], "a part's work waits for that of the part before"
 
@@ -197,8 +196,8 @@ def test_work_that_fails_is_told_when_the_rest_is_done() -> None:
     def fail() -> None:
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), PartCommitter(2) as committer:
-        committer.submit([fail, late])
+    with pytest.raises(OSError, match="full"), Background(2) as background:
+        background.submit([fail, late])
     assert done == [1]
 
 
@@ -206,7 +205,7 @@ def test_a_thread_that_yields_computes_alone() -> None:
     found = []
 
     def look() -> None:
-        lower_priority()
+        yield_to_others()
         found.append(torch.get_num_threads())
 
     thread = threading.Thread(target=look)
