@@ -18,12 +18,12 @@ def open_storage(
     if store is not None:
         check_printable(store)
         return store, config, None
-    from mpcache.collection.catalog import find_store
+    from mpcache.collection.find_store import find_store
 
     assert root is not None
-    found = find_store(root, config)
-    kept = [n for n in ("codec", "chunk_rows") if getattr(found.config, n) != getattr(config, n)]
+    location = find_store(root, config)
+    kept = [n for n in ("codec", "chunk_rows") if getattr(location.config, n) != getattr(config, n)]
     if kept:
-        told = ", ".join(f"{name} {getattr(found.config, name)}" for name in kept)
-        typer.echo(f"{found.place} is there with {told}, which stays", err=True)
-    return found.place, found.config, found.done
+        settings = ", ".join(f"{name} {getattr(location.config, name)}" for name in kept)
+        typer.echo(f"{location.storage} exists with {settings}, which is kept", err=True)
+    return location.storage, location.config, location.summary

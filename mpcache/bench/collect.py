@@ -1,4 +1,4 @@
-"""Throughput of a collection as a share of its own limit: the bare truncated forward pass."""
+"""Throughput of a collection, as a share of its limit: the model's forward pass alone."""
 
 import contextlib
 import tempfile
@@ -12,89 +12,97 @@ import torch
 from torch import nn
 
 from mpcache.bench.hardware import hardware
-from mpcache.collection.collect import Collection, work_here
-from mpcache.collection.jobs import Job, Progress
-from mpcache.collection.producer import ActivationProducer, load
+from mpcache.collection.collect import collect_parts_here
+from mpcache.collection.fill import Collection
+from mpcache.collection.jobs import Job
+from mpcache.collection.producer import ActivationProducer, load_for_collection
+from mpcache.collection.progress import Progress
 from mpcache.config import CollectConfig
 from mpcache.data.documents import open_documents
 from mpcache.model.capture import part_input
 from mpcache.model.hooks import Side
 from mpcache.model.skeleton import load_vocabulary
+from mpcache.store.format import TOKENS
 from mpcache.store.reader import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """Rows a second, the medians over `repeats` alternating runs."""
+class CollectMeasurement:
+    """Rows per second: medians over `repeats` runs of each kind, which alternate."""
 
     rows: int
     arrays: int
     bytes_per_row: int
     forward_rows_per_second: float
-    "the model alone, up to the deepest hookpoint, nothing captured"
+    "the model alone, up to the deepest hookpoint, with nothing captured"
     collect_rows_per_second: float
     "the same with capture, write, sync, read back and marks"
     ratio: float
-    "collect over forward, the median of the pairs"
+    "collect over forward, the median of the pairs of runs"
     ratios: tuple[float, ...]
+    "of each pair of runs"
     hardware: str
 
 
-class _Reached(Exception):
+class _DeepestReached(Exception):
     """The deepest hookpoint was reached."""
 
 
-def bench(config: CollectConfig, repeats: int = 5) -> Measurement:
-    """Alternate both on `config.rows` rows in temporary stores; the first pair only warms up."""
-    loaded = load(config)
+def bench(config: CollectConfig, repeats: int = 5) -> CollectMeasurement:
+    """Measure both on `config.rows` rows in temporary stores. The first pair only warms up."""
+    loaded = load_for_collection(config)
     documents = open_documents(config, load_vocabulary(config, loaded.tokenizer))
-    station = ActivationProducer(config, loaded)
-    pairs = []
+    producer = ActivationProducer(config, loaded)
+    seconds: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repeats + 1):
             path = Path(folder) / str(number)
-            collection = Collection(config, path, station.facts, loaded.tokenizer, documents)
+            collection = Collection(config, path, producer.facts, loaded.tokenizer, documents)
             collection.write_tokens()
-            jobs = collection.jobs(open_store(path))
-            before, seconds = _forward_seconds(station, path), _collect_seconds(station, path, jobs)
-            # the model alone before and after, so that a machine that slows down favours neither
-            pairs.append(((before + _forward_seconds(station, path)) / 2, seconds))
-    del pairs[0]
-    ratios = [forward / collect for forward, collect in pairs]
-    rows, widths = sum(job.rows for job in jobs), station.widths.values()
-    return Measurement(
+            jobs = collection.plan.jobs(open_store(path))
+            # The model alone runs before and after, so that a machine that slows down favors
+            # neither.
+            before = _forward_seconds(producer, path)
+            collecting = _collect_seconds(producer, path, jobs)
+            seconds.append(((before + _forward_seconds(producer, path)) / 2, collecting))
+    del seconds[0]
+    ratios = tuple(forward / collecting for forward, collecting in seconds)
+    rows, widths = sum(job.rows for job in jobs), producer.widths.values()
+    return CollectMeasurement(
         rows=rows,
         arrays=len(widths),
         bytes_per_row=sum(widths) * getattr(torch, config.dtype).itemsize,
-        forward_rows_per_second=rows / median(forward for forward, _ in pairs),
-        collect_rows_per_second=rows / median(collect for _, collect in pairs),
+        forward_rows_per_second=rows / median(forward for forward, _ in seconds),
+        collect_rows_per_second=rows / median(collecting for _, collecting in seconds),
         ratio=median(ratios),
-        ratios=tuple(ratios),
+        ratios=ratios,
         hardware=hardware(loaded.model.device),
     )
 
 
-def _forward_seconds(station: ActivationProducer, path: Path) -> float:
+def _forward_seconds(producer: ActivationProducer, path: Path) -> float:
     store = open_store(path)
-    began = time.perf_counter()
-    with _stop_at(station.model, station.sides[-1]), torch.no_grad(), station.computing():
-        for part in store.part_numbers("tokens"):
-            for batch in station.reading.batches(*part_input(store, part)):
-                with contextlib.suppress(_Reached):
-                    station.model(**batch.inputs, use_cache=False)
-    return time.perf_counter() - began
+    start = time.perf_counter()
+    with _stop_at(producer.model, producer.sides[-1]), torch.no_grad(), producer.computing():
+        for part in store.part_numbers(TOKENS):
+            for batch in producer.reading.batches(*part_input(store, part)):
+                with contextlib.suppress(_DeepestReached):
+                    producer.model(**batch.inputs, use_cache=False)
+    return time.perf_counter() - start
 
 
-def _collect_seconds(station: ActivationProducer, path: Path, jobs: Sequence[Job]) -> float:
-    began = time.perf_counter()
-    work_here(station, path, jobs, Progress(jobs, quiet=True))
-    return time.perf_counter() - began
+def _collect_seconds(producer: ActivationProducer, path: Path, jobs: Sequence[Job]) -> float:
+    start = time.perf_counter()
+    collect_parts_here(producer, path, jobs, Progress(jobs, quiet=True))
+    return time.perf_counter() - start
 
 
 @contextlib.contextmanager
 def _stop_at(model: nn.Module, side: Side) -> Iterator[None]:
+    """End forward passes at a side of a hookpoint."""
+
     def stop(*_: object) -> None:
-        raise _Reached
+        raise _DeepestReached
 
     module = model.get_submodule(side.hookpoint)
     is_input = side.side == "input"

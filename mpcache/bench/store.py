@@ -19,9 +19,8 @@ from mpcache.bench.ways import CONTEXT, Baseline, plain_file, saelens, sync_file
 from mpcache.config import Codec, CollectConfig, StoreBenchConfig
 from mpcache.storage.local import LocalStorage
 from mpcache.store.fingerprint import create_or_check_store, layout_of
-from mpcache.store.format import acts_array, array_specs
+from mpcache.store.format import acts_array, array_specs, digest
 from mpcache.store.reader import open_store
-from mpcache.store.sealed_json import digest
 from mpcache.store.writer import Writer
 from mpcache.store.zarr_codec import ArraySpec
 
@@ -155,7 +154,7 @@ def _ours(config: CollectConfig, threads: int) -> Baseline:
 
         def read_some(_: int) -> int:  # as the loader does: several chunks a task, into used memory
             held = torch.empty(layout.chunk_rows, store.width("rows", "output"), dtype=dtype)
-            return sum(touch(store.acts.read_chunk("rows", "output", *one, held)) for one in places)
+            return sum(touch(store.read_chunk("rows", "output", *one, held)) for one in places)
 
         with ThreadPoolExecutor(threads) as pool:
             return sum(pool.map(read_some, range(threads)))

@@ -1,19 +1,15 @@
-"""What is left to do of a collection, how far it is, and what could not be done."""
+"""The work of a collection, part by part: what is to do, and what could not be done."""
 
-import threading
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
-
-from tqdm import tqdm
 
 from mpcache.model.hooks import Side
 
 
 @dataclass(frozen=True)
 class Job:
-    """The unit of work: the sides that a part lacks."""
+    """The unit of work: a part, and the sides that the part lacks."""
 
     part: int
     rows: int
@@ -21,64 +17,43 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Missing:
+class MissingPart:
     """A part that could not be collected."""
 
     part: int
     times: int
     "how often it was tried"
     cause: str
-    "what went wrong the last time, and where"
+    "what went wrong in the last try, and where"
 
 
-class Progress:
-    """One bar over all parts, whoever reads them. A part that is done again counts once."""
+class JobQueue:
+    """Jobs that wait for a worker. A job that fails `tries` times is given up."""
 
-    def __init__(self, jobs: Sequence[Job], quiet: bool) -> None:
-        self._rows = {job.part: 0 for job in jobs}
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self._bar: tqdm[Any] = tqdm(
-            total=sum(job.rows for job in jobs),
-            desc="collect",
-            unit="row",
-            unit_scale=True,
-            disable=quiet or not jobs,
-        )
+    def __init__(self, jobs: Sequence[Job], tries: int) -> None:
+        self._waiting = deque(jobs)
+        self._failures: Counter[Job] = Counter()
+        self._tries = tries
 
-    def read(self, part: int, rows: int) -> None:
-        """The model has read so many rows of a part."""
-        with self._lock:
-            before, self._rows[part] = self._rows[part], rows
-            self._bar.update(rows - before)
+    def __len__(self) -> int:
+        """Number of jobs that wait."""
+        return len(self._waiting)
 
-    def reader(self, part: int) -> Callable[[int], None]:
-        """To be told the rows of each batch of a part."""
+    def take(self) -> Job:
+        return self._waiting.popleft()
 
-        def advance(rows: int) -> None:
-            self.read(part, self._rows[part] + rows)
+    def put_back(self, job: Job) -> None:
+        """Let a job wait again. Nothing was wrong with it."""
+        self._waiting.append(job)
 
-        return advance
+    def failures(self, job: Job) -> int:
+        """How often a job has failed."""
+        return self._failures[job]
 
-    def committed(self, size: int) -> None:
-        """So many bytes more are committed."""
-        with self._lock:
-            self._bytes += size
-            told = f"{self._bytes / 1e9:.2f} GB committed"
-            self._bar.set_postfix_str(told, refresh=False)
-
-    def tell(self, line: str) -> None:
-        """A line above the bar."""
-        if not self._bar.disable:
-            self._bar.write(line, file=self._bar.fp)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.close()
+    def put_back_failed(self, job: Job) -> bool:
+        """Let a job that failed wait again; False if it is given up instead."""
+        self._failures[job] += 1
+        is_retried = self._failures[job] < self._tries
+        if is_retried:
+            self._waiting.append(job)
+        return is_retried

@@ -1,23 +1,16 @@
-"""Where the model stands: it is loaded once in a process and reads parts there, one at a time.
+"""The model of a collection: loaded once in a process, it reads one part at a time.
 
-While it reads a part, the part before it is written, so that at most two parts of rows are in
+While the model reads a part, the part before is written, so that at most two parts of rows are in
 memory: 2 x part_rows x (sum of widths) x bytes of a value. A short part, the last of a split, takes
-one array's whole part more for each thread that writes. From a GPU come two batches on their way:
-2 x batch_sequences x ctx_len x (sum of widths) x bytes of a value, page-locked.
+one array's whole part more for each thread that writes. A GPU adds two batches that are being
+copied: 2 x batch_sequences x ctx_len x (sum of widths) x bytes of a value, page-locked.
 
 Shapes: R rows of a part, W width, S sequences, L tokens in a sequence.
 """
 
-import concurrent.futures
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,26 +28,21 @@ from mpcache.model.hooks import Capture, Side, resolve, widths
 from mpcache.model.loading import load_model, model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source
 from mpcache.model.offload import Transfer
-from mpcache.storage.base import Storage
-from mpcache.store.format import acts_array
-from mpcache.store.writer import Writer
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What a store has to know of the model that fills it; plain values, the same everywhere."""
+    """What a store records about the model that fills it: plain values, equal on all machines."""
 
     digests: Mapping[str, str]
-    "of model and tokenizer"
+    "digests of the model and of the tokenizer, by their keys in store.json"
     attention: str
     token_dtype: str
     widths: Mapping[Side, int]
-    "of the wanted sides, in the model's order"
+    "width of each wanted side, in the model's order"
     provenance: Mapping[str, str | None]
     model_files: str | None = None
-    "digest of the files that the model was loaded from, where a new store needs it"
+    "digest of the files that the model was loaded from; None if no new store needs it"
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -62,28 +50,30 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model in memory, its tokenizer and their digests, which take time with large models."""
+class LoadedModel:
+    """A model in memory, its tokenizer and their digests, which are slow with large models."""
 
     model: PreTrainedModel
     tokenizer: Tokenizer
     digests: Mapping[str, str]
     files: ModelFiles
-    "what the model was loaded from"
+    "the files that the model was loaded from"
     has_code: bool
-    "code that came with the model was run, and may have read anything"
+    "code that came with the model was run, and may have read any file"
 
     def files_digest(self) -> str | None:
-        """Raises ValueError where the files are no longer those that were loaded."""
+        """Digest of the model's files. Raises UsageError if they changed since the load."""
         return None if self.has_code else self.files.digest()
 
 
-def load(
+def load_for_collection(
     config: CollectConfig, tokenizer: Tokenizer | None = None, files: ModelFiles | None = None
-) -> Loaded:
-    """Load the model; `tokenizer` is what was loaded of `files` before, if it was.
+) -> LoadedModel:
+    """Load the model, and the tokenizer unless it was loaded from `files` before.
 
-    Raises ValueError where the user can help it, ConnectionError without the Hub.
+    Raises:
+        UsageError: the model cannot be used as it is configured.
+        ConnectionError: the Hub does not answer.
     """
     files = files or ModelFiles.of(find_source(config))  # before anything is loaded
     model, tokenizer = load_model(config, source=files.source, tokenizer=tokenizer)
@@ -91,13 +81,13 @@ def load(
     digests = {"model_digest": model_digest(model)}
     if (own := tokenizer_digest(tokenizer)) is not None:  # a model without a tokenizer has no key
         digests["tokenizer_digest"] = own
-    return Loaded(model, tokenizer, digests, files, config.trust_remote_code)
+    return LoadedModel(model, tokenizer, digests, files, config.trust_remote_code)
 
 
 class ActivationProducer:
-    """A loaded model and how a collection uses it. Its calls of the model must not overlap."""
+    """Reads parts with a loaded model. Calls must not overlap."""
 
-    def __init__(self, config: CollectConfig, loaded: Loaded) -> None:
+    def __init__(self, config: CollectConfig, loaded: LoadedModel) -> None:
         self.config, self.model = config, loaded.model
         self.sides = resolve(config.hookpoints, self.model)
         self.widths = widths(self.model, self.sides)
@@ -120,14 +110,17 @@ class ActivationProducer:
         self._hooks = ExitStack()
         self._capture: Capture | None = None
 
-    def read(
+    def read_part(
         self,
         part: int,
         tokens: PartInput,
         sides: tuple[Side, ...],
         advance: Callable[[int], object],
     ) -> dict[Side, Tensor]:
-        """The rows `[R, W]` of a part in the storage dtype; `advance` gets the count of a batch."""
+        """The rows `[R, W]` of a part, by side, in the storage dtype.
+
+        `advance` is called with the rows of each batch.
+        """
         rows = tokens.tokens_SL.size if tokens.rows is None else tokens.rows
         dtype = getattr(torch, self.config.dtype)
         buffers = {side: empty_rows(rows, self.widths[side], dtype) for side in sides}
@@ -139,90 +132,23 @@ class ActivationProducer:
         return buffers
 
     def computing(self) -> AbstractContextManager[None]:
-        """The model as it reads: compiled, where that is asked for. Probes are not worth it."""
+        """The model as it reads parts: compiled if configured. Probes run without compilation."""
         return self._compiled.used() if self._compiled else nullcontext()
 
     def _capturing(self, sides: tuple[Side, ...]) -> Capture:
-        """Hooks stay on the model from part to part: putting them on costs a pass that probes."""
+        """Hooks stay on the model from part to part: registering them costs a probing pass."""
         if self._capture is None or self._capture.sides != sides:
             self.close()
             self._capture = self._hooks.enter_context(Capture(self.model, sides))
         return self._capture
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         self._capture = None
         self._hooks.close()
 
 
 def empty_rows(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Memory for rows, from NumPy, which asks for huge pages: first use costs less than torch's."""
+    """Uninitialized rows. NumPy asks for huge pages, so that first use costs less than torch's."""
     memory = np.empty(rows * width * dtype.itemsize, np.uint8)
     return torch.from_numpy(memory).view(dtype).view(rows, width)
-
-
-def write_threads(config: CollectConfig, place: Storage) -> int:
-    """Threads that write: as asked, else one for four of those that compute here, from 2 to 8.
-
-    With two, one computes while another waits for the disk; more wait for a server.
-    """
-    computing = min(8, max(2, torch.get_num_threads() // 4))
-    return config.write_threads or max(computing, place.concurrency)
-
-
-def commit_side(writer: Writer, part: int, side: Side, x_RW: Tensor) -> int:
-    """Commit the rows of a part on one side; gives their bytes."""
-    writer.commit_acts(part, acts_array(side.hookpoint, side.side), x_RW)
-    return x_RW.numel() * x_RW.element_size()
-
-
-def results(work: Sequence[Future[Result]]) -> list[Result]:
-    """What the pieces of work gave, when all are done; raises what the first that failed raised."""
-    concurrent.futures.wait(work)
-    return [one.result() for one in work]
-
-
-class Background:
-    """Does one part's work at a time beside the caller, by several threads: the bound on memory.
-
-    Leaving waits for the work in hand, also when the model failed or Ctrl-C came: what was computed
-    is not thrown away.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.pool = ThreadPoolExecutor(threads, "commit", initializer=yield_to_others)
-        self.pending: list[Future[None]] = []
-
-    def submit(self, works: Iterable[Callable[[], None]]) -> None:
-        """Start a part's work when that before is done; raises what that one raised."""
-        self.wait()
-        self.pending = [self.pool.submit(work) for work in works]
-
-    def wait(self) -> None:
-        """Until all work in hand is done; raises what it raised first."""
-        pending, self.pending = self.pending, []
-        results(pending)
-
-    def __enter__(self) -> "Background":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.pool.shutdown(wait=True)
-        if error is None:
-            self.wait()
-
-
-def yield_to_others() -> None:
-    """Give the calling thread, and threads it starts, only the processor time that others leave.
-
-    A forward pass that shares its cores with a writer waits for the slower of its threads at every
-    operation. When the model waits for the writer, the writer has all cores.
-    """
-    torch.set_num_threads(1)  # of this thread: its pieces are small
-    if sys.platform == "linux":  # elsewhere a priority is that of the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -22,7 +22,7 @@ from mpcache.data.token_file import Tokenizer, end_token, token_dtype
 from mpcache.data.tokenization import FLAG_SHIFT, Encoder, Specials, Stream
 from mpcache.errors import UsageError
 from mpcache.store.format import STARTS_DOCUMENT
-from mpcache.store.mark import TokenProgress
+from mpcache.store.token_plan import next_part
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
 _TOKEN = (1 << int(FLAG_SHIFT)) - 1  # bits of an item that are its token
@@ -61,21 +61,11 @@ class PartTokens:
             object.__setattr__(self, "rows", self.tokens.size)
 
     @property
-    def progress(self) -> TokenProgress:
+    def progress(self) -> dict[str, Any]:
         """What the mark of the part says of the documents."""
-        return TokenProgress(
-            cursor=self.cursor,
-            next_cursor=self.next_cursor,
-            last=self.last,
-            empty_documents=self.empty_documents,
-        )
-
-
-def following(part: int, validation_every: int) -> int:
-    """The next part of the same split."""
-    if split_of(part, validation_every) == "validation":
-        return part + validation_every
-    return part + 1 if split_of(part + 1, validation_every) == "train" else part + 2
+        empty = {} if self.empty_documents is None else {"empty_documents": self.empty_documents}
+        cursors = {"cursor": list(self.cursor), "next_cursor": list(self.next_cursor)}
+        return {**cursors, "last": self.last, **empty}
 
 
 def special_tokens(tokenizer: Tokenizer, config: CollectConfig) -> Specials:
@@ -152,7 +142,7 @@ class Packer:
         part, cursor = self.part, self.cursor
         items, rows = self.next_items()
         tokens, flags = _unpacked(items.reshape(-1, self.ctx_len), dtype)
-        self.part = following(part, self.every)
+        self.part = next_part(part, self.every)
         return PartTokens(
             part,
             self.split,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcache.collection.producer import ActivationProducer, load
+from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.data.documents import Documents, open_documents
 from mpcache.data.packing import Cursor, PartTokens, iter_parts, row_permutation
@@ -24,7 +24,6 @@ from mpcache.model.loading import load_tokenizer, tokenizer_digest
 from mpcache.model.skeleton import load_vocabulary
 from mpcache.store.fingerprint import dtype_history, stored_settings
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts_array, hookpoint_of, mark_path
-from mpcache.store.mark import Mark, TokenProgress
 from mpcache.store.reader import Store, open_store
 from mpcache.store.units import Units, join_progress, unit_rows
 from mpcache.store.writer import Writer
@@ -66,7 +65,7 @@ class Recomputation:
 
     @functools.cached_property
     def _station(self) -> ActivationProducer:
-        loaded = load(self.config)
+        loaded = load_for_collection(self.config)
         self._refuse_other("model", loaded.digests["model_digest"], "model")
         return ActivationProducer(self.config, loaded)
 
@@ -116,16 +115,14 @@ class Recomputation:
     def _cursor(self, part: int, writer: Writer) -> Cursor:
         """Where a part starts in the documents: its mark knows, or that of the part before."""
         try:
-            return Cursor(*self.store.index.token_progress(part).cursor)
+            return Cursor(*self.store.mark(part, TOKENS)["cursor"])
         except DamagedStoreError:
             before = self.units.previous_part(part)
-        if before is None:
-            return Cursor(0, 0)
-        progress = self._token_mark(before, writer).progress
-        assert progress is not None
-        return Cursor(*progress.next_cursor)
+        return (
+            Cursor(0, 0) if before is None else Cursor(*self._told(before, writer)["next_cursor"])
+        )
 
-    def _token_mark(self, part: int, writer: Writer) -> Mark:
+    def _told(self, part: int, writer: Writer) -> dict[str, Any]:
         """The mark of a part's tokens, which may have been mended since."""
         try:
             return writer.mark(part, TOKENS)
@@ -140,14 +137,14 @@ class Recomputation:
         for array in self.store.arrays:
             if part in self.store.part_numbers(array):
                 try:
-                    rows = self.store.mark(part, array).rows
+                    rows = int(self.store.mark(part, array)["rows"])
                 except DamagedStoreError:
                     continue
                 return len(self.units.units_with_rows(part, rows))
         return self.units.count
 
     def _token_of_row(self, part: int, writer: Writer) -> np.ndarray:
-        rows, seed = self._token_mark(part, writer).rows, self.store.identity["seed"]
+        rows, seed = int(self._told(part, writer)["rows"]), self.store.identity["seed"]
         found = [
             place * self.units.unit_rows + row_permutation(seed, unit, count)
             for place, (unit, count) in enumerate(self.units.units_with_rows(part, rows))
@@ -159,13 +156,13 @@ class Recomputation:
     def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
         store = open_store(self.store.storage)  # its tokens may have been mended since
         tokens = part_input(store, part)
-        units = self.units.units_with_rows(part, store.tokens.token_count(part))
+        units = self.units.units_with_rows(part, store.token_count(part))
         cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
         units_SL = np.split(tokens.tokens_SL, cuts)
         # a part of lone documents is one unit: such parts are never joined
         inputs = [PartInput(unit_SL) for unit_SL in units_SL] if cuts else [tokens]
         found = [
-            self._station.read(unit, unit_input, sides, lambda _: None)
+            self._station.read_part(unit, unit_input, sides, lambda _: None)
             for (unit, _), unit_input in zip(units, inputs, strict=True)
         ]
         return {side: self._rounded(torch.cat([one[side] for one in found])) for side in sides}
@@ -176,7 +173,7 @@ class Recomputation:
         return x_RW
 
 
-def _progress(found: Sequence[PartTokens]) -> TokenProgress:
+def _progress(found: Sequence[PartTokens]) -> dict[str, Any]:
     """What the mark of these parts' tokens says of the documents."""
     return join_progress([one.progress for one in found])
 

@@ -1,36 +1,42 @@
-"""Who does the work on a store. Nothing of it changes what the store holds."""
+"""Parallelism settings. They never affect a store's contents."""
 
 import os
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mpcache.errors import UsageError
 
-_MOST_THREADS = 8  # by default: more parts in memory help no disk
+_DEFAULT_THREADS = 8  # at most, because more parts in memory do not make a disk faster
 
 
 @dataclass(frozen=True)
 class Share:
-    """The parts of one job of an array: every `count`-th, from part `number - 1` on."""
+    """The parts of one job of an array job: every `count`-th part, starting at `number - 1`."""
 
     number: int
     count: int
 
-    def has(self, part: int) -> bool:
+    def includes(self, part: int) -> bool:
         return part % self.count == self.number - 1
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
 
+ALL_PARTS = Share(1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
-class DaskConfig:
-    """Processes that share the work; without either of these, it is done by the calling one."""
+class WorkersConfig:
+    """The processes that do the work. By default the calling process does all of it."""
+
+    group: ClassVar[str] = "Parallel"
 
     workers: int | None = None
-    "share the work among so many processes on this machine"
+    "number of worker processes to start on this machine"
     scheduler: str | None = None
-    "share the work among the workers of the Dask cluster whose scheduler has this address"
+    "address of a Dask scheduler whose workers do the work, such as tcp://host:8786"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -43,31 +49,33 @@ class DaskConfig:
             )
 
     @property
-    def is_wanted(self) -> bool:
-        """Whether any process but the calling one is to work."""
+    def uses_dask(self) -> bool:
+        """Whether other processes than the calling one do the work."""
         return bool(self.workers or self.scheduler)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectParallelConfig(DaskConfig):
-    """Where the model of a collection runs."""
+class CollectParallelConfig(WorkersConfig):
+    """The processes that run the model during a collection."""
+
+    group: ClassVar[str] = "Parallel"
 
     workers: int | None = None
-    "collect with so many processes on this machine: one a GPU, or dividing the cores among them"
+    "number of worker processes to start on this machine: one for each GPU, or they share the cores"
     scheduler: str | None = None
-    "collect with the workers of the Dask cluster whose scheduler has this address"
+    "address of a Dask scheduler whose workers run the model, such as tcp://host:8786"
     share: str | None = None
-    "collect the i-th of n disjoint shares alone, written i/n from 1/n to n/n; for array jobs"
+    "collect only share i of n disjoint shares, written i/n, from 1/n to n/n; for array jobs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.parts
+        _ = self.part_share
 
     @property
-    def parts(self) -> Share:
-        """The share; without one, all parts."""
+    def part_share(self) -> Share:
+        """The parsed share. Without `share` it includes all parts."""
         if self.share is None:
-            return Share(1, 1)
+            return ALL_PARTS
         number, slash, count = self.share.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal()) or not (
             1 <= int(number) <= int(count)
@@ -80,11 +88,13 @@ class CollectParallelConfig(DaskConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig(DaskConfig):
-    """What goes over the parts of a store that is there."""
+class ParallelConfig(WorkersConfig):
+    """The processes and threads that go over the parts of an existing store."""
+
+    group: ClassVar[str] = "Parallel"
 
     threads: int | None = None
-    "parts worked on at a time in each process: by default its cores, up to 8; memory is times this"
+    "parts processed at the same time in each process; default: its cores, up to 8; memory scales"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +106,8 @@ class ParallelConfig(DaskConfig):
             )
 
     @property
-    def at_a_time(self) -> int:
-        """Parts in work in one process of this machine."""
+    def threads_per_process(self) -> int:
+        """Parts that each process of this machine has in work."""
         if self.threads is not None:
             return self.threads
-        return 1 if self.workers else min(_MOST_THREADS, os.cpu_count() or 1)
+        return 1 if self.workers else min(_DEFAULT_THREADS, os.cpu_count() or 1)

@@ -1,8 +1,8 @@
-"""One task a part, done by threads of this process or by a Dask cluster; the results in order.
+"""A parallel map over parts, by threads of this process or by a Dask cluster.
 
-Results come in the order of their tasks whoever was faster, so that what is summed up of them does
-not depend on who worked. A lost worker's tasks are done again by Dask: tasks are such that
-doing them twice is harmless.
+Results come in the order of their tasks, whichever task ended first, so that sums over results do
+not depend on the workers. Dask runs the tasks of a lost worker again: a task must be harmless when
+it runs twice.
 """
 
 import contextlib
@@ -17,58 +17,65 @@ from mpcache.parallel.config import ParallelConfig
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_AHEAD = 4  # tasks given out for each that is in work: nobody waits for the slowest one
+_QUEUED = 4  # submitted tasks for each one that runs, so that one slow task makes no worker idle
 
 
 def ordered_map(
-    function: Callable[[Task], Result],
+    fn: Callable[[Task], Result],
     tasks: Iterable[Task],
     parallel: ParallelConfig,
     *,
     quiet: bool,
 ) -> Iterator[Result]:
-    """`function` of every task, in order; with a cluster, both must be picklable.
+    """`fn(task)` for every task, in the order of the tasks.
 
-    Raises what a task raises; tasks that were begun are finished, no other begins.
+    With a cluster, the function and the tasks must be picklable. An exception of a task is raised
+    here: tasks that run are finished, and no other task begins.
     """
-    with _staff(parallel, quiet) as (executor, concurrency):
-        given: deque[Future[Result]] = deque()
+    with _executor(parallel, quiet) as (executor, concurrency):
+        futures: deque[Future[Result]] = deque()
         try:
             for task in tasks:
-                given.append(executor.submit(function, task))
-                if len(given) == _AHEAD * concurrency:
-                    yield given.popleft().result()
-            while given:
-                yield given.popleft().result()
+                futures.append(executor.submit(fn, task))
+                if len(futures) == _QUEUED * concurrency:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
         finally:
-            for future in given:
+            for future in futures:
                 future.cancel()
 
 
 @contextlib.contextmanager
-def _staff(parallel: ParallelConfig, quiet: bool) -> Iterator[tuple[Executor, int]]:
-    """Who does the tasks, and how many at a time."""
-    if not parallel.is_wanted:
-        # each thread computes alone: theirs is the parallelism. This one's own number is settled
-        # first, or it would be theirs too, and a model would compute other bits with it
+def _executor(parallel: ParallelConfig, quiet: bool) -> Iterator[tuple[Executor, int]]:
+    """An executor, and how many tasks it runs at the same time."""
+    if not parallel.uses_dask:
+        # Each thread computes with one core: the threads are the parallelism. torch must settle
+        # this thread's own number first. Else it would also be 1, and a model would compute other
+        # bits with it.
         torch.get_num_threads()
+        threads = parallel.threads_per_process
         with ThreadPoolExecutor(
-            parallel.at_a_time, "part", initializer=torch.set_num_threads, initargs=(1,)
+            threads, "part", initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            yield pool, parallel.at_a_time
+            yield pool, threads
         return
-    from distributed.scheduler import KilledWorker  # Dask's scheduler is not needed by threads
+    from distributed.scheduler import KilledWorker  # slow to import, and only Dask raises it
 
-    from mpcache.parallel.dask_cluster import connected
+    from mpcache.parallel.dask_cluster import connect
 
-    with connected(parallel, threads=parallel.at_a_time, preload=__name__, quiet=quiet) as client:
+    threads = parallel.threads_per_process
+    with connect(parallel, threads=threads, preload=__name__, quiet=quiet) as client:
         concurrency = max(1, sum(client.nthreads().values()))
         try:
             yield client.get_executor(pure=False), concurrency
         except CancelledError:
             raise ConnectionError(
-                "the Dask scheduler was lost; the same command goes on from there"
+                "the Dask scheduler was lost; give the same command again to continue"
             ) from None
         except KilledWorker as error:
             times = error.allowed_failures + 1
-            raise OSError(f"a part's workers died {times} times; out of memory?") from None
+            raise OSError(
+                f"the workers of one part died {times} times, perhaps out of memory; use fewer "
+                "threads or workers"
+            ) from None

@@ -1,19 +1,15 @@
 """What stands beside a figure: its caption, the tables behind it, and its verdicts."""
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mptrain.data.atomic_files import json_safe
-from mptrain.experiments.figures import Axis, OtherK
+from mptrain.experiments.figures import FvuByK, XQuantity
 from mptrain.experiments.runs import Trained
 from mptrain.experiments.spec import Experiment, FigurePlan
+from mptrain.experiments.tables import Row
 from mptrain.experiments.verdicts import Coders, Verdict
-
-Row = Mapping[str, Any]
 
 
 def caption(
@@ -22,7 +18,7 @@ def caption(
     plan: FigurePlan,
     coders: Coders,
     hardware: Sequence[str],
-    axis: Axis,
+    x_quantity: XQuantity,
 ) -> str:
     """What the figure is of, in words; what its time holds, and what it does not."""
     shown = [one for _, one in _shown(plan, coders)]
@@ -31,7 +27,9 @@ def caption(
         f"{collect['model']} on {collect['dataset']}; trained on {fit['rows']:,} rows in batches "
         f"of {fit['batch_rows']:,}"
     )
-    return ". ".join([what, _how(plan, shown), _seeds(plan), *_where(axis, fit, shown, hardware)])
+    return ". ".join(
+        [what, _how(plan, shown), _seeds(plan), *_where(x_quantity, fit, shown, hardware)]
+    )
 
 
 def point_rows(plan: FigurePlan, coders: Coders) -> list[Row]:
@@ -44,24 +42,13 @@ def point_rows(plan: FigurePlan, coders: Coders) -> list[Row]:
     ]
 
 
-def other_k_rows(plan: FigurePlan, coders: Coders, other_k: OtherK) -> list[Row]:
+def other_k_rows(plan: FigurePlan, coders: Coders, fvu_by_k: FvuByK) -> list[Row]:
     """A row for each K at which a coder of the figure was evaluated."""
     return [
         {**place, "coder": one.config.name, "evaluated_k": k, "fvu": json_safe(fvu)}
         for place, one in _shown(plan, coders)
-        for k, fvu in other_k.get(one.config.name, {}).items()
+        for k, fvu in fvu_by_k.get(one.config.name, {}).items()
     ]
-
-
-def write_rows(rows: Sequence[Row], stem: Path) -> list[Path]:
-    """The same rows as CSV and as JSON; gives their paths."""
-    paths = [stem.with_name(f"{stem.name}.{end}") for end in ("csv", "json")]
-    with paths[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys() if rows else ())
-        writer.writeheader()
-        writer.writerows(rows)
-    paths[1].write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    return paths
 
 
 def page(plan: FigurePlan, pictures: Sequence[tuple[str, str]], verdicts: Sequence[Verdict]) -> str:
@@ -145,13 +132,13 @@ def _seeds(plan: FigurePlan) -> str:
 
 
 def _where(
-    axis: Axis, fit: Mapping[str, Any], shown: Sequence[Trained], hardware: Sequence[str]
+    x_quantity: XQuantity, fit: Mapping[str, Any], shown: Sequence[Trained], hardware: Sequence[str]
 ) -> Iterator[str]:
     there = [one.validation["rows"] for one in shown if one.validation is not None]
     rows = min(fit["eval_rows"], max(there, default=fit["eval_rows"]))
-    what = "FVU of the trained coders" if axis == "other-k" else "FVU"
+    what = "FVU of the trained coders" if x_quantity == "other-k" else "FVU"
     yield f"{what} on {rows:,} held-out rows"
-    if axis == "time":
+    if x_quantity == "time":
         lasts = [(one.folder, one.records[-1]) for one in shown if one.records]
         waited, validated = (
             sum(max(getattr(last, name) for at, last in lasts if at == run) for run in runs)

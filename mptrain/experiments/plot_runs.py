@@ -1,103 +1,158 @@
-"""FVU over train time from runs' metrics: a figure, and the table behind it."""
+"""FVU over train time from the metrics of runs: a figure, and the table behind it."""
 
-import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
 from mptrain.data.atomic_files import explain_write_errors, json_safe
+from mptrain.experiments.drawing import (
+    DASHES,
+    DrawnLine,
+    DrawnPanel,
+    LineStyle,
+    draw_panels,
+    needs_log_axis,
+    panel_title,
+    save_figure,
+    time_axis,
+)
+from mptrain.experiments.tables import write_table
 from mptrain.runs.metrics import Record, read_records
 from mptrain.runs.run_dir import read_run_config
 
-STYLES = ("-", "--", ":", "-.")
-# settings that panels, colours and thin lines show already
-SHOWN = ("hookpoint", "kind", "arch", "k", "seed")
-LOG_FROM = 4  # ratio of the largest to the smallest FVU in a panel that calls for a log axis
-PANEL_INCHES = 3.0
-DPI = 200
-RC: dict[Any, Any] = {  # Any: matplotlib's own type lists all its keys
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.6,
-    "svg.hashsalt": "mptrain",  # the same figure is the same bytes
-}
-Panel = tuple[str, str, int]
+PanelKey = tuple[str, str, int]  # hookpoint, kind, k
+
+# settings that the panel, the color or several thin lines of one style show
+_SHOWN_SETTINGS = ("hookpoint", "kind", "arch", "k", "seed")
+_THIN = 0.9  # width of the lines of several seeds or runs
+_ENDINGS = (".png", ".svg", ".csv", ".json")
 
 
 @dataclass(frozen=True)
-class Curve:
-    """A coder's validations."""
+class ValidationCurve:
+    """The validations of a coder in a run."""
 
     run: Path
     coder: CoderConfig
     records: tuple[Record, ...]
 
     @property
-    def panel(self) -> Panel:
+    def panel(self) -> PanelKey:
         return (self.coder.hookpoint, self.coder.kind, self.coder.k)
 
     @property
     def diverged(self) -> bool:
-        """Whether its last validation is not finite; it is drawn until then."""
+        """Whether the last validation is not finite; the curve is drawn up to there."""
         return not math.isfinite(float(self.records[-1].validation_fvu or 0))
 
-    def finite(self) -> list[tuple[float, float]]:
-        """(train seconds, FVU) of the validations that can be drawn."""
+    def finite_points(self) -> list[tuple[float, float]]:
+        """(train seconds, FVU) of the finite validations."""
         pairs = [(r.train_seconds, float(r.validation_fvu or 0)) for r in self.records]
         return [(seconds, fvu) for seconds, fvu in pairs if math.isfinite(fvu)]
 
 
-def plot_runs(runs: Sequence[Path], out: Path, *, title: str | None = None) -> list[Path]:
-    """Draw the validation FVU of all coders over their own train time, a panel for each
-    hookpoint, kind and k. Writes `out` with the endings png, svg, csv and json; gives their paths.
+def plot_runs(
+    runs: Sequence[Path | str], out: Path | str = "fvu", *, title: str | None = None
+) -> list[Path]:
+    """Draw the validation FVU of all coders of some runs over their train time.
+
+    The figure has a panel for each hookpoint, kind and k. Train time is that of the coder's own
+    train steps. Each validation is also a row of a table, with the coder's settings.
+
+        plot_runs(["runs/sae", "runs/transcoder"], "figures/fvu", title="demo model")
+
+    Args:
+        runs: folders of runs.
+        out: path of the files without ending: png, svg, csv and json are written.
+        title: title of the figure; default: what the runs were trained on.
+
+    Returns:
+        The paths of the four files.
 
     Raises:
-        ValueError: a run is no run, one of its coders has not been validated, or `out` cannot be
-            written.
+        UsageError: a folder is no run, a coder was not validated yet, or `out` is not writable.
     """
-    curves = [curve for run in runs for curve in read_curves(run)]
+    folders, stem = [Path(run) for run in runs], Path(out)
+    curves = [curve for run in folders for curve in read_curves(run)]
     if title is None:
-        title = "; ".join(dict.fromkeys(read_run_config(run)["source"] for run in runs))
+        title = "; ".join(dict.fromkeys(read_run_config(run)["source"] for run in folders))
     if not curves:
         raise UsageError("there is nothing to plot; name at least one run")
-    stem = out.with_suffix("") if out.suffix in (".png", ".svg", ".csv", ".json") else out
-    paths = [stem.with_name(f"{stem.name}.{end}") for end in ("png", "svg", "csv", "json")]
-    with explain_write_errors(stem.parent), matplotlib.rc_context(RC):
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure = draw(curves, title)
-        figure.savefig(paths[0], dpi=DPI)
-        figure.savefig(paths[1], metadata={"Date": None})
-        write_table(curves, *paths[2:])
-    return paths
+    stem = stem.with_suffix("") if stem.suffix in _ENDINGS else stem
+    files = save_figure(runs_figure(curves, title), stem)
+    with explain_write_errors(stem.parent):
+        return [*files, *write_table(_table_rows(curves), stem)]
 
 
-def read_curves(run: Path) -> list[Curve]:
-    """The curves of a run, in the order of its config."""
+def read_curves(run: Path) -> list[ValidationCurve]:
+    """The curves of a run, in the order of its config.
+
+    Raises:
+        UsageError: the folder is no run, or a coder was not validated yet.
+    """
     coders = read_run_config(run)["coders"]
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
         raise UsageError(f"{run} is no run that has been trained: no {error.filename}") from error
-    return [_curve(run, coder, records) for coder in coders]
+    return [_read_curve(run, coder, records) for coder in coders]
 
 
-def _curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> Curve:
+def line_styles(curves: Sequence[ValidationCurve]) -> dict[str, LineStyle]:
+    """The style of each coder by its name; the legend names the settings that set it apart."""
+    differing = [
+        field
+        for field in fields(CoderConfig)
+        if field.name not in _SHOWN_SETTINGS
+        and len({getattr(curve.coder, field.name) for curve in curves}) > 1
+    ]
+    styles: dict[str, LineStyle] = {}
+    dashes: dict[str, str] = {}
+    for coder in (curve.coder for curve in curves):
+        values = [(field, getattr(coder, field.name)) for field in differing]
+        settings = "".join(
+            f", {_setting(field.name, value)}" for field, value in values if value != field.default
+        )
+        dash = dashes.setdefault(settings, DASHES[len(dashes) % len(DASHES)])
+        architecture = coder.architecture
+        styles[coder.name] = LineStyle(architecture.label + settings, architecture.color, dash)
+    return styles
+
+
+def _setting(name: str, value: object) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return f"{words} {value}"
+
+
+def runs_figure(curves: Sequence[ValidationCurve], title: str | None) -> Figure:
+    """The figure; panels of the same kind and k stand together."""
+    keys = sorted({curve.panel for curve in curves}, key=_panel_order)
+    styles = line_styles(curves)
+    by_panel = [[curve for curve in curves if curve.panel == key] for key in keys]
+    longest = max(record.train_seconds for curve in curves for record in curve.records)
+    return draw_panels(
+        [
+            DrawnPanel(panel_title(*key), tuple(_drawn_lines(panel_curves, styles)))
+            for key, panel_curves in zip(keys, by_panel, strict=True)
+        ],
+        list({style.label: style for style in styles.values()}.values()),
+        time_axis("train time of the coder", longest),
+        title=title,
+        y_label="FVU on validation rows",
+        is_log_y=any(needs_log_axis(*_fvu_range(panel_curves)) for panel_curves in by_panel),
+    )
+
+
+def _read_curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> ValidationCurve:
     name = coder["name"]
     own = tuple(r for r in records if r.coder == name and r.validation_fvu is not None)
     if not own:
@@ -106,12 +161,11 @@ def _curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> Curve
             "let the run reach its first one, or use a smaller eval_every"
         )
     config = CoderConfig(**{key: value for key, value in coder.items() if key != "name"})
-    return Curve(run, config, own)
+    return ValidationCurve(run, config, own)
 
 
-def write_table(curves: Sequence[Curve], csv_path: Path, json_path: Path) -> None:
-    """A row for each point of the figure, with the coder's settings."""
-    rows = [
+def _table_rows(curves: Sequence[ValidationCurve]) -> list[dict[str, Any]]:
+    return [
         {
             "run": str(curve.run),
             **asdict(curve.coder),
@@ -120,121 +174,32 @@ def write_table(curves: Sequence[Curve], csv_path: Path, json_path: Path) -> Non
         for curve in curves
         for record in curve.records
     ]
-    json_path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n")
-    with csv_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
-@dataclass(frozen=True)
-class Look:
-    """How the curves of one architecture with one set of other settings are drawn."""
-
-    label: str
-    color: str
-    style: str
-
-    def line(self, width: float) -> dict[str, Any]:
-        return {"color": self.color, "linestyle": self.style, "linewidth": width}
-
-
-def looks(curves: Sequence[Curve]) -> dict[str, Look]:
-    """The look of each coder by its name; the legend names the settings that differ."""
-    names = [field.name for field in fields(CoderConfig) if field.name not in SHOWN]
-    differing = [n for n in names if len({getattr(c.coder, n) for c in curves}) > 1]
-    found = {}
-    styles: dict[str, str] = {}
-    for coder in (curve.coder for curve in curves):
-        settings = "".join(f", {n.replace('_', ' ')} {getattr(coder, n)}" for n in differing)
-        color, label = coder.architecture.color, coder.architecture.label
-        style = styles.setdefault(settings, STYLES[len(styles) % len(STYLES)])
-        found[coder.name] = Look(label + settings, color, style)
-    return found
-
-
-def draw(curves: Sequence[Curve], title: str | None) -> Figure:
-    """The figure; panels of the same kind and k stand together."""
-    panels = sorted({curve.panel for curve in curves}, key=_panel_order)
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    found, (unit, seconds) = looks(curves), time_unit(_longest(curves))
-    labels = {one.label: one for one in found.values()}
-    figure, axes = _empty_panels(len(panels), columns, len(labels))
-    for ax, panel in zip(axes, panels, strict=True):
-        _draw_panel(ax, [c for c in curves if c.panel == panel], found, seconds)
-    for ax in axes[-columns:]:  # the lowest of each column
-        ax.set_xlabel(f"train time of the coder ({unit})")
-    for ax in axes[::columns]:
-        ax.set_ylabel("FVU on validation rows")
-    spreads = [_spread([c for c in curves if c.panel == panel]) for panel in panels]
-    for ax, spread in zip(axes, spreads, strict=True):
-        if spread and max(spreads) >= LOG_FROM:
-            log_y(ax)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    handles = [Line2D([], [], label=label, **one.line(1.6)) for label, one in labels.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(2, columns), frameon=False)
-    return figure
-
-
-def _empty_panels(panels: int, columns: int, labels: int) -> tuple[Figure, list[Axes]]:
-    """A figure with room for a legend; three panels are as wide as a README, 900 px at 100 dpi."""
-    rows, legend_rows = -(-panels // columns), -(-labels // min(2, columns))
-    inches = (
-        max(1.7, columns) * PANEL_INCHES,
-        rows * 0.75 * PANEL_INCHES + 0.2 * legend_rows + 0.7,
-    )
-    figure = Figure(inches, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for ax in axes[panels:]:
-        ax.remove()
-    return figure, axes[:panels]
-
-
-def _draw_panel(
-    ax: Axes, curves: Sequence[Curve], found: Mapping[str, Look], seconds: float
-) -> None:
-    several = len(curves) > len({found[curve.coder.name] for curve in curves})  # seeds, runs
+def _drawn_lines(
+    curves: Sequence[ValidationCurve], styles: Mapping[str, LineStyle]
+) -> list[DrawnLine]:
+    has_repeats = len(curves) > len({styles[curve.coder.name] for curve in curves})  # seeds, runs
+    lines = []
     for curve in curves:
-        points = curve.finite()
-        ax.plot(
-            [time / seconds for time, _ in points],
-            [fvu for _, fvu in points],
-            marker="." if len(points) < 10 else "",  # a single point would not show otherwise
-            **found[curve.coder.name].line(0.9 if several else 1.6),
+        style, points = styles[curve.coder.name], curve.finite_points()
+        lines.append(
+            DrawnLine(
+                replace(style, width=_THIN) if has_repeats else style,
+                x=tuple(seconds for seconds, _ in points),
+                y=tuple(fvu for _, fvu in points),
+            )
         )
-    hookpoint, kind, k = curves[0].panel
-    ax.set_title(f"{hookpoint}\n{kind.replace('sae', 'SAE')}, k = {k}")
-    ax.set_xlim(left=0)
+    return lines
 
 
-def log_y(ax: Axes) -> None:
-    """A logarithmic axis that is labelled at 1, 2, 3 and 5 of each decade."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+def _fvu_range(curves: Sequence[ValidationCurve]) -> tuple[float, float]:
+    fvus = [fvu for curve in curves for _, fvu in curve.finite_points()]
+    return min(fvus, default=0.0), max(fvus, default=0.0)
 
 
-def _spread(curves: Sequence[Curve]) -> float:
-    """Largest by smallest FVU; 0 where there is no logarithm to draw."""
-    fvus = [fvu for curve in curves for _, fvu in curve.finite()]
-    return max(fvus) / min(fvus) if fvus and min(fvus) > 0 else 0.0
-
-
-def time_unit(longest: float) -> tuple[str, float]:
-    """The unit for times up to so many seconds, and its seconds."""
-    if longest < 300:
-        return "s", 1.0
-    return ("min", 60.0) if longest < 2 * 3600 else ("h", 3600.0)
-
-
-def _longest(curves: Sequence[Curve]) -> float:
-    return max(record.train_seconds for curve in curves for record in curve.records)
-
-
-def _panel_order(panel: Panel) -> tuple[str, int, str, list[int]]:
-    """Kind, k, then all layers of one place: layers.2, layers.10, layers.2.mlp, layers.10.mlp."""
+def _panel_order(panel: PanelKey) -> tuple[str, int, str, list[int]]:
+    """Kind, k, then the layers of each module: layers.2, layers.10, layers.2.mlp, layers.10.mlp."""
     hookpoint, kind, k = panel
     numbers = re.findall(r"\d+", hookpoint)
     return kind, k, re.sub(r"\d+", "*", hookpoint), [int(number) for number in numbers]

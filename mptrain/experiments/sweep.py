@@ -15,8 +15,8 @@ from mptrain.data.loader import open_store
 from mptrain.data.part_ranges import format_ranges
 from mptrain.data.preflight import common_parts
 from mptrain.evals.evaluate import evaluate_coder, sides_of, sides_of_all
-from mptrain.experiments.captions import caption, other_k_rows, page, point_rows, write_rows
-from mptrain.experiments.figures import Axis, OtherK, draw_figure
+from mptrain.experiments.captions import caption, other_k_rows, page, point_rows
+from mptrain.experiments.figures import FvuByK, XQuantity, save_sweep_figure
 from mptrain.experiments.runs import (
     SweepRun,
     Trained,
@@ -28,6 +28,7 @@ from mptrain.experiments.runs import (
     saved_settings,
 )
 from mptrain.experiments.spec import Experiment, FigurePlan
+from mptrain.experiments.tables import write_table
 from mptrain.experiments.verdicts import Coders, Verdict, faults, judge
 from mptrain.runs.fit import fit
 from mptrain.training.distributed import is_distributed
@@ -151,7 +152,7 @@ def _other_k(
     collect: Collect,
     *,
     quiet: bool,
-) -> OtherK:
+) -> FvuByK:
     """FVU of the figures' coders at other K than their own; what is there is not done again."""
     found: dict[str, dict[int, float]] = {}
     wanted = [
@@ -196,7 +197,7 @@ def _figure(
     plan: FigurePlan,
     folder: Path,
     coders: Coders,
-    other_k: OtherK,
+    other_k: FvuByK,
     collected: Mapping[str, Any],
 ) -> list[Path]:
     """Pictures, tables and page of one figure."""
@@ -206,18 +207,20 @@ def _figure(
     used = {one.folder.name for name, one in coders.items() if name in shown}
     noted = _hardware(folder)
     machines = list(dict.fromkeys(m for run in sorted(used) for m in noted.get(run, ())))
-    axes: tuple[Axis, ...] = ("time", "rows", "other-k") if plan.table.other_k else ("time", "rows")
+    axes: tuple[XQuantity, ...] = (
+        ("time", "rows", "other-k") if plan.table.other_k else ("time", "rows")
+    )
     told = {axis: caption(part, collected, plan, coders, machines, axis) for axis in axes}
     files = [
         file
         for axis in axes
-        for file in draw_figure(plan, coders, other_k, axis, told[axis], place / axis)
+        for file in save_sweep_figure(plan, coders, other_k, axis, told[axis], place / axis)
     ]
     verdicts = [verdict for panel in plan.panels for verdict in judge(panel, coders)]
-    files += write_rows(point_rows(plan, coders), place / "points")
-    files += write_rows([asdict(verdict) for verdict in verdicts], place / "verdicts")
+    files += write_table(point_rows(plan, coders), place / "points")
+    files += write_table([asdict(verdict) for verdict in verdicts], place / "verdicts")
     if plan.table.other_k:
-        files += write_rows(other_k_rows(plan, coders, other_k), place / "other-k")
+        files += write_table(other_k_rows(plan, coders, other_k), place / "other-k")
     pictures = [(f"{axis}.png", told[axis]) for axis in axes]
     (place / "figure.md").write_text(page(plan, pictures, verdicts))
     return [*files, place / "figure.md"]

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from mpcache.collection import producer as station
+from mpcache.collection import producer as producer_module
 from mpcli.mpcache import app as mpcache
 from mpcli.mptrain import app as mptrain
 from mpcli.options import field_docs
@@ -197,7 +197,7 @@ def test_ctrl_c_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(station, "capture_part", interrupted)
+    monkeypatch.setattr(producer_module, "capture_part", interrupted)
     result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr

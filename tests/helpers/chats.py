@@ -8,7 +8,8 @@ from unittest import mock
 import numpy as np
 
 from mpcache.collection import collect as collecting
-from mpcache.collection.collect import Summary, collect
+from mpcache.collection.collect import collect
+from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
 from mpcache.data.conversation import Conversation
 from mpcache.data.documents import Documents
@@ -55,7 +56,7 @@ def chat_config(folder: Path, **changes: object) -> CollectConfig:
     return small_config(folder, **{"chat_template": str(file), **changes})
 
 
-def chat_store(folder: Path, chats: int = 40, **changes: object) -> tuple[Path, Summary]:
+def chat_store(folder: Path, chats: int = 40, **changes: object) -> tuple[Path, CollectSummary]:
     """A collected store."""
     with dataset_of(conversations(chats)):
         return folder / "store", collect(chat_config(folder, **changes), folder / "store")

@@ -8,13 +8,14 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import dask
 import psutil
 
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
-from mpcache.parallel import dask_cluster as cluster_stage
 from mpcache.parallel.config import CollectParallelConfig
+from mpcache.parallel.dask_cluster import START_METHOD_KEY
 from tests.helpers.stores import files_of, marks_of
 
 
@@ -46,12 +47,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+def fast_starting_workers() -> dask.config.set:
+    """Workers are forked from a server that has imported what they need."""
+    return dask.config.set({START_METHOD_KEY: "forkserver"})
+
+
 def collect_with_four(config: CollectConfig, path: str | Path) -> None:
     # a child may use the server that forked it, its documentation says, but starts one of its own:
     # that would import everything anew for each of these commands
-    cluster_stage.START_METHOD = "forkserver"
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running
-    collect(config, path, CollectParallelConfig(workers=4))
+    with fast_starting_workers():
+        collect(config, path, CollectParallelConfig(workers=4))
 
 
 def workers_of(command: BaseProcess) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpcache.collection.collect import Summary, collect
+from mpcache.collection.collect import collect
+from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
 from mpcache.store.reader import Store
 from tests.helpers.models import save_tiny
@@ -49,7 +50,7 @@ def small_config(folder: Path, **changes: object) -> CollectConfig:
     return CollectConfig(**settings)  # type: ignore[arg-type]
 
 
-def small_store(folder: Path, **changes: object) -> tuple[Path, Summary]:
+def small_store(folder: Path, **changes: object) -> tuple[Path, CollectSummary]:
     """A collected store."""
     path = folder / "store"
     return path, collect(small_config(folder, **changes), path)
@@ -75,7 +76,7 @@ def marks_of(path: Path) -> dict[str, dict[str, object]]:
 def rows_of(store: Store, side: tuple[str, str], split: str) -> torch.Tensor:
     parts = store.parts([side], split)  # type: ignore[arg-type]
     chunks = [
-        store.acts.read_chunk(*side, p.number, c)
+        store.read_chunk(*side, p.number, c)
         for p in parts
         for c in range(-(-p.rows // store.chunk_rows))
     ]

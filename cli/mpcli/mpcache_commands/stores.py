@@ -18,9 +18,9 @@ def list_stores(
     root: Annotated[str, typer.Argument(metavar="ROOT", help="folder or bucket of stores")],
     json: Json = False,
 ) -> None:
-    from mpcache.collection.catalog import entries
+    from mpcache.collection.catalog import list_stores as run
 
-    found = [dataclasses.asdict(one) for one in entries(root)]
+    found = [dataclasses.asdict(entry) for entry in run(root)]
     if json:
         return print_json(found)
     columns = (

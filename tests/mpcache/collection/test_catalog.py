@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.collection import catalog as roots
-from mpcache.collection.catalog import entries, find_store
+from mpcache.collection import find_store as find_store_module
+from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.maintenance.verify import verify
+from mpcache.store.format import seal, unseal
 from mpcache.store.reader import open_store
-from mpcache.store.sealed_json import seal, unseal
-from mpcli.mpcache import age, app
+from mpcli.mpcache import app
+from mpcli.reports import age
 from tests.helpers.models import save_tiny
 from tests.helpers.stores import files_of, marks_of, small_config
 
@@ -60,7 +62,7 @@ def test_the_name_is_readable_and_ends_in_the_fingerprint(made: Path) -> None:
 
 def test_complete_already_loads_no_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files_of(only_store(place))
-    monkeypatch.setattr(roots, "load_model", no_model)
+    monkeypatch.setattr(find_store_module, "load_model", no_model)
     monkeypatch.setattr("mpcache.collection.producer.load_model", no_model)
     result = run(place, "600", "layers.0")
     assert result.exit_code == 0, result.output
@@ -75,9 +77,9 @@ def test_a_store_that_names_no_files_is_found_by_its_fingerprint(place: Path) ->
     del content["provenance"]["model"]["model_files"]
     file.write_bytes(seal(content))
     found = find_store(place / "root", small_config(place, rows=600, hookpoints=("layers.0",)))
-    assert found.place.path == only_store(place)
-    assert found.done is not None
-    assert found.done.rows == 768
+    assert found.storage.path == only_store(place)
+    assert found.summary is not None
+    assert found.summary.rows == 768
 
 
 def test_more_rows_and_more_hookpoints_go_into_the_same_store(place: Path) -> None:
@@ -93,7 +95,7 @@ def test_another_dtype_is_told_and_convert_does_it(place: Path) -> None:
     result = run(place, "600", "layers.0", "--dtype", "float32")
     assert result.exit_code == 2
     (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "holds these rows as bfloat16, asked was float32" in told
+    assert "holds these rows as bfloat16, got float32" in told
     command = told.partition("mpcache ")[2].split()[:5]
     assert command[0] == "convert"
     assert CliRunner().invoke(app, command).exit_code == 0
@@ -106,7 +108,7 @@ def test_another_dtype_is_told_and_convert_does_it(place: Path) -> None:
 def test_codec_and_chunks_are_those_of_the_store_there(place: Path) -> None:
     result = run(place, "900", "layers.0", "--codec", "zstd")
     assert result.exit_code == 0, result.output
-    assert "is there with codec none, which stays" in result.stderr
+    assert "exists with codec none, which is kept" in result.stderr
     assert verify(only_store(place)).findings == ()
 
 
@@ -123,9 +125,9 @@ def test_a_renamed_store_is_found_and_links_and_damage_are_not(place: Path, made
     store.rename(store.with_name("ours"))
     (place / "root/link").symlink_to(only_store(made))
     config = small_config(place, rows=600, hookpoints=("layers.0",))
-    assert find_store(place / "root", config).place.name == "ours"
+    assert find_store(place / "root", config).storage.name == "ours"
     (place / "root/ours/store.json").write_text("{}")
-    assert find_store(place / "root", config).place.path == store
+    assert find_store(place / "root", config).storage.path == store
 
 
 def test_a_root_that_is_none(place: Path) -> None:
@@ -141,7 +143,7 @@ def test_a_root_that_is_none(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", "../..", "a/b", "\x1b[31mred", "", ".hidden", "x" * 400])
 def test_any_name_gives_one_plain_folder(name: str) -> None:
-    safe = roots._safe(name)
+    safe = find_store_module._safe(name)
     assert Path(safe).name == safe
     assert safe.isascii()
     assert safe.isprintable()
@@ -159,7 +161,7 @@ def test_list_tells_what_there_is(place: Path) -> None:
     shutil.copytree(half, broken)
     (broken / "store.json").write_text("{")
     (place / "root/notes").mkdir()
-    found = {one.store: one for one in entries(place / "root")}
+    found = {one.store: one for one in list_stores(place / "root")}
     whole = found[next(name for name in found if name.startswith("model-"))]
     assert (whole.rows, whole.complete, whole.model) == (768, 1.0, "model")
     assert whole.hookpoints == ("layers.0",)
@@ -178,7 +180,7 @@ def test_age_is_never_negative(place: Path) -> None:
     for file in (only_store(place) / "marks").rglob("*.json"):
         mark = unseal(file.read_bytes(), "mark")
         file.write_bytes(seal({**mark, "time": "2999-01-01T00:00:00+00:00"}))
-    (one,) = entries(place / "root")
+    (one,) = list_stores(place / "root")
     assert one.age_seconds == 0
     assert [age({"age_seconds": s}) for s in (None, 0, 59, 7200, 200_000)] == [
         "-", "0 s", "59 s", "2 h", "2 d"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mpcache.collection.collect import Summary, collect
+from mpcache.collection.collect import collect
+from mpcache.collection.summary import CollectSummary
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.data.packing import row_permutation
 from mpcache.maintenance.convert import convert
@@ -35,17 +36,17 @@ FLAGS, TOKENS = "arrays.zarr/token_flags/c/2/0", "arrays.zarr/tokens/c/2/0"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CollectSummary]:
     return chat_store(tmp_path_factory.mktemp("chats"))
 
 
 @pytest.fixture(scope="module")
-def store(made: tuple[Path, Summary]) -> Store:
+def store(made: tuple[Path, CollectSummary]) -> Store:
     return open_store(made[0])
 
 
 @pytest.fixture
-def damaged(made: tuple[Path, Summary], tmp_path: Path) -> Path:
+def damaged(made: tuple[Path, CollectSummary], tmp_path: Path) -> Path:
     shutil.copytree(made[0].parent, tmp_path / "all")
     return tmp_path / "all/store"
 
@@ -74,20 +75,20 @@ def reference(chats: list, split: str) -> list[tuple[int, bool]]:
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_flags_are_the_assistants_tokens(store: Store, split: str) -> None:
     parts = [p for p in store.part_numbers("tokens") if store.layout.split_of(p) == split]
-    tokens = np.concatenate([store.tokens.read_tokens(part).reshape(-1) for part in parts])
-    flags = np.concatenate([store.tokens.read_flags(part).reshape(-1) for part in parts])  # type: ignore[union-attr]
+    tokens = np.concatenate([store.read_tokens(part).reshape(-1) for part in parts])
+    flags = np.concatenate([store.read_flags(part).reshape(-1) for part in parts])  # type: ignore[union-attr]
     wanted = reference(conversations(), split)[: len(tokens)]
     assert tokens.tolist() == [token for token, _ in wanted]
     assert (flags & 2 > 0).tolist() == [own for _, own in wanted]
     assert not (flags & ~np.uint8(2)).any()
     for part in parts:
-        order = row_permutation(0, part, store.tokens.token_count(part))
-        own = store.tokens.read_assistant(part)
+        order = row_permutation(0, part, store.token_count(part))
+        own = store.read_assistant(part)
         assert own is not None
-        assert own.tolist() == (store.tokens.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
+        assert own.tolist() == (store.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
 
 
-def test_the_store_says_what_it_is(store: Store, made: tuple[Path, Summary]) -> None:
+def test_the_store_says_what_it_is(store: Store, made: tuple[Path, CollectSummary]) -> None:
     assert store.layout.format_version == 2
     assert store.provenance["chat_template"] == TEMPLATES["chatml"]
     identity = store.identity
@@ -97,7 +98,7 @@ def test_the_store_says_what_it_is(store: Store, made: tuple[Path, Summary]) -> 
     assert verify(made[0]).intact
 
 
-def test_another_template_is_another_store(made: tuple[Path, Summary]) -> None:
+def test_another_template_is_another_store(made: tuple[Path, CollectSummary]) -> None:
     config = chat_config(made[0].parent)
     Path(str(config.chat_template)).write_text(TEMPLATES["alpaca"])
     with dataset_of(conversations()), pytest.raises(ValueError, match="chat_template: "):
@@ -106,14 +107,14 @@ def test_another_template_is_another_store(made: tuple[Path, Summary]) -> None:
 
 
 def test_more_rows_continue_where_the_flags_ended(
-    made: tuple[Path, Summary], tmp_path: Path
+    made: tuple[Path, CollectSummary], tmp_path: Path
 ) -> None:
     path, less = chat_store(tmp_path, rows=400)
     _, more = chat_store(tmp_path, rows=1500)
     one, other = open_store(path), open_store(made[0])
     assert one.part_numbers("tokens") == other.part_numbers("tokens")
     for part in one.part_numbers("tokens"):
-        assert np.array_equal(one.tokens.read_flags(part), other.tokens.read_flags(part))  # type: ignore[arg-type]
+        assert np.array_equal(one.read_flags(part), other.read_flags(part))  # type: ignore[arg-type]
     assert (less.empty_documents or 0) < (more.empty_documents or 0)
     assert more.empty_documents == made[1].empty_documents
 
@@ -135,7 +136,7 @@ def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
             assert [one.outcome for one in done.marks] == ["other bits"]
 
 
-def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, Summary]) -> None:
+def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, CollectSummary]) -> None:
     before = (damaged / FLAGS).read_bytes()
     (damaged / FLAGS).unlink()
     assert repair(damaged, RepairConfig(source=str(made[0]))).intact
@@ -144,7 +145,7 @@ def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, Summary])
 
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"part_rows": 384}, {"codec": "zstd"}])
 def test_a_converted_store_has_the_flags_of_its_rows(
-    made: tuple[Path, Summary], store: Store, tmp_path: Path, changes: dict[str, object]
+    made: tuple[Path, CollectSummary], store: Store, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     convert(made[0], tmp_path / "new", ConvertConfig(**changes))  # type: ignore[arg-type]
     new = open_store(tmp_path / "new")
@@ -152,18 +153,20 @@ def test_a_converted_store_has_the_flags_of_its_rows(
 
     def facts(one: Store, split: str) -> list[tuple[int, bool]]:
         parts = [p for p in one.part_numbers("tokens") if one.layout.split_of(p) == split]
-        tokens = torch.cat([one.tokens.read_token_ids(part) for part in parts]).tolist()
-        own = torch.cat([one.tokens.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
+        tokens = torch.cat([one.read_token_ids(part) for part in parts]).tolist()
+        own = torch.cat([one.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
         return list(zip(tokens, own, strict=True))
 
     for split in ("train", "validation"):
         assert facts(new, split) == facts(store, split)
-    assert new.tokens.empty_documents() == store.tokens.empty_documents()
+    assert new.empty_documents() == store.empty_documents()
     convert(tmp_path / "new", tmp_path / "back", ConvertConfig(part_rows=192))
     back = open_store(tmp_path / "back")
     for part in store.part_numbers("tokens"):
         one, other = back.mark(part, "tokens"), store.mark(part, "tokens")
-        assert (one.objects, one.progress) == (other.objects, other.progress)
+        assert {k: one[k] for k in ("objects", "cursor", "next_cursor", "empty_documents")} == {
+            k: other[k] for k in ("objects", "cursor", "next_cursor", "empty_documents")
+        }
     copy(made[0], tmp_path / "copy")
     assert verify(tmp_path / "copy").intact
 
@@ -191,7 +194,7 @@ def test_filters_take_just_the_assistants_rows(store: Store) -> None:
     assert 0 < own.sum() < batch.rows
     assert filters.kept(batch, MLP).tolist() == own.tolist()
     parts = store.parts(MLP, "train")
-    assert int(own.sum()) == sum(int(store.tokens.read_assistant(p.number).sum()) for p in parts)  # type: ignore[union-attr]
+    assert int(own.sum()) == sum(int(store.read_assistant(p.number).sum()) for p in parts)  # type: ignore[union-attr]
     assert filters_from_json(filters.as_json()) == filters
     assert filters_from_json({"skip_positions": 1, "allow_nonfinite": False}) == Filters(
         skip_positions=1, norm_limits={}

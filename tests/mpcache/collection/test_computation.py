@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
-from mpcache.collection import producer as station
+from mpcache.collection import commit_threads
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
@@ -18,8 +18,8 @@ from mpcache.model.hooks import Capture, resolve
 from mpcache.model.loading import load_model, model_digest
 from mpcache.model.splice import SplicedModel
 from mpcache.storage.base import open_storage
-from mpcache.store.description import read_store_file
 from mpcache.store.fingerprint import identify
+from mpcache.store.format import read_store_file
 from mpcache.store.reader import open_store
 from tests.helpers.models import captured, tiny_model
 from tests.helpers.stores import small_config
@@ -197,13 +197,13 @@ def test_write_threads_change_nothing_but_who_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    kind = station.Background
+    kind = commit_threads.PartCommitter
 
-    def background(threads: int) -> station.Background:
+    def committer(threads: int) -> commit_threads.PartCommitter:
         asked.append(threads)
         return kind(threads)
 
-    monkeypatch.setattr("mpcache.collection.collect.Background", background)
+    monkeypatch.setattr("mpcache.collection.collect.PartCommitter", committer)
     for threads in (1, 3):
         config = small_config(tmp_path, rows=500, write_threads=threads)
         collect(config, tmp_path / str(threads))

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from mpcache.collection import producer as station
+from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
-from mpcache.store import commit
+from mpcache.store import writer
 from tests.helpers.stores import files_of, marks_of, small_config
 
 ROWS = {"rows": 1200, "codec": "zstd"}
@@ -62,10 +62,10 @@ class Killer:
 def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Path) -> None:
     """Runs in a process of its own."""
     killer = Killer(moment, log)
-    folder.write_temporary_file = killer.within("write", folder.write_temporary_file)
+    folder._write_temporary = killer.within("write", folder._write_temporary)
     folder.sync_folders = killer.before("sync", folder.sync_folders)
-    commit.values_digest = killer.before("digest after the read back", commit.values_digest)
-    station.capture_part = killer.before("forward pass", station.capture_part)
+    writer.values_digest = killer.before("digest after the read back", writer.values_digest)
+    producer_module.capture_part = killer.before("forward pass", producer_module.capture_part)
     collect(config, path)
 
 
@@ -101,7 +101,7 @@ def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    capture, calls = station.capture_part, 0
+    capture, calls = producer_module.capture_part, 0
 
     def interrupted(*args: Any) -> None:
         nonlocal calls
@@ -110,7 +110,7 @@ def test_ctrl_c_finishes_the_part_in_hand_and_the_next_call_the_rest(
             raise KeyboardInterrupt
         capture(*args)
 
-    monkeypatch.setattr(station, "capture_part", interrupted)
+    monkeypatch.setattr(producer_module, "capture_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         collect(config, tmp_path / "store")
     done = [name for name in marks_of(tmp_path / "store") if "layers.0" in name]
@@ -126,7 +126,7 @@ def test_full_disk_keeps_what_was_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    put, calls = folder.write_temporary_file, 0
+    put, calls = folder._write_temporary, 0
 
     def full(*args: Any) -> Path:
         nonlocal calls
@@ -136,7 +136,7 @@ def test_full_disk_keeps_what_was_committed(
         return put(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_temporary_file", full)
+        patch.setattr(folder, "_write_temporary", full)
         with pytest.raises(OSError, match="No space left"):
             collect(config, tmp_path / "store")
     assert verify(tmp_path / "store").intact

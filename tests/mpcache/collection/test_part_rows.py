@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
-from mpcache.store.layout import Layout
+from mpcache.store.format import Layout
 from mpcache.store.reader import Store, open_store
 from mpcache.store.units import Units
 from mpcli.mpcache import app
@@ -34,7 +34,7 @@ def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
     for part in store.part_numbers("tokens"):
         if store.layout.split_of(part) != split:
             continue
-        tokens.append(store.tokens.read_tokens(part))
+        tokens.append(store.read_tokens(part))
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         position = store.read_part("rows/position", part)["rows/position"]
         # as the format says: sequences of this very part
@@ -56,9 +56,9 @@ def test_rows_keep_their_order_and_their_tokens(made: Path, tmp_path: Path, fact
         assert np.array_equal(sequences, wanted)
         assert np.array_equal(np.concatenate(rows), np.concatenate(wanted_rows))
     for side in SIDES:
-        for found, wanted in zip(new.acts.moments(*side), source.acts.moments(*side), strict=True):
+        for found, wanted in zip(new.moments(*side), source.moments(*side), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    lasts = [new.index.token_progress(p).last for p in new.part_numbers("tokens")]
+    lasts = [new.mark(p, "tokens")["last"] for p in new.part_numbers("tokens")]
     assert sum(lasts) == 2
 
 
@@ -131,7 +131,7 @@ def test_nothing_is_collected_into_larger_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is collected into it"):
         collect(config, tmp_path / "root" / "new")
     found = find_store(tmp_path / "root", config)  # another store, not that one
-    assert not Path(str(found.place)).exists()
+    assert not Path(str(found.storage)).exists()
 
 
 @given(every=st.integers(1, 12), count=st.integers(1, 9), part=st.integers(0, 400))

@@ -1,5 +1,6 @@
 """Several people, machines and runs in one store: what is marked stays, whoever comes when."""
 
+import datetime
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import random
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from obstore.store import MemoryStore
 
-from mpcache.collection import producer as station
+from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
@@ -24,11 +26,9 @@ from mpcache.storage import object_store as bucket
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
-from mpcache.store.commit import object_matches
-from mpcache.store.layout import Layout
-from mpcache.store.mark import ObjectRecord
+from mpcache.store.format import Layout
 from mpcache.store.reader import open_store
-from mpcache.store.writer import Writer
+from mpcache.store.writer import Writer, object_matches
 from tests.helpers.stores import files_of, marks_of, small_config, small_store
 
 LAYOUT = Layout(
@@ -161,8 +161,8 @@ def test_what_is_marked_is_never_overwritten(
         if shared.exists(mark):
             first.append(shared.read(mark))
             assert first[0] == first[-1]
-            for name, record in json.loads(first[0])["objects"].items():
-                assert object_matches(shared, name, ObjectRecord(**record))
+            told = json.loads(first[0])["objects"]
+            assert all(object_matches(shared, name, one) for name, one in told.items())
 
     def writer(x: torch.Tensor) -> Callable[[], None]:
         return lambda: Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, x)
@@ -221,7 +221,7 @@ def test_an_error_before_the_claim_leaves_nothing(
 
 def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) -> None:
     """Runs in a process of its own: a machine whose results differ in their last bits."""
-    capture = station.capture_part
+    capture = producer_module.capture_part
 
     def noisy(*args: object) -> None:
         capture(*args)  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) 
         for x_RW in buffers.values():
             x_RW += noise
 
-    station.capture_part = noisy
+    producer_module.capture_part = noisy
     collect(config, path)
 
 
@@ -271,6 +271,17 @@ def test_one_adds_a_hookpoint_while_another_adds_rows(tmp_path: Path) -> None:
     assert marks_of(path) == marks_of(tmp_path / "at_once")
 
 
+class JumpingClock(datetime.datetime):
+    """A clock that jumps between the years 1970 and 2096 each time it is read."""
+
+    reads = 0
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> "JumpingClock":
+        cls.reads += 1
+        return cls.fromtimestamp(4e9 * (cls.reads % 2), tz)
+
+
 def test_stale_temporary_files_and_jumping_clocks_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,13 +297,20 @@ def test_stale_temporary_files_and_jumping_clocks_change_nothing(
     for file in (path / "arrays.zarr/acts/layers.0/output/c").rglob("0"):
         if file.is_file():
             file.with_name("0.stale.partial").write_bytes(b"rest")
+    monkeypatch.setattr(datetime, "datetime", JumpingClock)
     times = iter([4e9, 0.0] * 10_000)
-    monkeypatch.setattr("time.time", lambda: next(times))
+    monkeypatch.setattr(time, "time", lambda: next(times))
     small_store(tmp_path, rows=600)
+    years = {mark.get("time", "")[:4] for mark in all_marks(path)}
+    assert years & {"1970", "2096"}, "no mark was written by the clock that jumps"
     assert marks_of(path) == whole
     verdict = verify(path)
     assert verdict.intact
     assert {finding.fault for finding in verdict.findings} <= {"leftover"}
+
+
+def all_marks(path: Path) -> list[dict[str, str]]:
+    return [json.loads(file.read_bytes()) for file in path.glob("marks/**/*.json")]
 
 
 # --- permissions ---
@@ -353,9 +371,9 @@ def test_a_read_only_store_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     for name in ("link", "rename", "replace", "mkdir", "unlink", "chmod", "fsync"):
         monkeypatch.setattr(os, name, refused)
-    monkeypatch.setattr(folder, "write_temporary_file", refused)
+    monkeypatch.setattr(folder, "_write_temporary", refused)
     store = open_store(copy)
     assert verify(copy).findings == ()
-    assert len(store.acts.read_chunk("layers.0", "output", 0, 0)) == 32
+    assert len(store.read_chunk("layers.0", "output", 0, 0)) == 32
     assert collect(small_config(tmp_path, rows=600), copy).forward_rows == 0
     assert files_of(copy) == before

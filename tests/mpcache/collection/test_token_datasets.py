@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from mpcache.collection import collect as stage
-from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.maintenance.repair import repair
 from mpcache.storage.base import open_storage
-from mpcache.store.description import read_store_file
-from mpcache.store.format import TOKENS
+from mpcache.store.format import TOKENS, read_store_file
 from mpcache.store.reader import open_store
 from tests.helpers.models import save_tiny, tiny_model
 
@@ -42,21 +41,21 @@ def make_config(place, dataset, **changes):
 def test_from_collection_to_repair(place, tmp_path):
     config = make_config(place, "a.jsonl", text_column="ids")
     found = find_store(tmp_path / "root", config)
-    assert found.done is None
-    collect(found.config, found.place)
-    store = open_store(found.place)
+    assert found.summary is None
+    collect(found.config, found.storage)
+    store = open_store(found.storage)
     assert "tokenizer_digest" not in store.identity
-    assert read_store_file(found.place)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
-    assert find_store(tmp_path / "root", config).done
-    tokens = {part: store.tokens.read_tokens(part) for part in store.part_numbers(TOKENS)}
-    path = tmp_path / "root" / found.place.name
+    assert read_store_file(found.storage)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
+    assert find_store(tmp_path / "root", config).summary
+    tokens = {part: store.read_tokens(part) for part in store.part_numbers(TOKENS)}
+    path = tmp_path / "root" / found.storage.name
     shutil.rmtree(path / "arrays.zarr" / "tokens" / "c" / "2")
     shutil.rmtree(path / "arrays.zarr" / "acts" / "layers.0" / "output" / "c" / "3")
     done = repair(path, RepairConfig(device="cpu"))
     assert done.intact
     assert {one.outcome for one in done.marks} == {"mended"}
     again = open_store(path)
-    assert all((again.tokens.read_tokens(part) == own).all() for part, own in tokens.items())
+    assert all((again.read_tokens(part) == own).all() for part, own in tokens.items())
 
 
 def test_a_bin_gives_the_same_tokens(place, tmp_path):
@@ -65,9 +64,7 @@ def test_a_bin_gives_the_same_tokens(place, tmp_path):
     stores = [open_store(open_storage(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
     parts = stores[0].part_numbers(TOKENS)
     assert parts == stores[1].part_numbers(TOKENS)
-    assert all(
-        (stores[0].tokens.read_tokens(p) == stores[1].tokens.read_tokens(p)).all() for p in parts
-    )
+    assert all((stores[0].read_tokens(p) == stores[1].read_tokens(p)).all() for p in parts)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +78,7 @@ def test_a_bin_gives_the_same_tokens(place, tmp_path):
 def test_mistakes_are_told_before_the_weights_are_loaded(
     place, tmp_path, monkeypatch, dataset, changes, message
 ):
-    monkeypatch.setattr(stage, "load", None)
+    monkeypatch.setattr(stage, "load_for_collection", None)
     if "model" in changes:
         changes = {"model": str(place / "nothing")}
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
-"""Many workers, lost or not, many commands at once: the store equals that of one process."""
+"""Several workers, lost or not, and several commands: the store equals that of one process."""
 
+import dataclasses
 import errno
 import os
 import random
@@ -10,26 +11,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 from distributed.client import Client
 from typer.testing import CliRunner
 
-from mpcache.collection import collect as collect_stage
-from mpcache.collection import dask_client as crew
-from mpcache.collection import producer as station
-from mpcache.collection.collect import Collection, collect
+from mpcache.collection import dask_client, fill
+from mpcache.collection import producer as producer_module
+from mpcache.collection.collect import collect
 from mpcache.collection.dask_client import DaskCollector
+from mpcache.collection.fill import Collection, WaitConfig
 from mpcache.data.documents import open_documents
 from mpcache.data.token_file import vocabulary_of
+from mpcache.errors import UsageError
 from mpcache.maintenance.verify import verify
 from mpcache.model.loading import load_tokenizer
-from mpcache.parallel import dask_cluster as cluster_stage
 from mpcache.parallel.config import CollectParallelConfig, Share
+from mpcache.parallel.dask_cluster import CONNECT_TIMEOUT_KEY, start_cluster
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
 from mpcli.mpcache import app
-from tests.helpers.commands import clean, collect_with_four, equal, start, wait_for, workers_of
-from tests.helpers.stores import marks_of, small_config, write_corpus
+from tests.helpers.commands import (
+    clean,
+    collect_with_four,
+    equal,
+    fast_starting_workers,
+    start,
+    wait_for,
+    workers_of,
+)
+from tests.helpers.stores import files_of, marks_of, small_config, write_corpus
 
 ROWS = {"rows": 2400, "codec": "zstd"}
 
@@ -42,8 +53,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _workers_start_at_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_stage, "START_METHOD", "forkserver")
+    with fast_starting_workers():
         yield
 
 
@@ -51,7 +61,7 @@ def _workers_start_at_once() -> Iterator[None]:
 def cluster() -> Iterator[Client]:
     """A Dask cluster that somebody else started, and that outlives commands."""
     with (
-        cluster_stage.local_cluster(2, 2, "mpcache.collection.dask_worker") as local,
+        start_cluster(2, 2, "mpcache.collection.dask_worker") as local,
         Client(local, set_as_default=False) as one,
     ):
         yield one
@@ -68,22 +78,22 @@ def count(path: Path) -> int:
     return len([file for file in path.glob("marks/*/*/*.json") if file.parent.name != "rows"])
 
 
-# --- what workers are told, so that something goes wrong there ---
+# --- faults that tests plant in workers ---
 
 
 def slow_down(seconds: float) -> None:
-    read = station.capture_part
+    read = producer_module.capture_part
 
     def slow(*arguments: Any) -> None:
         time.sleep(seconds)
         read(*arguments)
 
     mend()
-    station.capture_part = slow
+    producer_module.capture_part = slow
 
 
 def fill_disk(after: int) -> None:
-    put, calls = folder.write_temporary_file, 0
+    put, calls = folder._write_temporary, 0
 
     def full(*arguments: Any) -> Path:
         nonlocal calls
@@ -92,25 +102,33 @@ def fill_disk(after: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
         return put(*arguments)
 
-    folder.write_temporary_file = full
+    folder._write_temporary = full
 
 
-def break_part(rows: int) -> None:
-    read = station.ActivationProducer.read
+def break_part(broken_part: int) -> None:
+    read_part = producer_module.ActivationProducer.read_part
 
     def broken(self: Any, part: int, *arguments: Any) -> Any:
-        if part == rows:
+        if part == broken_part:
             raise RuntimeError("the part is broken")
-        return read(self, part, *arguments)
+        return read_part(self, part, *arguments)
 
-    station.ActivationProducer.read = broken
+    producer_module.ActivationProducer.read_part = broken
 
 
-_WHOLE = folder.write_temporary_file, station.capture_part, station.ActivationProducer.read
+_WHOLE = (
+    folder._write_temporary,
+    producer_module.capture_part,
+    producer_module.ActivationProducer.read_part,
+)
 
 
 def mend() -> None:
-    folder.write_temporary_file, station.capture_part, station.ActivationProducer.read = _WHOLE
+    (
+        folder._write_temporary,
+        producer_module.capture_part,
+        producer_module.ActivationProducer.read_part,
+    ) = _WHOLE
 
 
 # --- lost workers, lost commands ---
@@ -120,11 +138,11 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
     config, parallel = small_config(tmp_path, **ROWS), CollectParallelConfig(workers=2)
     path, whole = tmp_path / "store", tmp_path / "whole"
     tokenizer = load_tokenizer(config)
-    with DaskCollector(parallel, config, open_storage(path), quiet=True) as staff:
-        facts = staff.facts()
+    with DaskCollector(parallel, config, open_storage(path), quiet=True) as collector:
+        facts = collector.model_facts()
         documents = open_documents(config, vocabulary_of(tokenizer))
-        staff.client.run(slow_down, 0.05)
-        pids = staff.client.run(os.getpid)
+        collector.client.run(slow_down, 0.05)
+        pids = collector.client.run(os.getpid)
 
         def kill() -> None:
             wait_for(lambda: count(path) > 6)
@@ -132,11 +150,11 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
 
         killer = threading.Thread(target=kill)
         killer.start()
-        collection = Collection(config, path, facts, tokenizer, documents, parallel)
-        summary = collection.run(staff.work)
+        collection = Collection(config, path, facts, tokenizer, documents, parallel=parallel)
+        summary = collection.run(collector.collect_parts)
         killer.join()
-        staff.client.wait_for_workers(2, timeout=60)
-        now = staff.client.run(os.getpid)
+        collector.client.wait_for_workers(2, timeout=60)
+        now = collector.client.run(os.getpid)
     assert len(now) == 2
     assert len(set(now.values()) & set(pids.values())) == 1
     assert not summary.missing
@@ -201,17 +219,17 @@ def test_ctrl_c_ends_all_workers_soon_and_leaves_nothing_behind(
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
     cluster.run(slow_down, 0.1)
-    done, calls = crew._Shown.done, 0
+    show_done, calls = dask_client._ProgressReports.show_done, 0
 
     def interrupted(*arguments: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise KeyboardInterrupt
-        done(*arguments)
+        show_done(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(crew._Shown, "done", interrupted)
+        patch.setattr(dask_client._ProgressReports, "show_done", interrupted)
         with pytest.raises(KeyboardInterrupt):
             collect(config, path, everywhere)
     so_far = count(path)
@@ -304,21 +322,25 @@ def test_a_part_that_fails_three_times_is_told_and_the_rest_goes_on(
     assert marks_of(path) == marks_of(tmp_path / "whole")
 
 
-def test_workers_that_see_another_store_are_left_out_until_none_is_left(
-    tmp_path: Path, everywhere: CollectParallelConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("content", ["nothing", "another store"])
+def test_workers_that_see_another_folder_are_left_out_until_none_is_left(
+    tmp_path: Path, everywhere: CollectParallelConfig, content: str
 ) -> None:
-    other = tmp_path / "of another machine"
-    from_here = crew.DaskCollector.__init__
-
-    def elsewhere(self: DaskCollector, *arguments: Any, **more: Any) -> None:
-        from_here(self, *arguments, **more)
-        object.__setattr__(self.orders, "path", str(other))
-
-    monkeypatch.setattr(crew.DaskCollector, "__init__", elsewhere)
-    monkeypatch.setattr(crew, "read_store_file", lambda _: {"fingerprint": "x"})
-    with pytest.raises(ValueError, match="must be one folder that all machines share"):
-        collect(small_config(tmp_path), tmp_path / "store", everywhere)
-    assert not other.exists()
+    config, path, other = small_config(tmp_path), tmp_path / "store", tmp_path / "other machine"
+    if content == "another store":  # of the same parts and sides, in another order
+        collect(small_config(tmp_path, seed=1), other)
+    before = files_of(other) if other.exists() else {}
+    tokenizer = load_tokenizer(config)
+    documents = open_documents(config, vocabulary_of(tokenizer))
+    with DaskCollector(everywhere, config, open_storage(path), quiet=True) as collector:
+        # workers find this folder where the command finds the store
+        collector.spec = dataclasses.replace(collector.spec, address=str(other))
+        facts = collector.model_facts()
+        collection = Collection(config, path, facts, tokenizer, documents, parallel=everywhere)
+        with pytest.raises(UsageError, match="must be one folder that all machines share"):
+            collection.run(collector.collect_parts)
+    assert count(path) == 0
+    assert (files_of(other) if other.exists() else {}) == before
 
 
 def test_a_model_that_cannot_be_used_is_told_as_in_one_process(
@@ -333,14 +355,14 @@ def test_a_model_that_cannot_be_used_is_told_as_in_one_process(
 # --- shares ---
 
 
-def test_shares_are_disjoint_and_make_the_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shares_are_disjoint_and_make_the_whole(tmp_path: Path) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
-    monkeypatch.setattr(collect_stage, "TOKEN_PATIENCE", 0.0)  # the first share comes last
-    found = [collect(config, path, CollectParallelConfig(share=f"{i}/3")) for i in (2, 3, 1)]
-    assert [one.parts for one in found] == [4, 4, 5]
-    assert [one.forward_rows for one in found] == [one.rows for one in found]
+    waits = WaitConfig(for_tokens=0.0)  # the first share comes last
+    summaries = [
+        collect(config, path, CollectParallelConfig(share=f"{i}/3"), waits=waits) for i in (2, 3, 1)
+    ]
+    assert [summary.parts for summary in summaries] == [4, 4, 5]
+    assert [summary.forward_rows for summary in summaries] == [s.rows for s in summaries]
     collect(config, tmp_path / "whole")
     assert equal(path, tmp_path / "whole")
 
@@ -355,10 +377,8 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
     def refused(*_: object) -> None:
         assert threading.current_thread() is first
 
-    commit = Collection.commit_tokens
-    monkeypatch.setattr(
-        Collection, "commit_tokens", lambda self, one: (refused(), commit(self, one))
-    )
+    commit = fill.commit_tokens
+    monkeypatch.setattr(fill, "commit_tokens", lambda *args: (refused(), commit(*args)))
     assert collect(config, path, CollectParallelConfig(share="2/2")).parts == 6
     first.join()
     assert clean(path)
@@ -368,7 +388,7 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
 @pytest.mark.parametrize("shares", [1, 2, 3, 50])
 def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
     found = [Share(i, shares) for i in range(1, shares + 1)]
-    assert all(sum(share.has(part) for share in found) == 1 for part in range(parts))
+    assert all(sum(share.includes(part) for share in found) == 1 for part in range(parts))
 
 
 # --- what is refused ---
@@ -392,9 +412,12 @@ def test_useless_options(tmp_path: Path, options: list[str], told: str) -> None:
     assert [told in line for line in result.stderr.splitlines()] == [True]
 
 
-def test_a_scheduler_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_stage, "CONNECT", 1.0)
-    with pytest.raises(ConnectionError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"):
+def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:
+    message = r"no Dask scheduler answers at tcp://127\.0\.0\.1:9"
+    with (
+        dask.config.set({CONNECT_TIMEOUT_KEY: "1s"}),
+        pytest.raises(ConnectionError, match=message),
+    ):
         collect(
             small_config(tmp_path),
             tmp_path / "store",

@@ -14,13 +14,13 @@ from mpcache.data.packing import (
     PartTokens,
     Specials,
     document_starts,
-    following,
     iter_parts,
     position_ids,
     row_permutation,
     special_tokens,
     split_of,
 )
+from mpcache.store.token_plan import next_part
 from tests.helpers.models import tiny_tokenizer, transformers_log
 
 TOKENIZER = tiny_tokenizer()
@@ -105,7 +105,7 @@ def test_parts_are_the_same_from_any_cursor(texts, data):
     cursors = {0: Cursor(0, 0), 1: Cursor(0, 0)}
     for part in parts[:done]:
         assert cursors.pop(part.part) == part.cursor
-        cursors[following(part.part, config.validation_every)] = part.next_cursor
+        cursors[next_part(part.part, config.validation_every)] = part.next_cursor
     for got, want in zip(parts_of(texts, config, cursors=cursors), parts[done:], strict=True):
         assert same(got, want)
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mpcache.config import CollectConfig, split_of
 from mpcache.data.documents import Documents
-from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, following, iter_parts
+from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, iter_parts
+from mpcache.store.token_plan import next_part
 from tests.helpers.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -111,7 +112,7 @@ def test_parts_are_the_same_from_any_cursor(
     cursors = dict(FIRST_PARTS)
     for part in parts[:done]:
         assert cursors.pop(part.part) == part.cursor
-        cursors[following(part.part, config.validation_every)] = part.next_cursor
+        cursors[next_part(part.part, config.validation_every)] = part.next_cursor
     for got, want in zip(parts_of(texts, config, cursors), parts[done:], strict=True):
         assert plain(got) == plain(want)
 

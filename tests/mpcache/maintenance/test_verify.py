@@ -10,9 +10,9 @@ from mpcache.maintenance import verify as verify_stage
 from mpcache.maintenance.findings import REMEDIES
 from mpcache.maintenance.verify import Verdict, verify
 from mpcache.parallel.config import ParallelConfig
-from mpcache.store.format import mark_path
-from mpcache.store.sealed_json import seal, unseal
+from mpcache.store.format import mark_path, seal, unseal
 from mpcli.mpcache import app
+from tests.helpers.commands import fast_starting_workers
 from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip
 from tests.helpers.stores import small_store
 
@@ -60,14 +60,12 @@ def test_every_fault_has_been_made() -> None:
     [ParallelConfig(threads=1), ParallelConfig(threads=3), ParallelConfig(workers=2)],
     ids=str,
 )
-def test_findings_do_not_depend_on_who_looks(
-    store: Path, parallel: ParallelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mpcache.parallel.dask_cluster.START_METHOD", "forkserver")
+def test_findings_do_not_depend_on_parallelism(store: Path, parallel: ParallelConfig) -> None:
     for part in (0, 2, 3):
         flip(store / f"{ACTS}/c/{part}/0", 60)
     flip(store / "marks/1/tokens.json", 9)
-    found = verify(store, parallel)
+    with fast_starting_workers():
+        found = verify(store, parallel)
     assert [f.path for f in found.findings] == [
         *(f"{ACTS}/c/{part}/0" for part in (0, 2, 3)), "marks/1/tokens.json"
     ]  # fmt: skip

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpcache.collection.producer import Background, empty_rows, yield_to_others
+from mpcache.collection.commit_threads import PartCommitter, lower_priority
+from mpcache.collection.producer import empty_rows
 from mpcache.model.capture import Batch, Copy, capture_part, piece_batches, piece_places, scatter_
 from mpcache.model.hooks import Capture, Side, resolve
 from mpcache.model.offload import Transfer
@@ -179,9 +180,9 @@ def test_one_parts_work_is_done_at_a_time_by_several_threads() -> None:
             active -= 1
             log.append(part)
 
-    with Background(2) as background:
+    with PartCommitter(2) as committer:
         for part in range(3):
-            background.submit([partial(work, part), partial(work, part)])
+            committer.submit([partial(work, part), partial(work, part)])
     assert most == 2
     assert log == [0, 0, 1, 1, 2, 2], "a part's work waits for that of the part before"
 
@@ -196,8 +197,8 @@ def test_work_that_fails_is_told_when_the_rest_is_done() -> None:
     def fail() -> None:
         raise OSError("full")
 
-    with pytest.raises(OSError, match="full"), Background(2) as background:
-        background.submit([fail, late])
+    with pytest.raises(OSError, match="full"), PartCommitter(2) as committer:
+        committer.submit([fail, late])
     assert done == [1]
 
 
@@ -205,7 +206,7 @@ def test_a_thread_that_yields_computes_alone() -> None:
     found = []
 
     def look() -> None:
-        yield_to_others()
+        lower_priority()
         found.append(torch.get_num_threads())
 
     thread = threading.Thread(target=look)

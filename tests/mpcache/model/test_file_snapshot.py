@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpcache.collection import producer as station
-from mpcache.collection.catalog import find_store
+from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.model.file_snapshot import ModelFiles, is_intact, look
 from mpcache.model.loading import load_model, load_tokenizer, model_digest, tokenizer_digest
 from mpcache.model.model_source import ModelSource, find_source
@@ -73,9 +73,9 @@ def arrays_of(store: Path) -> dict[str, bytes]:
 def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
     """Two collections below a root, with other content at the same path and time in between."""
     config = small_config(tmp_path, model=str(two[0]), rows=400)
-    place = find_store(tmp_path / "root", config).place
+    place = find_store(tmp_path / "root", config).storage
     collect(config, place)
-    assert find_store(tmp_path / "root", config).done is not None
+    assert find_store(tmp_path / "root", config).summary is not None
     content = json.loads((two[1] / "config.json").read_text())
     (two[1] / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.25}))
     tokenizer = tiny_tokenizer()
@@ -86,8 +86,8 @@ def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
         enlarge(two[0], two[1])
     replace_with(two[0] / name, two[1] / name)
     found = find_store(tmp_path / "root", config)
-    assert found.done is None
-    assert found.place.address != place.address
+    assert found.summary is None
+    assert found.storage.address != place.address
 
 
 def enlarge(*folders: Path) -> None:
@@ -107,14 +107,14 @@ def test_a_file_replaced_while_the_model_is_loaded_is_refused(tmp_path, two, mon
         replace_with(two[0] / "model.safetensors", two[1] / "model.safetensors")
         return found
 
-    monkeypatch.setattr(station, "load_model", load)
+    monkeypatch.setattr(producer_module, "load_model", load)
     with pytest.raises(ValueError, match=r"model\.safetensors of .* changed while the model"):
         collect(config, tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
 def test_a_file_replaced_after_the_load_is_not_digested_as_the_model(tmp_path, two):
-    loaded = station.load(small_config(tmp_path, model=str(two[0])))
+    loaded = producer_module.load_for_collection(small_config(tmp_path, model=str(two[0])))
     assert loaded.files_digest() == files_digest(small_config(tmp_path, model=str(two[0])))
     replace_with(two[0] / "config.json", two[1] / "config.json", in_place=True)
     with pytest.raises(ValueError, match=r"config\.json"):

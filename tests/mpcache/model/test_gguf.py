@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModel, GgufConfig
 
-from mpcache.collection.catalog import find_store
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.config import RepairConfig
 from mpcache.data.packing import row_permutation
 from mpcache.maintenance.repair import repair
@@ -47,11 +47,11 @@ def test_rows_are_those_of_transformers(tmp_path, file, dtype):
     )  # fmt: skip
     side = Side("layers.1.mlp", "output")
     with Capture(plain, resolve(["layers.1.mlp:output"], plain)) as capture:
-        tokens = torch.from_numpy(store.tokens.read_tokens(0).astype(np.int64))
+        tokens = torch.from_numpy(store.read_tokens(0).astype(np.int64))
         wanted = captured(capture, {"input_ids": tokens})[side].float().flatten(0, 1)
     order = row_permutation(config.seed, 0, len(wanted))
     rows = torch.cat([
-        store.acts.read_chunk("layers.1.mlp", "output", 0, chunk)
+        store.read_chunk("layers.1.mlp", "output", 0, chunk)
         for chunk in range(len(wanted) // config.chunk_rows)
     ])  # fmt: skip
     assert torch.equal(rows.float(), wanted[order])
@@ -75,7 +75,7 @@ def test_the_model_is_dense_and_named_by_its_weights(tmp_path, file):
 
 def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     config = config_of(tmp_path, file)
-    place = find_store(tmp_path / "root", config).place
+    place = find_store(tmp_path / "root", config).storage
     collect(config, place)
     found = open_store(place).provenance["model"]
     assert found["model_files"] == f"sha256 {file_digest(file)}"
@@ -83,8 +83,8 @@ def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     monkeypatch.setattr("mpcache.collection.catalog.load_model", None)
     moved = file.rename(tmp_path / "moved.gguf")
     again = find_store(tmp_path / "root", dataclasses.replace(config, model=str(moved)))
-    assert again.place.address == place.address
-    assert again.done is not None
+    assert again.storage.address == place.address
+    assert again.summary is not None
 
 
 def test_repair_and_splice_take_the_file(tmp_path, file):

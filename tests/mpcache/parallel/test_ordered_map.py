@@ -1,4 +1,4 @@
-"""Whoever does the tasks: the same results in the same order, and failures reach the command."""
+"""Threads and clusters give the same results in the same order; failures reach the caller."""
 
 import functools
 import os
@@ -12,12 +12,12 @@ import pytest
 from distributed.client import Client
 
 from mpcache.errors import DamagedStoreError
-from mpcache.parallel import dask_cluster as cluster_stage
-from mpcache.parallel import ordered_map as hands_stage
 from mpcache.parallel.config import ParallelConfig
+from mpcache.parallel.dask_cluster import start_cluster
 from mpcache.parallel.ordered_map import ordered_map
+from tests.helpers.commands import fast_starting_workers
 
-# Dask's own threads complain of connections that a kill has cut
+# Dask's own threads complain about connections that a kill has cut
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -26,13 +26,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Client]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster_stage, "START_METHOD", "forkserver")
-        with (
-            cluster_stage.local_cluster(2, 1, "mpcache.parallel.ordered_map") as local,
-            Client(local, set_as_default=False) as client,
-        ):
-            yield client
+    with (
+        fast_starting_workers(),
+        start_cluster(2, 1, "mpcache.parallel.ordered_map") as local,
+        Client(local, set_as_default=False) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(params=["one thread", "threads", "cluster"])
@@ -42,20 +41,20 @@ def parallel(request: pytest.FixtureRequest, cluster: Client) -> ParallelConfig:
     return ParallelConfig(threads=1 if request.param == "one thread" else 3)
 
 
-def late_if_even(number: int) -> int:
+def square_slowly_if_even(number: int) -> int:
     time.sleep(0.02 * (number % 2 == 0))
     return number * number
 
 
-def noted(folder: Path, number: int) -> int:
+def fail_at_three(folder: Path, number: int) -> int:
     (folder / str(number)).touch()
     if number == 3:
         raise DamagedStoreError("three is damaged")
     return number
 
 
-def deadly(folder: Path, number: int) -> int:
-    """Kills the process that does the first task, the first time."""
+def kill_first_worker(folder: Path, number: int) -> int:
+    """The process of the first task kills itself, the first time."""
     if number == 0 and not (folder / "killed").exists():
         (folder / "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -63,19 +62,23 @@ def deadly(folder: Path, number: int) -> int:
 
 
 def test_results_come_in_the_order_of_the_tasks(parallel: ParallelConfig) -> None:
-    found = list(ordered_map(late_if_even, range(20), parallel, quiet=True))
-    assert found == [number * number for number in range(20)]
+    results = list(ordered_map(square_slowly_if_even, range(20), parallel, quiet=True))
+    assert results == [number * number for number in range(20)]
 
 
 def test_a_failure_is_raised_and_few_tasks_begin_after_it(
     parallel: ParallelConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(DamagedStoreError, match="three is damaged"):
-        list(ordered_map(functools.partial(noted, tmp_path), range(500), parallel, quiet=True))
+        list(
+            ordered_map(
+                functools.partial(fail_at_three, tmp_path), range(500), parallel, quiet=True
+            )
+        )
     assert len(list(tmp_path.iterdir())) < 60
 
 
-def test_no_more_tasks_than_threads_are_in_work() -> None:
+def test_at_most_as_many_tasks_as_threads_run_at_once() -> None:
     lock, now, most = threading.Lock(), 0, 0
 
     def count(_: int) -> None:
@@ -91,36 +94,38 @@ def test_no_more_tasks_than_threads_are_in_work() -> None:
     assert most == 3
 
 
-def test_tasks_are_given_out_as_results_are_taken() -> None:
-    """A store may have a million parts: neither tasks nor results of all wait in memory."""
-    given: list[int] = []
+def test_tasks_are_submitted_as_results_are_taken() -> None:
+    """A store may have a million parts: neither all tasks nor all results wait in memory."""
+    submitted: list[int] = []
 
     def tasks() -> Iterator[int]:
         for number in range(1000):
-            given.append(number)
+            submitted.append(number)
             yield number
 
-    found = ordered_map(lambda number: number, tasks(), ParallelConfig(threads=2), quiet=True)
-    next(found)
-    assert len(given) <= 2 * hands_stage._AHEAD
-    found.close()  # type: ignore[attr-defined]  # a generator
+    results = ordered_map(lambda number: number, tasks(), ParallelConfig(threads=2), quiet=True)
+    next(results)
+    assert len(submitted) <= 10
+    results.close()  # type: ignore[attr-defined]  # a generator
 
 
-def test_a_lost_workers_tasks_are_done_again(tmp_path: Path, cluster: Client) -> None:
+def test_tasks_of_a_lost_worker_run_again(tmp_path: Path, cluster: Client) -> None:
     parallel = ParallelConfig(scheduler=cluster.scheduler.address)
-    found = list(ordered_map(functools.partial(deadly, tmp_path), range(12), parallel, quiet=True))
+    results = list(
+        ordered_map(functools.partial(kill_first_worker, tmp_path), range(12), parallel, quiet=True)
+    )
     assert (tmp_path / "killed").exists()
-    assert found == list(range(12))
+    assert results == list(range(12))
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"threads": 2, "scheduler": "tcp://h:1"}, "start its workers with --nthreads"),
     ],
 )
-def test_hands_that_cannot_be(settings: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_settings(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ParallelConfig(**settings)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from obstore.store import MemoryStore
 
-from mpcache.collection.catalog import entries
+from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.errors import DamagedStoreError
@@ -29,10 +29,7 @@ from mpcache.storage import cloud
 from mpcache.storage import object_store as bucket
 from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
-from mpcache.store.format import mark_path
-from mpcache.store.layout import Layout
-from mpcache.store.mark import TokenProgress
-from mpcache.store.sealed_json import digest, seal
+from mpcache.store.format import Layout, digest, mark_path, seal
 from mpcache.store.writer import Writer, check_object_size
 from tests.helpers import servers
 from tests.helpers.stores import small_config
@@ -51,10 +48,10 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
     memory = MemoryStore()
     monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
-    for cached in (bucket._check_bucket, bucket._check_create_only, bucket._announce_wait):
+    for cached in (bucket._see_bucket, bucket._see_conditions, bucket._tell_waiting):
         cached.cache_clear()
     yield memory
-    bucket._check_create_only.cache_clear()
+    bucket._see_conditions.cache_clear()
 
 
 @pytest.fixture
@@ -70,7 +67,7 @@ def store(memory: MemoryStore) -> ObjectStorage:
     writer = Writer(place, LAYOUT, digest(IDENTITY))
     for array in ("tokens", "rows/sequence", "rows/position", ARRAY):
         writer.grow(array, 1, 3)
-    progress = TokenProgress(cursor=(0, 0), next_cursor=(1, 0), last=True)
+    progress = {"cursor": [0, 0], "next_cursor": [1, 0], "last": True}
     writer.commit_tokens(0, np.zeros((2, 4), np.uint8), None, progress)
     writer.commit_rows(0, np.arange(8))
     writer.commit_acts(0, ARRAY, torch.randn(8, 3))
@@ -187,7 +184,7 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
     place = ObjectStorage("gs://in-memory/store")
     with monkeypatch.context() as patch:
         patch.setattr(obstore, "put", careless)
-        with pytest.raises(ValueError, match="ignores If-None-Match"):
+        with pytest.raises(ValueError, match="must keep to If-None-Match"):
             place.create("a", b"1")
         assert list(place.object_names()) == []
     assert place.create("a", b"1")
@@ -238,7 +235,7 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server(silent: str) -> None:
 def test_a_root_may_hold_what_no_url_leads_to(store: ObjectStorage, memory: MemoryStore) -> None:
     for key in ("no\u200bte/x", "a:b/store.json", "who?"):
         obstore.put(memory, key, b"x")
-    assert [entry.store for entry in entries("gs://in-memory")] == ["store"]
+    assert [entry.store for entry in list_stores("gs://in-memory")] == ["store"]
 
 
 def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
@@ -250,7 +247,7 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
     told = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
     with pytest.raises(ValueError, match=told):
         check_object_size(store, large, [64, 1193])
-    monkeypatch.setattr(ObjectStorage, "max_object_bytes", 8 * 3 * 4 - 1)
+    monkeypatch.setattr(ObjectStorage, "largest", 8 * 3 * 4 - 1)
     target = "gs://in-memory/other"
     for write in (
         lambda: copy(store, target),

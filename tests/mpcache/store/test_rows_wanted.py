@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.collection.catalog import entries, find_store
+from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
+from mpcache.collection.find_store import find_store
 from mpcache.maintenance.stats import info
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.store.reader import open_store
@@ -37,7 +38,7 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
         for _ in range(2):  # again with everything there
             told = CliRunner().invoke(app, given)
             assert told.exit_code == 0, told.output
-            (entry,) = entries(folder / "root")
+            (entry,) = list_stores(folder / "root")
             expected = f"warning: {entry.rows:,} rows of {wanted:,} wanted: the dataset ended"
             assert expected in told.stderr
             assert 0 < entry.rows < 380
@@ -79,12 +80,12 @@ def test_nothing_is_said_where_all_is_there(folder: Path) -> None:
     config = small_config(folder, rows=500)  # rounded up to three parts
     summary = collect(config, folder / "root/store")
     assert (summary.rows, summary.rows_wanted, summary.exhausted) == (576, 500, False)
-    (entry,) = entries(folder / "root")
+    (entry,) = list_stores(folder / "root")
     assert (entry.rows, entry.rows_wanted, entry.complete) == (576, 500, 1.0)
     assert not entry.exhausted
     extent = extent_of(open_store(folder / "root/store"))
     assert extent.is_planned
-    done = find_store(folder / "root", config).done
+    done = find_store(folder / "root", config).summary
     assert done is not None
     assert (done.rows, done.rows_wanted, done.shortfall) == (576, 500, None)
 
@@ -95,7 +96,7 @@ def test_parts_of_whole_documents_are_no_end_of_the_dataset(folder: Path) -> Non
     summary = collect(config, folder / "root/store")
     shortfall = f"{summary.rows:,} rows of 384 wanted: parts end where documents do"
     assert (summary.shortfall, summary.exhausted) == (shortfall, False)
-    (entry,) = entries(folder / "root")
+    (entry,) = list_stores(folder / "root")
     assert (entry.shortfall, info(folder / "root/store")["shortfall"]) == (shortfall, shortfall)
     assert entry.complete == pytest.approx(entry.rows / 384)
     assert entry.rows < 384

@@ -37,12 +37,10 @@ class FakeStore(Store):
     dtype: str = "float32"
     before_read: object = staticmethod(lambda part, chunk: None)
     reads: list[tuple[int, int]] = field(default_factory=list)
-    storage: LocalStorage = field(default_factory=lambda: LocalStorage(Path("fake")))
-    read_sequences = read_token_ids = read_norms = None
+    place: LocalStorage = field(default_factory=lambda: LocalStorage(Path("fake")))
 
     def __post_init__(self):
         self.layout = SimpleNamespace(dtype=self.dtype)
-        self.acts = self.tokens = self
 
     @property
     def chunk_rows(self):

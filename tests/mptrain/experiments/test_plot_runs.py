@@ -10,7 +10,7 @@ import pytest
 
 from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
-from mptrain.experiments.plot_runs import draw, looks, plot_runs, read_curves
+from mptrain.experiments.plot_runs import line_styles, plot_runs, read_curves, runs_figure
 from mptrain.runs import fit as fit_stage
 from mptrain.runs.metrics import MetricsFile, Record
 from tests.helpers.stores import small_store
@@ -61,7 +61,7 @@ def record(name, step, fvu, seconds=1.0):
 
 def drawn(folder, coders, **options):
     """The axes of a run's figure."""
-    return draw(read_curves(make_run(folder / "run", coders, **options)), None).axes
+    return runs_figure(read_curves(make_run(folder / "run", coders, **options)), None).axes
 
 
 def test_four_files_with_the_same_content_each_time(tmp_path):
@@ -139,13 +139,13 @@ def test_seeds_are_thin_lines_of_one_look(tmp_path):
 
 def test_the_legend_names_what_else_differs(tmp_path):
     coders = [coder(arch=arch, expansion=x) for arch in ("mp", "topk") for x in (2, 4)]
-    found = looks(read_curves(make_run(tmp_path / "run", coders)))
-    assert {look.label for look in found.values()} == {
+    styles = line_styles(read_curves(make_run(tmp_path / "run", coders)))
+    assert {style.label for style in styles.values()} == {
         f"{arch}, expansion {x}"
         for arch in ("matching pursuit (MP)", "plain (TopK)")
         for x in (2, 4)
     }
-    assert len({(look.color, look.style) for look in found.values()}) == 4
+    assert len({(style.color, style.dash) for style in styles.values()}) == 4
 
 
 def test_several_runs_share_a_figure(tmp_path):
@@ -156,7 +156,7 @@ def test_several_runs_share_a_figure(tmp_path):
 
 def test_a_diverged_coder_is_drawn_until_then_and_told_in_the_table(tmp_path):
     run = make_run(tmp_path / "run", [coder()], fvus=(0.9, 0.5, math.nan))
-    (ax,) = draw(read_curves(run), None).axes
+    (ax,) = runs_figure(read_curves(run), None).axes
     assert len(ax.lines[0].get_xydata()) == 2
     *_, json_path = plot_runs([run], tmp_path / "figure")
     assert json.loads(json_path.read_text())[-1]["validation_fvu"] == "nan"
@@ -169,7 +169,7 @@ def test_a_coder_that_never_was_finite_leaves_its_panel_empty(tmp_path):
         make_run(tmp_path / "c", [coder(k=2)], fvus=(0.31, 0.34)),
     ]
     plot_runs(runs, tmp_path / "figure")
-    figure = draw([curve for run in runs for curve in read_curves(run)], None)
+    figure = runs_figure([curve for run in runs for curve in read_curves(run)], None)
     assert [len(ax.lines[0].get_xydata()) for ax in figure.axes] == [2, 2, 0]
     assert len(figure.axes[0].get_yticks()) > 2  # a narrow range is labelled too
 
@@ -207,7 +207,7 @@ def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path, monkey
         assert (mp.diverged, topk.diverged) == (True, False)
         assert mp.records[-1].step == 6
         assert all(math.isfinite(r.validation_fvu) for r in mp.records[:-1])
-        assert len(mp.finite()) == (2 if eval_every == 2 else 0)
+        assert len(mp.finite_points()) == (2 if eval_every == 2 else 0)
         *_, table = plot_runs([run], tmp_path / "figure")
         spoken = [
             row["arch"] for row in json.loads(table.read_text()) if row["validation_fvu"] == "nan"

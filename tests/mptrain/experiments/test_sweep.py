@@ -38,7 +38,7 @@ def run(folder: Path, *changes: str, only=(), collecting=None):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pictures take longer than the training; for tests of something else."""
-    monkeypatch.setattr(sweep_stage, "draw_figure", lambda *_: [])
+    monkeypatch.setattr(sweep_stage, "save_sweep_figure", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
