@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import inspect
 import json
 
 import pytest
@@ -20,7 +21,7 @@ def test_a_store_records_the_same_bytes_as_before() -> None:
 
 
 def test_every_setting_of_a_collection_has_a_group() -> None:
-    own = CollectConfig.__dict__.get("__annotations__", {})
+    own = inspect.get_annotations(CollectConfig)
     assert not own, "define the setting in one of the groups"
     assert all("group" in vars(base) for base in CollectConfig.__bases__)
 
