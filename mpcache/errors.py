@@ -15,3 +15,8 @@ class UsageError(MpcacheError, ValueError):
 
 class DamagedStoreError(MpcacheError, OSError):
     """A store does not hold what was committed. The message names the object."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from mpcache.collection.jobs import Job
 from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.collection.progress import Progress
 from mpcache.config import CollectConfig
-from mpcache.data.documents import open_documents
+from mpcache.data.dataset import open_documents
 from mpcache.model.capture import part_input
 from mpcache.model.hooks import Side
 from mpcache.model.skeleton import load_vocabulary

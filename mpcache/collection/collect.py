@@ -18,10 +18,11 @@ from mpcache.collection.producer import ActivationProducer, ModelFacts, load_for
 from mpcache.collection.progress import Progress
 from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
-from mpcache.data.documents import Documents, open_documents
-from mpcache.data.packing import special_tokens
-from mpcache.data.token_file import Tokenizer
-from mpcache.data.tokenization import template_of
+from mpcache.data.dataset import open_documents
+from mpcache.data.documents import Documents
+from mpcache.data.special_tokens import special_tokens_of
+from mpcache.data.tokenization import find_chat_template
+from mpcache.data.vocabulary import Tokenizer
 from mpcache.errors import UsageError
 from mpcache.model.capture import part_input
 from mpcache.model.file_snapshot import ModelFiles
@@ -96,8 +97,8 @@ def _open_checked_documents(config: CollectConfig, tokenizer: Tokenizer) -> Docu
     Mistakes in the dataset, the chat template or the special tokens are then reported at once.
     """
     documents = open_documents(config, load_vocabulary(config, tokenizer))
-    template_of(documents, tokenizer, config)
-    special_tokens(tokenizer, config)
+    find_chat_template(documents, tokenizer, config)
+    special_tokens_of(tokenizer, config)
     return documents
 
 

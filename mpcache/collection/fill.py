@@ -23,8 +23,8 @@ from mpcache.collection.token_stage import commit_tokens, missing_cursors, missi
 from mpcache.config import CollectConfig
 from mpcache.data.documents import Documents
 from mpcache.data.packing import FIRST_PARTS
-from mpcache.data.token_file import Tokenizer, largest_id
-from mpcache.data.tokenization import has_flags, template_digests, template_of
+from mpcache.data.tokenization import chat_template_identity, find_chat_template, has_flags
+from mpcache.data.vocabulary import Tokenizer, largest_token_id
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.fingerprint import create_or_check_store, identify, layout_of
@@ -71,9 +71,11 @@ class Collection:
         self.plan = CollectionPlan(
             facts.sides, self.layout.parts_for(config.rows), parallel.part_share
         )
-        self.template = template_of(documents, tokenizer, config)
+        self.template = find_chat_template(documents, tokenizer, config)
         digests = {**facts.digests, "dataset_digest": documents.digest}
-        self.identity = identify(config, digests | template_digests(self.template), facts.attention)
+        self.identity = identify(
+            config, digests | chat_template_identity(self.template), facts.attention
+        )
         self.writer = Writer(self.storage, self.layout, digest(self.identity))
 
     def run(self, collect_parts: CollectParts) -> CollectSummary:
@@ -131,7 +133,7 @@ class Collection:
             "tokenizer": {"special_ids": sorted(set(self.tokenizer.all_special_ids))},
         }
         if self.documents.kind != "tokens":  # a dataset of token ids may use all that the model has
-            provenance["tokenizer"]["largest_id"] = largest_id(self.tokenizer)
+            provenance["tokenizer"]["largest_id"] = largest_token_id(self.tokenizer)
         if self.template is not None:
             provenance["chat_template"] = self.template
         create_or_check_store(self.storage, self.config, self.identity, self.layout, provenance)

@@ -11,9 +11,9 @@ from mpcache.collection.catalog import check_root, open_stores
 from mpcache.collection.plan import CollectionPlan
 from mpcache.collection.summary import CollectSummary, summarize
 from mpcache.config import CollectConfig
+from mpcache.data.dataset import open_documents
 from mpcache.data.dataset_files import LOCAL_SUFFIXES
-from mpcache.data.documents import open_documents
-from mpcache.data.tokenization import template_digests, template_of
+from mpcache.data.tokenization import chat_template_identity, find_chat_template
 from mpcache.errors import UsageError
 from mpcache.model.hooks import resolve
 from mpcache.model.loading import (
@@ -80,7 +80,7 @@ def _identity(stores: Sequence[Store], config: CollectConfig) -> dict[str, Any]:
     documents = open_documents(config, load_vocabulary(config, tokenizer))
     digests = {
         "dataset_digest": documents.digest,
-        **template_digests(template_of(documents, tokenizer, config)),
+        **chat_template_identity(find_chat_template(documents, tokenizer, config)),
     }
     if (own_digest := tokenizer_digest(tokenizer)) is not None:
         digests["tokenizer_digest"] = own_digest

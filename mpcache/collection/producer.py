@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
-from mpcache.data.packing import row_permutation, special_tokens
-from mpcache.data.token_file import Tokenizer, token_dtype
+from mpcache.data.permutation import row_permutation
+from mpcache.data.special_tokens import special_tokens_of
+from mpcache.data.vocabulary import Tokenizer, token_dtype
 from mpcache.model.capture import PartInput, Reading, capture_part
 from mpcache.model.compile import Compiled
 from mpcache.model.document_separation import find_separation
@@ -93,7 +94,7 @@ class ActivationProducer:
         self.widths = widths(self.model, self.sides)
         self.reading = Reading(
             self.model,
-            special_tokens(loaded.tokenizer, config),
+            special_tokens_of(loaded.tokenizer, config),
             find_separation(self.model, config, self.sides),
             config.batch_sequences,
         )

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from mpcache.config import CollectConfig, split_of
 from mpcache.data.documents import Documents
-from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, iter_parts, row_permutation
-from mpcache.data.token_file import Tokenizer
+from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, iter_parts
+from mpcache.data.permutation import row_permutation
+from mpcache.data.vocabulary import Tokenizer
 from mpcache.store.format import TOKENS
 from mpcache.store.reader import Store
 from mpcache.store.writer import Writer

@@ -1,4 +1,4 @@
-"""A chat as a dataset holds it: messages with a role and a content."""
+"""Chats as datasets hold them: lists of messages with a role and a content."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any
 
 from mpcache.errors import UsageError
 
-# ShareGPT's names of the roles; a name that is not listed stays as it is
+# roles as ShareGPT names them; other names stay
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
 
@@ -15,13 +15,13 @@ class Conversation:
     """The messages of one chat, in order. An empty or null row has no message."""
 
     messages: tuple[Mapping[str, Any], ...]
-    "each has `role` and `content`; other fields are those of the dataset that are not null"
+    "each has `role` and `content`, and the other fields of the dataset that are not null"
     where: str = field(default="a conversation", compare=False)
-    "names the row, for messages"
+    "position of the row, for errors"
 
 
 def conversation_of(messages: Any, where: object) -> Conversation:
-    """The conversation of a row's value. Raises UsageError, which begins with `where`."""
+    """The conversation of a row's value. Raises UsageError, which names the row by `where`."""
     if messages is None:
         return Conversation(())
     if not isinstance(messages, list):
@@ -41,22 +41,22 @@ def _message(message: Any, where: str) -> Mapping[str, Any]:
     role, content = ("from", "value") if "from" in message else ("role", "content")
     if not isinstance(message.get(role), str) or not message[role]:
         raise UsageError(f"{where} must have a text as its {role}, got {message.get(role)!r:.40}")
-    # a table fills fields that a message lacks with null: both forms of a dataset must agree
+    # tables fill missing fields with null: a dataset must mean the same as JSON and as a table
     others = {k: v for k, v in message.items() if k not in (role, content) and v is not None}
     name = message[role]
-    text = _text(message.get(content), content, where, may_lack="tool_calls" in others)
+    text = _text(message.get(content), content, where, is_optional="tool_calls" in others)
     return {"role": _ROLES.get(name, name), "content": text, **others}
 
 
-def _text(content: Any, field: str, where: str, *, may_lack: bool) -> str:
+def _text(content: Any, field: str, where: str, *, is_optional: bool) -> str:
     if isinstance(content, str):
         return content
-    if content is None and may_lack:
+    if content is None and is_optional:
         return ""  # an assistant that only calls tools
     if isinstance(content, list) and all(_is_text(part) for part in content):
         return "".join(part["text"] for part in content)
     raise UsageError(
-        f"{where} must have a text as its {field}, got {_named(content)}; "
+        f"{where} must have a text as its {field}, got {_type_name(content)}; "
         "leave the message out, or give it a text"
     )
 
@@ -69,7 +69,7 @@ def _is_text(part: Any) -> bool:
     )
 
 
-def _named(content: Any) -> str:
+def _type_name(content: Any) -> str:
     if isinstance(content, list):
         kinds = [p.get("type") if isinstance(p, dict) else type(p).__name__ for p in content]
         return f"parts of type {', '.join(dict.fromkeys(map(str, kinds)))}"

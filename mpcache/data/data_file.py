@@ -1,7 +1,7 @@
 """One file of a dataset: opened once, then digested and read through the same descriptor.
 
-A file that is put in its place later is never read. A file that is changed in place is noticed: its
-content is compared with the digest when its size or times are other ones than when it was digested.
+A file that replaces it later is never read. A change in place raises an error: when the size or the
+times differ from those at the digest, the content is digested again and compared.
 """
 
 import contextlib
@@ -20,27 +20,26 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from mpcache.errors import UsageError
-from mpcache.hub import first_line
+from mpcache.errors import UsageError, first_line
 
 COMPRESSIONS = (".gz", ".zst")
 _COPY_BYTES = 1 << 20
 _HEAD_BYTES = 512
 _LFS = b"version https://git-lfs.github.com/spec/"
 _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
-# a change within this time of the digest can leave the same time stamps: clocks of files are coarse
+# a change so soon after the digest can leave the time stamps equal: clocks of files are coarse
 _COARSE_NS = 2_000_000_000
 
 
 class DataFile:
-    """A regular file with data. Raises UsageError where it cannot be one, with its name."""
+    """An open regular file and its sha256. Raises UsageError, which names the file."""
 
     descriptor = -1
 
     def __init__(self, path: Path, name: str, *, may_be_empty: bool = False) -> None:
         self.path, self.name = path, name
         self.compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
-        self.descriptor = _opened(path, name)
+        self.descriptor = _open_regular(path, name)
         try:
             size = self._stamp()[0]
             if not size and not may_be_empty:
@@ -48,14 +47,14 @@ class DataFile:
                     f"dataset must hold a document, got the empty file {name}; "
                     "remove it, or get it again"
                 )
-            _refuse_pointer(os.pread(self.descriptor, _HEAD_BYTES, 0), name)
+            _check_no_pointer(os.pread(self.descriptor, _HEAD_BYTES, 0), name)
             self.digest = self._digest()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Close the descriptor; once is enough, more do no harm."""
+        """Close the descriptor. Closing twice is harmless."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
@@ -81,14 +80,14 @@ class DataFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def check_unchanged(self, *, thorough: bool = True) -> None:
-        """Raise UsageError if the content is another one than when it was digested.
+        """Raise UsageError if the content differs from what was digested.
 
-        `thorough` also looks for a change so soon after the digest that no time stamp tells.
+        `thorough` also finds a change too soon after the digest to show in the time stamps.
         """
-        soon = self.digested_ns - max(self.stamp[1:]) < _COARSE_NS
-        if self._stamp() == self.stamp and not (thorough and soon):
+        may_hide_change = self.digested_ns - max(self.stamp[1:]) < _COARSE_NS
+        if self._stamp() == self.stamp and not (thorough and may_hide_change):
             return
-        before = self.digest  # other times alone are no harm: the file may have got another name
+        before = self.digest  # changed times alone are harmless: the file may have been renamed
         if self._digest() != before:
             raise UsageError(
                 f"{self.name} was changed while it was read; wait until nothing writes to it, "
@@ -99,7 +98,7 @@ class DataFile:
 
     def raw(self) -> io.BufferedReader:
         """The bytes of the file from its start."""
-        return io.BufferedReader(_Reader(self.descriptor), _COPY_BYTES)
+        return io.BufferedReader(_DescriptorStream(self.descriptor), _COPY_BYTES)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[io.BufferedIOBase]:
@@ -110,13 +109,13 @@ class DataFile:
                     yield io.BufferedReader(unzipped, _COPY_BYTES)
             elif self.compression == ".zst":
                 with pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as unzipped:
-                    yield io.BufferedReader(_Native(unzipped), _COPY_BYTES)
+                    yield io.BufferedReader(_ArrowStream(unzipped), _COPY_BYTES)
             else:
                 yield raw
 
     @contextlib.contextmanager
     def seekable(self) -> Iterator[io.BufferedIOBase]:
-        """The content for reading in any order: of a compressed file, in a temporary file."""
+        """The decompressed content as a seekable stream; a compressed file is copied first."""
         if not self.compression:
             with self.raw() as raw:
                 yield raw
@@ -130,20 +129,20 @@ class DataFile:
 
     @contextlib.contextmanager
     def explained(self, kind: str) -> Iterator[None]:
-        """Errors of a library that reads the file, in one line with the file's name."""
+        """Turn errors of a library that reads the file into a UsageError of one line."""
         try:
             yield
         except (pa.ArrowException, EOFError, zlib.error, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk, not the content
+                raise  # a fault of the disk, not of the content
             raise UsageError(
                 f"{self.name} cannot be read as {kind}: {first_line(error)}; "
                 "it may be cut short or damaged: write it again, or download it again"
             ) from error
 
 
-class _Reader(io.RawIOBase):
-    """A reader with its own position, so that many can share a descriptor."""
+class _DescriptorStream(io.RawIOBase):
+    """A stream with its own position, so that several can share a descriptor."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.position = descriptor, 0
@@ -168,8 +167,8 @@ class _Reader(io.RawIOBase):
         return count
 
 
-class _Native(io.RawIOBase):
-    """A stream of pyarrow's as a raw stream of Python's."""
+class _ArrowStream(io.RawIOBase):
+    """A stream of pyarrow as a raw stream of Python."""
 
     def __init__(self, stream: pa.NativeFile) -> None:
         self.stream = stream
@@ -184,25 +183,25 @@ class _Native(io.RawIOBase):
 
 
 def temporary_file() -> io.BufferedRandom:
-    """A file without a name, which is gone when it is closed, whatever happens."""
+    """A file without a name, which disappears when it is closed or the process ends."""
     return cast(io.BufferedRandom, tempfile.TemporaryFile(prefix="mpcache-", buffering=_COPY_BYTES))
 
 
-def _opened(path: Path, name: str) -> int:
+def _open_regular(path: Path, name: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | os.O_NONBLOCK)
     except FileNotFoundError as error:
         if path.is_symlink():
             raise UsageError(
                 f"{name} is a link to {os.readlink(path)}, which does not exist; "
-                "mend the link, or download the file again"
+                "repair the link, or download the file again"
             ) from error
         raise UsageError(f"dataset must exist, got {name}; check the path") from error
     except PermissionError as error:
         raise UsageError(f"{name} is not readable: {error.strerror}; change its mode") from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UsageError(f"{name} is a link to itself; mend the link") from error
+            raise UsageError(f"{name} is a link to itself; repair the link") from error
         if error.errno == errno.ENAMETOOLONG:
             raise UsageError(f"{name} is longer than a path may be; check the path") from error
         raise
@@ -212,26 +211,26 @@ def _opened(path: Path, name: str) -> int:
     return descriptor
 
 
-def _refuse_pointer(head: bytes, name: str) -> None:
-    if is_pointer(head):
+def _check_no_pointer(head: bytes, name: str) -> None:
+    if is_lfs_pointer(head):
         raise UsageError(
             f"{name} is a Git LFS pointer, not the data; run git lfs pull where it was cloned"
         )
 
 
-def is_pointer(head: bytes) -> bool:
-    """Whether a file's first bytes are those that Git LFS leaves in place of a file."""
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether the first bytes of a file are a Git LFS pointer, which stands for the real file."""
     return head.startswith(_LFS)
 
 
-def is_page(head: bytes) -> bool:
-    """Whether a content's first bytes are those of a page, such as HTML."""
+def is_markup(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of an HTML or XML page."""
     return head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(_PAGES)
 
 
 def is_web_page(file: DataFile) -> bool:
-    """Whether the content begins as an HTML page does: such as the answer of a wrong URL."""
+    """Whether the content is an HTML page, such as the answer to a wrong URL."""
     unreadable = contextlib.suppress(OSError, EOFError, zlib.error, pa.ArrowException)
     with unreadable, file.stream() as stream:
-        return is_page(stream.read(_HEAD_BYTES))
+        return is_markup(stream.read(_HEAD_BYTES))
     return False

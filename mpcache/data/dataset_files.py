@@ -1,7 +1,7 @@
-"""DATASET -> the files that hold it, in their order: a file, a folder, a glob, or several of these.
+"""DATASET -> the paths of its files, in order: a file, a folder, a glob, or a list of these.
 
-Files of a folder or a glob are sorted by name, numbers in names by value. Files that are no data,
-such as a README, are left out. Whatever could be meant in two ways is refused.
+Files of a folder or a glob are sorted by name, and numbers in names by value. Files without data,
+such as a README, are left out. An ambiguous name is an error.
 """
 
 import glob
@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from mpcache.config import CollectConfig
 from mpcache.data.data_file import COMPRESSIONS
-from mpcache.data.files_of_split import complete, files_of_split
+from mpcache.data.files_of_split import check_shards_complete, files_of_split
 from mpcache.errors import UsageError
-from mpcache.hub import names_a_place
+from mpcache.hub import looks_like_path
 from mpcache.natural_sort import natural_key
 from mpcache.validation import user_path
 
@@ -33,15 +33,15 @@ KINDS: dict[str, FileKind] = {
     ".bin": "bin",
 }
 LOCAL_SUFFIXES = (*KINDS, *COMPRESSIONS)
-_TAKEN = ".jsonl, .json, .csv, .parquet, .arrow, .txt or .bin, also with .gz or .zst"
+_FORMATS = ".jsonl, .json, .csv, .parquet, .arrow, .txt or .bin, also with .gz or .zst"
 
-# beside data in a download or in what other programs write: never data
+# files beside the data in downloads and in what other programs write
 _OTHER_NAMES = {
     "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json",
     "croissant.json", "requirements.txt",
 }  # fmt: skip
 _OTHER_STEMS = ("readme", "license", "licence", "notice", "changelog", "citation")
-# data that is not read: to leave it out without a word would be to read half a dataset
+# data in formats that are not read: leaving these out silently would read half a dataset
 _UNREADABLE = {
     ".7z", ".avro", ".bz2", ".crdownload", ".feather", ".h5", ".hdf5", ".idx", ".incomplete",
     ".lz4", ".msgpack", ".npy", ".npz", ".orc", ".part", ".rar", ".sz", ".tar", ".tgz", ".tmp",
@@ -51,35 +51,35 @@ _GLOB = set("*?[")
 
 
 @dataclass(frozen=True)
-class Shards:
+class DatasetFiles:
     """The files of a dataset, in order."""
 
     label: str
-    "names the dataset without the folder that it lies in"
+    "name of the dataset without its parent folder"
     kind: FileKind
-    files: tuple[Path, ...]
+    paths: tuple[Path, ...]
     names: tuple[str, ...]
-    "of the files, for messages"
+    "names of the files for messages"
     form: Literal["file", "several", "text folder", "arrow folder"]
 
 
-def find_shards(config: CollectConfig) -> Shards | None:
-    """The files that DATASET names; None where it is no path, so a name on the Hub."""
+def find_dataset_files(config: CollectConfig) -> DatasetFiles | None:
+    """The files that DATASET names; None for a dataset id of the Hub."""
     dataset = config.dataset
     path = user_path(dataset)
     if os.path.isdir(path):  # a list can be longer than a path may be: Path's own would raise
         return _of_folder(path, config)
     if os.path.lexists(path):
-        return Shards(path.name, _kind(path), (path,), (path.name,), "file")
+        return DatasetFiles(path.name, _kind(path), (path,), (path.name,), "file")
     if "," in dataset or _GLOB & set(dataset):
         return _of_several(dataset, config)
-    if path.name.lower().endswith(LOCAL_SUFFIXES) or names_a_place(dataset):
+    if path.name.lower().endswith(LOCAL_SUFFIXES) or looks_like_path(dataset):
         raise UsageError(f"dataset must exist, got {dataset}; check the path")
     return None
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that tells the kind, without that of the compression."""
+    """The suffix that tells the kind of a file: that before .gz or .zst."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -89,7 +89,7 @@ def suffix_of(path: Path) -> str:
 def _kind(path: Path) -> FileKind:
     if (suffix := suffix_of(path)) not in KINDS:
         raise UsageError(
-            f"a local dataset is a folder or a file {_TAKEN}, got {path.name}; convert it"
+            f"a local dataset is a folder or a file {_FORMATS}, got {path.name}; convert it"
         )
     return KINDS[suffix]
 
@@ -97,46 +97,46 @@ def _kind(path: Path) -> FileKind:
 # --- several files ---
 
 
-def _of_folder(path: Path, config: CollectConfig) -> Shards:
+def _of_folder(path: Path, config: CollectConfig) -> DatasetFiles:
     folder = _split_folder(path, config.split)
     label = folder.name or path.resolve().name
     if (folder / "state.json").exists():
         files = arrow_files(folder)
         names = tuple(f"{label}/{file.name}" for file in files)
-        return Shards(label, "arrow", files, names, "arrow folder")
+        return DatasetFiles(label, "arrow", files, names, "arrow folder")
     files = _data_files(folder)
     if {KINDS[suffix_of(file)] for file in files} == {"text"} and not _compressed(files):
         files = _text_files(folder, files)
         names = tuple(file.relative_to(folder).as_posix() for file in files)
-        return Shards(label, "text", files, names, "text folder")
+        return DatasetFiles(label, "text", files, names, "text folder")
     if not files:
         raise UsageError(
-            f"dataset must hold a document, got none in {label}; a folder holds files {_TAKEN}, "
+            f"dataset must hold a document, got none in {label}; a folder holds files {_FORMATS}, "
             "or is made by save_to_disk"
         )
     kind = _common_kind(files, label)
     files = files_of_split(files, folder, config.split)
-    complete(files, folder)
+    check_shards_complete(files, folder)
     names = tuple(f"{label}/{file.relative_to(folder).as_posix()}" for file in files)
-    return Shards(label, kind, files, names, "several")
+    return DatasetFiles(label, kind, files, names, "several")
 
 
-def _of_several(dataset: str, config: CollectConfig) -> Shards:
+def _of_several(dataset: str, config: CollectConfig) -> DatasetFiles:
     """A glob, or files, folders and globs with commas between them."""
     files: list[Path] = []
     for item in filter(None, map(str.strip, dataset.split(","))):
         files += _of_item(item, config)
-    if twice := [file for file, count in Counter(files).items() if count > 1]:
-        raise UsageError(f"dataset must name each file once, got {twice[0]} twice")
+    if repeated := [file for file, count in Counter(files).items() if count > 1]:
+        raise UsageError(f"dataset must name each file once, got {repeated[0]} twice")
     label = ",".join(Path(item.strip()).name for item in dataset.split(",") if item.strip())
     names = tuple(map(str, files))
-    return Shards(label, _common_kind(files, label), tuple(files), names, "several")
+    return DatasetFiles(label, _common_kind(files, label), tuple(files), names, "several")
 
 
 def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
     path = user_path(item)
     if os.path.isdir(path):
-        return _of_folder(path, config).files
+        return _of_folder(path, config).paths
     if os.path.lexists(path):
         _kind(path)
         return [path]
@@ -145,12 +145,12 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural_key)
     files = [file for file in matches if not file.is_dir() and is_data(file)]
     if not files:
-        raise UsageError(f"dataset must name a file, got {item}, which matches none {_TAKEN}")
+        raise UsageError(f"dataset must name a file, got {item}, which matches no file {_FORMATS}")
     return files
 
 
 def _data_files(folder: Path) -> tuple[Path, ...]:
-    """All files with data below a folder, links to files and folders included."""
+    """All files with data below a folder, through links to files and folders as well."""
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -162,29 +162,31 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
-    """Files of texts by name as it is, and hidden files too: as before numbers counted.
+    """All texts of a folder in plain alphabetical order, hidden files included.
 
-    Stores were made from those alone; `data` has more where a name is `.TXT`, or a folder a link.
+    Older stores were made from exactly these files in this order, so it must not change. Files in
+    `data` alone, such as `.TXT` files and files behind a link to a folder, are added.
     """
-    files = [file for file in folder.rglob("*.txt") if not file.is_dir()]
-    real = set(map(os.path.realpath, files))
-    return tuple(sorted([*files, *(file for file in data if os.path.realpath(file) not in real)]))
+    texts = [file for file in folder.rglob("*.txt") if not file.is_dir()]
+    known = set(map(os.path.realpath, texts))
+    others = [file for file in data if os.path.realpath(file) not in known]
+    return tuple(sorted([*texts, *others]))
 
 
 def _refuse_folder(error: OSError) -> None:
-    """A folder that cannot be read would be left out without a word."""
+    """Raise UsageError for an unreadable folder, which `os.walk` would silently skip."""
     name = Path(error.filename).name
     raise UsageError(f"{name} is not readable: {error.strerror}; change its mode") from error
 
 
 def is_data(file: Path) -> bool:
-    """Whether a file is one to read. Raises UsageError for data that cannot be read."""
+    """Whether to read a file. Raises UsageError for data in a format that is not read."""
     name, suffix = file.name.lower(), suffix_of(file)
     if name[0] == "." or name in _OTHER_NAMES or name.split(".")[0] in _OTHER_STEMS:
         return False
     if file.suffix.lower() in _UNREADABLE or suffix in _UNREADABLE:
         raise UsageError(
-            f"{file.name} lies among the data and cannot be read: a local dataset is {_TAKEN}; "
+            f"{file.name} is in the dataset's folder but is not {_FORMATS}; "
             "convert it, or name the files to read, with a glob or with commas"
         )
     return suffix in KINDS
@@ -227,7 +229,7 @@ def _split_folder(path: Path, split: str) -> Path:
 
 
 def arrow_files(path: Path) -> tuple[Path, ...]:
-    """The files of an arrow folder's table; not the caches that `datasets` leaves beside them."""
+    """The files of a table that `save_to_disk` wrote, without the caches that `datasets` adds."""
     files = _json_of(path / "state.json", "_data_files")
     try:
         return tuple(path / file["filename"] for file in files)

@@ -1,4 +1,4 @@
-"""Values of a dataset's rows -> records of bytes, and back to documents.
+"""Row values -> byte records, and byte records -> documents.
 
 A text is UTF-8; token ids are little-endian uint32; a chat is the JSON of its messages.
 """
@@ -14,18 +14,21 @@ import pyarrow.compute as pc
 
 from mpcache.data.conversation import Conversation, conversation_of
 from mpcache.data.text_column import MASK, NO_MASK
-from mpcache.data.token_file import Tokens, Vocabulary
+from mpcache.data.vocabulary import Tokens, Vocabulary
 from mpcache.errors import UsageError
 
 Kind = Literal["text", "tokens", "conversations"]
 Document = str | Tokens | Conversation
 
 RECORD_IDS = np.dtype("<u4")
-_NAMES = {"text": "text", "tokens": "token ids", "conversations": "chat messages"}
+_KIND_NAMES = {"text": "text", "tokens": "token ids", "conversations": "chat messages"}
 
 
-def kind_of(value: Any) -> Kind | None:
-    """The kind of a row's value; None where it is null or an empty list. Raises TypeError."""
+def kind_of_value(value: Any) -> Kind | None:
+    """The kind of a row's value; None for a null or an empty list.
+
+    Raises TypeError, which names the type, for a value that is no document.
+    """
     if value is None or (isinstance(value, list) and not value):
         return None
     if isinstance(value, str):
@@ -34,11 +37,15 @@ def kind_of(value: Any) -> Kind | None:
         return "tokens"
     if isinstance(value, list) and isinstance(value[0], dict):
         return "conversations"
-    raise TypeError(f"a list of {_type(value[0])}" if isinstance(value, list) else _type(value))
+    name = f"a list of {_type_name(value[0])}" if isinstance(value, list) else _type_name(value)
+    raise TypeError(name)
 
 
 def kind_of_type(kind: pa.DataType) -> Kind | None:
-    """The kind of an arrow column; None for one of nulls. Raises TypeError."""
+    """The kind of an arrow column; None for a column of nulls.
+
+    Raises TypeError, which names the type, for a column that holds no documents.
+    """
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_null(kind):
@@ -56,14 +63,14 @@ def kind_of_type(kind: pa.DataType) -> Kind | None:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether a column holds a list in each row, of fixed or variable length."""
+    """Whether each row of a column is a list, of fixed or variable length."""
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     )
 
 
 def check_mask_type(kind: pa.DataType, name: str) -> None:
-    """Raise UsageError for a column that can be no attention mask."""
+    """Raise UsageError for a column that cannot be an attention mask."""
     values = kind.value_type if is_list(kind) else kind
     if not is_list(kind) or not (
         pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
@@ -80,36 +87,38 @@ def _is_text(kind: pa.DataType) -> bool:
     )
 
 
-def _type(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return {"dict": "an object", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)
 
 
 # --- one value ---
 
 
-def record_of(value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: object) -> bytes:
-    """The record of a row's value. Raises UsageError, which begins with `where`."""
+def encode_record(
+    value: Any, mask: Any, kind: Kind, vocabulary: Vocabulary, where: object
+) -> bytes:
+    """The byte record of a row's value. Raises UsageError, which starts with `where`."""
     if value is None or (isinstance(value, list) and not value):
         return b""
     if kind == "text" and isinstance(value, str):
-        return text_bytes(value, where)
+        return _text_bytes(value, where)
     if kind == "tokens" and isinstance(value, list) and set(map(type, value)) == {int}:
-        return token_bytes(value, mask, vocabulary, where)
+        return _token_bytes(value, mask, vocabulary, where)
     if kind == "conversations" and isinstance(value, list):
         messages = [dict(message) for message in conversation_of(value, where).messages]
-        return text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
+        return _text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
     raise UsageError(
-        f"{where} must hold {_NAMES[kind]}, as the rows before it do, got "
-        f"{_shown(value)}; repair it, or leave it out"
+        f"{where} must hold {_KIND_NAMES[kind]}, as the rows before it do, got "
+        f"{_description(value)}; repair it, or leave it out"
     )
 
 
-def _shown(value: Any) -> str:
-    kinds = dict.fromkeys(map(_type, value)) if isinstance(value, list) else ()
-    return f"a list of {', '.join(kinds)}" if kinds else _type(value)
+def _description(value: Any) -> str:
+    kinds = dict.fromkeys(map(_type_name, value)) if isinstance(value, list) else ()
+    return f"a list of {', '.join(kinds)}" if kinds else _type_name(value)
 
 
-def text_bytes(text: str, where: object) -> bytes:
+def _text_bytes(text: str, where: object) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -119,10 +128,10 @@ def text_bytes(text: str, where: object) -> bytes:
         ) from error
 
 
-def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object) -> bytes:
+def _token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object) -> bytes:
     for extreme in (min(ids), max(ids)):
         if not 0 <= extreme <= vocabulary.largest_id:
-            raise UsageError(outside(vocabulary, extreme, where))
+            raise UsageError(_outside_message(vocabulary, extreme, where))
     if mask is not NO_MASK:
         ids = list(itertools.compress(ids, _checked_mask(mask, len(ids), where)))
     return np.array(ids, RECORD_IDS).tobytes()
@@ -131,7 +140,7 @@ def token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: object
 def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
     if not isinstance(mask, list) or not all(isinstance(m, int) for m in mask):
         raise UsageError(
-            f"{MASK} in {where} must be a list of 0 and 1, got {_shown(mask)}; "
+            f"{MASK} in {where} must be a list of 0 and 1, got {_description(mask)}; "
             "repair it, or rename the column"
         )
     if len(mask) != count:
@@ -141,16 +150,15 @@ def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
     return mask
 
 
-def outside(vocabulary: Vocabulary, wrong: int, where: object) -> str:
-    """What is said of a token id that the model cannot read."""
+def _outside_message(vocabulary: Vocabulary, wrong: int, where: object) -> str:
     return (
         f"{where} must hold token ids from 0 to {vocabulary.largest_id} for this model, got "
         f"{wrong}; tokenise the data with the model's own tokenizer"
     )
 
 
-def document_of(record: bytes, kind: Kind | None, where: object) -> Document:
-    """The document of a record; `where` names its row."""
+def decode_document(record: bytes, kind: Kind | None, where: object) -> Document:
+    """The document of a byte record; `where` names its row."""
     if kind == "tokens":
         return np.frombuffer(record, RECORD_IDS).astype(np.uint32, copy=False)
     if kind == "conversations":
@@ -161,11 +169,11 @@ def document_of(record: bytes, kind: Kind | None, where: object) -> Document:
 # --- many values of an arrow column ---
 
 Where = Callable[[int], object]
-"names a row by its index in an array"
+"position of a row, from its index in an array"
 
 
 def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
-    """The records of a column of texts, and their bytes; an empty one for a null."""
+    """The records of a column of texts, joined, and the bytes of each; none for a null."""
     texts = array.cast(pa.large_string())
     if texts.null_count:
         texts = texts.fill_null("")
@@ -179,13 +187,16 @@ def text_records(array: pa.Array) -> tuple[memoryview, np.ndarray]:
 def token_records(
     array: pa.Array, mask: pa.Array | None, vocabulary: Vocabulary, where: Where
 ) -> tuple[bytes, np.ndarray]:
-    """The same of a column of token ids; `mask` leaves tokens out."""
+    """The records of a column of token ids, joined, and the bytes of each.
+
+    Tokens with mask 0 are left out.
+    """
     ids, lengths = _flat(array, where)
     ends = np.cumsum(lengths)
     for value in (ids.min(), ids.max()) if len(ids) else ():
         if not 0 <= value <= vocabulary.largest_id:
             row = np.searchsorted(ends, np.flatnonzero(ids == value)[0], side="right")
-            raise UsageError(outside(vocabulary, int(value), where(int(row))))
+            raise UsageError(_outside_message(vocabulary, int(value), where(int(row))))
     if mask is not None:
         is_null = pc.is_null(mask).to_numpy(zero_copy_only=False)
         if (wrong := np.flatnonzero(is_null & (lengths > 0))).size:
@@ -204,7 +215,7 @@ def token_records(
 
 
 def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of all lists, and how many each list has."""
+    """The numbers of all lists, joined, and the length of each list."""
     lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
     lengths = lengths.astype(np.int64)
     numbers = pc.list_flatten(array)

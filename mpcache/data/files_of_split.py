@@ -1,4 +1,4 @@
-"""Which files of a downloaded folder are those of a split, and whether all of them are there."""
+"""The files of a downloaded folder that belong to a split, and whether any is missing."""
 
 import re
 from collections import defaultdict
@@ -23,25 +23,25 @@ _NUMBERED = re.compile(r"(.*?)-(\d{5})-of-(\d{5}).*")
 
 
 def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Path, ...]:
-    """Those of the split where names of files or folders tell splits, else all.
+    """The files of the split, by the names of files and folders; all files if no name has a split.
 
-    Raises UsageError where only some tell, or where the files are those of several datasets.
+    Raises UsageError where only some names have a split, or where several datasets are mixed.
     """
     splits = {file: split_of_name(file.relative_to(folder)) for file in files}
-    named = [file for file in files if splits[file]]
-    if not named:
+    with_split = [file for file in files if splits[file]]
+    if not with_split:
         return tuple(files)
-    if len(named) < len(files):
-        other = next(file for file in files if not splits[file])
+    if len(with_split) < len(files):
+        without_split = next(file for file in files if not splits[file])
         raise UsageError(
-            f"files in {folder.name} must all name a split or none, got {named[0].name} and "
-            f"{other.name}; name those to read with a glob, or with commas"
+            f"files in {folder.name} must all name a split or none, got {with_split[0].name} and "
+            f"{without_split.name}; name those to read with a glob, or with commas"
         )
     wanted = _ALIASES.get(split, split)
     chosen = [file for file in files if splits[file] == wanted]
     if not chosen:
-        there = ", ".join(dict.fromkeys(str(splits[file]) for file in files))
-        raise UsageError(f"split must be one of {there} in {folder.name}, got {split}")
+        available = ", ".join(dict.fromkeys(str(splits[file]) for file in files))
+        raise UsageError(f"split must be one of {available} in {folder.name}, got {split}")
     groups = dict.fromkeys(_above_split(file.relative_to(folder)) for file in chosen)
     if len(groups) > 1:
         names = ", ".join(group.as_posix() for group in groups)
@@ -53,7 +53,7 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
 
 
 def split_of_name(path: Path) -> str | None:
-    """The split that a file's name tells, else one of the folders that it lies in."""
+    """The split in a file's name, or in the name of its nearest parent folder that has one."""
     return next(filter(None, map(_split_in, reversed(path.parts))), None)
 
 
@@ -63,14 +63,14 @@ def _split_in(name: str) -> str | None:
 
 
 def _above_split(path: Path) -> Path:
-    """The folder of the file or folder whose name tells the split: that of one dataset."""
+    """The parent of the file or folder whose name has the split: the folder of one dataset."""
     while not _split_in(path.name):
         path = path.parent
     return path.parent
 
 
-def complete(files: Sequence[Path], folder: Path) -> None:
-    """Raise UsageError where names such as a-00000-of-00002 tell of files that are not there."""
+def check_shards_complete(files: Sequence[Path], folder: Path) -> None:
+    """Raise UsageError where names such as a-00000-of-00002 show that files are missing."""
     groups: defaultdict[tuple[Path, str, str], set[int]] = defaultdict(set)
     for file in files:
         if match := _NUMBERED.fullmatch(file.name):
@@ -78,9 +78,8 @@ def complete(files: Sequence[Path], folder: Path) -> None:
             groups[file.parent, name, count].add(int(number))
     for (_, name, count), numbers in groups.items():
         # counted from 0, as the Hub does, or from 1
-        lacking = [set(range(first, first + int(count))) - numbers for first in (0, 1)]
-        lacking.sort(key=len)
-        if missing := sorted(lacking[0]):
+        candidates = [set(range(first, first + int(count))) - numbers for first in (0, 1)]
+        if missing := sorted(min(candidates, key=lambda gap: len(gap))):
             raise UsageError(
                 f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
                 f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "

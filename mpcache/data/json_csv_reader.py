@@ -1,4 +1,4 @@
-"""Tables that are text, `.jsonl`, `.json` and `.csv`, read row by row with the lines of each."""
+"""Reads documents from `.jsonl`, `.json` and `.csv` files; errors name the line."""
 
 import csv
 import io
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from mpcache.data.data_file import DataFile
-from mpcache.data.local_documents import DocumentList, Row
-from mpcache.data.text_column import MASK, NO_MASK, Path, mask_of, path_in, value_at
+from mpcache.data.local_documents import LocalDocuments, Row
+from mpcache.data.text_column import MASK, NO_MASK, Path, column_path, mask_of, value_at
 from mpcache.errors import UsageError
 
 _PIECE = 1 << 20  # characters of a .json read at once
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_json(file: DataFile, documents: DocumentList) -> None:
-    """Add the documents of a file with one JSON object a line, or of a `.json` with an array."""
+def read_json(file: DataFile, documents: LocalDocuments) -> None:
+    """Add the documents of a file: one JSON object per line, or in a `.json` also an array."""
     with file.explained("JSON"), file.stream() as stream:
         is_json = ".json" in map(str.lower, file.path.suffixes)
         is_array = is_json and _begins_array(file)
@@ -31,8 +31,8 @@ def read_json(file: DataFile, documents: DocumentList) -> None:
                     f"{where} must be a JSON object, got {type(row).__name__}; "
                     "give an object with named fields for each document"
                 )
-            path = path or path_in(row, documents.config, file.name)
-            _refuse_twins(row, path, where)
+            path = path or column_path(row, documents.config, file.name)
+            _check_no_repeated_field(row, path, where)
             try:
                 value = value_at(row, path)
             except KeyError as error:
@@ -43,11 +43,14 @@ def read_json(file: DataFile, documents: DocumentList) -> None:
             mask = mask_of(row, path)
             documents.add(value, mask, where)
             if documents.kind == "tokens" and value:
-                has_mask = _same_for_all(has_mask, mask is not NO_MASK, where)
+                has_mask = _check_mask_in_all_rows(has_mask, mask is not NO_MASK, where)
 
 
-def _same_for_all(before: bool | None, now: bool, where: object) -> bool:
-    """Whether rows have a mask: in a table of another kind, a row that lacks it has a null."""
+def _check_mask_in_all_rows(before: bool | None, now: bool, where: object) -> bool:
+    """Raise UsageError where only some rows have a mask, as no other table format can.
+
+    Returns whether rows have one.
+    """
     if before not in (None, now):
         raise UsageError(
             f"{where} has {'an' if now else 'no'} {MASK}, unlike the rows before it; "
@@ -57,9 +60,9 @@ def _same_for_all(before: bool | None, now: bool, where: object) -> bool:
 
 
 class _Object(dict[str, Any]):
-    """A JSON object, with the names that it gives twice."""
+    """A JSON object, and the names that appear in it more than once."""
 
-    twins: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,27 +71,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return row
     result = _Object(row)
     names = [name for name, _ in pairs]
-    result.twins = tuple(name for name in row if names.count(name) > 1)
+    result.repeated = tuple(name for name in row if names.count(name) > 1)
     return result
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _refuse_twins(row: Any, path: Path, where: object) -> None:
-    """A field given twice would lose one of its values without a word."""
+def _check_no_repeated_field(row: Any, path: Path, where: object) -> None:
+    """Raise UsageError for a field that appears twice: one of its values would be lost."""
     for step in path:
         beside, row = row, row.get(step) if isinstance(row, dict) else None
         is_ids = isinstance(row, list) and row and type(row[0]) is int
         names = [step, MASK] if is_ids else [step]
-        if twins := [
-            name for name in names if isinstance(beside, _Object) and name in beside.twins
+        if repeated := [
+            name for name in names if isinstance(beside, _Object) and name in beside.repeated
         ]:
-            raise UsageError(f"{where} gives {twins[0]} twice; leave one of them out")
+            raise UsageError(f"{where} gives {repeated[0]} twice; leave one of them out")
     is_chat = isinstance(row, list) and row and isinstance(row[0], dict)
     for message in row if is_chat else ():
         if isinstance(message, _Object):
-            raise UsageError(f"{where} gives {message.twins[0]} twice; leave one of them out")
+            raise UsageError(f"{where} gives {message.repeated[0]} twice; leave one of them out")
 
 
 def _lines(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any]]:
@@ -118,7 +121,7 @@ def _decoded(text: str, where: object, *, is_first: bool) -> Any:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         message = _not_json(where, error)
-        if is_first and text.lstrip()[:1] in "{[":  # perhaps over several lines
+        if is_first and text.lstrip()[:1] in "{[":  # perhaps an object over several lines
             message += "; a file holds one object a line, or in a .json an array of objects"
         raise UsageError(message) from error
 
@@ -139,33 +142,33 @@ def _begins_array(file: DataFile) -> bool:
 
 
 def _array(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any]]:
-    """The elements of a JSON array, one after the other: only one has to fit memory."""
-    text = _Window(stream, file)
-    text.skip()
-    text.take("[")
-    if text.skip() == "]":
-        text.take("]")
+    """The elements of a JSON array, one at a time, so that only one must fit in memory."""
+    text = _JsonText(stream, file)
+    text.skip_space()
+    text.expect("[")
+    if text.skip_space() == "]":
+        text.expect("]")
     else:
         while True:
             yield Row(file.name, text.line), text.value()
-            if text.skip() == "]":
-                text.take("]")
+            if text.skip_space() == "]":
+                text.expect("]")
                 break
-            text.take(",")
-            text.skip()
-    if text.skip():
+            text.expect(",")
+            text.skip_space()
+    if text.skip_space():
         raise UsageError(f"{Row(file.name, text.line)} must be the array's end, got more text")
 
 
-class _Window:
-    """The part of a text that is looked at, and the line where it starts."""
+class _JsonText:
+    """A JSON text, read piece by piece; `buffer` is the unparsed part, `line` where it starts."""
 
     def __init__(self, stream: io.BufferedIOBase, file: DataFile) -> None:
         self.text = _text_of(stream)
         self.file, self.buffer, self.line = file, "", 1
 
-    def more(self, count: int = _PIECE) -> bool:
-        """Look at more characters; False at the end."""
+    def read_more(self, count: int = _PIECE) -> bool:
+        """Add characters to the buffer. Returns False at the end of the file."""
         try:
             piece = self.text.read(count)
         except UnicodeDecodeError as error:
@@ -181,29 +184,30 @@ class _Window:
         self.line += self.buffer.count("\n", 0, count)
         self.buffer = self.buffer[count:]
 
-    def skip(self) -> str:
-        """Go to the next character that is no white space, and give it; nothing at the end."""
+    def skip_space(self) -> str:
+        """Skip white space. Returns the next character, or an empty text at the end."""
         while True:
             self.drop(len(self.buffer) - len(self.buffer.lstrip()))
-            if self.buffer or not self.more():
+            if self.buffer or not self.read_more():
                 return self.buffer[:1]
 
-    def take(self, character: str) -> None:
+    def expect(self, character: str) -> None:
         if self.buffer[:1] != character:
-            there = self.buffer[:1] or "the end of the file"
+            got = self.buffer[:1] or "the end of the file"
             raise UsageError(
-                f"{Row(self.file.name, self.line)} is not JSON: expected {character}, got {there}; "
+                f"{Row(self.file.name, self.line)} is not JSON: expected {character}, got {got}; "
                 "it may be cut short: repair it, or download it again"
             )
         self.drop(1)
 
     def value(self) -> Any:
-        """The JSON value that begins here."""
+        """The JSON value at the start of the buffer."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer)
             except (ValueError, RecursionError) as error:
-                if self.more(max(_PIECE, len(self.buffer))):  # twice as much: linear in all
+                # doubling the buffer keeps the total work linear
+                if self.read_more(max(_PIECE, len(self.buffer))):
                     continue
                 raise UsageError(_not_json(Row(self.file.name, self.line), error)) from error
             self.drop(end)
@@ -211,14 +215,14 @@ class _Window:
 
 
 def _text_of(stream: io.BufferedIOBase) -> io.TextIOWrapper:
-    """UTF-8 with or without a mark at the start, and line breaks as they are."""
+    """UTF-8 with or without a byte order mark, and with line breaks unchanged."""
     return io.TextIOWrapper(cast(io.BufferedReader, stream), "utf-8-sig", newline="")
 
 
 # --- csv ---
 
 
-def read_csv(file: DataFile, documents: DocumentList) -> None:
+def read_csv(file: DataFile, documents: LocalDocuments) -> None:
     """Add the texts of a column of a `.csv` with a header; a text may have line breaks."""
     csv.field_size_limit(sys.maxsize)
     with file.explained("CSV"), file.stream() as stream:
@@ -229,7 +233,7 @@ def read_csv(file: DataFile, documents: DocumentList) -> None:
         for where, row in _csv_rows(reader, file):
             if header is None:
                 header = row
-                (name,) = path_in(dict.fromkeys(header, ""), documents.config, file.name)
+                (name,) = column_path(dict.fromkeys(header, ""), documents.config, file.name)
                 if header.count(name) > 1:
                     raise UsageError(f"{where} names the column {name} twice; rename one")
                 index = header.index(name)

@@ -1,8 +1,8 @@
-"""The files of a dataset -> its documents and its digest.
+"""The files of a local dataset -> its documents and its digest.
 
-Every file is opened once, digested, read and checked as a whole. Documents then lie in a temporary
-file, as large as they are: nothing that happens to the files afterwards changes them. A `.bin` is
-too plain to be worth a copy: it stays open, and is watched for changes.
+Each file is opened once, digested, read and checked as a whole. The documents are then kept in a
+temporary file of their size, so later changes of the files have no effect. A `.bin` of token ids is
+not copied: the file stays open, and changes of it raise an error.
 """
 
 import hashlib
@@ -10,24 +10,26 @@ import json
 import re
 import resource
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
 
 from mpcache.config import CollectConfig
 from mpcache.data.data_file import DataFile, is_web_page
-from mpcache.data.dataset_files import FileKind, Shards
+from mpcache.data.dataset_files import DatasetFiles, FileKind
 from mpcache.data.document_codec import Document, Kind
+from mpcache.data.documents import Documents, Fetch, permuted_documents
 from mpcache.data.json_csv_reader import read_csv, read_json
-from mpcache.data.local_documents import DocumentList
+from mpcache.data.local_documents import LocalDocuments
 from mpcache.data.parquet_arrow_reader import read_arrow, read_parquet
-from mpcache.data.token_file import Indices, TokenFile, Vocabulary
+from mpcache.data.token_file import TokenFile
+from mpcache.data.vocabulary import Indices, Vocabulary
 from mpcache.errors import UsageError
 
-_OTHER_FILES = 128  # that a collection has open besides its dataset's: a store's, a model's
+_OTHER_FILES = 128  # files that a collection opens besides its dataset: of its store and its model
 
-_READERS: dict[FileKind, Callable[[DataFile, DocumentList], None]] = {
+_READERS: dict[FileKind, Callable[[DataFile, LocalDocuments], None]] = {
     "json": read_json,
     "csv": read_csv,
     "parquet": read_parquet,
@@ -35,47 +37,58 @@ _READERS: dict[FileKind, Callable[[DataFile, DocumentList], None]] = {
 }
 
 
-@dataclass(frozen=True)
-class Files:
-    """What files hold: documents by their index, and the digest of the bytes that were read."""
+def open_local_dataset(
+    files: DatasetFiles, config: CollectConfig, vocabulary: Vocabulary
+) -> Documents:
+    """Raises UsageError for the first file with unusable content, and says where in the file."""
+    read = _read_token_files if files.kind == "bin" else _read_documents
+    fetch, count, kind, digests = read(files, config, vocabulary)
+    if not count:
+        raise UsageError(f"dataset must hold a document, got none in {files.label}")
+    return Documents(
+        _dataset_digest(files, digests, config),
+        {
+            "dataset": files.label,
+            "dataset_revision": None,
+            "dataset_config": None,
+            "split": config.split,
+        },
+        partial(permuted_documents, fetch, count, config.seed),
+        kind,
+        vocabulary.largest_id,
+    )
 
-    digest: str
-    count: int
-    fetch: Callable[[Indices], Sequence[Document]]
-    kind: Kind
 
-
-def read_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:
-    """Raises UsageError for the first file that is not what its name says, with the place in it."""
-    if shards.kind == "bin":
-        return _token_files(shards, config, vocabulary)
-    documents, digests = DocumentList(config, vocabulary), []
-    for path, name in zip(shards.files, shards.names, strict=True):
-        documents.begin(name)
-        with DataFile(path, name, may_be_empty=_may_be_empty(shards)) as file:
-            if shards.kind == "text":
-                _read_texts(file, documents, split=shards.form == "file")
+def _read_documents(
+    files: DatasetFiles, config: CollectConfig, vocabulary: Vocabulary
+) -> tuple[Fetch, int, Kind, list[str]]:
+    """The documents, their number and kind, and the digest of each file."""
+    documents, digests = LocalDocuments(config, vocabulary), []
+    for path, name in zip(files.paths, files.names, strict=True):
+        documents.begin_file(name)
+        with DataFile(path, name, may_be_empty=_may_be_empty(files)) as file:
+            if files.kind == "text":
+                _read_text(file, documents, in_paragraphs=files.form == "file")
             else:
-                _refuse_web_page(file, shards.kind)
-                _READERS[shards.kind](file, documents)
+                _check_no_web_page(file, files.kind)
+                _READERS[files.kind](file, documents)
             file.check_unchanged()
             digests.append(file.digest)
-    documents.spool.finish()
-    if len(documents) and not documents.spool.size and not vocabulary.has_tokenizer:
+    documents.finish()
+    if len(documents) and not documents.records.size and not vocabulary.has_tokenizer:
         raise UsageError(
             f"dataset must hold a document with token ids, got {len(documents)} empty ones in "
-            f"{shards.label}; name another, or another column with --text-column"
+            f"{files.label}; name another, or another column with --text-column"
         )
-    digest = _digest(shards, digests, config)
-    return Files(digest, len(documents), documents.fetch, documents.kind or "text")
+    return documents.fetch, len(documents), documents.kind or "text", digests
 
 
-def _may_be_empty(shards: Shards) -> bool:
-    """Whether a file without a byte is a document: a text of a folder."""
-    return shards.kind == "text" and shards.form != "file"
+def _may_be_empty(files: DatasetFiles) -> bool:
+    """Whether an empty file is a document: true for a text in a folder."""
+    return files.kind == "text" and files.form != "file"
 
 
-def _refuse_web_page(file: DataFile, kind: str) -> None:
+def _check_no_web_page(file: DataFile, kind: str) -> None:
     if is_web_page(file):
         raise UsageError(
             f"{file.name} is a web page, not {kind}; download the file itself "
@@ -83,38 +96,40 @@ def _refuse_web_page(file: DataFile, kind: str) -> None:
         )
 
 
-def _read_texts(file: DataFile, documents: DocumentList, *, split: bool) -> None:
-    """A document a file; of a file that was named alone, a document a paragraph."""
+def _read_text(file: DataFile, documents: LocalDocuments, *, in_paragraphs: bool) -> None:
+    """Add the whole file as a document, or each of its paragraphs."""
     with file.explained("text"), file.stream() as stream:
         data = stream.read()
     try:
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise UsageError(f"text must be UTF-8, got {file.name}: {error}; convert it") from error
-    if split and not text.strip():
+    if in_paragraphs and not text.strip():
         raise UsageError(f"dataset must hold a document, got none in {file.name}; name another")
-    for paragraph in re.split(r"\n\s*\n", text.strip()) if split else [text]:
+    for paragraph in re.split(r"\n\s*\n", text.strip()) if in_paragraphs else [text]:
         documents.add_text(paragraph, file.name)
 
 
-def _token_files(shards: Shards, config: CollectConfig, vocabulary: Vocabulary) -> Files:
-    _refuse_too_many(len(shards.files), shards.label)
-    files, parts = [], []
-    for path, name in zip(shards.files, shards.names, strict=True):
-        files.append(DataFile(path, name))
-        parts.append(TokenFile(files[-1], vocabulary))
-    starts = np.array([0, *accumulate(len(part) for part in parts)])
+def _read_token_files(
+    files: DatasetFiles, config: CollectConfig, vocabulary: Vocabulary
+) -> tuple[Fetch, int, Kind, list[str]]:
+    """The same as `_read_documents` for `.bin` files, which stay open."""
+    _check_open_file_limit(len(files.paths), files.label)
+    token_files = [
+        TokenFile(DataFile(path, name), vocabulary)
+        for path, name in zip(files.paths, files.names, strict=True)
+    ]
+    starts = np.array([0, *accumulate(len(tokens) for tokens in token_files)])
 
-    def fetch(indices: Indices) -> list[Document]:
+    def fetch(indices: Indices) -> Sequence[Document]:
         owners = np.searchsorted(starts, indices, side="right") - 1
-        return [parts[o][int(i - starts[o])] for o, i in zip(owners, indices, strict=True)]
+        return [token_files[o][int(i - starts[o])] for o, i in zip(owners, indices, strict=True)]
 
-    digest = _digest(shards, [file.digest for file in files], config)
-    return Files(digest, int(starts[-1]), fetch, "tokens")
+    return fetch, int(starts[-1]), "tokens", [tokens.file.digest for tokens in token_files]
 
 
-def _refuse_too_many(count: int, label: str) -> None:
-    """Every `.bin` stays open, and a process may have so many files open and no more."""
+def _check_open_file_limit(count: int, label: str) -> None:
+    """Raise UsageError where the process may not have all `.bin` files open at once."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and count + _OTHER_FILES > limit:
         raise UsageError(
@@ -126,28 +141,28 @@ def _refuse_too_many(count: int, label: str) -> None:
 # --- digests ---
 
 
-def _digest(shards: Shards, digests: Sequence[str], config: CollectConfig) -> str:
-    """Names the content: the files' bytes in their order, and how they are read.
+def _dataset_digest(files: DatasetFiles, digests: Sequence[str], config: CollectConfig) -> str:
+    """Names the content: the bytes of the files in their order, and how they are read.
 
-    One table in a plain file, a folder of texts and an arrow folder have the digests that they
-    always had, which in folders are of names too: stores that were made from them keep their
-    fingerprints. A `.txt` or `.bin` has its old digest, which does not say how it is read, only
-    where an older store is continued.
+    These forms must never change, because stores have them in their fingerprints:
+    a plain file of one table has its own sha256; a folder of texts or of arrow files has a digest
+    of names and contents. A lone `.txt` or `.bin` has its own sha256, which does not say how it is
+    read, only with the settings of stores that are older than these settings.
     """
-    compressions = [_compression(name) for name in shards.names]
-    if shards.form in ("text folder", "arrow folder"):
-        digest = hashlib.sha256()
-        for name, own in zip(shards.names, digests, strict=True):
-            name = name.split("/")[-1] if shards.form == "arrow folder" else name
-            digest.update(f"{name}\0{own}\0".encode())
-        return digest.hexdigest()
+    compressions = [_compression(name) for name in files.names]
+    if files.form in ("text folder", "arrow folder"):
+        folder_digest = hashlib.sha256()
+        for name, digest in zip(files.names, digests, strict=True):
+            name = name.split("/")[-1] if files.form == "arrow folder" else name
+            folder_digest.update(f"{name}\0{digest}\0".encode())
+        return folder_digest.hexdigest()
     continues_older = config.parse_special_tokens and config.keep_empty_documents
-    is_old = shards.kind in ("json", "parquet") or (
-        shards.form == "file" and shards.kind in ("text", "bin") and continues_older
+    is_old = files.kind in ("json", "parquet") or (
+        files.form == "file" and files.kind in ("text", "bin") and continues_older
     )
     if is_old and len(digests) == 1 and not any(compressions):
         return digests[0]
-    form = "paragraphs" if shards.kind == "text" and shards.form == "file" else shards.kind
+    form = "paragraphs" if files.kind == "text" and files.form == "file" else files.kind
     content = [form, list(zip(compressions, digests, strict=True))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Tables in arrow's formats, `.parquet` and `.arrow`, read batch by batch."""
+"""Reads documents from `.parquet` and `.arrow` files, batch by batch."""
 
 import io
 from collections.abc import Iterable
@@ -8,16 +8,16 @@ import pyarrow.parquet as pq
 
 from mpcache.data.data_file import DataFile
 from mpcache.data.document_codec import check_mask_type
-from mpcache.data.local_documents import DocumentList, rows_from
-from mpcache.data.text_column import Path, array_at, mask_beside, path_in, tree_of, value_at
+from mpcache.data.local_documents import LocalDocuments, row_positions
+from mpcache.data.text_column import Path, array_at, column_path, mask_path, tree_of, value_at
 from mpcache.errors import UsageError
 
-_BATCH_ROWS = 512  # of a .parquet; few, because one document may be long
+_BATCH_ROWS = 512  # rows of a .parquet read at once; few, because a document may be long
 _FILE_MAGIC = b"ARROW1"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(file: DataFile, documents: DocumentList) -> None:
+def read_parquet(file: DataFile, documents: LocalDocuments) -> None:
     """Add the documents of a `.parquet`."""
     with file.explained("parquet"), file.seekable() as stream:
         table = pq.ParquetFile(pa.PythonFile(stream, "r"), page_checksum_verification=True)
@@ -26,13 +26,13 @@ def read_parquet(file: DataFile, documents: DocumentList) -> None:
         columns.add(batches)
 
 
-def read_arrow(file: DataFile, documents: DocumentList) -> None:
+def read_arrow(file: DataFile, documents: LocalDocuments) -> None:
     """Add the documents of an `.arrow`, a stream or a file in arrow's IPC format."""
     with file.explained("arrow"), file.seekable() as stream:
         native = pa.PythonFile(stream, "r")
         is_file = stream.read(len(_FILE_MAGIC)) == _FILE_MAGIC
         if not is_file:
-            _refuse_open_end(stream, file)
+            _check_stream_end(stream, file)
         stream.seek(0)
         if is_file:
             reader = pa.ipc.open_file(native)
@@ -42,8 +42,8 @@ def read_arrow(file: DataFile, documents: DocumentList) -> None:
         _Columns(reader.schema, file, documents).add(batches)
 
 
-def _refuse_open_end(stream: io.BufferedIOBase, file: DataFile) -> None:
-    """A stream that is cut between two batches reads like a shorter one."""
+def _check_stream_end(stream: io.BufferedIOBase, file: DataFile) -> None:
+    """Raise UsageError for a stream without its end: pyarrow reads it as a shorter stream."""
     size = stream.seek(0, 2)
     stream.seek(max(0, size - 8))
     if stream.read() != _STREAM_END:
@@ -54,9 +54,9 @@ def _refuse_open_end(stream: io.BufferedIOBase, file: DataFile) -> None:
 
 
 class _Columns:
-    """The columns of a table that hold its documents: values, and for token ids a mask."""
+    """The columns with the documents of a table: the values, and for token ids a mask."""
 
-    def __init__(self, schema: pa.Schema, file: DataFile, documents: DocumentList) -> None:
+    def __init__(self, schema: pa.Schema, file: DataFile, documents: LocalDocuments) -> None:
         self.file, self.documents = file, documents
         try:
             tree = tree_of(schema)
@@ -64,16 +64,16 @@ class _Columns:
             raise UsageError(
                 f"{file.name} names the column {error.args[0]} twice; rename one"
             ) from error
-        self.path = path_in(tree, documents.config, file.name)
+        self.path = column_path(tree, documents.config, file.name)
         self.mask: Path | None = None
         documents.check_type(_type_at(schema, self.path), file.name)
-        if documents.kind == "tokens" and _has(tree, mask_beside(self.path)):
-            self.mask = mask_beside(self.path)
+        if documents.kind == "tokens" and _has_path(tree, mask_path(self.path)):
+            self.mask = mask_path(self.path)
             check_mask_type(_type_at(schema, self.mask), file.name)
 
     @property
     def names(self) -> list[str]:
-        """What to read of a `.parquet`, where a field of a struct can be read alone."""
+        """The columns to read from a `.parquet`; a field of a struct can be read alone."""
         return [".".join(path) for path in (self.path, self.mask) if path]
 
     def add(self, batches: Iterable[pa.RecordBatch]) -> None:
@@ -81,11 +81,11 @@ class _Columns:
         for batch in batches:
             values = array_at(batch, self.path)
             mask = array_at(batch, self.mask) if self.mask else None
-            self.documents.add_array(values, mask, rows_from(self.file.name, first))
+            self.documents.add_array(values, mask, row_positions(self.file.name, first))
             first += len(batch)
 
 
-def _has(tree: dict[str, object], path: Path) -> bool:
+def _has_path(tree: dict[str, object], path: Path) -> bool:
     try:
         value_at(tree, path)
     except KeyError:

@@ -1,4 +1,4 @@
-"""Documents in a temporary file without a name: read at random, in memory of 8 bytes each."""
+"""Byte records in an unnamed temporary file, read at random; 8 bytes of memory per record."""
 
 import errno
 import os
@@ -13,8 +13,8 @@ from jaxtyping import Int64
 from mpcache.data.data_file import temporary_file
 
 
-class TemporaryRecords:
-    """Records of bytes in order: first all are added, then they are read."""
+class TemporaryRecordFile:
+    """An append-only list of byte records. All are added first, then they are read."""
 
     def __init__(self) -> None:
         self.file = temporary_file()
@@ -29,13 +29,13 @@ class TemporaryRecords:
 
     def add(self, record: bytes) -> None:
         """Add one record."""
-        with _full_disk_explained():
+        with _explain_full_disk():
             self.file.write(record)
         self.lengths.append(len(record))
 
     def add_all(self, records: bytes | memoryview, lengths: Int64[np.ndarray, " _"]) -> None:
-        """Add records that lie one behind the other."""
-        with _full_disk_explained():
+        """Add records that follow each other in one buffer; `lengths` in bytes."""
+        with _explain_full_disk():
             self.file.write(records)
         self.lengths.frombytes(lengths.tobytes())
 
@@ -45,8 +45,8 @@ class TemporaryRecords:
         return sum(self.lengths)
 
     def finish(self) -> None:
-        """No record is added after this."""
-        with _full_disk_explained():
+        """End the additions. Records can be read from now on."""
+        with _explain_full_disk():
             self.file.flush()
         lengths = np.frombuffer(self.lengths, np.int64) if self.lengths else np.zeros(0, np.int64)
         self.offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -58,7 +58,7 @@ class TemporaryRecords:
 
 
 def read_exactly(descriptor: int, count: int, offset: int) -> bytes:
-    """Bytes of a file; the system gives at most 2 GiB at once."""
+    """`count` bytes of a file, or fewer at its end; one system call reads at most 2 GiB."""
     pieces = []
     while count and (piece := os.pread(descriptor, count, offset)):
         pieces.append(piece)
@@ -67,7 +67,7 @@ def read_exactly(descriptor: int, count: int, offset: int) -> bytes:
 
 
 @contextmanager
-def _full_disk_explained() -> Iterator[None]:
+def _explain_full_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:

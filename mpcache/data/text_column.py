@@ -1,4 +1,4 @@
-"""Where the documents are in a row: a column, or a field of one to any depth, as `meta.text`."""
+"""The column with the documents, or a field nested in a column, such as `meta.text`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,19 +8,19 @@ import pyarrow as pa
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 
-MASK = "attention_mask"  # beside a column of token ids: tokens of mask 0 are left out
+MASK = "attention_mask"  # the column beside token ids; tokens with mask 0 are left out
 NO_MASK: Any = object()
-"in place of a mask where a row has no such field; a null is a mask that is wrong"
-_LISTED = 20
+"stands for a missing mask field; a null in the field is an invalid mask"
+_LISTED = 20  # columns that a message names
 
 Path = tuple[str, ...]
 Tree = Mapping[str, Any]
 
 
 def tree_of(fields: pa.Schema | pa.StructType) -> dict[str, Any]:
-    """The names of an arrow table's columns, and below a struct those of its fields.
+    """The columns of an arrow table, with the fields of each struct below it.
 
-    Raises KeyError with a name that two columns have.
+    Raises KeyError with the name if two columns share it.
     """
     tree: dict[str, Any] = {}
     for field in fields:
@@ -31,20 +31,20 @@ def tree_of(fields: pa.Schema | pa.StructType) -> dict[str, Any]:
     return tree
 
 
-def path_in(tree: Tree, config: CollectConfig, name: str) -> Path:
-    """The path of `text_column`: a column of that very name, else a field of a struct.
+def column_path(tree: Tree, config: CollectConfig, name: str) -> Path:
+    """The path of `text_column`: a column of exactly that name, or else a field of a struct.
 
-    Raises UsageError with the columns that there are in `name`.
+    `name` is the file. Raises UsageError with the columns of the file.
     """
     wanted = config.text_column
     if wanted in tree:
         return (wanted,)
     path, node = tuple(wanted.split(".")), tree
     for step in path:
-        if node is None:  # a null struct has fields that are not known
+        if node is None:  # the fields of a null struct are not known
             break
         if not isinstance(node, Mapping) or step not in node:
-            columns = list(dotted(tree))
+            columns = list(dotted_paths(tree))
             more = f" and {len(columns) - _LISTED} more" if len(columns) > _LISTED else ""
             raise UsageError(
                 f"text_column must be a column of {name}, got {wanted}; "
@@ -54,17 +54,17 @@ def path_in(tree: Tree, config: CollectConfig, name: str) -> Path:
     return path
 
 
-def dotted(tree: Tree, prefix: str = "") -> Iterator[str]:
-    """The paths of all columns as `--text-column` takes them."""
+def dotted_paths(tree: Tree, prefix: str = "") -> Iterator[str]:
+    """The paths of all columns and nested fields, written as for `--text-column`."""
     for name, below in tree.items():
         if isinstance(below, Mapping) and below:
-            yield from dotted(below, f"{prefix}{name}.")
+            yield from dotted_paths(below, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
-def mask_beside(path: Path) -> Path:
-    """The path of the attention mask that belongs to a column of token ids."""
+def mask_path(path: Path) -> Path:
+    """The path of the attention mask of a column of token ids."""
     return (*path[:-1], MASK)
 
 
@@ -81,9 +81,9 @@ def value_at(row: Tree, path: Path) -> Any:
 
 
 def mask_of(row: Tree, path: Path) -> Any:
-    """The mask that a row has beside its value, if it has the field."""
+    """The mask of a row of token ids; NO_MASK if the row has no such field."""
     try:
-        return value_at(row, mask_beside(path))
+        return value_at(row, mask_path(path))
     except KeyError:
         return NO_MASK
 
@@ -93,5 +93,5 @@ def array_at(batch: pa.RecordBatch, path: Path) -> pa.Array:
     array = batch.column(path[0])
     for step in path[1:]:
         index = array.type.get_field_index(step)
-        array = array.flatten()[index]  # takes the nulls of the struct along
+        array = array.flatten()[index]  # a field of a null struct becomes null
     return array

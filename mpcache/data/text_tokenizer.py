@@ -1,9 +1,9 @@
-"""A tokenizer that reads a text as text: the name of a special token in it is not that token.
+"""Texts -> token ids, with names of special tokens read as plain text or as special tokens.
 
-Added tokens would be searched in the text first; `encode_special_tokens` of `tokenizers` turns that
-off, but a model of pieces or words may still know a special token's name as one of its own. So the
-special tokens are respelled instead, everywhere in the tokenizer: to names that no text contains.
-All else, ids too, stays. A chat template's own markers are respelled alike before they are read.
+To read a name such as <|endoftext|> as plain text, `encode_special_tokens` of `tokenizers` is not
+enough: a Unigram or word-level vocabulary may contain the name itself. So the special tokens of a
+copy of the tokenizer get other names, which no text contains. Their ids stay. The special tokens
+that a chat template writes are renamed in its output as well.
 """
 
 import functools
@@ -21,23 +21,23 @@ from transformers import PreTrainedTokenizerBase
 from mpcache.errors import UsageError
 
 _BREAK = hashlib.sha256(b"mpcache break").hexdigest()
-"stands within the name of a special token in a message, until the template has written its own"
+"breaks up names of special tokens in messages until the template has written its own"
 
 
-class PlainText:
-    """Texts -> token ids, none of them special."""
+class LiteralTextTokenizer:
+    """Texts -> token ids, none of them special: names of special tokens are plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UsageError where the special tokens of this tokenizer cannot be respelled."""
+        """Raises UsageError for a tokenizer whose special tokens cannot be renamed."""
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        self.names = {name: _respelled(name) for name in special_names(tokenizer, state)}
-        "of each special token the new one"
+        self.names = {name: _hidden_name(name) for name in special_names(tokenizer, state)}
+        "new names of the special tokens"
         self.backend = Tokenizer.from_str(json.dumps(_renamed(state, self.names)))
         self.unknown = _unknown_id(state)
         before, after = tokenizer.backend_tokenizer.token_to_id, self.backend.token_to_id
         if any(before(old) != after(new) for old, new in self.names.items()):
             raise UsageError(
-                f"the special tokens of {type(tokenizer).__name__} cannot be told from text; "
+                f"special tokens of {type(tokenizer).__name__} cannot be distinguished from text; "
                 "use --parse-special-tokens"
             )
         ids = {before(name) for name in self.names} - {self.unknown, None}
@@ -46,32 +46,34 @@ class PlainText:
     def encode(self, texts: Sequence[str]) -> list[UInt32[np.ndarray, " _"]]:
         """Token ids of texts.
 
-        An unknown token may be among them: it stands for what the tokenizer does not know.
+        The unknown token may be among them.
         """
         batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        found = [np.array(one.ids, np.uint32) for one in batch]
-        for ids in found:
+        arrays = [np.array(encoding.ids, np.uint32) for encoding in batch]
+        for ids in arrays:
             if np.isin(ids, self.special_ids).any():
-                raise UsageError("a text holds the name that a special token has here; change it")
-        return found
+                raise UsageError(
+                    "a text contains the internal name of a special token; change the text"
+                )
+        return arrays
 
-    def marked(self, value: Any) -> Any:
-        """Values of messages in which names of special tokens are interrupted."""
+    def protect(self, value: Any) -> Any:
+        """A message in which the names of special tokens are broken up."""
         if isinstance(value, str):
             return self._pattern.sub(lambda m: m[0][:1] + _BREAK + m[0][1:], value)
         if isinstance(value, dict):
-            return {key: self.marked(item) for key, item in value.items()}
+            return {key: self.protect(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.marked(item) for item in value]
+            return [self.protect(item) for item in value]
         return value
 
-    def respelled(self, rendered: str) -> str:
-        """What a template wrote of marked messages, for `encode_chats`."""
+    def rename_specials(self, rendered: str) -> str:
+        """The template's output for protected messages, as `encode_chats` takes it."""
         return self._pattern.sub(lambda m: self.names[m[0]], rendered).replace(_BREAK, "")
 
-    def encode_chats(self, respelled: Sequence[str]) -> list[Encoding]:
-        """Tokens of respelled chats, with their offsets."""
-        return self.backend.encode_batch(list(respelled), add_special_tokens=False)
+    def encode_chats(self, texts: Sequence[str]) -> list[Encoding]:
+        """Tokens of chats after `rename_specials`, with their offsets."""
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -79,35 +81,35 @@ class PlainText:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-class ParsedText:
-    """Texts -> token ids, where the name of a special token is that token."""
+class ParsingTextTokenizer:
+    """Texts -> token ids, with names of special tokens read as these tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[UInt32[np.ndarray, " _"]]:
         """Token ids of texts."""
-        # verbose=False: it would warn of documents longer than the model's context, which we cut
+        # verbose=False: no warning of documents longer than the context; packing cuts documents
         ids = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
-        return [np.array(one, np.uint32) for one in ids]
+        return [np.array(text_ids, np.uint32) for text_ids in ids]
 
-    def marked(self, value: Any) -> Any:
-        """The same value: its special tokens are parsed."""
+    def protect(self, value: Any) -> Any:
+        """The message unchanged."""
         return value
 
-    def respelled(self, rendered: str) -> str:
-        """The same text."""
+    def rename_specials(self, rendered: str) -> str:
+        """The text unchanged."""
         return rendered
 
-    def encode_chats(self, respelled: Sequence[str]) -> list[Encoding]:
+    def encode_chats(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokens of rendered chats, with their offsets."""
-        return self._backend.encode_batch(list(respelled), add_special_tokens=False)
+        return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
     @functools.cached_property
     def _backend(self) -> Tokenizer:
-        """A copy: calls of the tokenizer change truncation, padding and more of its own."""
+        """A copy, because calls of the tokenizer change its truncation and padding."""
         backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
@@ -117,44 +119,44 @@ class ParsedText:
 
 
 def special_names(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> list[str]:
-    """Names of all special tokens; a lone character is ordinary text, whatever it is used for."""
+    """Names of all special tokens, except single characters, which are ordinary text."""
     names = [str(name) for name in tokenizer.all_special_tokens]
     names += [token["content"] for token in state["added_tokens"] if token["special"]]
     return [name for name in dict.fromkeys(names) if len(name) > 1]
 
 
-def _respelled(name: str) -> str:
-    # lower-case letters and digits: normalizers leave them as they are
+def _hidden_name(name: str) -> str:
+    # lower-case letters and digits, which no normalizer changes
     return hashlib.sha256(f"mpcache special token {name}".encode()).hexdigest()
 
 
 def _renamed(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """The same tokenizer with other names of some tokens."""
+    """The state of a tokenizer with some tokens renamed."""
     model = dict(state["model"])
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {names.get(name, name): i for name, i in vocab.items()}
-    else:  # of Unigram: pieces with their scores
+    else:  # Unigram: pieces with scores
         model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
     if "merges" in model:
         prefix = model.get("continuing_subword_prefix") or ""
-        model["merges"] = [m for m in model["merges"] if not _makes(m, names, prefix)]
+        model["merges"] = [m for m in model["merges"] if not _touches_special(m, names, prefix)]
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     added = [{**t, "content": names.get(t["content"], t["content"])} for t in state["added_tokens"]]
-    # the last step only adds special tokens, or trims offsets: neither is wanted
+    # the post-processor only adds special tokens or trims offsets: neither is wanted
     unused = dict.fromkeys(("post_processor", "truncation", "padding"))
     return {**state, **unused, "model": model, "added_tokens": added}
 
 
-def _makes(merge: Any, names: dict[str, str], prefix: str) -> bool:
-    """Whether a merge joins parts of a special token's name, or makes it."""
+def _touches_special(merge: Any, names: dict[str, str], prefix: str) -> bool:
+    """Whether a merge takes or makes a special token's name."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return bool({left, right, left + right.removeprefix(prefix)} & names.keys())
 
 
 def _unknown_id(state: dict[str, Any]) -> int | None:
-    """The token that stands for what the tokenizer's model does not know."""
+    """The id of the unknown token."""
     model = state["model"]
     if isinstance(model["vocab"], dict):
         name = model.get("unk_token")

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.config import CollectConfig, RepairConfig
-from mpcache.data.documents import Documents, open_documents
-from mpcache.data.packing import Cursor, PartTokens, iter_parts, row_permutation
+from mpcache.data.dataset import open_documents
+from mpcache.data.documents import Documents
+from mpcache.data.packing import Cursor, PartTokens, iter_parts
+from mpcache.data.permutation import row_permutation
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.model.capture import PartInput, part_input
 from mpcache.model.hooks import Side

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64, Shaped, UInt
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mpcache.data.tokenization import Specials
+from mpcache.data.special_tokens import SpecialTokens
 from mpcache.model.hooks import Capture, Side
 from mpcache.model.inputs import ModelInputs, Separation, model_inputs, piece_inputs
 from mpcache.store.reader import Store
@@ -53,7 +53,7 @@ class Reading:
     def __init__(
         self,
         model: PreTrainedModel,
-        specials: Specials,
+        specials: SpecialTokens,
         separation: Separation,
         batch_sequences: int,
     ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpcache.data.data_file import is_page, is_pointer
+from mpcache.data.data_file import is_lfs_pointer, is_markup
 from mpcache.errors import UsageError
 
 AGAIN = "download it again, for instance with `hf download`"
@@ -37,12 +37,12 @@ def check_present(path: Path) -> None:
     head = read_head(path)
     if not head:
         raise UsageError(f"{path} is empty; {AGAIN}")
-    if is_pointer(head):
+    if is_lfs_pointer(head):
         raise UsageError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
             "or download it with `hf download`"
         )
-    if is_page(head):
+    if is_markup(head):
         raise UsageError(f"{path} is a web page, not the file itself; {AGAIN}")
 
 

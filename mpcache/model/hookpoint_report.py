@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig, HookpointsConfig
-from mpcache.errors import UsageError
-from mpcache.hub import first_line
+from mpcache.errors import UsageError, first_line
 from mpcache.model.hookpoint_roles import Role, roles
 from mpcache.model.hookpoint_survey import Survey, Verdict, starred
 from mpcache.model.meta_forward import ZeroWeights, hollow_

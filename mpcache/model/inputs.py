@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int64, Integer, UInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpcache.data.packing import position_ids
-from mpcache.data.tokenization import Specials
+from mpcache.data.document_boundaries import position_ids
+from mpcache.data.special_tokens import SpecialTokens
 from mpcache.model.loading import padded_positions
 
 PackedSeparation = Literal["positions", "mask", "causal mask"]
@@ -31,7 +31,7 @@ PACKED_SEPARATIONS: tuple[PackedSeparation, ...] = get_args(PackedSeparation)
 
 def model_inputs(
     tokens_BL: UInt[np.ndarray, "B L"],
-    specials: Specials,
+    specials: SpecialTokens,
     separation: Separation,
     model: PreTrainedModel,
 ) -> ModelInputs:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mpcache.config import CollectConfig
-from mpcache.errors import UsageError
-from mpcache.hub import first_line, hub_error
+from mpcache.errors import UsageError, first_line
+from mpcache.hub import hub_error
 from mpcache.model.model_source import CONFIG, ModelSource
 
 # what reads weights of each quantisation
@@ -31,7 +31,7 @@ _PASSED_ON = (UsageError, MemoryError, ConnectionError, torch.OutOfMemoryError)
 
 
 @contextmanager
-def explained_load(source: ModelSource, thing: str, config: CollectConfig) -> Iterator[None]:
+def explain_load_errors(source: ModelSource, thing: str, config: CollectConfig) -> Iterator[None]:
     """Errors of loading `thing`, "model" or "tokenizer of", of a source.
 
     UsageError in one line for what is wrong with the files or the settings; ConnectionError

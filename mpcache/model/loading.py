@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
-from mpcache.data.token_file import TokenIds, Tokenizer
-from mpcache.errors import UsageError
-from mpcache.hub import first_line
+from mpcache.data.vocabulary import ConfigTokens, Tokenizer
+from mpcache.errors import UsageError, first_line
 from mpcache.model.checkpoint_validation import (
     check_loaded,
     check_model_files,
@@ -36,7 +35,7 @@ from mpcache.model.checkpoint_validation import (
     refuse_other_shapes,
 )
 from mpcache.model.gguf import forget_quantization, weights_options
-from mpcache.model.load_errors import explained_load
+from mpcache.model.load_errors import explain_load_errors
 from mpcache.model.malloc import keep_freed_memory
 from mpcache.model.model_source import ModelSource, find_source, short_name
 from mpcache.model.remote_code import code_digest, use_fresh_copies
@@ -78,7 +77,7 @@ def load_tokenizer(config: CollectConfig, source: ModelSource | None = None) -> 
 
 def tokenizer_of(source: ModelSource, config: CollectConfig) -> PreTrainedTokenizerBase:
     allow_code(config)
-    with explained_load(source, "tokenizer of", config):
+    with explain_load_errors(source, "tokenizer of", config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
@@ -90,13 +89,13 @@ def tokenizer_of(source: ModelSource, config: CollectConfig) -> PreTrainedTokeni
     return tokenizer
 
 
-def token_ids(source: ModelSource, config: CollectConfig) -> TokenIds:
+def token_ids(source: ModelSource, config: CollectConfig) -> ConfigTokens:
     """What the model's config says of its tokens."""
     text = architecture_of(source, config).get_text_config()
     if not isinstance(size := getattr(text, "vocab_size", None), int):
         raise UsageError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
-    return TokenIds(size, *(_first_id(getattr(text, name, None), size) for name in names))
+    return ConfigTokens(size, *(_first_id(getattr(text, name, None), size) for name in names))
 
 
 def _first_id(value: Any, size: int) -> int | None:
@@ -128,7 +127,7 @@ def load_model(
     if (positions := usable_positions(model)) is not None:
         check_positions(positions, config)
     check_loaded(model, source, info, tensors)
-    if not isinstance(tokenizer, TokenIds):
+    if not isinstance(tokenizer, ConfigTokens):
         check_vocabulary(model, tokenizer, config)
     model.train(False).requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]  # hidden by a decorator
@@ -147,7 +146,7 @@ def architecture_of(source: ModelSource, config: CollectConfig) -> PreTrainedCon
     """The model's config, checked."""
     check_settings(source)
     allow_code(config)
-    with explained_load(source, "model", config):
+    with explain_load_errors(source, "model", config):
         architecture: PreTrainedConfig = AutoConfig.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
@@ -221,7 +220,7 @@ def load_weights(
         )
         return model, info
 
-    with explained_load(source, "model", config), quiet_load_report():
+    with explain_load_errors(source, "model", config), quiet_load_report():
         try:
             model, info = load()
         except RuntimeError as error:
@@ -302,7 +301,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
     None for a model without a tokenizer: its config, which tells the special tokens, is a part of
     the model's own digest.
     """
-    if isinstance(tokenizer, TokenIds):
+    if isinstance(tokenizer, ConfigTokens):
         return None
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"padding": None, "truncation": None}

@@ -11,7 +11,7 @@ from transformers.utils.hub import cached_file
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.hub import explained, names_a_place
+from mpcache.hub import explain_hub_errors, looks_like_path
 from mpcache.model.file_integrity import check_json, check_present, read_head
 from mpcache.validation import user_path
 
@@ -89,7 +89,7 @@ def find_source(config: CollectConfig) -> ModelSource:
             f"model must be a folder, a .gguf file or a Hub id, got the file {config.model}; "
             f"name {_better_than(path)}"
         )
-    if names_a_place(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
+    if looks_like_path(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
         raise UsageError(f"model must exist, got {config.model}; check the path")
     return _checked(_at_commit(ModelSource(config.model, revision=config.revision)))
 
@@ -112,7 +112,7 @@ def _better_than(path: Path) -> str:
 
 def _at_commit(source: ModelSource) -> ModelSource:
     """The same repository at the commit that its revision means now: all files come from there."""
-    with explained(f"model {source.name}", source.revision):
+    with explain_hub_errors(f"model {source.name}", source.revision):
         path = cached_file(
             source.name, CONFIG, revision=source.revision,
             _raise_exceptions_for_missing_entries=True,
@@ -128,7 +128,7 @@ def commit_of(path: Path) -> str | None:
 
 
 def _from_hub(repository: str, name: str, revision: str) -> Path | None:
-    with explained(f"{name} of {repository}", revision):
+    with explain_hub_errors(f"{name} of {repository}", revision):
         path = cached_file(
             repository, name, revision=revision,
             _raise_exceptions_for_missing_entries=False,

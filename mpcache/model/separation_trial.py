@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mpcache.hub import first_line
+from mpcache.errors import first_line
 from mpcache.model.hooks import Capture, Side, forward_options, output_of
 from mpcache.model.inputs import ModelInputs
 

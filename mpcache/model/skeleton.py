@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from mpcache.config import CollectConfig
-from mpcache.data.token_file import Tokenizer, Vocabulary, vocabulary_of
+from mpcache.data.vocabulary import Tokenizer, Vocabulary, vocabulary_of
 from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.gguf import check_gguf
-from mpcache.model.load_errors import explained_load
+from mpcache.model.load_errors import explain_load_errors
 from mpcache.model.loading import architecture_of
 from mpcache.model.model_source import find_source
 
@@ -45,7 +45,7 @@ def files_digest(config: CollectConfig) -> str | None:
 def skeleton(config: CollectConfig) -> PreTrainedModel:
     """The base model without weights, on the meta device: its modules have their names."""
     architecture = load_architecture(config)
-    with explained_load(find_source(config), "model", config), torch.device("meta"):
+    with explain_load_errors(find_source(config), "model", config), torch.device("meta"):
         loader: Any = AutoModel  # hidden by a decorator
         model: PreTrainedModel = loader.from_config(
             architecture,

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
-from mpcache.data.packing import document_starts, special_tokens
-from mpcache.data.token_file import TokenIds, Tokenizer, largest_id
+from mpcache.data.document_boundaries import document_starts
+from mpcache.data.special_tokens import special_tokens_of
+from mpcache.data.vocabulary import ConfigTokens, Tokenizer, largest_token_id
 from mpcache.errors import UsageError
 from mpcache.model.bert_masking import Masking
 from mpcache.model.capture import Reading, part_input, piece_places
@@ -109,7 +110,7 @@ class SplicedModel:
                 f"revision {self.store.config['revision']}"
             )
         separation = find_separation(base, self.config, resolve(self.config.hookpoints, base))
-        specials = special_tokens(tokenizer, self.config)
+        specials = special_tokens_of(tokenizer, self.config)
         # one sequence at a time: logits of a large vocabulary are what memory goes to
         self.reading = Reading(self.model, specials, separation, batch_sequences=1)
         return tokenizer
@@ -226,13 +227,13 @@ def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: s
 
 def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
     """Raises UsageError where the tokenizer has no mask token."""
-    mask = None if isinstance(tokenizer, TokenIds) else tokenizer.mask_token_id
+    mask = None if isinstance(tokenizer, ConfigTokens) else tokenizer.mask_token_id
     if not isinstance(mask, int):
         raise UsageError(
             f"a bidirectional model must have a mask token, got none in the tokenizer of "
             f"{config.model}; leave --model out"
         )
-    return Masking(mask, set(tokenizer.all_special_ids), largest_id(tokenizer) + 1)
+    return Masking(mask, set(tokenizer.all_special_ids), largest_token_id(tokenizer) + 1)
 
 
 def _replacing(new: Replace) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from transformers import AutoModel, Gemma2Config, GPTNeoXConfig, PreTrainedToken
 from typer.testing import CliRunner
 
 from mpcache.config import CollectConfig
-from mpcache.model.load_errors import explained_load
+from mpcache.model.load_errors import explain_load_errors
 from mpcache.model.model_source import find_source, short_name
 from mpcli.mpcache import app
 from tests.helpers.gguf_files import write_gguf
@@ -390,7 +390,7 @@ def test_an_unknown_token_beyond_the_embedding_is_refused(originals, copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--chat-template", "nosuch.jinja"], "chat_template is for chat messages"),
+        (["--chat-template", "nosuch.jinja"], "chat_template needs chat messages"),
         (["--chat-template", "nosuch.jinja", "--text-column", "m"], "nosuch.jinja cannot be read"),
         (["--bos", "document"], "bos=document needs a tokenizer with BOS"),
     ],
@@ -457,7 +457,7 @@ def test_a_type_that_is_unknown_is_no_matter_of_attention(originals):
         (ValueError("the head sizes do not fit"), "the head sizes do not fit; compare"),
         (ImportError("FlashAttention2 is not installed."), "installed; use --attention sdpa"),
     ):
-        with pytest.raises(ValueError, match=message), explained_load(source, "model", config):
+        with pytest.raises(ValueError, match=message), explain_load_errors(source, "model", config):
             raise error
 
 

@@ -12,7 +12,7 @@ import torch
 from mpcache.collection.collect import collect
 from mpcache.collection.summary import CollectSummary
 from mpcache.config import ConvertConfig, RepairConfig
-from mpcache.data.packing import row_permutation
+from mpcache.data.permutation import row_permutation
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.repair import repair
@@ -244,6 +244,6 @@ def test_conversations_need_to_be_run_alone_to_be_kept_apart(tmp_path: Path) -> 
 
 def test_a_template_is_for_messages_alone(tmp_path: Path) -> None:
     config = chat_config(tmp_path)
-    with pytest.raises(ValueError, match="chat_template is for chat messages"):
+    with pytest.raises(ValueError, match="chat_template needs chat messages"):
         collect(config, tmp_path / "store")
     assert not (tmp_path / "store").exists()

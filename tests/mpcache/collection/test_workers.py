@@ -21,8 +21,8 @@ from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.collection.dask_client import DaskCollector
 from mpcache.collection.fill import Collection, WaitConfig
-from mpcache.data.documents import open_documents
-from mpcache.data.token_file import vocabulary_of
+from mpcache.data.dataset import open_documents
+from mpcache.data.vocabulary import vocabulary_of
 from mpcache.errors import UsageError
 from mpcache.maintenance.verify import verify
 from mpcache.model.loading import load_tokenizer

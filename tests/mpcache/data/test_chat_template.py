@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mpcache.data.chat_template import ChatEncoder, ChatTokens, find_template
+from mpcache.data.chat_template import ChatTokenizer, ChatTokens, load_template
 from mpcache.data.conversation import Conversation
-from mpcache.data.text_tokenizer import ParsedText, PlainText
+from mpcache.data.text_tokenizer import LiteralTextTokenizer, ParsingTextTokenizer
 from tests.helpers.chat_templates import ENDS, MARKERS, TEMPLATES
 from tests.helpers.models import tiny_tokenizer
 
@@ -27,7 +27,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZER = make_tokenizer()
-TEXT = {True: ParsedText(TOKENIZER), False: PlainText(TOKENIZER)}
+TEXT = {True: ParsingTextTokenizer(TOKENIZER), False: LiteralTextTokenizer(TOKENIZER)}
 
 
 def chat_of(*texts: str, first: str = "user") -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def chat_of(*texts: str, first: str = "user") -> list[dict[str, Any]]:
 def tokens_of(
     template: str, messages: Sequence[dict[str, Any]], parses: bool = False
 ) -> ChatTokens:
-    encoder = ChatEncoder(TOKENIZER, TEMPLATES.get(template, template), TEXT[parses])
+    encoder = ChatTokenizer(TOKENIZER, TEMPLATES.get(template, template), TEXT[parses])
     (found,) = encoder([Conversation(tuple(messages), "row 7 of x.jsonl")], END)
     assert len(found.ids) == len(found.by_assistant)
     return found
@@ -180,13 +180,13 @@ def test_the_end_token_of_the_template_is_seen() -> None:
 
 def test_a_template_is_found_or_its_lack_is_told(tmp_path) -> None:
     with pytest.raises(ValueError, match="give --chat-template"):
-        find_template(tiny_tokenizer(), None)
+        load_template(tiny_tokenizer(), None)
     file = tmp_path / "t.jinja"
     with pytest.raises(ValueError, match="No such file"):
-        find_template(TOKENIZER, str(file))
+        load_template(TOKENIZER, str(file))
     for content, match in ((b" ", "empty"), (b"{% for %}", "line 1"), (b"\xff", "UTF-8")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=match):
-            find_template(TOKENIZER, str(file))
+            load_template(TOKENIZER, str(file))
     file.write_text(TEMPLATES["chatml"])
-    assert find_template(TOKENIZER, str(file)) == TEMPLATES["chatml"]
+    assert load_template(TOKENIZER, str(file)) == TEMPLATES["chatml"]

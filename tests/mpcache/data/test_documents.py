@@ -13,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcache.config import CollectConfig
-from mpcache.data.documents import (
-    SHUFFLE_BUFFER,
-    Documents,
-    HubRows,
-    open_documents,
-    permutation,
-)
-from mpcache.data.token_file import token_dtype, vocabulary_of
+from mpcache.data.dataset import open_documents
+from mpcache.data.documents import Documents
+from mpcache.data.hub_dataset import SHUFFLE_BUFFER, HubDataset
+from mpcache.data.permutation import seeded_permutation
+from mpcache.data.vocabulary import token_dtype, vocabulary_of
 from tests.helpers.models import tiny_tokenizer
 
 TEXTS = [f"document {i} é\n" + "x" * (i % 5) for i in range(150)]
@@ -157,12 +154,12 @@ def test_tokens_are_as_wide_as_ids_need():
 
 
 def hub_order(table, config):
-    return HubRows(table, config, vocabulary_of(TOKENIZER)).order
+    return HubDataset(table, config, vocabulary_of(TOKENIZER)).order
 
 
 @pytest.mark.parametrize("count", [50, 500])
 def test_a_stream_starts_at_any_place(monkeypatch, count):
-    monkeypatch.setattr("mpcache.data.documents.SHUFFLE_BUFFER", 100)
+    monkeypatch.setattr("mpcache.data.hub_dataset.SHUFFLE_BUFFER", 100)
     table = datasets.Dataset.from_dict({"text": [str(i) for i in range(count)]})
     table = table.to_iterable_dataset(num_shards=3)
     orders = [hub_order(table, make_config("id", seed=seed)) for seed in (0, 0, 1)]
@@ -235,7 +232,7 @@ def test_a_lost_hub_is_no_mistake_of_the_user():
     """In a process of its own: the Hub client reads HF_HUB_OFFLINE when it is imported."""
     code = """
 from mpcache.config import CollectConfig
-from mpcache.data.documents import open_documents
+from mpcache.data.dataset import open_documents
 try:
     open_documents(CollectConfig(model="m", dataset="no/such", hookpoints=("a",)), None)
 except ConnectionError as error:
@@ -253,10 +250,10 @@ except ConnectionError as error:
 
 @given(st.integers(0, 500), st.text(max_size=5))
 def test_permutation_is_a_bijection(count, key):
-    assert sorted(permutation(count, key)) == list(range(count))
+    assert sorted(seeded_permutation(count, key)) == list(range(count))
 
 
 def test_permutation_mixes():
-    orders = np.array([permutation(50, f"{key}") for key in range(2000)])
+    orders = np.array([seeded_permutation(50, f"{key}") for key in range(2000)])
     assert len({tuple(order) for order in orders}) == 2000
     assert np.abs(orders.mean(axis=0) - 24.5).max() < 1.5  # standard error 0.32

@@ -15,14 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpcache import hub
 from mpcache.config import CollectConfig
 from mpcache.data import data_file as datafile
+from mpcache.data import hub_dataset as hub
 from mpcache.data import local_dataset as files
 from mpcache.data.conversation import Conversation
-from mpcache.data.dataset_files import find_shards
-from mpcache.data.documents import Documents, HubRows, open_documents
-from mpcache.data.token_file import TokenIds, Vocabulary, vocabulary_of
+from mpcache.data.dataset import open_documents
+from mpcache.data.dataset_files import find_dataset_files
+from mpcache.data.documents import Documents
+from mpcache.data.hub_dataset import HubDataset
+from mpcache.data.vocabulary import ConfigTokens, Vocabulary, vocabulary_of
 from tests.helpers.models import tiny_tokenizer
 
 VOCABULARY = vocabulary_of(tiny_tokenizer(), 260)
@@ -237,7 +239,7 @@ def test_order_of_texts_in_a_folder_is_that_of_stores(tmp_path):
     for name in ("9", "10", "a"):
         write_at(tmp_path / "t" / f"{name}.txt", name.encode())
     config = CollectConfig(model="m", dataset=str(tmp_path / "t"), hookpoints=("a",))
-    assert [path.stem for path in find_shards(config).files] == ["10", "9", "a"]
+    assert [path.stem for path in find_dataset_files(config).paths] == ["10", "9", "a"]
 
 
 def test_no_text_of_a_folder_is_left_out(tmp_path):
@@ -246,7 +248,9 @@ def test_no_text_of_a_folder_is_left_out(tmp_path):
     (tmp_path / "t" / "sub").symlink_to("../other")
     (tmp_path / "t" / "again").symlink_to(".")
     config = CollectConfig(model="m", dataset=str(tmp_path / "t"), hookpoints=("a",))
-    there = [path.relative_to(tmp_path / "t").as_posix() for path in find_shards(config).files]
+    there = [
+        path.relative_to(tmp_path / "t").as_posix() for path in find_dataset_files(config).paths
+    ]
     assert there == [".h.txt", "9.txt", "a.txt", "b.TXT", "sub/c.txt", "sub/deep/d.Txt"]
     write_at(tmp_path / "lone" / "b.TXT", b"b")
     assert values(open_(tmp_path / "lone")) == ["b"]
@@ -330,7 +334,7 @@ def test_files_of_every_kind_tell_their_split(tmp_path, suffix):
         (("a.jsonl", "b.parquet"), r"one kind, got \.jsonl and \.parquet in d; .* d/\*\.jsonl"),
         (("a.jsonl", "b.json"), r"one kind, got \.jsonl and \.json in d"),
         (("a.jsonl", "a.jsonl.gz"), r"each shard once, got a\.jsonl\.gz beside a\.jsonl"),
-        (("a.jsonl", "b.jsonl.bz2"), r"b\.jsonl\.bz2 lies among the data and cannot be read"),
+        (("a.jsonl", "b.jsonl.bz2"), r"b\.jsonl\.bz2 is in the dataset's folder but is not"),
         (("train.jsonl", "more.jsonl"), r"a split or none, got train\.jsonl and more\.jsonl"),
         (("x/train.jsonl", "y/train.jsonl"), r"several datasets, train files are in x, y; name"),
         (("en/train/0.jsonl", "de/train/0.jsonl"), r"several datasets, .* in de, en; name one"),
@@ -359,7 +363,7 @@ def test_paths_that_are_not_there_are_named(tmp_path):
     write_at(tmp_path / "a.jsonl", jsonl(["a"]))
     for dataset, message in (
         (f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", r"must exist, got \S+b\.jsonl"),
-        (f"{tmp_path}/*.csv", r"got \S+/\*\.csv, which matches none"),
+        (f"{tmp_path}/*.csv", r"got \S+/\*\.csv, which matches no file"),
         (f"{tmp_path}/a.jsonl,{tmp_path}/*.jsonl", r"each file once, got \S+a\.jsonl twice"),
         (f"{tmp_path}/b.jsonl.zst", r"must exist, got \S+b\.jsonl\.zst"),
     ):
@@ -552,7 +556,7 @@ def test_all_rows_have_a_mask_or_none(tmp_path):
 @pytest.mark.parametrize("rows", [[None, None], [[], []], [None, []], ["", ""]])
 def test_a_dataset_without_any_token_is_refused(tmp_path, write, rows):
     path = write_at(tmp_path / f"a{suffix_of(write)}", write(rows))
-    without = vocabulary_of(TokenIds(vocab_size=9, eos_token_id=2), 9)
+    without = vocabulary_of(ConfigTokens(vocab_size=9, eos_token_id=2), 9)
     with pytest.raises(ValueError, match=r"got 2 empty ones in a\.|has no tokenizer"):
         open_(path, without)
 
@@ -582,7 +586,7 @@ def test_more_token_files_than_may_be_open(tmp_path, monkeypatch):
 
 
 def test_a_model_without_tokenizer_reads_token_ids(tmp_path):
-    vocabulary = vocabulary_of(TokenIds(vocab_size=70_000, eos_token_id=2), 70_000)
+    vocabulary = vocabulary_of(ConfigTokens(vocab_size=70_000, eos_token_id=2), 70_000)
     path = write_at(tmp_path / "a.bin", np.array([69_999, 2, 3], "<u4").tobytes())
     assert sorted(values(open_(path, vocabulary))) == [[3], [69_999]]
     path = write_at(tmp_path / "a.jsonl", jsonl([[69_999]]))
@@ -599,10 +603,10 @@ def test_a_model_without_tokenizer_reads_token_ids(tmp_path):
 # --- Hub ---
 
 
-def hub_rows(rows, column, *, streaming=False) -> HubRows:
+def hub_rows(rows, column, *, streaming=False) -> HubDataset:
     table = datasets.Dataset.from_list(rows)
     config = CollectConfig(model="m", dataset="id", hookpoints=("a",), text_column=column)
-    return HubRows(table.to_iterable_dataset() if streaming else table, config, VOCABULARY)
+    return HubDataset(table.to_iterable_dataset() if streaming else table, config, VOCABULARY)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -625,10 +629,10 @@ def test_a_column_that_is_not_asked_for_is_not_decoded(streaming):
         features=datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()}),
     )
     config = CollectConfig(model="m", dataset="id", hookpoints=("a",))
-    rows = HubRows(images.to_iterable_dataset() if streaming else images, config, VOCABULARY)
+    rows = HubDataset(images.to_iterable_dataset() if streaming else images, config, VOCABULARY)
     assert sorted(rows.order(0)) == ["a", "b"]
     with pytest.raises(ValueError, match="got body; use one of text, image"):
-        HubRows(images, CollectConfig(**{**vars(config), "text_column": "body"}), VOCABULARY)
+        HubDataset(images, CollectConfig(**{**vars(config), "text_column": "body"}), VOCABULARY)
 
 
 def test_a_row_of_the_hub_is_told():
@@ -645,8 +649,8 @@ def test_another_commit_in_the_cache_is_not_taken(tmp_path, monkeypatch):
     config = CollectConfig(model="m", dataset="owner/name", hookpoints=("a",))
     message = f"{asked}; the local cache has another version, {there}"
     with pytest.raises(ConnectionError, match=message):
-        hub.load_hub(config, asked)
-    assert hub.load_hub(config, there)["text"][:] == ["old"]
+        hub.load_hub_split(config, asked)
+    assert hub.load_hub_split(config, there)["text"][:] == ["old"]
 
 
 def prepare(folder: Path) -> None:

@@ -8,18 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcache.config import CollectConfig
-from mpcache.data.documents import Documents, permutation
+from mpcache.data.document_boundaries import document_starts, position_ids
+from mpcache.data.documents import Documents
 from mpcache.data.packing import (
     Cursor,
     PartTokens,
-    Specials,
-    document_starts,
+    SpecialTokens,
     iter_parts,
-    position_ids,
-    row_permutation,
-    special_tokens,
     split_of,
 )
+from mpcache.data.permutation import row_permutation, seeded_permutation
+from mpcache.data.special_tokens import special_tokens_of
 from mpcache.store.token_plan import next_part
 from tests.helpers.models import tiny_tokenizer, transformers_log
 
@@ -179,13 +178,13 @@ def test_too_few_documents_are_counted():
 )
 def test_refuses(tokenizer, changes, message):
     with pytest.raises(ValueError, match=message):
-        special_tokens(tiny_tokenizer(**tokenizer), make_config(**changes))
+        special_tokens_of(tiny_tokenizer(**tokenizer), make_config(**changes))
 
 
 def test_cls_and_sep_serve_where_bos_and_eos_lack():
     tokenizer = tiny_tokenizer(bos=None, eos=None)
     tokenizer.cls_token, tokenizer.sep_token = "<s>", "</s>"
-    specials = special_tokens(tokenizer, make_config(bos="document"))
+    specials = special_tokens_of(tokenizer, make_config(bos="document"))
     assert (specials.begin, specials.end) == (BOS, EOS)
 
 
@@ -195,14 +194,14 @@ def test_cls_and_sep_serve_where_bos_and_eos_lack():
 @pytest.mark.parametrize(
     ("specials", "tokens", "positions"),
     [
-        (Specials(None, "document", 9), [1, 2, 9, 3, 9, 9, 4], [0, 1, 2, 0, 1, 0, 0]),
-        (Specials(8, "document", 9), [2, 9, 8, 3, 9, 8, 4], [0, 1, 0, 1, 2, 0, 1]),
-        (Specials(8, "document", None), [2, 2, 8, 3, 8, 4, 4], [0, 1, 0, 1, 0, 1, 2]),
-        (Specials(8, "sequence", 9), [8, 1, 9, 3, 9, 4, 4], [0, 1, 2, 0, 1, 0, 1]),
+        (SpecialTokens(None, "document", 9), [1, 2, 9, 3, 9, 9, 4], [0, 1, 2, 0, 1, 0, 0]),
+        (SpecialTokens(8, "document", 9), [2, 9, 8, 3, 9, 8, 4], [0, 1, 0, 1, 2, 0, 1]),
+        (SpecialTokens(8, "document", None), [2, 2, 8, 3, 8, 4, 4], [0, 1, 0, 1, 0, 1, 2]),
+        (SpecialTokens(8, "sequence", 9), [8, 1, 9, 3, 9, 4, 4], [0, 1, 2, 0, 1, 0, 1]),
         # one token is both: the second of a pair begins, and so does the first of a sequence
-        (Specials(9, "document", 9), [9, 1, 9, 9, 2, 9, 9], [0, 1, 2, 0, 1, 2, 0]),
-        (Specials(9, "document", 9), [9, 9, 1, 1, 9, 9, 2], [0, 0, 1, 2, 3, 0, 1]),
-        (Specials(9, "sequence", 9), [9, 1, 9, 2, 2, 9, 3], [0, 1, 2, 0, 1, 2, 0]),
+        (SpecialTokens(9, "document", 9), [9, 1, 9, 9, 2, 9, 9], [0, 1, 2, 0, 1, 2, 0]),
+        (SpecialTokens(9, "document", 9), [9, 9, 1, 1, 9, 9, 2], [0, 0, 1, 2, 3, 0, 1]),
+        (SpecialTokens(9, "sequence", 9), [9, 1, 9, 2, 2, 9, 3], [0, 1, 2, 0, 1, 2, 0]),
     ],
 )
 def test_positions_restart_at_documents(specials, tokens, positions):
@@ -214,7 +213,7 @@ def test_positions_restart_at_documents(specials, tokens, positions):
 def test_document_starts_are_where_documents_start(texts, begins):
     bos = "document" if begins else "none"
     config = make_config(bos=bos, cross_document_attention=False, keep_empty_documents=True)
-    specials = special_tokens(TOKENIZER, config)
+    specials = special_tokens_of(TOKENIZER, config)
     parts = [part for part in parts_of(texts, config) if part.split == "train"]
     lengths = [
         len(TOKENIZER(text)["input_ids"]) + 1 + begins
@@ -246,4 +245,4 @@ def test_seed_and_part_change_the_rows():
 
 def test_the_permutation_never_changes():
     """A store in the field is extended by it."""
-    assert permutation(8, "key").tolist() == [6, 0, 7, 5, 3, 2, 1, 4]
+    assert seeded_permutation(8, "key").tolist() == [6, 0, 7, 5, 3, 2, 1, 4]

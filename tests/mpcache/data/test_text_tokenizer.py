@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from mpcache.data.text_tokenizer import ParsedText, PlainText, special_names
+from mpcache.data.text_tokenizer import LiteralTextTokenizer, ParsingTextTokenizer, special_names
 from tests.helpers.tokenizers_of_kinds import KINDS
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -21,8 +21,8 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
 
 
 @functools.cache
-def plain_of(kind: str) -> PlainText:
-    return PlainText(tokenizer_of(kind))
+def plain_of(kind: str) -> LiteralTextTokenizer:
+    return LiteralTextTokenizer(tokenizer_of(kind))
 
 
 def names_of(kind: str) -> list[str]:
@@ -60,7 +60,7 @@ def test_a_text_without_such_names_gets_the_same_tokens(kind: str, data: st.Data
     if any(name.lower() in text.lower() for name in names):
         return
     (plain,), (parsed,) = (
-        one.encode([text]) for one in (plain_of(kind), ParsedText(tokenizer_of(kind)))
+        one.encode([text]) for one in (plain_of(kind), ParsingTextTokenizer(tokenizer_of(kind)))
     )
     assert plain.tolist() == parsed.tolist()
 
@@ -70,7 +70,9 @@ def test_a_name_is_read_as_its_letters_or_as_that_token(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
     end = tokenizer.eos_token or tokenizer.sep_token
     text = f"the cat {end} sat"
-    (plain,), (parsed,) = (one.encode([text]) for one in (plain_of(kind), ParsedText(tokenizer)))
+    (plain,), (parsed,) = (
+        one.encode([text]) for one in (plain_of(kind), ParsingTextTokenizer(tokenizer))
+    )
     number = tokenizer.convert_tokens_to_ids(end)
     assert number in parsed
     assert number not in plain
@@ -86,21 +88,21 @@ def test_an_added_token_that_is_not_special_stays_a_token() -> None:
 def test_a_lone_character_is_text_whatever_it_is_used_for() -> None:
     tokenizer = KINDS["byte_level"]()
     tokenizer.pad_token = "!"
-    (ids,) = PlainText(tokenizer).encode(["a!"])
+    (ids,) = LiteralTextTokenizer(tokenizer).encode(["a!"])
     assert tokenizer.decode(ids.tolist()) == "a!"
 
 
 def test_the_tokenizer_itself_stays_as_it_was() -> None:
     tokenizer = KINDS["unigram"]()
     before = tokenizer.backend_tokenizer.to_str()
-    PlainText(tokenizer).encode(["the </s>"])
+    LiteralTextTokenizer(tokenizer).encode(["the </s>"])
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-@pytest.mark.parametrize("policy", [ParsedText, PlainText])
+@pytest.mark.parametrize("policy", [ParsingTextTokenizer, LiteralTextTokenizer])
 @EVERY_KIND
 def test_chats_are_never_cut_or_padded(
-    kind: str, policy: type[ParsedText] | type[PlainText]
+    kind: str, policy: type[ParsingTextTokenizer] | type[LiteralTextTokenizer]
 ) -> None:
     """Whatever `tokenizer.json` says, and whatever was read by the tokenizer before."""
     chats = ["the cat sat on the mat, the cat sat", "A", "the"]

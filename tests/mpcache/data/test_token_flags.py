@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpcache.data.packing import row_permutation
+from mpcache.data.permutation import row_permutation
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 
 from mpcache.collection.producer import empty_rows
 from mpcache.config import CollectConfig
-from mpcache.data.tokenization import Specials
+from mpcache.data.special_tokens import SpecialTokens
 from mpcache.model.capture import Reading, capture_part
 from mpcache.model.document_separation import _packed_faults, find_separation
 from mpcache.model.hooks import Capture, Side, resolve
@@ -24,7 +24,7 @@ from tests.helpers.models import tiny_model
 
 CTX_LEN = 40
 END = VOCABULARY - 1
-SPECIALS = Specials(begin=None, begins="document", end=END)
+SPECIALS = SpecialTokens(begin=None, begins="document", end=END)
 LENGTHS = (13, 1, 20, 6, 2, 33, 5)  # two sequences: the last two documents fill the second
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -10,7 +10,7 @@ from transformers import AutoModel, GgufConfig
 from mpcache.collection.collect import collect
 from mpcache.collection.find_store import find_store
 from mpcache.config import RepairConfig
-from mpcache.data.packing import row_permutation
+from mpcache.data.permutation import row_permutation
 from mpcache.maintenance.repair import repair
 from mpcache.model.file_snapshot import ModelFiles, file_digest
 from mpcache.model.gguf import check_gguf

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
-from mpcache.hub import explained, hub_error
+from mpcache.hub import explain_hub_errors, hub_error
 from mpcache.model.loading import (
     load_model,
     model_digest,
@@ -153,7 +153,7 @@ def hub_says(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
     ],
 )
 def test_errors_of_the_hub_are_explained(error, kind, message):
-    with pytest.raises(kind, match=message), explained("m", "main"):
+    with pytest.raises(kind, match=message), explain_hub_errors("m", "main"):
         raise error
 
 
