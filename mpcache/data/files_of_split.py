@@ -78,8 +78,8 @@ def check_shards_complete(files: Sequence[Path], folder: Path) -> None:
             groups[file.parent, name, count].add(int(number))
     for (_, name, count), numbers in groups.items():
         # counted from 0, as the Hub does, or from 1
-        candidates = [set(range(first, first + int(count))) - numbers for first in (0, 1)]
-        if missing := sorted(min(candidates, key=lambda gap: len(gap))):
+        candidates = [sorted(set(range(n, n + int(count))) - numbers) for n in (0, 1)]
+        if missing := min(candidates, key=len):
             raise UsageError(
                 f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
                 f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "
