@@ -13,6 +13,8 @@ CHECK_SHAPES := --jaxtyping-packages=mpcache,mptrain,beartype.beartype
 SHAPES := mpcache/data/test_packing.py mpcache/model/test_capture.py mptrain/coders mptrain/kernels
 RESIDUAL := layers.3,layers.5
 MLP := layers.3.mlp,layers.5.mlp
+COLLECT := $(BIN)/mpcache collect data/model data/corpus/train.parquet $(DEMO)/store \
+    --hookpoints $(RESIDUAL),$(MLP) --rows 320k --ctx-len 256 --part-rows 16384 --batch-sequences 16
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
        --eval-rows 8192 --dead-rows 50k --save-every 50
 
@@ -21,7 +23,7 @@ TWINS := smollm2-demo llama-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 fit.rows=1024 fit.batch_rows=128 fit.eval_every=4 \
          fit.eval_rows=512 coders.expansion=2 coders.dead_rows=512
 
-.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes format clean
+.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes format peers clean
 install: .venv/installed
 
 # Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
@@ -34,8 +36,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/mpcache collect data/model data/corpus/train.parquet $(DEMO)/store \
-	    --hookpoints $(RESIDUAL),$(MLP) --rows 320k --ctx-len 256 --part-rows 16384 --batch-sequences 16
+	$(COLLECT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sae --hookpoints $(RESIDUAL),$(MLP) --kind sae $(FIT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sst --hookpoints $(MLP) --kind skip-transcoder $(FIT)
 	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
@@ -75,6 +76,13 @@ shapes: install
 format: install
 	$(BIN)/ruff format -q .
 	$(BIN)/ruff check -q --fix .
+
+# Comparisons with other tools; docs/benchmarks.md says how to install them. Absent tools are named.
+peers: install
+	$(COLLECT)
+	$(BIN)/python -m benchmarks.stores
+	$(BIN)/python -m benchmarks.loaders $(DEMO)/store --hookpoints layers.3
+	$(BIN)/python -m benchmarks.pursuit
 
 clean:
 	rm -rf .venv $(DEMO) reproduce reproduce-smoke

@@ -191,41 +191,6 @@ class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettin
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreBenchConfig:
-    """What `mpcache bench-store` writes and reads: every combination of parts, chunks and codec."""
-
-    group: ClassVar[str] = "Storage"
-
-    rows: int = 262_144
-    "rows of random values in an array, rounded up to whole parts"
-    width: int = 384
-    "values per row"
-    dtype: Dtype = "bfloat16"
-    "dtype of the rows"
-    part_rows: tuple[int, ...] = (65_536,)
-    "rows per part"
-    chunk_rows: tuple[int, ...] = (1024,)
-    "rows per chunk"
-    codec: tuple[Codec, ...] = ("none",)
-    "compression of chunks"
-    threads: int = 4
-    "threads that write parts and read chunks, both here and in Zarr"
-    peers: tuple[str, ...] = ("zarr", "zarrs", "sae-lens")
-    "other libraries to measure as well, if they are installed"
-    repeats: int = 3
-    "measured rounds, after one warm-up round"
-
-    def __post_init__(self) -> None:
-        known = ("zarr", "zarrs", "sae-lens")
-        if unknown := [name for name in self.peers if name not in known]:
-            raise UsageError(f"peers must be of {', '.join(known)}, got {unknown[0]}")
-        check_at_least(self, 1, "rows", "width", "threads", "repeats")
-        for name in ("part_rows", "chunk_rows", "codec"):
-            if not getattr(self, name):
-                raise UsageError(f"{name} is empty; name at least one")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """What `mpcache convert` changes. A setting that is not given stays as in the source."""
 

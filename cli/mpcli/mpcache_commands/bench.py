@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from mpcache.config import CollectConfig, StoreBenchConfig
+from mpcache.bench.config import StoreBenchConfig
+from mpcache.config import CollectConfig
 from mpcli.arguments import Json
 from mpcli.options import from_config
 from mpcli.tables import print_json, print_table
@@ -19,8 +20,8 @@ def bench(
 ) -> None:
     from mpcache.bench.collect import bench as run
 
-    found = dataclasses.asdict(run(config, repeats))
-    return print_json(found) if json else print_table(tuple(found), [found])
+    row = dataclasses.asdict(run(config, repeats))
+    return print_json(row) if json else print_table(tuple(row), [row])
 
 
 @from_config(StoreBenchConfig)
@@ -32,15 +33,11 @@ def bench_store(
     ] = None,
     json: Json = False,
 ) -> None:
-    from mpcache.bench.store import HOW_TO_INSTALL
     from mpcache.bench.store import bench_store as run
 
     report = run(config, folder)
-    found = [dataclasses.asdict(one) for one in report.measurements]
+    rows = [dataclasses.asdict(measurement) for measurement in report.measurements]
     if json:
-        return print_json({**dataclasses.asdict(report), "measurements": found})
+        return print_json({"hardware": report.hardware, "measurements": rows})
     typer.echo(f"{report.hardware}; {config.rows:,} rows of {config.width} {config.dtype} values")
-    print_table(tuple(found[0]), found)
-    for name, why in report.absent.items():
-        typer.echo(f"not measured: {name} ({why}); {HOW_TO_INSTALL}")
-    return None
+    return print_table(tuple(rows[0]), rows)
