@@ -8,6 +8,7 @@ def spliced_figures(
     folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
 ) -> dict[str, float | None]:
     """The language model and the coder meet here only: neither package knows the other's."""
+    from mpcache.model.hooks import Side
     from mpcache.model.splice import SplicedModel
     from mptrain.coders.checkpoint import load_coder
     from mptrain.data.filters import filters_from_json
@@ -16,14 +17,14 @@ def spliced_figures(
     coder, trained = load_coder(folder)
     spliced = SplicedModel(store, model, revision, device, trust_remote_code)
     coder.to(spliced.model.device)
-    hookpoint = coder.config.hookpoint
+    source, target = (Side.parse(side) for side in (*coder.config.inputs, *coder.config.targets))
     predictions = (
         Prediction(
             tokens_BL=example.tokens_BL,
             wanted_BL=example.wanted_BL,
             counts_BL=example.counts_BL,
             by_assistant_BL=example.by_assistant_BL,
-            run=functools.partial(spliced.logits, example.inputs, hookpoint),
+            run=functools.partial(spliced.logits, example.inputs, source, target),
         )
         for example in spliced.examples()
     )

@@ -38,6 +38,12 @@ class Side:
     def __str__(self) -> str:
         return f"{self.hookpoint}:{self.side}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Side":
+        """The side that `str` writes so."""
+        hookpoint, _, side = text.rpartition(":")
+        return cls(hookpoint, "input" if side == "input" else "output")
+
 
 Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
 

@@ -1,4 +1,4 @@
-"""The store's language model with its head, run with one hookpoint's output replaced.
+"""The store's language model with its head, run with one side of a hookpoint replaced.
 
 B: sequences in a forward pass. L: tokens in a sequence. V: size of the vocabulary.
 """
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
@@ -24,7 +25,7 @@ from mpcache.model.capture import Reading, part_input, piece_places
 from mpcache.model.causality import is_causal
 from mpcache.model.checkpoint_validation import MissingWeights
 from mpcache.model.document_separation import find_separation
-from mpcache.model.hooks import input_of, output_of, resolve
+from mpcache.model.hooks import Side, input_of, output_of, resolve
 from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
 from mpcache.model.loading import Head, load_model, loader_of, model_digest
 from mpcache.model.skeleton import load_architecture
@@ -33,7 +34,7 @@ from mpcache.store.fingerprint import stored_settings
 from mpcache.store.format import BY_ASSISTANT
 from mpcache.store.reader import open_store
 
-# (input, output) of the hookpoint, each [B, L, width], to its new output
+# values of the source and the target side, each [B, L, width], to the target's new value
 Replace = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -187,15 +188,24 @@ class SplicedModel:
         return longest
 
     def _all_logits(self, inputs: ModelInputs) -> Float[Tensor, "B L V"]:
-        return self.logits(inputs, "")
+        return self.logits(inputs)
 
     @torch.no_grad()
     def logits(
-        self, inputs: ModelInputs, hookpoint: str, new: Replace | None = None
+        self,
+        inputs: ModelInputs,
+        source: Side | None = None,
+        target: Side | None = None,
+        new: Replace | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """Logits of the head, with the hookpoint's output replaced if `new` is given."""
-        module: nn.Module = self.model.base_model.get_submodule(hookpoint)
-        hooks = [module.register_forward_hook(_replacing(new), with_kwargs=True)] if new else []
+        """Logits of the head. With `new`, the target side is replaced by `new(source, target)`.
+
+        Raises:
+            UsageError: the model computes the target side before the source side.
+        """
+        hooks = []
+        if source is not None and target is not None and new is not None:
+            hooks = splice_hooks(self.model.base_model, source, target, new)
         try:
             logits: Tensor = self.model(**inputs, use_cache=False).logits
         finally:
@@ -236,13 +246,52 @@ def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
     return Masking(mask, set(tokenizer.all_special_ids), largest_token_id(tokenizer) + 1)
 
 
-def _replacing(new: Replace) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+def splice_hooks(
+    base: nn.Module, source: Side, target: Side, new: Replace
+) -> list[RemovableHandle]:
+    """Hooks that keep the source side's value and replace the target side's."""
+    kept: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept[:] = [value]
+        return value
+
+    def replace_value(value: Tensor) -> Tensor:
+        if source == target:
+            kept[:] = [value]
+        if not kept:
+            raise UsageError(
+                f"the model computes {target} before {source}, so that it cannot be predicted "
+                "while the model runs; leave --model out"
+            )
+        return new(kept.pop(), value).to(value.dtype)
+
+    changes = (
+        [(target, replace_value)] if source == target else [(source, keep), (target, replace_value)]
+    )
+    return [_change_side(base.get_submodule(s.hookpoint), s, change) for s, change in changes]
+
+
+def _change_side(
+    module: nn.Module, side: Side, change: Callable[[Tensor], Tensor]
+) -> RemovableHandle:
+    """Pass a side's value through a function whenever the module runs."""
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        value = input_of(args, kwargs)
+        assert isinstance(value, Tensor)
+        changed = change(value)
+        return (
+            tuple(changed if one is value else one for one in args),
+            {name: changed if one is value else one for name, one in kwargs.items()},
+        )
+
+    def after(_: nn.Module, args: Any, output: Any) -> Any:
         value = output_of(output)
         assert isinstance(value, Tensor)
-        source = input_of(args, kwargs)
-        assert isinstance(source, Tensor)
-        changed = new(source, value).to(value.dtype)
+        changed = change(value)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    return hook
+    if side.side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)

@@ -17,11 +17,12 @@ from torch import Tensor
 from mptrain.bench.config import LoaderBenchConfig
 from mptrain.bench.measure import Progress, median_ratio, silent, time_calls
 from mptrain.config.architectures import Arch
+from mptrain.config.coder import all_sides
 from mptrain.config.fit import FitConfig
+from mptrain.config.sides import Side
 from mptrain.data.filters import make_filters
-from mptrain.data.loader import Batch, Loader, Side, Store, open_store
+from mptrain.data.loader import Batch, Loader, Store, open_store
 from mptrain.data.windows import SEQUENCE, RowField, endless_plans
-from mptrain.evals.evaluate import sides_of, sides_of_all
 from mptrain.kernels.device import resolve_device
 from mptrain.training.setup import make_coder_run
 
@@ -238,14 +239,14 @@ def _measure_training(
         rows=2 * (config.repeats + 1) * config.steps * config.batch_rows,
     )  # fmt: skip
     coders, device = run.coders(), resolve_device(config.device)
-    filters = make_filters(run, store, sides_of_all(coders))
+    filters = make_filters(run, store, all_sides(coders))
     coder_runs = [make_coder_run(coder, run, filters, store, device) for coder in coders]
     waited: deque[float] = deque(maxlen=config.repeats)
 
     def train(batches: Iterator[Batch]) -> None:
         for batch in islice(batches, config.steps):
             for coder, coder_run in zip(coders, coder_runs, strict=True):
-                source, target = sides_of(coder)
+                source, target = coder.sides
                 kept = filters.kept(batch, (source, target))
                 x_BD, y_BD = batch.values[source][kept], batch.values[target][kept]
                 coder_run.trainer.step(x_BD.float(), y_BD.float())

@@ -29,8 +29,8 @@ from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
 from mptrain.config.architectures import Arch
 from mptrain.config.coder import CoderConfig
+from mptrain.config.sides import hookpoint_sides
 from mptrain.data.loader import Loader, open_store
-from mptrain.evals.evaluate import sides_of
 from mptrain.kernels.device import resolve_device
 from mptrain.kernels.sparse import sparse_decode
 from mptrain.pursuit import numba_backend
@@ -103,7 +103,7 @@ def random_rows(W_MD: Tensor, config: PursuitBenchConfig) -> Tensor:
 
 def _new_coder(config: PursuitBenchConfig) -> Coder:
     coder_config = CoderConfig(
-        hookpoint="bench", kind="sae", arch="mp", k=config.k, backend="direct",
+        **hookpoint_sides("bench", "sae"), kind="sae", arch="mp", k=config.k, backend="direct",
         expansion=config.latents // config.width,
     )  # fmt: skip
     coder = Coder(coder_config, config.width, config.width)
@@ -121,14 +121,14 @@ def _trained_coder_and_rows(
             f"the coder in {folder} is not plain matching pursuit; name a coder trained with "
             "--arch mp and without variants"
         )
-    source, _ = sides_of(coder.config)
+    source, _ = coder.config.sides
     with Loader(
         open_store(store), (source,), "validation", batch_rows=config.rows, seed=config.seed,
         device=torch.device("cpu"),
     ) as loader:  # fmt: skip
         rows = next(iter(loader.one_pass(config.rows))).values[source]
     direct_config = CoderConfig(
-        hookpoint=coder.config.hookpoint, kind="sae", arch="mp", k=config.k, backend="direct",
+        inputs=coder.config.inputs, targets=coder.config.inputs, kind="sae", arch="mp", k=config.k, backend="direct",
         expansion=coder.config.expansion, latents=coder.config.latents,
     )  # fmt: skip
     direct = Coder(direct_config, len(coder.b_D), len(coder.b_D))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
-from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_json import coder_config_from_json
 from mptrain.data.atomic_files import json_text, read_json, write_folder
 
 CODER_FORMAT = 1
@@ -52,7 +52,9 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
                 f"{folder} has coder format {about['format_version']}, this mptrain reads "
                 f"{CODER_FORMAT}; use the mptrain that made it"
             )
-        coder = Coder(CoderConfig(**about["config"]), about["input_width"], about["target_width"])
+        coder = Coder(
+            coder_config_from_json(about["config"]), about["input_width"], about["target_width"]
+        )
         coder.load_state_dict(load_file(folder / "coder.safetensors"))
         coder.coded_as = about.get("coded_as", "mp")
     except FileNotFoundError:

@@ -1,15 +1,16 @@
 """One coder's config: its place, its mathematics and how it is trained; which settings go with
 which coders, and with each other."""
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from mpcache.errors import UsageError
 from mptrain.config.architectures import ARCHITECTURES, Arch, Architecture, architectures_with
+from mptrain.config.sides import Kind, Side, parse_side, sides_name
 
-Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Optimizer = Literal["adam", "muon", "signsgd"]
 Schedule = Literal["linear", "cosine", "constant"]
 Start = Literal["mean", "median"]
@@ -124,12 +125,14 @@ class CoderSettings(CurriculumSettings, LossSettings, CodeSettings, OptimizerSet
 
 @dataclass(frozen=True, kw_only=True)
 class CoderConfig(CoderSettings):
-    """One coder: its place, its mathematics and how it is trained. Saved beside its weights."""
+    """One coder: what it reads and predicts, its mathematics and how it is trained."""
 
-    hookpoint: str
-    "hookpoint whose rows it codes"
+    inputs: tuple[str, ...]
+    "sides that it reads, as HOOKPOINT:input or HOOKPOINT:output"
+    targets: tuple[str, ...]
+    "sides that it predicts; an sae's are its inputs"
     kind: Kind
-    "sae: output from itself; transcoder: output from input, skip- adds a linear path"
+    "sae: reconstructs its input; transcoder: predicts another side; skip- adds a linear path"
     arch: Arch
     "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
     k: int
@@ -144,8 +147,29 @@ class CoderConfig(CoderSettings):
     "peak learning rate; None: by the optimizer's rule"
 
     def __post_init__(self) -> None:
-        for wrong in (*_out_of_range(self), *_alone(self), *_contradictory(self)):
-            raise UsageError(wrong)
+        checks = (_side_errors, _out_of_range, _alone, _contradictory)
+        for error in itertools.chain.from_iterable(check(self) for check in checks):
+            raise UsageError(error)
+
+    @property
+    def input(self) -> Side:
+        """The side that it reads."""
+        return parse_side(self.inputs[0])
+
+    @property
+    def target(self) -> Side:
+        """The side that it predicts."""
+        return parse_side(self.targets[0])
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Input and target."""
+        return self.input, self.target
+
+    @property
+    def sides_name(self) -> str:
+        """The first part of its name: the hookpoint, or both sides where they are of two."""
+        return sides_name(self.inputs, self.targets, self.kind)
 
     @property
     def architecture(self) -> Architecture:
@@ -162,9 +186,9 @@ class CoderConfig(CoderSettings):
     def name(self) -> str:
         """Every field that is not default; the name of its folder in a run."""
         size = f"x{self.expansion}" if self.latents is None else f"latents{self.latents}"
-        head = f"{self.hookpoint}-{self.kind}-{self.arch}-k{self.k}-{size}-seed{self.seed}"
+        head = f"{self.sides_name}-{self.kind}-{self.arch}-k{self.k}-{size}-seed{self.seed}"
         head += "" if self.lr is None else f"-lr{self.lr:g}"
-        named = {"hookpoint", "kind", "arch", "k", "expansion", "latents", "seed", "lr"}
+        named = {"inputs", "targets", "kind", "arch", "k", "expansion", "latents", "seed", "lr"}
         rest = [
             _named(f.name, getattr(self, f.name))
             for f in fields(self)
@@ -180,6 +204,11 @@ class CoderConfig(CoderSettings):
             return self.latents
         assert self.expansion is not None
         return self.expansion * input_width
+
+
+def all_sides(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
+    """The sides that coders read and predict, each once."""
+    return tuple(dict.fromkeys(side for config in configs for side in config.sides))
 
 
 def k_error(config: CoderConfig, k: int, latents: int | None) -> str | None:
@@ -224,6 +253,22 @@ def inapplicable_message(name: str, kinds: str, archs: str) -> str:
     """What to tell of a field that is not for such coders."""
     needed = ",".join(architectures_with(name)) + (" transcoders" if name == "input_loss" else "")
     return f"{name} has no effect on kind {kinds} with arch {archs}; it is for {needed}"
+
+
+def _side_errors(config: CoderConfig) -> Iterator[str]:
+    for name in ("inputs", "targets"):
+        texts = getattr(config, name)
+        if len(texts) != 1:
+            yield (
+                f"{name} must name one side, got {','.join(texts) or 'none'}; coders of several "
+                "sides (crosscoders) cannot be trained yet"
+            )
+        parse_side(texts[0])
+    if config.kind == "sae" and config.inputs != config.targets:
+        yield (
+            f"an sae predicts what it reads, got input {config.inputs[0]}, target "
+            f"{config.targets[0]}; use kind transcoder"
+        )
 
 
 def _out_of_range(config: CoderConfig) -> Iterator[str]:

@@ -12,26 +12,30 @@ from mptrain.config.checks import check_nonempty, check_unique
 from mptrain.config.coder import (
     CoderConfig,
     CoderSettings,
-    Kind,
     applies_to,
     inapplicable_message,
     is_compatible,
 )
 from mptrain.config.presets import PRESETS
 from mptrain.config.run import RunConfig
+from mptrain.config.sides import CoderSides, Kind, hookpoint_sides
 
-_LISTS = ("hookpoints", "kind", "arch", "k", "expansion", "seed", "preset")
-_MAY_BE_EMPTY = ("latents", "lr")
+_LISTS = ("kind", "arch", "k", "expansion", "seed", "preset")
+_MAY_BE_EMPTY = ("hookpoints", "input", "target", "latents", "lr")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HookpointGrid:
-    """The hookpoints of a grid of coders."""
+    """What the coders of a grid read and predict."""
 
     group: ClassVar[str] = "Data"
 
-    hookpoints: tuple[str, ...]
+    hookpoints: tuple[str, ...] = ()
     "hookpoints of the store to train on"
+    input: tuple[str, ...] = ()
+    "in place of --hookpoints: the side that coders read, such as layers.1.mlp:input"
+    target: tuple[str, ...] = ()
+    "side that transcoders of --input predict, such as layers.1.post_feedforward_layernorm:output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
                 f"{','.join(map(str, self.latents))}, expansion="
                 f"{','.join(map(str, self.expansion))}; give one of them"
             )
+        self._check_sides()
         self._check_presets()
         self._check_all_apply()
         self._check_names()
@@ -89,7 +94,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
     def coders(self) -> tuple[CoderConfig, ...]:
         """The grid: the product of all fields that take several values."""
         grid = itertools.product(
-            self.hookpoints,
+            self.hookpoints or (None,),
             self.kind,
             self.k,
             self._sizes,
@@ -99,7 +104,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
         )
         return tuple(
             CoderConfig(
-                hookpoint=hookpoint,
+                **self._sides(hookpoint, kind),
                 kind=kind,
                 arch=arch,
                 k=k,
@@ -111,6 +116,11 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
             for hookpoint, kind, k, size, lr, seed, arch in grid
             for changes in self._variants(kind, arch)
         )
+
+    def _sides(self, hookpoint: str | None, kind: Kind) -> CoderSides:
+        if hookpoint is not None:
+            return hookpoint_sides(hookpoint, kind)
+        return {"inputs": self.input, "targets": self.target or self.input}
 
     @property
     def _sizes(self) -> list[dict[str, Any]]:
@@ -131,6 +141,16 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
         if not ARCHITECTURES[arch].is_pursuit:
             return [{}]
         return [PRESETS[name] for name in self.preset if is_compatible(PRESETS[name], kind, arch)]
+
+    def _check_sides(self) -> None:
+        if self.target and not self.input:
+            raise UsageError(f"target {','.join(self.target)} needs an input; give --input too")
+        if bool(self.hookpoints) == bool(self.input):
+            raise UsageError(
+                "hookpoints is empty; name at least one value, or a side with --input"
+                if not self.hookpoints
+                else "hookpoints and input each say what coders read; give one of them"
+            )
 
     def _check_presets(self) -> None:
         for name in self.preset:

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from mptrain.data.windows import POSITION, Columns, Memory, ReadWindow, RowField, Rows, Side
+from mptrain.config.sides import Side
+from mptrain.data.windows import POSITION, Columns, Memory, ReadWindow, RowField, Rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 from mptrain.config.run import OnlyTokens, RunConfig
-from mptrain.data.loader import Batch, Side, Store, refuse_without_assistant
+from mptrain.config.sides import Side
+from mptrain.data.loader import Batch, Store, refuse_without_assistant
 from mptrain.data.windows import ASSISTANT, TOKEN, RowField, norm_of
 
 

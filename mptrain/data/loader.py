@@ -15,6 +15,7 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mpcache.store.reader import Part, Store, open_store
 from mptrain.config.run import RunConfig
+from mptrain.config.sides import Side
 from mptrain.data.batches import Batch, cut_batches
 from mptrain.data.shuffle import Chunk
 from mptrain.data.windows import (
@@ -26,7 +27,6 @@ from mptrain.data.windows import (
     Column,
     Columns,
     RowField,
-    Side,
     StreamShare,
     WindowPlan,
     endless_plans,
@@ -36,7 +36,7 @@ from mptrain.data.windows import (
 )
 
 # the rest of mptrain opens stores through this module: the one edge between the packages
-__all__ = ["Batch", "Loader", "Side", "Split", "Store", "open_store"]
+__all__ = ["Batch", "Loader", "Split", "Store", "open_store"]
 
 Split = Literal["train", "validation"]
 

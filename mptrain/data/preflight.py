@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig
-from mptrain.data.loader import Side, Split, Store, open_store, row_bytes
+from mptrain.config.sides import Side
+from mptrain.data.loader import Split, Store, open_store, row_bytes
 from mptrain.data.part_ranges import format_ranges
 
 _SPLITS: tuple[Split, ...] = ("train", "validation")

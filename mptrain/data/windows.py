@@ -17,9 +17,9 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mptrain.config.sides import Side
 from mptrain.data.shuffle import Chunk, Window, epoch_order
 
-Side = tuple[str, str]
 RowField = str
 Order = NDArray[np.int64]
 Rows = Mapping[Side | RowField, Shaped[Tensor, "_ ..."]]

@@ -18,9 +18,10 @@ from mptrain.coders.checkpoint import load_coder
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import Fvu
 from mptrain.config.checks import check_cache_limit
-from mptrain.config.coder import CoderConfig, Codes
+from mptrain.config.coder import Codes
+from mptrain.config.sides import Side
 from mptrain.data.filters import Filters, filters_from_json
-from mptrain.data.loader import Batch, Loader, Side, Split, Store, open_store
+from mptrain.data.loader import Batch, Loader, Split, Store, open_store
 from mptrain.evals.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
 from mptrain.kernels.device import resolve_device
 from mptrain.kernels.sparse import active_latents
@@ -52,17 +53,6 @@ class Evaluation:
     def is_finite(self) -> bool:
         """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
         return all(math.isfinite(v) for v in asdict(self).values() if isinstance(v, float))
-
-
-def sides_of(config: CoderConfig) -> tuple[Side, Side]:
-    """Input and target of a coder: an SAE codes the output from itself."""
-    target = (config.hookpoint, "output")
-    return (target if config.kind == "sae" else (config.hookpoint, "input")), target
-
-
-def sides_of_all(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
-    """What coders read together, each side once."""
-    return tuple(dict.fromkeys(side for one in configs for side in sides_of(one)))
 
 
 def evaluate(
@@ -110,7 +100,7 @@ def evaluate_coder(
     if parts is not None:
         store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)
-    sides = tuple(dict.fromkeys(sides_of(coder.config)))
+    sides = tuple(dict.fromkeys(coder.config.sides))
     ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
     codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
@@ -132,9 +122,7 @@ def evaluate_coder(
 def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
     """Set the thresholds of coders that have a threshold, from a loader's rows."""
     with_sides = [
-        (coder, sides_of(coder.config))
-        for coder in coders
-        if coder.config.architecture.has_threshold
+        (coder, coder.config.sides) for coder in coders if coder.config.architecture.has_threshold
     ]
     if with_sides:
         set_thresholds_(with_sides, loader.one_pass(MOST_ROWS_READ), filters)
@@ -150,7 +138,7 @@ def _loader(
 
 def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -> None:
     own = (len(coder.b_D), len(coder.output_bias_E))
-    for name, width, side in zip(("input", "target"), own, sides_of(coder.config), strict=True):
+    for name, width, side in zip(("input", "target"), own, coder.config.sides, strict=True):
         if width != store.width(*side):
             raise UsageError(
                 f"the coder's {name} has width {width}, {':'.join(side)} of {store.storage} has "
@@ -169,7 +157,7 @@ class _Tally:
 
     def __init__(self, coder: Coder, k: int, codes: Codes, filters: Filters) -> None:
         self.coder, self.k, self.codes, self.filters = coder, k, codes, filters
-        self.input, self.target = sides_of(coder.config)
+        self.input, self.target = coder.config.sides
         self.kept, self.all = Fvu(), Fvu()
         self.active = 0.0
         self.fired_M = torch.zeros(coder.latents + 1, dtype=torch.bool, device=coder.b_D.device)

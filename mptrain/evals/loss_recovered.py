@@ -88,19 +88,18 @@ def _sums(coder: Coder, prediction: Prediction, filters: Filters) -> Float[Tenso
     tokens_BL, counts_BL = prediction.tokens_BL, prediction.counts_BL
 
     def predicted(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
-        source_BLD = y_BLE if coder.config.kind == "sae" else x_BLD
-        y_hat_BLE = coder(source_BLD.flatten(0, 1).float()).view_as(y_BLE)
+        y_hat_BLE = coder(x_BLD.flatten(0, 1).float()).view_as(y_BLE)
         return torch.where(taken(x_BLD, y_BLE), y_hat_BLE, y_BLE.float())
 
     def zero(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
         return torch.where(taken(x_BLD, y_BLE), 0, y_BLE)
 
     def taken(x_BLD: Tensor, y_BLE: Tensor) -> Tensor:
-        hookpoint, position_L = coder.config.hookpoint, torch.arange(tokens_BL.shape[1])
-        pairs = {"input": x_BLD, "output": y_BLE}
-        norms = {(hookpoint, side): v.float().norm(dim=-1) for side, v in pairs.items()}
-        position_BL = position_L.to(tokens_BL.device).expand_as(tokens_BL)
-        return filters.passed(position_BL, tokens_BL, norms, prediction.by_assistant_BL)[..., None]
+        values = dict(zip(coder.config.sides, (x_BLD, y_BLE), strict=True))
+        norms = {side: value.float().norm(dim=-1) for side, value in values.items()}
+        position_BL = torch.arange(tokens_BL.shape[1]).to(tokens_BL.device).expand_as(tokens_BL)
+        own = filters.of(coder.config.sides)
+        return own.passed(position_BL, tokens_BL, norms, prediction.by_assistant_BL)[..., None]
 
     logits = (prediction.run(new)[counts_BL] for new in (None, predicted, zero))
     logs = [F.log_softmax(logits_NV, dim=-1) for logits_NV in logits]

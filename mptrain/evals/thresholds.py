@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mptrain.coders.coder import Coder, coder_of
+from mptrain.config.sides import Side
 from mptrain.data.filters import Filters
-from mptrain.data.loader import Batch, Side
+from mptrain.data.loader import Batch
 
 THRESHOLD_ROWS = 16_384  # train rows that decide, of those that the filters leave
 MOST_ROWS_READ = 8 * THRESHOLD_ROWS  # in search of them

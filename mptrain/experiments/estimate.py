@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mptrain.config.coder import CoderConfig
-from mptrain.data.loader import Side
-from mptrain.evals.evaluate import sides_of
+from mptrain.config.sides import Side
 from mptrain.experiments.runs import Trained, find_runs, plan_runs, read_trained
 from mptrain.experiments.spec import Experiment
 from mptrain.kernels.device import resolve_device
@@ -42,7 +41,7 @@ def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, 
     """
     folder = Path(experiment.head.run)
     part = experiment.only(only)
-    part.refuse_other_k(lambda coder: coder.latents_of(widths[sides_of(coder)[0]]))
+    part.refuse_other_k(lambda coder: coder.latents_of(widths[coder.sides[0]]))
     found = find_runs(folder)
     left = plan_runs(folder, part.coders, found)
     coders = [coder for run in left for coder in run.coders]
@@ -66,7 +65,7 @@ def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, 
 
 
 def _needs(experiment: Experiment, coder: CoderConfig, widths: Mapping[Side, int]) -> CoderMemory:
-    source, target = (widths[side] for side in sides_of(coder))
+    source, target = (widths[side] for side in coder.sides)
     device = resolve_device(experiment.fit["device"])
     return coder_memory(coder, source, target, experiment.fit["batch_rows"], device)
 

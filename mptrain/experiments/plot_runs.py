@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_json import coder_config_from_json
 from mptrain.data.atomic_files import explain_write_errors, json_safe
 from mptrain.experiments.drawing import (
     DASHES,
@@ -30,7 +31,7 @@ from mptrain.runs.run_dir import read_run_config
 PanelKey = tuple[str, str, int]  # hookpoint, kind, k
 
 # settings that the panel, the color or several thin lines of one style show
-_SHOWN_SETTINGS = ("hookpoint", "kind", "arch", "k", "seed")
+_SHOWN_SETTINGS = ("inputs", "targets", "kind", "arch", "k", "seed")
 _THIN = 0.9  # width of the lines of several seeds or runs
 _ENDINGS = (".png", ".svg", ".csv", ".json")
 
@@ -45,7 +46,7 @@ class ValidationCurve:
 
     @property
     def panel(self) -> PanelKey:
-        return (self.coder.hookpoint, self.coder.kind, self.coder.k)
+        return (self.coder.sides_name, self.coder.kind, self.coder.k)
 
     @property
     def diverged(self) -> bool:
@@ -160,7 +161,7 @@ def _read_curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> 
             f"{run / 'metrics.jsonl'} has no validation of {name}; "
             "let the run reach its first one, or use a smaller eval_every"
         )
-    config = CoderConfig(**{key: value for key, value in coder.items() if key != "name"})
+    config = coder_config_from_json(coder)
     return ValidationCurve(run, config, own)
 
 
@@ -169,6 +170,8 @@ def _table_rows(curves: Sequence[ValidationCurve]) -> list[dict[str, Any]]:
         {
             "run": str(curve.run),
             **asdict(curve.coder),
+            "inputs": ",".join(curve.coder.inputs),
+            "targets": ",".join(curve.coder.targets),
             **{name: json_safe(value) for name, value in asdict(record).items()},
         }
         for curve in curves

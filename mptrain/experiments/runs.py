@@ -11,6 +11,7 @@ from typing import Any
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_json import coder_config_from_json
 from mptrain.data.atomic_files import read_json
 from mptrain.data.part_ranges import parse_ranges
 from mptrain.runs.metrics import Record, read_records
@@ -151,10 +152,7 @@ def _place(folder: Path) -> Path:
 
 
 def _run(folder: Path, config: Mapping[str, Any]) -> SweepRun:
-    coders = tuple(
-        CoderConfig(**{name: value for name, value in one.items() if name != "name"})
-        for one in config["coders"]
-    )
+    coders = tuple(coder_config_from_json(one) for one in config["coders"])
     finished = {coder.name for coder in coders} <= {row["coder"] for row in _results(folder)}
     parts = frozenset(parse_ranges(config["parts"]))
     return SweepRun(folder, coders, finished, config["order_digest"], parts)

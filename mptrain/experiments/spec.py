@@ -11,13 +11,14 @@ from typing import Any
 from mpcache.errors import UsageError
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.checks import check_nonempty, check_unique
-from mptrain.config.coder import CoderConfig, Kind, applies_to, inapplicable_message, k_error
+from mptrain.config.coder import CoderConfig, applies_to, inapplicable_message, k_error
 from mptrain.config.presets import PRESETS
 from mptrain.config.run import RunConfig
+from mptrain.config.sides import Kind, hookpoint_sides
 from mptrain.experiments.toml_config import Settings, unknown
 
 TABLES = ("collect", "fit", "coders", "variants", "figures")
-_OF_PANELS = ("hookpoint", "kind", "k", "seed")  # of a coder: its panel and line say them
+_OF_PANELS = ("inputs", "targets", "kind", "k", "seed")  # of a coder: its panel and line say them
 # of a run: its places, which the sweep gives, and that it is torchrun's, which a sweep is not
 _NOT_OF_A_FILE: Mapping[str, Any] = {"store": "", "run": "", "spread": None}
 
@@ -154,9 +155,9 @@ class Experiment:
     @property
     def sides(self) -> tuple[str, ...]:
         """What is read of the model, as `collect` takes it."""
-        outputs = [f"{coder.hookpoint}:output" for coder in self.coders]
-        inputs = [f"{coder.hookpoint}:input" for coder in self.coders if coder.kind != "sae"]
-        return tuple(dict.fromkeys([*outputs, *inputs]))
+        targets = [side for coder in self.coders for side in coder.targets]
+        inputs = [side for coder in self.coders for side in coder.inputs]
+        return tuple(dict.fromkeys([*targets, *inputs]))
 
     def only(self, patterns: Sequence[str]) -> "Experiment":
         """The part that patterns name: figures, or panels as `figure/hookpoint-kind-kK`.
@@ -241,7 +242,7 @@ def _refuse_misplaced(settings: Settings, of_coders: Collection[str]) -> None:
         **{name: f"{name} in [fit]" for name in of_run},
         **{name: f"{name} in [coders]" for name in of_coders},
         **{name: f"{name} in [figures.NAME]" for name in of_figure},
-        "hookpoint": "hookpoints in [figures.NAME]",
+        **dict.fromkeys(("inputs", "targets"), "hookpoints in [figures.NAME]"),
         "seed": "seeds in [figures.NAME]",
         "arch": "arch in [variants.NAME], or its name in variants of a figure",
     }
@@ -316,7 +317,7 @@ def _lines(
     names: dict[str, str] = {}
     for variant in variants:
         settings = {
-            "hookpoint": hookpoint,
+            **hookpoint_sides(hookpoint, table.kind),
             "kind": table.kind,
             "k": k,
             **_settings_of(variant, table.kind, shared),

@@ -9,12 +9,13 @@ from typing import Any
 from tqdm import tqdm
 
 from mpcache.errors import UsageError
+from mptrain.config.coder import all_sides
 from mptrain.config.run import ListedConfig
 from mptrain.data.atomic_files import explain_write_errors, json_safe, read_json, write_json
 from mptrain.data.loader import open_store
 from mptrain.data.part_ranges import format_ranges
 from mptrain.data.preflight import common_parts
-from mptrain.evals.evaluate import evaluate_coder, sides_of, sides_of_all
+from mptrain.evals.evaluate import evaluate_coder
 from mptrain.experiments.captions import caption, other_k_rows, page, point_rows
 from mptrain.experiments.figures import FvuByK, XQuantity, save_sweep_figure
 from mptrain.experiments.runs import (
@@ -134,9 +135,9 @@ def _refuse_unsuited(
 ) -> None:
     """Check before any training what would else be found after it."""
     store = open_store(place)
-    part.refuse_other_k(lambda coder: coder.latents_of(store.width(*sides_of(coder)[0])))
+    part.refuse_other_k(lambda coder: coder.latents_of(store.width(*coder.sides[0])))
     for run in left:
-        there = common_parts(store, sides_of_all(run.coders))
+        there = common_parts(store, all_sides(run.coders))
         if lost := set(parts or ()) - there:
             raise UsageError(
                 f"{store.storage} lacks parts {format_ranges(lost)}, which the coders in "

@@ -16,12 +16,14 @@ from tqdm import tqdm
 
 from mptrain.coders.checkpoint import save_coder
 from mptrain.coders.coder import Coder
+from mptrain.config.coder import all_sides
 from mptrain.config.run import RunConfig
+from mptrain.config.sides import Side
 from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters, make_filters
-from mptrain.data.loader import Batch, Loader, Side, Store
+from mptrain.data.loader import Batch, Loader, Store
 from mptrain.data.preflight import open_trainable_store, refuse_constant
-from mptrain.evals.evaluate import Evaluation, calibrate_, evaluate, sides_of_all
+from mptrain.evals.evaluate import Evaluation, calibrate_, evaluate
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.loggers import MetricLoggers, check_installed
 from mptrain.runs.metrics import MetricsFile, Record, rewind
@@ -69,13 +71,13 @@ def _fit(
     if plan.epochs > 1 and not quiet:
         rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
         tqdm.write(f"{rows} train rows in {store.storage}", file=sys.stderr)
-    refuse_constant(store, sides_of_all(list(coders.values())))
+    refuse_constant(store, all_sides(list(coders.values())))
     progress = begun or RunProgress(passes=plan.passes)
     first = progress.number
     while progress.number < len(progress.passes):
         together = [coders[name] for name in progress.names]
         own = ranks.coders(together)
-        sides = sides_of_all(own or together)
+        sides = all_sides(own or together)
         filters = make_filters(config, store, sides)
         coder_runs = [make_coder_run(one, config, filters, store, device, ranks) for one in own]
         with ExitStack() as stack:
@@ -84,7 +86,7 @@ def _fit(
             validation = stack.enter_context(open_loader(sides, "validation"))
             sample = None
             if batch := [coder for coder in own if coder.architecture.has_threshold]:
-                sample = stack.enter_context(open_loader(sides_of_all(batch), "train"))
+                sample = stack.enter_context(open_loader(all_sides(batch), "train"))
             parts = {part.number for loader in (train, validation) for part in loader.parts}
             run = open_run(config, store.source, store.fingerprint, train.order_digest, parts)
             if ranks.is_first and progress.number == first:
@@ -114,7 +116,7 @@ def _planned(
     quiet: bool,
 ) -> tuple[Store, RunPlan]:
     check_installed(config.log)
-    everything = sides_of_all(config.coders())
+    everything = all_sides(config.coders())
     begun_with = recorded_parts(config)
     only_parts = only_parts if begun_with is None else begun_with
     store = open_trainable_store(config, everything, only_parts, quiet=quiet)
@@ -214,7 +216,9 @@ class TrainLoop:
         """Have what train steps need compiled now, so that no coder's train time has it in it."""
         rehearsed = set()
         for coder_run, rows in zip(self.coder_runs, self._rows_of_each(batch), strict=True):
-            alike = replace(coder_run.config, hookpoint="", seed=0, lr=None)
+            alike = replace(
+                coder_run.config, inputs=("any:output",), targets=("any:output",), seed=0, lr=None
+            )
             if alike not in rehearsed and not coder_run.diverged:
                 coder_run.trainer.rehearse(*rows)
                 rehearsed.add(alike)

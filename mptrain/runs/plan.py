@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mptrain.config.coder import CoderConfig
+from mptrain.config.coder import CoderConfig, all_sides
 from mptrain.config.run import RunConfig
-from mptrain.data.loader import Side, Split, Store, row_bytes
-from mptrain.evals.evaluate import sides_of, sides_of_all
+from mptrain.config.sides import Side
+from mptrain.data.loader import Split, Store, row_bytes
 from mptrain.runs.memory import CoderMemory, coder_memory, group_into_passes, pass_bytes
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.setup import train_steps
@@ -61,7 +61,7 @@ def make_plan(
     passes = passes or group_into_passes(list(needs.values()), config.max_memory, ranks)
     grouped = [[coders[name] for name in names] for names in passes]
     largest = max(passes, key=lambda names: pass_bytes([needs[name] for name in names]))
-    sides = sides_of_all(coders.values())
+    sides = all_sides(coders.values())
     rows = sum(part.rows for part in store.parts(sides, "train"))
     read_bytes = sum(_read_bytes(together, config, store) for together in grouped)
     return RunPlan(
@@ -80,7 +80,7 @@ def make_plan(
 
 
 def _needs(one: CoderConfig, config: RunConfig, store: Store, device: torch.device) -> CoderMemory:
-    source, target = sides_of(one)
+    source, target = one.sides
     widths = store.width(*source), store.width(*target)
     return coder_memory(one, *widths, config.batch_rows, device)
 
@@ -88,7 +88,7 @@ def _needs(one: CoderConfig, config: RunConfig, store: Store, device: torch.devi
 def _memory(
     needs: Sequence[CoderMemory], coders: Sequence[CoderConfig], config: RunConfig, store: Store
 ) -> dict[str, int]:
-    sides = sides_of_all(coders)
+    sides = all_sides(coders)
     values = sum(store.width(*side) for side in sides)
     a_row = 3 * _POSITION + row_bytes(store, sides)
     a_fact = _KEPT_POSITION + _KEPT_FACT * bool(config.skip_tokens)
@@ -106,7 +106,7 @@ def _memory(
 
 def _read_bytes(coders: Sequence[CoderConfig], config: RunConfig, store: Store) -> int:
     """Of a pass: its train steps, each validation on the way, and the last one of all rows."""
-    sides = sides_of_all(coders)
+    sides = all_sides(coders)
     steps = train_steps(config)
     train, validation = _stored(store, sides, "train"), _stored(store, sides, "validation")
     validated = min(config.eval_rows, validation.rows) * -(-steps // config.eval_every)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_json import coder_config_from_json
 from mptrain.data.atomic_files import read_json
 from mptrain.evals.evaluate import Evaluation
 from mptrain.training.setup import CoderRun
@@ -78,7 +79,7 @@ def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
     if not any(evaluation.rows for evaluation in evaluations):
         return [f"no held-out row passes the filters of {folder.name}; train with other filters"]
     about = read_json(folder / "coder.json")
-    config = CoderConfig(**about["config"])
+    config = coder_config_from_json(about["config"])
     has_running_threshold = "step" not in about["trained"] and config.architecture.has_threshold
     reason = "an earlier version followed its threshold during training; train it again"
     warnings = (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
-from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_json import coder_config_from_json
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import ListedConfig, RunConfig
 from mptrain.data.atomic_files import explain_write_errors, is_partial, read_json, write_json
@@ -127,7 +127,7 @@ def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
     try:
         if "listed" not in values:
             return FitConfig(**{**values, **changes})
-        listed = tuple(CoderConfig(**coder) for coder in values.pop("listed"))
+        listed = tuple(coder_config_from_json(coder) for coder in values.pop("listed"))
         return ListedConfig(listed=listed, **{**values, **changes})
     except TypeError as error:
         raise UsageError(

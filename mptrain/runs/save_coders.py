@@ -10,12 +10,13 @@ from typing import Any
 
 from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import save_coder
+from mptrain.config.coder import all_sides
 from mptrain.config.run import RunConfig
 from mptrain.data.atomic_files import read_json
 from mptrain.data.filters import Filters, make_filters
 from mptrain.data.loader import Store
 from mptrain.data.preflight import open_trainable_store
-from mptrain.evals.evaluate import calibrate_, sides_of_all
+from mptrain.evals.evaluate import calibrate_
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.results import result_so_far
 from mptrain.runs.run_dir import check_same_run, read_run_config, recorded_parts, resumed_config
@@ -45,7 +46,7 @@ def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     coders = {coder.name: coder for coder in config.coders()}
     together = [coders[name] for name in progress.names]
-    sides = sides_of_all(together)
+    sides = all_sides(together)
     store = open_trainable_store(config, sides, recorded_parts(config))
     check_same_run(config, store.fingerprint)
     filters, device = make_filters(config, store, sides), resolve_device(config.device)
@@ -69,7 +70,7 @@ def _save(
     healthy = [coder_run for coder_run in coder_runs if not coder_run.diverged]
     coders = {coder_run.config.name: coder_run.trainer.evaluated() for coder_run in healthy}
     if batch := [coder for coder in coders.values() if coder.config.architecture.has_threshold]:
-        sides = sides_of_all(coder.config for coder in batch)
+        sides = all_sides(coder.config for coder in batch)
         device = batch[0].b_D.device
         with make_loader(config, store, sides, "train", filters=filters, device=device) as sample:
             calibrate_(batch, sample, filters)

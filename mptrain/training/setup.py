@@ -12,10 +12,10 @@ from torch import Tensor
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.run import RunConfig
+from mptrain.config.sides import Side
 from mptrain.data.filters import Filters
-from mptrain.data.loader import Loader, Side, Split, Store
+from mptrain.data.loader import Loader, Split, Store
 from mptrain.data.windows import WHOLE_STREAM, StreamShare
-from mptrain.evals.evaluate import sides_of
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.geometric_median import geometric_median
 from mptrain.training.normalization import IDENTITY, scale_of
@@ -42,7 +42,7 @@ class CoderRun:
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        return sides_of(self.config)
+        return self.config.sides
 
     @property
     def rows_per_second(self) -> float:
@@ -69,7 +69,7 @@ def make_coder_run(
     also of those that the filters leave out. Medians and scales are of a sample of the rows that
     they leave, because a few first tokens may be larger than all others together.
     """
-    sides = sides_of(config)
+    sides = config.sides
     (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
     scale = IDENTITY
     if config.normalise or config.start == "median":

@@ -32,7 +32,9 @@ SPARSIFY = pytest.param(sparsify_topk, marks=needs("sparsify"), id="sparsify")
 
 def our_coder(D: int, M: int, k: int, arch: str = "mp", seed: int = 0) -> Coder:
     """Random unit-norm atoms and a random bias."""
-    config = CoderConfig(hookpoint="h", kind="sae", arch=arch, k=k, expansion=M // D)  # type: ignore[arg-type]
+    config = CoderConfig(
+        inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=k, expansion=M // D
+    )  # type: ignore[arg-type]
     coder = Coder(config, D, D)
     generator = torch.Generator().manual_seed(seed)
     bias_D = torch.randn(D, generator=generator)

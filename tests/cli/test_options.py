@@ -345,5 +345,5 @@ def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
 
 def test_every_field_has_its_own_or_an_inherited_doc() -> None:
     docs = field_docs(FitConfig)
-    assert list(docs)[:3] == ["hookpoints", "kind", "arch"]
+    assert list(docs)[:4] == ["hookpoints", "input", "target", "kind"]
     assert {"optimizer", "dead_rows"} <= docs.keys() == {f.name for f in fields(FitConfig)}

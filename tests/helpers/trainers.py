@@ -16,7 +16,9 @@ from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 
 D, STEPS = 12, 100
-BASE = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=3, expansion=3, lr=5e-2)
+BASE = CoderConfig(
+    inputs=("h:output",), targets=("h:output",), kind="sae", arch="mp", k=3, expansion=3, lr=5e-2
+)
 TRANSCODER = replace(BASE, kind="transcoder")
 
 

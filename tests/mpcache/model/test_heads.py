@@ -20,6 +20,7 @@ from mpcache.model.causality import is_causal, others
 from mpcache.model.splice import SplicedModel
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
+from mptrain.config.sides import hookpoint_sides
 from mptrain.data.filters import Filters
 from mptrain.evals.loss_recovered import Prediction, Recovered, recovered
 from tests.helpers.hookpoint_families import FAMILIES, GROUPED
@@ -165,7 +166,9 @@ def spliced(folder: Path) -> SplicedModel:
 
 
 def scores(model: SplicedModel, hookpoint: str) -> Recovered:
-    config = CoderConfig(hookpoint=hookpoint, kind="sae", arch="mp", k=4, expansion=1)
+    config = CoderConfig(
+        **hookpoint_sides(hookpoint, "sae"), kind="sae", arch="mp", k=4, expansion=1
+    )
     coder = Coder(config, 32, 32)
     coder.initialise_(torch.zeros(32), torch.zeros(32), torch.Generator().manual_seed(0))
     predictions = (

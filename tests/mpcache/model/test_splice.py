@@ -10,12 +10,14 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from mpcache.collection.collect import collect
+from mpcache.model.hooks import Side
 from mpcache.model.loading import model_digest
 from mpcache.model.splice import SplicedModel
 from mpcache.store.format import BY_ASSISTANT
 from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
+from mptrain.config.sides import hookpoint_sides
 from mptrain.data.filters import Filters
 from mptrain.evals.loss_recovered import Prediction, recovered
 from tests.helpers.chats import chat_config, chat_store
@@ -40,14 +42,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SplicedModel]:
 
 
 def scores(spliced: SplicedModel, coder: Coder, skip_positions: int = 0, only_tokens: str = "all"):
-    hookpoint = coder.config.hookpoint
+    source, target = (Side.parse(side) for side in (*coder.config.inputs, *coder.config.targets))
     predictions = (
         Prediction(
             tokens_BL=e.tokens_BL,
             wanted_BL=e.wanted_BL,
             counts_BL=e.counts_BL,
             by_assistant_BL=e.by_assistant_BL,
-            run=lambda new, e=e: spliced.logits(e.inputs, hookpoint, new),
+            run=lambda new, e=e: spliced.logits(e.inputs, source, target, new),
         )
         for e in spliced.examples()
     )
@@ -56,7 +58,9 @@ def scores(spliced: SplicedModel, coder: Coder, skip_positions: int = 0, only_to
 
 
 def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> Coder:
-    config = CoderConfig(hookpoint=hookpoint, kind="sae", arch="mp", k=k, expansion=expansion)
+    config = CoderConfig(
+        **hookpoint_sides(hookpoint, "sae"), kind="sae", arch="mp", k=k, expansion=expansion
+    )
     made = Coder(config, 16, 16)
     made.initialise_(torch.zeros(16), torch.zeros(16), torch.Generator().manual_seed(0))
     return made

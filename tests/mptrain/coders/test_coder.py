@@ -14,6 +14,7 @@ from mptrain.coders.coder import Code, Coder
 from mptrain.coders.fvu import Fvu, batch_fvu, reconstruction_loss
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.coder import CoderConfig, Kind
+from mptrain.config.sides import hookpoint_sides
 from mptrain.pursuit.autograd import pursue
 from mptrain.pursuit.batch_threshold import Cut
 from tests.helpers import reference
@@ -24,7 +25,7 @@ ALL = list(itertools.product(KINDS, ARCHS))
 
 
 def make_coder(kind: Kind, arch: Arch, D: int = 6, E: int = 4, k: int = 3) -> Coder:
-    config = CoderConfig(hookpoint="h", kind=kind, arch=arch, k=k, expansion=3)
+    config = CoderConfig(**hookpoint_sides("h", kind), kind=kind, arch=arch, k=k, expansion=3)
     coder = Coder(config, D, D if kind == "sae" else E)
     generator = torch.Generator().manual_seed(0)
     width = D if kind == "sae" else E
@@ -114,7 +115,9 @@ def test_more_entries_at_inference(arch: Arch):
 
 
 def test_refuses_more_entries_than_latents_and_an_sae_of_two_widths():
-    config = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=9, expansion=2)
+    config = CoderConfig(
+        inputs=("h:output",), targets=("h:output",), kind="sae", arch="mp", k=9, expansion=2
+    )
     with pytest.raises(ValueError, match=r"got k=9, latents=8; use a smaller k"):
         Coder(config, 4, 4)
     with pytest.raises(ValueError, match="input_width=8, target_width=4; use a transcoder"):
@@ -205,7 +208,9 @@ def test_groupmax_keeps_the_largest_of_each_group():
 @pytest.mark.parametrize("arch", ["topk", "batch-topk", "groupmax"])
 def test_bfloat16_scores_choose_and_values_stay_in_float32(arch: Arch):
     """Nearly the same latents; those of both have the same values but for rounding."""
-    config = CoderConfig(hookpoint="h", kind="sae", arch=arch, k=8, expansion=64)
+    config = CoderConfig(
+        inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=8, expansion=64
+    )
     coders = [
         Coder(replace(config, score_dtype=dtype), 32, 32) for dtype in ("float32", "bfloat16")
     ]

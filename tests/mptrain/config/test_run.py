@@ -43,7 +43,9 @@ def test_learning_rates_and_sizes_are_axes_of_the_grid():
 @pytest.mark.parametrize("changes", [{}, {"expansion": 2, "latents": 32}], ids=["neither", "both"])
 def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
     with pytest.raises(ValueError, match="expansion and latents each say how many"):
-        CoderConfig(hookpoint="h", kind="sae", arch="mp", k=2, **changes)
+        CoderConfig(
+            inputs=("h:output",), targets=("h:output",), kind="sae", arch="mp", k=2, **changes
+        )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,15 @@ def test_refuses_what_would_have_no_effect(changes: dict[str, Any], message: str
 
 
 def test_a_name_is_every_field_that_is_not_default():
-    coder = CoderConfig(hookpoint="h", kind="sae", arch="mp", k=2, expansion=3, tolerance=0.25)
+    coder = CoderConfig(
+        inputs=("h:output",),
+        targets=("h:output",),
+        kind="sae",
+        arch="mp",
+        k=2,
+        expansion=3,
+        tolerance=0.25,
+    )
     assert coder.name == "h-sae-mp-k2-x3-seed0-tolerance0.25"
 
 
@@ -152,8 +162,10 @@ def test_latents_that_never_count_as_dead_are_warned_of():
 
 
 def test_a_list_of_coders_need_be_no_grid() -> None:
-    one = CoderConfig(hookpoint="a", kind="sae", arch="mp", k=4, expansion=2)
-    other = dataclasses.replace(one, hookpoint="b", kind="transcoder", detach=True)
+    one = CoderConfig(
+        inputs=("a:output",), targets=("a:output",), kind="sae", arch="mp", k=4, expansion=2
+    )
+    other = dataclasses.replace(one, inputs=("b:input",), kind="transcoder", detach=True)
     run = {"store": "s", "run": "r"}
     assert ListedConfig(**run, listed=(one, other)).coders() == (one, other)
     with pytest.raises(ValueError, match="listed must name each value once"):

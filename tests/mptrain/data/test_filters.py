@@ -16,7 +16,7 @@ from mptrain.config.fit import FitConfig
 from mptrain.data.filters import Filters, filters_from_json, make_filters, median_norm
 from mptrain.data.loader import Batch, Loader, Store
 from mptrain.data.windows import TOKEN, norm_of
-from mptrain.evals.evaluate import evaluate, evaluate_coder, sides_of
+from mptrain.evals.evaluate import evaluate, evaluate_coder
 from mptrain.runs.fit import fit
 from mptrain.training.setup import make_coder_run
 from tests.helpers.stores import small_store
@@ -103,7 +103,9 @@ def test_rows_that_are_not_finite_are_left_out_where_they_may_be() -> None:
 @pytest.mark.parametrize("arch", ["batch-topk", "batch-mp"])
 def test_rows_left_out_do_not_change_what_is_told_of_the_others(arch: Arch) -> None:
     """Also at another K, where the strongest entries of many rows are kept."""
-    one = CoderConfig(hookpoint="h", kind="sae", arch=arch, k=3, expansion=4)
+    one = CoderConfig(
+        inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=3, expansion=4
+    )
     coder = Coder(one, 8, 8)
     generator = torch.Generator().manual_seed(0)
     coder.initialise_(torch.zeros(8), torch.zeros(8), generator)
@@ -143,7 +145,7 @@ def test_rows_are_scaled_by_those_that_are_taken(
     filters = make_filters(run, store, [IN, OUT])
     for one in run.coders():
         scale = make_coder_run(one, run, filters, store, torch.device("cpu")).trainer.scale
-        for side, factor in zip(sides_of(one), scale, strict=True):
+        for side, factor in zip(one.sides, scale, strict=True):
             batch = all_rows(store, filters, (side,))
             square = batch.values[side][filters.kept(batch, (side,))].double().square().mean()
             assert 0.5 <= factor**2 * square <= 2

@@ -10,6 +10,7 @@ import pytest
 
 from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
+from mptrain.config.sides import hookpoint_sides
 from mptrain.experiments.plot_runs import line_styles, plot_runs, read_curves, runs_figure
 from mptrain.runs import fit as fit_stage
 from mptrain.runs.metrics import MetricsFile, Record
@@ -19,9 +20,10 @@ RED, BLUE = "#c8202f", "#1f5fa8"
 
 
 def coder(**changes) -> CoderConfig:
-    return CoderConfig(
-        **({"hookpoint": "layers.2", "kind": "sae", "arch": "mp", "k": 4, "expansion": 2} | changes)
-    )
+    plain = {"hookpoint": "layers.2", "kind": "sae", "arch": "mp", "k": 4, "expansion": 2}
+    settings = plain | changes
+    sides = hookpoint_sides(settings.pop("hookpoint"), settings["kind"])
+    return CoderConfig(**sides, **settings)
 
 
 PAIR = (coder(), coder(arch="topk"))

@@ -86,7 +86,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("coders.store=x", "coders.store is unknown"),
         ("fit.arch=mp", r"but by arch in \[variants.NAME\]"),
         ("fit.lr=3.0", r"but by lr in \[coders\]"),
-        ("fit.hookpoint=x", r"but by hookpoints in \[figures.NAME\]"),
+        ("fit.inputs=x", r"but by hookpoints in \[figures.NAME\]"),
         ("figures.fvu.lr=3.0", r"but by lr in \[coders\]"),
         ("variants.batch-mp-nested.k=3", r"but by k in \[figures.NAME\]"),
         ("coders.input_loss=0.5", ""),

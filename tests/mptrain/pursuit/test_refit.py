@@ -32,7 +32,7 @@ def test_equals_reference(
 ):
     """For omp by magnitude, the reference is orthogonal matching pursuit as in the textbook."""
     x_BD, W_MD = problem(seed, B, D, M)
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule(chosen, False, tolerance), codes)
+    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule(chosen, tolerance), codes)
     code_BM, expected_BD = reference.pursue_refit(
         x_BD.numpy(), W_MD.numpy(), k, tolerance, codes, chosen
     )

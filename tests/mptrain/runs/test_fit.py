@@ -22,10 +22,11 @@ from mptrain.coders import checkpoint
 from mptrain.coders.checkpoint import load_coder
 from mptrain.config.coder import Optimizer
 from mptrain.config.fit import FitConfig
+from mptrain.config.sides import Side
 from mptrain.data import atomic_files
 from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters
-from mptrain.data.loader import Batch, Side
+from mptrain.data.loader import Batch
 from mptrain.evals.evaluate import Evaluation, evaluate_coder
 from mptrain.runs import fit as fit_stage
 from mptrain.runs.fit import fit
@@ -76,7 +77,7 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
     alone: dict[str, torch.Tensor] = {}
     for number, one in enumerate(config(store, tmp_path, **together).coders()):
         run = tmp_path / str(number)
-        solo = {"hookpoints": (one.hookpoint,), "arch": (one.arch,), "seed": (one.seed,)}
+        solo = {"hookpoints": (one.sides_name,), "arch": (one.arch,), "seed": (one.seed,)}
         fit(config(store, run, kind=("sae",), **solo))
         alone |= weights(run)
     assert equal(found, alone)

@@ -147,7 +147,7 @@ def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> 
     assert equal(weights(tmp_path / "together"), weights(tmp_path / "split"))
     found: dict[str, torch.Tensor] = {}
     for number, one in enumerate(split.coders()[::5]):
-        changes = {"hookpoints": (one.hookpoint,), "arch": (one.arch,), "k": (one.k,)}
+        changes = {"hookpoints": (one.sides_name,), "arch": (one.arch,), "k": (one.k,)}
         solo = {**MIXED, **changes, "expansion": (one.expansion,)}
         fit(config(store, tmp_path / str(number), **solo))
         found |= weights(tmp_path / str(number))
@@ -314,7 +314,7 @@ def test_resume_needs_no_other_option(
         (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
         (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
         (("--resume", "nowhere"), "nowhere is no run that was begun"),
-        ((), "--hookpoints, STORE, --run must be given, or --resume RUN"),
+        ((), "STORE, --run must be given, or --resume RUN"),
     ],
     ids=str,
 )

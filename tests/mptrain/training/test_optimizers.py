@@ -17,7 +17,8 @@ def make_coder(
     optimizer: Optimizer = "muon", lr: float | None = None, clip_norm: float | None = None
 ) -> Coder:
     config = CoderConfig(
-        hookpoint="h",
+        inputs=("h:output",),
+        targets=("h:output",),
         kind="skip-transcoder",
         arch="mp",
         k=2,

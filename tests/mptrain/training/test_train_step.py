@@ -242,7 +242,7 @@ def silence_half_(coder: Coder) -> None:
     ids=lambda value: value.name if isinstance(value, CoderConfig) else str(value),
 )
 def test_every_field_changes_the_training(base: CoderConfig, change: dict[str, object]):
-    """But `hookpoint`, which names data, and `backend`, which must change little but time."""
+    """But the sides, which name data, and `backend`, which must change little but time."""
     a, b = make_learner(base), make_learner(replace(base, **change))
     assert train_(a, 0, 6) != train_(b, 0, 6)
 
