@@ -128,7 +128,8 @@ def _trained_coder_and_rows(
     ) as loader:  # fmt: skip
         rows = next(iter(loader.one_pass(config.rows))).values[source]
     direct_config = CoderConfig(
-        inputs=coder.config.inputs, targets=coder.config.inputs, kind="sae", arch="mp", k=config.k, backend="direct",
+        inputs=coder.config.inputs, targets=coder.config.inputs, kind="sae", arch="mp",
+        k=config.k, backend="direct",
         expansion=coder.config.expansion, latents=coder.config.latents,
     )  # fmt: skip
     direct = Coder(direct_config, len(coder.b_D), len(coder.b_D))
@@ -190,7 +191,7 @@ def _method_of(name: str, coder: Coder) -> CodingMethod:
         encode=encode,
         loss=lambda x_BD: reconstruction_loss(x_BD, coder(x_BD), 1.0),
         parameters=tuple(coder.parameters()),
-        is_pursuit=coder.W_MD is not None,
+        is_pursuit=coder.config.architecture.is_pursuit,
     )
 
 

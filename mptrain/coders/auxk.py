@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mptrain.coders.topk import topk_encode
+from mptrain.coders.topk_code import topk_encode
 from mptrain.config.coder import ScoreDtype
 from mptrain.kernels.sparse import dictionary_row, sparse_decode, weighted_rows
 

@@ -15,23 +15,43 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.config.coder_json import coder_config_from_json
+from mptrain.config.coder_version_1 import upgrade_description, upgrade_tensor_name
 from mptrain.data.atomic_files import json_text, read_json, write_folder
 
-CODER_FORMAT = 1
+CODER_FORMAT = 2
 
 
-def save_coder(folder: Path, coder: Coder, more: Mapping[str, Any]) -> None:
-    """Write `coder.json` and `coder.safetensors`; `more` is kept in the JSON under `trained`."""
+def save_coder(folder: Path, coder: Coder, trained: Mapping[str, Any]) -> None:
+    """Write `coder.json` and `coder.safetensors` into a folder, whole or not at all.
+
+    `trained` is kept in the JSON: plain values that tell how the coder was trained.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from pathlib import Path
+        >>> from mptrain import Coder, CoderConfig, load_coder, save_coder
+        >>> side = ("layers.1:output",)
+        >>> config = CoderConfig(inputs=side, targets=side, kind="sae", arch="mp", k=2, expansion=4)
+        >>> coder = Coder(config, input_width=8, target_width=8)
+        >>> folder = Path(tempfile.mkdtemp()) / "coder"
+        >>> save_coder(folder, coder, {"rows": 1000})
+        >>> loaded, trained = load_coder(folder)
+        >>> loaded.config == config, trained
+        (True, {'rows': 1000})
+    """
     about = {
         "format": "mptrain-coder",
         "format_version": CODER_FORMAT,
         "config": asdict(coder.config),
-        "input_width": len(coder.b_D),
-        "target_width": len(coder.output_bias_E),
-        "trained": dict(more),
+        "input_widths": [len(coder.b_D)],
+        "target_widths": [len(coder.output_bias_E)],
+        "trained": dict(trained),
     }
-    if coder.coded_as != "mp":  # saved before its training switched to a pursuit
-        about["coded_as"] = coder.coded_as
+    if coder.encoder.coded_as != "mp":  # saved before its training switched to a pursuit
+        about["coded_as"] = coder.encoder.coded_as
     writers: dict[str, Callable[[Path], object]] = {
         "coder.json": lambda path: path.write_text(json_text(about)),
         "coder.safetensors": partial(save_tensors, coder.state_dict()),
@@ -42,21 +62,26 @@ def save_coder(folder: Path, coder: Coder, more: Mapping[str, Any]) -> None:
 def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
     """Read what `save_coder` wrote: the coder, on the CPU, and how it was trained.
 
+    Files of format version 1 are read too. Example: see `save_coder`.
+
     Raises:
-        ValueError: the folder holds no coder, a damaged one, or one of an unknown format version.
+        UsageError: the folder holds no coder, a damaged one, or one of an unknown format version.
     """
     try:
         about = read_json(folder / "coder.json", remedy="train the coder again")
+        tensors = load_file(folder / "coder.safetensors")
+        if about["format_version"] == 1:
+            about = upgrade_description(about)
+            tensors = {upgrade_tensor_name(name): tensor for name, tensor in tensors.items()}
         if about["format_version"] != CODER_FORMAT:
             raise UsageError(
                 f"{folder} has coder format {about['format_version']}, this mptrain reads "
-                f"{CODER_FORMAT}; use the mptrain that made it"
+                f"1 and {CODER_FORMAT}; use the mptrain that made it"
             )
-        coder = Coder(
-            coder_config_from_json(about["config"]), about["input_width"], about["target_width"]
-        )
-        coder.load_state_dict(load_file(folder / "coder.safetensors"))
-        coder.coded_as = about.get("coded_as", "mp")
+        (input_width,), (target_width,) = about["input_widths"], about["target_widths"]
+        coder = Coder(coder_config_from_json(about["config"]), input_width, target_width)
+        coder.load_state_dict(tensors)
+        coder.encoder.coded_as = about.get("coded_as", "mp")
     except FileNotFoundError:
         raise UsageError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:

@@ -101,8 +101,8 @@ def evaluate_coder(
         store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)
     sides = tuple(dict.fromkeys(coder.config.sides))
-    ks = [coder.checked_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
-    codes = [coder.checked_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
+    ks = [coder.check_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
+    codes = [coder.check_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
     filters = filters_from_json(trained)
     others = {

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mptrain.coders.coder import Coder, coder_of
+from mptrain.coders.coder import Coder, coder_from_tensors
 from mptrain.config.sides import Side
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
@@ -26,7 +26,7 @@ Sides = tuple[Side, Side]
 
 def at_k(coder: Coder, k: int) -> Coder:
     """The same weights as a coder of another K; its threshold has yet to be set."""
-    return coder_of(replace(coder.config, k=k), coder.state_dict())
+    return coder_from_tensors(replace(coder.config, k=k), coder.state_dict())
 
 
 @torch.no_grad()
@@ -44,7 +44,12 @@ def set_thresholds_(
         if all(sample.is_full for sample in samples):
             break
     for sample in samples:
-        sample.coder.threshold = sample.threshold()
+        _set_threshold_(sample.coder, sample.threshold())
+
+
+def _set_threshold_(coder: Coder, threshold: Tensor) -> None:
+    assert coder.batch_threshold is not None
+    coder.batch_threshold.threshold = threshold
 
 
 class _Sample:
@@ -54,7 +59,7 @@ class _Sample:
         self.coder, self.sides, self.filters = coder, sides, filters
         self.rows = 0
         self.most = coder.config.k * THRESHOLD_ROWS  # weaker ones cannot decide
-        coder.threshold = coder.b_D.new_zeros(())  # no entry is dropped
+        _set_threshold_(coder, coder.b_D.new_zeros(()))  # no entry is dropped
         self.strengths = coder.b_D.new_zeros(0)
 
     @property

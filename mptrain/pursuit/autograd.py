@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mptrain.pursuit.backend import Search
 from mptrain.pursuit.backward import reverse
-from mptrain.pursuit.batch_threshold import Cut, cut_
+from mptrain.pursuit.batch_threshold import EntryThreshold, drop_weak_steps_
 from mptrain.pursuit.forward import select
 from mptrain.pursuit.rule import Rule
 
@@ -24,19 +24,19 @@ def pursue(
     rule: Rule,
     search: Search,
     detach: bool = False,
-    cut: Cut | None = None,
+    threshold: EntryThreshold | None = None,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
     """`select` with gradients: indices, values and last residual of `x`, an input minus its bias.
 
     Gradients flow through every coefficient and residual, with the choice of atoms held fixed;
     with `detach`, not from a step into those before it: what they took from `x` counts as given.
-    With `cut`, rows end where it says.
+    With `threshold`, rows end before their first weak step.
     Kept for the backward pass: indices, values and the last residual (`B (12 K + 4 D)` bytes in
     float32) and references to the dictionaries, instead of autograd's `K B D` or `K B M` numbers.
     """
     # torch does not annotate `apply`
     idx_BK, val_BK, residual_BD = _Pursuit.apply(  # type: ignore[no-untyped-call]
-        x_BD, W_MD, None if U_MD is W_MD else U_MD, k, rule, search, detach, cut
+        x_BD, W_MD, None if U_MD is W_MD else U_MD, k, rule, search, detach, threshold
     )
     return idx_BK, val_BK, residual_BD
 
@@ -52,12 +52,12 @@ class _Pursuit(torch.autograd.Function):
         rule: Rule,
         search: Search,
         detach: bool,
-        cut: Cut | None,
+        threshold: EntryThreshold | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         U_MD = W_MD if other_MD is None else other_MD
         idx_BK, val_BK, residual_BD = select(x_BD, W_MD, U_MD, k, rule, search)
-        if cut is not None:
-            cut_(idx_BK, val_BK, residual_BD, U_MD, cut)
+        if threshold is not None:
+            drop_weak_steps_(idx_BK, val_BK, residual_BD, U_MD, threshold)
         ctx.save_for_backward(idx_BK, val_BK, residual_BD, W_MD, other_MD)
         ctx.mark_non_differentiable(idx_BK)
         ctx.set_materialize_grads(False)

@@ -11,6 +11,7 @@ import torch
 
 from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
+from mptrain.coders.encoders.pursuit import PursuitEncoder
 from mptrain.config.coder import CoderConfig, Optimizer
 from mptrain.pursuit.backend import microbatch_rows, resolve
 from mptrain.pursuit.refit import refit_rows
@@ -131,7 +132,8 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
     scores = 2 * _FLOAT * at_once * M
     if not config.architecture.is_pursuit or config.codes != "mp":
         return scores
-    backend = resolve(coder.search, M, B * config.k, config.blocks != "none")
+    assert isinstance(coder.encoder, PursuitEncoder)
+    backend = resolve(coder.encoder.search, M, B * config.k, config.blocks != "none")
     return scores + (_FLOAT * M**2 if backend == "gram" else 0)
 
 

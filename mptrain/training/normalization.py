@@ -50,13 +50,16 @@ def for_unscaled_rows(tensors: Mapping[str, Tensor], scale: Scale) -> dict[str, 
     """
     factors = {
         "b_D": 1 / scale.input,
-        "encoder_bias_M": 1 / scale.input,
+        "bias_M": 1 / scale.input,
         "threshold": 1 / scale.input,
         "c_E": 1 / scale.target,
         "V_ME": scale.input / scale.target,
         "S_ED": scale.input / scale.target,
     }
-    return {name: _times(tensor, factors.get(name, 1.0)) for name, tensor in tensors.items()}
+    return {
+        name: _times(tensor, factors.get(name.rpartition(".")[2], 1.0))
+        for name, tensor in tensors.items()
+    }
 
 
 def _power_of_two(square: float) -> float:

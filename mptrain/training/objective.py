@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mpcache.errors import UsageError
-from mptrain.coders.coder import Code, Coder
+from mptrain.coders.code import Code
+from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import reconstruction_loss
 from mptrain.kernels.prefix_errors import prefix_squares
 
@@ -58,7 +59,7 @@ class Objective:
             return self._nested_loss(code, x_BD, y_BE)
         if not self.config.per_step_loss:
             return reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
-        error_BE = y_BE - self.coder.decode_nothing(x_BD)
+        error_BE = y_BE - self.coder.decode_offset(x_BD)
         squares_B = prefix_squares(code.idx_BK, code.val_BK, self.coder.decoder_ME, error_BE)
         return squares_B.sum() / (code.idx_BK.numel() * self.total_variance)
 

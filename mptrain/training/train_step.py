@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mptrain.coders.coder import Code, Coder, coder_of
+from mptrain.coders.code import Code
+from mptrain.coders.coder import Coder, coder_from_tensors
 from mptrain.kernels.sparse import active_latents
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.normalization import IDENTITY, Scale, for_unscaled_rows
@@ -155,8 +156,8 @@ class CoderTrainer:
         """
         trained = {name: tensor.detach() for name, tensor in self.optimizers.averages().items()}
         tensors = for_unscaled_rows({**self.coder.state_dict(), **trained}, self.scale)
-        coder = coder_of(self.coder.config, tensors)
-        coder.coded_as = self.coder.coded_as
+        coder = coder_from_tensors(self.coder.config, tensors)
+        coder.encoder.coded_as = self.coder.encoder.coded_as
         return coder
 
     def _encode(self, x_BD: Tensor, times: int) -> Code:
@@ -190,7 +191,9 @@ class CoderTrainer:
 
     def _follow_schedule_(self) -> None:
         optimizers = self.optimizers
-        self.coder.coded_as = coded_as(self.coder.config, optimizers.steps_done, optimizers.steps)
+        self.coder.encoder.coded_as = coded_as(
+            self.coder.config, optimizers.steps_done, optimizers.steps
+        )
 
     @torch.no_grad()
     def _count_fired_(self, codes: list[Code], rows: int) -> None:

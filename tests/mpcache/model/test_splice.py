@@ -70,7 +70,7 @@ def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> C
 def test_a_perfect_coder_loses_nothing(made: tuple[Path, SplicedModel], hookpoint: str) -> None:
     perfect = coder(hookpoint, expansion=2, k=32)
     with torch.no_grad():
-        perfect.W_MD.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))
+        perfect.encoder.W_MD.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))
     found = scores(made[1], perfect)
     assert found.ce_spliced == pytest.approx(found.ce_clean, abs=1e-4)
     assert found.kl == pytest.approx(0, abs=1e-5)
@@ -80,7 +80,7 @@ def test_a_perfect_coder_loses_nothing(made: tuple[Path, SplicedModel], hookpoin
 def test_a_coder_that_predicts_zero_recovers_nothing(made: tuple[Path, SplicedModel]) -> None:
     nothing = coder()
     with torch.no_grad():
-        nothing.W_MD.fill_(0)
+        nothing.encoder.W_MD.fill_(0)
     found = scores(made[1], nothing)
     assert found.ce_spliced == pytest.approx(found.ce_zero)
     assert found.ce_recovered == pytest.approx(0, abs=1e-6)
@@ -133,7 +133,7 @@ def test_only_the_assistants_tokens_are_replaced(tmp_path: Path) -> None:
     assert 0 < written.double().mean() < 1
     nothing = coder()
     with torch.no_grad():
-        nothing.W_MD.fill_(0)
+        nothing.encoder.W_MD.fill_(0)
     every, own = (scores(spliced, nothing, only_tokens=name) for name in ("all", "assistant"))
     assert 0 < own.kl < every.kl
     assert own.ce_clean == every.ce_clean

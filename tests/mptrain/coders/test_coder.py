@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain.coders.coder import Code, Coder
+from mptrain.coders.code import Code
+from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import Fvu, batch_fvu, reconstruction_loss
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.coder import CoderConfig, Kind
 from mptrain.config.sides import hookpoint_sides
 from mptrain.pursuit.autograd import pursue
-from mptrain.pursuit.batch_threshold import Cut
+from mptrain.pursuit.batch_threshold import EntryThreshold
 from tests.helpers import reference
 
 KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
@@ -46,16 +47,20 @@ def randomised(coder: Coder) -> Coder:
 @pytest.mark.parametrize(
     ("kind", "arch", "names"),
     [
-        ("sae", "mp", "b_D W_MD"),
-        ("transcoder", "mp", "b_D c_E W_MD V_ME"),
-        ("skip-transcoder", "mp", "b_D c_E W_MD V_ME S_ED"),
-        ("sae", "batch-mp", "b_D W_MD"),
-        ("transcoder", "batch-mp", "b_D c_E W_MD V_ME"),
-        ("sae", "topk", "b_D encoder_MD encoder_bias_M V_ME"),
-        ("sae", "batch-topk", "b_D encoder_MD encoder_bias_M V_ME"),
-        ("sae", "groupmax", "b_D encoder_MD encoder_bias_M V_ME"),
-        ("transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME"),
-        ("skip-transcoder", "topk", "b_D c_E encoder_MD encoder_bias_M V_ME S_ED"),
+        ("sae", "mp", "b_D encoder.W_MD"),
+        ("transcoder", "mp", "b_D c_E encoder.W_MD decoder.V_ME"),
+        ("skip-transcoder", "mp", "b_D c_E encoder.W_MD decoder.V_ME decoder.S_ED"),
+        ("sae", "batch-mp", "b_D encoder.W_MD"),
+        ("transcoder", "batch-mp", "b_D c_E encoder.W_MD decoder.V_ME"),
+        ("sae", "topk", "b_D encoder.encoder_MD encoder.bias_M decoder.V_ME"),
+        ("sae", "batch-topk", "b_D encoder.encoder_MD encoder.bias_M decoder.V_ME"),
+        ("sae", "groupmax", "b_D encoder.encoder_MD encoder.bias_M decoder.V_ME"),
+        ("transcoder", "topk", "b_D c_E encoder.encoder_MD encoder.bias_M decoder.V_ME"),
+        (
+            "skip-transcoder",
+            "topk",
+            "b_D c_E encoder.encoder_MD encoder.bias_M decoder.V_ME decoder.S_ED",
+        ),
     ],
 )
 def test_parameters(kind: Kind, arch: Arch, names: str):
@@ -65,8 +70,7 @@ def test_parameters(kind: Kind, arch: Arch, names: str):
 @pytest.mark.parametrize(("kind", "arch"), ALL)
 def test_start(kind: Kind, arch: Arch):
     coder, x_BD = make_coder(kind, arch), torch.randn(5, 6)
-    first_MD = coder.W_MD if coder.W_MD is not None else coder.encoder_MD
-    assert first_MD is not None
+    first_MD = coder.encoder.dictionary_MD
     torch.testing.assert_close(first_MD.norm(dim=1), torch.ones(18))
     assert (coder.b_D == 0.5).all()
     if kind == "sae":
@@ -81,8 +85,8 @@ def test_prediction_is_the_stated_sum(kind: Kind, arch: Arch):
     code = coder.encode(x_BD)
     y_BE = reference.dense(code.idx_BK, code.val_BK, coder.latents) @ coder.decoder_ME
     y_BE = y_BE + coder.output_bias_E
-    if coder.S_ED is not None:
-        y_BE = y_BE + x_BD @ coder.S_ED.T
+    if coder.decoder.S_ED is not None:
+        y_BE = y_BE + x_BD @ coder.decoder.S_ED.T
     torch.testing.assert_close(coder.decode(code, x_BD), y_BE, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(coder(x_BD), y_BE, atol=1e-5, rtol=1e-5)
 
@@ -130,8 +134,8 @@ def test_unit_norm(kind: Kind, arch: Arch):
     coder(torch.randn(7, 6)).square().sum().backward()
     sizes = {name: p.grad.norm(dim=1) for name, p in coder.named_parameters() if p.ndim == 2}
     coder.project_gradient_()
-    linear = ("V_ME",) if kind == "sae" else ()
-    expected = ("W_MD",) if ARCHITECTURES[arch].is_pursuit else linear
+    linear = ("decoder.V_ME",) if kind == "sae" else ()
+    expected = ("encoder.W_MD",) if ARCHITECTURES[arch].is_pursuit else linear
     assert coder.unit_norm == expected
     for name in coder.unit_norm:
         rows = coder.get_parameter(name)
@@ -190,8 +194,7 @@ def test_fvu_without_rows_is_no_number():
 
 
 def linear_code(coder: Coder, x_BD: Tensor) -> Tensor:
-    assert coder.encoder_MD is not None
-    return torch.relu((x_BD - coder.b_D) @ coder.encoder_MD.T + coder.encoder_bias_M)
+    return torch.relu((x_BD - coder.b_D) @ coder.encoder.encoder_MD.T + coder.encoder.bias_M)
 
 
 def test_groupmax_keeps_the_largest_of_each_group():
@@ -235,7 +238,7 @@ def test_batch_topk_keeps_k_on_average_and_the_strongest():
     code_BM = reference.dense(code.idx_BK, code.val_BK, 18)
     torch.testing.assert_close(code_BM, pre_BM * (pre_BM >= least))
     assert len(set((code.idx_BK >= 0).sum(1).tolist())) > 1
-    coder.threshold = smallest(code)
+    coder.batch_threshold.threshold = smallest(code)
     torch.testing.assert_close(coder.encode(x_BD[:7]).val_BK, code.val_BK[:7])
 
 
@@ -268,7 +271,7 @@ def test_batch_mp_codes_rows_alone_once_it_has_a_threshold():
     coder, x_BD = randomised(make_coder("sae", "batch-mp")), torch.randn(50, 6)
     assert (coder.encode(x_BD).idx_BK >= 0).all(), "none yet: no step is cut"
     code = coder.encode(x_BD, over_batch=True)
-    coder.threshold = smallest(code)
+    coder.batch_threshold.threshold = smallest(code)
     torch.testing.assert_close(coder.encode(x_BD).val_BK, code.val_BK)
     torch.testing.assert_close(coder.encode(x_BD[:7]).val_BK, code.val_BK[:7])
 
@@ -280,9 +283,12 @@ def test_batch_mp_gradcheck(output: int):
     W_MD = torch.randn(5, 4, generator=generator, dtype=torch.float64)
     W_MD = (W_MD / W_MD.norm(dim=1, keepdim=True)).requires_grad_()
     coder = make_coder("sae", "batch-mp")
-    cut = Cut(2, torch.zeros(()))
+    cut = EntryThreshold(2, torch.zeros(()))
     assert torch.autograd.gradcheck(
-        lambda x, W: pursue(x, W, W, 4, coder.rule, coder.search, False, cut)[output], (x_BD, W_MD)
+        lambda x, W: pursue(x, W, W, 4, coder.encoder.rule, coder.encoder.search, False, cut)[
+            output
+        ],
+        (x_BD, W_MD),
     )
 
 

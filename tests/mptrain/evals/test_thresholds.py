@@ -131,10 +131,10 @@ def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path:
     (result,) = fit(batch_config(store, tmp_path / "run", 20, arch=("batch-topk",)))
     folder = tmp_path / "run/coders" / result["coder"]
     coder, trained = load_coder(folder)
-    assert coder.threshold is not None
-    coder.threshold = coder.threshold * 1.5
+    assert coder.batch_threshold.threshold is not None
+    coder.batch_threshold.threshold = coder.batch_threshold.threshold * 1.5
     save_coder(folder, coder, {name: v for name, v in trained.items() if name != "step"})
-    assert load_coder(folder)[0].threshold == coder.threshold
+    assert load_coder(folder)[0].batch_threshold.threshold == coder.batch_threshold.threshold
     (evaluation,) = evaluate_coder(folder, store, ())
     assert evaluation.l0_deviation < -NEAR
     (told,) = l0_warnings(folder, [evaluation])
@@ -179,7 +179,7 @@ def new_coder(arch: Any) -> Coder:
     settings: Mapping[str, Any] = {"hookpoint": "layers.0", "kind": "sae", "k": 3, "latents": 20}
     coder = Coder(CoderConfig(arch=arch, **settings), 8, 8)
     coder.initialise_(torch.zeros(8), torch.zeros(8), torch.Generator().manual_seed(1))
-    coder.threshold = torch.tensor(7.0)
+    coder.batch_threshold.threshold = torch.tensor(7.0)
     return coder
 
 
@@ -191,7 +191,7 @@ def test_k_latents_a_row_on_the_rows_that_decide(arch: Any, monkeypatch: Any) ->
     x_ND[::2] *= 100  # rows that the filters leave out would raise it
     positions_N = torch.arange(120) % 2
     batches = [batch_of(x, p) for x, p in zip(x_ND.split(50), positions_N.split(50), strict=True)]
-    before = coder.threshold
+    before = coder.batch_threshold.threshold
     set_thresholds_([(coder, SIDES)], batches, Filters(skip_positions=1, norm_limits={}))
     assert before == 7
     code = coder.encode(x_ND[1::2])
@@ -208,10 +208,10 @@ def test_k_latents_a_row_on_the_rows_that_decide(arch: Any, monkeypatch: Any) ->
 def test_without_rows_or_latents_nothing_is_cut(arch: Any) -> None:
     coder = new_coder(arch)
     set_thresholds_([(coder, SIDES)], [], Filters(norm_limits={}))
-    assert coder.threshold == 0
+    assert coder.batch_threshold.threshold == 0
     dull = batch_of(torch.zeros(9, 8), torch.arange(9))
     set_thresholds_([(coder, SIDES)], [dull], Filters(norm_limits={}))
-    assert coder.threshold == 0
+    assert coder.batch_threshold.threshold == 0
 
 
 def test_another_k_shares_the_weights() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mptrain.coders import topk as topk_module
-from mptrain.coders.topk import topk_encode
+from mptrain.coders.topk_code import topk_encode
 from mptrain.kernels import prefix_errors as prefix_module
 from mptrain.kernels.prefix_errors import prefix_squares
 from mptrain.kernels.sparse import (

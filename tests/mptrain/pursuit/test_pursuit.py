@@ -18,7 +18,7 @@ from mptrain.pursuit import numba_backend as cpu
 from mptrain.pursuit import numba_kernels as cpu_kernels
 from mptrain.pursuit.autograd import pursue
 from mptrain.pursuit.backend import microbatch_rows, resolve
-from mptrain.pursuit.batch_threshold import Cut
+from mptrain.pursuit.batch_threshold import EntryThreshold
 from mptrain.pursuit.forward import _put_unused_last_, select
 from mptrain.pursuit.rule import N_RESCORED, Rule
 from tests.helpers import reference
@@ -256,8 +256,10 @@ def test_no_rows(way: Baseline, rule: Rule):
     _, W_MD = problem(0, 1, 4, 6)
     W_MD.requires_grad_()
     with way.forced():
-        cut = Cut(2, torch.zeros(()))
-        idx_BK, val_BK, r_BD = pursue(W_MD[:0].detach(), W_MD, W_MD, 3, rule, way.search, cut=cut)
+        cut = EntryThreshold(2, torch.zeros(()))
+        idx_BK, val_BK, r_BD = pursue(
+            W_MD[:0].detach(), W_MD, W_MD, 3, rule, way.search, threshold=cut
+        )
         (val_BK.sum() + r_BD.sum()).backward()
     assert idx_BK.shape == val_BK.shape == (0, 3)
     assert W_MD.grad is not None
@@ -645,11 +647,11 @@ def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
                 assert checked(run, x_BD, W_MD, U_MD)
 
 
-def cuts(idx_BK: Tensor, val_BK: Tensor) -> list[Cut]:
+def cuts(idx_BK: Tensor, val_BK: Tensor) -> list[EntryThreshold]:
     """By a mean number of steps, and by a threshold between two values; neither keeps all."""
     sizes = val_BK.abs().cummin(1).values.unique()
     between = (sizes[len(sizes) // 2] + sizes[len(sizes) // 2 - 1]) / 2
-    return [Cut(2, torch.zeros(())), Cut(None, between)]
+    return [EntryThreshold(2, torch.zeros(())), EntryThreshold(None, between)]
 
 
 @each_layout
@@ -662,7 +664,7 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
     way = Baseline(DIRECT, is_compiled)
     with way.forced():
         for cut in cuts(*pursue(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
-            run = lambda x, W, U: pursue(x, W, U, 4, rule, DIRECT, cut=cut)  # noqa: B023, E731
+            run = lambda x, W, U: pursue(x, W, U, 4, rule, DIRECT, threshold=cut)  # noqa: B023, E731
             assert checked(run, x_BD, W_MD, U_MD)
 
 
@@ -681,20 +683,20 @@ def test_cut_equals_reference(
     whole_idx_BK, whole_val_BK, _ = pursue(x_BD, W_MD, U_MD, k, rule, DIRECT)
     values = whole_val_BK.detach().abs().flatten()
     for cut in (
-        Cut(1 + at % k, torch.tensor(torch.inf)),
-        Cut(None, values[at % len(values)]),
-        Cut(None, torch.zeros(())),
+        EntryThreshold(1 + at % k, torch.tensor(torch.inf)),
+        EntryThreshold(None, values[at % len(values)]),
+        EntryThreshold(None, torch.zeros(())),
     ):
         expected_idx_BK = reference.cut(
             whole_idx_BK.numpy(),
             whole_val_BK.detach().numpy(),
-            cut.mean_steps,
-            float(cut.threshold),
+            cut.mean_entries,
+            float(cut.value),
         )
         idx_BK, *found = pursue(x_BD, W_MD, U_MD, k, rule, DIRECT, detach, cut)
         assert_well_formed(idx_BK, found[0], rule.block)
         assert np.array_equal(idx_BK.numpy(), expected_idx_BK)
-        if cut.mean_steps is None and cut.threshold == 0:
+        if cut.mean_entries is None and cut.value == 0:
             assert torch.equal(idx_BK, whole_idx_BK), "no threshold yet: all are kept"
         plain = reference.follow(x_BD, W_MD, idx_BK, U_MD, detach)
         for a, b in zip(found, plain, strict=True):
@@ -712,7 +714,7 @@ def test_a_mean_number_of_steps_is_kept(select: str):
     x_BD, W_MD = problem(1, 60, 16, 50)
     x_BD[:30] *= 5
     idx_BK, val_BK, _ = pursue(
-        x_BD, W_MD, W_MD, 8, Rule(select), DIRECT, cut=Cut(3, torch.zeros(()))
+        x_BD, W_MD, W_MD, 8, Rule(select), DIRECT, threshold=EntryThreshold(3, torch.zeros(()))
     )
     steps_B = (idx_BK >= 0).sum(1)
     lowest_BK = val_BK.abs().cummin(1).values

@@ -229,8 +229,8 @@ def test_training_explains_more_and_atoms_keep_unit_norm(store: str, tmp_path: P
 def test_a_saved_batch_mp_coder_keeps_its_threshold(store: str, tmp_path: Path) -> None:
     (result,) = fit(config(store, tmp_path / "run", arch=("batch-mp",), kind=("sae",)))
     coder, _ = load_coder(tmp_path / "run" / "coders" / result["coder"])
-    assert coder.threshold is not None
-    assert coder.threshold > 0
+    assert coder.batch_threshold.threshold is not None
+    assert coder.batch_threshold.threshold > 0
     assert 1 < result["validation"]["l0"] < 6, "near k = 3, and not all of 2 k steps"
     assert evaluate_coder(tmp_path / "run/coders" / result["coder"], Path(store), ())[0].l0 == (
         pytest.approx(result["validation"]["l0"], rel=1e-3)

@@ -141,5 +141,5 @@ def test_a_coder_before_its_switch_codes_as_it_was_trained(
     (saved,) = save_coders(str(tmp_path / "run"), {})
     (validation,) = (r.validation_fvu for r in lasting(tmp_path / "run") if r.step == 10)
     coder, _ = load_coder(Path(saved["folder"]))
-    assert coder.coded_as == "topk"
+    assert coder.encoder.coded_as == "topk"
     assert evaluate_coder(Path(saved["folder"]), store, ())[0].fvu == pytest.approx(validation)

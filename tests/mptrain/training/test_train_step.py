@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mptrain.coders.coder import Code, Coder
+from mptrain.coders.code import Code
+from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
 from mptrain.config.architectures import Arch
 from mptrain.config.coder import CoderConfig, Kind, Optimizer
@@ -124,7 +125,7 @@ def test_nested_loss_is_the_mean_over_first_latents(kind: Kind, arch: Arch):
     with torch.no_grad():
         code = trainer.coder.encode(x_BD, over_batch=True)
         code_BM = reference.dense(code.idx_BK, code.val_BK, 3 * D)
-        base_BE = trainer.coder.decode_nothing(x_BD)
+        base_BE = trainer.coder.decode_offset(x_BD)
         for latents in (2, 9, 18, 36):
             y_hat_BE = code_BM[:, :latents] @ trainer.coder.decoder_ME[:latents] + base_BE
             losses.append(
@@ -154,10 +155,9 @@ def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
     losses = {}
     for weight in (0.0, 0.5):
         trainer = make_learner(replace(TRANSCODER, input_loss=weight, optimizer="adam"))
-        assert trainer.coder.W_MD is not None
-        before_MD = trainer.coder.W_MD.detach().clone()
+        before_MD = trainer.coder.encoder.W_MD.detach().clone()
         losses[weight] = train_(trainer, 0, 1)[0]
-        assert torch.allclose(before_MD, trainer.coder.W_MD, atol=1e-6) == (weight == 0)
+        assert torch.allclose(before_MD, trainer.coder.encoder.W_MD, atol=1e-6) == (weight == 0)
     x_BD, _ = rows_of(TRANSCODER, 64, 1)
     residual_BD = make_learner(TRANSCODER).coder.encode(x_BD).residual_BD
     assert residual_BD is not None
@@ -193,12 +193,12 @@ def test_auxk_revives_dead_latents(kind: Kind, arch: Arch):
 @torch.no_grad()
 def silence_half_(coder: Coder) -> None:
     """A bias that no row overcomes, or atoms that are nearly one, of which the same one wins."""
-    if coder.encoder_bias_M is not None:
-        coder.encoder_bias_M[::2] = -1.0
-    if coder.W_MD is not None:
+    if coder.encoder.bias_M is not None:
+        coder.encoder.bias_M[::2] = -1.0
+    if coder.encoder.W_MD is not None:
         generator = torch.Generator().manual_seed(3)
-        coder.W_MD[::2] = coder.W_MD[:1] + 0.01 * torch.randn(
-            coder.W_MD[::2].shape, generator=generator
+        coder.encoder.W_MD[::2] = coder.encoder.W_MD[:1] + 0.01 * torch.randn(
+            coder.encoder.W_MD[::2].shape, generator=generator
         )
         coder.normalise_()
 

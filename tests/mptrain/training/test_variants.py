@@ -89,7 +89,7 @@ def test_continues_bit_for_bit(config: CoderConfig):
     losses = train_(whole, 0, 9)
     train_(first, 0, 3)
     second.load_state_tensors_({n: t.clone() for n, t in first.state_tensors().items()})
-    assert second.coder.coded_as == first.coder.coded_as
+    assert second.coder.encoder.coded_as == first.coder.encoder.coded_as
     assert train_(second, 3, 9) == losses[3:]
 
 
@@ -145,7 +145,7 @@ def test_prediction_is_that_of_the_code(config: CoderConfig):
         code = coder.encode(x_BD)
         rows_M = torch.arange(M) % len(coder.decoder_ME)
         code_BM = reference.dense(code.idx_BK, code.val_BK, M)
-        expected_BE = code_BM @ coder.decoder_ME[rows_M] + coder.decode_nothing(x_BD)
+        expected_BE = code_BM @ coder.decoder_ME[rows_M] + coder.decode_offset(x_BD)
         torch.testing.assert_close(coder.predict(code, x_BD), expected_BE, atol=2e-4, rtol=2e-4)
 
 
@@ -229,8 +229,7 @@ def test_begins_as_a_tied_linear_coder(begin_as: str):
     x_BD, _ = rows_of(BASE, 20, 1)
     with torch.no_grad():
         code = trainer.coder.encode(x_BD)
-        assert trainer.coder.W_MD is not None
-        pre_BM = ((x_BD - trainer.coder.b_D) @ trainer.coder.W_MD.T).relu()
+        pre_BM = ((x_BD - trainer.coder.b_D) @ trainer.coder.encoder.W_MD.T).relu()
         groups = pre_BM.unflatten(1, (3, M // 3) if begin_as == "groupmax" else (1, M))
         kept = groups.topk(1 if begin_as == "groupmax" else 3, dim=2).values[:, :, -1:]
         expected_BM = torch.where(groups >= kept, groups, 0).flatten(1)
@@ -274,10 +273,9 @@ def test_signed_codes_rows_that_no_atom_points_to():
     """It differs from the default in nothing else, so in few rows of a large dictionary."""
     config = replace(BASE, expansion=1, auxk_alpha=0.0)
     coders = [make_learner(c).coder for c in (config, replace(config, select="signed"))]
-    assert coders[0].W_MD is not None
-    x_BD = coders[0].b_D - coders[0].W_MD.sum(0, keepdim=True)
+    x_BD = coders[0].b_D - coders[0].encoder.W_MD.sum(0, keepdim=True)
     found = [coder.encode(x_BD.detach()) for coder in coders]
-    assert (coders[0].W_MD.sum(0) @ coders[0].W_MD.T > 0).all(), "all point away"
+    assert (coders[0].encoder.W_MD.sum(0) @ coders[0].encoder.W_MD.T > 0).all(), "all point away"
     assert (found[0].idx_BK == -1).all()
     assert (found[1].val_BK[:, 0] < 0).all()
 
@@ -288,12 +286,11 @@ def test_blocks_give_each_step_its_own_latents():
     coder = trainer.coder
     code = coder.encode(x_BD)
     assert torch.equal(code.idx_BK // D, torch.arange(3).expand(50, 3))
-    assert coder.V_ME is not None
-    assert len(coder.V_ME) == D, "the predicting rows are shared"
+    assert coder.decoder.V_ME is not None
+    assert len(coder.decoder.V_ME) == D, "the predicting rows are shared"
     assert torch.equal(coder.encode(x_BD, 2).idx_BK, code.idx_BK[:, :2])
-    assert coder.W_MD is not None
     with torch.no_grad():
-        coder.W_MD[D : 2 * D] = torch.eye(D)[0]
+        coder.encoder.W_MD[D : 2 * D] = torch.eye(D)[0]
         away_BD = (coder.b_D - 10 * torch.eye(D)[0])[None]
         three, two = coder.encode(away_BD), coder.encode(away_BD, 2)
     assert three.idx_BK[0, 1] == -1 < three.idx_BK[0, 2], "a block without a match is left out"
@@ -307,6 +304,5 @@ def test_blocks_give_each_step_its_own_latents():
 def test_free_dictionaries_leave_unit_norm():
     trainer = make_learner(replace(BASE, free_norm=True))
     train_(trainer, 0, 20)
-    assert trainer.coder.W_MD is not None
-    norm_M = trainer.coder.W_MD.norm(dim=1)
+    norm_M = trainer.coder.encoder.W_MD.norm(dim=1)
     assert (norm_M - 1).abs().max() > 1e-2

@@ -1,0 +1,23 @@
+"""The code of a batch: which latents are active in each row, and their values."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Code(NamedTuple):
+    """Sparse codes of B rows with K entries each. Entries of a row that name the same latent add.
+
+    An unused entry has index -1 and value 0.
+    """
+
+    idx_BK: Tensor
+    "`[B, K]` int64 latents; of a pursuit, in the order of its steps"
+    val_BK: Tensor
+    "`[B, K]` values; negative ones come from select signed and magnitude, and from omp"
+    residual_BD: Tensor | None = None
+    "`[B, D]` part of the input that a pursuit leaves; None for other encoders"
+
+    def detached(self) -> "Code":
+        """The entries alone, without gradients: what may be kept of many rows."""
+        return Code(self.idx_BK, self.val_BK.detach())
