@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what type checkers see of the names below
     from mptrain.coders.checkpoint import load_coder as load_coder
     from mptrain.coders.checkpoint import save_coder as save_coder
-    from mptrain.coders.coder import Code as Code
+    from mptrain.coders.code import Code as Code
     from mptrain.coders.coder import Coder as Coder
     from mptrain.config.coder import CoderConfig as CoderConfig
     from mptrain.config.fit import FitConfig as FitConfig
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mptrain.runs.metrics import read_records as read_records
 
 _MODULES = {
-    "Code": "mptrain.coders.coder",
+    "Code": "mptrain.coders.code",
     "Coder": "mptrain.coders.coder",
     "CoderConfig": "mptrain.config.coder",
     "Evaluation": "mptrain.evals.evaluate",
