@@ -1,12 +1,13 @@
-"""What a store is not believed: names, links and files that others may have put there.
+"""Validation of untrusted names and paths.
 
-A store lies in a shared place. Whatever it says becomes a path only after these checks, so that a
-command touches nothing outside it.
+A store may lie in a shared folder. Names that it holds become paths only after these checks, so
+that a command touches nothing outside the store.
 """
 
 import re
-import traceback
 from pathlib import Path
+
+from mpcache.errors import UsageError
 
 LONGEST_NAME = 200  # bytes; below every file system's limit with a temporary file's suffix
 _PART = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
@@ -14,12 +15,12 @@ _SIDES = ("input", "output")
 
 
 def printable(text: str) -> str:
-    """Text for one line of a terminal: what would steer the terminal is shown as an escape."""
+    """Text for one line of a terminal; control characters become escapes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def is_hookpoint(name: str) -> bool:
-    """Whether a name can be a hookpoint: segments joined by dots, and a plain file name."""
+    """Whether a name can be a hookpoint: segments joined by dots, usable as a file name."""
     return (
         "" not in name.split(".")  # so neither `..` nor a hidden file
         and name.isprintable()
@@ -39,24 +40,18 @@ def is_part(text: str) -> bool:
     return _PART.fullmatch(text) is not None
 
 
-def check_printable(place: object) -> None:
-    """Refuse a place for a new store, or of a root, whose name would steer a terminal."""
-    if not str(place).isprintable():
-        raise ValueError(f"a path must be printable, got {str(place)!r}; name another place")
+def check_printable(path: object) -> None:
+    """Raise UsageError for the path of a new store or a root that would steer a terminal."""
+    if not str(path).isprintable():
+        raise UsageError(f"a path must be printable, got {str(path)!r}; name another path")
 
 
 def user_path(name: str | Path) -> Path:
-    """A path as a user gives it, `~` at its start included. Raises ValueError for no user's `~`."""
+    """A path as a user writes it, `~` expanded. Raises UsageError for the `~` of no known user."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{name} must begin with a folder, got ~ with no home folder that is known here; "
             "write the whole path"
         ) from error
-
-
-def is_raised_by_us(error: BaseException) -> bool:
-    """Whether a line of this package raised it, rather than a library that it called."""
-    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
-    return any(str(f.f_globals.get("__name__", "")).startswith("mpcache.") for f in last)

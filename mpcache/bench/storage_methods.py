@@ -17,8 +17,9 @@ from torch import Tensor
 from mpcache.config import CollectConfig
 from mpcache.storage.local import LocalStorage
 from mpcache.store.fingerprint import create_or_check_store, layout_of
-from mpcache.store.format import acts_array, digest
+from mpcache.store.format import acts_array
 from mpcache.store.reader import open_store
+from mpcache.store.sealed_json import digest
 from mpcache.store.writer import Writer
 
 HOOKPOINT, SIDE = "rows", "output"
@@ -72,7 +73,7 @@ def store_format(config: CollectConfig, threads: int) -> StorageMethod:
         def read_some(_: int) -> int:  # like the loader: several chunks a task, into reused memory
             buffer = torch.empty(layout.chunk_rows, store.width(HOOKPOINT, SIDE), dtype=dtype)
             return sum(
-                touch_rows(store.read_chunk(HOOKPOINT, SIDE, part, chunk, buffer))
+                touch_rows(store.acts.read_chunk(HOOKPOINT, SIDE, part, chunk, buffer))
                 for part, chunk in chunks
             )
 

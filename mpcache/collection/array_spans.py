@@ -6,14 +6,8 @@ the metadata.
 
 from collections.abc import Mapping
 
-from mpcache.store.format import (
-    POSITION,
-    SEQUENCE,
-    TOKENS,
-    array_specs,
-    check_metadata,
-    hookpoint_of,
-)
+from mpcache.store.array_metadata import check_metadata
+from mpcache.store.format import POSITION, SEQUENCE, TOKENS, array_specs, hookpoint_of
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import TOKENS, is_store
+from mpcache.store.description import is_store
+from mpcache.store.format import TOKENS
 from mpcache.store.reader import Store, open_store
 from mpcache.store.rows_wanted import Extent, extent_of
 from mpcache.validation import check_printable
@@ -124,7 +125,7 @@ def _entry_of_store(store: Store) -> StoreEntry:
     marks = [mark for array in store.arrays for mark in store.marks(array)]
     acts = [array for array in store.arrays if array.startswith("acts/")]
     whole = set(store.part_numbers(TOKENS)).intersection(*(store.part_numbers(a) for a in acts))
-    times = [time for mark in marks if (time := _parse_time(mark.get("time"))) is not None]
+    times = [time for mark in marks if (time := _parse_time(mark.time)) is not None]
     changed = max(times, default=None)
     now = datetime.datetime.now(datetime.UTC)
     extent = extent_of(store)
@@ -134,11 +135,11 @@ def _entry_of_store(store: Store) -> StoreEntry:
         dataset=str(store.provenance["dataset"]["dataset"]),
         hookpoints=store.hookpoints,
         dtype=store.layout.dtype,
-        rows=sum(store.mark(part, TOKENS)["rows"] for part in whole) if acts else 0,
+        rows=sum(store.mark(part, TOKENS).rows for part in whole) if acts else 0,
         rows_wanted=extent.rows_wanted,
         exhausted=extent.exhausted,
         shortfall=extent.shortfall,
-        bytes=sum(o["bytes"] for mark in marks for o in mark["objects"].values()),
+        bytes=sum(mark.stored_bytes for mark in marks),
         complete=_share_complete(store, acts, extent),
         changed=None if changed is None else changed.isoformat(timespec="seconds"),
         # the clock of another machine may be ahead of this machine's
@@ -151,7 +152,7 @@ def _share_complete(store: Store, acts: Sequence[str], extent: Extent) -> float:
     """Share of the rows wanted, mean over the arrays of activations."""
     if not acts:
         return 0.0
-    rows = sum(int(mark["rows"]) for array in acts for mark in store.marks(array))
+    rows = sum(mark.rows for array in acts for mark in store.marks(array))
     return min(1.0, extent.share(rows / len(acts), store.part_rows))
 
 

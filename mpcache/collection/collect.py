@@ -32,7 +32,7 @@ from mpcache.model.model_source import find_source
 from mpcache.model.skeleton import load_vocabulary
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import is_store
+from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
 

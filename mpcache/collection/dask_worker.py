@@ -42,7 +42,8 @@ from mpcache.model.capture import part_input
 from mpcache.model.file_snapshot import ModelFiles
 from mpcache.model.model_source import find_source
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import is_store, mark_path, read_store_file
+from mpcache.store.description import is_store, read_store_file
+from mpcache.store.format import mark_path
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
 

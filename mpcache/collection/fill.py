@@ -27,9 +27,11 @@ from mpcache.data.tokenization import chat_template_identity, find_chat_template
 from mpcache.data.vocabulary import Tokenizer, largest_token_id
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
+from mpcache.store.description import is_store
 from mpcache.store.fingerprint import create_or_check_store, identify, layout_of
-from mpcache.store.format import POSITION, digest, is_store
+from mpcache.store.format import POSITION
 from mpcache.store.reader import open_store
+from mpcache.store.sealed_json import digest
 from mpcache.store.writer import Writer, check_object_size
 
 CollectParts = Callable[[Sequence[Job], Progress], tuple[MissingPart, ...]]
@@ -145,7 +147,7 @@ class Collection:
             if is_store(self.storage):
                 self._create_or_check_store()
                 store = open_store(self.storage)
-                if store.has_planned(self.plan.parts_wanted):
+                if store.index.has_planned(self.plan.parts_wanted):
                     return
                 if (count := len(store.part_numbers(POSITION))) != committed:
                     committed, since = count, time.monotonic()

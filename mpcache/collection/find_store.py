@@ -26,9 +26,10 @@ from mpcache.model.loading import (
 from mpcache.model.model_source import short_name
 from mpcache.model.skeleton import files_digest, load_vocabulary, skeleton
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.fingerprint import identify, json_round_trip
-from mpcache.store.format import digest, is_store, read_store_file
+from mpcache.store.description import is_store, read_store_file
+from mpcache.store.fingerprint import identify
 from mpcache.store.reader import Store
+from mpcache.store.sealed_json import digest, json_round_trip
 
 _NAME_LENGTH = 48  # characters that the name of a model or dataset has in a folder's name
 _PREFIX_LENGTH = 12  # hexadecimal digits of a fingerprint in a folder's name

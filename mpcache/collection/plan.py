@@ -49,7 +49,7 @@ class CollectionPlan:
         """What the parts of the share lack, in the order of parts."""
         missing = {part: self.missing_sides(store, part) for part in self.parts_of_share(store)}
         return tuple(
-            Job(part, int(store.mark(part, TOKENS)["rows"]), sides)
+            Job(part, store.mark(part, TOKENS).rows, sides)
             for part, sides in missing.items()
             if sides
         )
@@ -62,4 +62,4 @@ class CollectionPlan:
 
     def is_complete(self, store: Store) -> bool:
         """Whether the store holds all that is wanted, as far as the dataset has it."""
-        return store.has_planned(self.parts_wanted) and not self.jobs(store)
+        return store.index.has_planned(self.parts_wanted) and not self.jobs(store)

@@ -8,7 +8,6 @@ from mpcache.data.documents import Documents
 from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, iter_parts
 from mpcache.data.permutation import row_permutation
 from mpcache.data.vocabulary import Tokenizer
-from mpcache.store.format import TOKENS
 from mpcache.store.reader import Store
 from mpcache.store.writer import Writer
 
@@ -18,8 +17,8 @@ def missing_cursors(store: Store, parts_wanted: int) -> dict[int, Cursor]:
     return {
         part: FIRST_PARTS[part]
         if previous is None
-        else Cursor(*store.mark(previous, TOKENS)["next_cursor"])
-        for part, previous in store.first_missing_parts(parts_wanted).items()
+        else Cursor(*store.index.token_progress(previous).next_cursor)
+        for part, previous in store.index.first_missing_parts(parts_wanted).items()
     }
 
 

@@ -24,6 +24,7 @@ from mpcache.data.tokenization import FLAG_SHIFT, DocumentTokenizer, Stream
 from mpcache.data.vocabulary import Tokenizer, token_dtype
 from mpcache.errors import UsageError
 from mpcache.store.format import STARTS_DOCUMENT
+from mpcache.store.mark import TokenProgress
 from mpcache.store.token_plan import next_part
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
@@ -64,11 +65,14 @@ class PartTokens:
             object.__setattr__(self, "rows", self.tokens.size)
 
     @property
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> TokenProgress:
         """The fields of the part's mark that describe its documents."""
-        empty = {} if self.empty_documents is None else {"empty_documents": self.empty_documents}
-        cursors = {"cursor": list(self.cursor), "next_cursor": list(self.next_cursor)}
-        return {**cursors, "last": self.last, **empty}
+        return TokenProgress(
+            cursor=self.cursor,
+            next_cursor=self.next_cursor,
+            last=self.last,
+            empty_documents=self.empty_documents,
+        )
 
 
 # --- parts ---

@@ -22,18 +22,11 @@ from mpcache.model.hooks import Side, check_segments, is_match, sides_of
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import (
-    POSITION,
-    SEQUENCE,
-    TOKENS,
-    Layout,
-    acts_array,
-    digest,
-    mark_path,
-    read_store_file,
-    seal,
-)
+from mpcache.store.description import read_store_file
+from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts_array, mark_path
+from mpcache.store.layout import Layout
 from mpcache.store.reader import Store, open_store
+from mpcache.store.sealed_json import digest, seal
 from mpcache.store.writer import Writer
 from mpcache.version import __version__
 
@@ -135,8 +128,8 @@ def _convert_part(cut: Repartition, writer: Writer, mark: tuple[int, str]) -> tu
         return copy_part(cut.store, writer, mark), 0
     before = give_converted(cut, writer, part, array)
     new = writer.mark(part, array)
-    size = sum(one["bytes"] for one in new["objects"].values())
-    return size, int(new.get("nonfinite", 0)) - before
+    size = new.stored_bytes
+    return size, new.nonfinite - before
 
 
 def give_converted(cut: Repartition, writer: Writer, part: int, array: str) -> int:

@@ -5,10 +5,9 @@ is never taken for a store, and the same call goes on with it.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from tqdm import tqdm
@@ -18,18 +17,12 @@ from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import is_temporary
+from mpcache.store.array_metadata import check_metadata
+from mpcache.store.description import is_store, parse_store_file, read_store_file
 from mpcache.store.fingerprint import check_no_foreign_objects
-from mpcache.store.format import (
-    MARKS,
-    STORE_FILE,
-    Layout,
-    array_specs,
-    check_metadata,
-    is_store,
-    mark_path,
-    parse_store_file,
-    read_store_file,
-)
+from mpcache.store.format import MARKS, STORE_FILE, array_specs, mark_path
+from mpcache.store.layout import Layout
+from mpcache.store.mark import ObjectRecord
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer, check_object_size
 from mpcache.store.zarr_codec import GROUP
@@ -90,23 +83,23 @@ def copy(
 
 def grow_alike(store: Store, array: str, writer: Writer) -> None:
     """Let a new store's array span the parts of its source's."""
-    width = int(store.mark(store.part_numbers(array)[0], array).get("width", 0))
+    width = store.mark(store.part_numbers(array)[0], array).width
     writer.grow(
         array, check_metadata(store.storage, array_specs(array, store.layout, width)[0]), width
     )
 
 
-def copy_part(store: Store, writer: Writer, mark: tuple[int, str]) -> int:
+def copy_part(store: Store, writer: Writer, task: tuple[int, str]) -> int:
     """Copy what the mark of a part and array commits, the mark last; bytes written."""
-    part, array = mark
-    told = store.mark(part, array)["objects"]
-    sources = {name: _compared(store.storage, name, one) for name, one in told.items()}
+    part, array = task
+    mark = store.mark(part, array)
+    sources = {n: _compared(store.storage, n, record) for n, record in mark.objects.items()}
     data = store.storage.read(mark_path(part, array))
     is_new = writer.adopt(part, array, data, sources)
-    return sum(one["bytes"] for one in told.values()) if is_new else 0
+    return mark.stored_bytes if is_new else 0
 
 
-def _compared(place: Storage, name: str, told: Mapping[str, Any]) -> Iterator[bytes]:
+def _compared(place: Storage, name: str, record: ObjectRecord) -> Iterator[bytes]:
     """The bytes of an object; raises at their end if they are not those that the mark names."""
     digest, size = xxhash.xxh3_128(), 0
     try:
@@ -116,7 +109,7 @@ def _compared(place: Storage, name: str, told: Mapping[str, Any]) -> Iterator[by
             yield piece
     except FileNotFoundError:
         raise DamagedStoreError(f"{place}/{name} is missing, though it was committed") from None
-    if (size, digest.hexdigest()) != (told["bytes"], told["xxh3_128"]):
+    if (size, digest.hexdigest()) != (record.bytes, record.xxh3_128):
         raise DamagedStoreError(
             f"{place}/{name} is damaged: its bytes differ from what was committed"
         )

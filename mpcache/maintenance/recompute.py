@@ -26,6 +26,7 @@ from mpcache.model.loading import load_tokenizer, tokenizer_digest
 from mpcache.model.skeleton import load_vocabulary
 from mpcache.store.fingerprint import dtype_history, stored_settings
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts_array, hookpoint_of, mark_path
+from mpcache.store.mark import Mark, TokenProgress
 from mpcache.store.reader import Store, open_store
 from mpcache.store.units import Units, join_progress, unit_rows
 from mpcache.store.writer import Writer
@@ -117,14 +118,16 @@ class Recomputation:
     def _cursor(self, part: int, writer: Writer) -> Cursor:
         """Where a part starts in the documents: its mark knows, or that of the part before."""
         try:
-            return Cursor(*self.store.mark(part, TOKENS)["cursor"])
+            return Cursor(*self.store.index.token_progress(part).cursor)
         except DamagedStoreError:
             before = self.units.previous_part(part)
-        return (
-            Cursor(0, 0) if before is None else Cursor(*self._told(before, writer)["next_cursor"])
-        )
+        if before is None:
+            return Cursor(0, 0)
+        progress = self._token_mark(before, writer).progress
+        assert progress is not None
+        return Cursor(*progress.next_cursor)
 
-    def _told(self, part: int, writer: Writer) -> dict[str, Any]:
+    def _token_mark(self, part: int, writer: Writer) -> Mark:
         """The mark of a part's tokens, which may have been mended since."""
         try:
             return writer.mark(part, TOKENS)
@@ -139,14 +142,14 @@ class Recomputation:
         for array in self.store.arrays:
             if part in self.store.part_numbers(array):
                 try:
-                    rows = int(self.store.mark(part, array)["rows"])
+                    rows = self.store.mark(part, array).rows
                 except DamagedStoreError:
                     continue
                 return len(self.units.units_with_rows(part, rows))
         return self.units.count
 
     def _token_of_row(self, part: int, writer: Writer) -> np.ndarray:
-        rows, seed = int(self._told(part, writer)["rows"]), self.store.identity["seed"]
+        rows, seed = self._token_mark(part, writer).rows, self.store.identity["seed"]
         found = [
             place * self.units.unit_rows + row_permutation(seed, unit, count)
             for place, (unit, count) in enumerate(self.units.units_with_rows(part, rows))
@@ -158,7 +161,7 @@ class Recomputation:
     def _acts(self, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
         store = open_store(self.store.storage)  # its tokens may have been mended since
         tokens = part_input(store, part)
-        units = self.units.units_with_rows(part, store.token_count(part))
+        units = self.units.units_with_rows(part, store.tokens.token_count(part))
         cuts = [self.units.unit_sequences * place for place in range(1, len(units))]
         units_SL = np.split(tokens.tokens_SL, cuts)
         # a part of lone documents is one unit: such parts are never joined
@@ -175,7 +178,7 @@ class Recomputation:
         return x_RW
 
 
-def _progress(found: Sequence[PartTokens]) -> dict[str, Any]:
+def _progress(found: Sequence[PartTokens]) -> TokenProgress:
     """What the mark of these parts' tokens says of the documents."""
     return join_progress([one.progress for one in found])
 

@@ -18,7 +18,7 @@ from mpcache.maintenance.convert import give_converted
 from mpcache.maintenance.copy import copy_part
 from mpcache.maintenance.findings import Finding
 from mpcache.maintenance.recompute import NoDatasetError, Recomputation
-from mpcache.maintenance.repair_writer import Mended, RepairWriter
+from mpcache.maintenance.repair_writer import PartRepair, RepairedMark
 from mpcache.maintenance.repartition import Repartition
 from mpcache.maintenance.verify import all_specs, spans, usual_span, verify
 from mpcache.parallel.config import ParallelConfig
@@ -33,7 +33,7 @@ class Repaired:
     """What `repair` did."""
 
     store: str
-    marks: tuple[Mended, ...]
+    marks: tuple[RepairedMark, ...]
     "what became of each mark that was damaged, or whose objects were"
     metadata: tuple[str, ...]
     "zarr.json files that were written anew"
@@ -131,12 +131,12 @@ class _OtherStore:
 
 def _mend_marks(
     store: Store, damaged: dict[int, set[str]], config: RepairConfig, quiet: bool
-) -> tuple[Mended, ...]:
+) -> tuple[RepairedMark, ...]:
     pairs = [(part, array) for part, arrays in damaged.items() for array in arrays]
     arrays = tuple(dict.fromkeys(sorted((array for _, array in pairs), key=_rank)))
     if not pairs:
         return ()
-    mender = RepairWriter(store, pairs, config.accept_other_bits)
+    repairs = PartRepair(store, pairs, config.accept_other_bits)
     source: Recomputation | _OtherStore
     if config.source is None:
         source = Recomputation(store, config, arrays)
@@ -146,22 +146,22 @@ def _mend_marks(
         for part in tqdm(damaged, "repair", unit="part", disable=quiet):
             # tokens tell of rows, and both of activations
             for group in _groups(sorted(damaged[part], key=_rank)):
-                _give(source, part, group, mender)
+                _give(source, part, group, repairs)
     finally:
         source.close()
-    return tuple(mender.outcomes[pair] for pair in sorted(pairs))
+    return tuple(repairs.outcomes[pair] for pair in sorted(pairs))
 
 
 def _give(
-    source: Recomputation | _OtherStore, part: int, arrays: Sequence[str], mender: RepairWriter
+    source: Recomputation | _OtherStore, part: int, arrays: Sequence[str], repairs: PartRepair
 ) -> None:
     try:
-        source.give(part, arrays, mender)
+        source.give(part, arrays, repairs.writer)
     except (DamagedStoreError, NoDatasetError) as error:
         # what is needed for it is damaged too, or a link, or gone; other parts may need less
         for array in arrays:
-            if (part, array) not in mender.outcomes:
-                mender.note(part, array, "left", str(error))
+            if (part, array) not in repairs.outcomes:
+                repairs.note(part, array, "left", str(error))
 
 
 def _rank(array: str) -> tuple[int, str]:

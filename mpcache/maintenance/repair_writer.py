@@ -1,10 +1,10 @@
-"""A writer that puts back what was committed, where what it is given proves to be just that.
+"""Put back what was committed, where the values at hand prove to be just that.
 
 The proof is the mark, which holds the digests of what was committed; or, where the mark itself is
-damaged, an object of it that is given again bit for bit; rows need none. Norms and moments follow
-from activations, but for their last bits, which differ between processors and versions: where the
-activations are equal it is the same part, and what is undamaged of it stays. Anything else is
-written only if that was asked for. A new mark says what it replaces. Objects come first and the
+damaged, an object of the part that comes out again bit for bit; rows need none. Norms and moments
+follow from activations, but for their last bits, which differ between processors and versions:
+where the activations are equal it is the same part, and its undamaged objects stay. Anything else
+is written only if that was asked for. A new mark says what it replaces. Objects come first and the
 mark last, each all or nothing: stopped at any moment, a part is damaged as before, or whole.
 """
 
@@ -12,210 +12,176 @@ import functools
 import socket
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-import xxhash
-
 from mpcache.errors import DamagedStoreError
-from mpcache.store.format import (
-    POSITION,
-    SEQUENCE,
-    array_specs,
-    check_mark,
-    digest,
-    mark_path,
-    seal,
-    unseal,
-)
+from mpcache.store.commit import object_matches
+from mpcache.store.format import POSITION, SEQUENCE, array_specs, mark_path
+from mpcache.store.mark import Mark, ObjectRecord, parse_mark
+from mpcache.store.part_encoder import PartValues, encode_object, object_record, utc_now
 from mpcache.store.reader import Store
-from mpcache.store.writer import Writer, encode_object, object_matches, values_digest
-from mpcache.store.zarr_codec import ArraySpec
+from mpcache.store.sealed_json import digest
+from mpcache.store.writer import Writer
 
 Outcome = Literal["mended", "mark rebuilt", "rewritten", "other bits", "left"]
-_Given = Mapping[str, Callable[[], Iterable[bytes]]]
-
-_OWN = ("objects", "host", "time", "attempt", "replaces")  # what each mark says of itself
+_Objects = Mapping[str, ObjectRecord]
+_Pieces = Mapping[str, Callable[[], Iterable[bytes]]]
 
 
 @dataclass(frozen=True)
-class Mended:
+class RepairedMark:
     """What became of one damaged mark and its objects."""
 
     part: int
     array: str
     outcome: Outcome
-    told: str
+    reason: str
 
     @property
     def is_whole(self) -> bool:
         return self.outcome not in ("other bits", "left")
 
 
-class RepairWriter(Writer):
-    """Writes damaged parts of one store; `outcomes` has what became of each."""
+class PartRepair:
+    """Takes the values of damaged parts of one store; `outcomes` has what became of each.
+
+    `writer` encodes values for it.
+    """
 
     def __init__(
         self, store: Store, damaged: Iterable[tuple[int, str]], accept_other_bits: bool
     ) -> None:
-        super().__init__(store.storage, store.layout, store.fingerprint)
-        self.accepts = accept_other_bits
-        self.outcomes: dict[tuple[int, str], Mended] = {}
+        self.storage = store.storage
+        self.layout = store.layout
+        self.fingerprint = store.fingerprint
+        self.writer = Writer(store.storage, store.layout, store.fingerprint, sink=self)
+        self.accept_other_bits = accept_other_bits
+        self.outcomes: dict[tuple[int, str], RepairedMark] = {}
         self._damaged = set(damaged)
 
-    def note(self, part: int, array: str, outcome: Outcome, told: str) -> None:
-        """Keep what became of a mark."""
-        self.outcomes[part, array] = Mended(part, array, outcome, told)
+    def note(self, part: int, array: str, outcome: Outcome, reason: str) -> None:
+        """Record what became of a mark."""
+        self.outcomes[part, array] = RepairedMark(part, array, outcome, reason)
 
-    def _commit(
-        self,
-        part: int,
-        array: str,
-        rows: int,
-        values: dict[ArraySpec, np.ndarray],
-        more: Mapping[str, Any],
-    ) -> None:
-        if (part, array) in self._damaged:
-            given = {
-                s.object_path(part): functools.partial(encode_object, s, v)
-                for s, v in values.items()
-            }
-            told = {s.object_path(part): _told(s, v) for s, v in values.items()}
-            self._mend(part, array, rows, told, given, more)
+    def commit(self, values: PartValues) -> None:
+        """Repair a part from its values; nothing to do where the part is not damaged."""
+        part = values.part
+        if (part, values.array) not in self._damaged:
+            return
+        objects = {s.object_path(part): object_record(s, v) for s, v in values.values.items()}
+        pieces = {
+            s.object_path(part): functools.partial(encode_object, s, v)
+            for s, v in values.values.items()
+        }
+        mark = values.mark(self.layout, self.fingerprint, objects, uuid.uuid4().hex)
+        self._repair(mark, pieces)
 
     def adopt(
         self, part: int, array: str, claim: bytes, sources: Mapping[str, Iterable[bytes]]
     ) -> bool:
-        """Put back what another store's mark commits, bytes alike."""
+        """Repair a part from what another store's mark commits."""
         name = mark_path(part, array)
-        theirs = unseal(claim, name)
-        check_mark(theirs, part, array, self.layout, self.fingerprint, name)
-        told, more = theirs["objects"], {k: v for k, v in theirs.items() if k not in _OWN}
-        given = {name: functools.partial(iter, pieces) for name, pieces in sources.items()}
-        self._mend(part, array, theirs["rows"], told, given, more)
+        theirs = parse_mark(claim, part, array, self.layout, self.fingerprint, name)
+        mark = replace(
+            theirs, host=socket.gethostname(), time=utc_now(), attempt=uuid.uuid4().hex,
+            fingerprint=self.fingerprint, replaces=None,
+        )  # fmt: skip
+        self._repair(mark, {name: functools.partial(iter, data) for name, data in sources.items()})
         return True
 
-    def _mend(
-        self,
-        part: int,
-        array: str,
-        rows: int,
-        told: Mapping[str, Any],
-        given: _Given,
-        more: Mapping[str, Any],
-    ) -> None:
+    def _repair(self, new: Mark, pieces: _Pieces) -> None:
+        part, array, objects = new.part, new.array, new.objects
         main = array_specs(array, self.layout, 1)[0].object_path(part)  # the others follow from it
-        mark = self._sound_mark(part, array)
-        if mark is not None and _values(mark["objects"], main) == _values(told, main):
-            objects = {**told, **self._kept(mark["objects"], told)}
+        old = self._sound_mark(part, array)
+        if old is not None and _same_values(old.objects, objects, main):
+            objects = {**objects, **self._kept(old.objects, objects)}
             wrong = self._wrong(objects)
-            if mark["objects"] == objects:
-                self._put(given, objects, wrong)
+            if old.objects == objects:
+                self._put(pieces, objects, wrong)
                 self.note(part, array, "mended", "equal to what was committed")
                 return
-            outcome, reason = _of_same_values(mark["objects"], objects)
+            outcome, reason = _of_same_values(old.objects, objects)
         else:
-            objects, wrong = dict(told), self._wrong(told)
-            outcome, reason = self._ground(array, mark, objects, wrong, main)
+            wrong = self._wrong(objects)
+            outcome, reason = self._judge(array, old, objects, wrong, main)
         if outcome != "other bits":
-            self._put(given, objects, wrong)
-            former = self._former(part, array, mark, reason)
-            new = self._described(part, array, rows, objects, {**more, "attempt": uuid.uuid4().hex})
-            self._put_mark(part, array, seal({**new, "replaces": former}))
+            self._put(pieces, objects, wrong)
+            self._put_mark(replace(new, objects=objects, replaces=_replaced(old, reason)))
         self.note(part, array, outcome, reason)
 
-    def _kept(self, committed: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-        """Objects that are as they were committed, though they come out otherwise here."""
+    def _kept(self, committed: _Objects, computed: _Objects) -> dict[str, ObjectRecord]:
+        """Objects that are as they were committed, though other bytes were computed here."""
         return {
-            name: one
-            for name, one in committed.items()
-            if one["xxh3_128"] != told[name]["xxh3_128"] and object_matches(self.storage, name, one)
+            name: record
+            for name, record in committed.items()
+            if record.xxh3_128 != computed[name].xxh3_128
+            and object_matches(self.storage, name, record)
         }
 
-    def _wrong(self, objects: Mapping[str, Any]) -> set[str]:
-        return {
-            name for name, one in objects.items() if not object_matches(self.storage, name, one)
-        }
+    def _wrong(self, objects: _Objects) -> set[str]:
+        return {n for n, record in objects.items() if not object_matches(self.storage, n, record)}
 
-    def _ground(
-        self,
-        array: str,
-        mark: Mapping[str, Any] | None,
-        told: Mapping[str, Any],
-        wrong: set[str],
-        main: str,
+    def _judge(
+        self, array: str, old: Mark | None, computed: _Objects, wrong: set[str], main: str
     ) -> tuple[Outcome, str]:
-        """Whether there is ground to write a new mark, and which."""
-        if mark is None and array in (SEQUENCE, POSITION):
+        """Whether a new mark may be written where values differ or the mark is damaged, and why."""
+        if old is None and array in (SEQUENCE, POSITION):
             return "mark rebuilt", "the mark was damaged; rows are the same everywhere"
-        if mark is None and len(wrong) < len(told):
-            return "mark rebuilt", "the mark was damaged, its objects are what is computed anew"
+        if old is None and len(wrong) < len(computed):
+            return "mark rebuilt", "the mark was damaged, its objects equal the computed ones"
         if main not in wrong:
-            return "mark rebuilt", "the mark was of other objects than those that are computed anew"
-        committed_by = "nobody knows whom" if mark is None else mark.get("host")
+            return "mark rebuilt", "the mark was of other objects than the computed ones"
+        committed_by = "an unknown machine" if old is None else old.host
         difference = (
             f"{socket.gethostname()} computes other bits than were committed by {committed_by}"
         )
-        return ("rewritten" if self.accepts else "other bits"), difference
+        return ("rewritten" if self.accept_other_bits else "other bits"), difference
 
-    def _sound_mark(self, part: int, array: str) -> dict[str, Any] | None:
-        name = mark_path(part, array)
+    def _sound_mark(self, part: int, array: str) -> Mark | None:
         try:
-            mark = unseal(self.storage.read(name), name)
-            check_mark(mark, part, array, self.layout, self.fingerprint, name)
+            return self.writer.mark(part, array)
         except (DamagedStoreError, FileNotFoundError):
             return None
-        return mark
 
-    def _former(
-        self, part: int, array: str, mark: Mapping[str, Any] | None, reason: str
-    ) -> dict[str, Any]:
-        """What a new mark says of the one that it replaces."""
-        if mark is None:
-            return {"reason": reason}
-        kept = {name: mark.get(name) for name in ("objects", "host", "time", "replaces")}
-        return {"reason": reason, "digest": digest(dict(mark)), **kept}
-
-    def _put(self, given: _Given, told: Mapping[str, Any], names: Iterable[str]) -> None:
-        """Put objects in place of what is there."""
+    def _put(self, pieces: _Pieces, objects: _Objects, names: Iterable[str]) -> None:
+        """Put objects over what is there."""
         for name in sorted(names):
-            temporary = self.storage.write_temporary(name, uuid.uuid4().hex, given[name]())
+            temporary = self.storage.write_temporary(name, uuid.uuid4().hex, pieces[name]())
             self.storage.publish(temporary, name)
             self.storage.delete(temporary)
             self.storage.sync(name)
-            if not object_matches(self.storage, name, told[name]):
+            if not object_matches(self.storage, name, objects[name]):
                 raise DamagedStoreError(
                     f"{self.storage}/{name} does not read back as it was written; check the disk"
                 )
 
-    def _put_mark(self, part: int, array: str, data: bytes) -> None:
-        name = mark_path(part, array)
+    def _put_mark(self, mark: Mark) -> None:
+        name, data = mark_path(mark.part, mark.array), mark.sealed()
         if not self.storage.create(name, data):
             self.storage.replace(name, data)
 
 
-def _told(spec: ArraySpec, data: np.ndarray) -> dict[str, Any]:
-    """What a mark says of an object."""
-    written, size = xxhash.xxh3_128(), 0
-    for piece in encode_object(spec, data):
-        written.update(piece)
-        size += len(piece)
-    return {
-        "bytes": size,
-        "xxh3_128": written.hexdigest(),
-        "values_xxh3_128": values_digest([data]),
-    }
+def _same_values(some: _Objects, others: _Objects, name: str) -> bool:
+    return some[name].values_xxh3_128 == others[name].values_xxh3_128
 
 
-def _values(objects: Mapping[str, Any], name: str) -> str:
-    return str(objects[name]["values_xxh3_128"])
-
-
-def _of_same_values(
-    committed: Mapping[str, Any], objects: Mapping[str, Any]
-) -> tuple[Outcome, str]:
-    """What to say of objects that are put back otherwise than they were committed."""
-    if all(_values(committed, name) == _values(objects, name) for name in objects):
+def _of_same_values(committed: _Objects, objects: _Objects) -> tuple[Outcome, str]:
+    """Outcome for activations that are equal, with objects that differ in their bytes."""
+    if all(_same_values(committed, objects, name) for name in objects):
         return "rewritten", "the same values, encoded otherwise by other libraries"
     return "rewritten", "the same activations; what follows from them differs in its last bits"
+
+
+def _replaced(old: Mark | None, reason: str) -> dict[str, Any]:
+    """What a new mark says of the mark that it replaces."""
+    if old is None:
+        return {"reason": reason}
+    return {
+        "reason": reason,
+        "digest": digest(old.as_json()),
+        "objects": {name: asdict(record) for name, record in old.objects.items()},
+        "host": old.host,
+        "time": old.time,
+        "replaces": old.replaces,
+    }

@@ -5,16 +5,18 @@ A store's part is one unit, or several: consecutive ones of its split; see mpcac
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.maintenance.copy import grow_alike
-from mpcache.store.format import SEQUENCE, TOKENS, Layout, array_specs, committed_length
+from mpcache.store.format import SEQUENCE, TOKENS, array_specs, committed_length
+from mpcache.store.layout import Layout
+from mpcache.store.mark import TokenProgress
+from mpcache.store.part_encoder import values_digest
 from mpcache.store.reader import Store
 from mpcache.store.units import Units, join_progress, split_progress, unit_rows
-from mpcache.store.writer import Writer, values_digest
+from mpcache.store.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Repartition:
         """Let an array of the new store span its parts."""
         if self.is_same:
             return grow_alike(self.store, array, writer)
-        width = self.store.mark(self.store.part_numbers(array)[0], array).get("width", 0)
-        return writer.grow(array, max(self.parts(array)) + 1, int(width))
+        width = self.store.mark(self.store.part_numbers(array)[0], array).width
+        return writer.grow(array, max(self.parts(array)) + 1, width)
 
     def is_copy(self, array: str) -> bool:
         """Whether new parts of an array are those of the source, byte for byte."""
@@ -112,12 +114,12 @@ class Repartition:
     def has_nonfinite(self, part: int, array: str) -> bool:
         """Whether what a new part is made of has values that are not finite."""
         marks = (self.store.mark(source.part, array) for source in self._sources(part))
-        return any(mark["nonfinite"] for mark in marks)
+        return any(mark.nonfinite for mark in marks)
 
-    def progress(self, part: int) -> dict[str, Any]:
+    def progress(self, part: int) -> TokenProgress:
         """What the mark of a new part's tokens says of the documents."""
         units = [
-            split_progress(self.store.mark(source.part, TOKENS))[source.index]
+            split_progress(self.store.index.token_progress(source.part))[source.index]
             for source in self._sources(part)
         ]
         return join_progress(units)
@@ -128,14 +130,14 @@ class Repartition:
 
     def refuse_growth(self, part: int, array: str, writer: Writer) -> None:
         """Raise ValueError where a part that is there would have more rows by now."""
-        if not self.is_same and writer.mark(part, array)["rows"] != self.rows(part):
+        if not self.is_same and writer.mark(part, array).rows != self.rows(part):
             raise UsageError(
                 f"{writer.storage} ends with a part of fewer rows than its source has by now; "
                 "convert into a new place"
             )
 
     def _rows(self, part: int) -> int:
-        return int(self.store.mark(part, TOKENS)["rows"])
+        return self.store.mark(part, TOKENS).rows
 
     def _sources(self, part: int) -> Iterator[_Source]:
         """Where the units of a new part come from, as far as its split goes."""
@@ -150,13 +152,13 @@ class Repartition:
 
     def _checked(self, part: int, array: str, which: int) -> np.ndarray:
         mark = self.store.mark(part, array)
-        spec = array_specs(array, self.store.layout, int(mark.get("width", 0)))[which]
-        length = committed_length(spec, array, int(mark["rows"]), self.store.ctx_len)
+        spec = array_specs(array, self.store.layout, mark.width)[which]
+        length = committed_length(spec, array, mark.rows, self.store.ctx_len)
         values = np.empty((length, *spec.part_shape[1:]), spec.dtype)
         for start, stop in spec.steps(length):  # at once it would take as much memory again
-            values[start:stop] = self.store.read_object(array, spec, part, start, stop)
-        told = mark["objects"][spec.object_path(part)]
-        if values_digest([values]) != told["values_xxh3_128"]:
+            values[start:stop] = self.store.reader.read_object(array, spec, part, start, stop)
+        told = mark.objects[spec.object_path(part)]
+        if values_digest([values]) != told.values_xxh3_128:
             raise DamagedStoreError(
                 f"{self.store.storage}/{spec.object_path(part)} is damaged: it decodes to other "
                 "values; mpcache repair mends it"

@@ -67,7 +67,7 @@ def info(where: str | Path | Storage) -> dict[str, Any]:
         "chunk_rows": store.chunk_rows,
         "parts_planned": len(planned),
         "rows_planned": _rows(store, TOKENS),
-        "empty_documents": store.empty_documents(),
+        "empty_documents": store.tokens.empty_documents(),
         "rows_wanted": extent.rows_wanted,
         "exhausted": extent.exhausted,
         "shortfall": extent.shortfall,
@@ -84,14 +84,14 @@ def _side_info(store: Store, hookpoint: str, side: str) -> dict[str, Any]:
         "width": store.width(hookpoint, side),
         "parts": len(marks),
         "rows": _rows(store, array),
-        "rows_validation": sum(m["rows"] for m in marks if m["split"] == "validation"),
-        "bytes": sum(o["bytes"] for m in marks for o in m["objects"].values()),
-        "nonfinite": store.nonfinite(hookpoint, side),
+        "rows_validation": sum(m.rows for m in marks if m.split == "validation"),
+        "bytes": sum(m.stored_bytes for m in marks),
+        "nonfinite": store.acts.nonfinite(hookpoint, side),
     }
 
 
 def _rows(store: Store, array: str) -> int:
-    return sum(int(mark["rows"]) for mark in store.marks(array))
+    return sum(mark.rows for mark in store.marks(array))
 
 
 # --- statistics of rows ---
@@ -150,14 +150,15 @@ def _next(parts: Iterator[_PartRows], count: int) -> Iterator[_PartRows]:
 def _part_rows(store: Store, task: tuple[int, str]) -> _PartRows:
     part, array = task
     mark = store.mark(part, array)
-    _, norms, _ = array_specs(array, store.layout, int(mark["width"]))
-    norms_R = store.read_object(array, norms, part, 0, int(mark["rows"]))
+    assert mark.statistics is not None, array
+    _, norms, _ = array_specs(array, store.layout, mark.width)
+    norms_R = store.reader.read_object(array, norms, part, 0, mark.rows)
     return _PartRows(
-        rows=int(mark["rows"]),
-        moments=store.part_moments(array, part),
+        rows=mark.rows,
+        moments=store.acts.part_moments(array, part),
         norm_counts=_norm_counts(norms_R),
-        largest=float(mark["largest"]),
-        nonfinite=int(mark["nonfinite"]),
+        largest=mark.statistics.largest,
+        nonfinite=mark.nonfinite,
     )
 
 

@@ -20,6 +20,7 @@ from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import digest_pieces, is_temporary
+from mpcache.store.array_metadata import check_metadata
 from mpcache.store.format import (
     MARKS,
     POSITION,
@@ -27,14 +28,13 @@ from mpcache.store.format import (
     STORE_FILE,
     TOKENS,
     array_specs,
-    check_metadata,
     committed_length,
-    digest,
     mark_path,
     parse_mark_path,
 )
+from mpcache.store.part_encoder import values_digest
 from mpcache.store.reader import Store, open_store
-from mpcache.store.writer import values_digest
+from mpcache.store.sealed_json import digest
 from mpcache.store.zarr_codec import GROUP, ArraySpec
 from mpcache.validation import is_part
 
@@ -134,21 +134,21 @@ def _check_mark(store: Store, task: tuple[int, str, str | None]) -> _Checked:
         fault = _or_linked("mark", store.storage, name)
         return _Checked("", 0, 0, False, (Finding(fault, name, str(error), (part, array)),))
     found, readable = [], []
-    for spec in array_specs(array, store.layout, int(mark.get("width", 0))):
+    for spec in array_specs(array, store.layout, mark.width):
         object_name = spec.object_path(part)
-        if fault_told := _size_fault(store, object_name, mark["objects"][object_name]["bytes"]):
+        if fault_told := _size_fault(store, object_name, mark.objects[object_name].bytes):
             found.append(Finding(fault_told[0], object_name, fault_told[1], (part, array)))
         else:
             readable.append(spec)
-    mark_digest = digest(mark)
+    mark_digest = digest(mark.as_json())
     is_known = mark_digest == sound and not found
     size = 0
     for spec in () if is_known else readable:
         object_name = spec.object_path(part)
-        size += mark["objects"][object_name]["bytes"]
+        size += mark.objects[object_name].bytes
         if reason := _content_fault(store, part, array, spec):
             found.append(Finding("flipped", object_name, reason, (part, array)))
-    return _Checked(mark_digest, len(mark["objects"]), size, is_known, tuple(found))
+    return _Checked(mark_digest, len(mark.objects), size, is_known, tuple(found))
 
 
 def _or_linked(fault: Fault, place: Storage, name: str) -> Fault:
@@ -177,15 +177,15 @@ def _size_fault(store: Store, name: str, committed: int) -> tuple[Fault, str] | 
 def _content_fault(store: Store, part: int, array: str, spec: ArraySpec) -> str | None:
     """What is wrong with the bytes of an object that has its size."""
     mark, name = store.mark(part, array), spec.object_path(part)
-    committed = mark["objects"][name]
-    if digest_pieces(store.storage.read_pieces(name)) != committed["xxh3_128"]:
+    committed = mark.objects[name]
+    if digest_pieces(store.storage.read_pieces(name)) != committed.xxh3_128:
         return "its bytes differ from what was committed"
-    length = committed_length(spec, array, int(mark["rows"]), store.ctx_len)
+    length = committed_length(spec, array, mark.rows, store.ctx_len)
     try:
-        found = values_digest(_values(store.storage, name, committed["bytes"], spec, length))
+        found = values_digest(_values(store.storage, name, committed.bytes, spec, length))
     except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
         return str(error)
-    if found != committed["values_xxh3_128"]:
+    if found != committed.values_xxh3_128:
         return "decodes to other values than were committed"
     return None
 
@@ -246,7 +246,7 @@ def all_specs(store: Store) -> Iterator[tuple[str, ArraySpec]]:
 
 def _width(store: Store, part: int, array: str) -> int | None:
     try:
-        return int(store.mark(part, array).get("width", 0))
+        return store.mark(part, array).width
     except DamagedStoreError:
         return None
 

@@ -32,7 +32,9 @@ class PartInput(NamedTuple):
 
 def part_input(store: Store, part: int) -> PartInput:
     return PartInput(
-        store.read_tokens(part), store.read_document_starts(part), store.token_count(part)
+        store.tokens.read_tokens(part),
+        store.tokens.read_document_starts(part),
+        store.tokens.token_count(part),
     )
 
 

@@ -122,7 +122,7 @@ class SplicedModel:
         With a causal head that is the next token, with a masked head the tokens that are hidden.
         """
         for part in self._parts():
-            flags_SL = self.store.read_flags(part) if self.store.has_assistant else None
+            flags_SL = self.store.tokens.read_flags(part) if self.store.has_assistant else None
             for inputs, tokens_L in self._inputs(part):
                 by_assistant_BL = None
                 if flags_SL is not None:

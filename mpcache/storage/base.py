@@ -1,6 +1,7 @@
 """Where a store, or a root of stores, lies: a folder or a bucket, behind one contract.
 
-No module above knows which. Names are those of the store format: relative, steps joined by `/`.
+Modules above do not know which. Object names are those of the store format: relative, steps joined
+by `/`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from mpcache.errors import UsageError
 from mpcache.storage.cloud import is_url
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
@@ -16,51 +18,51 @@ from mpcache.storage.object_store import ObjectStorage
 
 @runtime_checkable
 class Storage(Protocol):
-    """A folder or a bucket's prefix. Threads may share it; its text leads to it again.
+    """A folder, or a prefix of a bucket. Threads may share it; `str` of it opens it again.
 
-    Every method raises DamagedStoreError rather than follow a link out of the place, and
+    Every method raises DamagedStoreError rather than follow a link out of the storage, and
     ConnectionError where a server does not answer.
     """
 
     concurrency: int
-    "calls that are worth making at a time, each from a thread: where they wait for a server"
+    "calls worth making at a time, each from a thread of its own that waits for a server"
     max_object_bytes: int | None
     "bytes of the largest object that can be published; None where there is no limit"
 
     @property
     def name(self) -> str:
-        """The last step of where it really is."""
+        """The last step of its real path."""
         ...
 
     @property
     def address(self) -> str:
-        """Text that leads here from any working directory and any machine that shares the place."""
+        """Text that opens it from any working directory and any machine that shares it."""
         ...
 
     def child(self, name: str) -> "Storage":
-        """The place of this name directly below; ValueError where a place cannot have it."""
+        """The storage of this name directly below; UsageError for an impossible name."""
         ...
 
     def children(self) -> list[str]:
-        """Names of all that is directly below, in a stable order; none where nothing is."""
+        """Names of all objects and folders directly below, in a stable order."""
         ...
 
     def is_within(self, other: "Storage") -> bool:
-        """Whether this is the other place, or lies in it."""
+        """Whether this is the other storage, or lies in it."""
         ...
 
     # --- looking ---
 
     def exists(self, name: str = "") -> bool:
-        """Whether anything has this name, be it a link; without a name, whether the place is."""
+        """Whether an object, folder or link has this name; without a name, the storage itself."""
         ...
 
     def is_link(self, name: str = "") -> bool:
-        """Whether a name is a link, which nothing here follows."""
+        """Whether a name is a link, which no method follows."""
         ...
 
     def can_be_root(self) -> bool:
-        """Whether this can be a root: a folder, and not a file."""
+        """Whether this is, or can become, a folder that holds stores; a file cannot."""
         ...
 
     def size(self, name: str) -> int | None:
@@ -78,23 +80,23 @@ class Storage(Protocol):
         ...
 
     def read_pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of an object, a megabyte or so at a time; FileNotFoundError as `read`.
+        """The bytes of an object in pieces of a few megabytes; FileNotFoundError as `read`.
 
-        What was prepared is read back so, and does not stay in the system's cache then.
+        Used to read back temporary objects, which then leave the system's page cache.
         """
         ...
 
     def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
         """Fill buffers, one after the other, with an object's bytes from an offset on.
 
-        Raises FileNotFoundError if it is not there, ValueError if it ends before.
+        Raises FileNotFoundError if the object is not there, ValueError if it ends before.
         """
         ...
 
-    # --- writing; what a call has done outlives a power cut once `sync` was called ---
+    # --- writing; it outlives a power cut once `sync` was called ---
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write an object that must not exist yet, all or nothing; False if another's is there."""
+        """Write an object that must not exist yet, all or nothing; False if it exists."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
@@ -102,22 +104,22 @@ class Storage(Protocol):
         ...
 
     def write_temporary(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
-        """Write what is to become an object; gives its temporary name, which depends on `key`.
+        """Write what is to become an object; returns its temporary name, which depends on `key`.
 
         Pieces of a megabyte or so are best: on ext4, syncing a file that came in one large write
-        took ten times the processor time. A bucket holds them all in memory until they are sent.
+        took ten times the processor time. A bucket holds all pieces in memory until they are sent.
         """
         ...
 
     def publish(self, temporary: str, name: str) -> bool:
-        """Give a prepared object its name, over what is there; False if it is not there.
+        """Give a temporary object its name, over what is there; False if it is not there.
 
-        The temporary object may remain: who calls deletes it when nobody needs it any more.
+        The temporary object may remain: the caller deletes it when nobody needs it any more.
         """
         ...
 
     def create_copy(self, source: str, name: str) -> bool:
-        """Give a small object a second name; False if something else may have it already.
+        """Give a small object a second name; False if something else may have that name.
 
         Raises FileNotFoundError where the source is gone.
         """
@@ -128,34 +130,31 @@ class Storage(Protocol):
         ...
 
     def sync(self, name: str, top: str = "") -> None:
-        """Let an object's being there, in the folders between it and `top`, outlive a power cut."""
+        """Make the names of an object and of its folders below `top` outlive a power cut."""
         ...
 
-    # --- leaving ---
+    # --- removal ---
 
     def removal_leftovers(self) -> "tuple[Storage, ...]":
-        """What interrupted removals of this place have left beside it."""
+        """What interrupted removals of this storage have left beside it."""
         ...
 
     def delete_all(self, head: str, head_copy: str, first_prefix: str) -> None:
-        """Delete everything for good. First `head` goes: then there is no store any more.
+        """Delete everything for good, the object `head` first: without it there is no store.
 
-        Until all is gone, `told` has the content of `head`, where the rest does not move away; then
-        all below `first` goes before anything else.
-        Links are deleted, what they lead to is not.
+        A storage that cannot be moved away as a whole keeps the content of `head` as `head_copy`
+        until all else is gone, and deletes what is below `first_prefix` before the rest.
+        Links are deleted, and not followed.
         """
         ...
 
 
 def open_storage(where: str | Path | Storage) -> Storage:
-    """The place that a path or a URL leads to.
-
-    Raises ValueError where a URL is none of a bucket.
-    """
+    """The storage at a path or an `s3://` or `gs://` URL; UsageError for another URL."""
     if isinstance(where, str):
         return ObjectStorage(where) if is_url(where) else LocalStorage(Path(where))
     if not isinstance(where, Path):
         return where
     if where.parts[:1] in (("s3:",), ("gs:",)):
-        raise ValueError("a Path cannot hold a URL; give the URL as text")
+        raise UsageError("a Path cannot hold a URL; give the URL as text")
     return LocalStorage(where)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.validation import printable
 
 Scheme = Literal["s3", "gs"]
@@ -24,7 +24,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 _METADATA = "169.254.169.254"
 _SECONDS = datetime.timedelta(seconds=1)
 
-# not for long: until obstore gives up, Python does not see Ctrl-C
+# short: Python does not see Ctrl-C until obstore gives up
 _RETRIES: dict[str, Any] = {
     "max_retries": 100,
     "backoff": {"init_backoff": 0.2 * _SECONDS, "max_backoff": 1 * _SECONDS, "base": 2},
@@ -32,32 +32,32 @@ _RETRIES: dict[str, Any] = {
 }
 _TIMEOUTS: dict[str, Any] = {
     "connect_timeout": 5 * _SECONDS,
-    "read_timeout": 30 * _SECONDS,  # also of sending a few megabytes, and of a large copy
-    "timeout": 180 * _SECONDS,  # of one request; none asks for more than a few megabytes
+    "read_timeout": 30 * _SECONDS,  # also for sending a few megabytes and for a large copy
+    "timeout": 180 * _SECONDS,  # of one request, which carries a few megabytes at most
 }
 
 
 def is_url(text: str) -> bool:
-    """Whether text names a place on a server rather than a path."""
+    """Whether text is a URL rather than a path."""
     return _SCHEME.match(text) is not None
 
 
 def split_url(url: str) -> tuple[Scheme, str, str]:
-    """Scheme, bucket and the rest of an s3:// or gs:// URL; ValueError for any other text."""
+    """Scheme, bucket and prefix of an s3:// or gs:// URL; UsageError for any other text."""
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.removesuffix("/")
-    if re.search("[@:?]", rest):  # and is not shown
-        raise ValueError(
+    if re.search("[@:?]", rest):  # the message does not repeat the URL, which may hold a password
+        raise UsageError(
             "a URL must not hold credentials, nor @, : or ?; set them in the environment"
         )
     if scheme not in ("s3", "gs") or not _BUCKET.fullmatch(bucket):
-        raise ValueError(
-            f"a place must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got {printable(url)}"
+        raise UsageError(
+            f"a store must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got {printable(url)}"
         )
     steps = prefix.split("/") if prefix else []
     if not prefix.isprintable() or any(step in ("", ".", "..") for step in steps):
-        raise ValueError(
+        raise UsageError(
             f"steps of a URL must be printable, none empty, . or .., got {printable(url)}"
         )
     return ("s3" if scheme == "s3" else "gs"), bucket, prefix
@@ -65,15 +65,15 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
 
 @functools.lru_cache(maxsize=64)
 def bucket_client(scheme: Scheme, bucket: str) -> Any:
-    """obstore's client of a bucket, one in a process, so that its connections are used again."""
+    """obstore's client of a bucket, one in a process, so that connections are reused."""
     if importlib.util.find_spec("obstore") is None:
-        raise ValueError(f"{scheme}:// needs obstore; pip install 'mpcache[{scheme}]'")
+        raise UsageError(f"{scheme}:// needs obstore; pip install 'mpcache[{scheme}]'")
     from obstore.store import GCSStore, S3Store
 
     if scheme == "gs":
         return GCSStore(bucket, client_options=_TIMEOUTS, retry_config=_RETRIES)  # type: ignore[arg-type]  # plain dicts
-    options = {**_TIMEOUTS, "allow_http": True} if _is_here(_endpoint()) else _TIMEOUTS
-    provider = _profile(bucket)
+    options = {**_TIMEOUTS, "allow_http": True} if _is_local(_endpoint()) else _TIMEOUTS
+    provider = _credentials(bucket)
     return S3Store(
         bucket,
         client_options=options,  # type: ignore[arg-type]  # as above
@@ -86,21 +86,21 @@ def _endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _is_here(endpoint: str) -> bool:
-    """Whether an address is this machine's own, where nobody listens in on plain HTTP."""
+def _is_local(endpoint: str) -> bool:
+    """Whether an address is this machine's own, where plain HTTP is safe."""
     host = urlsplit(endpoint).hostname or ""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
-def _profile(bucket: str) -> Any:
+def _credentials(bucket: str) -> Any:
     """Credentials as AWS's own tools find them, profiles and single sign-on included.
 
-    None where the environment has them, or boto3 is not there to look: obstore then looks itself.
+    None where the environment has them, or boto3 is missing: obstore then looks for them itself.
     """
-    given = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
-    if any(os.environ.get(name) for name in given) or importlib.util.find_spec("boto3") is None:
+    variables = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
+    if any(os.environ.get(name) for name in variables) or importlib.util.find_spec("boto3") is None:
         return None
     from boto3 import Session
     from obstore.auth.boto3 import Boto3CredentialProvider
@@ -116,14 +116,14 @@ def _profile(bucket: str) -> Any:
 
 @contextlib.contextmanager
 def translate_errors(url: str) -> Iterator[None]:
-    """Errors of a server as the contract of places has them, in one line.
+    """Raise errors of a server as the contract of Storage names them, in one line.
 
     Raises:
         FileNotFoundError: there is no such object.
-        PermissionError, NotADirectoryError: of access and of the bucket; the user can mend it.
-        ConnectionError: the server does not answer, or fails; it may be worth asking again.
-        OSError: it does not understand; the line says what.
-        DamagedStoreError: names that no store has.
+        PermissionError, NotADirectoryError: access is denied, or there is no such bucket.
+        ConnectionError: the server does not answer, or fails; a retry may help.
+        OSError: the server refuses the request; the line says why.
+        DamagedStoreError: the bucket has object names that no store has.
     """
     from obstore import exceptions
 
@@ -144,7 +144,7 @@ def translate_errors(url: str) -> Iterator[None]:
     except exceptions.BaseError as error:
         if "NoSuchBucket" in str(error):
             raise _no_bucket(url) from None
-        if _METADATA in str(error):  # where machines of a cloud, and no others, find credentials
+        if _METADATA in str(error):  # where only machines of a cloud find credentials
             raise _no_credentials(url) from None
         refused = re.search(r"status code: (3|4(?!08|29))", str(error))
         raise (OSError if refused else ConnectionError)(f"{url}: {_line(error)}") from None
@@ -161,12 +161,12 @@ def _no_credentials(url: str) -> OSError:
     return _unusable(url, f"there are no credentials; set {names} in the environment")
 
 
-def _unusable(url: str, told: str) -> OSError:
-    return PermissionError(errno.EACCES, told, url)
+def _unusable(url: str, reason: str) -> OSError:
+    return PermissionError(errno.EACCES, reason, url)
 
 
 def _line(error: Exception) -> str:
-    """What an error says, without what only the server and its user should know."""
+    """The message of an error, without credentials and without the body of an answer."""
     line, *_ = re.split(r"[<{\n]", str(error))  # what follows is the body of an answer
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     line = re.sub(r"://[^/\s]*@", "://", line).rstrip(" :")

@@ -1,11 +1,11 @@
 """A store in a bucket of an object store: objects whole or not at all, copied by the server.
 
-There are no folders, links or renames. What is to become an object is uploaded under a temporary
-name and copied to its own by the server, which also decides who creates an object that must be new.
-Amazon's, Google's and compatible servers show every write to all who ask from then on.
+There are no folders, links or renames. A new object is uploaded under a temporary name and then
+copied to its own name by the server, which also decides which process creates an object that must
+be new. Amazon's, Google's and compatible servers show every write to all later requests.
 
-Memory: an object is held whole while it is uploaded, should its server lose it halfway; reading
-holds eight pieces of 8 MiB of each object at a time.
+Memory: an object is held whole while it is uploaded, because its server may lose it halfway.
+Reading holds eight pieces of 8 MiB of each object.
 """
 
 import contextlib
@@ -21,15 +21,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mpcache.errors import UsageError
 from mpcache.storage.cloud import Scheme, bucket_client, split_url, translate_errors
 from mpcache.storage.tempfiles import temporary_name
 
-_PART = 8 << 20  # bytes of a request; a server wants at least 5 MiB of all parts but the last
-_CONCURRENCY = 8  # requests for one object at a time, either way
-_PAGE = 1000  # names of an answer; no server gives more
-_TRIES = 5  # of what fails at once
-_SOON = 1.0  # seconds; where obstore gives up later, it has tried more than once
-_PATIENCE = 120.0  # seconds; who is away for a minute costs a wait, for longer ends the command
+_PART = 8 << 20  # bytes of a request; servers want at least 5 MiB in all parts but the last
+_CONCURRENCY = 8  # simultaneous requests for one object, up or down
+_PAGE = 1000  # names in one answer; servers give no more
+_TRIES = 5  # for requests that fail at once
+_SOON = 1.0  # seconds; obstore has tried more than once where it gives up later than this
+_PATIENCE = 120.0  # seconds that a server may be away before the command ends
 _PAUSE = 0.2  # seconds before the second try, doubled for each later one
 _LONGEST_PAUSE = 10.0
 
@@ -62,8 +63,8 @@ class ObjectStorage:
     def children(self) -> list[str]:
         import obstore
 
-        found = self._ask(obstore.list_with_delimiter, self.prefix or None)
-        paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+        listing = self._ask(obstore.list_with_delimiter, self.prefix or None)
+        paths = [*listing["common_prefixes"], *(item["path"] for item in listing["objects"])]
         return sorted({name for path in paths if (name := self._name(path))})
 
     def is_within(self, other: object) -> bool:
@@ -88,7 +89,7 @@ class ObjectStorage:
         try:
             return int(self._ask(obstore.head, self._key(name))["size"])
         except FileNotFoundError:
-            _see_bucket(self.scheme, self.bucket)  # the answer is the same where there is none
+            _check_bucket(self.scheme, self.bucket)  # a missing bucket gives the same answer
             return None
 
     def object_names(self, prefix: str = "") -> Iterator[str]:
@@ -125,23 +126,23 @@ class ObjectStorage:
             yield waiting.popleft().result().tobytes()
 
     def read_into(self, name: str, offset: int, buffers: Sequence[np.ndarray]) -> None:
-        found = self._range(name, offset, sum(one.nbytes for one in buffers))
-        for one in buffers:
-            one.reshape(-1).view(np.uint8)[:] = found[: one.nbytes]
-            found = found[one.nbytes :]
+        data = self._range(name, offset, sum(buffer.nbytes for buffer in buffers))
+        for buffer in buffers:
+            buffer.reshape(-1).view(np.uint8)[:] = data[: buffer.nbytes]
+            data = data[buffer.nbytes :]
 
     def _range(self, name: str, offset: int, length: int) -> np.ndarray:
         import obstore
 
         try:
-            found = self._ask(obstore.get_range, self._key(name), start=offset, length=length)
+            answer = self._ask(obstore.get_range, self._key(name), start=offset, length=length)
         except (FileNotFoundError, PermissionError):
             raise
         except OSError:
             if offset < (self.size(name) or 0):
                 raise
-            found = obstore.Bytes()
-        data = np.frombuffer(memoryview(found), np.uint8)
+            answer = obstore.Bytes()
+        data = np.frombuffer(memoryview(answer), np.uint8)
         if len(data) != length:
             raise ValueError(f"it ends before byte {offset + length}")
         return data
@@ -152,15 +153,15 @@ class ObjectStorage:
         import obstore
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        if self.size(name) is not None:  # spares a write, also where nothing can be written
+        if self.size(name) is not None:  # saves a write, and works where writing is forbidden
             return False
-        _see_conditions(self.scheme, self.bucket, self.prefix)
+        _check_create_only(self.scheme, self.bucket, self.prefix)
         for pause in itertools.islice(_pauses(), _TRIES):
             try:
                 self._ask(obstore.put, self._key(name), data, mode="create")
             except (AlreadyExistsError, PreconditionError):
-                # an answer that was lost is asked for again, and then finds our own object; one who
-                # loses to another that is not done yet finds nothing
+                # a retry after a lost answer finds our own object; a process that loses to another
+                # one that is not done yet finds nothing
                 with contextlib.suppress(FileNotFoundError):
                     return self.read(name) == data
                 time.sleep(pause)
@@ -184,17 +185,17 @@ class ObjectStorage:
 
         def put(bucket: Any, path: str) -> None:
             try:
-                # in parts, several on their way at a time
+                # several parts on their way at a time
                 obstore.put(
                     bucket, path, itertools.chain(kept.copy(), _keeping(rest, kept, failed)),
                     use_multipart=True, chunk_size=_PART, max_concurrency=_CONCURRENCY,
                 )  # fmt: skip
             except FileNotFoundError:
-                # done, but the answer was lost; asked again, the server knows of no upload
+                # done, but the answer was lost: the retry finds no upload any more
                 if not failed and obstore.head(bucket, path)["size"] != sum(map(len, kept)):
                     raise
             except Exception:
-                if not failed:  # else it is no fault of this server, and nothing to ask again
+                if not failed:  # else the source failed, not this server: no retry
                     raise
 
         self._ask(put, self._key(temporary))
@@ -221,9 +222,9 @@ class ObjectStorage:
             self._ask(obstore.delete, self._key(name))
 
     def sync(self, name: str, top: str = "") -> None:
-        """Nothing to do: a server answers when it will not lose what it was given."""
+        """Nothing to do: servers answer once they will not lose the data."""
 
-    # --- leaving ---
+    # --- removal ---
 
     def removal_leftovers(self) -> "tuple[ObjectStorage, ...]":
         return ()
@@ -257,10 +258,10 @@ class ObjectStorage:
 def _ask(
     scheme: Scheme, bucket: str, function: Callable[..., Answer], *arguments: Any, **options: Any
 ) -> Answer:
-    """Call one of obstore's functions, again and again where the server is away.
+    """Call one of obstore's functions, with retries while the server is away.
 
-    Most of the patience is here: while obstore waits, Ctrl-C does. And obstore does not ask again
-    where an answer breaks off, or where asking twice might do harm, which nothing that we ask does.
+    Most retries are here, because Ctrl-C waits while obstore does. And obstore does not retry
+    where an answer breaks off, or where a second request might do harm, which none of ours does.
     """
     url = f"{scheme}://{bucket}/{arguments[0] or ''}"
     until, at_once = 0.0, 0
@@ -277,14 +278,14 @@ def _ask(
         if at_once == _TRIES or failed > until:
             break
         if failed - asked > _SOON:
-            _tell_waiting(scheme, bucket)
+            _announce_wait(scheme, bucket)
         time.sleep(pause)
     raise last
 
 
 @lru_cache
-def _tell_waiting(scheme: Scheme, bucket: str) -> None:
-    """Once in a process: it may be long."""
+def _announce_wait(scheme: Scheme, bucket: str) -> None:
+    """Say so once in a process, since it may take long."""
     sys.stderr.write(f"waiting for the server of {scheme}://{bucket}\n")
 
 
@@ -293,19 +294,19 @@ def _page(bucket: Any, prefix: str | None, after: str | None) -> list[str]:
     import obstore
 
     pages = obstore.list(bucket, prefix, offset=after, chunk_size=_PAGE)
-    return [one["path"] for one in next(iter(pages), [])]
+    return [item["path"] for item in next(iter(pages), [])]
 
 
 @lru_cache
-def _see_bucket(scheme: Scheme, bucket: str) -> None:
-    """Raise NotADirectoryError where there is no such bucket, which most errors do not tell."""
+def _check_bucket(scheme: Scheme, bucket: str) -> None:
+    """Raise NotADirectoryError where there is no such bucket; most errors do not say so."""
     with contextlib.suppress(PermissionError):
         _ask(scheme, bucket, _page, None, None)
 
 
 @lru_cache
-def _see_conditions(scheme: Scheme, bucket: str, prefix: str) -> None:
-    """Raise ValueError where a server creates what is there already: no writer would be safe."""
+def _check_create_only(scheme: Scheme, bucket: str, prefix: str) -> None:
+    """Raise UsageError where a server overwrites on create: no writer would be safe."""
     import obstore
     from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -318,9 +319,9 @@ def _see_conditions(scheme: Scheme, bucket: str, prefix: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             _ask(scheme, bucket, obstore.delete, probe)
-    raise ValueError(
-        f"a server must keep to If-None-Match, that of {scheme}://{bucket} does not, and a writer "
-        "would overwrite what others wrote; use another server, or a folder"
+    raise UsageError(
+        f"the server of {scheme}://{bucket} ignores If-None-Match, so a writer could overwrite the "
+        "data of others; use another server, or a folder"
     )
 
 
@@ -339,7 +340,7 @@ def _requests() -> ThreadPoolExecutor:
 
 
 def _first(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """Pieces until there are so many bytes."""
+    """Pieces until they have `size` bytes."""
     while size > 0 and (piece := next(pieces, None)) is not None:
         size -= len(piece)
         yield piece
@@ -348,9 +349,9 @@ def _first(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
 def _keeping(
     pieces: Iterator[bytes], kept: list[bytes], failed: list[BaseException]
 ) -> Iterator[bytes]:
-    """The pieces, which are also kept, should they be asked for again; and why there are no more.
+    """The pieces, which are also kept for a retry; an error of their source is kept in `failed`.
 
-    An error of where they come from, asked again, would look like their end.
+    On a retry, a source that failed would look like one that has ended.
     """
     while True:
         try:

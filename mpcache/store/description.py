@@ -1,20 +1,24 @@
-"""What the `store.json` of a store says of it."""
+"""What `store.json` says about a store: read, checked, and as attributes."""
 
+import json
 from typing import Any
 
 import numpy as np
 
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage
-from mpcache.store.format import Layout, digest, read_store_file
+from mpcache.store.format import STORE_FILE
+from mpcache.store.layout import FORMAT_VERSIONS, Layout
+from mpcache.store.sealed_json import digest, unseal
 
 
 class Description:
     """What a store is made from and how it is laid out; rows are not looked at."""
 
-    def __init__(self, place: Storage) -> None:
-        """Raises ValueError where there is no store, DamagedStoreError for damage."""
-        content = read_store_file(place)
-        self.storage = place
+    def __init__(self, storage: Storage) -> None:
+        """Raises UsageError where there is no store, DamagedStoreError for damage."""
+        content = read_store_file(storage)
+        self.storage = storage
         self.fingerprint: str = content["fingerprint"]
         self.identity: dict[str, Any] = content["identity"]
         self.config: dict[str, Any] = content["config"]
@@ -61,3 +65,50 @@ class Description:
     def has_assistant(self) -> bool:
         """Whether the store says which tokens the assistant of a conversation wrote."""
         return "chat_template" in self.identity
+
+
+def is_store(storage: Storage) -> bool:
+    """Whether a store was made there."""
+    return storage.exists(STORE_FILE)
+
+
+def read_store_file(storage: Storage) -> dict[str, Any]:
+    """Content of `store.json`; raises UsageError for no store and for an unknown format version."""
+    if not is_store(storage):
+        raise UsageError(
+            f"{storage} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
+        )
+    return parse_store_file(storage.read(STORE_FILE), f"{storage}/{STORE_FILE}")
+
+
+def parse_store_file(data: bytes, file: str) -> dict[str, Any]:
+    """Content of a `store.json`, checked as far as is possible without the rest of the store."""
+    check_format_version(data, file)
+    content = unseal(data, file)
+    try:
+        layout = Layout(**content["layout"])
+        if content["format_version"] != layout.format_version:
+            raise ValueError("format_version and layout contradict each other")
+        is_valid = content["fingerprint"] == digest(content["identity"])
+        is_valid = is_valid and all(
+            isinstance(content[key], dict) for key in ("config", "provenance")
+        )
+        is_valid = is_valid and all(content["provenance"][key][key] for key in ("model", "dataset"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedStoreError(f"{file} is damaged: {error}") from error
+    if not is_valid:
+        raise DamagedStoreError(f"{file} is damaged: its fields are inconsistent")
+    return content
+
+
+def check_format_version(data: bytes, file: str) -> None:
+    """Raise UsageError for an unknown version; comes before the seal, which versions may change."""
+    try:
+        version = json.loads(data)["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return  # the seal will tell that the file is damaged
+    if version not in FORMAT_VERSIONS or type(version) is not int:
+        raise UsageError(
+            f"{file} has format version {version}, this mpcache reads versions "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the mpcache that made it"
+        )

@@ -1,24 +1,19 @@
 """What determines the rows of a store, and the check that a store and a command agree on it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from mpcache.config import CollectConfig
+from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
 from mpcache.storage.tempfiles import is_temporary
-from mpcache.store.format import (
-    STORE_FILE,
-    Layout,
-    canonical_json,
-    digest,
-    is_store,
-    read_store_file,
-    seal,
-)
+from mpcache.store.description import is_store, read_store_file
+from mpcache.store.format import STORE_FILE
+from mpcache.store.layout import Layout
+from mpcache.store.sealed_json import digest, json_round_trip, seal
 
-# of the config; neither hookpoints nor storage dtype, so that both can differ for the same rows
+# fields of the config; without hookpoints and storage dtype, which may differ for the same rows
 _DETERMINING = (
     "model_dtype",
     "ctx_len",
@@ -34,27 +29,27 @@ _DETERMINING = (
     "validation_every",
     "seed",
 )
-# these came later: named only where they are on, so that older stores keep their fingerprints
+# added later: recorded only where they are on, so that older stores keep their fingerprints
 _SWITCHES = ("autocast", "compile", "one_document_per_sequence")
-# what a store does that lacks the key: it was made before there was a choice
-_OLD_WAYS: dict[str, Any] = {
+# settings of a store that lacks the key: it was made before there was a choice
+_OLD_SETTINGS: dict[str, Any] = {
     **dict.fromkeys(_SWITCHES, False),
     "special_tokens": "parsed",
     "empty_documents": "kept",
     "chat_template": None,
 }
-# what asks for the old way
-_OPTIONS = {
+# options that ask for the old setting
+_OLD_OPTIONS = {
     "special_tokens": "--parse-special-tokens",
     "empty_documents": "--keep-empty-documents",
 }
 
 
 def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> dict[str, Any]:
-    """Everything that determines the rows; `digests` are those of model, tokenizer and dataset."""
+    """Everything that determines the rows; `digests` has those of model, tokenizer and dataset."""
     chosen = {name: getattr(config, name) for name in _DETERMINING}
     chosen |= {name: True for name in _SWITCHES if getattr(config, name)}
-    if config.one_document_per_sequence:  # no document sees another, whatever the option says
+    if config.one_document_per_sequence:  # whatever the option says: no document sees another one
         chosen["cross_document_attention"] = False
     if not config.parse_special_tokens:
         chosen["special_tokens"] = "text"
@@ -64,20 +59,20 @@ def identify(config: CollectConfig, digests: dict[str, str], attention: str) -> 
 
 
 def stored_settings(identity: Mapping[str, Any]) -> dict[str, bool]:
-    """The settings of a collection that a store's identity knows better than its config.
+    """Settings of a collection that have to come from a store's identity, not from its config.
 
-    An older store's config lacks them, and their defaults are not what was done then.
+    The config of an older store lacks them, and today's defaults are not what was done then.
     """
-    ways = {**_OLD_WAYS, **identity}
+    settings = {**_OLD_SETTINGS, **identity}
     return {
-        "parse_special_tokens": ways["special_tokens"] == "parsed",
-        "keep_empty_documents": ways["empty_documents"] == "kept",
-        "one_document_per_sequence": bool(ways["one_document_per_sequence"]),
+        "parse_special_tokens": settings["special_tokens"] == "parsed",
+        "keep_empty_documents": settings["empty_documents"] == "kept",
+        "one_document_per_sequence": bool(settings["one_document_per_sequence"]),
     }
 
 
 def layout_of(config: CollectConfig, token_dtype: str, *, token_flags: bool = False) -> Layout:
-    """How a store of this config cuts its rows."""
+    """Layout of a store of this config."""
     return Layout(
         ctx_len=config.ctx_len,
         part_rows=config.part_rows,
@@ -91,10 +86,13 @@ def layout_of(config: CollectConfig, token_dtype: str, *, token_flags: bool = Fa
 
 
 def create_or_check_store(
-    place: Storage, config: CollectConfig, identity: dict[str, Any], layout: Layout,
+    storage: Storage, config: CollectConfig, identity: dict[str, Any], layout: Layout,
     provenance: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Make the store, or check that the one there holds the same rows in the same layout."""
+    """Create the store, or check that the one there holds the same rows in the same layout.
+
+    Raises UsageError where there is another store, or anything else.
+    """
     content = {
         "format": "mpcache",
         "format_version": layout.format_version,
@@ -104,67 +102,68 @@ def create_or_check_store(
         "config": asdict(config),
         "provenance": provenance,
     }
-    if not is_store(place):
-        check_no_foreign_objects(place)
-        place.create(STORE_FILE, seal(content))
-    found = read_store_file(place)
-    _refuse_converted(place, found)
+    if not is_store(storage):
+        check_no_foreign_objects(storage)
+        storage.create(STORE_FILE, seal(content))
+    stored = read_store_file(storage)
+    _check_not_rounded(storage, stored)
     for key in ("identity", "layout"):
-        _refuse_difference(place, found[key], json_round_trip(content[key]))
+        _check_same(storage, stored[key], json_round_trip(content[key]))
 
 
-def json_round_trip(content: Any) -> Any:
-    """Content as it reads back from JSON, so that tuples compare as lists."""
-    return json.loads(canonical_json(content))
+def check_no_foreign_objects(storage: Storage) -> None:
+    """Raise UsageError where a new store would lie among other files."""
+    is_foreign = not storage.can_be_root() or any(
+        not is_temporary(name) for name in storage.object_names()
+    )
+    if is_foreign and not is_store(storage):  # another process may have made the store just now
+        raise UsageError(f"{storage} exists and is no store; name a new or empty folder")
 
 
-def check_no_foreign_objects(place: Storage) -> None:
-    """Raise ValueError where a new store would lie among other files."""
-    others = not place.can_be_root() or any(not is_temporary(name) for name in place.object_names())
-    if others and not is_store(place):  # another may have made the store just now
-        raise ValueError(f"{place} exists and is no store; name a new or empty folder")
-
-
-def _refuse_difference(place: Storage, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    stored_keys = set(stored)
-    stored, wanted = {**_OLD_WAYS, **stored}, {**_OLD_WAYS, **wanted}
+def _check_same(storage: Storage, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    has_new_keys = any(key in stored for key in _OLD_OPTIONS)
+    stored, wanted = {**_OLD_SETTINGS, **stored}, {**_OLD_SETTINGS, **wanted}
     different = [key for key in wanted if stored.get(key) != wanted[key]]
-    if set(_OPTIONS) <= set(different) and not any(key in stored_keys for key in _OPTIONS):
-        # of a lone .txt or .bin the digest follows these options: alone it says nothing
+    if set(_OLD_OPTIONS) <= set(different) and not has_new_keys:
+        # the digest of a lone .txt or .bin file depends on these options: it adds no information
         different = [key for key in different if key != "dataset_digest"]
-    if different:
-        told = "; ".join(
-            f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different
-        )
-        old = [_OPTIONS.get(k, "") for k in different if stored.get(k) == _OLD_WAYS.get(k)]
-        can_continue = len(old) == len(different) and all(old)
-        remedy = f"continue it with {' '.join(old)}" if can_continue else "use its settings"
-        raise ValueError(
-            f"{place} was made from another model or with other settings ({told}); "
-            f"{remedy}, or name another store"
-        )
+    if not different:
+        return
+    differences = "; ".join(
+        f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different
+    )
+    options = [
+        _OLD_OPTIONS.get(key, "") for key in different if stored.get(key) == _OLD_SETTINGS.get(key)
+    ]
+    can_continue = len(options) == len(different) and all(options)
+    remedy = f"continue it with {' '.join(options)}" if can_continue else "use its settings"
+    raise UsageError(
+        f"{storage} was made from another model or with other settings ({differences}); "
+        f"{remedy}, or name another store"
+    )
 
 
 def dtype_history(dtype: str, provenance: Mapping[str, Any]) -> list[str]:
-    """The storage dtypes that the rows of a store in `dtype` went through, from collection on."""
-    found, source = [dtype], provenance.get("converted_from")
+    """The storage dtypes that the rows of a store in `dtype` had, from collection on."""
+    history, source = [dtype], provenance.get("converted_from")
     while source:
-        found.insert(0, source["dtype"])
+        history.insert(0, source["dtype"])
         source = source.get("converted_from")
-    return found
+    return history
 
 
-def _refuse_converted(place: Storage, found: dict[str, Any]) -> None:
-    """Rows from the model would be rounded once, rows that went through another dtype twice.
+def _check_not_rounded(storage: Storage, stored: dict[str, Any]) -> None:
+    """Raise UsageError for a converted store that new rows do not fit into.
 
-    And a larger part can hold no collected part alone.
+    Rows from the model would be rounded once, rows that went through another dtype twice. And a
+    part of a store that was converted into larger parts holds several collected parts.
     """
-    source = found["provenance"].get("converted_from")
-    is_joined = found["layout"]["part_rows"] != found["identity"].get("part_rows")
+    source = stored["provenance"].get("converted_from")
+    is_joined = stored["layout"]["part_rows"] != stored["identity"].get("part_rows")
     if source and (
-        is_joined or len(set(dtype_history(found["layout"]["dtype"], found["provenance"]))) > 1
+        is_joined or len(set(dtype_history(stored["layout"]["dtype"], stored["provenance"]))) > 1
     ):
-        raise ValueError(
-            f"{place} was converted from {source['store']}, as {source['dtype']}, and nothing is "
+        raise UsageError(
+            f"{storage} was converted from {source['store']}, as {source['dtype']}, and nothing is "
             "collected into it; collect into that store, then give the same convert command again"
         )

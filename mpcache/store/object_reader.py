@@ -1,14 +1,15 @@
-"""Read the objects of a store, whose size is checked against the mark before the first read."""
+"""Read the objects of a store; their size is compared with the mark before the first read."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
-from mpcache.store.format import check_metadata
+from mpcache.store.array_metadata import check_metadata
+from mpcache.store.mark import ObjectRecord
 from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ArraySpec, ReadInto
 
@@ -16,33 +17,31 @@ Result = TypeVar("Result")
 
 
 class ObjectReader:
-    """Reads parts of Zarr arrays. Threads may share it; what it has looked at, it remembers."""
+    """Reads parts of Zarr arrays, and remembers sizes and shard indices. Threads may share it."""
 
-    def __init__(self, place: Storage) -> None:
-        self.storage = place
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
         self.cache: ReadCache | None = None
-        # of the instance, so that a store that is no longer used goes with its caches; one look at
-        # an object's size will do, and takes as long as a read: later reads raise where bytes lack
+        # of the instance, so that they go with the store; an object's size is compared once, which
+        # takes as long as a read: later reads raise where bytes are missing
         self._ends = functools.lru_cache(maxsize=1 << 12)(self._read_ends)
         self._check_size = functools.lru_cache(maxsize=1 << 16)(self._compare_size)
-        self._span = functools.cache(functools.partial(check_metadata, place))
+        self._span = functools.cache(functools.partial(check_metadata, storage))
 
     def read(
         self,
         spec: ArraySpec,
         part: int,
-        record: Mapping[str, Any],
+        record: ObjectRecord,
         start: int,
         stop: int,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Entries `start` to `stop` of one part of an array; `record` is the object's in the mark.
-
-        They are put into `out`, of the array's type, if it is given.
+        """Entries `start` to `stop` of one part of an array, into `out` if it is given.
 
         Raises DamagedStoreError where the bytes are not those that were committed.
         """
-        name, size, key = spec.object_path(part), int(record["bytes"]), record["xxh3_128"]
+        name, size, key = spec.object_path(part), record.bytes, record.xxh3_128
         if part >= self._span(spec):
             raise DamagedStoreError(f"{self.storage}/{spec.metadata_path} claims too few rows")
         try:

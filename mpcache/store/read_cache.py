@@ -32,9 +32,10 @@ from typing import TypeVar
 import numpy as np
 
 from mpcache.errors import UsageError
+from mpcache.storage.atomic_files import make_folders, share_with_group
 from mpcache.storage.base import Storage
 from mpcache.storage.cloud import is_url
-from mpcache.storage.local import LocalStorage, make_folders, share_with_group
+from mpcache.storage.local import LocalStorage
 from mpcache.storage.tempfiles import is_temporary, temporary_name
 from mpcache.store.zarr_codec import ReadInto
 from mpcache.validation import user_path

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from mpcache.errors import DamagedStoreError
-from mpcache.store.format import TOKENS, array_specs, check_metadata
+from mpcache.store.array_metadata import check_metadata
+from mpcache.store.format import TOKENS, array_specs
 from mpcache.store.reader import Store
 
 
@@ -43,9 +44,9 @@ def extent_of(store: Store, rows: int | None = None) -> Extent:
     asked = _most_asked(store) if rows is None else rows
     parts = store.layout.parts_for(asked)
     planned = [part for part in store.part_numbers(TOKENS) if part < parts]
-    rows_planned = sum(int(mark["rows"]) for mark in store.marks(TOKENS, planned))
-    is_planned = store.has_planned(parts)
-    has_ended = any(store.mark(part, TOKENS)["last"] for part in planned)
+    rows_planned = sum(mark.rows for mark in store.marks(TOKENS, planned))
+    is_planned = store.index.has_planned(parts)
+    has_ended = any(store.index.token_progress(part).last for part in planned)
     return Extent(
         rows_wanted=asked,
         parts_wanted=parts,

@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpcache.config import Split, split_of
-from mpcache.errors import DamagedStoreError
-from mpcache.store.format import Layout
+from mpcache.errors import DamagedStoreError, UsageError
+from mpcache.store.layout import Layout
+from mpcache.store.mark import TokenProgress
 
 
 def unit_rows(identity: Mapping[str, Any], layout: Layout) -> int:
     """Rows in a unit of a store."""
-    found = identity.get("part_rows")
-    if type(found) is not int or found < 1 or layout.part_rows % found:
+    rows = identity.get("part_rows")
+    if type(rows) is not int or rows < 1 or layout.part_rows % rows:
         raise DamagedStoreError(
             f"store.json is damaged: parts of {layout.part_rows} rows cannot be made of parts "
-            f"of {found!r}"
+            f"of {rows!r}"
         )
-    return found
+    return rows
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class Units:
 
     def __post_init__(self) -> None:
         if self.layout.part_rows % self.unit_rows:
-            raise ValueError(
+            raise UsageError(
                 f"part_rows must be a multiple of {self.unit_rows}, the rows that were permuted "
                 f"together with their tokens, got {self.layout.part_rows}; use a multiple, or "
-                "collect anew with other part_rows"
+                "collect again with other part_rows"
             )
 
     @property
@@ -51,25 +52,25 @@ class Units:
         return self.unit_rows // self.layout.ctx_len
 
     def units_of(self, part: int) -> tuple[int, ...]:
-        """Numbers of the units that a part holds, as far as the split goes."""
-        split, place = _placed(part, self.layout.validation_every)
-        first = place * self.count
+        """Numbers of the units of a whole part."""
+        split, index = _index_in_split(part, self.layout.validation_every)
+        first = index * self.count
         every = self.layout.validation_every
-        return tuple(_numbered(split, first + one, every) for one in range(self.count))
+        return tuple(_number_of(split, first + i, every) for i in range(self.count))
 
     def part_of(self, unit: int) -> tuple[int, int]:
-        """The part that holds a unit, and which of the part's units it is."""
-        split, place = _placed(unit, self.layout.validation_every)
-        part, index = divmod(place, self.count)
-        return _numbered(split, part, self.layout.validation_every), index
+        """The part that holds a unit, and the unit's index in the part."""
+        split, index = _index_in_split(unit, self.layout.validation_every)
+        part, unit_of_part = divmod(index, self.count)
+        return _number_of(split, part, self.layout.validation_every), unit_of_part
 
     def previous_part(self, part: int) -> int | None:
         """The part before this one in its split; None before the first."""
-        split, place = _placed(part, self.layout.validation_every)
-        return _numbered(split, place - 1, self.layout.validation_every) if place else None
+        split, index = _index_in_split(part, self.layout.validation_every)
+        return _number_of(split, index - 1, self.layout.validation_every) if index else None
 
     def units_with_rows(self, part: int, rows: int) -> tuple[tuple[int, int], ...]:
-        """The units of a part of so many rows, with the rows of each: the last may be short."""
+        """The units of a part of `rows` rows, with the rows of each: the last may be shorter."""
         starts = range(0, rows, self.unit_rows)
         return tuple(
             (unit, min(self.unit_rows, rows - start))
@@ -77,48 +78,51 @@ class Units:
         )
 
 
-def join_progress(units: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the mark of a part's tokens says of the documents, given what each unit's would say."""
-    first, last = units[0], units[-1]
-    whole = {key: last[key] for key in ("next_cursor", "last")} | {"cursor": first["cursor"]}
-    empty = [unit["empty_documents"] for unit in units if "empty_documents" in unit]
-    if empty:
-        whole["empty_documents"] = sum(empty)
-    if len(units) > 1:
-        whole["cursors"] = [unit["cursor"] for unit in units]
-        whole |= {"empty_documents_of_units": empty} if empty else {}
-    return whole
+def join_progress(units: Sequence[TokenProgress]) -> TokenProgress:
+    """Progress of a part, from the progress of its units."""
+    counts = [u.empty_documents for u in units if u.empty_documents is not None]
+    is_joined = len(units) > 1
+    return TokenProgress(
+        cursor=units[0].cursor,
+        next_cursor=units[-1].next_cursor,
+        last=units[-1].last,
+        empty_documents=sum(counts) if counts else None,
+        cursors=[unit.cursor for unit in units] if is_joined else None,
+        empty_documents_of_units=counts if is_joined and counts else None,
+    )
 
 
-def split_progress(mark: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the marks of a part's units would say, the inverse of `join_progress`."""
-    starts = mark.get("cursors", [mark["cursor"]])
-    ends = [*starts[1:], mark["next_cursor"]]
-    units = [
-        {"cursor": start, "next_cursor": end, "last": False}
-        for start, end in zip(starts, ends, strict=True)
+def split_progress(part: TokenProgress) -> list[TokenProgress]:
+    """Progress of each unit of a part, the inverse of `join_progress`."""
+    starts = part.cursors or [part.cursor]
+    ends = [*starts[1:], part.next_cursor]
+    counts: Sequence[int | None] = part.empty_documents_of_units or [part.empty_documents]
+    if part.empty_documents is None:
+        counts = [None] * len(starts)
+    return [
+        TokenProgress(
+            cursor=start,
+            next_cursor=end,
+            last=part.last and index == len(starts) - 1,
+            empty_documents=count,
+        )
+        for index, (start, end, count) in enumerate(zip(starts, ends, counts, strict=True))
     ]
-    units[-1]["last"] = mark["last"]
-    if "empty_documents" in mark:
-        counts = mark.get("empty_documents_of_units", [mark["empty_documents"]])
-        for unit, count in zip(units, counts, strict=True):
-            unit["empty_documents"] = count
-    return units
 
 
-def _placed(number: int, every: int) -> tuple[Split, int]:
-    """The split of a number, and its place among the numbers of that split."""
+def _index_in_split(number: int, every: int) -> tuple[Split, int]:
+    """The split of a number, and its index among the numbers of that split."""
     split = split_of(number, every)
     if split == "validation":
         return split, (number - 1) // every
     return split, number - (number - 2) // every - 1 if every > 1 and number > 1 else number
 
 
-def _numbered(split: Split, place: int, every: int) -> int:
-    """The number at a place of a split."""
+def _number_of(split: Split, index: int, every: int) -> int:
+    """The number at an index of a split."""
     if split == "validation":
-        return 1 + place * every
+        return 1 + index * every
     if every == 1:  # nothing is validation
-        return place
-    period, rest = divmod(place, every - 1)
+        return index
+    period, rest = divmod(index, every - 1)
     return period * every + rest + (rest > 0)

@@ -114,7 +114,7 @@ def make_filters(config: RunConfig, store: Store, sides: Sequence[Side]) -> Filt
 
 def median_norm(store: Store, side: Side) -> float:
     """Of the finite rows of the first train part: the same however far the store has grown."""
-    norms = store.read_norms(*side, store.parts([side], "train")[0].number)
+    norms = store.acts.read_norms(*side, store.parts([side], "train")[0].number)
     return float(norms[norms.isfinite()].median())
 
 

@@ -170,7 +170,7 @@ class Loader:
 
 
 def _assistant(store: Store, part: int) -> Tensor:
-    assistant_R = store.read_assistant(part)
+    assistant_R = store.tokens.read_assistant(part)
     assert assistant_R is not None
     return assistant_R
 
@@ -199,7 +199,7 @@ def _columns(
     store: Store, sides: Sequence[Side], parts: Sequence[Part], facts: Sequence[RowField]
 ) -> Columns:
     def of_side(hookpoint: str, name: str) -> Callable[[Chunk, Tensor], object]:
-        return lambda chunk, out: store.read_chunk(
+        return lambda chunk, out: store.acts.read_chunk(
             hookpoint, name, parts[chunk.part].number, chunk.chunk, out
         )
 
@@ -216,15 +216,15 @@ def _columns(
         return Column(dtype, None, copy)
 
     known = {
-        POSITION: of_row(store.read_positions),
-        SEQUENCE: of_row(store.read_sequences),
-        TOKEN: of_row(store.read_token_ids),
+        POSITION: of_row(store.tokens.read_positions),
+        SEQUENCE: of_row(store.tokens.read_sequences),
+        TOKEN: of_row(store.tokens.read_token_ids),
     }
     if ASSISTANT in facts:
         refuse_without_assistant(store)
         known[ASSISTANT] = of_row(partial(_assistant, store))
     for side in sides:
-        known[norm_of(side)] = of_row(store.read_norms, *side, dtype=torch.float32)
+        known[norm_of(side)] = of_row(store.acts.read_norms, *side, dtype=torch.float32)
     columns: dict[Side | RowField, Column] = {fact: known[fact] for fact in (POSITION, *facts)}
     for side in sides:
         columns[side] = Column(_dtype(store), store.width(*side), of_side(*side))

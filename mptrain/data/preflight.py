@@ -118,7 +118,7 @@ def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
 
 
 def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
-    bad = {":".join(side): count for side in sides if (count := store.nonfinite(*side))}
+    bad = {":".join(side): count for side in sides if (count := store.acts.nonfinite(*side))}
     if bad and not config.allow_nonfinite:
         told = ", ".join(f"{count} in {side}" for side, count in bad.items())
         raise UsageError(
@@ -131,7 +131,7 @@ def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) ->
 def refuse_constant(store: Store, sides: Sequence[Side]) -> None:
     """ValueError for a side whose train rows are equal: losses are shares of its variance."""
     for side in sides:
-        if not float(store.moments(*side, "train")[1].sum()) > 0:
+        if not float(store.acts.moments(*side, "train")[1].sum()) > 0:
             raise UsageError(
                 f"{':'.join(side)} has no variance in {store.storage}: its train rows are equal, "
                 f"or none is finite; leave {side[0]} out, or collect other rows"

@@ -70,7 +70,9 @@ def make_coder_run(
     they leave, because a few first tokens may be larger than all others together.
     """
     sides = config.sides
-    (mean_D, variance_D), (mean_E, variance_E) = (store.moments(*side, "train") for side in sides)
+    (mean_D, variance_D), (mean_E, variance_E) = (
+        store.acts.moments(*side, "train") for side in sides
+    )
     scale = IDENTITY
     if config.normalise or config.start == "median":
         x_ND, y_NE = _sample(filters.of(sides), store, sides)

@@ -62,6 +62,6 @@ def test_chats_from_a_file(tmp_path: Path) -> None:
     (result,) = json.loads(out)
     opened = open_store(store)
     parts = opened.parts([("layers.1.mlp", "output")], "validation")
-    written = sum(int(opened.read_assistant(part.number).sum()) for part in parts)  # type: ignore[union-attr]
+    written = sum(int(opened.tokens.read_assistant(part.number).sum()) for part in parts)  # type: ignore[union-attr]
     assert result["validation"]["rows"] == written
     assert 0 < written < sum(part.rows for part in parts)

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from mpcache.store.format import seal, unseal
+from mpcache.store.sealed_json import seal, unseal
 
 ACTS = "arrays.zarr/acts/layers.0/output"
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpcache.store.format import FLAGS_VERSION
+from mpcache.store.layout import FLAGS_VERSION
 from mpcache.store.reader import Store, open_store
 from mptrain.config.fit import FitConfig
 from mptrain.runs.fit import fit

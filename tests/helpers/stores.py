@@ -76,7 +76,7 @@ def marks_of(path: Path) -> dict[str, dict[str, object]]:
 def rows_of(store: Store, side: tuple[str, str], split: str) -> torch.Tensor:
     parts = store.parts([side], split)  # type: ignore[arg-type]
     chunks = [
-        store.read_chunk(*side, p.number, c)
+        store.acts.read_chunk(*side, p.number, c)
         for p in parts
         for c in range(-(-p.rows // store.chunk_rows))
     ]

@@ -10,7 +10,7 @@ import pytest
 from mpcache import config as configs
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.store.format import canonical_json
+from mpcache.store.sealed_json import canonical_json
 from tests.helpers.paths import GOLDEN
 
 

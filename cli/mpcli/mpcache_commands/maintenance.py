@@ -60,7 +60,7 @@ def repair(
         for name in (*done.metadata, *done.deleted):
             typer.echo(printable(f"{'mended' if name in done.metadata else 'deleted':14}{name}"))
         for one in done.marks:
-            typer.echo(printable(f"{one.outcome:14}part {one.part} of {one.array}: {one.told}"))
+            typer.echo(printable(f"{one.outcome:14}part {one.part} of {one.array}: {one.reason}"))
         print_findings(done.left)
         typer.echo(f"{printable(store)}: {'intact' if done.intact else 'DAMAGED'}")
     if any(one.outcome == "other bits" for one in done.marks):

@@ -13,8 +13,8 @@ from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
 from mpcache.collection.find_store import find_store
 from mpcache.maintenance.verify import verify
-from mpcache.store.format import seal, unseal
 from mpcache.store.reader import open_store
+from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
 from mpcli.reports import age
 from tests.helpers.models import save_tiny

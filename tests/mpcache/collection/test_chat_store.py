@@ -75,17 +75,17 @@ def reference(chats: list, split: str) -> list[tuple[int, bool]]:
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_flags_are_the_assistants_tokens(store: Store, split: str) -> None:
     parts = [p for p in store.part_numbers("tokens") if store.layout.split_of(p) == split]
-    tokens = np.concatenate([store.read_tokens(part).reshape(-1) for part in parts])
-    flags = np.concatenate([store.read_flags(part).reshape(-1) for part in parts])  # type: ignore[union-attr]
+    tokens = np.concatenate([store.tokens.read_tokens(part).reshape(-1) for part in parts])
+    flags = np.concatenate([store.tokens.read_flags(part).reshape(-1) for part in parts])  # type: ignore[union-attr]
     wanted = reference(conversations(), split)[: len(tokens)]
     assert tokens.tolist() == [token for token, _ in wanted]
     assert (flags & 2 > 0).tolist() == [own for _, own in wanted]
     assert not (flags & ~np.uint8(2)).any()
     for part in parts:
-        order = row_permutation(0, part, store.token_count(part))
-        own = store.read_assistant(part)
+        order = row_permutation(0, part, store.tokens.token_count(part))
+        own = store.tokens.read_assistant(part)
         assert own is not None
-        assert own.tolist() == (store.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
+        assert own.tolist() == (store.tokens.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
 
 
 def test_the_store_says_what_it_is(store: Store, made: tuple[Path, CollectSummary]) -> None:
@@ -114,7 +114,7 @@ def test_more_rows_continue_where_the_flags_ended(
     one, other = open_store(path), open_store(made[0])
     assert one.part_numbers("tokens") == other.part_numbers("tokens")
     for part in one.part_numbers("tokens"):
-        assert np.array_equal(one.read_flags(part), other.read_flags(part))  # type: ignore[arg-type]
+        assert np.array_equal(one.tokens.read_flags(part), other.tokens.read_flags(part))  # type: ignore[arg-type]
     assert (less.empty_documents or 0) < (more.empty_documents or 0)
     assert more.empty_documents == made[1].empty_documents
 
@@ -153,20 +153,18 @@ def test_a_converted_store_has_the_flags_of_its_rows(
 
     def facts(one: Store, split: str) -> list[tuple[int, bool]]:
         parts = [p for p in one.part_numbers("tokens") if one.layout.split_of(p) == split]
-        tokens = torch.cat([one.read_token_ids(part) for part in parts]).tolist()
-        own = torch.cat([one.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
+        tokens = torch.cat([one.tokens.read_token_ids(part) for part in parts]).tolist()
+        own = torch.cat([one.tokens.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
         return list(zip(tokens, own, strict=True))
 
     for split in ("train", "validation"):
         assert facts(new, split) == facts(store, split)
-    assert new.empty_documents() == store.empty_documents()
+    assert new.tokens.empty_documents() == store.tokens.empty_documents()
     convert(tmp_path / "new", tmp_path / "back", ConvertConfig(part_rows=192))
     back = open_store(tmp_path / "back")
     for part in store.part_numbers("tokens"):
         one, other = back.mark(part, "tokens"), store.mark(part, "tokens")
-        assert {k: one[k] for k in ("objects", "cursor", "next_cursor", "empty_documents")} == {
-            k: other[k] for k in ("objects", "cursor", "next_cursor", "empty_documents")
-        }
+        assert (one.objects, one.progress) == (other.objects, other.progress)
     copy(made[0], tmp_path / "copy")
     assert verify(tmp_path / "copy").intact
 
@@ -194,7 +192,7 @@ def test_filters_take_just_the_assistants_rows(store: Store) -> None:
     assert 0 < own.sum() < batch.rows
     assert filters.kept(batch, MLP).tolist() == own.tolist()
     parts = store.parts(MLP, "train")
-    assert int(own.sum()) == sum(int(store.read_assistant(p.number).sum()) for p in parts)  # type: ignore[union-attr]
+    assert int(own.sum()) == sum(int(store.tokens.read_assistant(p.number).sum()) for p in parts)  # type: ignore[union-attr]
     assert filters_from_json(filters.as_json()) == filters
     assert filters_from_json({"skip_positions": 1, "allow_nonfinite": False}) == Filters(
         skip_positions=1, norm_limits={}

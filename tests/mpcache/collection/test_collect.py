@@ -20,8 +20,8 @@ from mpcache.maintenance.repair import repair
 from mpcache.maintenance.stats import info, stats
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
-from mpcache.store.format import canonical_json, seal, unseal
 from mpcache.store.reader import open_store
+from mpcache.store.sealed_json import canonical_json, seal, unseal
 from tests.helpers.golden import fitted, machine, sums
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import SIDES, files_of, marks_of, small_config, small_store
@@ -69,8 +69,8 @@ def test_rows_are_the_models_own(tmp_path: Path, dtype: str, codec: str) -> None
     group = zarr.open_group(path / "arrays.zarr", mode="r")
     store = open_store(path)
     for part in store.part_numbers("tokens"):
-        values = full_values(model, store.read_tokens(part), batch=5)
-        rows = slice(part * 192, part * 192 + store.mark(part, "tokens")["rows"])
+        values = full_values(model, store.tokens.read_tokens(part), batch=5)
+        rows = slice(part * 192, part * 192 + store.mark(part, "tokens").rows)
         sequence = group["rows/sequence"][rows].astype(np.int64) - part * 12
         flat = torch.from_numpy(sequence * 16 + group["rows/position"][rows])
         for side in SIDES:
@@ -96,19 +96,19 @@ def test_demo_model_rows_are_its_own(tmp_path: Path) -> None:
     store = open_store(tmp_path / "store")
     model = AutoModel.from_pretrained(PROJECT / "data/model", dtype=torch.bfloat16)
     for part in store.part_numbers("tokens"):
-        values = full_values(model, store.read_tokens(part), batch=5)
+        values = full_values(model, store.tokens.read_tokens(part), batch=5)
         read = store.read_part("rows/position", part)["rows/position"].astype(np.int64)
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         flat = torch.from_numpy((sequence - part * 8) * 64 + read)
         for side in SIDES:
-            stored = torch.cat([store.read_chunk(*side, part, chunk) for chunk in range(16)])
+            stored = torch.cat([store.acts.read_chunk(*side, part, chunk) for chunk in range(16)])
             assert torch.equal(stored, values[side][flat])
 
 
 def test_every_token_is_one_row_and_splits_share_no_document(made: Path) -> None:
     store = open_store(made)
     for part in store.part_numbers("tokens"):
-        rows = store.mark(part, "tokens")["rows"]
+        rows = store.mark(part, "tokens").rows
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         position = store.read_part("rows/position", part)["rows/position"].astype(np.int64)
         flat = sequence * 16 + position
@@ -116,8 +116,9 @@ def test_every_token_is_one_row_and_splits_share_no_document(made: Path) -> None
         assert list(flat) != sorted(flat)
     places = {"train": [], "validation": []}
     for part in store.part_numbers("tokens"):
-        mark = store.mark(part, "tokens")
-        places[mark["split"]] += [mark["cursor"][0], mark["next_cursor"][0]]
+        progress = store.index.token_progress(part)
+        documents = [progress.cursor[0], progress.next_cursor[0]]
+        places[store.mark(part, "tokens").split] += documents
     assert all(place % 4 == 1 for place in places["validation"] if place)
 
 
@@ -126,10 +127,12 @@ def test_moments_agree_with_float64(made: Path) -> None:
     for side in SIDES:
         parts = [p for split in ("train", "validation") for p in store.parts([side], split)]
         read = [
-            store.read_chunk(*side, p.number, c) for p in parts for c in range(-(-p.rows // 32))
+            store.acts.read_chunk(*side, p.number, c)
+            for p in parts
+            for c in range(-(-p.rows // 32))
         ]
         rows = torch.cat(read).double()
-        mean, variance = store.moments(*side)
+        mean, variance = store.acts.moments(*side)
         torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
         (found,) = [s.stats for s in stats(made) if (s.stats.hookpoint, s.stats.side) == side]
@@ -200,7 +203,7 @@ def test_a_finished_store_is_not_written_again(
     def refused(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(folder, "_write_temporary", refused)
+    monkeypatch.setattr(folder, "write_temporary_file", refused)
     assert small_store(tmp_path)[1].forward_rows == 0
 
 
@@ -221,10 +224,10 @@ def test_an_exhausted_dataset_ends_short_and_stays_so(tmp_path: Path) -> None:
     path, summary = small_store(tmp_path, rows=1_000_000)
     store = open_store(path)
     lasts = [store.mark(p, "tokens") for p in store.part_numbers("tokens")]
-    assert [m["split"] for m in lasts if m["last"]] == ["validation", "train"] or [
-        m["split"] for m in lasts if m["last"]
+    assert [m.split for m in lasts if m.progress.last] == ["validation", "train"] or [
+        m.split for m in lasts if m.progress.last
     ] == ["train", "validation"]
-    assert summary.rows == sum(m["rows"] for m in lasts) < 192 * len(lasts)
+    assert summary.rows == sum(m.rows for m in lasts) < 192 * len(lasts)
     assert summary.exhausted
     _, again = small_store(tmp_path, rows=2_000_000)
     assert again.forward_rows == 0
@@ -241,10 +244,10 @@ def test_zeros_are_stored_and_a_missing_object_is_not_read_as_zeros(tmp_path: Pa
     model.save_pretrained(tmp_path / "model")
     collect(config, tmp_path / "store")
     store = open_store(tmp_path / "store")
-    assert not store.read_chunk("layers.0", "output", 0, 0).any()
+    assert not store.acts.read_chunk("layers.0", "output", 0, 0).any()
     (tmp_path / "store/arrays.zarr/acts/layers.0/output/c/0/0").unlink()
     with pytest.raises(DamagedStoreError, match="missing"):
-        open_store(tmp_path / "store").read_chunk("layers.0", "output", 0, 0)
+        open_store(tmp_path / "store").acts.read_chunk("layers.0", "output", 0, 0)
 
 
 def test_a_fresh_store_is_intact(made: Path) -> None:

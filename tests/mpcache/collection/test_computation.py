@@ -18,8 +18,8 @@ from mpcache.model.hooks import Capture, resolve
 from mpcache.model.loading import load_model, model_digest
 from mpcache.model.splice import SplicedModel
 from mpcache.storage.base import open_storage
+from mpcache.store.description import read_store_file
 from mpcache.store.fingerprint import identify
-from mpcache.store.format import read_store_file
 from mpcache.store.reader import open_store
 from tests.helpers.models import captured, tiny_model
 from tests.helpers.stores import small_config

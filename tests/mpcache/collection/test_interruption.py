@@ -16,7 +16,7 @@ from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
-from mpcache.store import writer
+from mpcache.store import commit
 from tests.helpers.stores import files_of, marks_of, small_config
 
 ROWS = {"rows": 1200, "codec": "zstd"}
@@ -62,9 +62,9 @@ class Killer:
 def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Path) -> None:
     """Runs in a process of its own."""
     killer = Killer(moment, log)
-    folder._write_temporary = killer.within("write", folder._write_temporary)
+    folder.write_temporary_file = killer.within("write", folder.write_temporary_file)
     folder.sync_folders = killer.before("sync", folder.sync_folders)
-    writer.values_digest = killer.before("digest after the read back", writer.values_digest)
+    commit.values_digest = killer.before("digest after the read back", commit.values_digest)
     producer_module.capture_part = killer.before("forward pass", producer_module.capture_part)
     collect(config, path)
 
@@ -126,7 +126,7 @@ def test_full_disk_keeps_what_was_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    put, calls = folder._write_temporary, 0
+    put, calls = folder.write_temporary_file, 0
 
     def full(*args: Any) -> Path:
         nonlocal calls
@@ -136,7 +136,7 @@ def test_full_disk_keeps_what_was_committed(
         return put(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_write_temporary", full)
+        patch.setattr(folder, "write_temporary_file", full)
         with pytest.raises(OSError, match="No space left"):
             collect(config, tmp_path / "store")
     assert verify(tmp_path / "store").intact

@@ -39,20 +39,20 @@ def store(made: Path) -> Store:
 
 
 def test_parts_end_where_a_piece_ends(store: Store, made: Path) -> None:
-    rows = [store.token_count(part) for part in store.part_numbers("tokens")]
+    rows = [store.tokens.token_count(part) for part in store.part_numbers("tokens")]
     assert any(count % store.ctx_len for count in rows)
     assert all(store.part_rows - store.ctx_len < n <= store.part_rows for n in rows[:-2])
     for side in SIDES:
         for split in ("train", "validation"):
             parts = store.parts([side], split)  # type: ignore[arg-type]
-            assert [p.rows for p in parts] == [store.token_count(p.number) for p in parts]
+            assert [p.rows for p in parts] == [store.tokens.token_count(p.number) for p in parts]
     assert verify(made).intact
 
 
 def test_positions_are_those_in_a_piece(store: Store) -> None:
     for part in store.part_numbers("tokens"):
-        positions, tokens = store.read_positions(part), store.read_token_ids(part)
-        starts = store.read_document_starts(part)
+        positions, tokens = store.tokens.read_positions(part), store.tokens.read_token_ids(part)
+        starts = store.tokens.read_document_starts(part)
         assert starts is not None
         assert int(positions.max()) < store.ctx_len
         assert int((positions == 0).sum()) == int(starts.sum())
@@ -71,7 +71,7 @@ def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path:
         store, MLP, "train", batch_rows=100, seed=0, device=torch.device("cpu"), facts=("token",)
     ) as loader:
         batches = list(loader.one_pass())
-    rows = sum(store.token_count(p.number) for p in store.parts(MLP, "train"))
+    rows = sum(store.tokens.token_count(p.number) for p in store.parts(MLP, "train"))
     assert sum(batch.rows for batch in batches) == rows
     for batch in batches:
         assert ((batch.facts["token"] == 256) == (batch.positions_B == 0)).all()
@@ -106,8 +106,8 @@ def test_copies_and_conversions_keep_pieces(made: Path, store: Store, tmp_path: 
         other = open_store(tmp_path / name)
         assert verify(tmp_path / name).intact
         for part in store.part_numbers("tokens"):
-            assert np.array_equal(other.read_flags(part), store.read_flags(part))  # type: ignore[arg-type]
-            assert torch.equal(other.read_positions(part), store.read_positions(part))
+            assert np.array_equal(other.tokens.read_flags(part), store.tokens.read_flags(part))  # type: ignore[arg-type]
+            assert torch.equal(other.tokens.read_positions(part), store.tokens.read_positions(part))
     with pytest.raises(ValueError, match="a part holds whole pieces of documents"):
         convert(made, tmp_path / "joined", ConvertConfig(part_rows=384))
     assert not (tmp_path / "joined").exists()
@@ -122,4 +122,4 @@ def test_more_rows_only_append(tmp_path: Path) -> None:
     assert more.part_numbers("tokens") == whole.part_numbers("tokens")
     for array in whole.arrays:
         for part in whole.part_numbers(array):
-            assert more.mark(part, array)["objects"] == whole.mark(part, array)["objects"]
+            assert more.mark(part, array).objects == whole.mark(part, array).objects

@@ -15,7 +15,7 @@ from mpcache.collection.find_store import find_store
 from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
-from mpcache.store.format import Layout
+from mpcache.store.layout import Layout
 from mpcache.store.reader import Store, open_store
 from mpcache.store.units import Units
 from mpcli.mpcache import app
@@ -34,7 +34,7 @@ def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
     for part in store.part_numbers("tokens"):
         if store.layout.split_of(part) != split:
             continue
-        tokens.append(store.read_tokens(part))
+        tokens.append(store.tokens.read_tokens(part))
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         position = store.read_part("rows/position", part)["rows/position"]
         # as the format says: sequences of this very part
@@ -56,9 +56,9 @@ def test_rows_keep_their_order_and_their_tokens(made: Path, tmp_path: Path, fact
         assert np.array_equal(sequences, wanted)
         assert np.array_equal(np.concatenate(rows), np.concatenate(wanted_rows))
     for side in SIDES:
-        for found, wanted in zip(new.moments(*side), source.moments(*side), strict=True):
+        for found, wanted in zip(new.acts.moments(*side), source.acts.moments(*side), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    lasts = [new.mark(p, "tokens")["last"] for p in new.part_numbers("tokens")]
+    lasts = [new.index.token_progress(p).last for p in new.part_numbers("tokens")]
     assert sum(lasts) == 2
 
 

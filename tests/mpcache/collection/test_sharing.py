@@ -26,9 +26,11 @@ from mpcache.storage import object_store as bucket
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
-from mpcache.store.format import Layout
+from mpcache.store.commit import object_matches
+from mpcache.store.layout import Layout
+from mpcache.store.mark import ObjectRecord
 from mpcache.store.reader import open_store
-from mpcache.store.writer import Writer, object_matches
+from mpcache.store.writer import Writer
 from tests.helpers.stores import files_of, marks_of, small_config, small_store
 
 LAYOUT = Layout(
@@ -161,8 +163,8 @@ def test_what_is_marked_is_never_overwritten(
         if shared.exists(mark):
             first.append(shared.read(mark))
             assert first[0] == first[-1]
-            told = json.loads(first[0])["objects"]
-            assert all(object_matches(shared, name, one) for name, one in told.items())
+            for name, record in json.loads(first[0])["objects"].items():
+                assert object_matches(shared, name, ObjectRecord(**record))
 
     def writer(x: torch.Tensor) -> Callable[[], None]:
         return lambda: Writer(shared, LAYOUT, "0" * 64).commit_acts(0, ARRAY, x)
@@ -371,9 +373,9 @@ def test_a_read_only_store_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     for name in ("link", "rename", "replace", "mkdir", "unlink", "chmod", "fsync"):
         monkeypatch.setattr(os, name, refused)
-    monkeypatch.setattr(folder, "_write_temporary", refused)
+    monkeypatch.setattr(folder, "write_temporary_file", refused)
     store = open_store(copy)
     assert verify(copy).findings == ()
-    assert len(store.read_chunk("layers.0", "output", 0, 0)) == 32
+    assert len(store.acts.read_chunk("layers.0", "output", 0, 0)) == 32
     assert collect(small_config(tmp_path, rows=600), copy).forward_rows == 0
     assert files_of(copy) == before

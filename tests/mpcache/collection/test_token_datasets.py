@@ -12,7 +12,8 @@ from mpcache.collection.find_store import find_store
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.maintenance.repair import repair
 from mpcache.storage.base import open_storage
-from mpcache.store.format import TOKENS, read_store_file
+from mpcache.store.description import read_store_file
+from mpcache.store.format import TOKENS
 from mpcache.store.reader import open_store
 from tests.helpers.models import save_tiny, tiny_model
 
@@ -47,7 +48,7 @@ def test_from_collection_to_repair(place, tmp_path):
     assert "tokenizer_digest" not in store.identity
     assert read_store_file(found.storage)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
     assert find_store(tmp_path / "root", config).summary
-    tokens = {part: store.read_tokens(part) for part in store.part_numbers(TOKENS)}
+    tokens = {part: store.tokens.read_tokens(part) for part in store.part_numbers(TOKENS)}
     path = tmp_path / "root" / found.storage.name
     shutil.rmtree(path / "arrays.zarr" / "tokens" / "c" / "2")
     shutil.rmtree(path / "arrays.zarr" / "acts" / "layers.0" / "output" / "c" / "3")
@@ -55,7 +56,7 @@ def test_from_collection_to_repair(place, tmp_path):
     assert done.intact
     assert {one.outcome for one in done.marks} == {"mended"}
     again = open_store(path)
-    assert all((again.read_tokens(part) == own).all() for part, own in tokens.items())
+    assert all((again.tokens.read_tokens(part) == own).all() for part, own in tokens.items())
 
 
 def test_a_bin_gives_the_same_tokens(place, tmp_path):
@@ -64,7 +65,9 @@ def test_a_bin_gives_the_same_tokens(place, tmp_path):
     stores = [open_store(open_storage(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
     parts = stores[0].part_numbers(TOKENS)
     assert parts == stores[1].part_numbers(TOKENS)
-    assert all((stores[0].read_tokens(p) == stores[1].read_tokens(p)).all() for p in parts)
+    assert all(
+        (stores[0].tokens.read_tokens(p) == stores[1].tokens.read_tokens(p)).all() for p in parts
+    )
 
 
 @pytest.mark.parametrize(

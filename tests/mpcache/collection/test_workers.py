@@ -93,7 +93,7 @@ def slow_down(seconds: float) -> None:
 
 
 def fill_disk(after: int) -> None:
-    put, calls = folder._write_temporary, 0
+    put, calls = folder.write_temporary_file, 0
 
     def full(*arguments: Any) -> Path:
         nonlocal calls
@@ -102,7 +102,7 @@ def fill_disk(after: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
         return put(*arguments)
 
-    folder._write_temporary = full
+    folder.write_temporary_file = full
 
 
 def break_part(broken_part: int) -> None:
@@ -117,7 +117,7 @@ def break_part(broken_part: int) -> None:
 
 
 _WHOLE = (
-    folder._write_temporary,
+    folder.write_temporary_file,
     producer_module.capture_part,
     producer_module.ActivationProducer.read_part,
 )
@@ -125,7 +125,7 @@ _WHOLE = (
 
 def mend() -> None:
     (
-        folder._write_temporary,
+        folder.write_temporary_file,
         producer_module.capture_part,
         producer_module.ActivationProducer.read_part,
     ) = _WHOLE

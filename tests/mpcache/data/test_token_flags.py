@@ -13,8 +13,12 @@ from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.storage.base import open_storage
 from mpcache.storage.local import LocalStorage
-from mpcache.store.format import STORE_FILE, Layout, digest, read_store_file, seal
+from mpcache.store.description import read_store_file
+from mpcache.store.format import STORE_FILE
+from mpcache.store.layout import Layout
+from mpcache.store.mark import TokenProgress
 from mpcache.store.reader import Store, open_store
+from mpcache.store.sealed_json import digest, seal
 from mpcache.store.writer import Writer
 
 PLAIN = Layout(
@@ -56,7 +60,7 @@ def make_store(folder: Path, **identity: object) -> Store:
     place.create(STORE_FILE, seal(content))
     writer = Writer(place, FLAGGED, digest(named))
     for part, rows in ROWS.items():
-        progress = {"cursor": [0, 0], "next_cursor": [1, 0], "last": False}
+        progress = TokenProgress(cursor=(0, 0), next_cursor=(1, 0), last=False)
         writer.commit_tokens(part, *part_tokens(part, rows), progress, rows)
         writer.commit_rows(part, row_permutation(0, part, rows))
     for array in ("tokens", "rows/sequence", "rows/position"):
@@ -80,23 +84,27 @@ def test_a_layout_without_flags_is_spelled_as_version_1_spells_it() -> None:
 @pytest.mark.parametrize("part", ROWS)
 def test_flags_read_back_in_order_of_tokens_and_of_rows(store: Store, part: int) -> None:
     tokens_SL, flags_SL = part_tokens(part, ROWS[part])
-    assert np.array_equal(store.read_tokens(part), tokens_SL)
-    assert np.array_equal(store.read_flags(part), flags_SL)  # type: ignore[arg-type]
-    starts_SL = store.read_document_starts(part)
+    assert np.array_equal(store.tokens.read_tokens(part), tokens_SL)
+    assert np.array_equal(store.tokens.read_flags(part), flags_SL)  # type: ignore[arg-type]
+    starts_SL = store.tokens.read_document_starts(part)
     assert starts_SL is not None
     assert np.array_equal(starts_SL, flags_SL & 1 > 0)
-    assert store.token_count(part) == ROWS[part]
+    assert store.tokens.token_count(part) == ROWS[part]
     order = row_permutation(0, part, ROWS[part])
     position, positions = 0, []
     for starts in starts_SL.reshape(-1)[: ROWS[part]].tolist():  # the slow reference
         position = 0 if starts else position + 1
         positions.append(position)
-    assert store.read_positions(part).tolist() == [positions[token] for token in order]
-    assert store.read_token_ids(part).tolist() == tokens_SL.reshape(-1)[order].tolist()
-    assistant = store.read_assistant(part)
+    assert store.tokens.read_positions(part).tolist() == [positions[token] for token in order]
+    assert store.tokens.read_token_ids(part).tolist() == tokens_SL.reshape(-1)[order].tolist()
+    assistant = store.tokens.read_assistant(part)
     assert assistant is not None
     assert assistant.tolist() == (flags_SL.reshape(-1)[order] & 2 > 0).tolist()
-    for read in (store.read_positions, store.read_assistant, store.read_token_ids):
+    for read in (
+        store.tokens.read_positions,
+        store.tokens.read_assistant,
+        store.tokens.read_token_ids,
+    ):
         chunks = [row for c in range(2) for row in read(part, c).tolist()]  # type: ignore[union-attr]
         assert chunks == read(part).tolist()  # type: ignore[union-attr]
 
@@ -104,10 +112,10 @@ def test_flags_read_back_in_order_of_tokens_and_of_rows(store: Store, part: int)
 def test_a_store_says_only_what_its_identity_says(tmp_path: Path) -> None:
     chat = make_store(tmp_path / "chat", chat_template="0")
     lone = make_store(tmp_path / "lone", one_document_per_sequence=True)
-    assert chat.read_document_starts(0) is None
-    assert chat.read_assistant(0) is not None
-    assert lone.read_document_starts(0) is not None
-    assert lone.read_assistant(0) is None
+    assert chat.tokens.read_document_starts(0) is None
+    assert chat.tokens.read_assistant(0) is not None
+    assert lone.tokens.read_document_starts(0) is not None
+    assert lone.tokens.read_assistant(0) is None
 
 
 def test_every_flipped_byte_of_flags_is_found(store: Store, tmp_path: Path) -> None:
@@ -122,13 +130,13 @@ def test_every_flipped_byte_of_flags_is_found(store: Store, tmp_path: Path) -> N
     (finding,) = verify(tmp_path / "s").findings
     assert finding.fault == "missing"
     with pytest.raises(DamagedStoreError):
-        open_store(tmp_path / "s").read_flags(1)
+        open_store(tmp_path / "s").tokens.read_flags(1)
 
 
 def test_a_copy_has_the_flags(store: Store, tmp_path: Path) -> None:
     copy(tmp_path / "s", tmp_path / "t")
     there = open_store(tmp_path / "t")
-    assert all(np.array_equal(there.read_flags(p), store.read_flags(p)) for p in ROWS)  # type: ignore[arg-type]
+    assert all(np.array_equal(there.tokens.read_flags(p), store.tokens.read_flags(p)) for p in ROWS)  # type: ignore[arg-type]
     assert verify(tmp_path / "t").intact
 
 

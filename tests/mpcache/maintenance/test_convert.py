@@ -12,7 +12,7 @@ from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
-from mpcache.store.format import is_store
+from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
 from mpcli.mpcache import app
 from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_config, small_store
@@ -44,7 +44,7 @@ def test_rows_are_the_sources_rounded_once(
         for part in source.part_numbers(array):
             found, wanted = new.read_part(array, part)[array], source.read_part(array, part)[array]
             assert (found == wanted).all()
-            assert new.mark(part, array)["rows"] == source.mark(part, array)["rows"]
+            assert new.mark(part, array).rows == source.mark(part, array).rows
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_a_stopped_conversion_goes_on_and_follows_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     path, _ = small_store(tmp_path, rows=600)
-    write, calls = folder._write_temporary, 0
+    write, calls = folder.write_temporary_file, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -87,7 +87,7 @@ def test_a_stopped_conversion_goes_on_and_follows_its_source(
 
     changes = ConvertConfig(codec="lz4", chunk_rows=64)
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_write_temporary", stopped)
+        patch.setattr(folder, "write_temporary_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             convert(path, tmp_path / "new", changes)
     assert not is_store(open_storage(tmp_path / "new"))

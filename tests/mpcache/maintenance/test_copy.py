@@ -12,7 +12,7 @@ from mpcache.maintenance.copy import copy, find_removable, remove
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
-from mpcache.store.format import is_store
+from mpcache.store.description import is_store
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store
 
@@ -64,7 +64,7 @@ def test_a_copy_has_every_byte_and_nothing_else(made: Path, store: Path, tmp_pat
 def test_a_stopped_copy_is_no_store_and_goes_on(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    write, calls = folder._write_temporary, 0
+    write, calls = folder.write_temporary_file, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -74,7 +74,7 @@ def test_a_stopped_copy_is_no_store_and_goes_on(
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_write_temporary", stopped)
+        patch.setattr(folder, "write_temporary_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             copy(store, tmp_path / "copy")
     assert not is_store(open_storage(tmp_path / "copy"))

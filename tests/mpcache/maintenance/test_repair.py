@@ -21,8 +21,8 @@ from mpcache.maintenance.convert import convert
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder_stage
-from mpcache.store.format import seal, unseal
 from mpcache.store.reader import open_store
+from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
 from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip
 from tests.helpers.stores import files_of, marks_of, small_store, whole
@@ -142,8 +142,10 @@ def test_another_machine_leaves_all_as_it_is_unless_told(
         k: old[k] for k in ("objects", "host", "time")
     }
     assert "other bits" in new["replaces"]["reason"]
-    rows = open_store(store).read_chunk("layers.0", "output", 2, 0)
-    assert not torch.equal(rows, open_store(made / "store").read_chunk("layers.0", "output", 2, 0))
+    rows = open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
+    assert not torch.equal(
+        rows, open_store(made / "store").acts.read_chunk("layers.0", "output", 2, 0)
+    )
 
 
 def test_a_damaged_mark_is_not_believed_for_other_bits(
@@ -166,7 +168,7 @@ def test_a_damaged_mark_with_a_damaged_object_has_the_others_as_witnesses(
     (one,) = repair(store).marks
     assert one.outcome == "mark rebuilt"
     assert whole(store) == whole(made / "store")
-    assert unseal((store / MARK).read_bytes(), MARK)["replaces"] == {"reason": one.told}
+    assert unseal((store / MARK).read_bytes(), MARK)["replaces"] == {"reason": one.reason}
 
 
 def test_an_old_mark_of_another_store_is_seen_through(made: Path, store: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_link_is_told_and_left(store: Path) -> None:
     done = repair(store)
     assert not done.intact
     (one,) = done.marks
-    assert (one.outcome, "symbolic link" in one.told) == ("left", True)
+    assert (one.outcome, "symbolic link" in one.reason) == ("left", True)
     assert (store / OBJECT).is_symlink()
 
 
@@ -343,7 +345,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
 
         return call
 
-    for name in ("_write_temporary", "_create_link", "sync_folders"):
+    for name in ("write_temporary_file", "create_link", "sync_folders"):
         monkeypatch.setattr(folder_stage, name, stopped(getattr(folder_stage, name)))
     # where other bits are accepted, all objects of the mark go before the mark does
     parts = {
@@ -401,7 +403,7 @@ def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None
 
 
 def repair_until_killed(store: Path, moment: int) -> None:
-    write, left = folder_stage._write_temporary, moment
+    write, left = folder_stage.write_temporary_file, moment
 
     def killed(path: Path, pieces: Iterable[bytes]) -> Path:
         nonlocal left
@@ -412,5 +414,5 @@ def repair_until_killed(store: Path, moment: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, pieces)
 
-    folder_stage._write_temporary = killed
+    folder_stage.write_temporary_file = killed
     repair(store)

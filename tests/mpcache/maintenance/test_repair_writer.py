@@ -13,9 +13,9 @@ from mpcache.maintenance import recompute as retrace
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
-from mpcache.store import writer as writer_stage
-from mpcache.store.format import unseal
+from mpcache.store import part_encoder
 from mpcache.store.moments import RowMeasurements, measure_rows
+from mpcache.store.sealed_json import unseal
 from tests.helpers.damage import ACTS, MARK, OBJECT, flip
 from tests.helpers.paths import GOLDEN
 from tests.helpers.stores import files_of, small_store
@@ -55,7 +55,7 @@ def other_sums(monkeypatch: pytest.MonkeyPatch) -> None:
         norms_R = torch.nextafter(found.norms_R, torch.tensor(torch.inf))
         return dataclasses.replace(found, moments=moments, norms_R=norms_R)
 
-    monkeypatch.setattr(writer_stage, "measure_rows", measured)
+    monkeypatch.setattr(part_encoder, "measure_rows", measured)
 
 
 @pytest.mark.usefixtures("other_sums")
@@ -81,8 +81,8 @@ def test_damaged_moments_are_computed_anew(
     changed = {name for name in wanted if found[name] != wanted[name]}
     assert changed == set(damaged) - {OBJECT}
     old, new = (unseal((s / MARK).read_bytes(), MARK) for s in (made, store))
-    assert new["replaces"]["reason"] == one.told
-    assert "the same activations" in one.told
+    assert new["replaces"]["reason"] == one.reason
+    assert "the same activations" in one.reason
     assert new["replaces"]["objects"] == old["objects"]
     assert {n for n in old["objects"] if new["objects"][n] != old["objects"][n]} == changed
 
@@ -148,7 +148,7 @@ def test_a_copy_that_is_damaged_too_puts_back_nothing(tmp_path: Path) -> None:
     source = shutil.copytree(damaged, tmp_path / "source")
     before = all_of(damaged)
     (one,) = repair(damaged, RepairConfig(source=str(source))).marks
-    assert (one.outcome, "differ from what was committed" in one.told) == ("left", True)
+    assert (one.outcome, "differ from what was committed" in one.reason) == ("left", True)
     assert all_of(damaged) == before
 
 
@@ -196,7 +196,7 @@ def test_tokens_that_cannot_be_mended_leave_their_part_alone(
     assert [(one.part, one.array, one.outcome) for one in done.marks] == [
         (0, "rows/position", "left"), (0, "tokens", "left"), (2, "acts/layers.0/output", "mended"),
     ]  # fmt: skip
-    assert "marks/0/tokens.json is missing" in done.marks[0].told
+    assert "marks/0/tokens.json is missing" in done.marks[0].reason
     assert not done.intact
     assert (store / OBJECT).read_bytes() == (made / OBJECT).read_bytes()
 
@@ -214,5 +214,5 @@ def test_a_dataset_that_is_gone_stops_what_needs_it_alone(
     assert [(one.array, one.outcome) for one in done.marks] == [
         ("tokens", "left"), ("acts/layers.0/output", "mended"),
     ]  # fmt: skip
-    assert cause in done.marks[0].told
+    assert cause in done.marks[0].reason
     assert (store / OBJECT).read_bytes() == (made / OBJECT).read_bytes()

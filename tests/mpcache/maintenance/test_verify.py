@@ -10,7 +10,8 @@ from mpcache.maintenance import verify as verify_stage
 from mpcache.maintenance.findings import REMEDIES
 from mpcache.maintenance.verify import Verdict, verify
 from mpcache.parallel.config import ParallelConfig
-from mpcache.store.format import mark_path, seal, unseal
+from mpcache.store.format import mark_path
+from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
 from tests.helpers.commands import fast_starting_workers
 from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip

@@ -47,11 +47,11 @@ def test_rows_are_those_of_transformers(tmp_path, file, dtype):
     )  # fmt: skip
     side = Side("layers.1.mlp", "output")
     with Capture(plain, resolve(["layers.1.mlp:output"], plain)) as capture:
-        tokens = torch.from_numpy(store.read_tokens(0).astype(np.int64))
+        tokens = torch.from_numpy(store.tokens.read_tokens(0).astype(np.int64))
         wanted = captured(capture, {"input_ids": tokens})[side].float().flatten(0, 1)
     order = row_permutation(config.seed, 0, len(wanted))
     rows = torch.cat([
-        store.read_chunk("layers.1.mlp", "output", 0, chunk)
+        store.acts.read_chunk("layers.1.mlp", "output", 0, chunk)
         for chunk in range(len(wanted) // config.chunk_rows)
     ])  # fmt: skip
     assert torch.equal(rows.float(), wanted[order])

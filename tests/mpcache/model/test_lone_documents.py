@@ -40,9 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pieces_of(store: Store, part: int) -> list[np.ndarray]:
-    starts = store.read_document_starts(part)
+    starts = store.tokens.read_document_starts(part)
     assert starts is not None
-    tokens = store.read_tokens(part).reshape(-1)[: store.token_count(part)]
+    tokens = store.tokens.read_tokens(part).reshape(-1)[: store.tokens.token_count(part)]
     return np.split(tokens, np.flatnonzero(starts.reshape(-1)[: len(tokens)])[1:])
 
 
@@ -67,15 +67,15 @@ def test_rows_are_those_of_each_piece_alone(
     for part in store.part_numbers("tokens"):
         assert {len(piece) for piece in pieces_of(store, part)} > {16}, "short ones too"
         token_of_row = (
-            store.read_sequences(part) - part * store.layout.part_sequences
+            store.tokens.read_sequences(part) - part * store.layout.part_sequences
         ) * store.ctx_len + torch.from_numpy(
             store.read_part("rows/position", part)["rows/position"].astype(np.int64)
         )
-        assert sorted(token_of_row) == list(range(store.token_count(part)))
+        assert sorted(token_of_row) == list(range(store.tokens.token_count(part)))
         for side, rows in alone(store, tmp_path, part, sides).items():
             chunks = -(-len(rows) // store.chunk_rows)
             stored = torch.cat(
-                [store.read_chunk(side.hookpoint, side.side, part, n) for n in range(chunks)]
+                [store.acts.read_chunk(side.hookpoint, side.side, part, n) for n in range(chunks)]
             )
             torch.testing.assert_close(stored, rows[token_of_row], rtol=1e-4, atol=1e-5)
 

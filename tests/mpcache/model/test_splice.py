@@ -127,7 +127,7 @@ def test_only_the_assistants_tokens_are_replaced(tmp_path: Path) -> None:
     path, _ = chat_store(tmp_path)
     spliced, store = SplicedModel(path, config.model, "main", "cpu"), open_store(path)
     parts = [p for p in store.part_numbers("tokens") if store.layout.split_of(p) == "validation"]
-    flags = np.concatenate([store.read_flags(p).reshape(-1) for p in parts])  # type: ignore[union-attr]
+    flags = np.concatenate([store.tokens.read_flags(p).reshape(-1) for p in parts])  # type: ignore[union-attr]
     written = torch.cat([e.by_assistant_BL.flatten() for e in spliced.examples()])
     assert written.tolist() == ((flags & BY_ASSISTANT) > 0).tolist()
     assert 0 < written.double().mean() < 1

@@ -29,7 +29,10 @@ from mpcache.storage import cloud
 from mpcache.storage import object_store as bucket
 from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
-from mpcache.store.format import Layout, digest, mark_path, seal
+from mpcache.store.format import mark_path
+from mpcache.store.layout import Layout
+from mpcache.store.mark import TokenProgress
+from mpcache.store.sealed_json import digest, seal
 from mpcache.store.writer import Writer, check_object_size
 from tests.helpers import servers
 from tests.helpers.stores import small_config
@@ -48,10 +51,10 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
     memory = MemoryStore()
     monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
-    for cached in (bucket._see_bucket, bucket._see_conditions, bucket._tell_waiting):
+    for cached in (bucket._check_bucket, bucket._check_create_only, bucket._announce_wait):
         cached.cache_clear()
     yield memory
-    bucket._see_conditions.cache_clear()
+    bucket._check_create_only.cache_clear()
 
 
 @pytest.fixture
@@ -67,7 +70,7 @@ def store(memory: MemoryStore) -> ObjectStorage:
     writer = Writer(place, LAYOUT, digest(IDENTITY))
     for array in ("tokens", "rows/sequence", "rows/position", ARRAY):
         writer.grow(array, 1, 3)
-    progress = {"cursor": [0, 0], "next_cursor": [1, 0], "last": True}
+    progress = TokenProgress(cursor=(0, 0), next_cursor=(1, 0), last=True)
     writer.commit_tokens(0, np.zeros((2, 4), np.uint8), None, progress)
     writer.commit_rows(0, np.arange(8))
     writer.commit_acts(0, ARRAY, torch.randn(8, 3))
@@ -184,7 +187,7 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
     place = ObjectStorage("gs://in-memory/store")
     with monkeypatch.context() as patch:
         patch.setattr(obstore, "put", careless)
-        with pytest.raises(ValueError, match="must keep to If-None-Match"):
+        with pytest.raises(ValueError, match="ignores If-None-Match"):
             place.create("a", b"1")
         assert list(place.object_names()) == []
     assert place.create("a", b"1")
@@ -247,7 +250,7 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
     told = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
     with pytest.raises(ValueError, match=told):
         check_object_size(store, large, [64, 1193])
-    monkeypatch.setattr(ObjectStorage, "largest", 8 * 3 * 4 - 1)
+    monkeypatch.setattr(ObjectStorage, "max_object_bytes", 8 * 3 * 4 - 1)
     target = "gs://in-memory/other"
     for write in (
         lambda: copy(store, target),

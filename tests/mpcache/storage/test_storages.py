@@ -44,7 +44,7 @@ def place(
     memory = MemoryStore()
     monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
-    bucket._see_bucket.cache_clear()
+    bucket._check_bucket.cache_clear()
     return open_storage("gs://in-memory/place")
 
 
@@ -205,16 +205,16 @@ def test_nothing_is_left_of_what_is_removed(place: Storage) -> None:
         ("s3://key:secret/with@shared/a", "credentials"),
         ("https://key:secret@shared/a", "credentials"),
         ("s3://shared/a?X-Amz-Signature=secret", "credentials"),
-        ("s3://Shared/a", "a place must be a path, s3://BUCKET/NAME"),
-        ("s3://", "a place must be"),
-        ("S3://shared/a", "a place must be"),
-        ("https://shared/a", "a place must be"),
-        ("file:///etc", "a place must be"),
+        ("s3://Shared/a", "a store must be a path, s3://BUCKET/NAME"),
+        ("s3://", "a store must be"),
+        ("S3://shared/a", "a store must be"),
+        ("https://shared/a", "a store must be"),
+        ("file:///etc", "a store must be"),
         ("s3://shared/a/../b", "steps of a URL"),
         ("s3://shared//a", "steps of a URL"),
         ("s3://shared/./a", "steps of a URL"),
         ("s3://shared/a\x1b[31m", "steps of a URL"),
-        ("s3://sha\x1b[31mred/a", "a place must be"),
+        ("s3://sha\x1b[31mred/a", "a store must be"),
     ],
 )
 def test_urls_that_lead_astray(url: str, told: str) -> None:
@@ -308,8 +308,8 @@ def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_http_is_for_this_machine_alone() -> None:
     here = ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1")
     there = ("http://example.org", "https://127.0.0.1.example.org", "", "http://10.0.0.1")
-    assert all(map(cloud._is_here, here))
-    assert not any(map(cloud._is_here, there))
+    assert all(map(cloud._is_local, here))
+    assert not any(map(cloud._is_local, there))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def example(name: str) -> Any:
 
 
 def rows_of(store: Store, side: tuple[str, str], part: int, rows: int) -> torch.Tensor:
-    chunks = [store.read_chunk(*side, part, c) for c in range(-(-rows // store.chunk_rows))]
+    chunks = [store.acts.read_chunk(*side, part, c) for c in range(-(-rows // store.chunk_rows))]
     return torch.cat(chunks).float()
 
 
@@ -63,8 +63,8 @@ def test_the_plain_reader_reads_flags(tmp_path: Path) -> None:
         store, read_flags = open_store(path), example("read_flags")
         for part in store.part_numbers("tokens"):
             position, own = read_flags(path, part)
-            assert position.tolist() == store.read_positions(part).tolist()
-            assistant = store.read_assistant(part)
+            assert position.tolist() == store.tokens.read_positions(part).tolist()
+            assistant = store.tokens.read_assistant(part)
             assert assistant is not None
             assert own.tolist() == assistant.tolist()
         assert list(example("read_parts")(path, *SIDES[0]))
@@ -85,7 +85,7 @@ def test_the_permutation_is_as_told(made: Path) -> None:
     store = open_store(made)
     seed, words = store.identity["seed"], 1 << 64
     for part in store.part_numbers("tokens"):
-        count = store.mark(part, "tokens")["rows"]
+        count = store.mark(part, "tokens").rows
         key = int.from_bytes(hashlib.sha256(f"rows {seed} {part}".encode()).digest()[:8], "little")
         hashes = []
         for i in range(count):
@@ -112,14 +112,14 @@ def test_seals_digests_and_moments_are_as_told(made: Path) -> None:
     for array in store.arrays:
         for part in store.part_numbers(array):
             values = store.read_part(array, part)
-            for name, told in store.mark(part, array)["objects"].items():
+            for name, record in store.mark(part, array).objects.items():
                 data = (made / name).read_bytes()
                 assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (
-                    told["bytes"],
-                    told["xxh3_128"],
+                    record.bytes,
+                    record.xxh3_128,
                 )
                 decoded = values[name.removeprefix("arrays.zarr/").partition("/c/")[0]].tobytes()
-                assert xxhash.xxh3_128_hexdigest(decoded) == told["values_xxh3_128"]
+                assert xxhash.xxh3_128_hexdigest(decoded) == record.values_xxh3_128
 
 
 def test_every_path_of_a_store_is_in_the_document(made: Path) -> None:

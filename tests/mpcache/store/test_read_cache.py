@@ -86,8 +86,8 @@ def everything(store: Store) -> list[torch.Tensor]:
     """All that training may read, chunk by chunk, in several threads."""
     places = [(p.number, c) for p in store.parts([SIDE], "train") for c in range(-(-p.rows // 32))]
     reads: list[Callable[..., torch.Tensor]] = [
-        partial(store.read_chunk, *SIDE), partial(store.read_norms, *SIDE),
-        store.read_positions, store.read_sequences, store.read_token_ids,
+        partial(store.acts.read_chunk, *SIDE), partial(store.acts.read_norms, *SIDE),
+        store.tokens.read_positions, store.tokens.read_sequences, store.tokens.read_token_ids,
     ]  # fmt: skip
     with ThreadPoolExecutor(4) as pool:
         return [x for read in reads for x in pool.map(read, *zip(*places, strict=True))]
@@ -123,7 +123,7 @@ def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
             batches, epoch = loader.batches(), -(-loader.rows // 64)
             list(islice(batches, 2 * epoch))  # the first may still be read while the second is
             assert got(asked()) == (number == 0)
-            store._objects_of._ends.cache_clear()  # as if there were more objects than it remembers
+            store._objects._ends.cache_clear()  # as if there were more objects than it remembers
             list(islice(batches, 2 * epoch))
             assert asked() == []
     assert all(NAME.fullmatch(name) for name in kept(folder))  # no marks, no metadata, no rests
@@ -237,7 +237,7 @@ def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
     data = place.read(name)
     place.replace(name, data[:40] + b"?" + data[41:])
     with pytest.raises(DamagedStoreError, match="0/0 is damaged"):
-        open_store(own, str(folder)).read_chunk("layers.0", "output", 0, 0)
+        open_store(own, str(folder)).acts.read_chunk("layers.0", "output", 0, 0)
     (index,) = kept(folder).values()  # which is whole
     assert data.endswith(index)
     place.replace(name, data)
@@ -342,7 +342,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for part in store.parts([("layers.0", "output")], "train"):
     for chunk in range(-(-part.rows // 32)):
-        print(float(store.read_chunk("layers.0", "output", part.number, chunk).double().sum()))
+        print(float(store.acts.read_chunk("layers.0", "output", part.number, chunk).double().sum()))
 """
 
 
@@ -396,7 +396,7 @@ def test_a_team_shares_what_its_folder_is_open_to(made: tuple[Path, str], tmp_pa
     (tmp_path / "cache").chmod(0o2775)
     mask = os.umask(0o077)
     try:
-        open_store(made[1], str(tmp_path / "cache")).read_chunk("layers.0", "output", 0, 0)
+        open_store(made[1], str(tmp_path / "cache")).acts.read_chunk("layers.0", "output", 0, 0)
     finally:
         os.umask(mask)
     assert all(path.stat().st_mode & 0o020 for path in (tmp_path / "cache").rglob("*"))

@@ -19,8 +19,9 @@ from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.model.hooks import resolve
 from mpcache.storage.base import open_storage
-from mpcache.store.format import is_store, seal, unseal
+from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
+from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store
 
@@ -237,7 +238,7 @@ def test_a_mark_edited_and_sealed_again_is_refused(
 ) -> None:
     edit(store / MARK, MARKS[name])
     with pytest.raises(DamagedStoreError, match=r"marks/2/layers\.0/output\.json"):
-        open_store(store).read_chunk("layers.0", "output", 2, 0)
+        open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
     assert MARK in {f.path for f in verify(store).findings if f.damaging}
     for words in (("copy", store, store.parent / "a"), ("convert", store, store.parent / "b")):
         assert MARK in in_one_line(
@@ -325,7 +326,7 @@ def test_array_metadata_edited_by_hand_is_refused(
     METADATA[name](content)
     (store / file).write_text(json.dumps(content, indent=2))
     with pytest.raises(DamagedStoreError):
-        open_store(store).read_chunk("layers.0", "output", 2, 0)
+        open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
     assert file in {f.path for f in verify(store).findings if f.damaging}
     if name not in ("shape", "fewer"):  # which are multiples of a part, and may be grown again
         assert file in in_one_line(all_commands(made, store)["copy"](), (1,))

@@ -30,13 +30,13 @@ def test_both_read_the_same_chunks(
     config: LoaderBenchConfig, sides: tuple[tuple[str, str], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(config.store)
-    read, chunks_read = store.read_chunk, []
+    read, chunks_read = store.acts.read_chunk, []
 
     def watched(*chunk: object) -> torch.Tensor:
         chunks_read.append(chunk[:4])
         return read(*chunk)
 
-    monkeypatch.setattr(store, "read_chunk", watched)
+    monkeypatch.setattr(store.acts, "read_chunk", watched)
     rows = read_bare(config, store, sides)
     bare, chunks_read[:] = list(chunks_read), []
     assert 700 <= rows < 700 + 32

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpcache.store.acts_reader import ActsReader
 from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
 from mptrain.config.architectures import Arch
@@ -59,7 +60,7 @@ def test_facts_are_those_of_the_rows(store: Store) -> None:
     ):
         found.setdefault(position, []).append(token)
     for part in store.parts([IN], "train"):
-        for position, tokens in enumerate(store.read_tokens(part.number).T):
+        for position, tokens in enumerate(store.tokens.read_tokens(part.number).T):
             wanted.setdefault(position, []).extend(tokens.tolist())
     assert {p: sorted(t) for p, t in found.items()} == {p: sorted(t) for p, t in wanted.items()}
 
@@ -128,7 +129,7 @@ def test_rows_left_out_do_not_change_what_is_told_of_the_others(arch: Arch) -> N
 
 
 def test_the_median_is_that_of_the_first_train_part(store: Store) -> None:
-    x_RW = torch.cat([store.read_chunk(*OUT, 0, chunk) for chunk in range(6)]).double()
+    x_RW = torch.cat([store.acts.read_chunk(*OUT, 0, chunk) for chunk in range(6)]).double()
     assert median_norm(store, OUT) == pytest.approx(float(x_RW.norm(dim=1).median()), rel=1e-6)
     limits = make_filters(config(store, max_norm=3.0), store, [OUT]).norm_limits
     assert limits == {OUT: 3 * median_norm(store, OUT)}
@@ -139,8 +140,8 @@ def test_rows_are_scaled_by_those_that_are_taken(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The moments are those of all rows: a few that are left out may make them a million times."""
-    moments = Store.moments
-    monkeypatch.setattr(Store, "moments", lambda *of: tuple(1e6 * m for m in moments(*of)))
+    moments = ActsReader.moments
+    monkeypatch.setattr(ActsReader, "moments", lambda *of: tuple(1e6 * m for m in moments(*of)))
     run = config(store, normalise=True, skip_positions=3)
     filters = make_filters(run, store, [IN, OUT])
     for one in run.coders():

@@ -37,10 +37,12 @@ class FakeStore(Store):
     dtype: str = "float32"
     before_read: object = staticmethod(lambda part, chunk: None)
     reads: list[tuple[int, int]] = field(default_factory=list)
-    place: LocalStorage = field(default_factory=lambda: LocalStorage(Path("fake")))
+    storage: LocalStorage = field(default_factory=lambda: LocalStorage(Path("fake")))
+    read_sequences = read_token_ids = read_norms = None
 
     def __post_init__(self):
         self.layout = SimpleNamespace(dtype=self.dtype)
+        self.acts = self.tokens = self
 
     @property
     def chunk_rows(self):

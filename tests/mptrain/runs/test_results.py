@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mpcache.store.acts_reader import ActsReader
 from mpcli.mptrain import app as mptrain
-from mptrain.data.loader import Store
 from mptrain.runs import fit as fit_stage
 from mptrain.runs.fit import fit
 from tests.helpers.fits import config, interrupt_at, lasting
@@ -74,13 +74,13 @@ def test_a_coder_whose_batches_have_no_rows_says_so(store: str, tmp_path: Path) 
 def test_a_side_without_variance_is_named_before_a_run_begins(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moments = Store.moments
+    moments = ActsReader.moments
 
-    def constant(self: Store, hookpoint: str, side: str, split: Any = None) -> Any:
+    def constant(self: ActsReader, hookpoint: str, side: str, split: Any = None) -> Any:
         mean, variance = moments(self, hookpoint, side, split)
         return mean, variance * (hookpoint != "layers.1.mlp" or side != "input")
 
-    monkeypatch.setattr(Store, "moments", constant)
+    monkeypatch.setattr(ActsReader, "moments", constant)
     given = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.1.mlp",
              "--kind", "skip-transcoder", "--rows", "640", "--batch-rows", "64"]  # fmt: skip
     told = CliRunner().invoke(mptrain, given)
