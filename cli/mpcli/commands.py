@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from mpcache.version import __version__
 from mpcli.environment import is_from_environment, variable_of
 from mpcli.errors import guarded
-from mpcli.options import DEFAULT_GROUP, GROUPS
+from mpcli.options import DEFAULT_GROUP, GROUPS, ON
 
 _WIDEST = 120  # columns of help; longer lines are hard to read
 _PLAIN: dict[str, Any] = {
@@ -131,5 +131,11 @@ def _group(parameter: Any) -> str:
 
 
 def _name(parameter: Any, record: tuple[str, str]) -> str:
-    """An argument by its metavar alone, without the Python type that Typer adds."""
-    return str(parameter.metavar) if parameter.param_type_name == "argument" else record[0]
+    """An argument by its metavar, without the Python type that Typer adds; a switch that is off by
+    default without its `--no-` form.
+    """
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar)
+    if parameter.secondary_opts and ON not in (parameter.help or ""):
+        return str(parameter.opts[0])
+    return record[0]

@@ -36,6 +36,8 @@ GROUPS = (
     "Parallel",
 )
 "all groups, in the order of help"
+ON = "[default: on]"
+"how the help of a switch says that it is on by default"
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 _FACTORS |= {f"{letter}B": _FACTORS[letter] for letter in "kMGT"}  # of bytes
@@ -110,7 +112,7 @@ def from_config(
 
         positional = [p for p in fields if p.name in arguments]
         options = [p for p in fields if p.name not in arguments]
-        options.sort(key=lambda p: p.default is not inspect.Parameter.empty)  # required ones first
+        options.sort(key=lambda p: _rank(p, tuple(first or ())))
         context = inspect.Parameter("ctx", _KEYWORD, annotation=typer.Context)
         parameters = [context, *positional, *options, *own]
         command.__name__ = function.__name__
@@ -171,6 +173,12 @@ def option(name: str, value: Any) -> str:
     return f"{_spelled(name)} {_shown(value)}"
 
 
+def _rank(parameter: inspect.Parameter, first: tuple[str, ...]) -> tuple[int, bool]:
+    """The place of an option in help: those in `first`, then required ones, then the others."""
+    index = first.index(parameter.name) if parameter.name in first else len(first)
+    return index, parameter.default is not inspect.Parameter.empty
+
+
 def _spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -227,7 +235,7 @@ def _default(field: "dataclasses.Field[Any]") -> str:
     value = field.default
     if value is dataclasses.MISSING or value is None or value is False or value == ():
         return ""
-    return f" [default: {'on' if value is True else _shown(value)}]"
+    return f" {ON}" if value is True else f" [default: {_shown(value)}]"
 
 
 def _element(hint: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.config import CollectConfig, split_of
-from mpcli.open_storage import open_storage
+from mpcli.store_location import locate_store
 from mptrain.experiments.spec import Experiment, experiment_of
 from mptrain.experiments.toml_config import read_settings
 
@@ -35,14 +35,14 @@ def collect(experiment: Experiment, config: CollectConfig, sides: Sequence[str])
     from mpcache.collection.collect import collect as run
 
     asked = dataclasses.replace(config, hookpoints=tuple(sides))
-    place, asked, found = open_storage(experiment.head.store, experiment.head.root, asked)
-    done = found or run(asked, place, quiet=False)
+    location = locate_store(experiment.head.store, experiment.head.root, asked)
+    done = location.summary or run(location.config, location.storage, quiet=False)
     if done.missing:
         told = "; ".join(f"part {part.part}: {part.cause}" for part in done.missing)
         raise OSError(f"parts are missing in {done.store} ({told}); the same command goes on")
     if done.shortfall:
         warnings.warn(f"{done.store} has {done.shortfall}", RuntimeWarning, stacklevel=2)
-    return str(place)
+    return str(location.storage)
 
 
 def widths_of(config: CollectConfig) -> dict[tuple[str, str], int]:

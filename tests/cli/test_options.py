@@ -200,7 +200,7 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr(producer_module, "capture_part", interrupted)
     result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
     assert result.exit_code == 130
-    assert "the same command goes on" in result.stderr
+    assert "the same command continues" in result.stderr
     monkeypatch.undo()
     assert collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0").exit_code == 0
 
@@ -336,7 +336,7 @@ def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
 
     monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
     fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
-    for times, told in ((2, "starts anew"), (1, "goes on after train step 1")):
+    for times, told in ((2, "starts from the beginning"), (1, "continues after train step 1")):
         presses = times
         result = CliRunner().invoke(mptrain, [*fit, *FIT])
         assert result.exit_code == 130

@@ -15,7 +15,7 @@ from mpcli.tables import print_json, print_table
 @from_config(CollectConfig, arguments=("model", "dataset"))
 def bench(
     config: CollectConfig,
-    repeats: Annotated[int, typer.Option(help="pairs of runs, one more warms up")] = 5,
+    repeats: Annotated[int, typer.Option(help="timed pairs of runs; one more pair warms up")] = 5,
     json: Json = False,
 ) -> None:
     from mpcache.bench.collect import bench as run
@@ -29,7 +29,10 @@ def bench_store(
     config: StoreBenchConfig,
     folder: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="where to write; default where temporary files go"),
+        typer.Option(
+            metavar="FOLDER",
+            help="folder for the measured stores; default: the system's temporary folder",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

@@ -8,9 +8,9 @@ import typer
 from mpcache.config import CollectConfig
 from mpcache.parallel.config import CollectParallelConfig
 from mpcli.arguments import STORE_HELP, Json
-from mpcli.open_storage import open_storage
 from mpcli.options import from_config
 from mpcli.reports import print_summary
+from mpcli.store_location import locate_store
 from mpcli.tables import print_json
 
 
@@ -43,19 +43,21 @@ def collect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Exit code 1 if parts could not be collected."""
+    """The same command continues after an interruption, and adds hookpoints or rows to a store that
+    is there. The exit code is 1 if parts could not be collected.
+    """
     from mpcache.collection.collect import collect as run
 
-    place, config, found = open_storage(store, root, config)
+    location = locate_store(store, root, config)
     try:
-        done = found or run(config, place, parallel, quiet=False)
+        summary = location.summary or run(location.config, location.storage, parallel, quiet=False)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            "interrupted; what was committed stays, the same command goes on from there"
+            "interrupted; committed parts are kept, and the same command continues after them"
         ) from None
     if json:
-        print_json(dataclasses.asdict(done))
+        print_json(dataclasses.asdict(summary))
     else:
-        print_summary(done)
-    if done.missing:
+        print_summary(summary)
+    if summary.missing:
         raise typer.Exit(1)

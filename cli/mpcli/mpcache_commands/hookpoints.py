@@ -11,7 +11,7 @@ from mpcli.arguments import Json
 from mpcli.options import from_config
 from mpcli.tables import print_json, print_table
 
-_COLUMNS = ("hookpoint", "*", "input", "output", "bytes a row", "module")
+_COLUMNS = ("hookpoint", "*", "input", "output", "bytes per row", "module")
 
 
 @from_config(HookpointsConfig, arguments=("model",))
@@ -25,17 +25,19 @@ def hookpoints(config: HookpointsConfig, json: Json = False) -> None:
 
 
 def print_report(report: Any) -> None:
-    """Print what can be collected, where to find what, and what cannot be collected."""
+    """Print what can be collected, the usual hookpoints, and what cannot be collected."""
     typer.echo(
         printable(f"{report.model}: {report.model_class}, attention {report.attention}; ")
-        + "widths, and bytes a row in bfloat16"
+        + "widths, and bytes per row in bfloat16"
     )
     if report.has_no_sdpa:
-        typer.echo(f"collect needs --attention {report.attention}: the model has no sdpa")
-    rows = [_row(one) for one in report.hookpoints if one.input or one.output]
+        typer.echo(
+            f"mpcache collect needs --attention {report.attention}: the model does not support sdpa"
+        )
+    rows = [_row(point) for point in report.hookpoints if point.input or point.output]
     print_table(_COLUMNS, rows, left=("hookpoint", "*", "module"))
     if report.roles:
-        typer.echo("\nwhere to look")
+        typer.echo("\nusual hookpoints")
         roles = [{"role": f"  {role.role}", "side": role.side} for role in report.roles]
         print_table(("role", "side"), roles, left=("role", "side"), head=False)
     refused = _refused(report.hookpoints)
@@ -52,13 +54,13 @@ def _row(hookpoint: Any) -> dict[str, Any]:
         "*": hookpoint.numbers,
         "input": hookpoint.input,
         "output": hookpoint.output,
-        "bytes a row": " + ".join(f"{size:,}" for size in sizes),
+        "bytes per row": " + ".join(f"{size:,}" for size in sizes),
         "module": hookpoint.module,
     }
 
 
 def _refused(hookpoints: Sequence[Any]) -> dict[str, list[str]]:
-    """Sides by the reason; of modules that do not run, only the outermost."""
+    """Sides by the reason for refusal; of nested modules that do not run, only the outermost."""
     reasons: dict[str, list[str]] = {}
     idle = {point.hookpoint for point in hookpoints if point.is_idle}
     for point in hookpoints:

@@ -16,7 +16,10 @@ from mpcli.tables import print_json, print_table
 
 JournalPath = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="note there what is sound; again: go on from there"),
+    typer.Option(
+        metavar="FILE",
+        help="file that notes what is intact; a later verify with the same file skips that",
+    ),
 ]
 
 
@@ -29,12 +32,13 @@ def verify(
     verdict = run(store, parallel, journal=journal, quiet=json)
     if json:
         findings = [finding_in_full(finding) for finding in verdict.findings]
-        told = {**dataclasses.asdict(verdict), "findings": findings}
-        print_json({"intact": verdict.intact, **told})
+        print_json({"intact": verdict.intact, **dataclasses.asdict(verdict), "findings": findings})
     else:
         print_findings(verdict.findings)
         state = "intact" if verdict.intact else "DAMAGED"
-        earlier = f", {verdict.earlier} of the marks earlier" if verdict.earlier else ""
+        earlier = (
+            f"; {verdict.earlier} of the marks were checked earlier" if verdict.earlier else ""
+        )
         typer.echo(
             f"{printable(store)}: {state}; {verdict.marks} marks, {verdict.objects} objects, "
             f"{verdict.bytes / 1e9:.2f} GB checked{earlier}"
@@ -47,8 +51,8 @@ def verify(
 def repair(
     config: RepairConfig, parallel: ParallelConfig, store: StoreArgument, json: Json = False
 ) -> None:
-    """What comes out equal to what was committed is put back; anything else stays as it is, and is
-    told, unless --accept-other-bits is given.
+    """The model computes damaged rows again, or they are read from --source. They are written only
+    where they equal what was committed; --accept-other-bits writes them in any case.
     """
     from mpcache.maintenance.repair import repair as run
 
@@ -58,15 +62,16 @@ def repair(
         print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})
     else:
         for name in (*done.metadata, *done.deleted):
-            typer.echo(printable(f"{'mended' if name in done.metadata else 'deleted':14}{name}"))
-        for one in done.marks:
-            typer.echo(printable(f"{one.outcome:14}part {one.part} of {one.array}: {one.reason}"))
+            typer.echo(printable(f"{'restored' if name in done.metadata else 'deleted':14}{name}"))
+        for mark in done.marks:
+            line = f"{mark.outcome:14}part {mark.part} of {mark.array}: {mark.reason}"
+            typer.echo(printable(line))
         print_findings(done.left)
         typer.echo(f"{printable(store)}: {'intact' if done.intact else 'DAMAGED'}")
-    if any(one.outcome == "other bits" for one in done.marks):
+    if any(mark.outcome == "other bits" for mark in done.marks):
         typer.echo(
-            "error: other bits are computed here; repair where it was collected, name a copy with "
-            "--source, or say --accept-other-bits",
+            "error: this machine computes other bits than were committed; repair on the machine "
+            "that collected the store, name a copy with --source, or give --accept-other-bits",
             err=True,
         )
     if not done.intact:
@@ -79,20 +84,23 @@ def stats(
     store: StoreArgument,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="write mean and variance per dimension, as safetensors"),
+        typer.Option(
+            metavar="FILE",
+            help="also write the mean and variance of each dimension to this safetensors file",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
     from mpcache.maintenance.stats import save_dimensions
     from mpcache.maintenance.stats import stats as run
 
-    found = run(store, parallel, quiet=json)
+    sides = run(store, parallel, quiet=json)
     if out is not None:
-        save_dimensions(found, out)
-    told = [dataclasses.asdict(one.stats) for one in found]
+        save_dimensions(sides, out)
+    rows = [dataclasses.asdict(side.stats) for side in sides]
     if json:
-        return print_json(told)
-    return print_table(tuple(told[0]) if told else (), told)
+        return print_json(rows)
+    return print_table(tuple(rows[0]) if rows else (), rows)
 
 
 @from_config(ParallelConfig)

@@ -15,14 +15,16 @@ from mpcli.tables import print_json, print_table
 
 def list_stores(
     *,
-    root: Annotated[str, typer.Argument(metavar="ROOT", help="folder or bucket of stores")],
+    root: Annotated[
+        str, typer.Argument(metavar="ROOT", help="a folder of stores, or an s3:// or gs:// URL")
+    ],
     json: Json = False,
 ) -> None:
     from mpcache.collection.catalog import list_stores as run
 
-    found = [dataclasses.asdict(entry) for entry in run(root)]
+    entries = [dataclasses.asdict(entry) for entry in run(root)]
     if json:
-        return print_json(found)
+        return print_json(entries)
     columns = (
         "store",
         "model",
@@ -35,33 +37,36 @@ def list_stores(
         "complete",
         "age",
     )
-    shown = [{**one, "complete": f"{one['complete']:.0%}", "age": age(one)} for one in found]
-    print_table(columns, [one for one in shown if one["fault"] is None])
-    for one in found:
-        if one["shortfall"]:
-            typer.echo(printable(f"warning: {one['store']}: {one['shortfall']}"), err=True)
-        if one["fault"] is not None:
-            typer.echo(printable(f"warning: {one['store']}: {one['fault']}"), err=True)
+    rows = [
+        {**entry, "complete": f"{entry['complete']:.0%}", "age": age(entry)}
+        for entry in entries
+        if entry["fault"] is None
+    ]
+    print_table(columns, rows)
+    for entry in entries:
+        for problem in (entry["shortfall"], entry["fault"]):
+            if problem:
+                typer.echo(printable(f"warning: {entry['store']}: {problem}"), err=True)
     return None
 
 
 def info(*, store: StoreArgument, json: Json = False) -> None:
     from mpcache.maintenance.stats import info as run
 
-    found = run(store)
+    report = run(store)
     if json:
-        return print_json(found)
-    model, dataset = found["provenance"]["model"], found["provenance"]["dataset"]
-    typer.echo(f"store        {printable(found['store'])}")
+        return print_json(report)
+    model, dataset = report["provenance"]["model"], report["provenance"]["dataset"]
+    typer.echo(f"store        {printable(report['store'])}")
     typer.echo(f"model        {pairs(model)}")
     typer.echo(f"dataset      {pairs(dataset)}")
-    typer.echo(f"fingerprint  {found['fingerprint']}")
-    for line in document_lines(found):
+    typer.echo(f"fingerprint  {report['fingerprint']}")
+    for line in document_lines(report):
         typer.echo(line)
-    typer.echo(f"planned      {found['rows_planned']:,} rows in {found['parts_planned']} parts")
-    typer.echo(f"wanted       {found['rows_wanted']:,} rows")
-    if found["shortfall"]:
-        typer.echo(f"warning: {found['shortfall']}", err=True)
+    typer.echo(f"planned      {report['rows_planned']:,} rows in {report['parts_planned']} parts")
+    typer.echo(f"wanted       {report['rows_wanted']:,} rows")
+    if report["shortfall"]:
+        typer.echo(f"warning: {report['shortfall']}", err=True)
     columns = (
         "hookpoint",
         "side",
@@ -72,22 +77,24 @@ def info(*, store: StoreArgument, json: Json = False) -> None:
         "bytes",
         "nonfinite",
     )
-    return print_table(columns, found["hookpoints"])
+    return print_table(columns, report["hookpoints"])
 
 
 def remove(
     *,
     store: StoreArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="delete without a question")] = False,
 ) -> None:
     from mpcache.maintenance.copy import find_removable
     from mpcache.maintenance.copy import remove as run
 
-    leaving = find_removable(store)
+    removable = find_removable(store)
     if not yes:
         if not sys.stdin.isatty():
-            raise UsageError(f"{store} would be deleted for good; say --yes")
-        if not typer.confirm(printable(f"delete {leaving.told}, {store}, for good?")):
-            raise UsageError(f"{store} stays")
-    run(leaving)
-    typer.echo(printable(f"{store} is removed"))
+            raise UsageError(
+                f"{store} would be deleted for good, and nobody is here to confirm; give --yes"
+            )
+        if not typer.confirm(printable(f"delete {removable.told}, {store}, for good?")):
+            raise UsageError(f"{store} was not deleted")
+    run(removable)
+    typer.echo(printable(f"{store} was deleted"))

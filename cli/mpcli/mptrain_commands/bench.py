@@ -10,7 +10,7 @@ from mpcli.tables import print_json, print_table
 from mptrain.bench.config import LoaderBenchConfig, PursuitBenchConfig
 
 
-@from_config(PursuitBenchConfig)
+@from_config(PursuitBenchConfig, arguments=("coder", "store"))
 def bench(config: PursuitBenchConfig, json: Json = False) -> None:
     from mpcache.bench.hardware import hardware
     from mptrain.bench.pursuit import bench_pursuit as run
@@ -20,7 +20,9 @@ def bench(config: PursuitBenchConfig, json: Json = False) -> None:
     machine = hardware(resolve_device(config.device))
     if json:
         return print_json({"hardware": machine, "bench": dataclasses.asdict(config), **report})
-    typer.echo(f"{machine}; ratios and changes: to direct on the same rows")
+    typer.echo(
+        f"{machine}; ratios and changes are relative to the direct back end on the same rows"
+    )
     print_table(tuple(report["methods"][0]), report["methods"])
     return None
 

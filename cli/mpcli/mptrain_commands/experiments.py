@@ -15,16 +15,28 @@ from mpcli.tables import print_json, print_table
 
 def sweep(
     *,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="experiment file, TOML")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="experiment file in TOML")],
     only: Annotated[
         list[str] | None,
-        typer.Option(help="figures, or panels as FIGURE/HOOKPOINT-KIND-kK; * is a wildcard"),
+        typer.Option(
+            help="only these figures, or panels FIGURE/HOOKPOINT-KIND-kK; * matches any text"
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="in place of what the file says"),
+        typer.Option(
+            "--set",
+            metavar="TABLE.KEY=VALUE",
+            envvar="MPTRAIN_SET",
+            help="change a setting of the file",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="print what would be done (rows, coders, bytes) and do nothing else"
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -34,7 +46,7 @@ def sweep(
     if trust_remote_code:
         config = dataclasses.replace(config, trust_remote_code=True)
     if dry_run:
-        return _tell_forecast(forecast(experiment, config, only or ()), json)
+        return _print_forecast(forecast(experiment, config, only or ()), json)
     from mpcache.bench.hardware import hardware
     from mptrain.experiments.sweep import sweep as run
     from mptrain.kernels.device import resolve_device
@@ -50,7 +62,7 @@ def sweep(
                 quiet=False,
             )
     except KeyboardInterrupt as stop:
-        raise type(stop)("interrupted; the same command goes on from there") from None
+        raise type(stop)("interrupted; the same command continues from there") from None
     for warning in outcome.warnings:
         typer.echo(f"warning: {warning}", err=True)
     rows = [dataclasses.asdict(verdict) for verdict in outcome.verdicts]
@@ -58,43 +70,54 @@ def sweep(
         print_json({"verdicts": rows, "files": list(map(str, outcome.files))})
     else:
         print_table(tuple(rows[0]), rows)
-        typer.echo(f"figures, tables and captions in {experiment.head.run}/figures")
+        typer.echo(f"figures, tables and captions are in {experiment.head.run}/figures")
     if outcome.faults:
         raise UsageError("; ".join(outcome.faults))
     return None
 
 
-def _tell_forecast(found: dict[str, Any], json: bool) -> None:
+def _print_forecast(forecast: dict[str, Any], json: bool) -> None:
     if json:
-        return print_json(found)
-    seconds = found["train_seconds"]
-    time = "unknown: nothing like it is measured yet" if seconds is None else f"{seconds:,.0f} s"
-    sides = "1 side" if found["sides"] == 1 else f"{found['sides']} sides"
+        return print_json(forecast)
+    seconds = forecast["train_seconds"]
+    time = (
+        "unknown: no similar run has been measured yet" if seconds is None else f"{seconds:,.0f} s"
+    )
+    sides = "1 side" if forecast["sides"] == 1 else f"{forecast['sides']} sides"
     typer.echo(
-        f"store     {found['rows_collected']:,} rows of {sides}, "
-        f"{found['store_bytes'] / 1e9:,.2f} GB; {found['train_rows']:,} rows to train on\n"
-        f"panels    {' '.join(found['panels'])}\n"
-        f"coders    {found['coders_left']} to train, of {found['coders']}, on "
-        f"{found['rows_trained']:,} rows each, {found['epochs']:.2f} epochs; "
-        f"{found['coders_bytes'] / 1e9:,.2f} GB\n"
-        f"passes    {found['passes']}\n"
-        f"memory    {found['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
+        f"store     {forecast['rows_collected']:,} rows of {sides}, "
+        f"{forecast['store_bytes'] / 1e9:,.2f} GB; {forecast['train_rows']:,} rows to train on\n"
+        f"panels    {' '.join(forecast['panels'])}\n"
+        f"coders    {forecast['coders_left']} to train, of {forecast['coders']}, on "
+        f"{forecast['rows_trained']:,} rows each, {forecast['epochs']:.2f} epochs; "
+        f"{forecast['coders_bytes'] / 1e9:,.2f} GB\n"
+        f"passes    {forecast['passes']}\n"
+        f"memory    {forecast['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
         f"time      {time}, of train steps alone\n"
-        "nothing was written"
+        "dry run: nothing was written"
     )
     return None
 
 
 def plot(
     *,
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs")],
-    out: Annotated[Path, typer.Option(help="files of the figure, without ending")] = Path("fvu"),
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="folders of runs, each given to fit as --run"),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="path of the figure's files, without their endings")
+    ] = Path("fvu"),
     title: Annotated[str | None, typer.Option(help="title of the figure")] = None,
+    json: Json = False,
 ) -> None:
     from mptrain.experiments.plot_runs import plot_runs, read_curves
 
-    for file in plot_runs(runs, out, title=title):
-        typer.echo(file)
+    files = [str(file) for file in plot_runs(runs, out, title=title)]
+    if json:
+        print_json({"files": files})
+    else:
+        typer.echo("\n".join(files))
     for curve in (curve for run in runs for curve in read_curves(run)):
         if curve.diverged:
             rows = f"{curve.records[-1].rows:,}"

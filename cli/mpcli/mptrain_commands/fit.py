@@ -26,7 +26,7 @@ _RESULTS = (
 _NEEDS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
 
 
-def _resumed(run: str, given: dict[str, Any]) -> RunConfig:
+def _resume(run: str, given: dict[str, Any]) -> RunConfig:
     from mptrain.runs.run_dir import resumed_config
 
     return resumed_config(run, given)
@@ -49,7 +49,7 @@ def _resumed(run: str, given: dict[str, Any]) -> RunConfig:
         name="resume",
         metavar="RUN",
         doc="continue the run in this folder with the config that it was started with",
-        load=_resumed,
+        load=_resume,
     ),
 )
 def fit(
@@ -79,26 +79,26 @@ def fit(
         with warnings_in_words():
             results = run(config, quiet=False)
     except KeyboardInterrupt as stop:
-        raise type(stop)(_how_to_go_on(Path(config.run))) from None
+        raise type(stop)(_how_to_continue(Path(config.run))) from None
     for warning in (warning for result in results for warning in result.get("warnings", ())):
         typer.echo(f"warning: {warning}", err=True)
     if json:
         print_json(results)
     else:
-        _tell_results(Path(config.run), results)
+        _print_results(Path(config.run), results)
     if all(result["diverged"] for result in results):
-        typer.echo("error: all coders diverged, and none is saved; use a lower --lr", err=True)
+        typer.echo("error: all coders diverged, so none was saved; use a lower --lr", err=True)
         raise typer.Exit(1)
     return None
 
 
-def _tell_results(run: Path, results: list[dict[str, Any]]) -> None:
+def _print_results(run: Path, results: list[dict[str, Any]]) -> None:
     trained = [result for result in results if not result["diverged"]]
     if trained:
         unevaluated = dict.fromkeys(_RESULTS)
-        rows = [{**unevaluated, **one, **(one["validation"] or {})} for one in trained]
+        rows = [{**unevaluated, **row, **(row["validation"] or {})} for row in trained]
         print_table(_RESULTS, rows)
-        typer.echo(f"coders in {run}/coders, this table in {run}/results.json")
+        typer.echo(f"the coders are in {run}/coders, and this table is in {run}/results.json")
 
 
 def _print_plan(config: RunConfig, json: bool) -> None:
@@ -108,9 +108,9 @@ def _print_plan(config: RunConfig, json: bool) -> None:
     if json:
         return print_json(dataclasses.asdict(plan))
     number = {name: n for n, names in enumerate(plan.passes, 1) for name in names}
-    rows = [{**dataclasses.asdict(one), "pass": number[one.name]} for one in plan.needs]
+    rows = [{**dataclasses.asdict(coder), "pass": number[coder.name]} for coder in plan.needs]
     print_table((*_NEEDS, "pass"), rows)
-    memory = {**plan.memory_bytes, "in all": sum(plan.memory_bytes.values())}
+    memory = {**plan.memory_bytes, "total": sum(plan.memory_bytes.values())}
     print_table(("memory", "MB"), [{"memory": k, "MB": v / 1e6} for k, v in memory.items()])
     return typer.echo(
         f"passes: {len(plan.passes)}, each of {plan.train_steps} train steps "
@@ -127,15 +127,15 @@ def _cache_note(config: RunConfig, store_bytes: int) -> str:
     )
 
 
-def _how_to_go_on(run: Path) -> str:
+def _how_to_continue(run: Path) -> str:
     from mptrain.runs.saved_state import last_step
 
     step = last_step(run)
     if step is None:
-        return "interrupted before a state was saved; the same command starts anew"
+        return "interrupted before a state was saved; the same command starts from the beginning"
     return (
-        f"interrupted; the same command goes on after train step {step}, saved in {run}/state; "
-        f"mptrain save-coders {run} makes coders of that state"
+        f"interrupted; the same command continues after train step {step}, whose state is in "
+        f"{run}/state; mptrain save-coders {run} saves the coders of that state"
     )
 
 
@@ -143,26 +143,32 @@ def save_coders(
     *,
     run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that has not ended")],
     store: Annotated[
-        str | None, typer.Option(help="where its store is now [default: where it was]")
+        str | None,
+        typer.Argument(metavar="STORE", help="its store, where that has moved since the run"),
     ] = None,
-    device: Annotated[str, typer.Option(help="torch device to use")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="torch device that computes thresholds, such as cpu or cuda:1")
+    ] = "cpu",
     json: Json = False,
 ) -> None:
-    """The run may be under way or interrupted; nothing of it changes, and it may go on later."""
-    from mptrain.runs.save_coders import save_coders as run_it
+    """They are saved as RUN/coders/NAME-stepN. The run may be running or interrupted; it does not
+    change, and can continue later.
+    """
+    from mptrain.runs.save_coders import save_coders as save
 
-    places = {"device": device} if store is None else {"device": device, "store": store}
-    saved = run_it(run, places)
-    for one in saved:
-        if one["diverged"]:
-            typer.echo(f"warning: {one['coder']} has diverged and is not saved", err=True)
+    changes = {"device": device} if store is None else {"device": device, "store": store}
+    saved = save(run, changes)
+    for coder in saved:
+        if coder["diverged"]:
+            typer.echo(f"warning: {coder['coder']} has diverged and was not saved", err=True)
     if json:
         return print_json(saved)
-    for one in saved:
-        if not one["diverged"]:
-            typer.echo(f"{one['folder']}: after {one['step']:,} of {one['steps']:,} train steps")
+    for coder in saved:
+        if not coder["diverged"]:
+            steps = f"after {coder['step']:,} of {coder['steps']:,} train steps"
+            typer.echo(f"{coder['folder']}: {steps}")
     if not saved:
-        typer.echo(f"the coders of the last saved state are finished; they are in {run}/coders")
+        typer.echo(f"all coders of the last saved state are finished; they are in {run}/coders")
     return None
 
 
@@ -172,6 +178,6 @@ def presets(json: Json = False) -> None:
     if json:
         return print_json({name: dict(changes) for name, changes in PRESETS.items()})
     for name, changes in PRESETS.items():
-        told = " ".join(option(*change) for change in changes.items())
-        typer.echo(f"{name:18s}{told or '(the defaults)'}")
+        options = " ".join(option(*change) for change in changes.items())
+        typer.echo(f"{name:18s}{options or '(the defaults)'}")
     return None

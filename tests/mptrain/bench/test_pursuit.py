@@ -58,7 +58,7 @@ def test_command_on_a_trained_coder(tmp_path: Path):
     store, _ = small_store(tmp_path)
     fit(fit_config(str(store), tmp_path / "run", arch=("mp",)))
     for coder in (tmp_path / "run/coders").iterdir():
-        options = ["--coder", str(coder), "--store", str(store), "--rows", "50", "--k", "3"]
+        options = [str(coder), str(store), "--rows", "50", "--k", "3"]
         result = CliRunner().invoke(app, ["bench", *options, "--repeats", "1", "--json"])
         assert result.exit_code == 0, result.output
         report = json.loads(result.stdout)

@@ -230,7 +230,7 @@ def test_sigterm_saves_and_says_so(
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     result = CliRunner().invoke(mptrain, fitted)
     assert result.exit_code == 143
-    assert "the same command goes on after train step 1" in result.stderr
+    assert "the same command continues after train step 1" in result.stderr
 
 
 def test_a_full_disk_is_a_warning_in_words(

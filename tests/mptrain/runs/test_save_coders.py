@@ -65,7 +65,7 @@ def test_coders_of_a_stopped_run(
 def test_the_command(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(store, tmp_path / "moved")
     stopped(store, tmp_path / "run", monkeypatch)
-    given = ["save-coders", str(tmp_path / "run"), "--store", str(tmp_path / "moved")]
+    given = ["save-coders", str(tmp_path / "run"), str(tmp_path / "moved")]
     told = CliRunner().invoke(mptrain, given)
     assert told.exit_code == 0, told.output
     assert told.stdout.count("-step10: after 10 of 24 train steps") == 2
