@@ -258,8 +258,12 @@ def test_a_fresh_store_is_intact(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_any_flipped_byte_fails_verify_by_name(store: Path) -> None:
-    """Every file, metadata and marks included; one byte drawn anew for each, three bits."""
+def test_any_flipped_byte_fails_verify_by_name(tmp_path: Path) -> None:
+    """Every file, metadata and marks included; one byte drawn anew for each, one of three bits.
+
+    Two parts of a split and one of the other have every kind of file.
+    """
+    store, _ = small_store(tmp_path, rows=3 * 192)
     draw = random.Random(0)
     for file in sorted(f for f in store.rglob("*") if f.is_file()):
         data = file.read_bytes()
