@@ -49,12 +49,13 @@ def widths_of(config: CollectConfig) -> dict[tuple[str, str], int]:
     """The width of each side that is read, without the model's weights."""
     import torch
 
-    from mpcache.model.hooks import resolve, widths
+    from mpcache.model.hookpoint_patterns import resolve_sides
+    from mpcache.model.hooks import widths
     from mpcache.model.skeleton import skeleton
 
     # memory that is only read is never really taken, and models branch on values: meta has none
     model = skeleton(config).to(getattr(torch, config.model_dtype)).to_empty(device="cpu")
-    found = widths(model, resolve(config.hookpoints, model))
+    found = widths(model, resolve_sides(config.hookpoints, model))
     return {(side.hookpoint, side.side): width for side, width in found.items()}
 
 

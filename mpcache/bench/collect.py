@@ -19,9 +19,9 @@ from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.collection.progress import Progress
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents
-from mpcache.model.capture import part_input
-from mpcache.model.hooks import Side
-from mpcache.model.skeleton import load_vocabulary
+from mpcache.model.architecture import load_vocabulary
+from mpcache.model.forward_batches import part_input
+from mpcache.model.hookpoint_patterns import Side
 from mpcache.store.format import TOKENS
 from mpcache.store.reader import open_store
 

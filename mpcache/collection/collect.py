@@ -24,12 +24,13 @@ from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.tokenization import find_chat_template
 from mpcache.data.vocabulary import Tokenizer
 from mpcache.errors import UsageError
-from mpcache.model.capture import part_input
-from mpcache.model.file_snapshot import ModelFiles
-from mpcache.model.hooks import Side
-from mpcache.model.loading import load_tokenizer, tokenizer_digest
+from mpcache.model.architecture import load_vocabulary
+from mpcache.model.file_snapshot import ModelFileSnapshot
+from mpcache.model.forward_batches import part_input
+from mpcache.model.hookpoint_patterns import Side
+from mpcache.model.loading import load_tokenizer
+from mpcache.model.model_identity import tokenizer_digest
 from mpcache.model.model_source import find_source
-from mpcache.model.skeleton import load_vocabulary
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.description import is_store
@@ -76,7 +77,7 @@ def collect(
     storage = open_storage(store)
     if parallel.uses_dask:
         return _collect_with_workers(config, storage, parallel, waits, quiet)
-    files = ModelFiles.of(find_source(config))
+    files = ModelFileSnapshot.of(find_source(config))
     tokenizer = load_tokenizer(config, files.source)
     documents = _open_checked_documents(config, tokenizer)
     loaded = load_for_collection(config, tokenizer, files)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpcache.collection.plan import side_array
 from mpcache.config import CollectConfig
-from mpcache.model.hooks import Side
+from mpcache.model.hookpoint_patterns import Side
 from mpcache.storage.base import Storage
 from mpcache.store.writer import Writer
 

@@ -38,8 +38,8 @@ from mpcache.collection.producer import (
 )
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.model.capture import part_input
-from mpcache.model.file_snapshot import ModelFiles
+from mpcache.model.file_snapshot import ModelFileSnapshot
+from mpcache.model.forward_batches import part_input
 from mpcache.model.model_source import find_source
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.description import is_store, read_store_file
@@ -227,7 +227,7 @@ def _device(spec: CollectionSpec) -> str:
     return spec.config.device
 
 
-def _is_current(files: ModelFiles, config: CollectConfig) -> bool:
+def _is_current(files: ModelFileSnapshot, config: CollectConfig) -> bool:
     """Whether a model would be loaded from the same files now."""
     try:
         return files.source == find_source(config) and files.is_unchanged()

@@ -15,16 +15,13 @@ from mpcache.data.dataset import open_documents
 from mpcache.data.dataset_files import LOCAL_SUFFIXES
 from mpcache.data.tokenization import chat_template_identity, find_chat_template
 from mpcache.errors import UsageError
-from mpcache.model.hooks import resolve
-from mpcache.model.loading import (
-    library_version,
-    load_model,
-    load_tokenizer,
-    model_digest,
-    tokenizer_digest,
-)
+from mpcache.model.architecture import load_vocabulary
+from mpcache.model.file_snapshot import files_digest
+from mpcache.model.hookpoint_patterns import resolve_sides
+from mpcache.model.loading import load_model, load_tokenizer
+from mpcache.model.model_identity import library_version, model_digest, tokenizer_digest
 from mpcache.model.model_source import short_name
-from mpcache.model.skeleton import files_digest, load_vocabulary, skeleton
+from mpcache.model.skeleton import skeleton
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.description import is_store, read_store_file
 from mpcache.store.fingerprint import identify
@@ -69,7 +66,7 @@ def find_store(where: str | Path | Storage, config: CollectConfig) -> StoreLocat
     store = _with_dtype(same, config)
     layout = store.layout
     config = dataclasses.replace(config, codec=layout.codec, chunk_rows=layout.chunk_rows)
-    sides = resolve(config.hookpoints, skeleton(config))
+    sides = resolve_sides(config.hookpoints, skeleton(config))
     plan = CollectionPlan(sides, layout.parts_for(config.rows))
     summary = summarize(store, plan, config.rows) if plan.is_complete(store) else None
     return StoreLocation(store.storage, config, summary)

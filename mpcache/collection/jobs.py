@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpcache.model.hooks import Side
+from mpcache.model.hookpoint_patterns import Side
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,17 @@ from mpcache.config import CollectConfig
 from mpcache.data.permutation import row_permutation
 from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.vocabulary import Tokenizer, token_dtype
-from mpcache.model.capture import PartInput, Reading, capture_part
-from mpcache.model.compile import Compiled
+from mpcache.model.capture import capture_part
+from mpcache.model.compile import CompiledLayers
 from mpcache.model.document_separation import find_separation
-from mpcache.model.file_snapshot import ModelFiles
-from mpcache.model.hooks import Capture, Side, resolve, widths
-from mpcache.model.loading import load_model, model_digest, model_provenance, tokenizer_digest
+from mpcache.model.file_snapshot import ModelFileSnapshot
+from mpcache.model.forward_batches import ForwardBatches, PartInput
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import Capture, widths
+from mpcache.model.loading import load_model
+from mpcache.model.model_identity import model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source
-from mpcache.model.offload import Transfer
+from mpcache.model.offload import HostTransfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: Tokenizer
     digests: Mapping[str, str]
-    files: ModelFiles
+    files: ModelFileSnapshot
     "the files that the model was loaded from"
     has_code: bool
     "code that came with the model was run, and may have read any file"
@@ -68,7 +71,9 @@ class LoadedModel:
 
 
 def load_for_collection(
-    config: CollectConfig, tokenizer: Tokenizer | None = None, files: ModelFiles | None = None
+    config: CollectConfig,
+    tokenizer: Tokenizer | None = None,
+    files: ModelFileSnapshot | None = None,
 ) -> LoadedModel:
     """Load the model, and the tokenizer unless it was loaded from `files` before.
 
@@ -76,7 +81,7 @@ def load_for_collection(
         UsageError: the model cannot be used as it is configured.
         ConnectionError: the Hub does not answer.
     """
-    files = files or ModelFiles.of(find_source(config))  # before anything is loaded
+    files = files or ModelFileSnapshot.of(find_source(config))  # before anything is loaded
     model, tokenizer = load_model(config, source=files.source, tokenizer=tokenizer)
     files.check_unchanged()
     digests = {"model_digest": model_digest(model)}
@@ -90,9 +95,9 @@ class ActivationProducer:
 
     def __init__(self, config: CollectConfig, loaded: LoadedModel) -> None:
         self.config, self.model = config, loaded.model
-        self.sides = resolve(config.hookpoints, self.model)
+        self.sides = resolve_sides(config.hookpoints, self.model)
         self.widths = widths(self.model, self.sides)
-        self.reading = Reading(
+        self.reading = ForwardBatches(
             self.model,
             special_tokens_of(loaded.tokenizer, config),
             find_separation(self.model, config, self.sides),
@@ -106,8 +111,8 @@ class ActivationProducer:
             provenance=model_provenance(self.model, loaded.files.source),
         )
         on_gpu = self.model.device.type == "cuda"
-        self._copy = Transfer(self.model.device).start if on_gpu else None
-        self._compiled = Compiled(self.model, self.sides) if config.compile else None
+        self._copy = HostTransfer(self.model.device).start if on_gpu else None
+        self._compiled = CompiledLayers(self.model, self.sides) if config.compile else None
         self._hooks = ExitStack()
         self._capture: Capture | None = None
 

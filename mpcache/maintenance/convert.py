@@ -18,7 +18,7 @@ from mpcache.config import ConvertConfig
 from mpcache.errors import UsageError
 from mpcache.maintenance.copy import Moved, arrived, copy_part, receive, refuse_nesting
 from mpcache.maintenance.repartition import Repartition
-from mpcache.model.hooks import Side, check_segments, is_match, sides_of
+from mpcache.model.hookpoint_patterns import Side, check_segments, is_match, sides_of
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage

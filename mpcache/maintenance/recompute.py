@@ -20,10 +20,11 @@ from mpcache.data.documents import Documents
 from mpcache.data.packing import Cursor, PartTokens, iter_parts
 from mpcache.data.permutation import row_permutation
 from mpcache.errors import DamagedStoreError, UsageError
-from mpcache.model.capture import PartInput, part_input
-from mpcache.model.hooks import Side
-from mpcache.model.loading import load_tokenizer, tokenizer_digest
-from mpcache.model.skeleton import load_vocabulary
+from mpcache.model.architecture import load_vocabulary
+from mpcache.model.forward_batches import PartInput, part_input
+from mpcache.model.hookpoint_patterns import Side
+from mpcache.model.loading import load_tokenizer
+from mpcache.model.model_identity import tokenizer_digest
 from mpcache.store.fingerprint import dtype_history, stored_settings
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts_array, hookpoint_of, mark_path
 from mpcache.store.mark import Mark, TokenProgress

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int64
 SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
 
 
-class Masking:
+class BertMasking:
     """How tokens of a vocabulary are hidden."""
 
     def __init__(self, mask: int, specials: set[int], vocabulary: int) -> None:

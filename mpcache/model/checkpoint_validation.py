@@ -20,7 +20,7 @@ _LEFTOVERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "positio
               "num_batches_tracked", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 
 
-class MissingWeights(UsageError):
+class MissingWeightsError(UsageError):
     """A checkpoint lacks weights of the model."""
 
 
@@ -110,7 +110,7 @@ def check_settings(source: ModelSource) -> None:
 # --- after ---
 
 
-def refuse_other_shapes(source: ModelSource, info: dict[str, Any]) -> None:
+def check_no_mismatched_shapes(source: ModelSource, info: dict[str, Any]) -> None:
     """Raises UsageError with the first weights that the model has in another shape."""
     different = sorted(map(tuple, info["mismatched_keys"]))
     if different:
@@ -132,7 +132,7 @@ def check_loaded(
         # encoders trained without a pooler get a random one, which no run could reproduce
         model.register_module("pooler", None)
     if missing := {key for key in missing if not key.startswith("pooler.")}:
-        raise MissingWeights(
+        raise MissingWeightsError(
             f"the weights of {source.name} must fill {type(model).__name__}, got none for "
             f"{_first(missing)}; use another checkpoint"
         )
@@ -142,7 +142,7 @@ def check_loaded(
             f"{type(model).__name__} has no use for: {_first(unused)}; use the config.json of "
             "this checkpoint"
         )
-    refuse_whole_numbers(model, source, tensors)
+    check_floating_point(model, source, tensors)
 
 
 def _first(names: Iterable[str]) -> str:
@@ -161,7 +161,7 @@ def _is_of(key: str, model: PreTrainedModel) -> bool:
     return key.removeprefix(prefix).split(".")[0] in children
 
 
-def refuse_whole_numbers(model: PreTrainedModel, source: ModelSource, tensors: Tensors) -> None:
+def check_floating_point(model: PreTrainedModel, source: ModelSource, tensors: Tensors) -> None:
     """Raises UsageError where integers would be read as a model's weights."""
     if source.settings.get("quantization_config"):
         return

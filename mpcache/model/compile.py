@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from mpcache.errors import UsageError
-from mpcache.model.hooks import Side
+from mpcache.model.hookpoint_patterns import Side
 
 BACKEND = "inductor"
 _SHAPES = 64  # of batches and kinds of layers; torch would go on without compiling after 8
 
 
-class Compiled:
+class CompiledLayers:
     """Compiled forms of a model's layers. Raises UsageError where they do not suit the sides."""
 
     def __init__(self, model: nn.Module, sides: Sequence[Side]) -> None:

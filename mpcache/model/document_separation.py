@@ -25,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.model.hooks import Capture, Side
+from mpcache.model.hookpoint_patterns import Side
+from mpcache.model.hooks import Capture
 from mpcache.model.inputs import (
     PACKED_SEPARATIONS,
     ModelInputs,
@@ -36,8 +37,8 @@ from mpcache.model.inputs import (
 from mpcache.model.separation_lengths import CHUNK, changing_rotary, fitted, longest
 from mpcache.model.separation_trial import (
     InputsOf,
+    SeparationTrial,
     Sequences,
-    Trial,
     TrialError,
     Values,
     made_up_documents,
@@ -92,13 +93,13 @@ def _first_without_fault(
     config: CollectConfig,
     sides: Sequence[Side],
     ways: Sequence[Separation],
-    faults_of: Callable[[Trial, Separation, int], Iterator[Fault]],
+    faults_of: Callable[[SeparationTrial, Separation, int], Iterator[Fault]],
     task: str,
     remedy: str,
 ) -> Separation:
     faults = [*_setting_faults(model.config, config.ctx_len)]
     with Capture(model, sides) as capture:
-        trial = Trial(model, capture, getattr(torch, config.model_dtype))
+        trial = SeparationTrial(model, capture, getattr(torch, config.model_dtype))
         for way in ways if not faults else ():
             if (fault := next(faults_of(trial, way, config.ctx_len), None)) is None:
                 return way
@@ -112,7 +113,7 @@ def _first_without_fault(
 # --- faults of one way ---
 
 
-def _packed_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Fault]:
+def _packed_faults(trial: SeparationTrial, way: Separation, ctx_len: int) -> Iterator[Fault]:
     """What goes wrong where documents are packed into sequences."""
 
     def inputs_of(sequences: Sequences) -> ModelInputs:
@@ -140,7 +141,7 @@ def _packed_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Faul
         yield _error_fault("it takes no such positions or mask", error)
 
 
-def _padded_faults(trial: Trial, way: Separation, ctx_len: int) -> Iterator[Fault]:
+def _padded_faults(trial: SeparationTrial, way: Separation, ctx_len: int) -> Iterator[Fault]:
     """What goes wrong where each document is a sequence of a batch."""
 
     def inputs_of(sequences: Sequences) -> ModelInputs:
@@ -165,14 +166,16 @@ def _error_fault(reason: str, error: TrialError) -> Fault:
     return Fault(0, functools.partial(str, f"{reason} ({error})"))
 
 
-def _alone_faults(trial: Trial, values: Values, documents: Sequence[np.ndarray]) -> Iterator[Fault]:
+def _alone_faults(
+    trial: SeparationTrial, values: Values, documents: Sequence[np.ndarray]
+) -> Iterator[Fault]:
     """Documents that have other values alone than in the second sequence of a batch."""
     if trial.differs_from_alone(documents, values, row=1):
         yield Fault(1, lambda: "a document's values are not those of the document alone")
 
 
 def _flow_faults(
-    trial: Trial,
+    trial: SeparationTrial,
     before: Values,
     sequences: Sequences,
     inputs_of: InputsOf,
@@ -191,11 +194,11 @@ def _flow_faults(
             yield Fault(2, functools.partial(_flow_reason, trial, exchange))
 
 
-def _flow_reason(trial: Trial, exchange: Any) -> str:
+def _flow_reason(trial: SeparationTrial, exchange: Any) -> str:
     return f"{trial.first_module(*exchange)} carries information between them"
 
 
-def _two_sequences(trial: Trial, lengths: Sequence[int]) -> Sequences:
+def _two_sequences(trial: SeparationTrial, lengths: Sequence[int]) -> Sequences:
     return [made_up_documents(trial.model, lengths, seed) for seed in range(2)]
 
 

@@ -17,7 +17,7 @@ import torch
 from mpcache.data.data_file import is_lfs_pointer, is_markup
 from mpcache.errors import UsageError
 
-AGAIN = "download it again, for instance with `hf download`"
+DOWNLOAD_AGAIN = "download it again, for instance with `hf download`"
 _HEAD = 1024  # bytes, enough for a Git LFS pointer and for the start of a page
 # bits of a value in a safetensors file
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -36,27 +36,29 @@ def check_present(path: Path) -> None:
     """A file that can be read, and is not what is put in a file's place while it is elsewhere."""
     head = read_head(path)
     if not head:
-        raise UsageError(f"{path} is empty; {AGAIN}")
+        raise UsageError(f"{path} is empty; {DOWNLOAD_AGAIN}")
     if is_lfs_pointer(head):
         raise UsageError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
             "or download it with `hf download`"
         )
     if is_markup(head):
-        raise UsageError(f"{path} is a web page, not the file itself; {AGAIN}")
+        raise UsageError(f"{path} is a web page, not the file itself; {DOWNLOAD_AGAIN}")
 
 
 def read_head(path: Path) -> bytes:
     """The first bytes of a file. Raises UsageError where it cannot be read."""
     if os.path.islink(path) and not os.path.exists(path):
         if _is_loop(path):
-            raise UsageError(f"{path} is a link to itself; {AGAIN}")
-        raise UsageError(f"{path} is a link to a missing file, {os.readlink(path)}; {AGAIN}")
+            raise UsageError(f"{path} is a link to itself; {DOWNLOAD_AGAIN}")
+        raise UsageError(
+            f"{path} is a link to a missing file, {os.readlink(path)}; {DOWNLOAD_AGAIN}"
+        )
     try:
         with path.open("rb") as file:
             return file.read(_HEAD)
     except IsADirectoryError:
-        raise UsageError(f"{path} must be a file, got a folder; {AGAIN}") from None
+        raise UsageError(f"{path} must be a file, got a folder; {DOWNLOAD_AGAIN}") from None
     except PermissionError:
         raise UsageError(f"{path} must be readable, got no permission; chmod +r it") from None
     except OSError as error:
@@ -81,9 +83,11 @@ def check_json(path: Path | None) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         reason = str(error).splitlines()[0]
-        raise UsageError(f"{path} must be JSON, got {reason}; {AGAIN}") from None
+        raise UsageError(f"{path} must be JSON, got {reason}; {DOWNLOAD_AGAIN}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a JSON object, got {type(content).__name__}; {AGAIN}")
+        raise UsageError(
+            f"{path} must hold a JSON object, got {type(content).__name__}; {DOWNLOAD_AGAIN}"
+        )
     return content
 
 
@@ -93,10 +97,12 @@ def check_index(path: Path) -> list[str]:
     if not isinstance(names, dict) or not names or not all(
         isinstance(name, str) and name for name in names.values()
     ):  # fmt: skip
-        raise UsageError(f"{path} must hold a weight_map from tensors to files; {AGAIN}")
+        raise UsageError(f"{path} must hold a weight_map from tensors to files; {DOWNLOAD_AGAIN}")
     files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name]:
-        raise UsageError(f"{path} must name files of its own folder, got {outside[0]!r}; {AGAIN}")
+        raise UsageError(
+            f"{path} must name files of its own folder, got {outside[0]!r}; {DOWNLOAD_AGAIN}"
+        )
     return files
 
 
@@ -113,7 +119,7 @@ def check_safetensors(path: Path) -> Tensors:
         if dtype in _BITS and (stop - begin) * 8 != _BITS[dtype] * math.prod(shape):
             raise UsageError(
                 f"{path} is damaged: its header gives {name} {stop - begin} bytes for "
-                f"{dtype} values of shape {list(shape)}; {AGAIN}"
+                f"{dtype} values of shape {list(shape)}; {DOWNLOAD_AGAIN}"
             )
         end = max(end, stop)
     if size != start + end:
@@ -123,7 +129,7 @@ def check_safetensors(path: Path) -> Tensors:
 
 def _cut(path: Path, size: int, wanted: int) -> str:
     fault = "cut short" if size < wanted else "damaged"
-    return f"{path} is {fault}: it has {size:,} bytes, its header says {wanted:,}; {AGAIN}"
+    return f"{path} is {fault}: it has {size:,} bytes, its header says {wanted:,}; {DOWNLOAD_AGAIN}"
 
 
 _Tensors = dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]
@@ -138,7 +144,9 @@ def _header(path: Path, size: int) -> tuple[_Tensors, int]:
         elif file.read(1) == b"{":
             raise UsageError(_cut(path, size, 8 + length))
         else:
-            raise UsageError(f"{path} must be a safetensors file, got other content; {AGAIN}")
+            raise UsageError(
+                f"{path} must be a safetensors file, got other content; {DOWNLOAD_AGAIN}"
+            )
     try:
         content = json.loads(raw)
         content.pop("__metadata__", None)
@@ -148,7 +156,7 @@ def _header(path: Path, size: int) -> tuple[_Tensors, int]:
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UsageError(
-            f"{path} must be a safetensors file, got a broken header; {AGAIN}"
+            f"{path} must be a safetensors file, got a broken header; {DOWNLOAD_AGAIN}"
         ) from None
     return tensors, 8 + length
 
@@ -169,15 +177,17 @@ def check_torch(path: Path) -> Tensors:
     check_present(path)
     if not head.startswith(b"PK"):
         if not head.startswith(b"\x80"):  # a pickle
-            raise UsageError(f"{path} must be weights of PyTorch, got other content; {AGAIN}")
+            raise UsageError(
+                f"{path} must be weights of PyTorch, got other content; {DOWNLOAD_AGAIN}"
+            )
         return {}
     try:
         content = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise UsageError(
-            f"{path} is cut short or damaged: {str(error).splitlines()[0]}; {AGAIN}"
+            f"{path} is cut short or damaged: {str(error).splitlines()[0]}; {DOWNLOAD_AGAIN}"
         ) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold weights by name, got other content; {AGAIN}")
+        raise UsageError(f"{path} must hold weights by name, got other content; {DOWNLOAD_AGAIN}")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     return {str(name): (_NAMES.get(t.dtype, "F32"), tuple(t.shape)) for name, t in tensors.items()}

@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 from mpcache.model.file_integrity import check_index
-from mpcache.model.model_source import ModelSource, commit_of
+from mpcache.model.model_source import ModelSource, commit_of, find_source
 
 INDEX = ".index.json"
 # in the order in which transformers looks for them
@@ -31,7 +32,7 @@ _CLOCK = 0.02  # seconds: a file changed twice within a tick of the clock keeps 
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class ModelFileSnapshot:
     """All files that a model may be loaded from."""
 
     source: ModelSource
@@ -40,7 +41,7 @@ class ModelFiles:
     paths: dict[str, Path]
 
     @classmethod
-    def of(cls, source: ModelSource) -> "ModelFiles":
+    def of(cls, source: ModelSource) -> "ModelFileSnapshot":
         paths = _paths(source)
         return cls(source, {name: look(path, settle=True) for name, path in paths.items()}, paths)
 
@@ -172,3 +173,17 @@ def look(path: Path, settle: bool = False) -> tuple[int, ...]:
         time.sleep(_CLOCK)  # a later change has another time then
         stat = path.stat()
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def files_digest(config: CollectConfig) -> str | None:
+    """What names a model's files now: their sha256, or the commit of a Hub model.
+
+    Files alike compute alike with the same libraries. None where code that comes with the model
+    may compute anything else.
+    """
+    if config.trust_remote_code:
+        return None
+    source = find_source(config)
+    if source.folder is None:  # the commit is enough: what the Hub has there never changes
+        return None if source.commit is None else f"commit {source.commit}"
+    return ModelFileSnapshot.of(source).digest()

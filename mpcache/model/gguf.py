@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mpcache.errors import UsageError
-from mpcache.model.file_integrity import AGAIN, check_present
+from mpcache.model.file_integrity import DOWNLOAD_AGAIN, check_present
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -41,14 +41,18 @@ def check_gguf(path: Path) -> None:
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UsageError(f"{path} must be a GGUF file, got other content; {AGAIN}")
+            raise UsageError(f"{path} must be a GGUF file, got other content; {DOWNLOAD_AGAIN}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 header = _Header(content)
             except (struct.error, IndexError):
-                raise UsageError(f"{path} is cut short: its header has no end; {AGAIN}") from None
+                raise UsageError(
+                    f"{path} is cut short: its header has no end; {DOWNLOAD_AGAIN}"
+                ) from None
             except (KeyError, UnicodeDecodeError):
-                raise UsageError(f"{path} is damaged: its header is no GGUF; {AGAIN}") from None
+                raise UsageError(
+                    f"{path} is damaged: its header is no GGUF; {DOWNLOAD_AGAIN}"
+                ) from None
             size = len(content)
     _check_header(path, header, size)
 
@@ -64,13 +68,14 @@ def _check_header(path: Path, header: "_Header", size: int) -> None:
             "`llama-gguf-split --merge`, and name the whole file"
         )
     if not header.fields.get("general.architecture"):
-        raise UsageError(f"{path} must name its general.architecture, got none; {AGAIN}")
+        raise UsageError(f"{path} must name its general.architecture, got none; {DOWNLOAD_AGAIN}")
     if not header.tensors:
         raise UsageError(f"{path} must hold weights, got a vocabulary alone; use another file")
     wanted = max(header.data_start + tensor.offset + tensor.bytes for tensor in header.tensors)
     if size < wanted:
         raise UsageError(
-            f"{path} is cut short: it has {size:,} bytes, its header says {wanted:,}; {AGAIN}"
+            f"{path} is cut short: it has {size:,} bytes, its header says {wanted:,}; "
+            f"{DOWNLOAD_AGAIN}"
         )
 
 
@@ -147,7 +152,7 @@ class _Header:
         return _Tensor(offset, math.prod(shape) // block * size)
 
 
-def weights_options() -> dict[str, Any]:
+def dequantize_options() -> dict[str, Any]:
     """Arguments of `from_pretrained` by which all weights are dequantised."""
     try:
         from transformers import GgufConfig
@@ -156,7 +161,7 @@ def weights_options() -> dict[str, Any]:
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def forget_quantization(model: PreTrainedModel) -> None:
+def forget_quantization_(model: PreTrainedModel) -> None:
     """Its weights are dense now: no setting may say otherwise, nor name the file they came from."""
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):

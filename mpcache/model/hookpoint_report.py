@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig, HookpointsConfig
 from mpcache.errors import UsageError, first_line
-from mpcache.model.hookpoint_roles import Role, roles
-from mpcache.model.hookpoint_survey import Survey, Verdict, starred
-from mpcache.model.meta_forward import ZeroWeights, hollow_
+from mpcache.model.hookpoint_roles import HookpointRole, roles
+from mpcache.model.hookpoint_survey import HookpointSurvey, Verdict, starred
+from mpcache.model.meta_forward import MetaForward, materialize_small_tensors_
 from mpcache.model.skeleton import skeleton
 
 BYTES = 2  # of a value in bfloat16, the storage dtype that is the default
@@ -54,7 +54,7 @@ class Report:
     has_no_sdpa: bool
     "the model has no sdpa attention, which collect takes by default"
     hookpoints: tuple[Hookpoint, ...]
-    roles: tuple[Role, ...]
+    roles: tuple[HookpointRole, ...]
     "where to find what users of transcoders ask for"
 
     def as_json(self) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class Report:
 
 def find_hookpoints(config: HookpointsConfig) -> Report:
     """Raises UsageError where there is no such model, or one that does not run on text."""
-    model, attention = hollow_model(config)
-    survey = survey_hollow(model)
+    model, attention = weightless_model(config)
+    survey = survey_model(model)
     return Report(
         model=config.model,
         model_class=type(model).__name__,
@@ -75,8 +75,8 @@ def find_hookpoints(config: HookpointsConfig) -> Report:
     )
 
 
-def hollow_model(config: HookpointsConfig) -> tuple[PreTrainedModel, str]:
-    """The model without weights, ready to run inside `ZeroWeights`, and its attention."""
+def weightless_model(config: HookpointsConfig) -> tuple[PreTrainedModel, str]:
+    """The model without weights, ready to run inside `MetaForward`, and its attention."""
     asked = CollectConfig(
         model=config.model,
         revision=config.revision,
@@ -99,21 +99,21 @@ def hollow_model(config: HookpointsConfig) -> tuple[PreTrainedModel, str]:
             raise
     except ImportError as error:
         raise UsageError(f"{config.model} needs another library: {first_line(error)}") from error
-    hollow_(model)
+    materialize_small_tensors_(model)
     model.train(False).requires_grad_(False)
     return model, asked.attention
 
 
-def survey_hollow(model: PreTrainedModel) -> Survey:
+def survey_model(model: PreTrainedModel) -> HookpointSurvey:
     """Raises UsageError for a model that does not run on tokens alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny
     try:
-        with ZeroWeights() as weights:
+        with MetaForward() as weights:
             try:
-                return Survey(model.to(torch.bfloat16), weights.added)  # type: ignore[arg-type]  # hidden by a decorator
+                return HookpointSurvey(model.to(torch.bfloat16), weights.added)  # type: ignore[arg-type]  # hidden by a decorator
             except (RuntimeError, TypeError):  # few models compute in float32 alone
-                return Survey(model.to(torch.float32), weights.added)  # type: ignore[arg-type]
+                return HookpointSurvey(model.to(torch.float32), weights.added)  # type: ignore[arg-type]
     except Exception as error:  # what a model raises that lacks an input has no common base
         raise UsageError(
             f"{type(model).__name__} must run on tokens alone, but it raises "
@@ -126,7 +126,7 @@ def survey_hollow(model: PreTrainedModel) -> Survey:
 # --- folding ---
 
 
-def fold(model: PreTrainedModel, survey: Survey) -> tuple[Hookpoint, ...]:
+def fold(model: PreTrainedModel, survey: HookpointSurvey) -> tuple[Hookpoint, ...]:
     """Modules under the same pattern, of the same class and with the same verdicts, as one."""
     types = layer_types(model)
     groups: dict[tuple[str, str, bool, Verdict, Verdict], list[str]] = {}

@@ -8,21 +8,21 @@ module, such as a multiple of it (Granite), nothing is named.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpcache.model.hookpoint_survey import Call, Survey, starred
-from mpcache.model.hooks import MLP_NAMES
+from mpcache.model.hookpoint_patterns import MLP_NAMES
+from mpcache.model.hookpoint_survey import HookpointSurvey, ModuleCall, starred
 
 _ATTENTION_NAMES = {"attn", "attention"}  # the last word of a module's name
 
 
 @dataclass(frozen=True)
-class Role:
+class HookpointRole:
     """A side with a meaning, as a pattern over layers."""
 
     role: str
     side: str
 
 
-def roles(survey: Survey) -> tuple[Role, ...]:
+def roles(survey: HookpointSurvey) -> tuple[HookpointRole, ...]:
     """Roles of all layers, each pattern once, in the model's order."""
     numbered = [n for n in survey.calls if sum(s.isdigit() for s in n.split(".")) == 1]
     layers = [name for name in numbered if name in survey.layers]  # others only hold modules
@@ -31,7 +31,7 @@ def roles(survey: Survey) -> tuple[Role, ...]:
     return tuple(sorted(dict.fromkeys(all_roles), key=lambda role: order[role.role]))
 
 
-def _roles_of(survey: Survey, layer: str) -> Iterator[Role]:
+def _roles_of(survey: HookpointSurvey, layer: str) -> Iterator[HookpointRole]:
     calls = survey.calls[layer]
     if survey.verdict(layer, "output").width is not None:
         yield _role("residual stream", layer, "output")
@@ -47,7 +47,9 @@ def _roles_of(survey: Survey, layer: str) -> Iterator[Role]:
             yield from _adds(survey, "MLP", call, calls)
 
 
-def _adds(survey: Survey, what: str, call: Call, calls: list[Call]) -> Iterator[Role]:
+def _adds(
+    survey: HookpointSurvey, what: str, call: ModuleCall, calls: list[ModuleCall]
+) -> Iterator[HookpointRole]:
     """The output of a module, and that of the modules in the same layer that change it further."""
     last = call
     for follower in calls[calls.index(call) + 1 :]:
@@ -60,5 +62,5 @@ def _adds(survey: Survey, what: str, call: Call, calls: list[Call]) -> Iterator[
         yield _role(f"{what} adds to the stream", last.name, "output")
 
 
-def _role(role: str, name: str, side: str) -> Role:
-    return Role(role, f"{starred(name)}:{side}")
+def _role(role: str, name: str, side: str) -> HookpointRole:
+    return HookpointRole(role, f"{starred(name)}:{side}")

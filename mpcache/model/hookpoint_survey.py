@@ -11,16 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mpcache.model.hooks import (
-    PROBE,
-    Side,
-    SideName,
-    input_of,
-    output_of,
-    probe,
-    times_fault,
-    value_fault,
-)
+from mpcache.model.hookpoint_patterns import Side, SideName
+from mpcache.model.hooks import PROBE, call_count_problem, input_of, output_of, probe, value_problem
 from mpcache.validation import is_hookpoint
 
 _ODD_NAME = "its name cannot be a folder's"
@@ -36,7 +28,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """A call of a module, with the tensors that went in and came out."""
 
     name: str
@@ -46,7 +38,7 @@ class Call:
     "which of the pass's additions were made during the call"
 
 
-class Survey:
+class HookpointSurvey:
     """What one pass over text shows of every module.
 
     `added` is a list that grows by the tensors of each addition, if it is known.
@@ -55,9 +47,9 @@ class Survey:
     def __init__(self, model: nn.Module, added: Sequence[tuple[Tensor, ...]] = ()) -> None:
         self.added = added
         self.times: Counter[str] = Counter()
-        self.calls: dict[str, list[Call]] = {}
+        self.calls: dict[str, list[ModuleCall]] = {}
         "calls of the modules directly inside a numbered one, such as a layer, in order"
-        self.layers: dict[str, Call] = {}
+        self.layers: dict[str, ModuleCall] = {}
         "the last call of each numbered module"
         self.idle: set[str] = set()
         "modules that do not run on text, nor does what is inside them"
@@ -81,7 +73,7 @@ class Survey:
         value = self._values.get(Side(hookpoint, side))
         if value is not None and value.reason is not None:
             return value
-        if reason := times_fault(self.times[hookpoint]):
+        if reason := call_count_problem(self.times[hookpoint]):
             is_holder = not self.times[hookpoint] and hookpoint not in self.idle
             return Verdict(None, _HOLDER if is_holder else reason)
         assert value is not None
@@ -110,7 +102,7 @@ class Survey:
             value = output_of(output)
             self._see(Side(name, "output"), value)
             parent, _, last = name.rpartition(".")
-            call = Call(name, input_of(args, kwargs), value, range(began, len(self.added)))
+            call = ModuleCall(name, input_of(args, kwargs), value, range(began, len(self.added)))
             if parent.rpartition(".")[2].isdigit():
                 self.calls.setdefault(parent, []).append(call)
             if last.isdigit():
@@ -122,7 +114,7 @@ class Survey:
         ]
 
     def _see(self, side: Side, value: object) -> None:
-        reason = value_fault(value, PROBE)
+        reason = value_problem(value, PROBE)
         width = value.shape[-1] if reason is None and isinstance(value, Tensor) else None
         before = self._values.get(side)
         if before is None or before.reason is None:

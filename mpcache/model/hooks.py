@@ -4,13 +4,10 @@ B: sequences in a forward pass. L: tokens in a sequence.
 """
 
 import inspect
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,25 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mpcache.errors import UsageError
-from mpcache.validation import is_hookpoint
+from mpcache.model.hookpoint_patterns import (
+    LIST_THEM,
+    Side,
+)
 
-SideName = Literal["input", "output"]
-
-# the last segment of a hookpoint that is an MLP, of which a transcoder needs both sides
-MLP_NAMES = {"mlp", "ffn", "ff", "feed_forward", "feedforward", "block_sparse_moe"}
 PROBE = (2, 3)  # B, L of the pass that measures; unlike, so that swapped axes show
-LIST_THEM = "`mpcache hookpoints MODEL` lists all that can be collected"
-
-
-@dataclass(frozen=True, order=True)
-class Side:
-    """One side of a hookpoint."""
-
-    hookpoint: str
-    side: SideName
-
-    def __str__(self) -> str:
-        return f"{self.hookpoint}:{self.side}"
 
     @classmethod
     def parse(cls, text: str) -> "Side":
@@ -48,7 +32,7 @@ class Side:
 Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
 
 
-class _Unfit(UsageError):
+class _UncollectableSide(UsageError):
     """A side that cannot be collected, and why."""
 
     def __init__(self, side: Side, reason: str) -> None:
@@ -61,74 +45,6 @@ class _AllSeen(Exception):
 
 
 # --- names ---
-
-
-def resolve(patterns: Iterable[str], model: nn.Module) -> tuple[Side, ...]:
-    """The sides that patterns name, in the model's order, each once.
-
-    Raises UsageError for a pattern that is malformed or matches no module.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    wanted = {side for pattern in patterns for side in match(pattern, names, model)}
-    rank = {name: place for place, name in enumerate(names)}
-    return tuple(sorted(wanted, key=lambda side: (rank[side.hookpoint], side.side)))
-
-
-def match(pattern: str, names: list[str], model: nn.Module) -> list[Side]:
-    """The sides that one pattern names; input sorts before output."""
-    hookpoint, colon, side = pattern.partition(":")
-    segments = check_segments(hookpoint)
-    if colon and side not in ("input", "output"):
-        raise UsageError(f"a side must be input or output, got {side!r} in {pattern!r}")
-    found = [name for name in names if is_match(segments, name.split("."))]
-    if not found:
-        raise UsageError(
-            f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; "
-            f"near: {', '.join(near_names(hookpoint, names))}; {LIST_THEM}"
-        )
-    if strange := [name for name in found if not is_hookpoint(name)]:
-        raise UsageError(
-            f"{pattern} matches the module {strange[0]!r}, whose name cannot be a folder's; "
-            "name the others one by one"
-        )
-    return [side_ for name in found for side_ in sides_of(name, side)]
-
-
-def check_segments(hookpoint: str) -> list[str]:
-    """The segments of a hookpoint; it becomes a path in the store, so nothing may lead astray."""
-    segments = hookpoint.split(".")
-    if not hookpoint.isprintable() or re.search(r"[\s/\\]", hookpoint) or "" in segments:
-        raise UsageError(
-            f"a hookpoint must be names joined by dots, got {hookpoint!r}; write layers.10.mlp"
-        )
-    if any("*" in segment and segment != "*" for segment in segments):
-        raise UsageError(f"* must be a whole segment, got {hookpoint!r}; write layers.*.mlp")
-    return segments
-
-
-def is_match(pattern: list[str], segments: list[str]) -> bool:
-    return len(pattern) == len(segments) and all(
-        wanted in ("*", got) for wanted, got in zip(pattern, segments, strict=True)
-    )
-
-
-def sides_of(hookpoint: str, side: str) -> list[Side]:
-    """The side asked for; without one, the output, and for an MLP both."""
-    if side == "input":
-        return [Side(hookpoint, "input")]
-    is_both = not side and hookpoint.rpartition(".")[2].lower() in MLP_NAMES
-    return [Side(hookpoint, "input")] * is_both + [Side(hookpoint, "output")]
-
-
-def near_names(hookpoint: str, names: list[str]) -> list[str]:
-    """The model's names most like a wrong one, first as patterns."""
-    patterns = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
-    starred = re.sub(r"\b\d+\b", "*", hookpoint)
-    near = [
-        *get_close_matches(starred, patterns, n=3, cutoff=0.5),
-        *get_close_matches(hookpoint, names, n=3, cutoff=0.6),
-    ]
-    return list(dict.fromkeys(near)) or patterns[:5]
 
 
 # --- values ---
@@ -162,7 +78,7 @@ class Capture:
             self._handles.append(self._register(modules[side.hookpoint], side))
         try:
             self._probe()
-        except _Unfit as unfit:
+        except _UncollectableSide as unfit:
             self._remove()
             stream = one_stream(self.model, unfit.side) if "streams" in unfit.reason else None
             remedy = f"use {stream}" if stream else LIST_THEM
@@ -195,8 +111,8 @@ class Capture:
         except _AllSeen:
             pass
         for side in self.sides:
-            if reason := times_fault(self._times[side]):
-                raise _Unfit(side, reason)
+            if reason := call_count_problem(self._times[side]):
+                raise _UncollectableSide(side, reason)
 
     def _probe(self) -> None:
         self._is_probe = True
@@ -222,8 +138,8 @@ class Capture:
 
     def _see(self, side: Side, value: object) -> None:
         self._times[side] += 1
-        if reason := value_fault(value, self._shape):
-            raise _Unfit(side, reason)
+        if reason := value_problem(value, self._shape):
+            raise _UncollectableSide(side, reason)
         assert isinstance(value, Tensor)
         self._keep(side, value)
         if len(self._times) == len(self.sides) and not self._is_probe:
@@ -249,7 +165,7 @@ def one_stream(model: nn.Module, side: Side) -> Side | None:
     seen: list[Side] = []
 
     def look(child: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if value_fault(input_of(args, kwargs), PROBE) is None:
+        if value_problem(input_of(args, kwargs), PROBE) is None:
             seen.append(Side(f"{side.hookpoint}.{child}", "input"))
 
     handles = [
@@ -291,7 +207,7 @@ def output_of(output: object) -> object:
     return output
 
 
-def value_fault(value: object, shape: tuple[int, ...]) -> str | None:
+def value_problem(value: object, shape: tuple[int, ...]) -> str | None:
     """Why a value is not one row for each token of `shape`, (B, L); None if it is."""
     got = type(value).__name__
     if isinstance(value, Tensor):
@@ -303,7 +219,7 @@ def value_fault(value: object, shape: tuple[int, ...]) -> str | None:
     return f"its value must be floats [B, L, width] with B, L = {list(shape)}, got {got}"
 
 
-def times_fault(times: int) -> str | None:
+def call_count_problem(times: int) -> str | None:
     """Why a module that ran `times` times in a pass over text has no rows; None if it has."""
     if times == 1:
         return None

@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, Integer, UInt
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpcache.data.document_boundaries import position_ids
 from mpcache.data.special_tokens import SpecialTokens
-from mpcache.model.loading import padded_positions
+from mpcache.model.position_table import padding_index
 
 PackedSeparation = Literal["positions", "mask", "causal mask"]
 Separation = Literal["none", PackedSeparation, "alone", "alone with mask", "alone unpadded"]
@@ -120,15 +120,6 @@ def document_mask(
         is_hidden = is_hidden | (distance_LL.abs() > (window - 1 if is_causal else window))
     mask = torch.zeros(is_hidden.shape, dtype=dtype, device=positions_BL.device)
     return mask.masked_fill_(is_hidden, torch.finfo(dtype).min)
-
-
-def padding_index(model: nn.Module) -> int | None:
-    """The padding token of a model that counts positions from that token's id on; else None.
-
-    RoBERTa and its kin number tokens from padding_idx + 1, and leave padding tokens out.
-    """
-    table = padded_positions(model)
-    return None if table is None else table.padding_idx
 
 
 def _own_positions(

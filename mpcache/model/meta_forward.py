@@ -17,8 +17,8 @@ _VECTOR = 2**16  # parameters up to here become zeros: to scale by them is fast
 _VALUES = 2**22  # computed values up to here become zeros; larger ones stand for weights
 
 
-def hollow_(model: nn.Module) -> None:
-    """Make a model of the meta device ready to run inside `ZeroWeights`."""
+def materialize_small_tensors_(model: nn.Module) -> None:
+    """Make a model of the meta device ready to run inside `MetaForward`."""
     for module in model.modules():
         for tensors, limit in ((module._parameters, _VECTOR), (module._buffers, _VALUES)):
             for name, tensor in tensors.items():
@@ -29,7 +29,7 @@ def hollow_(model: nn.Module) -> None:
                     tensors[name] = new  # type: ignore[assignment]  # of either kind
 
 
-class ZeroWeights(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no types
+class MetaForward(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no types
     """While it is active, operations on weights give zeros of the right shape at no cost."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Transfer:
+class HostTransfer:
     """Copies values on a stream of their own into page-locked memory, which torch keeps for reuse.
 
     Values are cast and copied on the GPU first, in the order of its computation: fewer bytes cross,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mpcache.errors import first_line
-from mpcache.model.hooks import Capture, Side, forward_options, output_of
+from mpcache.model.hookpoint_patterns import Side
+from mpcache.model.hooks import Capture, forward_options, output_of
 from mpcache.model.inputs import ModelInputs
 
 Values = dict[Side, Tensor]
@@ -55,7 +56,7 @@ def exchanged(sequences: Sequences, documents: slice) -> Sequences:
     return [first, second]
 
 
-class Trial:
+class SeparationTrial:
     """A model, and the sides at which it is watched; `capture` is entered."""
 
     def __init__(self, model: PreTrainedModel, capture: Capture, dtype: torch.dtype) -> None:

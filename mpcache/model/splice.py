@@ -20,15 +20,17 @@ from mpcache.data.document_boundaries import document_starts
 from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer, largest_token_id
 from mpcache.errors import UsageError
-from mpcache.model.bert_masking import Masking
-from mpcache.model.capture import Reading, part_input, piece_places
+from mpcache.model.architecture import load_architecture
+from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal
-from mpcache.model.checkpoint_validation import MissingWeights
+from mpcache.model.checkpoint_validation import MissingWeightsError
 from mpcache.model.document_separation import find_separation
-from mpcache.model.hooks import Side, input_of, output_of, resolve
+from mpcache.model.forward_batches import ForwardBatches, part_input, piece_places
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import input_of, output_of
 from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
-from mpcache.model.loading import Head, load_model, loader_of, model_digest
-from mpcache.model.skeleton import load_architecture
+from mpcache.model.loading import Head, auto_class_for, load_model
+from mpcache.model.model_identity import model_digest
 from mpcache.storage.base import Storage
 from mpcache.store.fingerprint import stored_settings
 from mpcache.store.format import BY_ASSISTANT
@@ -86,7 +88,9 @@ class SplicedModel:
         for head in heads_of(self.config):
             try:
                 tokenizer = self._load(head)
-            except MissingWeights as error:  # such as those of a head in a checkpoint of a base
+            except (
+                MissingWeightsError
+            ) as error:  # such as those of a head in a checkpoint of a base
                 missing = f" ({error})"
                 continue
             if (head == "causal") == is_causal(self._all_logits, self._longest_inputs()):
@@ -110,10 +114,10 @@ class SplicedModel:
                 f"{self.store.provenance['model']['model']}, "
                 f"revision {self.store.config['revision']}"
             )
-        separation = find_separation(base, self.config, resolve(self.config.hookpoints, base))
+        separation = find_separation(base, self.config, resolve_sides(self.config.hookpoints, base))
         specials = special_tokens_of(tokenizer, self.config)
         # one sequence at a time: logits of a large vocabulary are what memory goes to
-        self.reading = Reading(self.model, specials, separation, batch_sequences=1)
+        self.reading = ForwardBatches(self.model, specials, separation, batch_sequences=1)
         return tokenizer
 
     def examples(self) -> Iterator[Example]:
@@ -219,7 +223,7 @@ def heads_of(config: CollectConfig) -> list[Head]:
     architecture = load_architecture(config)
     is_decoder = getattr(architecture, "is_decoder", False)
     heads: tuple[Head, ...] = ("causal", "masked") if is_decoder else ("masked", "causal")
-    return [head for head in heads if loader_of(architecture, head) is not None]
+    return [head for head in heads if auto_class_for(architecture, head) is not None]
 
 
 def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: str) -> bool:
@@ -235,7 +239,7 @@ def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: s
     )
 
 
-def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
+def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> BertMasking:
     """Raises UsageError where the tokenizer has no mask token."""
     mask = None if isinstance(tokenizer, ConfigTokens) else tokenizer.mask_token_id
     if not isinstance(mask, int):
@@ -243,7 +247,7 @@ def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> Masking:
             f"a bidirectional model must have a mask token, got none in the tokenizer of "
             f"{config.model}; leave --model out"
         )
-    return Masking(mask, set(tokenizer.all_special_ids), largest_token_id(tokenizer) + 1)
+    return BertMasking(mask, set(tokenizer.all_special_ids), largest_token_id(tokenizer) + 1)
 
 
 def splice_hooks(

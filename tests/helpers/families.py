@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
-from mpcache.model.hooks import Side, resolve
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
 
 VOCABULARY = 260
 POSITIONS = 160
@@ -90,7 +90,7 @@ class Family:
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.ModuleList) and len(module) > 1
         )
-        return resolve([self.hookpoint or f"{next(lists)}.*"], model)
+        return resolve_sides([self.hookpoint or f"{next(lists)}.*"], model)
 
 
 def _family(name: str, packed: str, *, fast: bool = False, **changes: Any) -> Family:

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mpcache.model.hooks import Capture, Side
+from mpcache.model.hookpoint_patterns import Side
+from mpcache.model.hooks import Capture
 
 VOCABULARY = 260  # 256 bytes, BOS, EOS, two spare
 SIZES = {"hidden": 16, "layers": 3, "heads": 2, "mlp": 32, "positions": 64}

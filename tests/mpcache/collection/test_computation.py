@@ -13,9 +13,11 @@ from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
 from mpcache.model import compile as compiled
-from mpcache.model.compile import Compiled, children_of_layers
-from mpcache.model.hooks import Capture, resolve
-from mpcache.model.loading import load_model, model_digest
+from mpcache.model.compile import CompiledLayers, children_of_layers
+from mpcache.model.hookpoint_patterns import resolve_sides
+from mpcache.model.hooks import Capture
+from mpcache.model.loading import load_model
+from mpcache.model.model_identity import model_digest
 from mpcache.model.splice import SplicedModel
 from mpcache.storage.base import open_storage
 from mpcache.store.description import read_store_file
@@ -41,7 +43,7 @@ def test_autocast_keeps_weights_and_computes_lower(tmp_path: Path, name: str) ->
     config = small_config(tmp_path, autocast=True, model_dtype=name)
     model, _ = load_model(config)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    with Capture(model, resolve(["layers.1.mlp:output", "layers.1"], model)) as capture:
+    with Capture(model, resolve_sides(["layers.1.mlp:output", "layers.1"], model)) as capture:
         layer, mlp = captured(capture, TOKENS).values()
     assert (mlp.dtype, layer.dtype) == (getattr(torch, name), torch.float32)
     exact, _ = load_model(small_config(tmp_path))
@@ -121,11 +123,11 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
 def test_compiled_layers_compute_the_same_under_hooks(name: str, counter: CompileCounter) -> None:
     model = tiny_model(name)
     children = children_of_layers(model)
-    sides = resolve([*children, *{child.rpartition(".")[0] for child in children}], model)
+    sides = resolve_sides([*children, *{child.rpartition(".")[0] for child in children}], model)
     with Capture(model, sides) as capture:
         expected = captured(capture, TOKENS)
         assert counter.frame_count == 0
-        with Compiled(model, sides).used():
+        with CompiledLayers(model, sides).used():
             found = captured(capture, TOKENS)
         assert counter.frame_count > 0
         for side in sides:
@@ -138,8 +140,8 @@ def test_compiled_layers_compute_the_same_under_hooks(name: str, counter: Compil
 
 def test_layers_and_shapes_share_what_was_compiled(counter: CompileCounter) -> None:
     model = tiny_model()
-    sides = resolve(["layers.2"], model)
-    with Capture(model, sides) as capture, Compiled(model, sides).used():
+    sides = resolve_sides(["layers.2"], model)
+    with Capture(model, sides) as capture, CompiledLayers(model, sides).used():
         for sequences in (1, 2, 3):
             captured(capture, {"input_ids": TOKENS["input_ids"][:sequences]})
         assert counter.frame_count == 3 * 3, "attention, MLP and norm, three shapes"
@@ -151,18 +153,18 @@ def test_values_do_not_depend_on_what_else_is_captured(counter: CompileCounter) 
     model = tiny_model()
     found = []
     for patterns in (["layers.1"], ["layers.1", "layers.0.mlp", "layers.*.self_attn"]):
-        sides = resolve(patterns, model)
-        with Capture(model, sides) as capture, Compiled(model, sides).used():
-            found.append(captured(capture, TOKENS)[resolve(["layers.1"], model)[0]])
+        sides = resolve_sides(patterns, model)
+        with Capture(model, sides) as capture, CompiledLayers(model, sides).used():
+            found.append(captured(capture, TOKENS)[resolve_sides(["layers.1"], model)[0]])
     assert torch.equal(*found)
 
 
 def test_refuses_hookpoints_inside_of_what_is_compiled(counter: CompileCounter) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=r"not lie inside of layers.1.mlp, .* leave compile out"):
-        Compiled(model, resolve(["layers.1.mlp.up_proj"], model))
+        CompiledLayers(model, resolve_sides(["layers.1.mlp.up_proj"], model))
     with pytest.raises(ValueError, match="must have its layers in a list to be compiled"):
-        Compiled(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
+        CompiledLayers(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
 
 
 def test_a_compiled_collection_says_so(tmp_path: Path, counter: CompileCounter) -> None:
@@ -184,10 +186,10 @@ def test_a_compiled_collection_says_so(tmp_path: Path, counter: CompileCounter) 
 def test_inductor_computes_what_the_model_computes() -> None:
     torch._dynamo.reset()
     model = tiny_model(layers=1)  # the C++ compiler takes seconds for each module of a layer
-    sides = resolve(["layers.*", "layers.*.mlp"], model)
+    sides = resolve_sides(["layers.*", "layers.*.mlp"], model)
     with Capture(model, sides) as capture:
         expected = captured(capture, TOKENS)
-        with Compiled(model, sides).used():
+        with CompiledLayers(model, sides).used():
             found = captured(capture, TOKENS)
     for side in sides:
         torch.testing.assert_close(found[side], expected[side], rtol=1e-4, atol=1e-4)

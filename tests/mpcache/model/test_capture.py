@@ -14,9 +14,11 @@ from torch import Tensor
 
 from mpcache.collection.commit_threads import PartCommitter, lower_priority
 from mpcache.collection.producer import empty_rows
-from mpcache.model.capture import Batch, Copy, capture_part, piece_batches, piece_places, scatter_
-from mpcache.model.hooks import Capture, Side, resolve
-from mpcache.model.offload import Transfer
+from mpcache.model.capture import Copy, capture_part, scatter_
+from mpcache.model.forward_batches import Batch, piece_batches, piece_places
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import Capture
+from mpcache.model.offload import HostTransfer
 from tests.helpers.models import captured, tiny_model
 
 PATTERNS = ["layers.0", "layers.1.mlp"]
@@ -28,7 +30,7 @@ def read_part(
 ) -> dict[Side, Tensor]:
     """The rows of TOKENS, three sequences at a time."""
     model = tiny_model().to(device)
-    sides = resolve(PATTERNS, model)
+    sides = resolve_sides(PATTERNS, model)
     buffers = {side: empty_rows(TOKENS.numel(), 16, dtype) for side in sides}
     told: list[int] = []
     with Capture(model, sides) as capture:
@@ -44,7 +46,7 @@ def read_part(
 
 def expected(order_R: np.ndarray, dtype: torch.dtype) -> dict[Side, Tensor]:
     model = tiny_model()
-    with Capture(model, resolve(PATTERNS, model)) as capture:
+    with Capture(model, resolve_sides(PATTERNS, model)) as capture:
         values = [captured(capture, {"input_ids": batch}) for batch in TOKENS.split(3)]
     return {
         side: torch.cat([one[side].flatten(0, 1) for one in values])[order_R].to(dtype)
@@ -90,14 +92,14 @@ def test_copies_beside_the_computation_are_those_that_wait(dtype: torch.dtype) -
     device, order_R = torch.device("cuda", 0), np.random.default_rng(0).permutation(TOKENS.numel())
     waited = read_part("cuda", order_R, dtype)
     for _ in range(20):
-        found = read_part("cuda", order_R, dtype, Transfer(device).start)
+        found = read_part("cuda", order_R, dtype, HostTransfer(device).start)
         assert all(torch.equal(found[side], waited[side]) for side in waited)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_the_gpu_does_next_does_not_change_a_copy() -> None:
-    start = Transfer(torch.device("cuda", 0)).start
+    start = HostTransfer(torch.device("cuda", 0)).start
     x = torch.arange(1 << 22, device="cuda", dtype=torch.float32)
     arrivals = []
     for _ in range(8):

@@ -13,12 +13,14 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 from mpcache.collection.producer import empty_rows
 from mpcache.config import CollectConfig
 from mpcache.data.special_tokens import SpecialTokens
-from mpcache.model.capture import Reading, capture_part
+from mpcache.model.capture import capture_part
 from mpcache.model.document_separation import _packed_faults, find_separation
-from mpcache.model.hooks import Capture, Side, resolve
+from mpcache.model.forward_batches import ForwardBatches
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import Capture
 from mpcache.model.inputs import model_inputs
 from mpcache.model.separation_lengths import fitted, longest
-from mpcache.model.separation_trial import Trial
+from mpcache.model.separation_trial import SeparationTrial
 from tests.helpers.families import FAMILIES, VOCABULARY, WINDOW, Family
 from tests.helpers.models import tiny_model
 
@@ -60,7 +62,7 @@ def rows_of(
     tokens_SL, starts_SL = (
         np.pad(a, (0, fill)).reshape(-1, config.ctx_len) for a in (tokens, starts)
     )
-    reading = Reading(model, SPECIALS, separation, config.batch_sequences)
+    reading = ForwardBatches(model, SPECIALS, separation, config.batch_sequences)
     if config.one_document_per_sequence:
         batches = reading.batches(tokens_SL, starts_SL, tokens.size)
     else:
@@ -160,7 +162,7 @@ def test_both_kinds_of_attention(
     model = tiny_model(name)
     model.set_attn_implementation(attention)
     config = make_config(torch.float32)
-    sides, documents = resolve([hookpoint], model), make_documents()
+    sides, documents = resolve_sides([hookpoint], model), make_documents()
     assert find_separation(model, config, sides) == separation
     rows, alone = rows_of(model, sides, documents, config), rows_alone(model, sides, documents)
     together = rows_of(model, sides, documents, replace(config, cross_document_attention=True))
@@ -172,7 +174,7 @@ def test_both_kinds_of_attention(
 def test_asks_nothing_where_documents_may_mix() -> None:
     model = tiny_model()
     config = make_config(torch.float32, cross_document_attention=True)
-    assert find_separation(model, config, resolve(["layers.*"], model)) == "none"
+    assert find_separation(model, config, resolve_sides(["layers.*"], model)) == "none"
     tokens_BL = np.array([[5, END, 6, 7]], np.uint16)
     assert list(model_inputs(tokens_BL, SPECIALS, "none", model)) == ["input_ids"]
 
@@ -183,11 +185,11 @@ def test_layers_above_the_sides_do_not_matter() -> None:
     kinds = {"layer_types": ["full_attention", "conv", "conv"]}
     model = replace(family, settings=family.settings | kinds).model()
     config = make_config(torch.float32)
-    assert find_separation(model, config, resolve(["layers.0"], model)) == "positions"
+    assert find_separation(model, config, resolve_sides(["layers.0"], model)) == "positions"
     with pytest.raises(
         ValueError, match=r"layers\.1\.conv \(Lfm2ShortConv\) carries information between them"
     ):
-        find_separation(model, config, resolve(["layers.1"], model))
+        find_separation(model, config, resolve_sides(["layers.1"], model))
 
 
 class Leak(nn.Module):
@@ -210,7 +212,7 @@ def test_a_leak_within_the_rounding_is_seen(
     """A tolerance would let pass what changes a value by its last bit."""
     model = tiny_model().to(dtype)
     config = make_config(dtype, ctx_len=64, part_rows=640, chunk_rows=64)
-    sides = resolve(["layers.*"], model)
+    sides = resolve_sides(["layers.*"], model)
     assert find_separation(model, config, sides) == "positions"
     model.layers[1].mlp = Leak(model.layers[1].mlp, share, distance)
     with pytest.raises(
@@ -227,7 +229,7 @@ def test_a_leak_over_a_long_chunk_is_seen() -> None:
     with pytest.raises(
         ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between them"
     ):
-        find_separation(model, config, resolve(["layers.*"], model))
+        find_separation(model, config, resolve_sides(["layers.*"], model))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,7 +238,7 @@ def test_a_window_that_a_mask_undoes_is_seen(dtype: torch.dtype) -> None:
     model = family.model(dtype)
     sides = family.sides(model)
     with Capture(model, sides) as capture:
-        trial = Trial(model, capture, dtype)
+        trial = SeparationTrial(model, capture, dtype)
         faults = [*_packed_faults(trial, "causal mask", CTX_LEN)]
         assert [fault.reason() for fault in faults] == [
             "a document's values are not those of the document alone"
@@ -273,7 +275,9 @@ def test_tokens_that_compete_within_a_batch_are_refused(changes: dict[str, bool]
     model = tiny_model()
     model.layers[1].mlp = Capacity(model.layers[1].mlp)
     with pytest.raises(ValueError, match="values are not those of the document alone"):
-        find_separation(model, make_config(torch.float32, **changes), resolve(["layers.*"], model))
+        find_separation(
+            model, make_config(torch.float32, **changes), resolve_sides(["layers.*"], model)
+        )
 
 
 @pytest.mark.parametrize("changes", [{}, {"one_document_per_sequence": True}])
@@ -298,7 +302,9 @@ def test_what_depends_on_the_whole_batch_is_refused(
     for name, value in settings.items():
         setattr(model.config, name, value)
     with pytest.raises(ValueError, match=reason) as error:
-        find_separation(model, make_config(torch.float32, **changes), resolve(["layers.*"], model))
+        find_separation(
+            model, make_config(torch.float32, **changes), resolve_sides(["layers.*"], model)
+        )
     assert "\n" not in str(error.value)
 
 
@@ -329,4 +335,4 @@ def test_short_sequences_have_a_trial_too(ctx_len: int, lone: bool) -> None:
             torch.float32, ctx_len=ctx_len, part_rows=ctx_len, chunk_rows=ctx_len,
             one_document_per_sequence=lone,
         )  # fmt: skip
-        assert find_separation(model, config, resolve([hookpoint], model)) != "none"
+        assert find_separation(model, config, resolve_sides([hookpoint], model)) != "none"

@@ -12,10 +12,12 @@ from mpcache.collection.find_store import find_store
 from mpcache.config import RepairConfig
 from mpcache.data.permutation import row_permutation
 from mpcache.maintenance.repair import repair
-from mpcache.model.file_snapshot import ModelFiles, file_digest
+from mpcache.model.file_snapshot import ModelFileSnapshot, file_digest
 from mpcache.model.gguf import check_gguf
-from mpcache.model.hooks import Capture, Side, resolve
-from mpcache.model.loading import load_model, load_tokenizer, model_digest
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import Capture
+from mpcache.model.loading import load_model, load_tokenizer
+from mpcache.model.model_identity import model_digest
 from mpcache.model.model_source import find_source
 from mpcache.model.splice import SplicedModel
 from mpcache.store.reader import open_store
@@ -46,7 +48,7 @@ def test_rows_are_those_of_transformers(tmp_path, file, dtype):
         quantization_config=GgufConfig(dequantize=True),
     )  # fmt: skip
     side = Side("layers.1.mlp", "output")
-    with Capture(plain, resolve(["layers.1.mlp:output"], plain)) as capture:
+    with Capture(plain, resolve_sides(["layers.1.mlp:output"], plain)) as capture:
         tokens = torch.from_numpy(store.tokens.read_tokens(0).astype(np.int64))
         wanted = captured(capture, {"input_ids": tokens})[side].float().flatten(0, 1)
     order = row_permutation(config.seed, 0, len(wanted))
@@ -141,7 +143,7 @@ def test_other_files_are_told_apart(tmp_path, file):
 
 
 def test_a_file_that_changes_is_noticed(tmp_path, file):
-    files = ModelFiles.of(find_source(config_of(tmp_path, file)))
+    files = ModelFileSnapshot.of(find_source(config_of(tmp_path, file)))
     assert files.is_unchanged()
     write_gguf(file, seed=1)
     with pytest.raises(ValueError, match=r"tiny\.gguf of .* changed while the model was loaded"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mpcache.collection.collect import collect
-from mpcache.model.bert_masking import Masking
+from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal, others
 from mpcache.model.splice import SplicedModel
 from mptrain.coders.coder import Coder
@@ -118,7 +118,7 @@ def strong(model: PreTrainedModel) -> PreTrainedModel:
 
 # --- masking ---
 
-MASKING = Masking(mask=7, specials={0, 1}, vocabulary=100)
+MASKING = BertMasking(mask=7, specials={0, 1}, vocabulary=100)
 
 
 @given(tokens=st.lists(st.integers(0, 99), min_size=1, max_size=300))

@@ -21,8 +21,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 from mpcache.config import HookpointsConfig
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hookpoint_report import BYTES, Report, find_hookpoints, numbers_of
-from mpcache.model.hooks import Capture, Side, resolve, widths
+from mpcache.model.hooks import Capture, widths
 from mpcli.mpcache import app
 from tests.helpers.hookpoint_families import FAMILIES
 from tests.helpers.models import captured
@@ -99,7 +100,7 @@ def test_the_additions_make_the_stream(name: str, tmp_path: Path) -> None:
     after = paths["residual stream"]
     adds = [paths["attention adds to the stream"], paths["MLP adds to the stream"]]
     before = after.replace(":output", ":input")
-    with Capture(model.float(), resolve([before, *adds, after], model)) as capture:
+    with Capture(model.float(), resolve_sides([before, *adds, after], model)) as capture:
         seen = captured(capture, {"input_ids": torch.arange(8).reshape(2, 4)})
     values = {str(side): value for side, value in seen.items()}
     added = values[adds[0]] + values[adds[1]]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpcache.model.hooks import Capture, Side, resolve, widths
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import Capture, widths
 from tests.helpers.models import captured, tiny_model
 
 TOKENS = torch.randint(0, 250, (3, 7), generator=torch.Generator().manual_seed(0))
@@ -18,7 +19,7 @@ LAYERS = {
 
 
 def capture(model: nn.Module, *patterns: str) -> dict[str, torch.Tensor]:
-    with Capture(model, resolve(patterns, model)) as hooks:
+    with Capture(model, resolve_sides(patterns, model)) as hooks:
         return {str(side): value for side, value in captured(hooks, {"input_ids": TOKENS}).items()}
 
 
@@ -58,7 +59,7 @@ def test_stops_when_all_is_seen():
     model, passes = tiny_model(), []
     model.layers[2].register_forward_pre_hook(lambda *_: passes.append(2))
     model.layers[1].register_forward_pre_hook(lambda *_: passes.append(1))
-    with Capture(model, resolve(["layers.0", "layers.1.mlp:input"], model)) as hooks:
+    with Capture(model, resolve_sides(["layers.0", "layers.1.mlp:input"], model)) as hooks:
         assert passes == [1, 2]  # the first tiny pass goes through, to see what runs twice
         captured(hooks, {"input_ids": TOKENS})
         assert passes == [1, 2, 1]
@@ -109,23 +110,23 @@ def test_copies_before_the_model_goes_on_in_place():
 def test_refuses_what_is_not_one_row_per_token(hookpoint, message):
     model = InPlace().requires_grad_(False)
     with pytest.raises(ValueError, match=message):
-        widths(model, resolve([hookpoint], model))
+        widths(model, resolve_sides([hookpoint], model))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.children())
 
 
 def test_widths():
     model = tiny_model("llama", mlp=48)
-    sides = resolve(["layers.0", "layers.0.mlp.down_proj:input"], model)
+    sides = resolve_sides(["layers.0", "layers.0.mlp.down_proj:input"], model)
     assert list(widths(model, sides).values()) == [16, 48]
 
 
 def test_resolve_keeps_the_order_of_the_model_and_each_side_once():
     model = tiny_model(layers=11)
-    got = [str(s) for s in resolve(["layers.10.mlp", "layers.2", "layers.*:output"], model)]
+    got = [str(s) for s in resolve_sides(["layers.10.mlp", "layers.2", "layers.*:output"], model)]
     assert len(got) == 13
     assert got[:3] == ["layers.0:output", "layers.1:output", "layers.2:output"]
     assert got[-3:] == ["layers.10:output", "layers.10.mlp:input", "layers.10.mlp:output"]
-    assert resolve(["layers.1.mlp:output"], model) == (Side("layers.1.mlp", "output"),)
+    assert resolve_sides(["layers.1.mlp:output"], model) == (Side("layers.1.mlp", "output"),)
 
 
 @pytest.mark.parametrize(
@@ -145,5 +146,5 @@ def test_resolve_keeps_the_order_of_the_model_and_each_side_once():
 )
 def test_resolve_refuses(pattern, message):
     with pytest.raises(ValueError, match=message) as error:
-        resolve([pattern], tiny_model())
+        resolve_sides([pattern], tiny_model())
     assert "\n" not in str(error.value)

@@ -25,13 +25,8 @@ from transformers import (
 
 from mpcache.config import CollectConfig
 from mpcache.hub import explain_hub_errors, hub_error
-from mpcache.model.loading import (
-    load_model,
-    model_digest,
-    model_provenance,
-    resolve_device,
-    tokenizer_digest,
-)
+from mpcache.model.loading import load_model, resolve_device
+from mpcache.model.model_identity import model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source
 from tests.helpers.models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
 

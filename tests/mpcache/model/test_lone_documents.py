@@ -13,7 +13,8 @@ from mpcache.collection.collect import collect
 from mpcache.config import RepairConfig
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
-from mpcache.model.hooks import Capture, Side, resolve
+from mpcache.model.hookpoint_patterns import Side, resolve_sides
+from mpcache.model.hooks import Capture
 from mpcache.model.loading import load_model
 from mpcache.model.splice import SplicedModel
 from mpcache.parallel.config import CollectParallelConfig
@@ -63,7 +64,7 @@ def test_rows_are_those_of_each_piece_alone(
 ) -> None:
     store = make_store(tmp_path, name, batch_sequences=batch_sequences, rows=400)
     model, _ = load_model(small_config(tmp_path, hookpoints=("x",), **LONE))
-    sides = resolve(KINDS[name], model)
+    sides = resolve_sides(KINDS[name], model)
     for part in store.part_numbers("tokens"):
         assert {len(piece) for piece in pieces_of(store, part)} > {16}, "short ones too"
         token_of_row = (

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 from mpcache.collection.collect import collect
-from mpcache.model.hooks import Side
-from mpcache.model.loading import model_digest
+from mpcache.model.hookpoint_patterns import Side
+from mpcache.model.model_identity import model_digest
 from mpcache.model.splice import SplicedModel
 from mpcache.store.format import BY_ASSISTANT
 from mpcache.store.reader import open_store

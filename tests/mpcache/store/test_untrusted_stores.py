@@ -17,7 +17,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
-from mpcache.model.hooks import resolve
+from mpcache.model.hookpoint_patterns import resolve_sides
 from mpcache.storage.base import open_storage
 from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
@@ -138,7 +138,7 @@ def test_modules_of_a_model_that_lead_astray() -> None:
     model = nn.Module()
     model.add_module("layers", nn.ModuleDict({"a": nn.Identity(), "x/y": nn.Identity()}))
     with pytest.raises(ValueError, match=r"matches the module 'layers.x/y'"):
-        resolve(("layers.*",), model)
+        resolve_sides(("layers.*",), model)
 
 
 @pytest.mark.parametrize("name", ["bad\x1b[31m", "bad\nname"])

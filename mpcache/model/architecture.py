@@ -1,0 +1,67 @@
+"""A model's architecture, from its config alone."""
+
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+)
+
+from mpcache.config import CollectConfig
+from mpcache.data.vocabulary import Tokenizer, Vocabulary, vocabulary_of
+from mpcache.errors import UsageError
+from mpcache.model.checkpoint_validation import (
+    check_settings,
+)
+from mpcache.model.gguf import check_gguf
+from mpcache.model.load_errors import explain_load_errors
+from mpcache.model.model_source import ModelSource, find_source
+from mpcache.model.remote_code import use_fresh_copies
+
+
+def allow_code(config: CollectConfig) -> None:
+    if config.trust_remote_code:
+        use_fresh_copies()
+
+
+def read_architecture(source: ModelSource, config: CollectConfig) -> PreTrainedConfig:
+    """The model's config, checked."""
+    check_settings(source)
+    allow_code(config)
+    with explain_load_errors(source, "model", config):
+        architecture: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.location, trust_remote_code=config.trust_remote_code, **source.options
+        )
+    check_architecture(architecture, config)
+    return architecture
+
+
+def check_architecture(architecture: PreTrainedConfig, config: CollectConfig) -> None:
+    if architecture.is_encoder_decoder:
+        raise UsageError(
+            f"a model must be a decoder or an encoder, got the encoder-decoder "
+            f"{architecture.model_type}; use another"
+        )
+    positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        check_positions(positions, config)
+
+
+def check_positions(positions: int, config: CollectConfig) -> None:
+    if positions < config.ctx_len:
+        raise UsageError(
+            f"ctx_len must not exceed the model's {positions} positions, got {config.ctx_len}; "
+            f"use {positions}"
+        )
+
+
+def load_architecture(config: CollectConfig) -> PreTrainedConfig:
+    """Raises UsageError where the user can help it, ConnectionError where the Hub is not there."""
+    source = find_source(config)
+    if source.gguf_path is not None:
+        check_gguf(source.gguf_path)
+    return read_architecture(source, config)
+
+
+def load_vocabulary(config: CollectConfig, tokenizer: Tokenizer) -> Vocabulary:
+    """The token ids that the model can read, by its config."""
+    size = getattr(load_architecture(config).get_text_config(), "vocab_size", None)
+    return vocabulary_of(tokenizer, size if isinstance(size, int) else None)
