@@ -82,7 +82,7 @@ def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     found = open_store(place).provenance["model"]
     assert found["model_files"] == f"sha256 {file_digest(file)}"
     assert found["model"] == "tiny.gguf"
-    monkeypatch.setattr("mpcache.collection.catalog.load_model", None)
+    monkeypatch.setattr("mpcache.collection.find_store.load_model", None)
     moved = file.rename(tmp_path / "moved.gguf")
     again = find_store(tmp_path / "root", dataclasses.replace(config, model=str(moved)))
     assert again.storage.address == place.address
