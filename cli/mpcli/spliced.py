@@ -8,7 +8,7 @@ def spliced_figures(
     folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
 ) -> dict[str, float | None]:
     """The language model and the coder meet here only: neither package knows the other's."""
-    from mpcache.model.hooks import Side
+    from mpcache.model.hookpoint_patterns import Side
     from mpcache.model.splice import SplicedModel
     from mptrain.coders.checkpoint import load_coder
     from mptrain.data.filters import filters_from_json

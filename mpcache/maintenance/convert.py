@@ -18,7 +18,7 @@ from mpcache.config import ConvertConfig
 from mpcache.errors import UsageError
 from mpcache.maintenance.copy import Moved, arrived, copy_part, receive, refuse_nesting
 from mpcache.maintenance.repartition import Repartition
-from mpcache.model.hookpoint_patterns import Side, check_segments, is_match, sides_of
+from mpcache.model.hookpoint_patterns import Side, matches_pattern, named_sides, pattern_segments
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
@@ -78,9 +78,9 @@ def select(patterns: tuple[str, ...], store: Store) -> tuple[Side, ...]:
     chosen: set[Side] = set()
     for pattern in patterns:
         hookpoint, colon, side = pattern.partition(":")
-        segments = check_segments(hookpoint)
-        names = [name for name in store.hookpoints if is_match(segments, name.split("."))]
-        found = {one for name in names for one in sides_of(name, side)} & set(there)
+        segments = pattern_segments(hookpoint)
+        names = [name for name in store.hookpoints if matches_pattern(segments, name.split("."))]
+        found = {one for name in names for one in named_sides(name, side)} & set(there)
         if not found or (colon and side not in ("input", "output")):
             raise UsageError(
                 f"hookpoints must be in the store, got {pattern!r}; "

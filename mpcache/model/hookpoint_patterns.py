@@ -13,11 +13,8 @@ from mpcache.validation import is_hookpoint
 
 SideName = Literal["input", "output"]
 
-
-# the last segment of a hookpoint that is an MLP, of which a transcoder needs both sides
+# last segments that name an MLP; a transcoder needs both sides of an MLP
 MLP_NAMES = {"mlp", "ffn", "ff", "feed_forward", "feedforward", "block_sparse_moe"}
-
-
 LIST_THEM = "`mpcache hookpoints MODEL` lists all that can be collected"
 
 
@@ -31,40 +28,46 @@ class Side:
     def __str__(self) -> str:
         return f"{self.hookpoint}:{self.side}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Side":
+        """The side that `str` writes in this way."""
+        hookpoint, _, side = text.rpartition(":")
+        return cls(hookpoint, "input" if side == "input" else "output")
+
 
 def resolve_sides(patterns: Iterable[str], model: nn.Module) -> tuple[Side, ...]:
-    """The sides that patterns name, in the model's order, each once.
+    """The sides that the patterns name, in the model's order, each once.
 
-    Raises UsageError for a pattern that is malformed or matches no module.
+    Raises UsageError for a malformed pattern and for a pattern that matches no module.
     """
     names = [name for name, _ in model.named_modules() if name]
-    wanted = {side for pattern in patterns for side in match(pattern, names, model)}
-    rank = {name: place for place, name in enumerate(names)}
-    return tuple(sorted(wanted, key=lambda side: (rank[side.hookpoint], side.side)))
+    sides = {side for pattern in patterns for side in _matching_sides(pattern, names, model)}
+    rank = {name: number for number, name in enumerate(names)}
+    return tuple(sorted(sides, key=lambda side: (rank[side.hookpoint], side.side)))
 
 
-def match(pattern: str, names: list[str], model: nn.Module) -> list[Side]:
-    """The sides that one pattern names; input sorts before output."""
+def _matching_sides(pattern: str, names: list[str], model: nn.Module) -> list[Side]:
+    """The sides that one pattern names; the input comes before the output."""
     hookpoint, colon, side = pattern.partition(":")
-    segments = check_segments(hookpoint)
+    segments = pattern_segments(hookpoint)
     if colon and side not in ("input", "output"):
         raise UsageError(f"a side must be input or output, got {side!r} in {pattern!r}")
-    found = [name for name in names if is_match(segments, name.split("."))]
-    if not found:
+    matches = [name for name in names if matches_pattern(segments, name.split("."))]
+    if not matches:
         raise UsageError(
             f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; "
-            f"near: {', '.join(near_names(hookpoint, names))}; {LIST_THEM}"
+            f"near: {', '.join(_similar_names(hookpoint, names))}; {LIST_THEM}"
         )
-    if strange := [name for name in found if not is_hookpoint(name)]:
+    if invalid := [name for name in matches if not is_hookpoint(name)]:
         raise UsageError(
-            f"{pattern} matches the module {strange[0]!r}, whose name cannot be a folder's; "
-            "name the others one by one"
+            f"{pattern} matches the module {invalid[0]!r}, whose name cannot be a folder's; "
+            "name the other modules one by one"
         )
-    return [side_ for name in found for side_ in sides_of(name, side)]
+    return [matched for name in matches for matched in named_sides(name, side)]
 
 
-def check_segments(hookpoint: str) -> list[str]:
-    """The segments of a hookpoint; it becomes a path in the store, so nothing may lead astray."""
+def pattern_segments(hookpoint: str) -> list[str]:
+    """The segments of a hookpoint, safe as a path, because the store has a folder of that name."""
     segments = hookpoint.split(".")
     if not hookpoint.isprintable() or re.search(r"[\s/\\]", hookpoint) or "" in segments:
         raise UsageError(
@@ -75,26 +78,26 @@ def check_segments(hookpoint: str) -> list[str]:
     return segments
 
 
-def is_match(pattern: list[str], segments: list[str]) -> bool:
+def matches_pattern(pattern: list[str], segments: list[str]) -> bool:
     return len(pattern) == len(segments) and all(
-        wanted in ("*", got) for wanted, got in zip(pattern, segments, strict=True)
+        wanted in ("*", segment) for wanted, segment in zip(pattern, segments, strict=True)
     )
 
 
-def sides_of(hookpoint: str, side: str) -> list[Side]:
-    """The side asked for; without one, the output, and for an MLP both."""
+def named_sides(hookpoint: str, side: str) -> list[Side]:
+    """The named side. Without a name: the output, and for an MLP both sides."""
     if side == "input":
         return [Side(hookpoint, "input")]
     is_both = not side and hookpoint.rpartition(".")[2].lower() in MLP_NAMES
     return [Side(hookpoint, "input")] * is_both + [Side(hookpoint, "output")]
 
 
-def near_names(hookpoint: str, names: list[str]) -> list[str]:
-    """The model's names most like a wrong one, first as patterns."""
+def _similar_names(hookpoint: str, names: list[str]) -> list[str]:
+    """The model's names most similar to a wrong name; patterns come first."""
     patterns = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in names))
     starred = re.sub(r"\b\d+\b", "*", hookpoint)
-    near = [
+    similar = [
         *get_close_matches(starred, patterns, n=3, cutoff=0.5),
         *get_close_matches(hookpoint, names, n=3, cutoff=0.6),
     ]
-    return list(dict.fromkeys(near)) or patterns[:5]
+    return list(dict.fromkeys(similar)) or patterns[:5]

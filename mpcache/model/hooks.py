@@ -22,13 +22,6 @@ from mpcache.model.hookpoint_patterns import (
 
 PROBE = (2, 3)  # B, L of the pass that measures; unlike, so that swapped axes show
 
-    @classmethod
-    def parse(cls, text: str) -> "Side":
-        """The side that `str` writes so."""
-        hookpoint, _, side = text.rpartition(":")
-        return cls(hookpoint, "input" if side == "input" else "output")
-
-
 Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
 
 

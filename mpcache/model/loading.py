@@ -20,7 +20,7 @@ from transformers import (
 from mpcache.config import CollectConfig
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer
 from mpcache.errors import UsageError, first_line
-from mpcache.model.architecture import allow_code, check_positions, read_architecture
+from mpcache.model.architecture import check_positions, prepare_remote_code, read_architecture
 from mpcache.model.checkpoint_validation import (
     check_loaded,
     check_model_files,
@@ -39,7 +39,7 @@ from mpcache.model.position_table import usable_positions
 Head = Literal["causal", "masked"]
 
 
-def resolve_device(name: str) -> torch.device:
+def available_device(name: str) -> torch.device:
     """`auto` takes the first GPU, else the CPU."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -68,7 +68,7 @@ def load_tokenizer(config: CollectConfig, source: ModelSource | None = None) -> 
 
 
 def load_fast_tokenizer(source: ModelSource, config: CollectConfig) -> PreTrainedTokenizerBase:
-    allow_code(config)
+    prepare_remote_code(config)
     with explain_load_errors(source, "tokenizer of", config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
@@ -109,7 +109,7 @@ def load_model(
 
     Raises UsageError where the user can help it, ConnectionError where the Hub could not be asked.
     """
-    device, source = resolve_device(config.device), source or find_source(config)
+    device, source = available_device(config.device), source or find_source(config)
     tensors = check_model_files(source)
     tokenizer = tokenizer or load_tokenizer(config, source)
     if device.type == "cpu":

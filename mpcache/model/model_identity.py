@@ -5,31 +5,27 @@ import json
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer
 from mpcache.model.model_source import ModelSource, short_name
 from mpcache.model.remote_code import code_digest
 
-# what differs between two copies of the same weights: where they lie, who wrote them, how they run
-VOLATILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-
-
-VOLATILE |= {"_model_name_or_path"}  # a title in a .gguf file
-
-
-LIBRARIES = ("mpcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
+# settings that may differ between copies of the same weights: folder, author, how the model runs
+_VOLATILE = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
+    "_model_name_or_path",  # a title in a .gguf file
+}  # fmt: skip
+_LIBRARIES = ("mpcache", "torch", "transformers", "tokenizers", "datasets", "zarr", "numpy")
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """sha256 of the architecture and the weights as computed with, however they are stored.
+    """sha256 of the architecture and of the weights as the model computes with them.
 
-    Of code that came with the model too, where there is any.
+    How files store the weights does not matter. Code that comes with the model counts as well.
     """
     digest = hashlib.sha256()
-    settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE}
+    settings = {k: v for k, v in model.config.to_diff_dict().items() if k not in _VOLATILE}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
@@ -41,10 +37,10 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
-    """sha256 of what turns text into tokens; not of padding and truncation, which calls change.
+    """sha256 of all that turns text into tokens, without padding and truncation.
 
-    None for a model without a tokenizer: its config, which tells the special tokens, is a part of
-    the model's own digest.
+    None for a model without a tokenizer: the model's own digest covers its config, which names the
+    special tokens.
     """
     if isinstance(tokenizer, ConfigTokens):
         return None
@@ -60,17 +56,18 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str | None:
 
 
 def model_provenance(model: PreTrainedModel, source: ModelSource) -> dict[str, str | None]:
-    """Where the model comes from and what computes it; `model_revision` is for the Hub alone."""
+    """Source of the model, and the libraries that run it. Only Hub models have a revision."""
     return {
         "model": source.name if source.folder is None else short_name(source.name),
         "model_revision": source.commit,
         "model_class": type(model).__name__,
         "attention": model.config._attn_implementation,
-        **{f"{library}_version": library_version(library) for library in LIBRARIES},
+        **{f"{library}_version": library_version(library) for library in _LIBRARIES},
     }
 
 
 def library_version(library: str) -> str | None:
+    """The installed version; None for a library that is not installed."""
     try:
         return version(library)
     except PackageNotFoundError:

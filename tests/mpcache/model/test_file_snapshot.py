@@ -204,7 +204,8 @@ def test_code_in_the_common_cache_is_not_run(tmp_path):
     script = f"""
 import sys, pathlib
 from mpcache.config import CollectConfig
-from mpcache.model.loading import load_model, model_digest
+from mpcache.model.loading import load_model
+from mpcache.model.model_identity import model_digest
 if sys.argv[1] == "plain":
     from transformers import AutoModel
     AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)

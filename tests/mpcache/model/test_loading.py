@@ -25,7 +25,7 @@ from transformers import (
 
 from mpcache.config import CollectConfig
 from mpcache.hub import explain_hub_errors, hub_error
-from mpcache.model.loading import load_model, resolve_device
+from mpcache.model.loading import available_device, load_model
 from mpcache.model.model_identity import model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source
 from tests.helpers.models import save_tiny, tiny_model, tiny_tokenizer, transformers_log
@@ -158,7 +158,7 @@ def test_an_error_that_is_not_the_hubs_stays_itself():
 
 
 def test_resolve_device():
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert available_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --- identity ---
