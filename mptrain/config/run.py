@@ -23,7 +23,6 @@ _LEAST = {
     "skip_positions": 0,
     "order_seed": 0,
     "window_rows": 1,
-    "window_bytes": 1,
     "read_threads": 1,
     "log_every": 1,
     "eval_every": 1,
@@ -68,8 +67,6 @@ class DataSettings:
     "seed of the order of rows"
     window_rows: int = 131_072
     "rows per shuffle window (two are held in memory); changes the row order, as order_seed does"
-    window_bytes: int = 4_000_000_000
-    "most bytes that the two shuffle windows may take; a run that needs more is refused"
     follow: bool = False
     "train while a collection still runs: wait until it has written all parts that it plans"
     allow_nonfinite: bool = False
@@ -102,8 +99,6 @@ class RunSettings:
     "also send metrics to: tensorboard (files in RUN/tensorboard), wandb (Weights & Biases)"
     save_every: int = 200
     "train steps between two saved states; an interrupted run continues from the last one"
-    save_minutes: float | None = None
-    "save a state also after this many minutes"
     max_memory: int | None = None
     "bytes for the coders in each process; a grid that needs more is trained in several passes"
     device: str = "auto"
@@ -136,8 +131,6 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
                 f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
             )
         check_cache_limit(self.cache_dir, self.cache_bytes)
-        if self.save_minutes is not None and not 0 < self.save_minutes < math.inf:
-            raise UsageError(f"save_minutes must be positive and finite, got {self.save_minutes}")
 
     def _check_filters(self) -> None:
         for token in self.skip_tokens:

@@ -1,5 +1,6 @@
-"""The store that a run trains on: waited for, whole, and with rows for it, or refused in words."""
+"""Checks of a store before a run trains on it; waiting for a collection that is under way."""
 
+import os
 import time
 import warnings
 from collections.abc import Collection, Sequence
@@ -13,7 +14,7 @@ from mptrain.data.loader import Split, Store, open_store, row_bytes
 from mptrain.data.part_ranges import format_ranges
 
 _SPLITS: tuple[Split, ...] = ("train", "validation")
-_LOOK_EVERY = 1.0  # seconds
+_POLL_SECONDS = 1.0
 
 
 def open_trainable_store(
@@ -23,10 +24,10 @@ def open_trainable_store(
     *,
     quiet: bool = True,
 ) -> Store:
-    """Open the store of a run; `only_parts` are those that it reads, all if None.
+    """Open the store of a run, limited to the given parts; None: all of them.
 
     Raises:
-        ValueError: with a remedy, where the store or the filters leave no rows to train on.
+        UsageError: a run cannot train on the store, for example because it has too few rows.
     """
     cache = config.cache_dir, config.cache_bytes
     if only_parts is not None:
@@ -35,11 +36,11 @@ def open_trainable_store(
         store = await_parts(config.store, sides, *cache, quiet=quiet)
     else:
         store = open_store(config.store, *cache)
-    _refuse_skipping_all(config, store)
-    _refuse_uneven(store, sides)
-    _refuse_nonfinite(config, store, sides)
-    _refuse_small(config, store, sides)
-    _refuse_large_windows(config, store, sides)
+    _check_skip_positions(config, store)
+    _check_equal_parts(store, sides)
+    _check_finite(config, store, sides)
+    _check_enough_rows(config, store, sides)
+    check_window_memory(store, sides, config.window_rows, _machine_memory())
     return store
 
 
@@ -51,49 +52,49 @@ def await_parts(
     *,
     quiet: bool = True,
 ) -> Store:
-    """The store once its collection has committed all that it plans of these sides."""
-    told = f"waiting for {', '.join(map(':'.join, sides))} in {path}"
-    is_told = False
-    with tqdm(desc=told, unit="part", disable=quiet) as bar:
+    """Wait until a collection has committed all planned parts of these sides; return the store."""
+    title = f"waiting for {', '.join(map(':'.join, sides))} in {path}"
+    has_warned = False
+    with tqdm(desc=title, unit="part", disable=quiet) as bar:
         while True:
             store = open_store(path, cache_dir, cache_bytes)
-            planned, done = store.planned_parts, _common_parts(store, sides)
+            planned, done = store.planned_parts, _committed_parts(store, sides)
             bar.total, bar.n = len(planned), len(done & set(planned))
             bar.refresh()
             if store.is_planned and done >= set(planned):
                 return store
-            if not is_told and (warning := _doubt(store, sides)):
+            if not has_warned and (warning := _endless_wait_warning(store, sides)):
                 warnings.warn(warning, RuntimeWarning, stacklevel=2)
-                is_told = True
-            time.sleep(_LOOK_EVERY)
+                has_warned = True
+            time.sleep(_POLL_SECONDS)
 
 
-def _doubt(store: Store, sides: Sequence[Side]) -> str | None:
-    """What may be wrong where all that was collected is whole, and a side was never begun."""
-    there = [(name, side) for name in store.hookpoints for side in store.sides(name)]
-    absent = [side for side in sides if side not in there]
-    is_whole = all(common_parts(store, [side]) >= set(store.planned_parts) for side in there)
-    if not (store.is_planned and there and absent and is_whole):
+def _endless_wait_warning(store: Store, sides: Sequence[Side]) -> str | None:
+    """Return a warning where the collection is complete and some of the sides are not in it."""
+    collected = [(name, side) for name in store.hookpoints for side in store.sides(name)]
+    absent = [side for side in sides if side not in collected]
+    is_complete = all(common_parts(store, [side]) >= set(store.planned_parts) for side in collected)
+    if not (store.is_planned and collected and absent and is_complete):
         return None
     return (
-        f"{store.storage} is whole, with {', '.join(map(':'.join, there))}, and has nothing of "
-        f"{', '.join(map(':'.join, absent))}; the fit waits until that is collected"
+        f"{store.storage} is complete, with {', '.join(map(':'.join, collected))}, and has nothing "
+        f"of {', '.join(map(':'.join, absent))}; the fit waits until that is collected"
     )
 
 
-def _common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
-    """Parts that all sides have; none where a side has yet to be begun."""
+def _committed_parts(store: Store, sides: Sequence[Side]) -> set[int]:
+    """Numbers of the parts that all sides have; none where a side is not in the store yet."""
     if not all(hookpoint in store.hookpoints for hookpoint, _ in sides):
         return set()
     return common_parts(store, sides)
 
 
 def common_parts(store: Store, sides: Sequence[Side]) -> set[int]:
-    """Parts of both splits that all of these sides have."""
+    """Return the numbers of the parts, of both splits, that all of these sides have."""
     return {part.number for split in _SPLITS for part in store.parts(sides, split)}
 
 
-def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
+def _check_skip_positions(config: RunConfig, store: Store) -> None:
     if config.skip_positions >= store.ctx_len:
         raise UsageError(
             "skip_positions must be less than ctx_len, got "
@@ -101,35 +102,39 @@ def _refuse_skipping_all(config: RunConfig, store: Store) -> None:
         )
 
 
-def _refuse_uneven(store: Store, sides: Sequence[Side]) -> None:
-    """Common parts alone would make a coder's rows depend on its companions."""
-    found = {side: common_parts(store, [side]) for side in sides}
-    everything = set[int]().union(*found.values())
-    if any(parts != everything for parts in found.values()):
-        told = "; ".join(
+def _check_equal_parts(store: Store, sides: Sequence[Side]) -> None:
+    """All sides must have the same parts, else a coder's rows would depend on the other coders."""
+    by_side = {side: common_parts(store, [side]) for side in sides}
+    all_parts = set[int]().union(*by_side.values())
+    if any(parts != all_parts for parts in by_side.values()):
+        details = "; ".join(
             f"{':'.join(side)} has parts {format_ranges(parts) or 'none'}"
-            for side, parts in found.items()
+            for side, parts in by_side.items()
         )
         raise UsageError(
-            f"the sides in {store.storage} have different parts ({told}); "
+            f"the sides in {store.storage} have different parts ({details}); "
             "collect the missing parts, wait for a collection that is under way with --follow, "
             "or fit the sides in separate runs"
         )
 
 
-def _refuse_nonfinite(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
+def _check_finite(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
     bad = {":".join(side): count for side in sides if (count := store.acts.nonfinite(*side))}
     if bad and not config.allow_nonfinite:
-        told = ", ".join(f"{count} in {side}" for side, count in bad.items())
+        details = ", ".join(f"{count} in {side}" for side, count in bad.items())
         raise UsageError(
-            f"{config.store} holds non-finite values ({told}); "
+            f"{config.store} holds non-finite values ({details}); "
             "collect with another --model-dtype or --dtype, or leave such rows out with "
             "--allow-nonfinite"
         )
 
 
-def refuse_constant(store: Store, sides: Sequence[Side]) -> None:
-    """ValueError for a side whose train rows are equal: losses are shares of its variance."""
+def check_variance(store: Store, sides: Sequence[Side]) -> None:
+    """Check that the train rows of each side differ: losses are divided by their variance.
+
+    Raises:
+        UsageError: all train rows of a side are equal, or none is finite.
+    """
     for side in sides:
         if not float(store.acts.moments(*side, "train")[1].sum()) > 0:
             raise UsageError(
@@ -138,7 +143,7 @@ def refuse_constant(store: Store, sides: Sequence[Side]) -> None:
             )
 
 
-def _refuse_small(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
+def _check_enough_rows(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
     rows = sum(part.rows for part in store.parts(sides, "train"))
     if rows < config.batch_rows:
         fewer = f", or use --batch-rows {rows} or less" if rows else ""
@@ -148,13 +153,24 @@ def _refuse_small(config: RunConfig, store: Store, sides: Sequence[Side]) -> Non
         )
 
 
-def _refuse_large_windows(config: RunConfig, store: Store, sides: Sequence[Side]) -> None:
+def check_window_memory(
+    store: Store, sides: Sequence[Side], window_rows: int, memory_bytes: int
+) -> None:
+    """Check that the two shuffle windows fit into the memory of the machine.
+
+    Raises:
+        UsageError: they do not fit; the message names the largest `window_rows` that does.
+    """
     per_row = 2 * row_bytes(store, sides)
-    needed = per_row * max(config.window_rows, store.chunk_rows)  # a window is a chunk at least
-    if needed > config.window_bytes:
+    needed = per_row * max(window_rows, store.chunk_rows)  # a window is a chunk at least
+    if needed > memory_bytes:
         raise UsageError(
-            f"two windows of {config.window_rows} rows on {len(sides)} sides take {needed} bytes, "
-            f"more than window_bytes={config.window_bytes}; use --window-rows "
-            f"{max(1, config.window_bytes // per_row)} or less, in all runs that are to be "
-            f"compared, or --window-bytes {needed} or more"
+            f"two windows of {window_rows} rows on {len(sides)} sides take {needed} bytes, this "
+            f"machine has {memory_bytes}; use --window-rows "
+            f"{max(1, memory_bytes // per_row)} or less, in all runs that are to be compared"
         )
+
+
+def _machine_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,5 +1,6 @@
 """Stores that a run cannot use are refused with a remedy; those under way are waited for."""
 
+import os
 import shutil
 import threading
 import time
@@ -15,7 +16,7 @@ from mpcache.store.reader import open_store
 from mptrain.config.fit import FitConfig
 from mptrain.data import preflight as suited
 from mptrain.data.part_ranges import format_ranges, parse_ranges
-from mptrain.data.preflight import await_parts, open_trainable_store
+from mptrain.data.preflight import await_parts, check_window_memory, open_trainable_store
 from mptrain.runs.fit import fit, plan_fit
 from tests.helpers.stores import small_store, write_corpus
 
@@ -61,7 +62,6 @@ def go_on(begun: Path, made: Path) -> None:
     [
         ({"batch_rows": 2048, "rows": 4096}, r"too few for one batch of 2048; collect more rows, .*"
          r"--follow, or use --batch-rows \d+ or less"),
-        ({"window_bytes": 1000}, r"more than window_bytes=1000; use --window-rows \d+ or less"),
         ({"hookpoints": ("layers.7",)}, "has no hookpoint 'layers.7'; it has layers.0, layers.1"),
         ({"hookpoints": ("layers.0",), "kind": ("transcoder",)},
          "has no input of layers.0, only its output; collect it with --hookpoints layers.0:input"),
@@ -75,12 +75,16 @@ def test_messages_name_the_remedy(made: Path, changes: dict[str, object], told: 
     assert "\n" not in str(error.value)
 
 
-def test_windows_within_the_bound_are_taken(made: Path) -> None:
+def test_windows_must_fit_into_the_memory_of_the_machine(made: Path) -> None:
     needed = 2 * 128 * 16 * 2  # two windows of 128 rows, 16 bfloat16 values each
-    assert open_store(made).width(*MLP) == 16
-    open_trainable_store(config(made, window_rows=128, window_bytes=needed), [MLP])
+    store = open_store(made)
+    assert store.width(*MLP) == 16
+    check_window_memory(store, [MLP], 128, needed)
     with pytest.raises(ValueError, match="use --window-rows 127 or less"):
-        open_trainable_store(config(made, window_rows=128, window_bytes=needed - 1), [MLP])
+        check_window_memory(store, [MLP], 128, needed - 1)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with pytest.raises(ValueError, match=f"this machine has {memory}"):
+        open_trainable_store(config(made, window_rows=10**12), [MLP])
 
 
 def test_a_store_under_way_is_trained_on_as_far_as_it_is_committed(begun: Path) -> None:
@@ -110,7 +114,7 @@ def test_a_side_that_nobody_collects_is_doubted_once(
     monkeypatch.setattr(time, "sleep", look)
     with (
         pytest.warns(
-            RuntimeWarning, match="is whole, with layers.0:output, .*layers.7:out"
+            RuntimeWarning, match="is complete, with layers.0:output, .*layers.7:out"
         ) as told,
         pytest.raises(KeyboardInterrupt),
     ):
@@ -127,7 +131,7 @@ def test_sides_under_way_are_waited_for_or_refused(begun: Path, made: Path) -> N
 def test_follow_waits_and_trains_as_on_the_finished_store(
     begun: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suited, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(suited, "_POLL_SECONDS", 0.01)
     collector = threading.Thread(target=go_on, args=(begun, made))
     collector.start()
     followed = fit(config(begun, run=str(tmp_path / "followed"), follow=True))
@@ -135,7 +139,10 @@ def test_follow_waits_and_trains_as_on_the_finished_store(
     whole = fit(config(made, run=str(tmp_path / "whole")))
     clocks = ("train_seconds", "rows_per_second")
     for one, other in zip(followed, whole, strict=True):
-        assert {**one, **dict.fromkeys(clocks)} == {**other, **dict.fromkeys(clocks)}
+        assert {**one.to_json(), **dict.fromkeys(clocks)} == {
+            **other.to_json(),
+            **dict.fromkeys(clocks),
+        }
     for file in (tmp_path / "whole").glob("coders/*/coder.safetensors"):
         other = load_file(tmp_path / "followed" / file.relative_to(tmp_path / "whole"))
         assert all(torch.equal(t, other[name]) for name, t in load_file(file).items())
