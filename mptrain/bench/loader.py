@@ -20,9 +20,10 @@ from mptrain.config.architectures import Arch
 from mptrain.config.coder import all_sides
 from mptrain.config.fit import FitConfig
 from mptrain.config.sides import Side
+from mptrain.data.columns import SEQUENCE, RowField
 from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Store, open_store
-from mptrain.data.windows import SEQUENCE, RowField, endless_plans
+from mptrain.data.window_plans import endless_plans
 from mptrain.kernels.device import resolve_device
 from mptrain.training.setup import make_coder_run
 
@@ -107,7 +108,7 @@ def open_loader(
     *,
     batch_rows: int | None = None,
     device: torch.device | None = None,
-    facts: Sequence[RowField] = (),
+    row_fields: Sequence[RowField] = (),
 ) -> Loader:
     """The loader of a run with these settings; keyword arguments replace settings."""
     return Loader(
@@ -119,7 +120,7 @@ def open_loader(
         window_rows=config.window_rows,
         threads=config.read_threads,
         device=device or resolve_device(config.device),
-        facts=facts,
+        row_fields=row_fields,
     )
 
 
@@ -178,7 +179,7 @@ def read_bare(config: LoaderBenchConfig, store: Store, sides: Sequence[Side]) ->
     def decode(_: int) -> int:
         # fresh memory would cost as much as reading into it
         buffers = [
-            column.shaped(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
+            column.view(torch.empty(chunk_rows * column.row_bytes, dtype=torch.uint8))
             for column in columns
         ]
         rows = 0
@@ -209,10 +210,10 @@ def measure_mixing(
     batch_rows: int = _MIXING_BATCH_ROWS,
 ) -> Mixing:
     """Count sequences in the first 100 batches, which come from several windows if possible."""
-    with open_loader(config, store, sides, batch_rows=batch_rows, facts=[SEQUENCE]) as loader:
+    with open_loader(config, store, sides, batch_rows=batch_rows, row_fields=[SEQUENCE]) as loader:
         batches = max(1, min(_MIXING_BATCHES, loader.rows // batch_rows))
         counts = [
-            len(torch.unique(batch.facts[SEQUENCE])) for batch in islice(loader.batches(), batches)
+            len(torch.unique(batch.fields[SEQUENCE])) for batch in islice(loader.batches(), batches)
         ]
         sequences = loader.rows // store.ctx_len
     distinct = sum(counts) / len(counts)

@@ -1,4 +1,4 @@
-"""Which rows a coder takes: filters at read time, by position, token and its own sides alone.
+"""Filters of rows at read time: by position, by token, and by the norms of a coder's own sides.
 
 B rows in a batch.
 """
@@ -14,41 +14,41 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mptrain.config.run import OnlyTokens, RunConfig
 from mptrain.config.sides import Side
-from mptrain.data.loader import Batch, Store, refuse_without_assistant
-from mptrain.data.windows import ASSISTANT, TOKEN, RowField, norm_of
+from mptrain.data.columns import ASSISTANT, TOKEN, RowField, norm_of
+from mptrain.data.loader import Batch, Store, check_assistant_known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What leaves a row out. A coder's are the same whatever is trained beside it."""
+    """Which rows a coder trains on. They do not depend on the other coders of the run."""
 
     skip_positions: int = 0
     skip_tokens: tuple[int, ...] = ()
     norm_limits: Mapping[Side, float]
-    "largest norm of a row that is taken; none for a side that is not named"
+    "largest norm of a row that is kept, by side; other sides have no limit"
     allow_nonfinite: bool = False
-    "there may be rows with non-finite values, and they are left out"
+    "whether the store may hold rows with non-finite values, which are then left out"
     only_tokens: OnlyTokens = "all"
-    "whose tokens' rows are taken"
+    "rows to keep: of all tokens, or of those that an assistant wrote"
 
     @property
-    def facts(self) -> tuple[RowField, ...]:
-        """What a loader has to tell of each row."""
+    def row_fields(self) -> tuple[RowField, ...]:
+        """Row fields that the filters need from a loader."""
         tokens = (TOKEN,) if self.skip_tokens else ()
         assistant = (ASSISTANT,) if self.only_tokens == "assistant" else ()
         return (*tokens, *assistant, *map(norm_of, self.norm_limits))
 
     def usable(self, batch: Batch, sides: Sequence[Side]) -> Bool[Tensor, " B"]:
-        """Rows that can be coded at all: finite on the named sides."""
+        """Return which rows can be coded at all: those that are finite on the given sides."""
         usable_B = torch.ones_like(batch.positions_B, dtype=torch.bool)
         for side in set(sides) if self.allow_nonfinite else ():
             usable_B &= batch.values[side].isfinite().all(dim=1)
         return usable_B
 
     def kept(self, batch: Batch, sides: Sequence[Side]) -> Bool[Tensor, " B"]:
-        """Rows that a coder of these sides takes."""
-        norms = {side: batch.facts[norm_of(side)] for side in self.of(sides).norm_limits}
-        tokens, assistant = batch.facts.get(TOKEN), batch.facts.get(ASSISTANT)
+        """Return which rows a coder of these sides trains on."""
+        norms = {side: batch.fields[norm_of(side)] for side in self.of(sides).norm_limits}
+        tokens, assistant = batch.fields.get(TOKEN), batch.fields.get(ASSISTANT)
         kept_B = self.of(sides).passed(batch.positions_B, tokens, norms, assistant)
         return kept_B & self.usable(batch, sides)
 
@@ -59,9 +59,10 @@ class Filters:
         norms: Mapping[Side, Tensor],
         assistant: Tensor | None = None,
     ) -> Tensor:
-        """Which rows pass, given in any shape; tokens are needed where some are skipped.
+        """Return which rows pass; positions, tokens and norms have the same shape, whatever it is.
 
-        `assistant`, whether the assistant wrote the token, is needed where only such are taken.
+        Tokens are needed where some are skipped. `assistant` says whether an assistant wrote the
+        token; it is needed where only such tokens are kept.
         """
         passed = positions >= self.skip_positions
         if self.skip_tokens:
@@ -75,18 +76,18 @@ class Filters:
         return passed
 
     def of(self, sides: Sequence[Side]) -> "Filters":
-        """Those of a coder of these sides."""
+        """Return the filters of a coder of these sides."""
         return replace(self, norm_limits={s: n for s, n in self.norm_limits.items() if s in sides})
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, from which `filters_from_json` makes the same filters again."""
+        """Return plain values, from which `filters_from_json` makes equal filters."""
         limits = {":".join(side): limit for side, limit in self.norm_limits.items()}
         return {**asdict(replace(self, norm_limits={})), "norm_limits": limits}
 
 
 def filters_from_json(trained: Mapping[str, Any]) -> Filters:
-    """The filters that a coder was trained with."""
-    limits = trained.get("norm_limits", {})  # as tokens below: not in coders of earlier versions
+    """Return the filters that a coder was trained with; `trained` is from its `coder.json`."""
+    limits = trained.get("norm_limits", {})  # coders of earlier versions lack some of these
     return Filters(
         skip_positions=trained["skip_positions"],
         skip_tokens=tuple(trained.get("skip_tokens", ())),
@@ -97,9 +98,13 @@ def filters_from_json(trained: Mapping[str, Any]) -> Filters:
 
 
 def make_filters(config: RunConfig, store: Store, sides: Sequence[Side]) -> Filters:
-    """The filters of a run. ValueError: the store does not know what a filter asks for."""
+    """Return the filters of a run.
+
+    Raises:
+        UsageError: the store does not record what a filter needs, or has no such token.
+    """
     if config.only_tokens == "assistant":
-        refuse_without_assistant(store)
+        check_assistant_known(store)
     limits = {}
     if config.max_norm is not None:
         limits = {side: config.max_norm * median_norm(store, side) for side in sides}
@@ -113,7 +118,10 @@ def make_filters(config: RunConfig, store: Store, sides: Sequence[Side]) -> Filt
 
 
 def median_norm(store: Store, side: Side) -> float:
-    """Of the finite rows of the first train part: the same however far the store has grown."""
+    """Return the median norm of the finite rows of the first train part.
+
+    The first part alone, so that the median stays the same when the store grows.
+    """
     norms = store.acts.read_norms(*side, store.parts([side], "train")[0].number)
     return float(norms[norms.isfinite()].median())
 

@@ -1,4 +1,4 @@
-"""The order in which an epoch reads a split: shuffled chunks, mixed a window at a time.
+"""The order in which an epoch reads a split: chunks are shuffled, then rows within windows.
 
 Pure arithmetic on sizes: the same on every machine and with every version of NumPy, of which only
 streams with a stability promise are used (SeedSequence, Philox; see NEP 19).
@@ -16,15 +16,19 @@ from mpcache.errors import UsageError
 Integers = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-# Each round leaves an index where it is or sends it to a uniform place, by a fair coin: after 64
-# rounds a place's probability is uniform to 2^-64, for any n.
+# Each round keeps an index or sends it to a uniformly drawn one, by a fair coin: after 64 rounds
+# the probability of each result is uniform to 2^-64, for any n.
 ROUNDS = 64
 
 
 def epoch_order(
     part_sizes: Sequence[int], chunk_rows: int, *, seed: int, epoch: int, window: int
 ) -> "EpochOrder":
-    """A permutation of all rows of parts with `part_sizes` rows; `window` is in chunks."""
+    """Return a permutation of all rows of parts with `part_sizes` rows; `window` is in chunks.
+
+    Raises:
+        UsageError: an argument is too small, or there are no rows.
+    """
     for name, value, least in (
         ("chunk_rows", chunk_rows, 1),
         ("window", window, 1),
@@ -52,7 +56,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Window:
-    """Chunks whose rows are mixed."""
+    """Chunks whose rows are shuffled together."""
 
     chunks: tuple[Chunk, ...]
     key: tuple[int, int, int]
@@ -64,10 +68,10 @@ class Window:
 
     def permutation(self) -> Integers:
         """Row `i` of the window's order is row `permutation()[i]` of its chunks laid end to end."""
-        seed, *place = self.key
-        noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=place))
-        # the low bits make room for the row: words that all differ sort alike everywhere, and
-        # sorting them takes a tenth of the time of sorting their places
+        seed, *epoch_and_number = self.key
+        noise = np.random.Philox(np.random.SeedSequence(seed, spawn_key=epoch_and_number))
+        # the low bits hold the row: distinct words sort the same way everywhere, and sorting them
+        # takes a tenth of the time of an argsort
         row_bits = np.uint64((1 << self.rows.bit_length()) - 1)
         words = (noise.random_raw(self.rows) & ~row_bits) | np.arange(self.rows, dtype=np.uint64)
         words.sort()
@@ -75,7 +79,7 @@ class Window:
 
 
 class EpochOrder:
-    """Windows in the order of reading; O(parts) memory, O(window) for one of them."""
+    """Windows in the order of reading; O(parts) memory, and O(window) for each window."""
 
     def __init__(
         self, part_sizes: Sequence[int], chunk_rows: int, key: tuple[int, int], window: int
@@ -89,11 +93,11 @@ class EpochOrder:
         self.windows = -(-int(self._first[-1]) // window)
 
     def _find_short(self, missing: Integers) -> None:
-        """Where the short last chunks came to lie: what a seek must leave out of its count."""
+        """Find the shuffled positions of short last chunks, which a seek must account for."""
         short = missing > 0
-        places = self._shuffle.inverse(self._first[1:][short] - 1)
-        sort = np.argsort(places)
-        self._short_places = places[sort]
+        positions = self._shuffle.inverse(self._first[1:][short] - 1)
+        sort = np.argsort(positions)
+        self._short_positions = positions[sort]
         self._missing = np.concatenate([[0], np.cumsum(missing[short][sort])])
 
     def __len__(self) -> int:
@@ -102,19 +106,19 @@ class EpochOrder:
 
     def start(self, number: int) -> int:
         """Rows before the window of that number."""
-        place = min(number * self._window, int(self._first[-1]))
-        short = np.searchsorted(self._short_places, place)
-        return place * self._chunk_rows - int(self._missing[short])
+        index = min(number * self._window, int(self._first[-1]))
+        short = np.searchsorted(self._short_positions, index)
+        return index * self._chunk_rows - int(self._missing[short])
 
     def locate(self, offset: int) -> tuple[int, int]:
-        """Number of the window that holds row `offset` of the epoch, and its rows before that."""
+        """Return the number of the window that holds row `offset`, and its rows before that row."""
         if not 0 <= offset < len(self):
             raise UsageError(f"offset must be in [0, {len(self)}), got {offset}")
         number = bisect.bisect_right(range(self.windows), offset, key=self.start) - 1
         return number, offset - self.start(number)
 
     def window(self, number: int) -> Window:
-        """The chunks of a window, in the order in which they are laid end to end."""
+        """Return the chunks of a window, in the order in which they are laid end to end."""
         if not 0 <= number < self.windows:
             raise IndexError(f"window must be in [0, {self.windows}), got {number}")
         end = min((number + 1) * self._window, int(self._first[-1]))

@@ -20,6 +20,7 @@ from mptrain.coders.fvu import Fvu
 from mptrain.config.checks import check_cache_limit
 from mptrain.config.coder import Codes
 from mptrain.config.sides import Side
+from mptrain.data.batches import release_after_use
 from mptrain.data.filters import Filters, filters_from_json
 from mptrain.data.loader import Batch, Loader, Split, Store, open_store
 from mptrain.evals.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
@@ -116,7 +117,7 @@ def evaluate_coder(
     of_k = dict.fromkeys(ks, coder) | others
     with _loader(store, sides, "validation", filters, place) as loader:
         coders = [(of_k[k], k, c) for c in codes for k in ks]
-        return evaluate(coders, loader.one_pass(rows), filters)
+        return evaluate(coders, release_after_use(loader.one_pass(rows)), filters)
 
 
 def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
@@ -125,14 +126,20 @@ def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> Non
         (coder, coder.config.sides) for coder in coders if coder.config.architecture.has_threshold
     ]
     if with_sides:
-        set_thresholds_(with_sides, loader.one_pass(MOST_ROWS_READ), filters)
+        set_thresholds_(with_sides, release_after_use(loader.one_pass(MOST_ROWS_READ)), filters)
 
 
 def _loader(
     store: Store, sides: Sequence[Side], split: Split, filters: Filters, device: torch.device
 ) -> Loader:
     return Loader(
-        store, sides, split, batch_rows=_BATCH_ROWS, seed=0, device=device, facts=filters.facts
+        store,
+        sides,
+        split,
+        batch_rows=_BATCH_ROWS,
+        seed=0,
+        device=device,
+        row_fields=filters.row_fields,
     )
 
 

@@ -21,9 +21,9 @@ from mpcache.maintenance.verify import verify
 from mpcache.store.reader import Store, open_store
 from mptrain.coders.checkpoint import load_coder
 from mptrain.config.fit import FitConfig
+from mptrain.data.columns import ASSISTANT
 from mptrain.data.filters import Filters, filters_from_json, make_filters
 from mptrain.data.loader import Loader
-from mptrain.data.windows import ASSISTANT
 from mptrain.evals.evaluate import evaluate_coder
 from mptrain.runs.fit import fit
 from tests.helpers.chat_templates import TEMPLATES
@@ -185,10 +185,10 @@ def test_filters_take_just_the_assistants_rows(store: Store) -> None:
     filters = make_filters(fit_config(store, Path("run"), skip_positions=0), store, MLP)
     with Loader(
         store, MLP, "train", batch_rows=10_000, seed=0, device=torch.device("cpu"),
-        facts=filters.facts,
+        row_fields=filters.row_fields,
     ) as loader:  # fmt: skip
         batch = next(loader.one_pass())
-    own = batch.facts[ASSISTANT] > 0
+    own = batch.fields[ASSISTANT] > 0
     assert 0 < own.sum() < batch.rows
     assert filters.kept(batch, MLP).tolist() == own.tolist()
     parts = store.parts(MLP, "train")
@@ -209,8 +209,8 @@ def test_a_coder_is_trained_and_judged_on_the_same_rows(store: Store, tmp_path: 
     assert load_coder(every)[1]["only_tokens"] == "all"
     (on_own,) = evaluate_coder(own, str(store.storage), (), None, "cpu")
     (result,) = json.loads((tmp_path / "own/results.json").read_bytes())
-    assert result["validation"]["rows"] == on_own.rows
-    assert result["validation"]["fvu"] == pytest.approx(on_own.fvu)
+    assert result.validation.rows == on_own.rows
+    assert result.validation.fvu == pytest.approx(on_own.fvu)
     (on_all,) = evaluate_coder(every, str(store.storage), (), None, "cpu")
     assert on_own.rows < on_all.rows
 
@@ -223,7 +223,7 @@ def test_a_store_without_the_mask_is_refused_in_one_line(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="does not say which tokens an assistant wrote"):
         Loader(
             plain, MLP, "train", batch_rows=8, seed=0, device=torch.device("cpu"),
-            facts=(ASSISTANT,),
+            row_fields=(ASSISTANT,),
         )  # fmt: skip
 
 

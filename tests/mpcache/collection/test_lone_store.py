@@ -74,7 +74,7 @@ def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path:
     rows = sum(store.tokens.token_count(p.number) for p in store.parts(MLP, "train"))
     assert sum(batch.rows for batch in batches) == rows
     for batch in batches:
-        assert ((batch.facts["token"] == 256) == (batch.positions_B == 0)).all()
+        assert ((batch.fields["token"] == 256) == (batch.positions_B == 0)).all()
 
 
 def test_everything_is_mended(made: Path, tmp_path: Path, store: Store) -> None:

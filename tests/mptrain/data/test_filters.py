@@ -14,9 +14,9 @@ from mptrain.coders.coder import Coder
 from mptrain.config.architectures import Arch
 from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
+from mptrain.data.columns import TOKEN, norm_of
 from mptrain.data.filters import Filters, filters_from_json, make_filters, median_norm
 from mptrain.data.loader import Batch, Loader, Store
-from mptrain.data.windows import TOKEN, norm_of
 from mptrain.evals.evaluate import evaluate, evaluate_coder
 from mptrain.runs.fit import fit
 from mptrain.training.setup import make_coder_run
@@ -43,7 +43,7 @@ def config(store: Store, run: Path = Path("run"), **changes: object) -> FitConfi
 def all_rows(store: Store, filters: Filters, sides=(IN, OUT)) -> Batch:
     with Loader(
         store, sides, "train", batch_rows=10_000, seed=0, device=torch.device("cpu"),
-        facts=filters.facts,
+        row_fields=filters.row_fields,
     ) as loader:  # fmt: skip
         return next(loader.one_pass())
 
@@ -53,10 +53,10 @@ def test_facts_are_those_of_the_rows(store: Store) -> None:
     batch = all_rows(store, filters)
     for side in (IN, OUT):
         norm_B = batch.values[side].float().norm(dim=1)
-        torch.testing.assert_close(batch.facts[norm_of(side)], norm_B)
+        torch.testing.assert_close(batch.fields[norm_of(side)], norm_B)
     found, wanted = {}, {}
     for position, token in zip(
-        batch.positions_B.tolist(), batch.facts[TOKEN].tolist(), strict=True
+        batch.positions_B.tolist(), batch.fields[TOKEN].tolist(), strict=True
     ):
         found.setdefault(position, []).append(token)
     for part in store.parts([IN], "train"):
@@ -70,12 +70,12 @@ def test_each_filter_leaves_out_what_it_names(store: Store) -> None:
     limits = {side: median_norm(store, side) for side in (IN, OUT)}
     filters = Filters(skip_positions=2, skip_tokens=tokens, norm_limits=limits)
     batch = all_rows(store, filters)
-    token_B = batch.facts[TOKEN].numpy()
+    token_B = batch.fields[TOKEN].numpy()
     by_hand = {
         "position": batch.positions_B.numpy() >= 2,
         "token": ~np.isin(token_B, tokens),
-        "input": batch.facts[norm_of(IN)].numpy() <= limits[IN],
-        "output": batch.facts[norm_of(OUT)].numpy() <= limits[OUT],
+        "input": batch.fields[norm_of(IN)].numpy() <= limits[IN],
+        "output": batch.fields[norm_of(OUT)].numpy() <= limits[OUT],
     }
     assert all(0 < kept.sum() < len(kept) for kept in by_hand.values())
     both = np.logical_and.reduce(list(by_hand.values()))
@@ -159,7 +159,7 @@ def test_filters_are_kept_beside_a_coder_and_used_in_its_evaluation(
         store, tmp_path, max_norm=1.0, skip_tokens=("71", "special"), kind=("sae",),
         hookpoints=("layers.0", "layers.1.mlp"),
     )  # fmt: skip
-    results = {result["coder"]: result["validation"] for result in fit(chosen)}
+    results = {result.coder: result.validation for result in fit(chosen)}
     for folder in (tmp_path / "coders").iterdir():
         trained = json.loads((folder / "coder.json").read_text())["trained"]
         filters = filters_from_json(trained)
@@ -168,9 +168,10 @@ def test_filters_are_kept_beside_a_coder_and_used_in_its_evaluation(
         assert filters.skip_tokens == tuple(sorted({71, *store.special_ids}))
         (found,) = evaluate_coder(folder, str(store.storage), [], device="cpu")
         one = results[folder.name]
-        assert found.rows == one["rows"]
+        assert one is not None
+        assert found.rows == one.rows
         # batches of another size, so that sums are rounded elsewhere
-        assert (found.fvu, found.fvu_all) == pytest.approx((one["fvu"], one["fvu_all"]), rel=1e-9)
+        assert (found.fvu, found.fvu_all) == pytest.approx((one.fvu, one.fvu_all), rel=1e-9)
         everything = sum(part.rows for part in store.parts([side], "validation"))
         assert 0 < found.rows < 0.6 * everything
         assert found.fvu != found.fvu_all
@@ -180,8 +181,8 @@ def test_companions_change_no_filter(store: Store, tmp_path: Path) -> None:
     strict = {"max_norm": 1.0, "skip_tokens": ("71",)}
     together = fit(config(store, tmp_path / "together", **strict))
     alone = fit(config(store, tmp_path / "alone", kind=("sae",), **strict))
-    assert together[0]["validation"] == alone[0]["validation"]
-    assert together[0]["validation"]["rows"] > together[1]["validation"]["rows"]
+    assert together[0].validation == alone[0].validation
+    assert together[0].validation.rows > together[1].validation.rows
 
 
 @pytest.mark.parametrize(

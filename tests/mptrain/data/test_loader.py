@@ -1,7 +1,6 @@
 """The loader hands over every row once an epoch, restarts bit for bit, and cleans up."""
 
 import gc
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -18,9 +17,12 @@ from mpcache.errors import DamagedStoreError
 from mpcache.storage.local import LocalStorage
 from mpcache.store.reader import Part, Store
 from mptrain.data import windows
+from mptrain.data.batches import release_after_use
+from mptrain.data.buffers import BufferPool
+from mptrain.data.columns import POSITION, Column
 from mptrain.data.loader import Batch, Loader
 from mptrain.data.shuffle import epoch_order
-from mptrain.data.windows import POSITION, WHOLE_STREAM, Column, Memory, StreamShare, endless_plans
+from mptrain.data.window_plans import WHOLE_STREAM, StreamShare, endless_plans
 
 IN, OUT = ("layers.0", "input"), ("layers.0", "output")
 WIDE = ("layers.1", "output")
@@ -230,7 +232,7 @@ def test_rows_arrive_as_they_are_stored():
 @settings(deadline=None, max_examples=8)
 @given(stores, st.integers(1, 9), st.integers(1, 6))
 def test_batches_that_are_kept_are_not_overwritten(store, batch_rows, window):
-    """The memory of windows is used again, but not while a tensor looks at it."""
+    """A batch that is not released keeps its memory, also while windows use theirs again."""
     with make(store, batch_rows=batch_rows, window=window) as loader:
         kept = [batch for batch, _ in zip(loader.batches(), range(25), strict=False)]
         columns = [batch.values[OUT][:, 1:] for batch in loader.one_pass()]
@@ -258,8 +260,8 @@ def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
 def test_tasks_of_several_chunks_read_the_same(monkeypatch):
     read = []
     for chunks in (1, 8):
-        monkeypatch.setattr(windows, "_MOST_CHUNKS", chunks)
-        monkeypatch.setattr(windows, "_LEAST_TASKS", 1)
+        monkeypatch.setattr(windows, "_MAX_CHUNKS_PER_TASK", chunks)
+        monkeypatch.setattr(windows, "_MIN_TASKS_PER_WINDOW", 1)
         with make(FakeStore((40, 7, 33), chunk=2), window=20) as loader:
             read.append(first_numbers(loader, 200))
     assert read[0] == read[1]
@@ -277,7 +279,9 @@ def test_threads_by_default(monkeypatch, computing, concurrency, threads):
 
 
 def test_a_window_has_a_chunk_for_each_share():
-    with pytest.raises(ValueError, match=r"3 processes .* windows of 2; use window_rows 12 or"):
+    with pytest.raises(
+        ValueError, match=r"3 processes .* windows of 2 chunks; use window_rows 12 or"
+    ):
         make(FakeStore((8,)), window=2, share=StreamShare(0, 3))
 
 
@@ -339,75 +343,84 @@ def test_an_abandoned_stream_stops_reading():
 
 
 @pytest.mark.slow
-def test_memory_stays_within_the_bound(monkeypatch):
+@pytest.mark.parametrize("released", [True, False])
+def test_memory_stays_within_the_bound(monkeypatch, released):
     store = FakeStore((4096,) * 4, chunk=64)
     window, batch_rows, threads = 8, 128, 3
     row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 8  # with the position; orders are NumPy's
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
     bound += 2 * sum(store.sizes)  # positions, which fit 16 bits
     seen: list[int] = []
-    take, outside = Memory.take, live_bytes()
+    lease, outside = BufferPool.lease, live_bytes()
 
     def weigh(self, rows):
-        taken = take(self, rows)
+        leased = lease(self, rows)
         seen.append(live_bytes() - outside)
-        return taken
+        return leased
 
-    monkeypatch.setattr(Memory, "take", weigh)  # memory peaks where something was just taken
+    monkeypatch.setattr(BufferPool, "lease", weigh)  # memory peaks where something was just leased
     with make(store, batch_rows=batch_rows, window=window, threads=threads) as loader:
-        for batch in islice(loader.batches(), 60):
+        batches = islice(loader.batches(), 60)
+        for batch in release_after_use(batches) if released else batches:
             assert batch.rows == batch_rows
     assert len(seen) > 40
     assert max(seen) <= bound
 
 
 def live_bytes() -> int:
-    """Of all tensors, and of memory that the loader keeps to use it again."""
+    """Of all tensors, and of memory that waits to be leased again."""
     items = gc.get_objects()
     storages = [item.untyped_storage() for item in items if type(item) is torch.Tensor]
-    memories = [item for item in items if type(item) is Memory]
-    kept = [array for memory in memories for used in memory._used.values() for array in used]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    sizes |= {array.ctypes.data: array.nbytes for array in kept}
-    return sum(sizes.values())
+    return sum(sizes.values()) + sum(p.free_bytes for p in items if type(p) is BufferPool)
 
 
-def bytes_of(count):
-    """Memory for rows of one byte, as it is taken."""
-    memory = Memory({POSITION: Column(torch.uint8, None, lambda chunk, out: None)})
-    return memory, lambda rows=count: memory.take(rows)[POSITION]
+@settings(deadline=None, max_examples=20)
+@given(stores, st.integers(1, 9), st.integers(1, 6), st.sets(st.integers(0, 24)))
+def test_released_batches_change_no_other_batch(store, batch_rows, window, releases):
+    with make(store, batch_rows=batch_rows, window=window) as loader:
+        whole = [numbers(batch) for batch in islice(loader.batches(), 25)]
+        kept = {}
+        for index, batch in enumerate(islice(loader.batches(), 25)):
+            assert numbers(batch) == whole[index]
+            if index in releases:
+                batch.release()
+            else:
+                kept[index] = batch
+        assert all(numbers(batch) == whole[index] for index, batch in kept.items())
 
 
-def test_memory_is_used_again():
-    memory, take = bytes_of(1000)
-    first, second = take(), take()
-    places = {first.data_ptr(), second.data_ptr()}
-    looked_at = first[:10]
-    del first, second
-    third, fourth = take(900), take(900)
-    assert len(places) == 2
-    assert third.data_ptr() in places - {looked_at.data_ptr()}
-    assert fourth.data_ptr() not in places
-    del third, fourth, looked_at
-    assert take(2000).data_ptr()
-    assert sum(len(array) for array in memory._used[POSITION]) <= 2000 + 2 * 1000
+def pool_of_bytes():
+    """A pool of rows of one byte."""
+    return BufferPool({POSITION: Column(torch.uint8, None, lambda chunk, out: None)})
 
 
-@pytest.mark.parametrize("more", [-1, 0, 2])
-def test_memory_is_used_again_however_python_counts_references(monkeypatch, more):
-    count = sys.getrefcount
+def address(lease):
+    return lease.rows[POSITION].data_ptr()
 
-    def other(array):
-        return count(array) + more
 
-    monkeypatch.setattr(sys, "getrefcount", other)
-    _, take = bytes_of(1000)
-    first, second = take(), take()
-    place = first.data_ptr()
-    del first
-    third = take()
-    assert third.data_ptr() == place
-    assert second.data_ptr() != take().data_ptr()
+def test_only_released_memory_is_leased_again():
+    pool = pool_of_bytes()
+    first, second = pool.lease(1000), pool.lease(1000)
+    first.rows[POSITION].fill_(1)
+    second.rows[POSITION].fill_(2)
+    second.release()
+    second.release()  # a second call does nothing
+    third, fourth = pool.lease(900), pool.lease(900)
+    assert address(third) == address(second)
+    assert address(fourth) not in (address(first), address(third))
+    third.rows[POSITION].fill_(3)
+    fourth.rows[POSITION].fill_(4)
+    assert (first.rows[POSITION] == 1).all()
+    assert (third.rows[POSITION] == 3).all()
+
+
+def test_a_pool_drops_memory_that_has_become_too_small():
+    pool = pool_of_bytes()
+    pool.lease(1000).release()
+    assert pool.free_bytes == 1000
+    pool.lease(2000).release()
+    assert pool.free_bytes == 2000
 
 
 def test_order_digest_tells_orders_apart():
