@@ -26,7 +26,7 @@ from mptrain.experiments.drawing import (
 )
 from mptrain.experiments.tables import write_table
 from mptrain.runs.metrics import Record, read_records
-from mptrain.runs.run_dir import read_run_config
+from mptrain.runs.run_dir import read_manifest
 
 PanelKey = tuple[str, str, int]  # hookpoint, kind, k
 
@@ -83,7 +83,7 @@ def plot_runs(
     folders, stem = [Path(run) for run in runs], Path(out)
     curves = [curve for run in folders for curve in read_curves(run)]
     if title is None:
-        title = "; ".join(dict.fromkeys(read_run_config(run)["source"] for run in folders))
+        title = "; ".join(dict.fromkeys(read_manifest(run).source for run in folders))
     if not curves:
         raise UsageError("there is nothing to plot; name at least one run")
     stem = stem.with_suffix("") if stem.suffix in _ENDINGS else stem
@@ -98,7 +98,7 @@ def read_curves(run: Path) -> list[ValidationCurve]:
     Raises:
         UsageError: the folder is no run, or a coder was not validated yet.
     """
-    coders = read_run_config(run)["coders"]
+    coders = read_manifest(run).coders
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
@@ -153,7 +153,7 @@ def runs_figure(curves: Sequence[ValidationCurve], title: str | None) -> Figure:
     )
 
 
-def _read_curve(run: Path, coder: dict[str, Any], records: Sequence[Record]) -> ValidationCurve:
+def _read_curve(run: Path, coder: Mapping[str, Any], records: Sequence[Record]) -> ValidationCurve:
     name = coder["name"]
     own = tuple(r for r in records if r.coder == name and r.validation_fvu is not None)
     if not own:

@@ -1,7 +1,7 @@
-"""Who else sees a run's records as they come: TensorBoard, Weights & Biases.
+"""Loggers that show a run's records elsewhere: TensorBoard, Weights & Biases.
 
-They begin anew with each command, and are first told the records that metrics.jsonl keeps, so that
-what they show is what it says, however often the run was stopped.
+Loggers start again with each command and first get the records in `metrics.jsonl`. They therefore
+show the same records as that file, however often the run was interrupted.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ _PACKAGES: Mapping[Log, str] = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 class MetricLogger(Protocol):
-    """Takes records in the order of their steps."""
+    """Shows records, which come in the order of their steps."""
 
     def add(self, record: Record) -> None: ...
 
@@ -33,7 +33,11 @@ class MetricLogger(Protocol):
 
 
 def check_installed(logs: Iterable[Log]) -> None:
-    """ValueError where a package is missing, before anything is begun."""
+    """Check that the packages of these loggers are installed.
+
+    Raises:
+        UsageError: a package is missing.
+    """
     for log in logs:
         if importlib.util.find_spec(_PACKAGES[log]) is None:
             raise UsageError(
@@ -43,55 +47,56 @@ def check_installed(logs: Iterable[Log]) -> None:
 
 
 class MetricLoggers:
-    """All followers of the coders of one pass. One that fails is left out; training goes on."""
+    """The loggers of one pass. A logger that fails is dropped with a warning; training goes on."""
 
     def __init__(self, logs: Sequence[Log], run: Path, coders: Sequence[CoderConfig]) -> None:
-        self._followers: dict[Log, MetricLogger] = {
+        self._loggers: dict[Log, MetricLogger] = {
             log: TensorBoard(run, coders) if log == "tensorboard" else WandB(run, coders)
             for log in logs
         }
-        self._names = {one.name for one in coders}
+        self._names = {coder.name for coder in coders}
 
     def catch_up(self, metrics: Path) -> None:
-        """Tell them what was recorded of their coders before they came."""
-        if self._followers and metrics.exists():
+        """Send the records that `metrics.jsonl` has of the coders of this pass."""
+        if self._loggers and metrics.exists():
             for record in read_records(metrics):
                 if record.coder in self._names:
                     self.add(record)
 
     def add(self, record: Record) -> None:
-        for log, follower in list(self._followers.items()):
-            if not _done(log, partial(follower.add, record)):
-                del self._followers[log]
-                with suppress(Exception):  # its failure is told already
-                    follower.close()
+        for log, logger in list(self._loggers.items()):
+            if not _succeeds(log, partial(logger.add, record)):
+                del self._loggers[log]
+                with suppress(Exception):  # the user has a warning about this logger already
+                    logger.close()
 
     def close(self) -> None:
-        """End them all, also where some fail."""
-        for log, follower in self._followers.items():
-            _done(log, follower.close)
+        """Close all loggers, also where some of them fail."""
+        for log, logger in self._loggers.items():
+            _succeeds(log, logger.close)
 
 
-def _done(log: Log, call: Callable[[], None]) -> bool:
-    """Whether a follower did it; what others' services raise must not end a training."""
+def _succeeds(log: Log, call: Callable[[], None]) -> bool:
+    """Call a logger; any exception becomes a warning, because it must not end the training."""
     try:
         call()
     except Exception as error:
-        told = f"{log} failed and gets no more records: {error}; metrics.jsonl has them all"
-        warnings.warn(told, RuntimeWarning, stacklevel=3)
+        message = f"{log} failed and gets no more records: {error}; metrics.jsonl has them all"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
         return False
     return True
 
 
 class TensorBoard:
-    """Curves in RUN/tensorboard, where each coder is a run of TensorBoard's."""
+    """Curves in RUN/tensorboard; each coder is a run of TensorBoard."""
 
     def __init__(self, run: Path, coders: Sequence[CoderConfig]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # from step 0 on, readers drop what files of earlier commands hold
+        # purge from step 0: readers drop the points in the files of earlier commands
         self._writers: dict[str, Any] = {
-            one.name: SummaryWriter(run / "tensorboard" / one.name, purge_step=0) for one in coders
+            coder.name: SummaryWriter(run / "tensorboard" / coder.name, purge_step=0)
+            for coder in coders
         }
 
     def add(self, record: Record) -> None:
@@ -104,9 +109,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases for each coder, all in one group; resumed by ids kept in the run.
+    """A run of Weights & Biases for each coder, all in one group.
 
-    The project is that of WANDB_PROJECT, or mptrain.
+    The ids are kept in the run's folder, so that a later command resumes the same runs. The project
+    is the environment variable WANDB_PROJECT, or mptrain.
     """
 
     def __init__(self, run: Path, coders: Sequence[CoderConfig]) -> None:
@@ -115,27 +121,29 @@ class WandB:
         group = _group(run)
         try:
             self._runs: dict[str, Any] = {
-                one.name: wandb.init(
+                coder.name: wandb.init(
                     project=os.environ.get("WANDB_PROJECT", "mptrain"),
                     group=f"{run.name}-{group}",
-                    id=f"{group}-{uuid.uuid5(uuid.NAMESPACE_OID, one.name).hex}",
-                    name=one.name,
-                    config=asdict(one),
+                    id=f"{group}-{uuid.uuid5(uuid.NAMESPACE_OID, coder.name).hex}",
+                    name=coder.name,
+                    config=asdict(coder),
                     dir=run,
                     resume="allow",
                     reinit="create_new",
                 )
-                for one in coders
+                for coder in coders
             }
         except wandb.errors.Error as error:
             raise UsageError(
                 f"Weights & Biases did not start: {error}; use `wandb login`, or WANDB_MODE=offline"
             ) from None
-        # what it has from before it was stopped, it would refuse
-        self._first = {name: one.step if one.resumed else 0 for name, one in self._runs.items()}
+        # a resumed run refuses the steps that it already has
+        self._first_step = {
+            name: run.step if run.resumed else 0 for name, run in self._runs.items()
+        }
 
     def add(self, record: Record) -> None:
-        if record.step >= self._first[record.coder]:
+        if record.step >= self._first_step[record.coder]:
             self._runs[record.coder].log(_values(record), step=record.step)
 
     def close(self) -> None:
@@ -144,7 +152,7 @@ class WandB:
 
 
 def _group(run: Path) -> str:
-    """A name that no other run has, made once."""
+    """Return a name that no other run has; it is drawn once and kept in the run's folder."""
     file = run / "wandb.json"
     if not file.exists():
         write_json(file, {"group": uuid.uuid4().hex[:12]})
@@ -152,6 +160,10 @@ def _group(run: Path) -> str:
 
 
 def _values(record: Record) -> dict[str, float]:
-    """All numbers of a record but its step; what was not evaluated is left out."""
-    found = {name: value for name, value in asdict(record).items() if name not in ("coder", "step")}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    """Return all numbers of a record except its step, without those that are None."""
+    values = asdict(record)
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if name not in ("coder", "step") and value is not None
+    }

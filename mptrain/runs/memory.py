@@ -1,4 +1,4 @@
-"""How much memory coders take: what is held is counted, what a train step works in is estimated.
+"""Memory of coders: bytes held between train steps are counted, bytes within one are estimated.
 
 B rows in a batch, D input width, E target width, M latents, K code entries a row.
 """
@@ -18,7 +18,7 @@ from mptrain.pursuit.refit import refit_rows
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.objective import WIDE
 
-# tensors of a parameter's size that an optimizer keeps for it: of a matrix, of a vector
+# tensors that an optimizer keeps per parameter, each of its size: for a matrix, for a vector
 MOMENTS: dict[Optimizer, tuple[int, int]] = {"adam": (2, 2), "muon": (1, 2), "signsgd": (2, 2)}
 
 _FLOAT, _COUNTER = 4, 8
@@ -29,17 +29,17 @@ _ROW_COPIES = 6  # of inputs and targets in float32: centred, residuals, predict
 
 @dataclass(frozen=True, kw_only=True)
 class CoderMemory:
-    """Bytes of one coder on the device that it trains on."""
+    """Bytes of one coder on the device where it is trained."""
 
     name: str
     latents: int
     parameters: int
-    "how many numbers are trained"
+    "number of trained values"
     weights_bytes: int
     optimizer_bytes: int
-    "moments, and for how many rows each latent has not fired"
+    "moments, and the counter of each latent"
     step_bytes: int
-    "most that a train step works in, beside what is held; an estimate"
+    "peak of a train step beyond the bytes that are held; an estimate"
 
     @property
     def held_bytes(self) -> int:
@@ -49,10 +49,10 @@ class CoderMemory:
 def coder_memory(
     config: CoderConfig, input_width: int, target_width: int, rows: int, device: torch.device
 ) -> CoderMemory:
-    """What a coder needs to train on batches of so many rows.
+    """Return the memory that a coder needs to train on batches of `rows` rows.
 
     Raises:
-        ValueError: there is no such coder for these widths.
+        UsageError: there is no such coder for these widths.
     """
     with torch.device("meta"):  # shapes alone, no memory
         coder = Coder(config, input_width, target_width)
@@ -70,55 +70,61 @@ def coder_memory(
     )
 
 
-def pass_bytes(needs: Sequence[CoderMemory]) -> int:
-    """Of coders that are held together and stepped one after another."""
-    return sum(one.held_bytes for one in needs) + max(one.step_bytes for one in needs)
+def pass_bytes(coders: Sequence[CoderMemory]) -> int:
+    """Return the peak memory of a pass: all coders are held, and take their steps in turn."""
+    return sum(coder.held_bytes for coder in coders) + max(coder.step_bytes for coder in coders)
 
 
 def group_into_passes(
-    needs: Sequence[CoderMemory], most: int | None, ranks: ProcessGroup = SINGLE_PROCESS
+    coders: Sequence[CoderMemory],
+    max_bytes: int | None,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> list[list[str]]:
-    """Names of coders that fit into `most` bytes together, in their order; None: all of them.
-    Where ranks share coders, the share of each has so many bytes.
+    """Return the names of the coders of each pass, in the given order.
+
+    Each process has `max_bytes` for the coders that it trains; None: all coders in one pass.
 
     Raises:
-        ValueError: one of them does not fit alone.
+        UsageError: a coder does not fit alone.
     """
     passes: list[list[CoderMemory]] = []
-    for one in needs:
-        if most is not None and pass_bytes([one]) > most:
+    for coder in coders:
+        if max_bytes is not None and pass_bytes([coder]) > max_bytes:
             raise UsageError(
-                f"max_memory must hold at least one coder, got {most} bytes, but {one.name} needs "
-                f"{pass_bytes([one])}: {one.weights_bytes} for weights, {one.optimizer_bytes} for "
-                f"the optimizer, {one.step_bytes} for a train step (estimated); use fewer latents, "
-                "--batch-rows or --micro-batch-rows, or more memory"
+                f"max_memory must hold at least one coder, got {max_bytes} bytes, but {coder.name} "
+                f"needs {pass_bytes([coder])}: {coder.weights_bytes} for weights, "
+                f"{coder.optimizer_bytes} for the optimizer, {coder.step_bytes} for a train step "
+                "(estimated); use fewer latents, --batch-rows or --micro-batch-rows, or more memory"
             )
-        if passes and (most is None or _fit([*passes[-1], one], most, ranks)):
-            passes[-1].append(one)
+        if passes and (max_bytes is None or _fits([*passes[-1], coder], max_bytes, processes)):
+            passes[-1].append(coder)
         else:
-            passes.append([one])
-    return [[one.name for one in together] for together in passes]
+            passes.append([coder])
+    return [[coder.name for coder in coders] for coders in passes]
 
 
-def _fit(needs: Sequence[CoderMemory], most: int, ranks: ProcessGroup) -> bool:
-    return all(pass_bytes(share) <= most for share in ranks.all_coders(needs) if share)
+def _fits(coders: Sequence[CoderMemory], max_bytes: int, processes: ProcessGroup) -> bool:
+    shares = processes.coders_per_process(coders)
+    return all(pass_bytes(share) <= max_bytes for share in shares if share)
 
 
 def _step_bytes(coder: Coder, D: int, E: int, rows: int, device: torch.device) -> int:
-    """Gradients, the rows at work, their codes and scores, and what the optimizer works in."""
+    """Gradients, the rows in work with their codes and scores, and the optimizer's work memory."""
     config, M = coder.config, coder.latents
     B = min(rows, config.micro_batch_rows or rows)
     sizes = [p.numel() for p in coder.parameters() if p.requires_grad]
     gradients = _FLOAT * sum(sizes)
-    whole = _FLOAT * rows * (2 * E + (D if config.kind == "sae" else D + E))  # filtered, centred
-    at_work = _FLOAT * _ROW_COPIES * B * (D + E)
+    whole_batch = (
+        _FLOAT * rows * (2 * E + (D if config.kind == "sae" else D + E))
+    )  # filtered, centred
+    in_work = _FLOAT * _ROW_COPIES * B * (D + E)
     codes = _ENTRY * B * _entries(config, M, D)
     scores = _scores(coder, B, device) + _refit(coder, D, device)
-    return gradients + whole + at_work + codes + scores + _update(coder)
+    return gradients + whole_batch + in_work + codes + scores + _update(coder)
 
 
 def _entries(config: CoderConfig, M: int, D: int) -> int:
-    """Entries of a row's codes that are there together, those of the dead included."""
+    """Most code entries that a row has at once, including those of dead latents."""
     own = math.ceil(config.k_factor * config.k)  # at the beginning
     own *= config.architecture.entries
     wide = WIDE * config.k if config.multi_topk else 0
@@ -128,8 +134,8 @@ def _entries(config: CoderConfig, M: int, D: int) -> int:
 
 def _scores(coder: Coder, B: int, device: torch.device) -> int:
     config, M = coder.config, coder.latents
-    at_once = min(B, microbatch_rows(M, device))
-    scores = 2 * _FLOAT * at_once * M
+    scored_rows = min(B, microbatch_rows(M, device))
+    scores = 2 * _FLOAT * scored_rows * M
     if not config.architecture.is_pursuit or config.codes != "mp":
         return scores
     assert isinstance(coder.encoder, PursuitEncoder)
@@ -138,7 +144,7 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
 
 
 def _refit(coder: Coder, D: int, device: torch.device) -> int:
-    """A micro-batch's chosen atoms and their products, and what autograd keeps of the way back."""
+    """Atoms of a micro-batch, their products, and what autograd keeps for the backward pass."""
     config = coder.config
     if not config.architecture.is_pursuit or config.codes == "mp":
         return 0
@@ -149,6 +155,6 @@ def _refit(coder: Coder, D: int, device: torch.device) -> int:
 
 
 def _update(coder: Coder) -> int:
-    """Muon orthogonalises one matrix at a time: its update, and three copies in bfloat16."""
+    """Muon works on one matrix at a time: the update, and three copies in bfloat16."""
     matrices = [p.numel() for p in coder.parameters() if p.requires_grad and p.ndim == 2]
     return 10 * max(matrices, default=0) if coder.config.optimizer == "muon" else 0

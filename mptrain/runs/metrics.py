@@ -1,4 +1,4 @@
-"""The lines of a run's `metrics.jsonl`: written while it trains, read back by plots and reports."""
+"""The records in a run's `metrics.jsonl`: written in training, read by plots and reports."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
-from mptrain.data.atomic_files import NONFINITE, json_safe
+from mptrain.data.atomic_files import NONFINITE, json_safe, write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,97 +22,108 @@ class Record:
     step: int
     "train steps done"
     rows: int
-    "rows in the batches of this coder's train steps so far, filtered ones included"
+    "rows in the batches of this coder's train steps so far, before its filters"
     rows_trained: int | None = None
-    "of these, the ones that its filters left; None: recorded by an earlier version"
+    "of `rows`, the rows that its filters kept; None: recorded by an earlier version"
     train_seconds: float
-    "time in this coder's own train steps since the run began; neither waiting nor validation"
+    "seconds in this coder's own train steps so far, without waiting and validation"
     wait_seconds: float
-    "time the run waited for data since it began"
+    "seconds that the run has waited for data so far"
     validation_seconds: float = 0.0
-    "time the run's validations took since it began, of all its coders"
+    "seconds that the run has evaluated its coders so far, all of them together"
     fvu: float
-    "fraction of variance unexplained on the train batch, before its update; NaN: it had no rows"
+    "fraction of variance unexplained (FVU) on the train batch, before the update; NaN: no rows"
     validation_fvu: float | None = None
-    "fraction of variance unexplained on the validation rows; None: not evaluated; NaN: diverged"
+    "FVU on the validation rows; None: not evaluated at this step; NaN: the coder diverged"
     l0: float
-    "latents with a non-zero value, mean over the rows of the train batch"
+    "number of latents with a non-zero value, mean over the rows of the train batch"
     dead_share: float
-    "share of the latents that are dead"
+    "share of the latents that have not fired in the last `dead_rows` rows"
     lr: float
-    "learning rate of the step"
+    "learning rate of the train step"
     rows_per_second: float
     "`rows_trained` by `train_seconds`"
     peak_memory_bytes: int
-    "largest memory in use so far: of the GPU if there is one, else of the process"
+    "peak memory so far: allocations on the GPU, or resident memory of the process on a CPU"
 
     @property
     def is_diverged(self) -> bool:
-        """Whether the coder diverged in this train step, its last one."""
+        """Whether the coder diverged in this train step, which is its last."""
         return self.validation_fvu is not None and math.isnan(self.validation_fvu)
 
 
 class MetricsFile:
-    """Writes a line for each record. Those that a full disk refuses are kept for later."""
+    """Appends a line for each record. Lines that a full disk refuses are kept in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._waiting = b""
+        self._pending = b""
 
     def add(self, record: Record) -> None:
-        """Add a line; where that fails, warn and keep it."""
-        was_waiting = bool(self._waiting)
-        self._waiting += _line(record).encode()
+        """Append a line; where that fails, warn and keep the line for the next time."""
+        had_pending = bool(self._pending)
+        self._pending += _line(record).encode()
         try:
             self._write()
         except OSError as error:
-            if not was_waiting:
-                told = f"{self.path} cannot be written ({error.strerror}); its lines wait in memory"
-                warnings.warn(told, RuntimeWarning, stacklevel=2)
+            if not had_pending:
+                warnings.warn(
+                    f"{self.path} cannot be written ({error.strerror}); its lines wait in memory",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def flush(self) -> None:
-        """Bring all lines to the disk; OSError where it does not take them."""
-        if self._waiting or self.path.exists():
+        """Bring all lines to the disk.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        if self._pending or self.path.exists():
             self._write(sync=True)
 
     def _write(self, *, sync: bool = False) -> None:
         with self.path.open("ab", buffering=0) as file:
-            size, left = file.tell(), memoryview(self._waiting)
+            size, rest = file.tell(), memoryview(self._pending)
             try:
-                while left:
-                    left = left[file.write(left) :]
+                while rest:
+                    rest = rest[file.write(rest) :]
                 if sync:
                     os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)  # a torn line would spoil those after it
                 raise
-        self._waiting = b""
+        self._pending = b""
 
 
-def read_records(path: Path) -> list[Record]:
-    """All records. A last line without its end is one that a crash or a running write tore.
+def read_records(path: str | Path) -> list[Record]:
+    """Return all records of a run, in the order of its train steps.
+
+    A run that is under way can be read: a last line without its end is left out.
+
+    Example:
+        >>> from mptrain import read_records
+        >>> for record in read_records("run/metrics.jsonl"):
+        ...     print(record.coder, record.rows, record.validation_fvu)  # doctest: +SKIP
+
+    Args:
+        path: the file `RUN/metrics.jsonl`.
 
     Raises:
-        ValueError: another line is no record.
+        UsageError (a ValueError): a line is not a record.
+        FileNotFoundError: there is no such file.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    lines = Path(path).read_bytes().split(b"\n")[:-1]
+    return [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def rewind(path: Path, is_kept: Callable[[Record], bool]) -> None:
-    """Drop all other records, and a torn line, so that a continued run repeats no line.
+    """Rewrite the file with the records to keep, so that a continued run repeats no line.
 
-    A crash in between leaves the file as it was or as it should be. No file is no line.
+    A crash leaves the old file or the new one. No-op where there is no file.
     """
-    if not path.exists():
-        return
-    kept = filter(is_kept, read_records(path))
-    shorter = path.with_name(path.name + ".rewind")
-    with shorter.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    shorter.replace(path)
+    if path.exists():
+        write_text(path, "".join(map(_line, filter(is_kept, read_records(path)))))
 
 
 def _line(record: Record) -> str:
@@ -120,11 +131,11 @@ def _line(record: Record) -> str:
     return json.dumps(values, allow_nan=False) + "\n"
 
 
-def _record(line: bytes, place: str) -> Record:
+def _parse(line: bytes, location: str) -> Record:
     try:
         values: dict[str, Any] = json.loads(line)
         values |= {name: float(value) for name, value in values.items() if value in NONFINITE}
         return Record(**values)
     except (ValueError, TypeError, AttributeError) as error:
         wanted = ", ".join(field.name for field in fields(Record))
-        raise UsageError(f"{place} is not a record of {wanted}: {error}") from error
+        raise UsageError(f"{location} is not a record of {wanted}: {error}") from error

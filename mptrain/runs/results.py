@@ -1,7 +1,7 @@
-"""What a coder came to: its row of results.json, and what its user has to know about it."""
+"""The results of a run's coders, and warnings about them."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,84 @@ from mptrain.training.setup import CoderRun
 L0_TOLERANCE = 0.05  # of K
 
 
-def result_of(
-    coder_run: CoderRun, steps: int, batch_rows: int, evaluation: Evaluation | None
-) -> dict[str, Any]:
-    """A coder at the end of its training; `evaluation` is on all held-out rows."""
-    so_far = result_so_far(coder_run, steps, batch_rows)
-    return {
-        **so_far,
-        "validation": None if evaluation is None else asdict(evaluation),
-        "warnings": list(_warnings(coder_run, so_far["step"], evaluation)),
-    }
+@dataclass(frozen=True, kw_only=True)
+class CoderProgress:
+    """How far a coder's training is. Counts and times are the coder's own.
 
-
-def result_so_far(coder_run: CoderRun, steps: int, batch_rows: int) -> dict[str, Any]:
-    """A coder after its last train step, of `steps` planned.
-
-    Rows and seconds are the coder's own: others may have trained on after it diverged.
+    Other coders of the run may train on after a coder has diverged.
     """
+
+    coder: str
+    "name of the coder"
+    diverged: bool
+    "whether its loss was not finite in its last train step; such a coder is not saved"
+    step: int
+    "train steps done"
+    steps: int
+    "train steps planned"
+    finished: bool
+    "whether all planned train steps are done"
+    rows_read: int
+    "rows in the batches of its train steps"
+    rows_trained: int
+    "of `rows_read`, the rows that its filters kept"
+    train_seconds: float
+    "time in its train steps"
+    rows_per_second: float
+    "`rows_trained` by `train_seconds`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoderResult(CoderProgress):
+    """A coder at the end of its training: its entry in `results.json`."""
+
+    validation: Evaluation | None
+    "on all held-out rows; None: it diverged, or its filters keep no held-out row"
+    warnings: Sequence[str]
+    "what its user should know"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as plain values."""
+        return {**asdict(self), "warnings": list(self.warnings)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CoderResult":
+        """Return the result that `to_json` wrote."""
+        validation = values["validation"]
+        evaluation = None if validation is None else Evaluation(**validation)
+        return cls(**{**values, "validation": evaluation})
+
+
+def final_result(
+    coder_run: CoderRun, steps: int, batch_rows: int, evaluation: Evaluation | None
+) -> CoderResult:
+    """Return the result of a coder; `evaluation` is on all held-out rows."""
+    progress = coder_progress(coder_run, steps, batch_rows)
+    return CoderResult(
+        **_values(progress),
+        validation=evaluation,
+        warnings=tuple(_warnings(coder_run, progress.step, evaluation)),
+    )
+
+
+def coder_progress(coder_run: CoderRun, steps: int, batch_rows: int) -> CoderProgress:
+    """Return how far a coder is, of `steps` planned train steps."""
     step = coder_run.rows_read // batch_rows
-    return {
-        "coder": coder_run.config.name,
-        "diverged": coder_run.diverged,
-        "step": step,
-        "steps": steps,
-        "finished": step == steps,
-        "rows_read": coder_run.rows_read,  # in the batches of its train steps
-        "rows_trained": coder_run.rows_trained,  # of these, the ones that its filters left
-        "train_seconds": coder_run.train_seconds,
-        "rows_per_second": coder_run.rows_per_second,
-    }
+    return CoderProgress(
+        coder=coder_run.config.name,
+        diverged=coder_run.diverged,
+        step=step,
+        steps=steps,
+        finished=step == steps,
+        rows_read=coder_run.rows_read,
+        rows_trained=coder_run.rows_trained,
+        train_seconds=coder_run.train_seconds,
+        rows_per_second=coder_run.rows_per_second,
+    )
+
+
+def _values(progress: CoderProgress) -> dict[str, Any]:
+    return {field.name: getattr(progress, field.name) for field in fields(CoderProgress)}
 
 
 def _warnings(coder_run: CoderRun, step: int, evaluation: Evaluation | None) -> Iterator[str]:
@@ -64,7 +113,7 @@ def _warnings(coder_run: CoderRun, step: int, evaluation: Evaluation | None) -> 
 def l0_warning(
     config: CoderConfig, evaluation: Evaluation, reason: str | None = None
 ) -> str | None:
-    """How far L0 on held-out rows is from K, where that is too far, and why."""
+    """Return a warning where L0 on held-out rows is too far from K, with the reason."""
     ends_early = config.arch == "mp" and config.tolerance > 0  # as its user asked
     if abs(evaluation.l0_deviation) <= L0_TOLERANCE or ends_early:
         return None
@@ -75,16 +124,16 @@ def l0_warning(
 
 
 def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
-    """What a user has to know of a saved coder's evaluations."""
+    """Return warnings about the evaluations of a saved coder."""
     if not any(evaluation.rows for evaluation in evaluations):
         return [f"no held-out row passes the filters of {folder.name}; train with other filters"]
-    about = read_json(folder / "coder.json")
-    config = coder_config_from_json(about["config"])
-    has_running_threshold = "step" not in about["trained"] and config.architecture.has_threshold
+    content = read_json(folder / "coder.json")
+    config = coder_config_from_json(content["config"])
+    has_running_threshold = "step" not in content["trained"] and config.architecture.has_threshold
     reason = "an earlier version followed its threshold during training; train it again"
     warnings = (
-        l0_warning(config, one, reason if has_running_threshold and one.k == config.k else None)
-        for one in evaluations
+        l0_warning(config, e, reason if has_running_threshold and e.k == config.k else None)
+        for e in evaluations
     )
     return [f"{folder.name} {warning}" for warning in warnings if warning]
 

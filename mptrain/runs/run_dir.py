@@ -1,7 +1,7 @@
-"""The folder of a run: what it was started with, and whether a later command may go on with it."""
+"""The folder of a run: the config that it began with, and whether a command may continue it."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,158 +13,185 @@ from mptrain.config.run import ListedConfig, RunConfig
 from mptrain.data.atomic_files import explain_write_errors, is_partial, read_json, write_json
 from mptrain.data.part_ranges import format_ranges, parse_ranges
 
-# where a run lives, what it is computed on, when it is saved, how rows are fetched and what fits
-# into memory may change between its commands; passes are those of the last saved state, if any
+# Settings that may differ between the commands of one run: where it lies, what it is computed on,
+# when it is saved, how rows are fetched, and what fits into memory (a continued run keeps the
+# passes of its last saved state).
 CHANGEABLE_FIELDS = {
-    "run", "store", "device", "spread", "log", "save_every", "save_minutes", "window_bytes",
-    "read_threads", "cache_dir", "cache_bytes", "follow", "max_memory",
+    "run", "store", "device", "spread", "log", "save_every", "read_threads",
+    "cache_dir", "cache_bytes", "follow", "max_memory",
 }  # fmt: skip
 
 
-_KEYS = ("fit", "source", "coders")
+@dataclass(frozen=True, kw_only=True)
+class RunManifest:
+    """The content of `RUN/config.json`: what a run began with."""
+
+    fit: Mapping[str, Any]
+    "all settings of the run"
+    source: str
+    "name of the store"
+    coders: Sequence[Mapping[str, Any]]
+    "name and settings of each coder"
+    store_fingerprint: str
+    order_digest: str
+    "of the order of the train rows"
+    parts: str | None = None
+    'numbers of the store\'s parts that the run reads, as "0-3, 5"; None: a run of an old version'
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a coder says about the rows that it was trained on."""
+        return {"store_fingerprint": self.store_fingerprint, "order_digest": self.order_digest}
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and the provenance that its coders carry."""
+    """A run's folder, and the provenance that its coders carry."""
 
     folder: Path
-    provenance: dict[str, Any]
+    provenance: Mapping[str, str]
 
     @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
 
-def read_run_config(run: Path) -> dict[str, Any]:
-    """What a run was started with: its `config.json`.
+def read_manifest(run: Path) -> RunManifest:
+    """Return what a run began with.
 
     Raises:
-        ValueError: there is no run, or the file is another tool's.
+        UsageError: the folder holds no run, or its `config.json` is of another tool.
     """
     file = run / "config.json"
     try:
-        started = read_json(file, remedy="name another run")
+        content = read_json(file, remedy="name another run")
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{run} is no run that was begun: no {file}; check the path") from None
-    if not isinstance(started, dict) or any(key not in started for key in _KEYS):
-        raise UsageError(f"{run} is no run: {file} is not a run's; name another folder")
-    return started
+        raise UsageError(f"{run} holds no run: there is no {file}; check the path") from None
+    try:
+        return RunManifest(**content)
+    except TypeError:
+        raise UsageError(
+            f"{run} holds no run: {file} is not the config of a run; name another folder"
+        ) from None
 
 
 def recorded_parts(config: RunConfig) -> set[int] | None:
-    """The store's parts that the run there reads; None where there is none yet, or one of an
-    earlier version, which did not keep them.
+    """Return the parts of the store that a run reads.
+
+    None for a new run, and for a run of an old version, which did not record its parts.
     """
     run = Path(config.run)
     if not (run / "config.json").exists():
         return None
-    parts = read_run_config(run).get("parts")
+    parts = read_manifest(run).parts
     return None if parts is None else parse_ranges(parts)
 
 
 def open_run(
     config: RunConfig, source: str, fingerprint: str, order_digest: str, parts: Collection[int]
 ) -> RunFolder:
-    """Make the run, or check that the one there was started with the same config and rows.
+    """Make the folder of a new run, or check that a run there has the same config and rows.
 
-    `parts` are those of the store that it reads, also when more of them are there later.
+    `parts` are the numbers of the store's parts that the run reads, also when the store grows.
 
     Raises:
-        ValueError: the folder holds another run, or something that is no run, or cannot be written;
-            says what differs.
+        UsageError: the folder holds another run or other files, or cannot be written.
     """
     check_same_run(config, fingerprint)
     folder = Path(config.run)
-    provenance = {"store_fingerprint": fingerprint, "order_digest": order_digest}
-    started = {
-        "fit": asdict(config),
-        "source": source,
-        "coders": [{"name": one.name, **asdict(one)} for one in config.coders()],
-        **provenance,
-        "parts": format_ranges(parts),
-    }
+    manifest = RunManifest(
+        fit=asdict(config),
+        source=source,
+        coders=[{"name": coder.name, **asdict(coder)} for coder in config.coders()],
+        store_fingerprint=fingerprint,
+        order_digest=order_digest,
+        parts=format_ranges(parts),
+    )
     file = folder / "config.json"
     if not file.exists():
         with explain_write_errors(folder):
-            write_json(file, started)
-    elif read_run_config(folder)["order_digest"] != order_digest:
+            write_json(file, asdict(manifest))
+    elif read_manifest(folder).order_digest != order_digest:
         raise UsageError(
-            f"{folder} cannot go on: the store lacks parts that were there when the run "
+            f"{folder} cannot be continued: the store lacks parts that were there when the run "
             "began; name another run"
         )
-    return RunFolder(folder, provenance)
+    return RunFolder(folder, manifest.provenance)
 
 
 def check_same_run(config: RunConfig, fingerprint: str) -> None:
-    """ValueError where the folder holds another run, or something that is no run; writes nothing.
+    """Check that the run folder is new, or holds a run with this config and store fingerprint.
 
-    `fingerprint` is that of the store. Says what differs.
-    """
-    folder = Path(config.run)
-    file = folder / "config.json"
-    if file.exists():
-        _refuse_difference(folder, config, fingerprint)
-    elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
-        raise UsageError(f"{folder} exists and is no run; name a new or empty folder")
-
-
-def resumed_config(run: str, given: Mapping[str, Any]) -> RunConfig:
-    """The config of a run that was begun; `given` is what may change between its commands.
-
-    What processes share is of the command alone: another one may start more of them, or only one.
+    Writes nothing.
 
     Raises:
-        ValueError: there is no such run, or something else is given.
+        UsageError: the folder holds another run, and what differs; or it holds other files.
+    """
+    folder = Path(config.run)
+    if (folder / "config.json").exists():
+        _check_same_settings(folder, config, fingerprint)
+    elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
+        raise UsageError(f"{folder} exists and holds no run; name a new or empty folder")
+
+
+def resumed_config(run: str, changes: Mapping[str, Any]) -> RunConfig:
+    """Return the config of a run, with changed settings.
+
+    `spread` is never taken from the run: each command says how many processes there are.
+
+    Raises:
+        UsageError: there is no such run, or a changed setting is not in `CHANGEABLE_FIELDS`.
     """
     allowed = CHANGEABLE_FIELDS - {"run"}
-    for name in given.keys() - allowed:
-        told = ", ".join(sorted(allowed))
-        raise UsageError(f"--resume takes {name} from the run; beside it may be given {told}")
-    started = read_run_config(Path(run))["fit"]
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in started.items()}
-    changes = {"spread": None, **given, "run": run}
+    for name in changes.keys() - allowed:
+        raise UsageError(
+            f"--resume takes {name} from the run; only these may be given with it: "
+            f"{', '.join(sorted(allowed))}"
+        )
+    stored = read_manifest(Path(run)).fit
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    new_values = {"spread": None, **changes, "run": run}
     try:
         if "listed" not in values:
-            return FitConfig(**{**values, **changes})
+            return FitConfig(**{**values, **new_values})
         listed = tuple(coder_config_from_json(coder) for coder in values.pop("listed"))
-        return ListedConfig(listed=listed, **{**values, **changes})
+        return ListedConfig(listed=listed, **{**values, **new_values})
     except TypeError as error:
         raise UsageError(
             f"{run} has settings that are unknown here ({error}); use the mptrain that began it"
         ) from None
 
 
-def _refuse_difference(folder: Path, config: RunConfig, fingerprint: str) -> None:
-    stored = read_run_config(folder)
-    wanted = _as_stored(asdict(config))
-    # a run of an earlier version did what is the default of a setting that came later
+def _check_same_settings(folder: Path, config: RunConfig, fingerprint: str) -> None:
+    manifest = read_manifest(folder)
+    new = _as_stored(asdict(config))
+    # a run of an earlier version used the default of a setting that was added later
     defaults = {f.name: f.default for f in fields(config) if f.default is not MISSING}
-    there = {**_as_stored(defaults), **stored["fit"]}
+    old = {**_as_stored(defaults), **manifest.fit}
     pairs = [
-        (name, there.get(name), value)
-        for name, value in wanted.items()
-        if name not in CHANGEABLE_FIELDS
+        (name, old.get(name), value) for name, value in new.items() if name not in CHANGEABLE_FIELDS
     ]
-    pairs += [("store_fingerprint", stored["store_fingerprint"], fingerprint)]
-    different = [
-        f"{n}: {_told(old)} there, {_told(new)} asked" for n, old, new in pairs if old != new
+    pairs += [("store_fingerprint", manifest.store_fingerprint, fingerprint)]
+    differences = [
+        f"{name}: {_format(before)} there, {_format(now)} asked"
+        for name, before, now in pairs
+        if before != now
     ]
-    if different:
+    if differences:
         raise UsageError(
-            f"{folder} is a run with another config ({'; '.join(different)}); "
+            f"{folder} is a run with another config ({'; '.join(differences)}); "
             "use its config, or name another run"
         )
 
 
-def _as_stored(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as they read back from JSON, so that tuples compare as lists."""
+def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as JSON gives them back: tuples become lists."""
     stored: dict[str, Any] = json.loads(json.dumps(values))
     return stored
 
 
-def _told(value: Any) -> str:
-    """A value of a JSON file as one would write it on the command line."""
+def _format(value: Any) -> str:
+    """Return a JSON value as it is written on the command line."""
     if value is None or value == []:
         return "none"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,10 +1,10 @@
-"""Coders of a run that has not ended: those of its last saved state, marked with their step.
+"""Save the coders of a run that has not ended, as they are in its last saved state.
 
-Only the run's folder of coders is written, so that the run may be under way, or go on later.
+Only RUN/coders is written, so that the run may be under way, or may be continued later.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,49 @@ from mptrain.data.loader import Store
 from mptrain.data.preflight import open_trainable_store
 from mptrain.evals.evaluate import calibrate_
 from mptrain.kernels.device import resolve_device
-from mptrain.runs.results import result_so_far
-from mptrain.runs.run_dir import check_same_run, read_run_config, recorded_parts, resumed_config
+from mptrain.runs.results import CoderProgress, coder_progress
+from mptrain.runs.run_dir import check_same_run, read_manifest, recorded_parts, resumed_config
 from mptrain.runs.saved_state import load_state
-from mptrain.runs.state import RunProgress, restore_
+from mptrain.runs.state import restore_state_
 from mptrain.training.setup import CoderRun, make_coder_run, make_loader, train_steps
 
 
-def save_coders(run: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Save the coders of a run's last state; gives a row for each, none where all are finished.
+@dataclass(frozen=True, kw_only=True)
+class SavedCoder(CoderProgress):
+    """A coder of a run that has not ended."""
 
-    `given` are settings that differ from the run's: where its store is now, the device to use.
+    folder: str | None
+    "where it was saved: RUN/coders/NAME-stepN; None: it has diverged and is not saved"
+
+
+def save_coders(run: str, changes: Mapping[str, Any]) -> list[SavedCoder]:
+    """Save the coders of a run's last saved state as RUN/coders/NAME-stepN.
+
+    `changes` are settings that differ from those of the run: the place of its store, the device.
+    Returns an item for each coder; an empty list where all of them are finished.
 
     Raises:
-        ValueError: there is no such run, it has no state yet, or the store is another one.
+        UsageError: there is no such run, it has no saved state, or the store is another one.
     """
-    config = replace(resumed_config(run, given), follow=False)
-    state = load_state(Path(run))
-    if state is None:
+    config = replace(resumed_config(run, changes), follow=False)
+    saved = load_state(Path(run))
+    if saved is None:
         raise UsageError(
             f"{run} has no saved state; wait until the run has saved one, or start it again with "
             "a smaller --save-every"
         )
-    about, tensors = state
-    progress = RunProgress(**about["progress"])
-    if set(progress.names) <= _finished(Path(run)):
+    state, tensors = saved
+    names = state.progress.names
+    if set(names) <= _finished(Path(run)):
         return []
-    coders = {coder.name: coder for coder in config.coders()}
-    together = [coders[name] for name in progress.names]
-    sides = all_sides(together)
+    by_name = {coder.name: coder for coder in config.coders()}
+    coders = [by_name[name] for name in names]
+    sides = all_sides(coders)
     store = open_trainable_store(config, sides, recorded_parts(config))
     check_same_run(config, store.fingerprint)
     filters, device = make_filters(config, store, sides), resolve_device(config.device)
-    coder_runs = [make_coder_run(coder, config, filters, store, device) for coder in together]
-    restore_(about, tensors, coder_runs, config.batch_rows)
+    coder_runs = [make_coder_run(coder, config, filters, store, device) for coder in coders]
+    restore_state_(state, tensors, coder_runs)
     return _save(config, coder_runs, store, filters)
 
 
@@ -62,25 +71,28 @@ def _finished(run: Path) -> set[str]:
 
 
 def _save(
-    config: RunConfig, coder_runs: list[CoderRun], store: Store, filters: Filters
-) -> list[dict[str, Any]]:
+    config: RunConfig, coder_runs: Sequence[CoderRun], store: Store, filters: Filters
+) -> list[SavedCoder]:
     run = Path(config.run)
-    started = read_run_config(run)
-    provenance = {name: started[name] for name in ("store_fingerprint", "order_digest")}
+    provenance = read_manifest(run).provenance
     healthy = [coder_run for coder_run in coder_runs if not coder_run.diverged]
     coders = {coder_run.config.name: coder_run.trainer.evaluated() for coder_run in healthy}
-    if batch := [coder for coder in coders.values() if coder.config.architecture.has_threshold]:
-        sides = all_sides(coder.config for coder in batch)
-        device = batch[0].b_D.device
-        with make_loader(config, store, sides, "train", filters=filters, device=device) as sample:
-            calibrate_(batch, sample, filters)
-    rows = []
+    if with_threshold := [
+        coder for coder in coders.values() if coder.config.architecture.has_threshold
+    ]:
+        sides = all_sides(coder.config for coder in with_threshold)
+        device = with_threshold[0].b_D.device
+        with make_loader(config, store, sides, "train", filters=filters, device=device) as loader:
+            calibrate_(with_threshold, loader, filters)
+    saved = []
     for coder_run in coder_runs:
-        result = result_so_far(coder_run, train_steps(config), config.batch_rows)
+        progress = coder_progress(coder_run, train_steps(config), config.batch_rows)
         folder = None
         if not coder_run.diverged:
-            folder = run / "coders" / f"{coder_run.config.name}-step{result['step']}"
-            trained = {**provenance, **filters.of(coder_run.sides).as_json(), **result}
-            save_coder(folder, coders[coder_run.config.name], trained)
-        rows.append({**result, "folder": None if folder is None else str(folder)})
-    return rows
+            folder = run / "coders" / f"{progress.coder}-step{progress.step}"
+            own_filters = filters.of(coder_run.sides).as_json()
+            trained = {**provenance, **own_filters, **asdict(progress)}
+            save_coder(folder, coders[progress.coder], trained)
+        path = None if folder is None else str(folder)
+        saved.append(SavedCoder(**asdict(progress), folder=path))
+    return saved

@@ -1,11 +1,10 @@
 """The saved state of a run on disk: `RUN/state/<step>/state.json` and `state.safetensors`."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -14,18 +13,21 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import save_tensors
 from mptrain.data.atomic_files import json_text, read_json, write_folder
+from mptrain.runs.state import RunProgress, RunState
 
 
-def save_state(
-    run: Path, step: int, about: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> None:
-    """Keep the state of a run after `step` train steps, then drop the state before it.
+def save_state(run: Path, step: int, state: RunState, tensors: Mapping[str, Tensor]) -> None:
+    """Save the state of a run after `step` train steps, then delete the state before it.
 
-    At every moment a whole state is there, once there was one. An OSError leaves that one.
+    There is a complete state on disk at every moment, once there was one.
+
+    Raises:
+        OSError: the disk is full, for example; the state before is kept.
     """
     folder = run / "state" / str(step)
+    text = json_text({**state.to_json(), "step": step})
     writers: dict[str, Callable[[Path], object]] = {
-        "state.json": lambda path: path.write_text(json_text({**about, "step": step})),
+        "state.json": lambda path: path.write_text(text),
         "state.safetensors": partial(save_tensors, tensors),
     }
     write_folder(folder, writers)
@@ -34,53 +36,58 @@ def save_state(
             shutil.rmtree(other)
 
 
-def load_state(run: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """The last state that was kept whole; None where there is none.
+def load_state(run: Path) -> tuple[RunState, dict[str, Tensor]] | None:
+    """Return the last complete state of a run and its tensors, or None where there is none.
 
-    The run may be under way: where a later state takes the place of this one, that one is read.
+    The run may be under way: a state that a later one replaces while it is read is not damaged.
 
     Raises:
-        ValueError: its bytes are not what was kept.
+        UsageError: the state is damaged.
     """
     while (step := last_step(run)) is not None:
         folder = run / "state" / str(step)
         try:
-            with _damage_in_words(folder):
-                return _about(folder), load_file(folder / "state.safetensors")
-        except ValueError:
+            with _damage_explained(folder):
+                return _load_summary(folder), load_file(folder / "state.safetensors")
+        except UsageError:
             if last_step(run) == step:
                 raise
     return None
 
 
-def load_about(run: Path) -> dict[str, Any] | None:
-    """What `load_state` gives, without its tensors."""
+def load_progress(run: Path, coders: Sequence[str]) -> RunProgress | None:
+    """Return how far a run of the named coders is, or None where no state was saved.
+
+    Raises:
+        UsageError: the state is damaged.
+    """
     step = last_step(run)
     if step is None:
         return None
     folder = run / "state" / str(step)
-    with _damage_in_words(folder):
-        return _about(folder)
+    with _damage_explained(folder):
+        progress = _load_summary(folder).progress
+    has_same_coders = {name for names in progress.passes for name in names} == set(coders)
+    return progress if has_same_coders else None  # `check_same_run` says what differs
 
 
 def last_step(run: Path) -> int | None:
-    """The train step after which the last whole state was kept; None where there is none."""
-    states = (run / "state").glob("*")
-    return max((int(f.name) for f in states if f.name.isdecimal()), default=None)
+    """Return the train step of the last saved state, or None where there is none."""
+    folders = (run / "state").glob("*")
+    return max((int(f.name) for f in folders if f.name.isdecimal()), default=None)
 
 
-def _about(state: Path) -> dict[str, Any]:
-    about: dict[str, Any] = read_json(
-        state / "state.json", remedy=f"delete {state.parent}: the run starts from its beginning"
-    )
-    return about
+def _load_summary(folder: Path) -> RunState:
+    remedy = f"delete {folder.parent}: the run starts from its beginning"
+    return RunState.from_json(read_json(folder / "state.json", remedy=remedy))
 
 
 @contextmanager
-def _damage_in_words(state: Path) -> Iterator[None]:
+def _damage_explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, ValueError, SafetensorError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UsageError(
-            f"{state} is damaged ({error}); delete {state.parent}, and the run starts anew"
+            f"{folder} is damaged, or of another version ({error}); delete {folder.parent}, and "
+            "the run starts from its beginning"
         ) from None

@@ -1,43 +1,44 @@
-"""Ctrl-C and SIGTERM between two train steps, not within one."""
+"""Ctrl-C and SIGTERM take effect between two train steps, not within one."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# a handler that someone else has set is theirs
-_OURS_TO_TAKE = (signal.default_int_handler, signal.SIG_DFL)
+# only the default handlers are replaced: any other handler belongs to somebody else
+_DEFAULT_HANDLERS = (signal.default_int_handler, signal.SIG_DFL)
 
 
 class Terminated(KeyboardInterrupt):
-    """Asked to end by SIGTERM, which schedulers send before they kill."""
+    """SIGTERM, which schedulers send before they kill a process."""
 
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-    """Hold back a first Ctrl-C or SIGTERM, and tell what to raise; a second one is raised at once.
+    """Defer a first Ctrl-C or SIGTERM; a second one raises at once.
 
-    Does nothing outside the main thread, which alone gets signals.
+    Yields a function that returns the exception to raise, or None while no signal has come. No-op
+    outside the main thread, because Python handles signals in the main thread only.
     """
-    came: type[KeyboardInterrupt] | None = None
+    pending: type[KeyboardInterrupt] | None = None
 
-    def hold(number: int, _: object) -> None:
-        nonlocal came
-        raised = Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        if came is not None:
-            raise raised
-        came = raised
+    def defer(number: int, _: object) -> None:
+        nonlocal pending
+        interrupt = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        if pending is not None:
+            raise interrupt
+        pending = interrupt
 
-    before = {
+    replaced = {
         number: handler
         for number in (signal.SIGINT, signal.SIGTERM)
         if threading.current_thread() is threading.main_thread()
-        and (handler := signal.getsignal(number)) in _OURS_TO_TAKE
+        and (handler := signal.getsignal(number)) in _DEFAULT_HANDLERS
     }
-    for number in before:
-        signal.signal(number, hold)
+    for number in replaced:
+        signal.signal(number, defer)
     try:
-        yield lambda: came
+        yield lambda: pending
     finally:
-        for number, handler in before.items():
+        for number, handler in replaced.items():
             signal.signal(number, handler)

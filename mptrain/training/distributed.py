@@ -1,8 +1,8 @@
-"""The processes of one run, as torchrun starts them: what each does, what they tell each other.
+"""The processes of one run, which torchrun starts: the work of each, and how they communicate.
 
-Spread rows: all ranks train all coders alike, each on its share of every batch; their gradients are
-added up. Spread coders: each rank trains its share of the coders, as it would alone. The first rank
-alone writes what is of the whole run.
+`spread="rows"`: all processes train all coders, each on its share of every batch; gradients are
+summed. `spread="coders"`: each process trains its share of the coders, as it would alone. Only the
+first process writes the files of the whole run.
 
 B rows in a batch.
 """
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig, Spread
-from mptrain.data.windows import WHOLE_STREAM, StreamShare
+from mptrain.data.window_plans import WHOLE_STREAM, StreamShare
 
 T = TypeVar("T")
 
-# ranks wait for the slowest: torchrun ends them all where one has died
-_PATIENCE = timedelta(days=1)
+# processes wait for the slowest; torchrun ends all of them where one has died
+_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessGroup:
-    """This process among those of its run. Alone it does everything, and sends nothing."""
+    """This process among the processes of its run. A single process does not communicate."""
 
     rank: int = 0
     size: int = 1
@@ -39,74 +39,79 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether it writes what is of the whole run."""
+        """Whether this process writes the files of the whole run."""
         return self.rank == 0
 
     @property
-    def writes_coders(self) -> bool:
-        """Whether the coders that it trains are for it to save."""
+    def saves_coders(self) -> bool:
+        """Whether this process saves the coders that it trains."""
         return self.is_first or self.spread == "coders"
 
     @property
-    def shares_rows(self) -> bool:
+    def divides_rows(self) -> bool:
+        """Whether each process trains on a share of every batch."""
         return self.spread == "rows" and self.size > 1
 
-    def coders(self, coders: Sequence[T]) -> Sequence[T]:
-        """Which of the coders it trains."""
-        return self.all_coders(coders)[self.rank]
+    def own_coders(self, coders: Sequence[T]) -> Sequence[T]:
+        """Return the coders that this process trains."""
+        return self.coders_per_process(coders)[self.rank]
 
-    def all_coders(self, coders: Sequence[T]) -> list[Sequence[T]]:
-        """Which of the coders each rank trains."""
+    def coders_per_process(self, coders: Sequence[T]) -> list[Sequence[T]]:
+        """Return the coders that each process trains."""
         if self.spread != "coders":
             return [coders] * self.size
         return [coders[rank :: self.size] for rank in range(self.size)]
 
     @property
     def share(self) -> StreamShare:
-        """What it reads of the train rows."""
-        return StreamShare(self.rank, self.size) if self.shares_rows else WHOLE_STREAM
+        """The share of the train rows that this process reads."""
+        return StreamShare(self.rank, self.size) if self.divides_rows else WHOLE_STREAM
 
-    def add_(self, tensor: Tensor) -> Tensor:
-        """Where rows are shared, the sum over ranks, in place and the same bits on all of them."""
-        if self.shares_rows:
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes that divide rows, in place; all get the same bits."""
+        if self.divides_rows:
             dist.all_reduce(tensor)
         return tensor
 
-    def total(self, number: int) -> int:
-        """Where rows are shared, the sum over ranks."""
-        return int(self.add_(torch.tensor(number)))
+    def sum(self, number: int) -> int:
+        """Return the sum over processes where they divide rows, else the number."""
+        return int(self.all_reduce_(torch.tensor(number)))
 
-    def any(self, is_so: bool) -> bool:
-        """Whether it is so on any rank."""
+    def any(self, condition: bool) -> bool:
+        """Return whether the condition holds in any process."""
         if self.size == 1:
-            return is_so
-        found = torch.tensor(int(is_so))
-        dist.all_reduce(found)
-        return bool(found)
+            return condition
+        count = torch.tensor(int(condition))
+        dist.all_reduce(count)
+        return bool(count)
 
-    def gathered(self, found: Sequence[Any]) -> list[Any]:
-        """On the first rank: what all coders' ranks found, by rank. Waits for all of them.
+    def gather(self, items: Sequence[Any]) -> list[Any]:
+        """Return the items of all processes that train other coders, by rank, on the first process.
 
-        It goes as JSON: nothing is ever unpickled, not even between the ranks of one run.
+        Waits for all processes; the others get an empty list. Items travel as JSON, because nothing
+        is ever unpickled, not even between the processes of one run.
         """
         if self.spread != "coders" or self.size == 1:
-            return list(found)
+            return list(items)
         if not self.is_first:
-            data = bytearray(json.dumps(list(found)).encode())
+            data = bytearray(json.dumps(list(items)).encode())
             dist.send(torch.tensor(len(data)), dst=0)
             dist.send(torch.frombuffer(data, dtype=torch.uint8), dst=0)
             return []
-        everything = list(found)
+        gathered = list(items)
         for rank in range(1, self.size):
             size = torch.tensor(0)
             dist.recv(size, src=rank)
             received = torch.empty(int(size), dtype=torch.uint8)
             dist.recv(received, src=rank)
-            everything += json.loads(received.numpy().tobytes())
-        return everything
+            gathered += json.loads(received.numpy().tobytes())
+        return gathered
 
-    def gathered_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On the first rank: the tensors of all coders' ranks, by their names, on the CPU."""
+    def gather_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the named tensors of all processes, on the first process; the others get none.
+
+        The tensors of other processes are on the CPU.
+        """
         if self.spread != "coders" or self.size == 1:
             return dict(tensors)
         outlines = [
@@ -114,19 +119,19 @@ class ProcessGroup:
             for name, tensor in tensors.items()
         ]
         if not self.is_first:
-            self.gathered(outlines)
+            self.gather(outlines)
             for tensor in tensors.values():
                 dist.send(tensor.detach().cpu().contiguous(), dst=0)
             return {}
-        found = dict(tensors)
-        for name, shape, dtype, rank in self.gathered(outlines):
+        gathered = dict(tensors)
+        for name, shape, dtype, rank in self.gather(outlines):
             if rank:
-                found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-                dist.recv(found[name], src=rank)
-        return found
+                gathered[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                dist.recv(gathered[name], src=rank)
+        return gathered
 
-    def meet(self) -> None:
-        """Wait for all ranks."""
+    def barrier(self) -> None:
+        """Wait for all processes."""
         self.any(False)
 
 
@@ -139,16 +144,16 @@ def is_distributed() -> bool:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one to tell the user something."""
+    """Whether this process is the one that talks to the user."""
     return not is_distributed() or os.environ["RANK"] == "0"
 
 
 @contextmanager
-def joined(config: RunConfig) -> Iterator[ProcessGroup]:
-    """This process among those that torchrun started, on its own GPU; alone without torchrun.
+def join_process_group(config: RunConfig) -> Iterator[ProcessGroup]:
+    """Join the processes that torchrun started, each on its own GPU; without torchrun, run alone.
 
     Raises:
-        ValueError: the config does not go with how many processes there are.
+        UsageError: the config does not fit the number of processes.
     """
     if not is_distributed():
         if config.spread is not None:
@@ -159,20 +164,20 @@ def joined(config: RunConfig) -> Iterator[ProcessGroup]:
         yield SINGLE_PROCESS
         return
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    _refuse_unfit(config, size)
-    # two back ends at once: gradients go by the GPUs' own, numbers and states by the CPUs'
-    backend = "cpu:gloo,cuda:nccl" if _takes_gpu_(config, local) else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    _check_spread(config, size)
+    # two back ends at once: gradients travel between GPUs, numbers and states between CPUs
+    backend = "cpu:gloo,cuda:nccl" if _select_gpu_(config, local) else "gloo"
+    dist.init_process_group(backend, timeout=_TIMEOUT)
     try:
         yield ProcessGroup(rank=int(os.environ["RANK"]), size=size, spread=config.spread)
     finally:
         dist.destroy_process_group()
 
 
-def _refuse_unfit(config: RunConfig, size: int) -> None:
+def _check_spread(config: RunConfig, size: int) -> None:
     if config.spread is None:
         raise UsageError(
-            f"torchrun started processes, {size} of them, and nothing says what they share; "
+            f"torchrun started {size} processes, and nothing says what they divide; "
             "give --spread rows or --spread coders"
         )
     coders = len(config.coders())
@@ -188,8 +193,8 @@ def _refuse_unfit(config: RunConfig, size: int) -> None:
         )
 
 
-def _takes_gpu_(config: RunConfig, local: int) -> bool:
-    """Make the GPU of this rank the one that `cuda` means; whether there is one."""
+def _select_gpu_(config: RunConfig, local: int) -> bool:
+    """Make `cuda` mean the GPU of this process; return whether there is one."""
     if config.device == "cpu" or not torch.cuda.is_available():
         return False
     gpus = torch.cuda.device_count()

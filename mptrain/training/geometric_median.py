@@ -1,4 +1,6 @@
-"""The geometric median: the point with the least sum of distances, which few far rows do not move.
+"""The geometric median: the point with the least sum of distances to all rows.
+
+A few outliers hardly move it.
 
 N rows, D width.
 """
@@ -9,24 +11,25 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 
-_STEPS, _ENOUGH = 200, 1e-7
+_MAX_STEPS, _TOLERANCE = 200, 1e-7
 
 
 def geometric_median(x_ND: Float[Tensor, "rows width"]) -> Float[Tensor, " width"]:
-    """By Weiszfeld's iteration from the mean, until a step is 1e-7 of the mean distance.
+    """Weiszfeld's iteration from the mean, until a step is at most 1e-7 of the mean distance.
 
-    Raises ValueError without rows.
+    Raises:
+        UsageError: there are no rows.
     """
     if not len(x_ND):
         raise UsageError("a median needs rows, and the filters leave none; use start mean")
     median_D = x_ND.mean(0)
-    for _ in range(_STEPS):
+    for _ in range(_MAX_STEPS):
         distance_N: Tensor = torch.linalg.vector_norm(x_ND - median_D, dim=1)
         # a row at the point itself would weigh infinitely
         weight_N = 1 / distance_N.clamp_min(torch.finfo(x_ND.dtype).eps * distance_N.mean())
         if not weight_N.isfinite().all():
             return median_D  # all rows are the same
         before_D, median_D = median_D, weight_N @ x_ND / weight_N.sum()
-        if (median_D - before_D).norm() <= _ENOUGH * distance_N.mean():
+        if (median_D - before_D).norm() <= _TOLERANCE * distance_N.mean():
             break
     return median_D

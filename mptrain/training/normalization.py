@@ -1,6 +1,6 @@
-"""Rows brought to a size that learning rates are made for, and coders brought back from it.
+"""Scale rows to the size that learning rates are made for, and coders back to unscaled rows.
 
-Factors are powers of two: scaling is exact then, and so is a coder that was brought back.
+Factors are powers of two, so that scaling is exact in both directions.
 
 B rows in a batch, D input width, E target width.
 """
@@ -16,7 +16,7 @@ from mptrain.config.coder import CoderConfig
 
 
 class Scale(NamedTuple):
-    """What rows are multiplied by before a coder in training sees them."""
+    """Factors by which rows are multiplied in training."""
 
     input: float
     target: float
@@ -31,22 +31,22 @@ IDENTITY = Scale(1.0, 1.0)
 
 
 def scale_of(config: CoderConfig, input_square: float, target_square: float) -> Scale:
-    """What `normalise` asks for, from the mean squares of a value of input and target.
+    """Return the factors of `normalise`, from the mean squares of an input and a target value.
 
-    These mean squares are between 1/2 and 2 afterwards; the target's is not where one dictionary
-    both subtracts from the input and predicts the target: there both have the input's factor.
+    Scaled mean squares are between 1/2 and 2. Where one dictionary both subtracts from the input
+    and predicts the target, both have the factor of the input.
     """
     if not config.normalise:
         return IDENTITY
     source = _power_of_two(input_square)
-    alike = config.subtract == "predicting"
-    return Scale(source, source if alike else _power_of_two(target_square))
+    has_one_factor = config.subtract == "predicting"
+    return Scale(source, source if has_one_factor else _power_of_two(target_square))
 
 
 def for_unscaled_rows(tensors: Mapping[str, Tensor], scale: Scale) -> dict[str, Tensor]:
-    """The tensors of a coder for rows as they are, from those of one for scaled rows.
+    """Return the tensors of a coder for unscaled rows, from those of a coder for scaled rows.
 
-    Values of a code are divided by the input's factor, what they predict by the target's.
+    Values of a code are divided by the factor of the input, predictions by that of the target.
     """
     factors = {
         "b_D": 1 / scale.input,
@@ -67,5 +67,5 @@ def _power_of_two(square: float) -> float:
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor itself where nothing is to be done."""
+    """Return the product; the tensor itself for a factor of 1."""
     return tensor if factor == 1 else tensor * factor

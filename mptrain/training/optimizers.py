@@ -27,14 +27,14 @@ def peak_lr(config: CoderConfig, latents: int) -> float:
 
 
 def make_optimizers(coder: Coder, config: CoderConfig, steps: int) -> "Optimizers":
-    """What trains `coder` for `steps` train steps.
+    """Return the optimizers of a coder for `steps` train steps.
 
-    adam: Adam on everything. muon: Muon (Jordan 2024; RMS matched to AdamW, Liu et al. 2025,
+    adam: Adam on all parameters. muon: Muon (Jordan 2024; RMS matched to AdamW, Liu et al. 2025,
     arXiv 2502.16982, sec. 2.2; weight decay 0.1) on matrices, Adam on vectors. Muon's
     Newton-Schulz iterations run on the short side of a matrix, torch transposes a tall one:
     `20 D^2 M` bfloat16 operations a train step for `[M, D]`, as many as scoring `10 D` rows once.
-    signsgd: schedule-free SignSGD on everything; the coder then holds the points at which gradients
-    are taken, and `Optimizers.averages` are its result.
+    signsgd: schedule-free SignSGD on all parameters; the coder then holds the points at which
+    gradients are taken, and `Optimizers.averages` are the weights to evaluate and save.
     """
     lr = peak_lr(config, coder.latents)
     trained = [p for p in coder.parameters() if p.requires_grad]
@@ -50,7 +50,7 @@ def make_optimizers(coder: Coder, config: CoderConfig, steps: int) -> "Optimizer
 
 
 class Optimizers:
-    """Steps all optimizers of a coder along one schedule."""
+    """All optimizers of a coder, on one schedule of learning rates."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Optimizers:
         return self._peak_lr * lr_factor(self.steps_done, self.steps, *plan)
 
     def step_(self) -> None:
-        """Update every parameter from its gradient, and drop the gradients."""
+        """Update every parameter by its gradient, and drop the gradients."""
         if self._config.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.clip_norm)
         for optimizer in self._optimizers:
@@ -85,7 +85,7 @@ class Optimizers:
         self.steps_done += 1
 
     def averages(self) -> dict[str, Tensor]:
-        """What to evaluate in place of parameters, by their names: live tensors; mostly nothing."""
+        """Return averaged weights by name: live tensors; empty if the optimizer has none."""
         return {
             name: owner.average(parameter)
             for name, parameter in self._parameters.items()
@@ -93,7 +93,7 @@ class Optimizers:
         }
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """`<parameter>.<moment>` and `steps_done`: the live tensors, not copies."""
+        """Return `<parameter>.<moment>` and `steps_done`: the live tensors, not copies."""
         moments = {
             f"{name}.{key}": tensor
             for name, parameter in self._parameters.items()
@@ -102,7 +102,11 @@ class Optimizers:
         return {_COUNTER: torch.tensor(self.steps_done), **moments}
 
     def load_state_tensors_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue bit for bit from what `state_tensors` gave; ValueError for another coder."""
+        """Load the tensors of `state_tensors`; training then continues bit for bit.
+
+        Raises:
+            UsageError: the tensors are of another coder.
+        """
         self.steps_done = int(tensors[_COUNTER])
         for parameter in self._parameters.values():
             self._owner(parameter).state.pop(parameter, None)

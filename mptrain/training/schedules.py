@@ -1,4 +1,4 @@
-"""What changes along a training: learning rate, number of pursuit steps, kind of code.
+"""Schedules of a training: learning rate, K, and how an mp coder encodes.
 
 Train steps are counted from 0.
 """
@@ -15,7 +15,7 @@ def lr_factor(
     schedule: Schedule = "linear",
     decay_share: float = 1.0,
 ) -> float:
-    """Share of the peak learning rate at train step `step` of `steps`.
+    """Return the share of the peak learning rate at train step `step` of `steps`.
 
     Rises linearly over the first `warmup_share` of the steps, is 1 for one step at least, then
     falls to 0 over the last `decay_share` of the steps, or over all that are left.
@@ -29,12 +29,12 @@ def lr_factor(
 
 
 def k_at(config: CoderConfig, step: int, steps: int) -> int:
-    """K at a train step: from `k_factor` K linearly down to K."""
+    """Return K at a train step: it falls linearly from `k_factor` K to K."""
     decay = round(config.k_decay_share * steps)
     left = max(0.0, 1 - step / decay) if decay else 0.0
     return round(config.k * (1 + left * (config.k_factor - 1)))
 
 
 def coded_as(config: CoderConfig, step: int, steps: int) -> BeginAs:
-    """The way an mp coder codes at a train step."""
+    """Return how an mp coder encodes at a train step."""
     return config.begin_as if step < round(config.begin_share * steps) else "mp"

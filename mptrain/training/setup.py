@@ -1,4 +1,4 @@
-"""One coder of a run, from its start on.
+"""The coders of a run at its start, and the loaders that it reads with.
 
 N rows, D input width, E target width.
 """
@@ -15,27 +15,27 @@ from mptrain.config.run import RunConfig
 from mptrain.config.sides import Side
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Loader, Split, Store
-from mptrain.data.windows import WHOLE_STREAM, StreamShare
+from mptrain.data.window_plans import WHOLE_STREAM, StreamShare
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.geometric_median import geometric_median
 from mptrain.training.normalization import IDENTITY, scale_of
 from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 
-_SAMPLE_ROWS = 16_384  # of the train split, read for a geometric median or a scale
+_SAMPLE_ROWS = 16_384  # train rows that are read for a geometric median or a scale
 
 
 @dataclass(kw_only=True)
 class CoderRun:
-    """One coder of the grid with what its training has cost so far."""
+    """A coder of a run in training, with what its training has cost so far."""
 
     config: CoderConfig
     trainer: CoderTrainer
     train_seconds: float = 0.0
     rows_read: int = 0
-    "rows in the batches of its train steps, with those that its filters left out"
+    "rows in the batches of its train steps, before its filters"
     rows_trained: int = 0
-    "rows that its train steps took"
+    "rows that its filters kept"
     lr: float = 0.0
     "learning rate of the last train step"
     diverged: bool = False
@@ -46,12 +46,12 @@ class CoderRun:
 
     @property
     def rows_per_second(self) -> float:
-        """Rows trained in a second of its own train time; 0 where no batch had a row for it."""
+        """Rows trained per second of its own train time; 0 where its filters kept no row."""
         return self.rows_trained / self.train_seconds if self.train_seconds else 0.0
 
 
 def train_steps(config: RunConfig) -> int:
-    """Whole batches in the rows to train on."""
+    """Return the number of whole batches in the rows to train on."""
     return config.rows // config.batch_rows
 
 
@@ -61,13 +61,13 @@ def make_coder_run(
     filters: Filters,
     store: Store,
     device: torch.device,
-    ranks: ProcessGroup = SINGLE_PROCESS,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> CoderRun:
-    """A coder at its start: biases in the middle of the train split, atoms drawn by its seed.
+    """Return a coder at its start: biases in the middle of the train rows, atoms drawn by its seed.
 
-    Means, and the variances that losses are shares of, are the store's: of all finite train rows,
-    also of those that the filters leave out. Medians and scales are of a sample of the rows that
-    they leave, because a few first tokens may be larger than all others together.
+    Means and variances (losses are divided by variances) are those of the store: of all finite
+    train rows, before filters. Medians and scales are of a sample of filtered rows, because a few
+    first tokens may be larger than all other rows together.
     """
     sides = config.sides
     (mean_D, variance_D), (mean_E, variance_E) = (
@@ -89,7 +89,7 @@ def make_coder_run(
     optimizers = make_optimizers(coder, config, train_steps(run))
     variances = float(variance_E.sum()), float(variance_D.sum())
     return CoderRun(
-        config=config, trainer=CoderTrainer(coder, optimizers, *variances, scale, ranks)
+        config=config, trainer=CoderTrainer(coder, optimizers, *variances, scale, processes)
     )
 
 
@@ -103,7 +103,7 @@ def make_loader(
     device: torch.device,
     share: StreamShare = WHOLE_STREAM,
 ) -> Loader:
-    """What a run reads of a split, in its order."""
+    """Return a loader of a split, with the order and the row fields of a run."""
     return Loader(
         store,
         sides,
@@ -112,22 +112,28 @@ def make_loader(
         seed=config.order_seed,
         window_rows=config.window_rows,
         threads=config.read_threads,
-        facts=filters.of(sides).facts,
+        row_fields=filters.of(sides).row_fields,
         device=device,
         share=share,
     )
 
 
 def _mean_square(x_ND: Tensor) -> float:
-    """Of a value; 0 of none."""
+    """Return the mean square of a value; 0 without rows."""
     return float(x_ND.square().mean(dtype=torch.float64)) if len(x_ND) else 0.0
 
 
 def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
-    """Rows that the filters leave, the same ones whichever coders are trained beside."""
+    """Return filtered train rows; they do not depend on the other coders of the run."""
     cpu = torch.device("cpu")  # the same start on every device
     with Loader(
-        store, sides, "train", batch_rows=_SAMPLE_ROWS, seed=0, device=cpu, facts=filters.facts
+        store,
+        sides,
+        "train",
+        batch_rows=_SAMPLE_ROWS,
+        seed=0,
+        device=cpu,
+        row_fields=filters.row_fields,
     ) as loader:
         batch = next(loader.one_pass(_SAMPLE_ROWS))
     kept_N = filters.kept(batch, sides)

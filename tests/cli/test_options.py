@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -329,12 +330,11 @@ def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
 ) -> None:
     presses = 0
 
-    def pressed(*_: object) -> list[None]:
+    def press(*_: object) -> None:
         for _ in range(presses):
             os.kill(os.getpid(), signal.SIGINT)
-        return [None, None]
 
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
+    monkeypatch.setattr(fit_stage, "fit", partial(fit_stage.fit, on_step=press))
     fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
     for times, told in ((2, "starts from the beginning"), (1, "continues after train step 1")):
         presses = times

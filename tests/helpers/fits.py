@@ -1,33 +1,38 @@
 """Small runs over `stores.small_store`, and what lasts of them."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from mptrain.config.fit import FitConfig
-from mptrain.runs.fit import TrainLoop
 from mptrain.runs.metrics import Record, read_records
+from mptrain.runs.train_loop import OnStep
+from mptrain.training.setup import CoderRun
 
 BLANK = {"train_seconds": 0.0, "wait_seconds": 0.0, "validation_seconds": 0.0}
 BLANK |= {"rows_per_second": 0.0, "peak_memory_bytes": 0}
 
 
-def interrupt_at(patch: pytest.MonkeyPatch, stops_at: int) -> None:
-    """Let Ctrl-C come in place of this train step, counted from 1 over all fits from now on."""
-    train, calls = TrainLoop._train, 0
+def interrupt_at(step: int) -> OnStep:
+    """Raise KeyboardInterrupt in place of this train step, counted from 1 over all passes."""
+    calls = 0
 
-    def interrupted(self: TrainLoop, batch: Any) -> Any:
+    def on_step(_: int, __: Sequence[CoderRun]) -> None:
         nonlocal calls
         calls += 1
-        if calls == stops_at:
+        if calls == step:
             raise KeyboardInterrupt
-        return train(self, batch)
 
-    patch.setattr(TrainLoop, "_train", interrupted)
+    return on_step
+
+
+def spoil(coder_run: CoderRun) -> None:
+    """Let a coder diverge in its next train step."""
+    coder_run.trainer.coder.b_D.data.fill_(float("nan"))
 
 
 def config(store: str, run: Path, **changes: Any) -> FitConfig:

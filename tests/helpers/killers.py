@@ -16,9 +16,9 @@ from mptrain.data import atomic_files
 from mptrain.experiments.spec import experiment_of
 from mptrain.experiments.sweep import sweep
 from mptrain.experiments.toml_config import read_settings
-from mptrain.runs import fit as fit_stage
 from mptrain.runs import metrics
 from mptrain.runs.fit import fit
+from mptrain.training.train_step import CoderTrainer
 
 
 class Killer:
@@ -60,9 +60,9 @@ def torn(killer: Killer) -> Callable[..., Any]:
     write = metrics.MetricsFile._write
 
     def killed(self: metrics.MetricsFile, **options: Any) -> None:
-        if self._waiting and killer.reach("train", "half a line"):
+        if self._pending and killer.reach("train", "half a line"):
             with self.path.open("ab") as file:
-                file.write(self._waiting[: len(self._waiting) // 2])
+                file.write(self._pending[: len(self._pending) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, **options)
 
@@ -87,8 +87,7 @@ def sweep_until_killed(
 def arm(kind: str, moment: int, log: Path) -> None:
     """From here on this process trains until that moment."""
     killer = Killer(kind, moment, log)
-    fitting: Any = fit_stage.TrainLoop
-    fitting._train_one = killer.before("train", "train step", fitting._train_one)
+    CoderTrainer.step = killer.before("train", "train step", CoderTrainer.step)  # type: ignore[method-assign]
     metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
     checkpoint.save_file = killer.before("save", "before tensors", checkpoint.save_file)
     checkpoint.save_file = killer.half_way("save", "half of the tensors", checkpoint.save_file)

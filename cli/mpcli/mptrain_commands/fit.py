@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,10 @@ from mpcli.tables import print_json, print_table
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import RunConfig
 
-_RESULTS = (
+if TYPE_CHECKING:  # it imports torch, which --help must not
+    from mptrain.runs.results import CoderResult
+
+_RESULT_COLUMNS = (
     "coder",
     "fvu",
     "fvu_all",
@@ -23,7 +26,7 @@ _RESULTS = (
     "rows_per_second",
     "train_seconds",
 )
-_NEEDS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
+_CODER_COLUMNS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
 
 
 def _resume(run: str, given: dict[str, Any]) -> RunConfig:
@@ -80,24 +83,24 @@ def fit(
             results = run(config, quiet=False)
     except KeyboardInterrupt as stop:
         raise type(stop)(_how_to_continue(Path(config.run))) from None
-    for warning in (warning for result in results for warning in result.get("warnings", ())):
+    for warning in (warning for result in results for warning in result.warnings):
         typer.echo(f"warning: {warning}", err=True)
     if json:
-        print_json(results)
+        print_json([result.to_json() for result in results])
     else:
         _print_results(Path(config.run), results)
-    if all(result["diverged"] for result in results):
+    if all(result.diverged for result in results):
         typer.echo("error: all coders diverged, so none was saved; use a lower --lr", err=True)
         raise typer.Exit(1)
     return None
 
 
-def _print_results(run: Path, results: list[dict[str, Any]]) -> None:
-    trained = [result for result in results if not result["diverged"]]
+def _print_results(run: Path, results: "list[CoderResult]") -> None:
+    trained = [result.to_json() for result in results if not result.diverged]
     if trained:
-        unevaluated = dict.fromkeys(_RESULTS)
+        unevaluated = dict.fromkeys(_RESULT_COLUMNS)
         rows = [{**unevaluated, **row, **(row["validation"] or {})} for row in trained]
-        print_table(_RESULTS, rows)
+        print_table(_RESULT_COLUMNS, rows)
         typer.echo(f"the coders are in {run}/coders, and this table is in {run}/results.json")
 
 
@@ -108,8 +111,8 @@ def _print_plan(config: RunConfig, json: bool) -> None:
     if json:
         return print_json(dataclasses.asdict(plan))
     number = {name: n for n, names in enumerate(plan.passes, 1) for name in names}
-    rows = [{**dataclasses.asdict(coder), "pass": number[coder.name]} for coder in plan.needs]
-    print_table((*_NEEDS, "pass"), rows)
+    rows = [{**dataclasses.asdict(coder), "pass": number[coder.name]} for coder in plan.coders]
+    print_table((*_CODER_COLUMNS, "pass"), rows)
     memory = {**plan.memory_bytes, "total": sum(plan.memory_bytes.values())}
     print_table(("memory", "MB"), [{"memory": k, "MB": v / 1e6} for k, v in memory.items()])
     return typer.echo(
@@ -159,14 +162,14 @@ def save_coders(
     changes = {"device": device} if store is None else {"device": device, "store": store}
     saved = save(run, changes)
     for coder in saved:
-        if coder["diverged"]:
-            typer.echo(f"warning: {coder['coder']} has diverged and was not saved", err=True)
+        if coder.diverged:
+            typer.echo(f"warning: {coder.coder} has diverged and was not saved", err=True)
     if json:
-        return print_json(saved)
+        return print_json([dataclasses.asdict(coder) for coder in saved])
     for coder in saved:
-        if not coder["diverged"]:
-            steps = f"after {coder['step']:,} of {coder['steps']:,} train steps"
-            typer.echo(f"{coder['folder']}: {steps}")
+        if not coder.diverged:
+            steps = f"after {coder.step:,} of {coder.steps:,} train steps"
+            typer.echo(f"{coder.folder}: {steps}")
     if not saved:
         typer.echo(f"all coders of the last saved state are finished; they are in {run}/coders")
     return None

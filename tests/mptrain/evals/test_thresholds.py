@@ -51,7 +51,7 @@ def batch_config(store: str, run: Path, steps: int = 87, **changes: Any) -> Any:
 
 
 def l0_deviations(results: list[dict[str, Any]]) -> dict[str, float]:
-    return {result["coder"]: result["validation"]["l0_deviation"] for result in results}
+    return {result.coder: result.validation.l0_deviation for result in results}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_held_out_l0_is_near_k_however_long_a_training_is(
 ) -> None:
     results = fit(batch_config(store, tmp_path / "run", steps))
     assert all(abs(deviation) < NEAR for deviation in l0_deviations(results).values()), results
-    assert all(result["warnings"] == [] for result in results)
+    assert not any(result.warnings for result in results)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_held_out_l0_is_near_k_however_a_coder_is_trained(
 
 def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> None:
     for result in fit(batch_config(store, tmp_path / "run")):
-        folder = tmp_path / "run/coders" / result["coder"]
+        folder = tmp_path / "run/coders" / result.coder
         own, fewer, more = evaluate_coder(folder, store, (2, 6))
-        assert own.l0 == pytest.approx(result["validation"]["l0"], rel=1e-3)
+        assert own.l0 == pytest.approx(result.validation.l0, rel=1e-3)
         assert [one.k for one in (own, fewer, more)] == [4, 2, 6]
         assert abs(fewer.l0_deviation) < NEAR
         assert abs(more.l0_deviation) < NEAR
@@ -109,15 +109,14 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_thresholds_are_those_of_an_uninterrupted_run(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thresholds_are_those_of_an_uninterrupted_run(store: str, tmp_path: Path) -> None:
     """Nor do validations on the way, which set thresholds too, change a bit."""
     fit(batch_config(store, tmp_path / "whole", 24, optimizer="signsgd"))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 13)
-        with pytest.raises(KeyboardInterrupt):
-            fit(batch_config(store, tmp_path / "stopped", 24, optimizer="signsgd"))
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            batch_config(store, tmp_path / "stopped", 24, optimizer="signsgd"),
+            on_step=interrupt_at(13),
+        )
     fit(batch_config(store, tmp_path / "stopped", 24, optimizer="signsgd"))
     fit(batch_config(store, tmp_path / "observed", 24, optimizer="signsgd", eval_every=5))
     whole = weights(tmp_path / "whole")
@@ -129,7 +128,7 @@ def test_thresholds_are_those_of_an_uninterrupted_run(
 def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path: Path) -> None:
     """And its user is told where that is why L0 is far from K."""
     (result,) = fit(batch_config(store, tmp_path / "run", 20, arch=("batch-topk",)))
-    folder = tmp_path / "run/coders" / result["coder"]
+    folder = tmp_path / "run/coders" / result.coder
     coder, trained = load_coder(folder)
     assert coder.batch_threshold.threshold is not None
     coder.batch_threshold.threshold = coder.batch_threshold.threshold * 1.5

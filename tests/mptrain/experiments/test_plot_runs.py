@@ -12,8 +12,9 @@ from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
 from mptrain.config.sides import hookpoint_sides
 from mptrain.experiments.plot_runs import line_styles, plot_runs, read_curves, runs_figure
-from mptrain.runs import fit as fit_stage
+from mptrain.runs.fit import fit
 from mptrain.runs.metrics import MetricsFile, Record
+from tests.helpers.fits import spoil
 from tests.helpers.stores import small_store
 
 RED, BLUE = "#c8202f", "#1f5fa8"
@@ -183,28 +184,24 @@ def test_a_coder_without_validation_is_named(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run that was begun: no .*config\.json"):
+    with pytest.raises(ValueError, match=r"holds no run: there is no .*config\.json"):
         plot_runs([tmp_path], tmp_path / "figure")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_runs([], tmp_path / "figure")
 
 
-def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path, monkeypatch):
-    train_one = fit_stage.TrainLoop._train_one
+def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path):
+    def spoil_mp(step, coder_runs):
+        if step == 6:
+            spoil(next(run for run in coder_runs if run.config.arch == "mp"))
 
-    def spoilt(self, coder_run, *rows):
-        if coder_run.config.arch == "mp" and coder_run.trainer.optimizers.steps_done == 5:
-            coder_run.trainer.coder.b_D.data.fill_(math.nan)
-        return train_one(self, coder_run, *rows)
-
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train_one", spoilt)
     path, _ = small_store(tmp_path)
     for eval_every in (2, 9):  # 9: it has no validation before
         run = tmp_path / str(eval_every)
         settings = {"hookpoints": ("layers.0",), "k": (3,), "expansion": (2,), "rows": 640}
         settings |= {"batch_rows": 64, "eval_every": eval_every, "device": "cpu"}
-        results = fit_stage.fit(FitConfig(store=str(path), run=str(run), **settings))
-        assert [result["diverged"] for result in results] == [True, False]
+        results = fit(FitConfig(store=str(path), run=str(run), **settings), on_step=spoil_mp)
+        assert [result.diverged for result in results] == [True, False]
         mp, topk = read_curves(run)
         assert (mp.diverged, topk.diverged) == (True, False)
         assert mp.records[-1].step == 6

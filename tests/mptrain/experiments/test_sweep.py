@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,9 @@ from mptrain.experiments.captions import caption
 from mptrain.experiments.estimate import forecast
 from mptrain.experiments.runs import find_runs, plan_runs, read_trained, refuse_other_settings
 from mptrain.experiments.sweep import sweep
-from mptrain.runs import fit as fit_stage
+from mptrain.runs.fit import fit
 from tests.helpers.experiments import TEXT, Collecting, tiny_experiment, write_experiment
-from tests.helpers.fits import equal, lasting, weights
+from tests.helpers.fits import equal, interrupt_at, lasting, weights
 from tests.helpers.killers import sweep_until_killed
 from tests.helpers.stores import small_config, write_corpus
 
@@ -140,15 +141,8 @@ def test_parts_then_the_whole_equal_the_whole_at_once(whole, tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_interrupted_equals_uninterrupted(whole, tmp_path):
     folder, _ = whole
-    train = fit_stage.TrainLoop._train
-
-    def stopped(self, batch):
-        if self.coder_runs[0].trainer.optimizers.steps_done == 3:
-            raise KeyboardInterrupt
-        return train(self, batch)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_stage.TrainLoop, "_train", stopped)
+        patch.setattr("mptrain.experiments.sweep.fit", partial(fit, on_step=interrupt_at(4)))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     (begun,) = find_runs(tmp_path / "run")
@@ -180,7 +174,7 @@ def test_coders_of_other_rows_are_refused(tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_what_changes_no_row_and_no_step_may_change(whole, tmp_path):
     folder, _ = whole
-    free = ("fit.max_memory=1_000_000_000", "fit.read_threads=1", "fit.window_bytes=1_000_000")
+    free = ("fit.max_memory=1_000_000_000", "fit.read_threads=1")
     free += ("fit.cache_dir='/dev/shm/cache'", "fit.cache_bytes=1_000_000")
     experiment = tiny_experiment(tmp_path, *free)
     there = tiny_experiment(folder).resolved({**COLLECTED, "write_threads": None})

@@ -9,6 +9,7 @@ import signal
 import sys
 import typing
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
 from mptrain.evals.evaluate import Evaluation, evaluate_coder
 from mptrain.runs import fit as fit_stage
+from mptrain.runs import validator
 from mptrain.runs.fit import fit
 from mptrain.runs.records import peak_memory_bytes
 from mptrain.runs.saved_state import save_state
 from mptrain.runs.signals import Terminated
-from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
+from mptrain.runs.state import RunProgress, RunState
+from mptrain.training.setup import CoderRun
+from tests.helpers.fits import config, equal, interrupt_at, lasting, spoil, state, weights
 from tests.helpers.stores import small_store
 
 
@@ -45,14 +49,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("optimizer", typing.get_args(Optimizer))
 @pytest.mark.parametrize("stops_at", [1, 7, 23])
 def test_interrupted_equals_uninterrupted(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, stops_at: int
+    store: str, tmp_path: Path, optimizer: str, stops_at: int
 ) -> None:
     fit(config(store, tmp_path / "whole", optimizer=optimizer))
     broken = config(store, tmp_path / "broken", optimizer=optimizer)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, stops_at)
-        with pytest.raises(KeyboardInterrupt):
-            fit(broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, on_step=interrupt_at(stops_at))
     fit(broken)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert lasting(tmp_path / "whole") == lasting(tmp_path / "broken")
@@ -117,7 +119,7 @@ def test_every_option_changes_the_coders(
         base["dead_rows"] = 1
     first = fit(config(store, tmp_path / "base", **base))
     second = fit(config(store, tmp_path / "other", **{**base, **changes}))
-    fvus = [{result["validation"]["fvu"] for result in results} for results in (first, second)]
+    fvus = [{result.validation.fvu for result in results} for results in (first, second)]
     assert fvus[0].isdisjoint(fvus[1])
 
 
@@ -132,21 +134,15 @@ def test_back_ends_agree_but_are_named_apart(store: str, tmp_path: Path) -> None
     assert direct["validation"]["fvu"] == pytest.approx(gram["validation"]["fvu"], rel=0.02)
 
 
-def test_a_diverged_coder_stops_and_the_others_go_on(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_diverged_coder_stops_and_the_others_go_on(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "well"))
-    make = fit_stage.make_coder_run
 
-    def spoilt(one: Any, *rest: Any) -> Any:
-        coder_run = make(one, *rest)
-        if one.arch == "mp" and one.kind == "sae":
-            coder_run.trainer.coder.b_D.data.fill_(float("nan"))
-        return coder_run
+    def spoil_first(step: int, coder_runs: Sequence[CoderRun]) -> None:
+        if step == 1:
+            spoil(coder_runs[0])
 
-    monkeypatch.setattr(fit_stage, "make_coder_run", spoilt)
-    results = fit(config(store, tmp_path / "ill"))
-    assert [r["coder"] for r in results if r["diverged"]] == [
+    results = fit(config(store, tmp_path / "ill"), on_step=spoil_first)
+    assert [r.coder for r in results if r.diverged] == [
         "layers.1.mlp-sae-mp-k3-x2-seed0-dead-rows200"
     ]
     ill, well = weights(tmp_path / "ill"), weights(tmp_path / "well")
@@ -158,20 +154,15 @@ def test_a_diverged_coder_stops_and_the_others_go_on(
 def test_a_run_without_a_coder_left_ends(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, train, steps = fit_stage.make_coder_run, fit_stage.TrainLoop._train, 0
+    steps = 0
 
-    def spoilt(*given: Any) -> Any:
-        coder_run = make(*given)
-        coder_run.trainer.coder.b_D.data.fill_(float("nan"))
-        return coder_run
-
-    def counted(self: fit_stage.TrainLoop, batch: Any) -> Any:
+    def spoil_all(_: int, coder_runs: Sequence[CoderRun]) -> None:
         nonlocal steps
         steps += 1
-        return train(self, batch)
+        for coder_run in coder_runs:
+            spoil(coder_run)
 
-    monkeypatch.setattr(fit_stage, "make_coder_run", spoilt)
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", counted)
+    monkeypatch.setattr(fit_stage, "fit", partial(fit, on_step=spoil_all))
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     told = CliRunner().invoke(mptrain, fitted)
@@ -188,12 +179,12 @@ def test_a_run_without_a_coder_left_ends(
 def test_a_coder_without_validation_rows_is_saved(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = fit_stage.evaluate
+    evaluate = validator.evaluate
 
     def of_no_rows(*given: Any) -> list[Evaluation]:
         return [dataclasses.replace(e, rows=0, fvu=math.nan, l0=0.0) for e in evaluate(*given)]
 
-    monkeypatch.setattr(fit_stage, "evaluate", of_no_rows)
+    monkeypatch.setattr(validator, "evaluate", of_no_rows)
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     told = CliRunner().invoke(mptrain, fitted)
@@ -215,7 +206,7 @@ def test_a_run_of_an_earlier_version_goes_on(store: str, tmp_path: Path) -> None
 def test_training_explains_more_and_atoms_keep_unit_norm(store: str, tmp_path: Path) -> None:
     results = fit(config(store, tmp_path / "run", rows=64 * 200, eval_every=5))
     for result in results:
-        name = result["coder"]
+        name = result.coder
         course = [r.validation_fvu for r in lasting(tmp_path / "run") if r.coder == name]
         course = [fvu for fvu in course if fvu is not None]
         assert course[-1] < 0.9 * course[0]
@@ -228,12 +219,12 @@ def test_training_explains_more_and_atoms_keep_unit_norm(store: str, tmp_path: P
 
 def test_a_saved_batch_mp_coder_keeps_its_threshold(store: str, tmp_path: Path) -> None:
     (result,) = fit(config(store, tmp_path / "run", arch=("batch-mp",), kind=("sae",)))
-    coder, _ = load_coder(tmp_path / "run" / "coders" / result["coder"])
+    coder, _ = load_coder(tmp_path / "run" / "coders" / result.coder)
     assert coder.batch_threshold.threshold is not None
     assert coder.batch_threshold.threshold > 0
-    assert 1 < result["validation"]["l0"] < 6, "near k = 3, and not all of 2 k steps"
-    assert evaluate_coder(tmp_path / "run/coders" / result["coder"], Path(store), ())[0].l0 == (
-        pytest.approx(result["validation"]["l0"], rel=1e-3)
+    assert 1 < result.validation.l0 < 6, "near k = 3, and not all of 2 k steps"
+    assert evaluate_coder(tmp_path / "run/coders" / result.coder, Path(store), ())[0].l0 == (
+        pytest.approx(result.validation.l0, rel=1e-3)
     )
 
 
@@ -257,44 +248,38 @@ def test_damaged_and_foreign_coders_are_refused(store: str, tmp_path: Path) -> N
 def test_a_signal_ends_the_step_and_keeps_its_state(
     store: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
     stops_at: int,
 ) -> None:
-    train, calls = fit_stage.TrainLoop._train, 0
+    calls = 0
 
-    def pressed(self: fit_stage.TrainLoop, batch: Any) -> Any:
+    def press(*_: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == stops_at:
             os.kill(os.getpid(), number)
-        return train(self, batch)
 
     fit(config(store, tmp_path / "whole"))
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        fit(config(store, tmp_path / "broken"))
+        fit(config(store, tmp_path / "broken"), on_step=press)
     assert stopped.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
     assert [f.name for f in (tmp_path / "broken/state").iterdir()] == [str(stops_at)]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    fit(config(store, tmp_path / "broken"))
+    fit(config(store, tmp_path / "broken"), on_step=press)
     assert calls == 24
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert lasting(tmp_path / "whole") == lasting(tmp_path / "broken")
 
 
-def test_a_second_ctrl_c_stops_at_once(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pressed(*_: Any) -> None:
+def test_a_second_ctrl_c_stops_at_once(store: str, tmp_path: Path) -> None:
+    def press_twice(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
 
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", pressed)
     with pytest.raises(KeyboardInterrupt):
-        fit(config(store, tmp_path / "run"))
+        fit(config(store, tmp_path / "run"), on_step=press_twice)
     assert not (tmp_path / "run/state").exists()
 
 
@@ -314,7 +299,7 @@ def test_a_batch_without_rows_is_no_divergence(
 
     monkeypatch.setattr(Filters, "kept", none_at_first)
     results = fit(config(store, tmp_path / "run", log_every=1))
-    assert not any(result["diverged"] for result in results)
+    assert not any(result.diverged for result in results)
     assert all(math.isnan(r.fvu) for r in lasting(tmp_path / "run") if r.step == 1)
     assert all(math.isfinite(r.fvu) for r in lasting(tmp_path / "run") if r.step == 2)
 
@@ -322,15 +307,15 @@ def test_a_batch_without_rows_is_no_divergence(
 def test_a_final_fvu_that_is_no_number_is_a_divergence(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate = fit_stage.evaluate
+    evaluate = validator.evaluate
 
     def spoilt(*args: Any, **kwargs: Any) -> list[Evaluation]:
         first, *rest = evaluate(*args, **kwargs)
         return [dataclasses.replace(first, fvu=math.inf), *rest]
 
-    monkeypatch.setattr(fit_stage, "evaluate", spoilt)
+    monkeypatch.setattr(validator, "evaluate", spoilt)
     results = fit(config(store, tmp_path / "run"))
-    assert [r["diverged"] for r in results] == [True, False, False, False]
+    assert [r.diverged for r in results] == [True, False, False, False]
     assert len(list((tmp_path / "run/coders").iterdir())) == 3
     json.loads((tmp_path / "run/results.json").read_text(), parse_constant=pytest.fail)
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -396,16 +381,12 @@ def test_sides_of_different_extent_are_refused(tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", **both | {"hookpoints": ("layers.0",)}))
 
 
-def test_a_run_goes_on_with_the_parts_it_began_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_with_the_parts_it_began_with(tmp_path: Path) -> None:
     store = str(small_store(tmp_path, rows=300)[0])
     fit(config(store, tmp_path / "whole", rows=64 * 8))
     broken = config(store, tmp_path / "broken", rows=64 * 8, save_every=3)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 6)
-        with pytest.raises(KeyboardInterrupt):
-            fit(broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, on_step=interrupt_at(6))
     small_store(tmp_path, rows=1500)  # the store grows: more parts, and another mean
     fit(broken)
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
@@ -462,5 +443,6 @@ def test_folders_are_synced_before_and_after_their_renames(
     write_json(tmp_path / "run" / "a.json", 1)
     assert synced == ["a.json.partial", "run"]
     synced.clear()
-    save_state(tmp_path / "run", 3, {}, {"x": torch.zeros(1)})
+    empty = RunState(progress=RunProgress(passes=[]), coders={})
+    save_state(tmp_path / "run", 3, empty, {"x": torch.zeros(1)})
     assert synced == ["state.json", "state.safetensors", "3.partial", "state"]

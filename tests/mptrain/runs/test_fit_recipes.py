@@ -39,10 +39,10 @@ def test_the_saved_coder_is_the_evaluated_one(
     trained, saved = fits.state(tmp_path / "run"), fits.weights(tmp_path / "run")
     assert any(not torch.equal(t, trained[n.replace("/", "/coder.")]) for n, t in saved.items())
     for result in results:
-        folder = tmp_path / "run/coders" / result["coder"]
+        folder = tmp_path / "run/coders" / result.coder
         (found,) = evaluate_coder(folder, Path(store), ())
-        assert found.fvu == pytest.approx(result["validation"]["fvu"], rel=1e-6)
-        assert found.l0 == result["validation"]["l0"]
+        assert found.fvu == pytest.approx(result.validation.fvu, rel=1e-6)
+        assert found.l0 == result.validation.l0
         norm_M = saved[f"{result['coder']}/W_MD"].double().norm(dim=1)
         torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
 
@@ -68,7 +68,7 @@ def test_watching_and_company_change_no_bit(
 
 def test_start_changes_a_run(store: str, tmp_path: Path) -> None:
     fvus = [
-        {r["validation"]["fvu"] for r in fit(config(store, tmp_path / start, start=start))}
+        {r.validation.fvu for r in fit(config(store, tmp_path / start, start=start))}
         for start in ("mean", "median")
     ]
     assert fvus[0].isdisjoint(fvus[1])

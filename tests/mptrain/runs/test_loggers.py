@@ -47,19 +47,17 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_the_records_of_a_run_that_was_stopped_twice(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path
 ) -> None:
     settings = config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED)
     for stops_at in (8, 4):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, stops_at)
-            with pytest.raises(KeyboardInterrupt):
-                fit(settings)
+        with pytest.raises(KeyboardInterrupt):
+            fit(settings, on_step=interrupt_at(stops_at))
     results = fit(settings)
     records = read_records(tmp_path / "run/metrics.jsonl")
     for result in results:
-        curves = shown(tmp_path / "run/tensorboard" / result["coder"])
-        own = [record for record in records if record.coder == result["coder"]]
+        curves = shown(tmp_path / "run/tensorboard" / result.coder)
+        own = [record for record in records if record.coder == result.coder]
         wanted: dict[str, list[tuple[int, float]]] = {}
         for record in own:
             for name, value in numbers(record).items():
@@ -75,7 +73,7 @@ def test_following_changes_no_bit_and_may_begin_later(store: str, tmp_path: Path
     fit(config(store, tmp_path / "followed", **{**N_RESCORED, "log": ("tensorboard",)}))
     assert equal(weights(tmp_path / "alone"), weights(tmp_path / "followed"))
     results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **N_RESCORED))
-    curves = shown(tmp_path / "alone/tensorboard" / results[0]["coder"])
+    curves = shown(tmp_path / "alone/tensorboard" / results[0].coder)
     assert [step for step, _ in curves["fvu"]] == [2, 4, 6, 8, 10, 12]
 
 
@@ -166,16 +164,14 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_wandb_gets_each_coder_as_a_run_and_resumes_it(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
+    store: str, tmp_path: Path, wandb: Any
 ) -> None:
     settings = config(store, tmp_path / "run", log=("wandb",), **N_RESCORED)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 8)  # after seven train steps; five were saved
-        with pytest.raises(KeyboardInterrupt):
-            fit(settings)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings, on_step=interrupt_at(8))  # after seven train steps; five were saved
     results = fit(settings)
     assert len(wandb.server) == 2
-    assert [one["name"] for one in wandb.asked] == [r["coder"] for r in results] * 2
+    assert [one["name"] for one in wandb.asked] == [r.coder for r in results] * 2
     assert wandb.asked[0]["config"]["arch"] == "mp"
     assert len({one["group"] for one in wandb.asked}) == 1
     assert all(run.finished for run in wandb.runs)

@@ -5,6 +5,7 @@ import itertools
 import json
 import typing
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -
     y_BE = x_BD if one.kind == "sae" else y_BE
     trainer.step(x_BD, y_BE)
     if one.dead_rows == 1:
-        trainer.rows_since_fired_M.fill_(10)
+        trainer.usage.rows_since_fired_M.fill_(10)
     free_room()
     peak = peak_bytes(lambda: trainer.step(x_BD, y_BE), CPU)
     if peak is None:
@@ -116,19 +117,19 @@ def test_passes_hold_all_coders_in_order_and_fit(
     sizes: list[tuple[int, int]], most: int, processes: int
 ) -> None:
     """Each process' share of them, where processes share coders."""
-    ranks = ProcessGroup(size=processes, spread="coders")
+    group = ProcessGroup(size=processes, spread="coders")
 
     def largest(names: Sequence[str]) -> int:
-        shares = [[by_name[n] for n in share] for share in ranks.all_coders(names)]
+        shares = [[by_name[n] for n in share] for share in group.coders_per_process(names)]
         return max(pass_bytes(share) for share in shares if share)
 
     coders = [needs(str(n), *size) for n, size in enumerate(sizes)]
     by_name = {one.name: one for one in coders}
     if any(held + step > most for held, step in sizes):
         with pytest.raises(ValueError, match="max_memory must hold at least one coder, got"):
-            group_into_passes(coders, most, ranks)
+            group_into_passes(coders, most, group)
         return
-    passes = group_into_passes(coders, most, ranks)
+    passes = group_into_passes(coders, most, group)
     assert [name for names in passes for name in names] == list(by_name)
     assert all(largest(names) <= most for names in passes)
     for names, (following, *_) in itertools.pairwise(passes):
@@ -140,7 +141,7 @@ def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> 
     """Widths, K, architectures and hookpoints side by side, in one pass and in several."""
     fit(config(store, tmp_path / "together", **MIXED))
     plan = plan_fit(config(store, tmp_path / "split", **MIXED))
-    most = pass_bytes(plan.needs[:5]) + 1
+    most = pass_bytes(plan.coders[:5]) + 1
     split = config(store, tmp_path / "split", **MIXED, max_memory=most)
     assert len(plan_fit(split).passes) > 2
     fit(split)
@@ -164,21 +165,17 @@ def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stops_at", [3, 6, 14, 18])
-def test_passes_go_on_where_they_stopped(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops_at: int
-) -> None:
+def test_passes_go_on_where_they_stopped(store: str, tmp_path: Path, stops_at: int) -> None:
     """Six steps a pass: within the first, at its end, within the third, at the very end."""
     few: dict[str, Any] = {"kind": ("sae",), "arch": ("mp",), "k": (2, 3, 4), "rows": 64 * 6}
     alone = max(
-        one.held_bytes + one.step_bytes for one in plan_fit(config(store, tmp_path, **few)).needs
+        one.held_bytes + one.step_bytes for one in plan_fit(config(store, tmp_path, **few)).coders
     )
     few |= {"max_memory": alone, "eval_rows": 64, "save_every": 4}
     assert len(plan_fit(config(store, tmp_path, **few)).passes) == 3
     fit(config(store, tmp_path / "whole", **few))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, stops_at)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "broken", **few))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "broken", **few), on_step=interrupt_at(stops_at))
     fit(config(store, tmp_path / "broken", **few))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert equal(state(tmp_path / "whole"), state(tmp_path / "broken"))
@@ -193,27 +190,24 @@ def test_passes_are_those_that_the_run_began_with(
     """However another version, or another device, would plan them."""
     few: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 6, "eval_rows": 64}
     fit(config(store, tmp_path / "whole", **few))
-    train, make, calls = fit_stage.TrainLoop._train, fit_stage.make_plan, 0
+    make, calls = fit_stage.make_plan, 0
 
     def one_each(*args: Any) -> RunPlan:
         plan = make(*args)
-        return dataclasses.replace(plan, passes=[[one.name] for one in plan.needs])
+        return dataclasses.replace(plan, passes=[[one.name] for one in plan.coders])
 
-    def interrupted(self: fit_stage.TrainLoop, batch: Any) -> Any:
+    def interrupted(*_: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 8:
             raise KeyboardInterrupt
-        return train(self, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(fit_stage, "make_plan", one_each)
-        patch.setattr(fit_stage.TrainLoop, "_train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "broken", **few, save_every=1))
+            fit(config(store, tmp_path / "broken", **few, save_every=1), on_step=interrupted)
     assert len(plan_fit(config(store, tmp_path / "broken", **few)).passes) == 2
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", interrupted)
-    fit(config(store, tmp_path / "broken", **few, save_every=1))
+    fit(config(store, tmp_path / "broken", **few, save_every=1), on_step=interrupted)
     assert calls == 13, "six steps for each of two coders, and one that was interrupted"
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
@@ -271,7 +265,7 @@ def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
     assert plan["passes"] == [["layers.0-sae-mp-k3-x2-seed0", "layers.0-sae-topk-k3-x2-seed0"]]
     assert [one["parameters"] for one in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
     items = ["weights", "optimizer", "train step", "batches"]
-    host = ["windows of rows (host)", "facts of rows (host)"]
+    host = ["windows of rows (host)", "positions, tokens and norms (host)"]
     assert list(plan["memory_bytes"]) == items + host
     assert plan["memory_bytes"]["weights"] == 4 * sum(one["parameters"] for one in plan["needs"])
     assert not list(tmp_path.iterdir())
@@ -298,7 +292,7 @@ def test_resume_needs_no_other_option(
     whole = weights(run)
     other = ("--run", str(tmp_path / "other"), "--save-every", "5")
     with monkeypatch.context() as patch:
-        interrupt_at(patch, 8)
+        patch.setattr(fit_stage, "fit", partial(fit, on_step=interrupt_at(8)))
         assert invoke(*arguments, *other).exit_code == 130
     (tmp_path / "other").rename(moved)
     resumed = invoke("--resume", str(moved))
@@ -309,11 +303,11 @@ def test_resume_needs_no_other_option(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--resume", "RUN", "--k", "4"), "--resume takes k from the run; beside it may be given"),
+        (("--resume", "RUN", "--k", "4"), "from the run; only these may be given with it"),
         (("--resume", "RUN", "--k", "64"), "--resume takes k from the run"),
         (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
         (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
-        (("--resume", "nowhere"), "nowhere is no run that was begun"),
+        (("--resume", "nowhere"), "nowhere holds no run"),
         ((), "STORE, --run must be given, or --resume RUN"),
     ],
     ids=str,
@@ -357,7 +351,7 @@ def test_what_processes_share_is_of_the_command(store: str, tmp_path: Path) -> N
 def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter").touch()
-    with pytest.raises(ValueError, match="exists and is no run"):
+    with pytest.raises(ValueError, match="exists and holds no run"):
         plan_fit(config(store, tmp_path / "full"))
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
     with pytest.raises(ValueError, match=r"another config .*rows: 64 there, 128 asked"):
@@ -365,9 +359,10 @@ def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Pa
 
 
 def test_clocks_go_on_in_the_next_pass() -> None:
-    first = RunProgress(passes=[["a"], ["b"]], step=9, waited=1.5, validated=2.5)
-    following = RunProgress(passes=first.passes, number=1, waited=1.5, validated=2.5, finished=[{}])
-    assert first.next_pass([{}]) == following
+    clocks = {"wait_seconds": 1.5, "validation_seconds": 2.5}
+    first = RunProgress(passes=[["a"], ["b"]], step=9, **clocks)
+    following = RunProgress(passes=first.passes, pass_index=1, **clocks)
+    assert first.next_pass(()) == following
 
 
 @pytest.mark.parametrize(

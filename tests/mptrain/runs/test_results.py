@@ -1,7 +1,7 @@
 """What a run says of its coders: their own rows, and what their user has to know."""
 
-import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from mpcache.store.acts_reader import ActsReader
 from mpcli.mptrain import app as mptrain
-from mptrain.runs import fit as fit_stage
 from mptrain.runs.fit import fit
-from tests.helpers.fits import config, interrupt_at, lasting
+from mptrain.training.setup import CoderRun
+from tests.helpers.fits import config, interrupt_at, lasting, spoil
 from tests.helpers.stores import small_store
 
 
@@ -21,50 +21,37 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_store(tmp_path_factory.mktemp("fit"))[0])
 
 
-def test_each_coder_counts_its_own_rows(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_coder_counts_its_own_rows(store: str, tmp_path: Path) -> None:
     """Also where it diverged, was resumed since, and others have trained on."""
-    make = fit_stage.make_coder_run
+    interrupt = interrupt_at(13)
 
-    def spoilt(one: Any, *rest: Any) -> Any:
-        coder_run, steps = make(one, *rest), 0
+    def on_step(step: int, coder_runs: Sequence[CoderRun]) -> None:
+        interrupt(step, coder_runs)
+        if step == 3:
+            spoil(coder_runs[0])
 
-        def step(*rows: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            result = type(coder_run.trainer).step(coder_run.trainer, *rows)
-            is_ill = one.arch == "mp" and steps == 3
-            return result._replace(loss=result.loss * math.nan) if is_ill else result
-
-        coder_run.trainer.step = step
-        return coder_run
-
-    monkeypatch.setattr(fit_stage, "make_coder_run", spoilt)
     sae = {"kind": ("sae",)}
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 13)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "run", **sae))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "run", **sae), on_step=on_step)
     ill, well = fit(config(store, tmp_path / "run", **sae))
-    assert (ill["diverged"], ill["step"], ill["rows_read"]) == (True, 3, 3 * 64)
-    assert (well["diverged"], well["step"], well["rows_read"]) == (False, 24, 24 * 64)
+    assert (ill.diverged, ill.step, ill.rows_read) == (True, 3, 3 * 64)
+    assert (well.diverged, well.step, well.rows_read) == (False, 24, 24 * 64)
     for one in (ill, well):
-        assert 0.9 * one["rows_read"] < one["rows_trained"] < one["rows_read"]
-        assert one["rows_per_second"] == one["rows_trained"] / one["train_seconds"]
-        last = [r for r in lasting(tmp_path / "run") if r.coder == one["coder"]][-1]
-        assert (last.rows, last.rows_trained) == (one["rows_read"], one["rows_trained"])
-    assert "stopped in train step 3, after" in ill["warnings"][0]
-    assert well["warnings"] == []
+        assert 0.9 * one.rows_read < one.rows_trained < one.rows_read
+        assert one.rows_per_second == one.rows_trained / one.train_seconds
+        last = [r for r in lasting(tmp_path / "run") if r.coder == one.coder][-1]
+        assert (last.rows, last.rows_trained) == (one.rows_read, one.rows_trained)
+    assert "stopped in train step 3, after" in ill.warnings[0]
+    assert not well.warnings
 
 
 def test_a_coder_whose_batches_have_no_rows_says_so(store: str, tmp_path: Path) -> None:
     everything = tuple(map(str, range(258)))
     (one,) = fit(config(store, tmp_path / "run", kind=("sae",), arch=("mp",), rows=64 * 3,
                         skip_tokens=everything))  # fmt: skip
-    assert (one["rows_read"], one["rows_trained"], one["rows_per_second"]) == (192, 0, 0.0)
-    assert one["validation"] is None
-    assert [w.partition(";")[0].split(" of ")[0] for w in one["warnings"]] == [
+    assert (one.rows_read, one.rows_trained, one.rows_per_second) == (192, 0, 0.0)
+    assert one.validation is None
+    assert [w.partition(";")[0].split(" of ")[0] for w in one.warnings] == [
         "no train row passes the filters",
         "no validation row passes the filters",
     ]

@@ -7,8 +7,8 @@ import random
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,40 +192,18 @@ def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
     assert len(list(folder.parent.iterdir())) == 1
 
 
-def test_saving_by_the_clock(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[int] = []
-    save_state, now = fit_stage.save_state, 0.0
-
-    def noted(run: Path, number: int, *rest: Any) -> None:
-        saved.append(number)
-        save_state(run, number, *rest)
-
-    def a_minute_later(self: fit_stage.TrainLoop, batch: Any) -> Any:
-        nonlocal now
-        now += 60
-        return train(self, batch)
-
-    train = fit_stage.TrainLoop._train
-    monkeypatch.setattr(fit_stage, "save_state", noted)
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", a_minute_later)
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    fit(config(store, tmp_path / "run", save_every=10, save_minutes=4.0, **N_RESCORED))
-    assert saved == [4, 8, 10, 14, 18, 20, 24]
-
-
 def test_how_often_is_saved_may_change_between_commands(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", rows=64, **N_RESCORED))
-    fit(config(store, tmp_path / "run", rows=64, save_every=1, save_minutes=1.5, **N_RESCORED))
+    fit(config(store, tmp_path / "run", rows=64, save_every=1, **N_RESCORED))
 
 
 def test_sigterm_saves_and_says_so(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ended(*_: object) -> list[None]:
+    def terminate(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return [None, None]
 
-    monkeypatch.setattr(fit_stage.TrainLoop, "_train", ended)
+    monkeypatch.setattr(fit_stage, "fit", partial(fit, on_step=terminate))
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     result = CliRunner().invoke(mptrain, fitted)
@@ -257,12 +235,6 @@ def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
     assert equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
-@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
-def test_minutes_that_cannot_be(minutes: float) -> None:
-    with pytest.raises(ValueError, match="save_minutes must be positive and finite"):
-        config("store", Path("run"), save_minutes=minutes)
-
-
 def test_a_difference_is_told_as_on_the_command_line(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", rows=64, **N_RESCORED))
     before = json.loads((tmp_path / "run/config.json").read_text())
@@ -291,15 +263,11 @@ def test_the_bar_tells_fvu_speed_waiting_and_time_left(
     )
 
 
-def test_a_run_of_an_earlier_version_goes_on(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_of_an_earlier_version_goes_on(store: str, tmp_path: Path) -> None:
     """Its config lacks settings that came later, and its state the rows of each coder."""
     fit(config(store, tmp_path / "whole", **N_RESCORED))
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 13)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "run", **N_RESCORED))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "run", **N_RESCORED), on_step=interrupt_at(13))
     file = tmp_path / "run/config.json"
     started = json.loads(file.read_bytes())
     assert started["fit"].pop("only_tokens") == "all"
@@ -323,7 +291,7 @@ def test_another_tools_folder_is_no_run(store: str, tmp_path: Path, content: obj
     ):
         done = CliRunner().invoke(mptrain, command)
         assert done.exit_code == 2, done.output
-        assert "is no run" in done.stderr
+        assert "holds no run" in done.stderr
 
 
 def test_settings_of_a_newer_version_are_named(store: str, tmp_path: Path) -> None:

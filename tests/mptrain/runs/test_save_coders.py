@@ -25,12 +25,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_store(tmp_path_factory.mktemp("fit"))[0])
 
 
-def stopped(store: str, run: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+def stopped(store: str, run: Path, **changes: Any) -> None:
     """A run of 24 train steps that ends in the 13th; its last state is that of the 10th."""
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 13)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config(store, run, **GRID, **changes))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, run, **GRID, **changes), on_step=interrupt_at(13))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "signsgd"])
@@ -46,14 +44,14 @@ def test_coders_of_a_stopped_run(
     records = {r.coder: r for r in lasting(tmp_path / "run") if r.step == 10}
     assert len(saved) == 2
     for one in saved:
-        folder = Path(one["folder"])
-        assert folder.name == f"{one['coder']}-step10"
+        folder = Path(one.folder)
+        assert folder.name == f"{one.coder}-step10"
         _, trained = load_coder(folder)
         assert (trained["step"], trained["steps"], trained["finished"]) == (10, 24, False)
         assert trained["rows_read"] == 640
         assert 0 < trained["rows_trained"] < 640, "first positions are left out"
         evaluation = evaluate_coder(folder, store, ())[0]
-        assert evaluation.fvu == pytest.approx(records[one["coder"]].validation_fvu, rel=1e-5)
+        assert evaluation.fvu == pytest.approx(records[one.coder].validation_fvu, rel=1e-5)
     fit(config(store, tmp_path / "run", **GRID, **changes))
     final = {name: t for name, t in weights(tmp_path / "run").items() if "-step10/" not in name}
     assert equal(final, weights(tmp_path / "whole"))
@@ -88,22 +86,22 @@ def test_finished_passes_are_not_saved_again(
     names = [coder.name for coder in alone.coders()]
     bytes_of_one = 12_000_000
     with monkeypatch.context() as patch:
-        patch.setattr("mptrain.runs.plan.in_passes", lambda *_: [[name] for name in names])
-        interrupt_at(patch, 24 + 8)
+        patch.setattr("mptrain.runs.plan.group_into_passes", lambda *_: [[name] for name in names])
         with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "run", **GRID, max_memory=bytes_of_one))
+            fit(
+                config(store, tmp_path / "run", **GRID, max_memory=bytes_of_one),
+                on_step=interrupt_at(24 + 8),
+            )
     (saved,) = save_coders(str(tmp_path / "run"), {})
-    assert saved["coder"] == names[1]
+    assert saved.coder == names[1]
     assert {f.name for f in (tmp_path / "run/coders").iterdir()} == {names[0], f"{names[1]}-step5"}
 
 
 def test_what_cannot_be_saved(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no run that was begun"):
+    with pytest.raises(ValueError, match="holds no run"):
         save_coders(str(tmp_path / "none"), {})
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "early", **GRID))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "early", **GRID), on_step=interrupt_at(3))
     with pytest.raises(ValueError, match="has no saved state; wait"):
         save_coders(str(tmp_path / "early"), {})
     stopped(store, tmp_path / "run", monkeypatch)
@@ -130,16 +128,12 @@ def test_a_state_that_a_later_one_replaces_is_no_damage(
         save_coders(str(tmp_path / "run"), {})
 
 
-def test_a_coder_before_its_switch_codes_as_it_was_trained(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_coder_before_its_switch_codes_as_it_was_trained(store: str, tmp_path: Path) -> None:
     changes = {"arch": ("mp",), "begin_as": "topk", "begin_share": 0.75}
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 13)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config(store, tmp_path / "run", **{**GRID, **changes}))
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, tmp_path / "run", **{**GRID, **changes}), on_step=interrupt_at(13))
     (saved,) = save_coders(str(tmp_path / "run"), {})
     (validation,) = (r.validation_fvu for r in lasting(tmp_path / "run") if r.step == 10)
-    coder, _ = load_coder(Path(saved["folder"]))
+    coder, _ = load_coder(Path(saved.folder))
     assert coder.encoder.coded_as == "topk"
-    assert evaluate_coder(Path(saved["folder"]), store, ())[0].fvu == pytest.approx(validation)
+    assert evaluate_coder(Path(saved.folder), store, ())[0].fvu == pytest.approx(validation)

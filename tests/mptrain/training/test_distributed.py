@@ -19,7 +19,7 @@ from torch import Tensor
 from mptrain.config.coder import CoderConfig
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics import read_records
-from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, joined
+from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
 from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers import fits
@@ -63,7 +63,7 @@ def step_of(trainer: CoderTrainer, rows: int, ranks: ProcessGroup) -> dict[str, 
     x_BD, y_BE = rows_of(trainer.coder.config, rows, 9)
     step_, trainer.optimizers.step_ = trainer.optimizers.step_, lambda: None  # type: ignore[method-assign]
     share = slice(None)
-    if ranks.shares_rows:
+    if ranks.divides_rows:
         share = slice(*((rows * one + 1) // 2 for one in (ranks.rank, ranks.rank + 1)))
     result = trainer.step(x_BD[share], y_BE[share])
     named = trainer.coder.named_parameters()
@@ -177,15 +177,13 @@ def torchrun(
 
 @pytest.mark.slow
 def test_spread_coders_equal_solo_runs_and_go_on_where_one_process_stopped(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path
 ) -> None:
     """Bit for bit, with their metrics and the state of the run."""
     whole, broken = (fits.config(store, tmp_path / name) for name in ("whole", "broken"))
     fit(whole)
-    with monkeypatch.context() as patch:
-        fits.interrupt_at(patch, 8)
-        with pytest.raises(KeyboardInterrupt):
-            fit(broken)
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, on_step=fits.interrupt_at(8))
     process = torchrun(store, tmp_path / "broken", "--spread", "coders")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -269,5 +267,5 @@ def test_configs_that_do_not_go_with_the_processes(
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         monkeypatch.setenv("LOCAL_RANK", "0")
     config = fits.config("store", tmp_path / "run", **changes)
-    with pytest.raises(ValueError, match=told), joined(config):
+    with pytest.raises(ValueError, match=told), join_process_group(config):
         pytest.fail("joined")

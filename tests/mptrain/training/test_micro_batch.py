@@ -55,7 +55,7 @@ def test_micro_batches_add_up_to_their_batch(config: CoderConfig, size: int):
     whole, parts = prepared(config), prepared(replace(config, micro_batch_rows=size))
     x_BD, y_BE = rows_of(config, 64, 9)
     assert_alike(gradients(parts, x_BD, y_BE), gradients(whole, x_BD, y_BE))
-    assert torch.equal(parts.rows_since_fired_M, whole.rows_since_fired_M)
+    assert torch.equal(parts.usage.rows_since_fired_M, whole.usage.rows_since_fired_M)
 
 
 @settings(max_examples=10)
@@ -87,7 +87,7 @@ def test_batch_coders_select_in_each_micro_batch(config: CoderConfig):
 def test_a_rehearsal_changes_nothing(config: CoderConfig) -> None:
     rehearsed, plain = prepared(config), prepared(config)
     before = {name: tensor.clone() for name, tensor in rehearsed.state_tensors().items()}
-    rehearsed.rehearse(*rows_of(config, 64, 8))
+    rehearsed.compile_kernels(*rows_of(config, 64, 8))
     for name, tensor in rehearsed.state_tensors().items():
         assert torch.equal(tensor, before[name]), name
     rows = rows_of(config, 64, 9)

@@ -65,7 +65,7 @@ def test_observers_do_not_act(arch: Arch):
         x_BD, _ = rows_of(BASE, 64, step)
         plain.step(x_BD, x_BD)
         result = observed.step(x_BD, x_BD)
-        float(result.fvu), float(result.l0), float(observed.dead_share(10)), copied(observed)
+        float(result.fvu), float(result.l0), float(observed.usage.dead_share(10)), copied(observed)
         with torch.no_grad():
             observed.coder(x_BD)
     for name, tensor in plain.state_tensors().items():
@@ -78,9 +78,9 @@ def test_counts_rows_since_a_latent_fired():
     result = trainer.step(x_BD, x_BD)
     fired = set(result.codes[0].idx_BK[result.codes[0].val_BK > 0].tolist())
     expected = [0 if latent in fired else 5 for latent in range(3 * D)]
-    assert trainer.rows_since_fired_M.tolist() == expected
-    assert float(trainer.dead_share(5)) == pytest.approx(1 - len(fired) / (3 * D))
-    assert float(trainer.dead_share(6)) == 0
+    assert trainer.usage.rows_since_fired_M.tolist() == expected
+    assert float(trainer.usage.dead_share(5)) == pytest.approx(1 - len(fired) / (3 * D))
+    assert float(trainer.usage.dead_share(6)) == 0
     assert float(result.l0) == sum(len(set(row.tolist())) for row in result.codes[0].idx_BK) / 5
 
 
@@ -88,7 +88,7 @@ def test_a_row_without_code_fires_nothing():
     trainer = make_learner(BASE)
     at_bias_BD = trainer.coder.b_D.detach().expand(4, D).clone()
     trainer.step(at_bias_BD, at_bias_BD + 1)
-    assert (trainer.rows_since_fired_M == 4).all()
+    assert (trainer.usage.rows_since_fired_M == 4).all()
 
 
 def test_a_non_finite_loss_shows():
@@ -185,7 +185,7 @@ def test_auxk_revives_dead_latents(kind: Kind, arch: Arch):
         )
         trainer = make_learner(config, steps=300)
         silence_half_(trainer.coder)
-        shares = [train_(trainer, s, s + 20) and trainer.dead_share(128) for s in STARTS]
+        shares = [train_(trainer, s, s + 20) and trainer.usage.dead_share(128) for s in STARTS]
         silent[alpha] = float(sum(shares))
     assert silent[BASE.auxk_alpha] < 0.7 * silent[0.0]
 
