@@ -33,12 +33,12 @@ def stopped(store: str, run: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", "signsgd"])
 def test_coders_of_a_stopped_run(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    store: str, tmp_path: Path, optimizer: str
 ) -> None:
     """They are those that its validation saw, and the run goes on to the bits of another."""
     changes = {"optimizer": optimizer, "normalise": True}
     fit(config(store, tmp_path / "whole", **GRID, **changes))
-    stopped(store, tmp_path / "run", monkeypatch, **changes)
+    stopped(store, tmp_path / "run", **changes)
     saved = save_coders(str(tmp_path / "run"), {})
     assert save_coders(str(tmp_path / "run"), {}) == saved
     records = {r.coder: r for r in lasting(tmp_path / "run") if r.step == 10}
@@ -60,9 +60,9 @@ def test_coders_of_a_stopped_run(
     assert all(r["finished"] and r["step"] == r["steps"] == 24 for r in results)
 
 
-def test_the_command(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(store: str, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "moved")
-    stopped(store, tmp_path / "run", monkeypatch)
+    stopped(store, tmp_path / "run")
     given = ["save-coders", str(tmp_path / "run"), str(tmp_path / "moved")]
     told = CliRunner().invoke(mptrain, given)
     assert told.exit_code == 0, told.output
@@ -97,14 +97,14 @@ def test_finished_passes_are_not_saved_again(
     assert {f.name for f in (tmp_path / "run/coders").iterdir()} == {names[0], f"{names[1]}-step5"}
 
 
-def test_what_cannot_be_saved(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_saved(store: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         save_coders(str(tmp_path / "none"), {})
     with pytest.raises(KeyboardInterrupt):
         fit(config(store, tmp_path / "early", **GRID), on_step=interrupt_at(3))
     with pytest.raises(ValueError, match="has no saved state; wait"):
         save_coders(str(tmp_path / "early"), {})
-    stopped(store, tmp_path / "run", monkeypatch)
+    stopped(store, tmp_path / "run")
     other = small_store(tmp_path, seed=1)[0]
     with pytest.raises(ValueError, match="another config"):
         save_coders(str(tmp_path / "run"), {"store": str(other)})
@@ -113,7 +113,7 @@ def test_what_cannot_be_saved(store: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_state_that_a_later_one_replaces_is_no_damage(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped(store, tmp_path / "run", monkeypatch)
+    stopped(store, tmp_path / "run")
     states, load = tmp_path / "run/state", saved_state.load_file
 
     def replaced(file: Path) -> Any:
