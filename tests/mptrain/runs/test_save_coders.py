@@ -32,9 +32,7 @@ def stopped(store: str, run: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "signsgd"])
-def test_coders_of_a_stopped_run(
-    store: str, tmp_path: Path, optimizer: str
-) -> None:
+def test_coders_of_a_stopped_run(store: str, tmp_path: Path, optimizer: str) -> None:
     """They are those that its validation saw, and the run goes on to the bits of another."""
     changes = {"optimizer": optimizer, "normalise": True}
     fit(config(store, tmp_path / "whole", **GRID, **changes))
