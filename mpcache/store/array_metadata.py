@@ -38,6 +38,8 @@ def grow_array(storage: Storage, layout: Layout, array: str, parts: int, width: 
         is_new = [storage.create(name, data) for name, data in files.items()]
         if not is_new[-1] and check_metadata(storage, spec) < parts:
             storage.replace(spec.metadata_path, files[spec.metadata_path])
+        if any(is_new):
+            storage.sync(spec.metadata_path)  # new folders of groups and arrays with it
 
 
 def ensure_spans(storage: Storage, layout: Layout, array: str, part: int, width: int) -> None:
