@@ -18,10 +18,10 @@ COLLECT := $(BIN)/mpcache collect data/model data/corpus/train.parquet $(DEMO)/s
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
        --eval-rows 8192 --dead-rows 50k --save-every 50
 
-# `make reproduce SET='coders.expansion=32 fit.rows=8_000_000'` changes what the files say.
+# `make reproduce SET='coder.expansion=32 data.rows=8_000_000'` changes what the files say.
 TWINS := smollm2-demo llama-demo
-SMALL := collect.rows=2048 collect.part_rows=1024 fit.rows=1024 fit.batch_rows=128 fit.eval_every=4 \
-         fit.eval_rows=512 coders.expansion=2 coders.dead_rows=512
+SMALL := collect.rows=2048 collect.part_rows=1024 data.rows=1024 data.batch_rows=128 evaluation.eval_every=4 \
+         evaluation.eval_rows=512 coder.expansion=2 loss.dead_rows=512
 
 .PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes format peers clean
 install: .venv/installed
@@ -52,7 +52,7 @@ reproduce: install
 reproduce-smoke: $(TWINS:%=smoke-%)
 smoke-%: install
 	OMP_NUM_THREADS=1 $(BIN)/mptrain sweep data/experiments/$*.toml $(SMALL:%=--set %) \
-	    --set run=reproduce-smoke/$* --set root=reproduce-smoke/stores-$*
+	    --set folder=reproduce-smoke/$* --set root=reproduce-smoke/stores-$*
 
 lint: install
 	$(BIN)/ruff format --check -q .

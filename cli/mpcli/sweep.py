@@ -1,4 +1,4 @@
-"""What `mptrain sweep` needs of both packages: an experiment's collection, and its forecast."""
+"""What `mptrain sweep` needs of both packages: the collection of an experiment, and its cost."""
 
 import dataclasses
 import warnings
@@ -8,76 +8,81 @@ from typing import Any
 
 from mpcache.config import CollectConfig, split_of
 from mpcli.store_location import locate_store
-from mptrain.experiments.spec import Experiment, experiment_of
+from mptrain.experiments.experiment_file import parse_experiment
+from mptrain.experiments.spec import Experiment
 from mptrain.experiments.toml_config import read_settings
 
-_BYTES = {"float32": 4}  # of a value; the other dtypes have 2
+_MIN_PARTS = 2  # one for each split
+_BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def read(file: Path, changes: Sequence[str]) -> tuple[Experiment, CollectConfig]:
-    """The experiment of a file, and the collection of all that its figures need."""
+def read_experiment(file: Path, changes: Sequence[str]) -> tuple[Experiment, CollectConfig]:
+    """The experiment in a file, and the collection of all sides that its figures need."""
     settings = read_settings(file, changes)
-    experiment = experiment_of(settings)
+    experiment = parse_experiment(settings)
     return experiment, settings.build(("collect",), CollectConfig, hookpoints=experiment.sides)
 
 
-def settings_of(config: CollectConfig) -> dict[str, Any]:
-    """What an experiment file says of a collection: hookpoints are those of its figures."""
+def collect_settings(config: CollectConfig) -> dict[str, Any]:
+    """The table [collect] of a collection with all defaults; hookpoints come from the figures."""
     return {n: v for n, v in dataclasses.asdict(config).items() if n != "hookpoints"}
 
 
-def collect(experiment: Experiment, config: CollectConfig, sides: Sequence[str]) -> str:
-    """Collect what is missing of these sides; gives the store.
+def collect_sides(experiment: Experiment, config: CollectConfig, sides: Sequence[str]) -> str:
+    """Collect the sides that are missing; gives the store.
 
     Raises:
         OSError: parts could not be collected.
     """
-    from mpcache.collection.collect import collect as run
+    from mpcache.collection.collect import collect
 
-    asked = dataclasses.replace(config, hookpoints=tuple(sides))
-    location = locate_store(experiment.head.store, experiment.head.root, asked)
-    done = location.summary or run(location.config, location.storage, quiet=False)
-    if done.missing:
-        told = "; ".join(f"part {part.part}: {part.cause}" for part in done.missing)
-        raise OSError(f"parts are missing in {done.store} ({told}); the same command goes on")
-    if done.shortfall:
-        warnings.warn(f"{done.store} has {done.shortfall}", RuntimeWarning, stacklevel=2)
+    wanted = dataclasses.replace(config, hookpoints=tuple(sides))
+    location = locate_store(experiment.header.store, experiment.header.root, wanted)
+    summary = location.summary or collect(location.config, location.storage, quiet=False)
+    if summary.missing:
+        causes = "; ".join(f"part {part.part}: {part.cause}" for part in summary.missing)
+        raise OSError(f"parts are missing in {summary.store} ({causes}); the same command goes on")
+    if summary.shortfall:
+        message = f"{summary.store} has {summary.shortfall}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return str(location.storage)
 
 
-def widths_of(config: CollectConfig) -> dict[tuple[str, str], int]:
-    """The width of each side that is read, without the model's weights."""
+def side_widths(config: CollectConfig) -> dict[tuple[str, str], int]:
+    """The width of each side that is read, without loading the model's weights."""
     import torch
 
     from mpcache.model.hookpoint_patterns import resolve_sides
     from mpcache.model.hooks import widths
     from mpcache.model.skeleton import skeleton
 
-    # memory that is only read is never really taken, and models branch on values: meta has none
+    # not on meta, where models that branch on values fail; memory that is only read is never
+    # allocated
     model = skeleton(config).to(getattr(torch, config.model_dtype)).to_empty(device="cpu")
-    found = widths(model, resolve_sides(config.hookpoints, model))
-    return {(side.hookpoint, side.side): width for side, width in found.items()}
+    by_side = widths(model, resolve_sides(config.hookpoints, model))
+    return {(side.hookpoint, side.side): width for side, width in by_side.items()}
 
 
-def forecast(experiment: Experiment, config: CollectConfig, only: Sequence[str]) -> dict[str, Any]:
-    """What a sweep would do and need, before it does anything."""
-    from mptrain.experiments.estimate import forecast as of_training
-    from mptrain.experiments.runs import refuse_other_settings
+def estimate(experiment: Experiment, config: CollectConfig, only: Sequence[str]) -> dict[str, Any]:
+    """What a sweep would do and cost; nothing is written."""
+    from mptrain.experiments.estimate import estimate_sweep
+    from mptrain.experiments.runs import check_same_settings
 
-    refuse_other_settings(Path(experiment.head.run), experiment.resolved(settings_of(config)))
+    folder = Path(experiment.header.folder)
+    check_same_settings(folder, experiment.resolved(collect_settings(config)))
     part = experiment.only(only)
     config = dataclasses.replace(config, hookpoints=part.sides)
-    widths = widths_of(config)
-    parts = max(2, -(-config.rows // config.part_rows))  # both splits have a part
+    widths = side_widths(config)
+    parts = max(_MIN_PARTS, -(-config.rows // config.part_rows))
     rows = parts * config.part_rows
     splits = [split_of(number, config.validation_every) for number in range(parts)]
     train_rows = splits.count("train") * config.part_rows
     return {
         "rows_collected": rows,
         "train_rows": train_rows,
-        "epochs": experiment.fit["rows"] / train_rows,
+        "epochs": experiment.run_settings["rows"] / train_rows,
         "panels": [panel.name for panel in part.panels],
         "sides": len(widths),
-        "store_bytes": rows * sum(widths.values()) * _BYTES.get(config.dtype, 2),
-        **dataclasses.asdict(of_training(experiment, only, widths)),
+        "store_bytes": rows * sum(widths.values()) * _BYTES_PER_VALUE[config.dtype],
+        **dataclasses.asdict(estimate_sweep(experiment, only, widths)),
     }

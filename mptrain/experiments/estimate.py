@@ -1,4 +1,4 @@
-"""What a sweep has left to do, and what it will take: read, not tried."""
+"""What a sweep has left to do, and what it will take: computed from files, without training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,79 +6,82 @@ from pathlib import Path
 
 from mptrain.config.coder import CoderConfig
 from mptrain.config.sides import Side
-from mptrain.experiments.runs import Trained, find_runs, plan_runs, read_trained
+from mptrain.experiments.runs import TrainedCoder, find_runs, plan_runs, read_trained
 from mptrain.experiments.spec import Experiment
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.memory import CoderMemory, coder_memory, group_into_passes, pass_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Of the coders that are not trained to their end yet."""
+class SweepEstimate:
+    """Cost of the coders that are not fully trained yet."""
 
     coders: int
-    "of the part asked for"
+    "coders of the chosen part"
     coders_left: int
-    "those and others that are trained with them"
+    "coders to train, with those that share a run with them"
     rows_trained: int
-    "rows of each coder"
+    "rows that each coder is trained on"
     passes: int
-    "over the store, as many as max_memory asks for"
+    "passes over the store; max_memory decides how many"
     memory_bytes: int
-    "most that the coders of a pass take together, train steps included"
+    "memory of the coders of the largest pass, train steps included"
     coders_bytes: int
-    "weights of all coders that are left, on disk; a run's state takes two to three times its own"
+    "disk space of the weights of all coders left; the state of a run takes two to three times more"
     train_seconds: float | None
-    "by rows/s of these coders, else of others of their architecture and K in this folder; None: "
-    "not measured yet"
+    "by the speed of these coders so far, or of others in this folder with the same architecture "
+    "and K; None: no speed is known"
 
 
-def forecast(experiment: Experiment, only: Sequence[str], widths: Mapping[Side, int]) -> Estimate:
-    """Widths are those of the experiment's sides.
+def estimate_sweep(
+    experiment: Experiment, only: Sequence[str], widths: Mapping[Side, int]
+) -> SweepEstimate:
+    """Estimate a sweep, or the part that `only` names; `widths` has all sides of the experiment.
 
     Raises:
-        ValueError: an other_k is not for one of the coders.
+        UsageError: a coder cannot be evaluated at one of its other_k.
     """
-    folder = Path(experiment.head.run)
-    part = experiment.only(only)
-    part.refuse_other_k(lambda coder: coder.latents_of(widths[coder.sides[0]]))
-    found = find_runs(folder)
-    left = plan_runs(folder, part.coders, found)
-    coders = [coder for run in left for coder in run.coders]
-    needs = {coder.name: _needs(experiment, coder, widths) for coder in coders}
+    part, run_settings = experiment.only(only), experiment.run_settings
+    part.check_other_k(lambda coder: coder.latents_of(widths[coder.sides[0]]))
+    runs = find_runs(Path(experiment.header.folder))
+    runs_left = plan_runs(Path(experiment.header.folder), part.coders, runs)
+    coders_left = [coder for run in runs_left for coder in run.coders]
+    memory = {coder.name: _memory_of(experiment, coder, widths) for coder in coders_left}
     passes = [
-        [needs[name] for name in names]
-        for run in left
+        [memory[name] for name in names]
+        for run in runs_left
         for names in group_into_passes(
-            [needs[c.name] for c in run.coders], experiment.fit["max_memory"]
+            [memory[c.name] for c in run.coders], run_settings["max_memory"]
         )
     ]
-    return Estimate(
+    return SweepEstimate(
         coders=len(part.coders),
-        coders_left=len(coders),
-        rows_trained=experiment.fit["rows"],
+        coders_left=len(coders_left),
+        rows_trained=run_settings["rows"],
         passes=len(passes),
-        memory_bytes=max((pass_bytes(together) for together in passes), default=0),
-        coders_bytes=sum(one.weights_bytes for one in needs.values()),
-        train_seconds=_seconds(coders, read_trained(found), experiment.fit["rows"]),
+        memory_bytes=max((pass_bytes(coders) for coders in passes), default=0),
+        coders_bytes=sum(coder.weights_bytes for coder in memory.values()),
+        train_seconds=_train_seconds(coders_left, read_trained(runs), run_settings["rows"]),
     )
 
 
-def _needs(experiment: Experiment, coder: CoderConfig, widths: Mapping[Side, int]) -> CoderMemory:
+def _memory_of(
+    experiment: Experiment, coder: CoderConfig, widths: Mapping[Side, int]
+) -> CoderMemory:
     source, target = (widths[side] for side in coder.sides)
-    device = resolve_device(experiment.fit["device"])
-    return coder_memory(coder, source, target, experiment.fit["batch_rows"], device)
+    device = resolve_device(experiment.run_settings["device"])
+    return coder_memory(coder, source, target, experiment.run_settings["batch_rows"], device)
 
 
-def _seconds(
-    left: Sequence[CoderConfig], trained: Mapping[str, Trained], rows: int
+def _train_seconds(
+    coders_left: Sequence[CoderConfig], trained: Mapping[str, TrainedCoder], rows: int
 ) -> float | None:
-    """Train time of what is left; None where nothing tells the speed of one of the coders."""
+    """Train time of the coders left; None if the speed of a coder is unknown."""
     total = 0.0
-    for coder in left:
+    for coder in coders_left:
         own = trained.get(coder.name)
         if own is not None and own.records and own.records[-1].is_diverged:
-            continue  # no train step is left for it
+            continue  # a diverged coder is not trained further
         done = own.records[-1].rows if own is not None and own.records else 0
         like = [t for t in trained.values() if (t.config.arch, t.config.k) == (coder.arch, coder.k)]
         rates = _rates([own] if own is not None else []) or _rates(like)
@@ -88,7 +91,7 @@ def _seconds(
     return total
 
 
-def _rates(trained: Sequence[Trained]) -> list[float]:
-    lasts = [one.records[-1] for one in trained if one.records]
-    # rows read, not rows trained on: what is left is counted in rows to read
-    return [last.rows / last.train_seconds for last in lasts if last.rows and last.train_seconds]
+def _rates(trained: Sequence[TrainedCoder]) -> list[float]:
+    last_records = [coder.records[-1] for coder in trained if coder.records]
+    # rows read, not rows trained on, because the rows left are counted as rows to read
+    return [r.rows / r.train_seconds for r in last_records if r.rows and r.train_seconds]

@@ -21,8 +21,8 @@ from mptrain.experiments.drawing import (
     save_figure,
     time_axis,
 )
-from mptrain.experiments.spec import FigurePlan, Line, Panel, Variant
-from mptrain.experiments.verdicts import Coders, validations
+from mptrain.experiments.spec import FigurePlan, PanelPlan, Variant, VariantCoders
+from mptrain.experiments.verdicts import CodersByName, validations
 
 XQuantity = Literal["time", "rows", "other-k"]
 FvuByK = Mapping[str, Mapping[int, float]]  # FVU at each evaluated K, by the coder's name
@@ -36,7 +36,7 @@ _SETTLED_SHARE = 0.15  # of a training: later FVUs set the range of the y axis
 
 def save_sweep_figure(
     plan: FigurePlan,
-    coders: Coders,
+    coders: CodersByName,
     fvu_by_k: FvuByK,
     x_quantity: XQuantity,
     caption: str,
@@ -47,7 +47,7 @@ def save_sweep_figure(
 
 
 def sweep_figure(
-    plan: FigurePlan, coders: Coders, fvu_by_k: FvuByK, x_quantity: XQuantity, caption: str
+    plan: FigurePlan, coders: CodersByName, fvu_by_k: FvuByK, x_quantity: XQuantity, caption: str
 ) -> Figure:
     """The figure: a panel for each hookpoint and k, a line for each variant."""
     styles = line_styles(line.variant for panel in plan.panels for line in panel.lines)
@@ -65,7 +65,7 @@ def sweep_figure(
         panels,
         list(styles.values()),
         _x_axis(lines, x_quantity),
-        title=plan.table.title or plan.name,
+        title=plan.settings.title or plan.name,
         y_label="FVU, held-out rows",
         is_log_y=needs_log_axis(*_y_limits(list(itertools.chain(*lines)), x_quantity)),
         caption=caption,
@@ -73,8 +73,8 @@ def sweep_figure(
 
 
 def seed_means(
-    panel: Panel,
-    coders: Coders,
+    panel: PanelPlan,
+    coders: CodersByName,
     fvu_by_k: FvuByK,
     x_quantity: XQuantity,
     styles: Mapping[str, LineStyle],
@@ -109,7 +109,7 @@ def line_styles(variants: Iterable[Variant]) -> dict[str, LineStyle]:
 
 
 def _points_by_seed(
-    line: Line, coders: Coders, fvu_by_k: FvuByK, x_quantity: XQuantity
+    line: VariantCoders, coders: CodersByName, fvu_by_k: FvuByK, x_quantity: XQuantity
 ) -> list[dict[int, Point]]:
     """For each seed, (x, FVU) by train step, or by K."""
     if x_quantity == "other-k":

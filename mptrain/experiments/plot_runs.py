@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
-from mptrain.config.coder_json import coder_config_from_json
 from mptrain.data.atomic_files import explain_write_errors, json_safe
 from mptrain.experiments.drawing import (
     DASHES,
@@ -26,7 +25,7 @@ from mptrain.experiments.drawing import (
 )
 from mptrain.experiments.tables import write_table
 from mptrain.runs.metrics import Record, read_records
-from mptrain.runs.run_dir import read_manifest
+from mptrain.runs.run_dir import read_manifest, recorded_coders
 
 PanelKey = tuple[str, str, int]  # hookpoint, kind, k
 
@@ -98,7 +97,7 @@ def read_curves(run: Path) -> list[ValidationCurve]:
     Raises:
         UsageError: the folder is no run, or a coder was not validated yet.
     """
-    coders = read_manifest(run).coders
+    coders = recorded_coders(run)
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
@@ -153,22 +152,21 @@ def runs_figure(curves: Sequence[ValidationCurve], title: str | None) -> Figure:
     )
 
 
-def _read_curve(run: Path, coder: Mapping[str, Any], records: Sequence[Record]) -> ValidationCurve:
-    name = coder["name"]
-    own = tuple(r for r in records if r.coder == name and r.validation_fvu is not None)
+def _read_curve(run: Path, coder: CoderConfig, records: Sequence[Record]) -> ValidationCurve:
+    own = tuple(r for r in records if r.coder == coder.name and r.validation_fvu is not None)
     if not own:
         raise UsageError(
-            f"{run / 'metrics.jsonl'} has no validation of {name}; "
+            f"{run / 'metrics.jsonl'} has no validation of {coder.name}; "
             "let the run reach its first one, or use a smaller eval_every"
         )
-    config = coder_config_from_json(coder)
-    return ValidationCurve(run, config, own)
+    return ValidationCurve(run, coder, own)
 
 
 def _table_rows(curves: Sequence[ValidationCurve]) -> list[dict[str, Any]]:
     return [
         {
             "run": str(curve.run),
+            "hookpoint": curve.coder.sides_name,
             **asdict(curve.coder),
             "inputs": ",".join(curve.coder.inputs),
             "targets": ",".join(curve.coder.targets),

@@ -1,6 +1,6 @@
-"""The runs of a sweep: each trains a list of coders, and each coder is in one of them.
+"""The runs of a sweep: each trains a list of coders, and each coder is in one run.
 
-All have the same settings, those of the sweep, and the same rows.
+All runs have the settings of the sweep, and read the same rows.
 """
 
 import json
@@ -11,172 +11,187 @@ from typing import Any
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
-from mptrain.config.coder_json import coder_config_from_json
+from mptrain.config.coder_version_1 import upgrade_description
 from mptrain.data.atomic_files import read_json
 from mptrain.data.part_ranges import parse_ranges
+from mptrain.experiments.option_tables import RUN_OPTIONS, TABLE_OF_OPTION
 from mptrain.runs.metrics import Record, read_records
-from mptrain.runs.run_dir import CHANGEABLE_FIELDS
+from mptrain.runs.run_dir import CHANGEABLE_FIELDS, read_manifest, recorded_coders
 
-_FREE = {*CHANGEABLE_FIELDS, "write_threads", "trust_remote_code"}
-# what sweeps of earlier versions did, whose files lack these settings
-_EARLIER: dict[str, dict[str, Any]] = {
-    "fit": {"only_tokens": "all"},
-    "collect": {
-        "chat_template": None,
-        "one_document_per_sequence": False,
-        "parse_special_tokens": True,
-        "keep_empty_documents": True,
-    },
-}
+# may differ between the commands of a sweep
+_CHANGEABLE = {*CHANGEABLE_FIELDS, "write_threads", "trust_remote_code"}
+_COMPARED_TABLES = ("collect", *dict.fromkeys(TABLE_OF_OPTION[name] for name in RUN_OPTIONS))
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A run below a sweep's folder."""
+    """A run in the folder of a sweep."""
 
     folder: Path
     coders: tuple[CoderConfig, ...]
     is_finished: bool = False
     order_digest: str | None = None
-    "of the rows it reads; None before it has begun"
+    "digest of the order of rows; None before the run has started"
     parts: frozenset[int] = frozenset()
-    "of the store, that it reads; none before it has begun"
+    "parts of the store that the run reads; empty before the run has started"
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A coder as a run has left it."""
+class TrainedCoder:
+    """A coder, as far as its run has trained it."""
 
     config: CoderConfig
     folder: Path
-    "of its run"
+    "folder of the run"
     records: tuple[Record, ...]
-    "its lines of metrics.jsonl"
+    "the coder's lines of metrics.jsonl"
     result: Mapping[str, Any] | None
-    "its row of results.json; None before the run has finished"
+    "the coder's row of results.json; None before the run has finished"
     parts: frozenset[int] = frozenset()
-    "of the store, that its run reads"
+    "parts of the store that the run reads"
+
+    @property
+    def path(self) -> Path:
+        """The folder of the saved coder."""
+        return self.folder / "coders" / self.config.name
 
     @property
     def latents(self) -> int | None:
-        """How many it has; None before it is saved."""
-        file = self.folder / "coders" / self.config.name / "coder.json"
+        """Number of latents; None before the coder is saved."""
+        file = self.path / "coder.json"
         if not file.exists():
             return None
-        return self.config.latents_of(read_json(file)["input_width"])
+        description = read_json(file)
+        if description["format_version"] == 1:
+            description = upgrade_description(description)
+        return self.config.latents_of(description["input_widths"][0])
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What its user has to know about it; nothing before the end."""
+        """Warnings about the result; none before the run has finished."""
         return () if self.result is None else tuple(self.result.get("warnings", ()))
 
     @property
     def validation(self) -> Mapping[str, Any] | None:
-        """On all held-out rows; None where it diverged, or before the end."""
+        """Metrics on all held-out rows; None if the coder diverged or has not finished."""
         return None if self.result is None else self.result["validation"]
 
 
 def find_runs(folder: Path) -> tuple[SweepRun, ...]:
-    """Runs that have begun, in their order."""
-    files = (f for f in _place(folder).glob("*/config.json") if f.parent.name.isdecimal())
-    ordered = sorted(files, key=lambda file: int(file.parent.name))
-    return tuple(_run(file.parent, read_json(file)) for file in ordered)
+    """The runs of a sweep that have started, in their order."""
+    configs = (f for f in _runs_folder(folder).glob("*/config.json") if f.parent.name.isdecimal())
+    folders = sorted((file.parent for file in configs), key=lambda run: int(run.name))
+    return tuple(_read_run(run) for run in folders)
 
 
-def saved_settings(folder: Path) -> Path:
-    """Where a sweep keeps its experiment file, with all defaults."""
+def resolved_file(folder: Path) -> Path:
+    """The file in which a sweep keeps its experiment, with all defaults."""
     return folder / "experiment.json"
 
 
-def refuse_other_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
-    """Check that a resolved experiment file goes with what is there; writes nothing.
+def check_same_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
+    """Check that a resolved experiment has the settings of the runs in a folder.
 
-    Figures, variants and coders may change: what is new is trained beside what is there. Rows and
-    how they are read may not, nor at which steps is logged: the coders of a panel are to share it.
+    Figures, variants and coders may change: new coders are trained beside the existing ones. The
+    rows, the way they are read and the steps of evaluations may not: all coders of a panel share
+    them.
+
+    Raises:
+        UsageError: names the settings that differ.
     """
-    file = saved_settings(folder)
+    file = resolved_file(folder)
     if not file.exists():
         return
-    stored = read_json(file, remedy="name another run")
-    there = {table: {**earlier, **stored[table]} for table, earlier in _EARLIER.items()}
-    different = [
-        f"{table}.{name}: {json.dumps(there[table].get(name))} there, {json.dumps(value)} asked"
-        for table in ("collect", "fit")
-        for name, value in resolved[table].items()
-        if name not in _FREE and there[table].get(name) != json.loads(json.dumps(value))
-    ]
-    if different:
+    stored = read_json(file, remedy="name another folder")
+    if missing := [table for table in _COMPARED_TABLES if table not in stored]:
         raise UsageError(
-            f"{folder} has coders of other settings ({'; '.join(different)}), which all coders of "
-            "a panel are to share; use the settings that are there (--set TABLE.NAME=VALUE), or "
-            "another run"
+            f"{file} was written by another version of mptrain: it has no table [{missing[0]}]; "
+            "name another folder"
+        )
+    differences = [
+        f"{table}.{name}: {json.dumps(stored[table].get(name))} there, {json.dumps(value)} here"
+        for table in _COMPARED_TABLES
+        for name, value in resolved[table].items()
+        if name not in _CHANGEABLE and stored[table].get(name) != json.loads(json.dumps(value))
+    ]
+    if differences:
+        raise UsageError(
+            f"{folder} has coders with other settings ({'; '.join(differences)}), and all coders "
+            "of a panel share them; use the settings there (--set TABLE.NAME=VALUE), or another "
+            "folder"
         )
 
 
-def refuse_other_rows(runs: Sequence[SweepRun]) -> None:
-    """Check that all runs read the same rows."""
+def check_same_rows(runs: Sequence[SweepRun]) -> None:
+    """Check that all runs read the same rows.
+
+    Raises:
+        UsageError: names the runs.
+    """
     if len({run.order_digest for run in runs}) > 1:
-        told = " and ".join(str(run.folder) for run in runs)
+        folders = " and ".join(str(run.folder) for run in runs)
         raise UsageError(
-            f"{told} have trained on different rows, of a store that grew in between, and cannot "
-            "be compared; name another run"
+            f"{folders} have trained on different rows, of a store that grew in between, and "
+            "cannot be compared; name another folder"
         )
 
 
 def plan_runs(
-    folder: Path, wanted: Sequence[CoderConfig], found: Sequence[SweepRun]
+    folder: Path, coders: Sequence[CoderConfig], runs: Sequence[SweepRun]
 ) -> tuple[SweepRun, ...]:
-    """What is left to do: runs to go on with, then a new one for all coders that are in none."""
-    left = {coder.name: coder for coder in wanted}
-    for one in found:
-        if one.is_finished:
-            left = _without(left, one)
-    begun = []
-    for one in found:
-        if not one.is_finished and any(coder.name in left for coder in one.coders):
-            begun.append(one)
-            left = _without(left, one)
+    """The runs that are left to do: unfinished ones, then a new one for coders that are in none."""
+    left = {coder.name: coder for coder in coders}
+    for run in runs:
+        if run.is_finished:
+            left = _without(left, run)
+    unfinished = []
+    for run in runs:
+        if not run.is_finished and any(coder.name in left for coder in run.coders):
+            unfinished.append(run)
+            left = _without(left, run)
     if not left:
-        return tuple(begun)
-    number = max((int(one.folder.name) for one in found), default=0) + 1
-    return (*begun, SweepRun(_place(folder) / str(number), tuple(left.values())))
+        return tuple(unfinished)
+    number = max((int(run.folder.name) for run in runs), default=0) + 1
+    return (*unfinished, SweepRun(_runs_folder(folder) / str(number), tuple(left.values())))
 
 
-def read_trained(runs: Sequence[SweepRun]) -> dict[str, Trained]:
+def read_trained(runs: Sequence[SweepRun]) -> dict[str, TrainedCoder]:
     """The coders of all runs, by name."""
-    return {one.config.name: one for each in runs for one in _trained(each)}
+    return {coder.config.name: coder for run in runs for coder in _read_coders(run)}
 
 
-def _place(folder: Path) -> Path:
+def _runs_folder(folder: Path) -> Path:
     return folder / "runs"
 
 
-def _run(folder: Path, config: Mapping[str, Any]) -> SweepRun:
-    coders = tuple(coder_config_from_json(one) for one in config["coders"])
-    finished = {coder.name for coder in coders} <= {row["coder"] for row in _results(folder)}
-    parts = frozenset(parse_ranges(config["parts"]))
-    return SweepRun(folder, coders, finished, config["order_digest"], parts)
+def _read_run(folder: Path) -> SweepRun:
+    manifest, coders = read_manifest(folder), recorded_coders(folder)
+    is_finished = {coder.name for coder in coders} <= {row["coder"] for row in _results(folder)}
+    parts = frozenset(parse_ranges(manifest.parts or ""))
+    return SweepRun(folder, coders, is_finished, manifest.order_digest, parts)
 
 
 def _results(folder: Path) -> list[dict[str, Any]]:
-    """Of the run's coders that have come to their end."""
+    """The results of the run's coders that have finished."""
     file = folder / "results.json"
     rows: list[dict[str, Any]] = read_json(file) if file.exists() else []
     return rows
 
 
-def _without(left: Mapping[str, CoderConfig], one: SweepRun) -> dict[str, CoderConfig]:
-    names = {coder.name for coder in one.coders}
+def _without(left: Mapping[str, CoderConfig], run: SweepRun) -> dict[str, CoderConfig]:
+    names = {coder.name for coder in run.coders}
     return {name: coder for name, coder in left.items() if name not in names}
 
 
-def _trained(one: SweepRun) -> list[Trained]:
-    by_name: dict[str, list[Record]] = {coder.name: [] for coder in one.coders}
-    metrics = one.folder / "metrics.jsonl"
+def _read_coders(run: SweepRun) -> list[TrainedCoder]:
+    by_name: dict[str, list[Record]] = {coder.name: [] for coder in run.coders}
+    metrics = run.folder / "metrics.jsonl"
     for record in read_records(metrics) if metrics.exists() else []:
         by_name[record.coder].append(record)
-    results = {row["coder"]: row for row in _results(one.folder)}
+    results = {row["coder"]: row for row in _results(run.folder)}
     return [
-        Trained(coder, one.folder, tuple(by_name[coder.name]), results.get(coder.name), one.parts)
-        for coder in one.coders
+        TrainedCoder(
+            coder, run.folder, tuple(by_name[coder.name]), results.get(coder.name), run.parts
+        )
+        for coder in run.coders
     ]

@@ -1,227 +1,169 @@
-"""Carry out an experiment: collect and train what is missing, draw, judge. Goes on where it was."""
+"""Run an experiment: collect and train what is missing, evaluate the coders, draw the figures."""
 
+import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import all_sides
 from mptrain.config.run import ListedConfig
-from mptrain.data.atomic_files import explain_write_errors, json_safe, read_json, write_json
+from mptrain.data.atomic_files import explain_write_errors, write_json
 from mptrain.data.loader import open_store
 from mptrain.data.part_ranges import format_ranges
 from mptrain.data.preflight import common_parts
-from mptrain.evals.evaluate import evaluate_coder
-from mptrain.experiments.captions import caption, other_k_rows, page, point_rows
-from mptrain.experiments.figures import FvuByK, XQuantity, save_sweep_figure
+from mptrain.experiments.experiment_file import read_experiment
+from mptrain.experiments.figure_folder import write_figure_folder
+from mptrain.experiments.hardware_log import log_hardware
+from mptrain.experiments.other_k import evaluate_other_k
 from mptrain.experiments.runs import (
     SweepRun,
-    Trained,
+    check_same_rows,
+    check_same_settings,
     find_runs,
     plan_runs,
     read_trained,
-    refuse_other_rows,
-    refuse_other_settings,
-    saved_settings,
+    resolved_file,
 )
-from mptrain.experiments.spec import Experiment, FigurePlan
-from mptrain.experiments.tables import write_table
-from mptrain.experiments.verdicts import Coders, Verdict, faults, judge
+from mptrain.experiments.spec import Experiment
+from mptrain.experiments.verdicts import Verdict, find_problems, panel_verdicts
 from mptrain.runs.fit import fit
 from mptrain.training.distributed import is_distributed
 
 Collect = Callable[[Sequence[str]], str]
+"collects the sides that are missing; gives the path or URL of the store"
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a sweep has made."""
+class SweepResult:
+    """Files and verdicts of a sweep."""
 
     files: tuple[Path, ...]
     verdicts: tuple[Verdict, ...]
-    faults: tuple[str, ...]
-    "panels without a curve, variants that do nothing"
+    problems: tuple[str, ...]
+    "panels without a curve, and variants that change nothing"
     warnings: tuple[str, ...]
-    "of the coders' results"
+    "warnings about the results of coders"
 
 
 def sweep(
-    experiment: Experiment,
-    only: Sequence[str],
-    collected: Mapping[str, Any],
+    experiment: Experiment | Path | str,
     *,
-    collect: Collect,
-    hardware: str,
+    only: Sequence[str] = (),
+    collect: Collect | None = None,
+    collect_settings: Mapping[str, Any] | None = None,
+    hardware: str = "unknown",
     quiet: bool = True,
-) -> Outcome:
-    """Bring the experiment, or the part that `only` names, to its figures.
+) -> SweepResult:
+    """Train the coders of an experiment that are missing, evaluate them and draw the figures.
 
-    `collected` are the settings of the collection, which `collect` carries out: it gets the sides
-    that are needed, and gives the store. It is called only where something is left to do. All runs
-    read the parts that the first one began with, also where the store has grown since.
+    All coders read the same parts of the store, also if the store has grown since the first run.
+    After an interruption, the same call goes on.
+
+        result = sweep("tiny.toml", only=["main"])
+        [(verdict.variant, verdict.fvu) for verdict in result.verdicts]
+
+    Args:
+        experiment: an experiment, or the path of an experiment file.
+        only: figures, or panels as `figure/hookpoint-kind-kK`; `*` is a wildcard. Default: all.
+        collect: collects the sides that it is given, and returns the store. It is called only if
+            something is left to do. Default: the `store` of the experiment, as it is.
+        collect_settings: the settings of `collect`, for captions and for the comparison with an
+            earlier sweep in the same folder. Default: the table `[collect]` as it is written.
+        hardware: description of this machine, for captions.
+        quiet: whether to show no progress.
+
+    Returns:
+        Paths of all figures and tables, and a verdict for each line of each panel.
 
     Raises:
-        ValueError: the user's mistake, such as a folder that holds other settings' coders.
-        KeyboardInterrupt: as it comes; the same call goes on.
+        UsageError: the experiment is invalid, or its folder has coders with other settings.
+        KeyboardInterrupt: after an interrupted run has saved its state.
     """
     if is_distributed():
         raise UsageError("a sweep is one process, got several of torchrun; start it without")
-    folder = Path(experiment.head.run)
-    part = experiment.only(only)
-    keep_experiment(folder, experiment.resolved(collected))
-    begun = find_runs(folder)
-    refuse_other_rows(begun)
-    parts = begun[0].parts if begun else None
-    left = plan_runs(folder, part.coders, begun)
-    store = None
-    if left:
-        for told in (told for run in left for told in config_of(experiment, run, "").warnings()):
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-        store = collect(part.sides)
-        _refuse_unsuited(part, left, parts, store)
-    for run in left:
-        _note_hardware(folder, run, hardware)
-        fit(config_of(experiment, run, store or ""), quiet=quiet, parts=parts)
+    if not isinstance(experiment, Experiment):
+        experiment = read_experiment(experiment)
+    if collect_settings is not None:
+        experiment = replace(experiment, collect=collect_settings)
+    folder, part = Path(experiment.header.folder), experiment.only(only)
+    save_experiment(folder, experiment)
+    get_store = functools.cache(lambda: (collect or _existing_store(experiment))(part.sides))
+    _train_missing(part, folder, get_store, hardware, quiet=quiet)
     runs = find_runs(folder)
-    refuse_other_rows(runs)
-    coders = {c.name: one for c in part.coders if (one := read_trained(runs).get(c.name))}
-    other_k = _other_k(part, folder, coders, store, collect, quiet=quiet)
+    check_same_rows(runs)
+    trained = read_trained(runs)
+    coders = {c.name: trained[c.name] for c in part.coders if c.name in trained}
+    fvu_by_k = evaluate_other_k(part, folder, coders, get_store, quiet=quiet)
     files = [
-        file
-        for plan in part.figures
-        for file in _figure(part, plan, folder, coders, other_k, collected)
+        file for plan in part.figures for file in write_figure_folder(part, plan, coders, fvu_by_k)
     ]
-    return Outcome(
+    return SweepResult(
         tuple(files),
-        tuple(verdict for panel in part.panels for verdict in judge(panel, coders)),
-        tuple(faults(part.panels, coders)),
-        tuple(warning for one in coders.values() for warning in one.warnings),
+        tuple(verdict for panel in part.panels for verdict in panel_verdicts(panel, coders)),
+        tuple(find_problems(part.panels, coders)),
+        tuple(warning for coder in coders.values() for warning in coder.warnings),
     )
 
 
-def keep_experiment(folder: Path, resolved: Mapping[str, Any]) -> None:
-    """Save the resolved file beside the results, if it goes with what is there."""
-    refuse_other_settings(folder, resolved)
+def save_experiment(folder: Path, experiment: Experiment) -> None:
+    """Save the resolved experiment beside the results.
+
+    Raises:
+        UsageError: the folder has coders with other settings.
+    """
+    resolved = experiment.resolved(experiment.collect)
+    check_same_settings(folder, resolved)
     with explain_write_errors(folder):
-        write_json(saved_settings(folder), resolved)
+        write_json(resolved_file(folder), resolved)
 
 
-def config_of(experiment: Experiment, run: SweepRun, store: str) -> ListedConfig:
-    """What a run of the experiment is trained with."""
-    return ListedConfig(**experiment.fit, store=store, run=str(run.folder), listed=run.coders)
+def run_config(experiment: Experiment, run: SweepRun, store: str) -> ListedConfig:
+    """The config of a run of the experiment."""
+    return ListedConfig(
+        **experiment.run_settings, store=store, run=str(run.folder), listed=run.coders
+    )
 
 
-def _note_hardware(folder: Path, run: SweepRun, hardware: str) -> None:
-    """Keep on what each run was trained: it may go on elsewhere."""
-    noted = _hardware(folder)
-    machines = noted.setdefault(run.folder.name, [])
-    if hardware not in machines:
-        machines.append(hardware)
-    write_json(folder / "hardware.json", noted)
+def _existing_store(experiment: Experiment) -> Collect:
+    store = experiment.header.store
+    if store is None:
+        raise UsageError("an experiment with a root needs collect; name its store instead")
+    return lambda sides: store
 
 
-def _hardware(folder: Path) -> dict[str, list[str]]:
-    file = folder / "hardware.json"
-    found: dict[str, list[str]] = read_json(file) if file.exists() else {}
-    return found
-
-
-def _refuse_unsuited(
-    part: Experiment, left: Sequence[SweepRun], parts: Collection[int] | None, place: str
+def _train_missing(
+    part: Experiment, folder: Path, get_store: Callable[[], str], hardware: str, *, quiet: bool
 ) -> None:
-    """Check before any training what would else be found after it."""
-    store = open_store(place)
-    part.refuse_other_k(lambda coder: coder.latents_of(store.width(*coder.sides[0])))
-    for run in left:
-        there = common_parts(store, all_sides(run.coders))
-        if lost := set(parts or ()) - there:
+    """Continue the unfinished runs, then train all coders that are in no run."""
+    started = find_runs(folder)
+    check_same_rows(started)
+    parts = started[0].parts if started else None
+    runs_left = plan_runs(folder, part.coders, started)
+    if not runs_left:
+        return
+    for run in runs_left:
+        for warning in run_config(part, run, "").warnings():
+            warnings.warn(warning, RuntimeWarning, stacklevel=3)
+    store = get_store()
+    _check_store(part, runs_left, parts, store)
+    for run in runs_left:
+        log_hardware(folder, run.folder.name, hardware)
+        fit(run_config(part, run, store), quiet=quiet, parts=parts)
+
+
+def _check_store(
+    part: Experiment, runs: Sequence[SweepRun], parts: Collection[int] | None, location: str
+) -> None:
+    """Refuse, before any training, a store that the coders or their evaluation cannot use."""
+    store = open_store(location)
+    part.check_other_k(lambda coder: coder.latents_of(store.width(*coder.sides[0])))
+    for run in runs:
+        available = common_parts(store, all_sides(run.coders))
+        if lost := set(parts or ()) - available:
             raise UsageError(
                 f"{store.storage} lacks parts {format_ranges(lost)}, which the coders in "
-                f"{part.head.run} have trained on; collect them again, or name another run"
+                f"{part.header.folder} have trained on; collect them again, or name another folder"
             )
-
-
-def _other_k(
-    part: Experiment,
-    folder: Path,
-    coders: Coders,
-    store: str | None,
-    collect: Collect,
-    *,
-    quiet: bool,
-) -> FvuByK:
-    """FVU of the figures' coders at other K than their own; what is there is not done again."""
-    found: dict[str, dict[int, float]] = {}
-    wanted = [
-        (coder, figure.table.other_k)
-        for figure in part.figures
-        for panel in figure.panels
-        for line in panel.lines
-        for coder in line.coders
-        if figure.table.other_k
-    ]
-    for config, other_k in tqdm(wanted, "other K", unit="coder", disable=quiet or not wanted):
-        trained = coders.get(config.name)
-        if trained is not None and trained.validation is not None:
-            file = folder / "other-k" / f"{config.name}.json"
-            there = _read_fvus(file)
-            if not {*other_k, config.k} <= there.keys():
-                store = store or collect(part.sides)
-                there |= _evaluate(part, trained, store, other_k)
-                write_json(file, {str(k): json_safe(there[k]) for k in sorted(there)})
-            found[config.name] = {k: there[k] for k in sorted({*other_k, config.k})}
-    return found
-
-
-def _read_fvus(file: Path) -> dict[int, float]:
-    if not file.exists():
-        return {}
-    return {int(k): float(fvu) for k, fvu in read_json(file).items()}
-
-
-def _evaluate(
-    part: Experiment, trained: Trained, store: str, other_k: Sequence[int]
-) -> dict[int, float]:
-    place = trained.folder / "coders" / trained.config.name
-    rows, device = part.fit["eval_rows"], part.fit["device"]
-    cache = {name: part.fit[name] for name in ("cache_dir", "cache_bytes")}
-    found = evaluate_coder(place, store, other_k, rows, device, parts=trained.parts, **cache)
-    return {one.k: one.fvu for one in found}
-
-
-def _figure(
-    part: Experiment,
-    plan: FigurePlan,
-    folder: Path,
-    coders: Coders,
-    other_k: FvuByK,
-    collected: Mapping[str, Any],
-) -> list[Path]:
-    """Pictures, tables and page of one figure."""
-    place = folder / "figures" / plan.name
-    place.mkdir(parents=True, exist_ok=True)
-    shown = {c.name for p in plan.panels for line in p.lines for c in line.coders}
-    used = {one.folder.name for name, one in coders.items() if name in shown}
-    noted = _hardware(folder)
-    machines = list(dict.fromkeys(m for run in sorted(used) for m in noted.get(run, ())))
-    axes: tuple[XQuantity, ...] = (
-        ("time", "rows", "other-k") if plan.table.other_k else ("time", "rows")
-    )
-    told = {axis: caption(part, collected, plan, coders, machines, axis) for axis in axes}
-    files = [
-        file
-        for axis in axes
-        for file in save_sweep_figure(plan, coders, other_k, axis, told[axis], place / axis)
-    ]
-    verdicts = [verdict for panel in plan.panels for verdict in judge(panel, coders)]
-    files += write_table(point_rows(plan, coders), place / "points")
-    files += write_table([asdict(verdict) for verdict in verdicts], place / "verdicts")
-    if plan.table.other_k:
-        files += write_table(other_k_rows(plan, coders, other_k), place / "other-k")
-    pictures = [(f"{axis}.png", told[axis]) for axis in axes]
-    (place / "figure.md").write_text(page(plan, pictures, verdicts))
-    return [*files, place / "figure.md"]

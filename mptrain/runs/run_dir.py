@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.errors import UsageError
+from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_json import coder_config_from_json
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import ListedConfig, RunConfig
@@ -72,6 +73,21 @@ def read_manifest(run: Path) -> RunManifest:
     except TypeError:
         raise UsageError(
             f"{run} holds no run: {file} is not the config of a run; name another folder"
+        ) from None
+
+
+def recorded_coders(run: Path) -> tuple[CoderConfig, ...]:
+    """The coders of a run, in the order of its config.
+
+    Raises:
+        UsageError: the folder holds no run, or one of a version with other settings.
+    """
+    entries = read_manifest(run).coders
+    try:
+        return tuple(coder_config_from_json(entry) for entry in entries)
+    except TypeError as error:
+        raise UsageError(
+            f"{run} has settings that are unknown here ({error}); use the mptrain that began it"
         ) from None
 
 

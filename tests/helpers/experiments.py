@@ -4,28 +4,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpcache.collection.collect import collect
-from mptrain.experiments.spec import Experiment, experiment_of
-from mptrain.experiments.toml_config import read_settings
+from mptrain.experiments.experiment_file import read_experiment
+from mptrain.experiments.spec import Experiment
 from tests.helpers.stores import small_config
 
 TEXT = """title = "tiny"
-run = "{folder}/run"
+folder = "{folder}/run"
 store = "{folder}/store"
 
-[fit]
+[data]
 rows = 384
 batch_rows = 64
+window_rows = 128
+
+[evaluation]
 eval_every = 2
 eval_rows = 256
+
+[run]
 save_every = 2
 log_every = 1
-window_rows = 128
 device = "cpu"
 
-[coders]
-dead_rows = 200
+[coder]
 expansion = 2
+
+[optimizer]
 lr = 0.01
+
+[loss]
+dead_rows = 200
 
 [variants.batch-mp-nested]
 label = "batch MP, nested prefixes"
@@ -56,17 +64,17 @@ def write_experiment(folder: Path, text: str = TEXT) -> Path:
 
 
 def tiny_experiment(folder: Path, *changes: str) -> Experiment:
-    return experiment_of(read_settings(write_experiment(folder), changes))
+    return read_experiment(write_experiment(folder), changes)
 
 
-class Collecting:
-    """What a sweep is handed to collect with; counts how often it is asked."""
+class CountedCollection:
+    """Collects for a sweep; records the sides of each call."""
 
     def __init__(self, folder: Path, **changes: object) -> None:
-        self.folder, self.asked, self.changes = folder, list[tuple[str, ...]](), changes
+        self.folder, self.calls, self.changes = folder, list[tuple[str, ...]](), changes
 
     def __call__(self, sides: Sequence[str]) -> str:
-        self.asked.append(tuple(sides))
+        self.calls.append(tuple(sides))
         store = self.folder / "store"
         collect(small_config(self.folder, hookpoints=tuple(sides), **self.changes), store)
         return str(store)

@@ -13,9 +13,8 @@ from typing import Any
 from mptrain.coders import checkpoint
 from mptrain.config.fit import FitConfig
 from mptrain.data import atomic_files
-from mptrain.experiments.spec import experiment_of
+from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.sweep import sweep
-from mptrain.experiments.toml_config import read_settings
 from mptrain.runs import metrics
 from mptrain.runs.fit import fit
 from mptrain.training.train_step import CoderTrainer
@@ -78,10 +77,10 @@ def fit_until_killed(settings: FitConfig, kind: str, moment: int, log: Path) -> 
 def sweep_until_killed(
     file: Path, collected: dict[str, str], store: str, kind: str, moment: int, log: Path
 ) -> None:
-    """The same for a sweep whose rows are there."""
+    """The same for a sweep whose store exists."""
     arm(kind, moment, log)
-    experiment = experiment_of(read_settings(file))
-    sweep(experiment, (), collected, collect=lambda _: store, hardware="two cores")
+    experiment = read_experiment(file)
+    sweep(experiment, collect=lambda _: store, collect_settings=collected, hardware="two cores")
 
 
 def arm(kind: str, moment: int, log: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mptrain.config.coder import CoderConfig
-from mptrain.experiments.runs import Trained
+from mptrain.experiments.runs import TrainedCoder
 from mptrain.experiments.spec import Experiment
 from mptrain.runs.metrics import Record
 
@@ -34,19 +34,19 @@ def trained(
     seconds: float = 1.0,
     diverged: bool = False,
     folder: Path = Path("run"),
-) -> Trained:
-    """A coder with a validation every train step, each of which took so many seconds."""
+) -> TrainedCoder:
+    """A coder with a validation after each train step; a step took `seconds`."""
     records = [record(config.name, n, fvu, n * seconds) for n, fvu in enumerate(fvus, 1)]
     validation = {"fvu": fvus[-1], "l0": 3.0, "dead_share": 0.0} if fvus else None
     result = {"validation": None if diverged else validation, "diverged": diverged}
-    return Trained(config, folder, tuple(records), result)
+    return TrainedCoder(config, folder, tuple(records), result)
 
 
-def all_trained(experiment: Experiment) -> dict[str, Trained]:
+def all_trained(experiment: Experiment) -> dict[str, TrainedCoder]:
     """Every coder of an experiment, each with a curve of its own."""
-    found = {}
+    coders = {}
     for number, config in enumerate(experiment.coders):
         level = 0.3 + 0.2 * ((number * 7) % 11) / 11
         fvus = [level + 0.4 / step for step in range(1, 21)]
-        found[config.name] = trained(config, fvus, seconds=10.0 + number % 5)
-    return found
+        coders[config.name] = trained(config, fvus, seconds=10.0 + number % 5)
+    return coders

@@ -40,59 +40,59 @@ def sweep(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    from mpcli.sweep import collect, forecast, read, settings_of
+    from mpcli.sweep import collect_settings, collect_sides, estimate, read_experiment
 
-    experiment, config = read(file, changes or ())
+    experiment, config = read_experiment(file, changes or ())
     if trust_remote_code:
         config = dataclasses.replace(config, trust_remote_code=True)
     if dry_run:
-        return _print_forecast(forecast(experiment, config, only or ()), json)
+        return _print_estimate(estimate(experiment, config, only or ()), json)
     from mpcache.bench.hardware import hardware
-    from mptrain.experiments.sweep import sweep as run
+    from mptrain.experiments.sweep import sweep as run_sweep
     from mptrain.kernels.device import resolve_device
 
     try:
         with warnings_in_words():
-            outcome = run(
+            result = run_sweep(
                 experiment,
-                only or (),
-                settings_of(config),
-                collect=functools.partial(collect, experiment, config),
-                hardware=hardware(resolve_device(experiment.fit["device"])),
+                only=only or (),
+                collect=functools.partial(collect_sides, experiment, config),
+                collect_settings=collect_settings(config),
+                hardware=hardware(resolve_device(experiment.run_settings["device"])),
                 quiet=False,
             )
     except KeyboardInterrupt as stop:
         raise type(stop)("interrupted; the same command continues from there") from None
-    for warning in outcome.warnings:
+    for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
-    rows = [dataclasses.asdict(verdict) for verdict in outcome.verdicts]
+    rows = [dataclasses.asdict(verdict) for verdict in result.verdicts]
     if json:
-        print_json({"verdicts": rows, "files": list(map(str, outcome.files))})
+        print_json({"verdicts": rows, "files": list(map(str, result.files))})
     else:
         print_table(tuple(rows[0]), rows)
-        typer.echo(f"figures, tables and captions are in {experiment.head.run}/figures")
-    if outcome.faults:
-        raise UsageError("; ".join(outcome.faults))
+        typer.echo(f"figures, tables and captions are in {experiment.header.folder}/figures")
+    if result.problems:
+        raise UsageError("; ".join(result.problems))
     return None
 
 
-def _print_forecast(forecast: dict[str, Any], json: bool) -> None:
+def _print_estimate(estimate: dict[str, Any], json: bool) -> None:
     if json:
-        return print_json(forecast)
-    seconds = forecast["train_seconds"]
+        return print_json(estimate)
+    seconds = estimate["train_seconds"]
     time = (
         "unknown: no similar run has been measured yet" if seconds is None else f"{seconds:,.0f} s"
     )
-    sides = "1 side" if forecast["sides"] == 1 else f"{forecast['sides']} sides"
+    sides = "1 side" if estimate["sides"] == 1 else f"{estimate['sides']} sides"
     typer.echo(
-        f"store     {forecast['rows_collected']:,} rows of {sides}, "
-        f"{forecast['store_bytes'] / 1e9:,.2f} GB; {forecast['train_rows']:,} rows to train on\n"
-        f"panels    {' '.join(forecast['panels'])}\n"
-        f"coders    {forecast['coders_left']} to train, of {forecast['coders']}, on "
-        f"{forecast['rows_trained']:,} rows each, {forecast['epochs']:.2f} epochs; "
-        f"{forecast['coders_bytes'] / 1e9:,.2f} GB\n"
-        f"passes    {forecast['passes']}\n"
-        f"memory    {forecast['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
+        f"store     {estimate['rows_collected']:,} rows of {sides}, "
+        f"{estimate['store_bytes'] / 1e9:,.2f} GB; {estimate['train_rows']:,} rows to train on\n"
+        f"panels    {' '.join(estimate['panels'])}\n"
+        f"coders    {estimate['coders_left']} to train, of {estimate['coders']}, on "
+        f"{estimate['rows_trained']:,} rows each, {estimate['epochs']:.2f} epochs; "
+        f"{estimate['coders_bytes'] / 1e9:,.2f} GB\n"
+        f"passes    {estimate['passes']}\n"
+        f"memory    {estimate['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
         f"time      {time}, of train steps alone\n"
         "dry run: nothing was written"
     )

@@ -65,7 +65,7 @@ def test_a_band_is_the_mean_and_the_spread_of_the_seeds(tmp_path):
     panel = experiment.panels[0]
     mp = panel.lines[0]
     curves = [trained(mp.coders[0], [0.8, 0.4]), trained(mp.coders[1], [0.6, 0.5], seconds=3.0)]
-    coders = all_trained(experiment) | {one.config.name: one for one in curves}
+    coders = all_trained(experiment) | {coder.config.name: coder for coder in curves}
     red = seed_means(panel, coders, {}, "time", plan_styles(experiment.figures[0]))[0]
     assert red.x == (2.0, 4.0)
     assert (red.low, red.high) == ((0.6, 0.4), (0.8, 0.5))

@@ -1,11 +1,21 @@
 """An experiment file gives the coders that its figures need, or says what is wrong with it."""
 
+import dataclasses
 import json
 
 import pytest
 
-from mptrain.experiments.spec import experiment_of
-from mptrain.experiments.toml_config import read_settings
+from mpcache.errors import UsageError
+from mpcli.options import field_groups
+from mptrain.config.fit import FitConfig
+from mptrain.experiments.experiment_file import read_experiment
+from mptrain.experiments.option_tables import (
+    CODER_OPTIONS,
+    OPTION_TABLES,
+    RUN_OPTIONS,
+    SET_ELSEWHERE,
+    TABLE_OF_OPTION,
+)
 from tests.helpers.experiments import TEXT, tiny_experiment, write_experiment
 
 
@@ -32,7 +42,7 @@ def test_a_panel_for_each_k_and_hookpoint_and_a_coder_for_each_variant_and_seed(
 
 
 def test_red_and_blue_differ_in_their_architecture_alone(tmp_path):
-    experiment = tiny_experiment(tmp_path, "coders.optimizer=adam", "coders.auxk_alpha=0.1")
+    experiment = tiny_experiment(tmp_path, "optimizer.optimizer=adam", "loss.auxk_alpha=0.1")
     mp, topk, _ = experiment.panels[0].lines
     for one, other in zip(mp.coders, topk.coders, strict=True):
         assert one.name.replace("-mp-", "-topk-") == other.name
@@ -63,72 +73,103 @@ def test_parts_are_named_by_figure_or_panel(tmp_path):
 
 
 def test_the_resolved_file_is_the_same_experiment(tmp_path):
-    experiment = tiny_experiment(tmp_path, "fit.rows=640")
+    experiment = tiny_experiment(tmp_path, "data.rows=640")
     file = tmp_path / "experiment.json"
     file.write_text(json.dumps(experiment.resolved({"model": "m"})))
-    again = experiment_of(read_settings(file))
-    assert again == experiment
-    assert again.fit["skip_positions"] == 1  # a default, written out
+    again = read_experiment(file)
+    assert again == dataclasses.replace(experiment, collect={"model": "m"})
+    assert again.run_settings["skip_positions"] == 1  # a default, written out
     assert json.loads(file.read_text())["collect"] == {"model": "m"}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ("root=stores", "it cannot be so: give store or root, got store="),
-        ("fit.run=x", "fit.run is unknown"),
-        ("fit.spread=rows", "fit.spread is unknown"),
-        ("fit.batch_rows=1000", "fit cannot be so: rows must be at least batch_rows"),
-        ("coders.k=3", r"coders.k is not set here, but by k in \[figures.NAME\]"),
-        ("coders.arch=mp", r"but by arch in \[variants.NAME\]"),
-        ("coders.seed=3", r"but by seeds in \[figures.NAME\]"),
-        ("coders.rows=3", r"but by rows in \[fit\]"),
-        ("coders.store=x", "coders.store is unknown"),
-        ("fit.arch=mp", r"but by arch in \[variants.NAME\]"),
-        ("fit.lr=3.0", r"but by lr in \[coders\]"),
-        ("fit.inputs=x", r"but by hookpoints in \[figures.NAME\]"),
-        ("figures.fvu.lr=3.0", r"but by lr in \[coders\]"),
+        ("root=stores", "the file is invalid: give store or root, got store="),
+        ("run=x", "run is a table of options; write folder above the tables"),
+        ("run.run=x", "run.run is not set here, but by folder above the tables"),
+        ("data.store=x", "data.store is not set here, but by store above the tables"),
+        ("parallel.spread=rows", "parallel.spread is unknown"),
+        ("data.batch_rows=1000", "data.rows must be at least batch_rows"),
+        ("data.max_norm=0.5", "data.max_norm must be at least 1 and finite, got 0.5"),
+        ("evaluation.eval_every=0", "evaluation.eval_every must be at least 1, got 0"),
+        ("run.log=['wandb', 'wandb']", "run.log must name each value once"),
+        ("coder.k=3", r"coder.k is not set here, but by k in \[figures.NAME\]"),
+        ("coder.arch=mp", r"but by arch in \[variants.NAME\]"),
+        ("coder.preset=mp", "but by its name in variants of a figure"),
+        ("coder.seed=3", r"but by seeds in \[figures.NAME\]"),
+        ("coder.rows=3", r"but by rows in \[data\]"),
+        ("coder.dead_rows=3", r"but by dead_rows in \[loss\]"),
+        ("coder.x=3", "coder.x is unknown; .*known: "),
+        ("optimizer.learning_rate=3.0", "optimizer.learning_rate is unknown"),
+        ("data.lr=3.0", r"but by lr in \[optimizer\]"),
+        ("data.input=x", r"but by hookpoints in \[figures.NAME\]"),
+        ("fit.rows=3", r"fit.rows is not set here, but by rows in \[data\]"),
+        ("fit.save_minutes=3.0", r"but by save_minutes in \[run\]"),
+        ("coders.expansion=3", r"coders.expansion is not set here, but by expansion in \[coder\]"),
+        ("figures.fvu.lr=3.0", r"but by lr in \[optimizer\]"),
         ("variants.batch-mp-nested.k=3", r"but by k in \[figures.NAME\]"),
-        ("coders.input_loss=0.5", ""),
-        ("coders.shortlist_size=8", "fvu.variants has mp, but shortlist_size is for backend short"),
+        ("coder.shortlist_size=8", "fvu.variants has mp, but shortlist_size is for backend short"),
         ("figures.fvu.variants=['detatch']", r"variants.detatch is unknown; did you mean detach\?"),
         ("figures.fvu.variants=['separate']", "has separate, but subtract separate is for transco"),
-        ("figures.fvu.variants=[]", "figures.fvu cannot be so: variants is empty"),
+        ("figures.fvu.variants=[]", "figures.fvu is invalid: variants is empty"),
         ("figures.fvu.seeds=[1, 1]", "seeds must name each value once"),
         ("figures.fvu.k=[0]", "k and other_k must be at least 1, got 0"),
         (
             "figures.fvu.variants=['mp', 'sliced']",
-            "figures.fvu.other_k has 5, which is not for sliced: k mu",
+            "figures.fvu.other_k has 5, which sliced cannot use: k mu",
         ),
         (
             "variants.batch-mp-nested.latents=4",
-            "other_k has 5, which is not for batch-mp-nested: k",
+            "other_k has 5, which batch-mp-nested cannot use: k",
         ),
-        ("variants.detach.detach=true", "variants.detach is there without a table"),
-        ("variants.new.label=x", "variants.new sets nothing that it differs by"),
+        ("variants.detach.detach=true", "variants.detach exists without a table"),
+        ("variants.new.label=x", "variants.new changes nothing; set arch"),
         ("variants.batch-mp-nested.color=red", "takes a color such as #7d0a14, got 'red'"),
         ("figures.a/b.k=[3]", "figures.a/b becomes a folder's name"),
         ("figure.x.k=[3]", r"figure is unknown; did you mean figures\?"),
-        ("coders.expansion=0", "expansion must be at least 1, got 0"),
+        ("coder.expansion=0", "expansion must be at least 1, got 0"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, change, told):
-    if not told:
-        assert tiny_experiment(tmp_path, change)  # of use to the transcoders
-        told, change = "does nothing: input_loss has no effect", "coders.input_loss=0.5"
-        with pytest.raises(ValueError, match=told):
-            tiny_experiment(tmp_path, change, "figures.sst.kind=sae")
-        return
-    with pytest.raises(ValueError, match=told) as found:
+def test_errors_name_the_key_and_the_place(tmp_path, change, message):
+    with pytest.raises(UsageError, match=message) as error:
         tiny_experiment(tmp_path, change)
-    assert "tiny.toml" in str(found.value) or change in str(found.value)
+    assert "tiny.toml" in str(error.value) or change in str(error.value)
+
+
+def test_a_setting_that_applies_to_no_coder_is_refused(tmp_path):
+    change = "loss.input_loss=0.5"
+    assert tiny_experiment(tmp_path, change)  # applies to the transcoders
+    message = "loss.input_loss does nothing: input_loss has no effect"
+    with pytest.raises(UsageError, match=message):
+        tiny_experiment(tmp_path, change, "figures.sst.kind=sae")
+
+
+def test_an_old_table_is_named_with_file_and_line(tmp_path):
+    file = write_experiment(tmp_path, TEXT + "\n[fit]\nbatch_rows = 3\n")
+    line = len(file.read_text().splitlines())
+    message = (
+        rf"tiny.toml, line {line}: fit.batch_rows is not set here, but by batch_rows in \[data\]"
+    )
+    with pytest.raises(UsageError, match=message):
+        read_experiment(file)
+
+
+def test_the_tables_are_the_groups_of_the_options():
+    groups = {group.lower() for group in field_groups(FitConfig).values()}
+    assert set(OPTION_TABLES) == groups
+    assert {**RUN_OPTIONS, **CODER_OPTIONS}.keys() <= TABLE_OF_OPTION.keys()
+    for name, group in field_groups(FitConfig).items():
+        assert TABLE_OF_OPTION[name] == group.lower()
+        is_set = name in RUN_OPTIONS or name in CODER_OPTIONS
+        assert is_set == (name not in SET_ELSEWHERE and name != "spread")
 
 
 def test_variants_that_are_the_same_coder(tmp_path):
     with pytest.raises(ValueError, match="has mp and twin, the same coder; leave one out"):
         tiny_experiment(tmp_path, "variants.twin.arch=mp", "figures.fvu.variants=['mp', 'twin']")
     with pytest.raises(ValueError, match="has mp and detach, the same coder"):
-        tiny_experiment(tmp_path, "coders.detach=true")
+        tiny_experiment(tmp_path, "coder.detach=true")
 
 
 def test_a_variant_may_have_another_size(tmp_path):
@@ -141,4 +182,4 @@ def test_a_variant_may_have_another_size(tmp_path):
 def test_a_file_without_figures(tmp_path):
     file = write_experiment(tmp_path, TEXT[: TEXT.index("[figures")])
     with pytest.raises(ValueError, match=r"figures is missing; add a table \[figures.NAME\]"):
-        experiment_of(read_settings(file))
+        read_experiment(file)

@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig
 
-from mpcli.sweep import collect, read
+from mpcli.sweep import collect_sides, read_experiment
 from mptrain.experiments.runs import plan_runs
 from mptrain.experiments.spec import Experiment
-from mptrain.experiments.sweep import config_of
+from mptrain.experiments.sweep import run_config
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics import read_records
 from tests.helpers.models import VOCABULARY, tiny_tokenizer
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import write_corpus
 
-PLACE = PROJECT / "data" / "experiments"
+FOLDER = PROJECT / "data" / "experiments"
 FULL = ("smollm2", "llama")
 # layers and heads of the originals, all else small: hidden, MLP, layers, heads, key-value heads
 SHAPES = {"smollm2": (36, 96, 30, 9, 3), "llama": (64, 160, 16, 32, 8)}
@@ -28,9 +28,9 @@ REQUIRED = {  # SCIENCE: what an ablation panel compares
 SMALL = (
     "collect.rows=256", "collect.ctx_len=16", "collect.part_rows=64", "collect.chunk_rows=16",
     "collect.batch_sequences=16", "collect.validation_every=4", "collect.model_dtype=float32",
-    "collect.device=cpu", "fit.rows=16", "fit.batch_rows=8", "fit.eval_every=2",
-    "fit.eval_rows=32", "fit.log_every=1", "fit.device=cpu", "coders.expansion=16",
-    "coders.dead_rows=8",
+    "collect.device=cpu", "data.rows=16", "data.batch_rows=8", "evaluation.eval_every=2",
+    "evaluation.eval_rows=32", "run.log_every=1", "run.device=cpu", "coder.expansion=16",
+    "loss.dead_rows=8",
 )  # fmt: skip
 
 
@@ -54,25 +54,25 @@ def save_small(name: str, folder: Path) -> Path:
 
 
 def experiment(name: str) -> Experiment:
-    return read(PLACE / f"{name}.toml", ())[0]
+    return read_experiment(FOLDER / f"{name}.toml", ())[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_size_file_starts_on_a_small_model_of_its_architecture(name, tmp_path):
     """Every hookpoint is found and every coder takes two train steps."""
-    places = {
+    paths = {
         "collect.model": save_small(name, tmp_path / "model"),
         "collect.dataset": write_corpus(tmp_path / "corpus.jsonl", documents=90),
         "root": tmp_path / "stores",
-        "run": tmp_path / "run",
+        "folder": tmp_path / "run",
     }
     seeds = [f"figures.{figure.name}.seeds=[0]" for figure in experiment(name).figures]
-    changes = [*(f"{key}={place}" for key, place in places.items()), *SMALL, *seeds]
-    small, config = read(PLACE / f"{name}.toml", changes)
-    store = collect(small, config, small.sides)
+    changes = [*(f"{key}={path}" for key, path in paths.items()), *SMALL, *seeds]
+    small, config = read_experiment(FOLDER / f"{name}.toml", changes)
+    store = collect_sides(small, config, small.sides)
     (run,) = plan_runs(tmp_path / "run", small.coders, ())
-    results = fit(config_of(small, run, store))
+    results = fit(run_config(small, run, store))
     assert {result["coder"] for result in results} == {coder.name for coder in small.coders}
     assert not any(result["diverged"] for result in results)
     assert max(record.step for record in read_records(run.folder / "metrics.jsonl")) == 2
@@ -108,14 +108,19 @@ def test_an_ablation_has_all_variants(name):
 def test_a_twin_has_the_same_shape(name):
     full, twin = experiment(name), experiment(f"{name}-demo")
     assert [figure.name for figure in twin.figures] == [figure.name for figure in full.figures]
-    for one, other in zip(full.figures, twin.figures, strict=True):
-        assert len(one.panels) == len(other.panels)
-        assert (one.table.variants, one.table.kind) == (other.table.variants, other.table.kind)
-        assert one.table.seeds == other.table.seeds
-        assert one.table.title != other.table.title
+    for figure, other in zip(full.figures, twin.figures, strict=True):
+        assert len(figure.panels) == len(other.panels)
+        assert (figure.settings.variants, figure.settings.kind) == (
+            other.settings.variants,
+            other.settings.kind,
+        )
+        assert figure.settings.seeds == other.settings.seeds
+        assert figure.settings.title != other.settings.title
     shared = {"optimizer", "lr", "auxk_alpha", "warmup_share"}
-    assert {n: full.shared.get(n) for n in shared} == {n: twin.shared.get(n) for n in shared}
-    assert full.head.run != twin.head.run
+    assert {n: full.coder_settings.get(n) for n in shared} == {
+        n: twin.coder_settings.get(n) for n in shared
+    }
+    assert full.header.folder != twin.header.folder
 
 
 @pytest.mark.parametrize("name", [*FULL, *(f"{name}-demo" for name in FULL)])
@@ -130,4 +135,4 @@ def test_lines_share_all_but_what_sets_them_apart(name):
 
 def test_three_seeds_for_red_and_blue():
     for name in ("smollm2", "smollm2-demo"):
-        assert experiment(name).figures[0].table.seeds == (0, 1, 2)
+        assert experiment(name).figures[0].settings.seeds == (0, 1, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mptrain.experiments.verdicts import faults, judge
+from mptrain.experiments.verdicts import find_problems, panel_verdicts
 from tests.helpers.experiments import tiny_experiment
 from tests.helpers.trained import trained
 
@@ -34,7 +34,7 @@ def saved(coders, folder):
         (folder / "coders" / name).mkdir(parents=True)
         weights = {"W_MD": torch.tensor([1.0, number]), f"only_{number}": torch.zeros(1)}
         save_file(weights, folder / "coders" / name / "coder.safetensors")
-    return {name: dataclasses.replace(one, folder=folder) for name, one in coders.items()}
+    return {name: dataclasses.replace(coder, folder=folder) for name, coder in coders.items()}
 
 
 def test_a_verdict_is_of_all_seeds(panel):
@@ -44,7 +44,7 @@ def test_a_verdict_is_of_all_seeds(panel):
         mp=(([0.9, 0.55, 0.4], 2.0), ([0.7, 0.5, 0.3], 2.0)),
         nested=(([0.9, 0.8], 2.0), ([0.9, 0.59], 2.0)),
     )
-    topk, mp, nested = judge(panel, coders)
+    topk, mp, nested = panel_verdicts(panel, coders)
     assert (topk.fvu, topk.fvu_low, topk.fvu_high) == pytest.approx((0.6, 0.5, 0.7))
     assert topk.train_seconds == 4.0
     assert (topk.seeds_below_plain, topk.fvu_at_plain_seconds) == (None, None)
@@ -62,7 +62,7 @@ def test_fvu_at_the_plain_coders_time_lies_between_validations(panel):
         mp=(([0.9, 0.5, 0.4], 2.0), ([0.9, 0.5], 1.0)),  # at 3 s .7, and its end
         nested=(([0.9, 0.8], 9.0), ([0.9, 0.8], 9.0)),  # its first one
     )
-    _, mp, nested = judge(panel, coders)
+    _, mp, nested = panel_verdicts(panel, coders)
     assert mp.fvu_at_plain_seconds == pytest.approx((0.7 + 0.5) / 2)
     assert nested.fvu_at_plain_seconds == pytest.approx(0.9)
     assert (nested.seeds_below_plain, nested.below_plain_after_seconds) == (0, None)
@@ -73,33 +73,33 @@ def test_diverged_seeds_are_counted_and_left_out(panel, tmp_path):
     coders = saved(coders_of(panel, **curves), tmp_path)
     lost = panel.lines[1].coders[1]
     coders[lost.name] = trained(lost, [0.6, math.nan], diverged=True)
-    _, mp, _ = judge(panel, coders)
+    _, mp, _ = panel_verdicts(panel, coders)
     assert (mp.seeds, mp.diverged, mp.fvu) == (2, 1, 0.4)
-    assert faults([panel], coders) == []  # its curve ends early, but is there
+    assert find_problems([panel], coders) == []  # its curve ends early, but is there
 
 
 def test_a_line_without_a_point_is_a_fault(panel, tmp_path):
     curves = {"topk": [([0.5], 1.0)] * 2, "mp": [([0.4], 1.0)] * 2, "nested": [([0.3], 1.0)] * 2}
     coders = saved(coders_of(panel, **curves), tmp_path)
-    assert faults([panel], coders) == []
+    assert find_problems([panel], coders) == []
     nested = panel.lines[2].coders[1]
     coders[nested.name] = trained(nested, [math.nan], diverged=True)
-    (told,) = faults([panel], coders)
-    assert "fvu/layers.0-sae-k3 has no curve of nested, seed 1" in told
+    (problem,) = find_problems([panel], coders)
+    assert "fvu/layers.0-sae-k3 has no curve of nested, seed 1" in problem
     del coders[nested.name]
-    assert faults([panel], coders) == [told]
+    assert find_problems([panel], coders) == [problem]
 
 
 def test_equal_metrics_are_a_fault_one_bit_is_none(panel, tmp_path):
     curves = {"topk": [([0.5], 1.0)] * 2, "mp": [([0.4], 1.0)] * 2, "nested": [([0.4], 2.0)] * 2}
     coders = saved(coders_of(panel, **curves), tmp_path)
-    (told,) = faults([panel], coders)
-    assert "nested equals plain MP to the bit" in told
+    (problem,) = find_problems([panel], coders)
+    assert "nested equals plain MP to the bit" in problem
     for coder in panel.lines[2].coders:
-        one = coders[coder.name]
-        changed = dataclasses.replace(one.records[0], fvu=math.nextafter(0.4, 1))
-        coders[coder.name] = dataclasses.replace(one, records=(changed,))
-    assert faults([panel], coders) == []
+        trained_coder = coders[coder.name]
+        changed = dataclasses.replace(trained_coder.records[0], fvu=math.nextafter(0.4, 1))
+        coders[coder.name] = dataclasses.replace(trained_coder, records=(changed,))
+    assert find_problems([panel], coders) == []
 
 
 def test_equal_weights_are_a_fault(panel, tmp_path):
@@ -109,6 +109,6 @@ def test_equal_weights_are_a_fault(panel, tmp_path):
     weights = {"W_MD": load_file(tmp_path / "coders" / mp / "coder.safetensors")["W_MD"]}
     more = {"separate": torch.ones(1)}  # of its own
     save_file(weights | more, tmp_path / "coders" / nested / "coder.safetensors")
-    assert [told.partition(" to the bit")[0] for told in faults([panel], coders)] == [
+    assert [problem.partition(" to the bit")[0] for problem in find_problems([panel], coders)] == [
         "fvu/layers.0-sae-k3: nested equals plain MP"
     ]
