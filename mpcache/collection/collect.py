@@ -70,7 +70,7 @@ def collect(
             model="data/model", dataset="data/corpus/train.parquet",
             hookpoints=("layers.3",), rows=2048, ctx_len=128, part_rows=1024,
         )
-        summary = collect(config, "store")
+        summary = collect(config, "new-store")
         print(summary.rows, "rows,", summary.bytes, "bytes")
         ```
     """

@@ -200,7 +200,7 @@ def open_store(
     `where` is a path, or an `s3://` or `gs://` URL.
 
         >>> open_store("store").hookpoints
-        ('layers.0',)
+        ('layers.0', 'layers.1.mlp')
 
     Raises:
         UsageError: there is no store, it has an unknown format version, or cache_dir is unfit.
