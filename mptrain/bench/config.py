@@ -25,10 +25,6 @@ class PursuitBenchConfig:
     "atoms of the random dictionary; a multiple of the width"
     k: int = 64
     "pursuit steps"
-    active: int | None = None
-    "atoms in each random row; default: as many as pursuit steps"
-    noise: float = 0.05
-    "Gaussian noise of random rows, as a share of their root mean square"
     coder: str | None = None
     "folder of a trained mp coder whose dictionary is used in place of a random one"
     store: str | None = None

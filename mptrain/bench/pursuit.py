@@ -1,6 +1,6 @@
 """Speed, memory and exactness of the pursuit's back ends on this machine, on the same tensors.
 
-B rows in a batch, D input width, M latents, K pursuit steps, L atoms of a random row.
+B rows in a batch, D input width, M latents, K pursuit steps.
 """
 
 from collections.abc import Sequence
@@ -90,15 +90,18 @@ def make_tensors(config: PursuitBenchConfig) -> tuple[Tensor, Coder]:
     return x_BD.to(device), coder.to(device)
 
 
+_NOISE = 0.05  # as a share of the rows' root mean square
+
+
 def random_rows(W_MD: Tensor, config: PursuitBenchConfig) -> Tensor:
-    """Rows that are sums of `active` random atoms, values uniform in [0.1, 1.1], plus noise."""
+    """Rows that are sums of `k` random atoms, values uniform in [0.1, 1.1], plus noise."""
     generator = torch.Generator().manual_seed(config.seed)
-    shape = (config.rows, config.active or config.k)
-    idx_BL = torch.randint(len(W_MD), shape, generator=generator)
-    val_BL = 0.1 + torch.rand(shape, generator=generator)
-    x_BD = sparse_decode(idx_BL, val_BL, W_MD)
+    shape = (config.rows, config.k)
+    idx_BK = torch.randint(len(W_MD), shape, generator=generator)
+    val_BK = 0.1 + torch.rand(shape, generator=generator)
+    x_BD = sparse_decode(idx_BK, val_BK, W_MD)
     rms = x_BD.square().mean().sqrt()
-    return x_BD + config.noise * rms * torch.randn(x_BD.shape, generator=generator)
+    return x_BD + _NOISE * rms * torch.randn(x_BD.shape, generator=generator)
 
 
 def _new_coder(config: PursuitBenchConfig) -> Coder:
