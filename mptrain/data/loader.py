@@ -61,9 +61,10 @@ class Loader:
         >>> from mpcache import open_store
         >>> from mptrain import Loader
         >>> side = ("layers.1.mlp", "output")
-        >>> with Loader(open_store("acts"), [side], "train", batch_rows=256) as loader:
-        ...     for batch in loader.one_pass():
-        ...         x_BD = batch.values[side]  # [rows, width]  # doctest: +SKIP
+        >>> with Loader(open_store("store"), [side], "train", batch_rows=64) as loader:
+        ...     shapes = [batch.values[side].shape for batch in loader.one_pass(128)]
+        >>> shapes
+        [torch.Size([64, 16]), torch.Size([64, 16])]
 
     Raises:
         UsageError: the split has no rows of these sides, or there are more readers than chunks in a

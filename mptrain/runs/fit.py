@@ -42,11 +42,13 @@ def fit(
     Example:
         >>> from mptrain import FitConfig, fit
         >>> config = FitConfig(
-        ...     store="acts", run="run", hookpoints=("layers.1.mlp",), arch=("mp", "topk"),
-        ...     k=(4,), expansion=(2,), rows=2048, batch_rows=256,
+        ...     store="store", run="first", hookpoints=("layers.1.mlp",), arch=("mp", "topk"),
+        ...     k=(3,), expansion=(2,), rows=640, batch_rows=64,
         ... )
         >>> for result in fit(config):
-        ...     print(result.coder, result.validation.fvu)  # doctest: +SKIP
+        ...     print(result.coder, result.step, result.validation.fvu < 2)
+        layers.1.mlp-sae-mp-k3-x2-seed0 10 True
+        layers.1.mlp-sae-topk-k3-x2-seed0 10 True
 
     Args:
         config: the store, the coders and the settings of the run.

@@ -103,8 +103,9 @@ def read_records(path: str | Path) -> list[Record]:
 
     Example:
         >>> from mptrain import read_records
-        >>> for record in read_records("run/metrics.jsonl"):
-        ...     print(record.coder, record.rows, record.validation_fvu)  # doctest: +SKIP
+        >>> records = read_records("run/metrics.jsonl")
+        >>> [record.step for record in records if record.validation_fvu is not None]
+        [8, 16, 24]
 
     Args:
         path: the file `RUN/metrics.jsonl`.
