@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mpcache.maintenance.repair import repair as repair
     from mpcache.maintenance.stats import stats as stats
     from mpcache.maintenance.verify import verify as verify
+    from mpcache.model.hookpoint_report import HookpointReport as HookpointReport
+    from mpcache.model.hookpoint_report import hookpoints as hookpoints
     from mpcache.parallel.config import ParallelConfig as ParallelConfig
     from mpcache.store.reader import Store as Store
     from mpcache.store.reader import open_store as open_store
@@ -31,6 +33,7 @@ _MODULES = {
     "CollectConfig": "mpcache.config",
     "ConvertConfig": "mpcache.config",
     "DamagedStoreError": "mpcache.errors",
+    "HookpointReport": "mpcache.model.hookpoint_report",
     "MpcacheError": "mpcache.errors",
     "ParallelConfig": "mpcache.parallel.config",
     "RepairConfig": "mpcache.config",
@@ -39,6 +42,7 @@ _MODULES = {
     "collect": "mpcache.collection.collect",
     "convert": "mpcache.maintenance.convert",
     "copy": "mpcache.maintenance.copy",
+    "hookpoints": "mpcache.model.hookpoint_report",
     "list_stores": "mpcache.collection.catalog",
     "open_store": "mpcache.store.reader",
     "repair": "mpcache.maintenance.repair",

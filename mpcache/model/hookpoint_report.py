@@ -1,119 +1,127 @@
-"""What can be collected from a model, known from its config alone."""
+"""The hookpoints of a model, known from its config alone."""
 
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from mpcache.config import CollectConfig, HookpointsConfig
+from mpcache.config import CollectConfig
 from mpcache.errors import UsageError, first_line
+from mpcache.model.hookpoint_groups import HookpointGroup, group_modules
 from mpcache.model.hookpoint_roles import HookpointRole, roles
-from mpcache.model.hookpoint_survey import HookpointSurvey, Verdict, starred
+from mpcache.model.hookpoint_survey import HookpointSurvey
 from mpcache.model.meta_forward import MetaForward, materialize_small_tensors_
 from mpcache.model.skeleton import skeleton
 
-BYTES = 2  # of a value in bfloat16, the storage dtype that is the default
-
 
 @dataclass(frozen=True, kw_only=True)
-class Hookpoint:
-    """Modules that are alike, under one pattern."""
-
-    hookpoint: str
-    "the path, with * for a number"
-    numbers: str
-    "the numbers that * stands for; empty without one"
-    module: str
-    "class of the modules, and the type of a layer where the config says one"
-    input: int | None
-    "width of the input; None where it cannot be collected"
-    output: int | None
-    input_bytes: int | None
-    "bytes a row in bfloat16"
-    output_bytes: int | None
-    input_reason: str | None
-    "why the input cannot be collected"
-    output_reason: str | None
-    is_idle: bool
-    "neither the modules nor what is inside them run on text"
-    modules: tuple[str, ...]
-    "the full path of each module"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """The hookpoints of a model."""
+class HookpointReport:
+    """What can be collected from a model."""
 
     model: str
+    "the model as the user named it"
     model_class: str
     attention: str
-    "attention implementation of the model"
+    "attention implementation that the report is about"
     has_no_sdpa: bool
-    "the model has no sdpa attention, which collect takes by default"
-    hookpoints: tuple[Hookpoint, ...]
+    "the model has no sdpa attention, so `collect` needs another attention implementation"
+    hookpoints: tuple[HookpointGroup, ...]
+    "all modules, those that are alike in one group"
     roles: tuple[HookpointRole, ...]
-    "where to find what users of transcoders ask for"
+    "sides with a meaning, such as the residual stream and the input of the MLP"
 
     def as_json(self) -> dict[str, Any]:
+        """The report as plain values."""
         return asdict(self)
 
 
-def find_hookpoints(config: HookpointsConfig) -> Report:
-    """Raises UsageError where there is no such model, or one that does not run on text."""
-    model, attention = weightless_model(config)
-    survey = survey_model(model)
-    return Report(
-        model=config.model,
-        model_class=type(model).__name__,
-        attention=attention,
-        has_no_sdpa=config.attention is None and attention != "sdpa",
-        hookpoints=fold(model, survey),
-        roles=roles(survey),
-    )
+def hookpoints(
+    model: str,
+    *,
+    revision: str = "main",
+    attention: Literal["sdpa", "eager"] | None = None,
+    trust_remote_code: bool = False,
+) -> HookpointReport:
+    """List what can be collected from a model, without loading its weights.
 
+    A model of any size takes seconds and little memory: a tiny pass runs on tensors without
+    content. Widths are in values per row, and one row is one token.
 
-def weightless_model(config: HookpointsConfig) -> tuple[PreTrainedModel, str]:
-    """The model without weights, ready to run inside `MetaForward`, and its attention."""
-    asked = CollectConfig(
-        model=config.model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        attention=config.attention or "sdpa",
+    Args:
+        model: Hugging Face id, local folder or .gguf file. A folder needs config.json only.
+        revision: branch, tag or commit of a Hugging Face model.
+        attention: attention implementation; None takes sdpa, or eager if the model has no sdpa.
+        trust_remote_code: run the Python code that comes with the model.
+
+    Raises:
+        UsageError: there is no such model, or the model does not run on text alone.
+        ConnectionError: the Hub cannot be reached.
+
+    Example:
+        >>> import tempfile
+        >>> import mpcache
+        >>> from transformers import GPT2Config
+        >>> folder = tempfile.mkdtemp()
+        >>> config = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=260)
+        >>> config.save_pretrained(folder)
+        >>> report = mpcache.hookpoints(folder)
+        >>> [(g.hookpoint, g.numbers, g.output) for g in report.hookpoints if g.output == 128]
+        [('h.*.mlp.c_fc', '0-1', 128), ('h.*.mlp.act', '0-1', 128)]
+        >>> [role.side for role in report.roles if role.role == "residual stream"]
+        ['h.*:output']
+    """
+    settings = CollectConfig(
+        model=model,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attention=attention or "sdpa",
         dataset="",
         hookpoints=("*",),
         ctx_len=1,
     )
+    base, used_attention = _weightless_model(settings, may_use_eager=attention is None)
+    survey = _survey_model(base)
+    return HookpointReport(
+        model=model,
+        model_class=type(base).__name__,
+        attention=used_attention,
+        has_no_sdpa=attention is None and used_attention != "sdpa",
+        hookpoints=group_modules(base, survey),
+        roles=roles(survey),
+    )
+
+
+def _weightless_model(config: CollectConfig, *, may_use_eager: bool) -> tuple[PreTrainedModel, str]:
+    """The model without weights, ready to run inside `MetaForward`, and its attention."""
     try:
-        model = skeleton(asked)
+        model = skeleton(config)
     except UsageError:
-        if config.attention is not None:
+        if not may_use_eager:
             raise
-        other = replace(asked, attention="eager")
+        eager = replace(config, attention="eager")
         try:
-            model, asked = skeleton(other), other
+            model, config = skeleton(eager), eager
         except UsageError:
-            skeleton(asked)  # the first error is the one that helps
+            skeleton(config)  # raises the first error, which helps more
             raise
     except ImportError as error:
         raise UsageError(f"{config.model} needs another library: {first_line(error)}") from error
     materialize_small_tensors_(model)
     model.train(False).requires_grad_(False)
-    return model, asked.attention
+    return model, config.attention
 
 
-def survey_model(model: PreTrainedModel) -> HookpointSurvey:
+def _survey_model(model: PreTrainedModel) -> HookpointSurvey:
     """Raises UsageError for a model that does not run on tokens alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny
     try:
-        with MetaForward() as weights:
+        with MetaForward() as forward:
             try:
-                return HookpointSurvey(model.to(torch.bfloat16), weights.added)  # type: ignore[arg-type]  # hidden by a decorator
+                return HookpointSurvey(model.to(torch.bfloat16), forward.added)  # type: ignore[arg-type]  # hidden by a decorator
             except (RuntimeError, TypeError):  # few models compute in float32 alone
-                return HookpointSurvey(model.to(torch.float32), weights.added)  # type: ignore[arg-type]
+                return HookpointSurvey(model.to(torch.float32), forward.added)  # type: ignore[arg-type]
     except Exception as error:  # what a model raises that lacks an input has no common base
         raise UsageError(
             f"{type(model).__name__} must run on tokens alone, but it raises "
@@ -121,76 +129,3 @@ def survey_model(model: PreTrainedModel) -> HookpointSurvey:
         ) from error
     finally:
         torch.set_num_threads(threads)
-
-
-# --- folding ---
-
-
-def fold(model: PreTrainedModel, survey: HookpointSurvey) -> tuple[Hookpoint, ...]:
-    """Modules under the same pattern, of the same class and with the same verdicts, as one."""
-    types = layer_types(model)
-    groups: dict[tuple[str, str, bool, Verdict, Verdict], list[str]] = {}
-    modules = dict(model.named_modules())
-    for name in survey.names:
-        label = type(modules[name]).__name__ + types.get(name, "")
-        verdicts = survey.verdict(name, "input"), survey.verdict(name, "output")
-        groups.setdefault((starred(name), label, name in survey.idle, *verdicts), []).append(name)
-    rank = {pattern: place for place, pattern in enumerate(dict.fromkeys(k[0] for k in groups))}
-    keys = sorted(groups, key=lambda key: rank[key[0]])  # groups of a pattern side by side
-    return tuple(_hookpoint(*key, groups[key]) for key in keys)
-
-
-def _hookpoint(
-    pattern: str,
-    module: str,
-    is_idle: bool,
-    input: Verdict,
-    output: Verdict,
-    names: Sequence[str],
-) -> Hookpoint:
-    return Hookpoint(
-        hookpoint=pattern,
-        numbers=numbers_of(names),
-        module=module,
-        input=input.width,
-        output=output.width,
-        input_bytes=None if input.width is None else BYTES * input.width,
-        output_bytes=None if output.width is None else BYTES * output.width,
-        input_reason=input.reason,
-        output_reason=output.reason,
-        is_idle=is_idle,
-        modules=tuple(names),
-    )
-
-
-def layer_types(model: PreTrainedModel) -> dict[str, str]:
-    """What the config says of each layer, such as its kind of attention, by the layer's name."""
-    types = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    names = [name for name, _ in model.named_modules() if re.fullmatch(r"\D*\.\d+", name)]
-    lists: dict[str, list[str]] = {}
-    for name in names:
-        lists.setdefault(name.rpartition(".")[0], []).append(name)
-    return {
-        name: f" ({kind})"
-        for layers in lists.values()
-        if len(layers) == len(types) and len(set(types)) > 1
-        for name, kind in zip(layers, types, strict=True)
-    }
-
-
-def numbers_of(names: Sequence[str]) -> str:
-    """The numbers in names of one pattern: 0-2,5, and 0-2 x 0-7 where there are two in each."""
-    numbers = [[int(s) for s in name.split(".") if s.isdigit()] for name in names]
-    places = [sorted(set(column)) for column in zip(*numbers, strict=True)]
-    return " x ".join(map(ranges, places))
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """0,1,2,5 -> 0-2,5."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)

@@ -1,8 +1,8 @@
-"""Where in a layer the residual stream is, what its MLP reads and what it adds to the stream.
+"""The sides with a meaning: the residual stream, and what attention and MLP read, write and add.
 
-Found by following tensors through one pass, so that a norm after the MLP (Gemma 2 and 3, OLMo 2
-and 3) is seen without a list of models. Where a layer adds something else than the output of a
-module, such as a multiple of it (Granite), nothing is named.
+The pass of the survey shows which tensors a layer adds. So a norm after the MLP (Gemma 2 and 3,
+OLMo 2 and 3) needs no list of models. Where a layer adds something that is not the output of a
+module, such as a multiple of an output (Granite), there is no side to name.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,20 @@ _ATTENTION_NAMES = {"attn", "attention"}  # the last word of a module's name
 
 @dataclass(frozen=True)
 class HookpointRole:
-    """A side with a meaning, as a pattern over layers."""
+    """A side with a meaning."""
 
     role: str
+    "such as residual stream or MLP reads"
     side: str
+    "pattern over layers, such as layers.*:output"
 
 
 def roles(survey: HookpointSurvey) -> tuple[HookpointRole, ...]:
-    """Roles of all layers, each pattern once, in the model's order."""
+    """The roles in all layers, each pattern once, in the model's order."""
     numbered = [n for n in survey.calls if sum(s.isdigit() for s in n.split(".")) == 1]
-    layers = [name for name in numbered if name in survey.layers]  # others only hold modules
+    layers = [
+        name for name in numbered if name in survey.layers
+    ]  # the other numbered modules are containers
     all_roles = [role for layer in layers for role in _roles_of(survey, layer)]
     order = {name: i for i, name in enumerate(dict.fromkeys(role.role for role in all_roles))}
     return tuple(sorted(dict.fromkeys(all_roles), key=lambda role: order[role.role]))
@@ -40,26 +44,26 @@ def _roles_of(survey: HookpointSurvey, layer: str) -> Iterator[HookpointRole]:
     for call in calls:
         last = call.name.rpartition(".")[2].lower()
         if last.split("_")[-1] in _ATTENTION_NAMES:
-            yield from _adds(survey, "attention", call, calls)
+            yield from _written_by(survey, "attention", call, calls)
         elif last in MLP_NAMES:
             if survey.verdict(call.name, "input").width is not None:
                 yield _role("MLP reads", call.name, "input")
-            yield from _adds(survey, "MLP", call, calls)
+            yield from _written_by(survey, "MLP", call, calls)
 
 
-def _adds(
-    survey: HookpointSurvey, what: str, call: ModuleCall, calls: list[ModuleCall]
+def _written_by(
+    survey: HookpointSurvey, module: str, call: ModuleCall, calls: list[ModuleCall]
 ) -> Iterator[HookpointRole]:
-    """The output of a module, and that of the modules in the same layer that change it further."""
+    """The output of a module, and what the layer adds to the stream after further modules."""
     last = call
     for follower in calls[calls.index(call) + 1 :]:
         if follower.input is last.output:
             last = follower
     is_added = survey.adds(call.name.rpartition(".")[0], last.output)
     if not (last is call and is_added) and survey.verdict(call.name, "output").width is not None:
-        yield _role(f"{what} writes", call.name, "output")
+        yield _role(f"{module} writes", call.name, "output")
     if is_added and survey.verdict(last.name, "output").width is not None:
-        yield _role(f"{what} adds to the stream", last.name, "output")
+        yield _role(f"{module} adds to the stream", last.name, "output")
 
 
 def _role(role: str, name: str, side: str) -> HookpointRole:

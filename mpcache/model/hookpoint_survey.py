@@ -1,6 +1,6 @@
-"""Which sides of a model's modules have one row for each token: one tiny pass that sees all.
+"""Which sides of a model's modules have one row for each token, seen in one tiny pass.
 
-The verdicts are those of `Capture`, by the same functions.
+The verdicts use the same functions as `Capture`, so both agree.
 """
 
 from collections import Counter
@@ -16,12 +16,12 @@ from mpcache.model.hooks import PROBE, call_count_problem, input_of, output_of, 
 from mpcache.validation import is_hookpoint
 
 _ODD_NAME = "its name cannot be a folder's"
-_HOLDER = "it only holds modules that run"
+_CONTAINER = "it only contains modules that run"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a side can be collected: its width, or the reason why not."""
+class SideVerdict:
+    """The width of a side that can be collected, or the reason why it cannot."""
 
     width: int | None
     reason: str | None
@@ -29,31 +29,31 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """A call of a module, with the tensors that went in and came out."""
+    """One call of a module, with its input and output tensors."""
 
     name: str
     input: object
     output: object
     additions: range
-    "which of the pass's additions were made during the call"
+    "indices of the additions during the call"
 
 
 class HookpointSurvey:
-    """What one pass over text shows of every module.
+    """What one pass over text shows of each module.
 
-    `added` is a list that grows by the tensors of each addition, if it is known.
+    `added` is a list to which each addition of the pass appends its tensors; see `MetaForward`.
     """
 
     def __init__(self, model: nn.Module, added: Sequence[tuple[Tensor, ...]] = ()) -> None:
         self.added = added
         self.times: Counter[str] = Counter()
         self.calls: dict[str, list[ModuleCall]] = {}
-        "calls of the modules directly inside a numbered one, such as a layer, in order"
+        "calls of the modules directly inside a numbered module, such as a layer, in order"
         self.layers: dict[str, ModuleCall] = {}
         "the last call of each numbered module"
         self.idle: set[str] = set()
-        "modules that do not run on text, nor does what is inside them"
-        self._values: dict[Side, Verdict] = {}
+        "modules that do not run on text, and neither do the modules inside them"
+        self._values: dict[Side, SideVerdict] = {}
         self.names = [name for name, _ in model.named_modules() if name]
         handles = [
             h for name, module in model.named_modules() if name for h in self._on(name, module)
@@ -63,29 +63,29 @@ class HookpointSurvey:
         finally:
             for handle in handles:
                 handle.remove()
-        busy = {a for name, times in self.times.items() if times for a in ancestors(name)}
-        self.idle = set(self.names) - busy
+        running = {a for name, times in self.times.items() if times for a in ancestors(name)}
+        self.idle = set(self.names) - running
 
-    def verdict(self, hookpoint: str, side: SideName) -> Verdict:
-        """What `Capture` would say of a side."""
+    def verdict(self, hookpoint: str, side: SideName) -> SideVerdict:
+        """Whether `Capture` accepts a side."""
         if not is_hookpoint(hookpoint):
-            return Verdict(None, _ODD_NAME)
+            return SideVerdict(None, _ODD_NAME)
         value = self._values.get(Side(hookpoint, side))
         if value is not None and value.reason is not None:
             return value
         if reason := call_count_problem(self.times[hookpoint]):
-            is_holder = not self.times[hookpoint] and hookpoint not in self.idle
-            return Verdict(None, _HOLDER if is_holder else reason)
+            is_container = not self.times[hookpoint] and hookpoint not in self.idle
+            return SideVerdict(None, _CONTAINER if is_container else reason)
         assert value is not None
         return value
 
     def adds(self, layer: str, value: object) -> bool:
-        """Whether a layer itself, rather than a module inside it, adds this tensor to another."""
-        inside = {n for call in self.calls[layer] for n in call.additions}
+        """Whether the code of a layer itself, not of a module inside it, adds this tensor."""
+        in_modules = {n for call in self.calls[layer] for n in call.additions}
         return any(
             operand is value
             for number in self.layers[layer].additions
-            if number not in inside
+            if number not in in_modules
             for operand in self.added[number]
         )
 
@@ -118,7 +118,7 @@ class HookpointSurvey:
         width = value.shape[-1] if reason is None and isinstance(value, Tensor) else None
         before = self._values.get(side)
         if before is None or before.reason is None:
-            self._values[side] = Verdict(width, reason)
+            self._values[side] = SideVerdict(width, reason)
 
 
 def ancestors(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What can be known of a model without loading its weights: its files, its modules' names."""
+"""A model without weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mpcache.model.model_source import find_source
 
 
 def skeleton(config: CollectConfig) -> PreTrainedModel:
-    """The base model without weights, on the meta device: its modules have their names."""
+    """The base model on the meta device: modules, names and shapes, without weights."""
     architecture = load_architecture(config)
     with explain_load_errors(find_source(config), "model", config), torch.device("meta"):
         loader: Any = AutoModel  # hidden by a decorator

@@ -16,9 +16,9 @@ _COLUMNS = ("hookpoint", "*", "input", "output", "bytes per row", "module")
 
 @from_config(HookpointsConfig, arguments=("model",))
 def hookpoints(config: HookpointsConfig, json: Json = False) -> None:
-    from mpcache.model.hookpoint_report import find_hookpoints
+    from mpcache.model import hookpoint_report
 
-    report = find_hookpoints(config)
+    report = hookpoint_report.hookpoints(**vars(config))
     if json:
         return print_json(report.as_json())
     return print_report(report)

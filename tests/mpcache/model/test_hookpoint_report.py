@@ -1,5 +1,6 @@
 """What `mpcache hookpoints` lists is what `collect` accepts."""
 
+import doctest
 import json
 import logging
 import subprocess
@@ -20,9 +21,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from mpcache.config import HookpointsConfig
+from mpcache.model import hookpoint_report
+from mpcache.model.hookpoint_groups import numbers_in_names
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
-from mpcache.model.hookpoint_report import BYTES, Report, find_hookpoints, numbers_of
+from mpcache.model.hookpoint_report import HookpointReport, hookpoints
 from mpcache.model.hooks import Capture, widths
 from mpcli.mpcache import app
 from tests.helpers.hookpoint_families import FAMILIES
@@ -36,11 +38,11 @@ def _no_advice_on_kernels() -> Iterator[None]:
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
-def report_of(name: str, folder: Path) -> tuple[Report, PreTrainedModel]:
+def report_of(name: str, folder: Path) -> tuple[HookpointReport, PreTrainedModel]:
     """What is listed from the config alone, and the model with weights."""
     config = FAMILIES[name]()
     config.save_pretrained(folder)
-    report = find_hookpoints(HookpointsConfig(model=str(folder)))
+    report = hookpoints(str(folder))
     model = AutoModel.from_config(config, attn_implementation=report.attention)
     return report, model.to(torch.bfloat16).eval().requires_grad_(False)
 
@@ -59,7 +61,7 @@ def test_the_list_is_what_collect_accepts(name: str, tmp_path: Path) -> None:
                     bad.append(Side(module, side))
                 else:
                     good[Side(module, side)] = width
-                    assert getattr(point, f"{side}_bytes") == BYTES * width
+                    assert getattr(point, f"{side}_bytes") == 2 * width
     assert widths(model, good) == good
     for side_ in bad:
         with pytest.raises(ValueError, match="cannot be collected"):
@@ -160,10 +162,9 @@ def test_large_models_take_no_memory(config: object, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     program = f"""
 import json, resource
-from mpcache.config import HookpointsConfig
-from mpcache.model.hookpoint_report import find_hookpoints
+from mpcache.model.hookpoint_report import hookpoints
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-report = find_hookpoints(HookpointsConfig(model={str(tmp_path)!r}))
+report = hookpoints({str(tmp_path)!r})
 mlps = [p.output for p in report.hookpoints if p.hookpoint == "layers.*.mlp"]
 print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, mlps]))
 """
@@ -210,6 +211,12 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 
 def test_numbers() -> None:
-    assert numbers_of(["norm"]) == ""
-    assert numbers_of([f"a.{n}" for n in (0, 1, 2, 5)]) == "0-2,5"
-    assert numbers_of([f"a.{n}.b.{m}" for n in range(2) for m in range(3)]) == "0-1 x 0-2"
+    assert numbers_in_names(["norm"]) == ""
+    assert numbers_in_names([f"a.{n}" for n in (0, 1, 2, 5)]) == "0-2,5"
+    assert numbers_in_names([f"a.{n}.b.{m}" for n in range(2) for m in range(3)]) == "0-1 x 0-2"
+
+
+def test_the_example_of_the_function_runs() -> None:
+    result = doctest.testmod(hookpoint_report)
+    assert result.attempted > 0
+    assert result.failed == 0
