@@ -18,9 +18,9 @@ class Disk:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.synced: set[int] = set()
-        "inodes of the files that had an fsync"
+        "inodes of the files and folders that had an fsync"
         self.torn: list[Path] = []
-        "files that got a name before they had an fsync"
+        "files, and folders with files, that got a name before all of them had an fsync"
         self.at_risk: set[Path] = set()
         "names whose folder had no fsync since they appeared"
         self.on_name: list[Any] = []
@@ -46,8 +46,11 @@ class Disk:
         give_name = getattr(os, function)
 
         def named(source: Any, target: Any, **options: Any) -> None:
-            path, status = Path(target), os.stat(source)
-            if stat.S_ISREG(status.st_mode) and status.st_ino not in self.synced:
+            path = Path(target)
+            if (
+                not {f.stat().st_ino for f in (Path(source), *Path(source).glob("*"))}
+                <= self.synced
+            ):
                 self.torn.append(path)
             for check in self.on_name:
                 check(Path(source), path)
@@ -60,10 +63,9 @@ class Disk:
     def _count_sync(self, descriptor: int) -> None:
         status = os.fstat(descriptor)
         with self._lock:
+            self.synced.add(status.st_ino)
             if stat.S_ISDIR(status.st_mode):
                 self.at_risk = {p for p in self.at_risk if not _is_in(p, status.st_ino)}
-            else:
-                self.synced.add(status.st_ino)
 
     def lost(self, path: Path, top: Path) -> set[Path]:
         """Of a path and the folders above it up to `top`, those that a power cut may take."""

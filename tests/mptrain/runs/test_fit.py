@@ -24,7 +24,6 @@ from mptrain.coders.checkpoint import load_coder
 from mptrain.config.coder import Optimizer
 from mptrain.config.fit import FitConfig
 from mptrain.config.sides import Side
-from mptrain.data import atomic_files
 from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
@@ -33,9 +32,7 @@ from mptrain.runs import fit as fit_stage
 from mptrain.runs import validator
 from mptrain.runs.fit import fit
 from mptrain.runs.records import peak_memory_bytes
-from mptrain.runs.saved_state import save_state
 from mptrain.runs.signals import Terminated
-from mptrain.runs.state import RunProgress, RunState
 from mptrain.training.setup import CoderRun
 from tests.helpers.fits import config, equal, interrupt_at, lasting, spoil, state, weights
 from tests.helpers.stores import small_store
@@ -433,16 +430,3 @@ def test_memory_is_in_bytes_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "platform", platform)
         found[platform] = peak_memory_bytes(cpu)
     assert found["linux"] > 512 * found["darwin"]
-
-
-def test_folders_are_synced_before_and_after_their_renames(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[str] = []
-    monkeypatch.setattr(atomic_files, "sync", lambda path: synced.append(path.name))
-    write_json(tmp_path / "run" / "a.json", 1)
-    assert synced == ["a.json.partial", "run"]
-    synced.clear()
-    empty = RunState(progress=RunProgress(passes=[]), coders={})
-    save_state(tmp_path / "run", 3, empty, {"x": torch.zeros(1)})
-    assert synced == ["state.json", "state.safetensors", "3.partial", "state"]
