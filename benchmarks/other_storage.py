@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.other_tools import import_quietly, without_noise
 from mpcache.bench.storage_methods import StorageMethod, touch_rows
-from mpcache.store.zarr_codec import GROUP, ArraySpec
+from mpcache.store.array_spec import GROUP, ArraySpec
 
 _CTX_LEN = 256  # tokens in a sequence of SAELens' cache
 _PROMPTS = 32  # that SAELens reads at a time by default

@@ -22,9 +22,9 @@ from mpcache.bench.storage_methods import (
     sync_file,
 )
 from mpcache.config import Codec, CollectConfig
+from mpcache.store.array_spec import ArraySpec
 from mpcache.store.fingerprint import layout_of
 from mpcache.store.format import array_specs
-from mpcache.store.zarr_codec import ArraySpec
 
 _CTX_LEN = 256
 

@@ -18,6 +18,7 @@ from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import is_temporary
 from mpcache.store.array_metadata import check_metadata
+from mpcache.store.array_spec import GROUP
 from mpcache.store.description import is_store, parse_store_file, read_store_file
 from mpcache.store.fingerprint import check_no_foreign_objects
 from mpcache.store.format import MARKS, STORE_FILE, array_specs, mark_path
@@ -25,7 +26,6 @@ from mpcache.store.layout import Layout
 from mpcache.store.mark import ObjectRecord
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer, check_object_size
-from mpcache.store.zarr_codec import GROUP
 from mpcache.validation import check_printable
 
 _INCOMING = f"{STORE_FILE}.incoming.partial"  # what is to become store.json

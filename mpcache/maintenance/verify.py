@@ -21,6 +21,7 @@ from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.tempfiles import digest_pieces, is_temporary
 from mpcache.store.array_metadata import check_metadata
+from mpcache.store.array_spec import GROUP, ArraySpec
 from mpcache.store.format import (
     MARKS,
     POSITION,
@@ -35,7 +36,7 @@ from mpcache.store.format import (
 from mpcache.store.part_encoder import values_digest
 from mpcache.store.reader import Store, open_store
 from mpcache.store.sealed_json import digest
-from mpcache.store.zarr_codec import GROUP, ArraySpec
+from mpcache.store.zarr_codec import decode_part, read_chunk_ends
 from mpcache.validation import is_part
 
 
@@ -195,8 +196,8 @@ def _values(
 ) -> Iterator[np.ndarray]:
     """What an object decodes to, whole chunks at a time; its array's metadata may be damaged."""
     read = functools.partial(place.read_into, name)
-    ends = spec.ends(read, size)
-    return (spec.decode(read, ends, *span) for span in spec.steps(length))
+    ends = read_chunk_ends(spec, read, size)
+    return (decode_part(spec, read, ends, *span) for span in spec.steps(length))
 
 
 # --- what the layout implies ---

@@ -81,7 +81,7 @@ class LocalStorage:
         return self.path.is_dir() or not self.path.exists()
 
     def size(self, name: str) -> int | None:
-        status = self._status(name)
+        status = _status(self.path, name)
         if status is None:
             return None
         if not stat.S_ISREG(status.st_mode):
@@ -89,7 +89,7 @@ class LocalStorage:
         return status.st_size
 
     def object_names(self, prefix: str = "") -> Iterator[str]:
-        self._status(prefix)
+        _status(self.path, prefix)
         for file in _files_below(self.path / prefix):
             yield file.relative_to(self.path).as_posix()
 
@@ -178,20 +178,21 @@ class LocalStorage:
         self.size(name)
         return self.path / name
 
-    def _status(self, name: str) -> os.stat_result | None:
-        """Status of an object or folder, None if it is not there; no step to it is a link."""
-        steps = name.split("/") if name else []
-        assert not {"", ".", ".."} & set(steps), name
-        path, status = str(self.path), None  # as text: pathlib takes longer than the system call
-        for step in steps:
-            path = f"{path}/{step}"
-            try:
-                status = os.lstat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-            if stat.S_ISLNK(status.st_mode):
-                raise DamagedStoreError(f"{path} is a symbolic link, which a store must not have")
-        return status
+
+def _status(top: Path, name: str) -> os.stat_result | None:
+    """Status of an object or folder, None if it is not there; no step to it is a link."""
+    steps = name.split("/") if name else []
+    assert not {"", ".", ".."} & set(steps), name
+    path, status = str(top), None  # as text: pathlib takes longer than the system call
+    for step in steps:
+        path = f"{path}/{step}"
+        try:
+            status = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if stat.S_ISLNK(status.st_mode):
+            raise DamagedStoreError(f"{path} is a symbolic link, which a store must not have")
+    return status
 
 
 def _fill(descriptor: int, buffers: list[memoryview], offset: int) -> int:

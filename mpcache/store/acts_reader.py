@@ -57,6 +57,17 @@ class ActsReader:
             )
         return acts_array(hookpoint, side)
 
+    def parse_side(self, name: str) -> tuple[str, str]:
+        """Hookpoint and side of `HOOKPOINT:SIDE`, or of `HOOKPOINT` with only one side."""
+        hookpoint, _, side = name.partition(":")
+        sides = self.sides(hookpoint)
+        if not side and len(sides) > 1:
+            raise UsageError(
+                f"{hookpoint} has both sides, got {name!r}; "
+                f"write {hookpoint}:input or {hookpoint}:output"
+            )
+        return hookpoint, side or sides[0]
+
     def width(self, hookpoint: str, side: str) -> int:
         """Dimensions of one side of a hookpoint."""
         array = self.array(hookpoint, side)

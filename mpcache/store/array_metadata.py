@@ -4,9 +4,9 @@ import json
 
 from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
+from mpcache.store.array_spec import ArraySpec
 from mpcache.store.format import array_specs
 from mpcache.store.layout import Layout
-from mpcache.store.zarr_codec import ArraySpec
 
 
 def check_metadata(storage: Storage, spec: ArraySpec) -> int:

@@ -28,11 +28,11 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage
 from mpcache.storage.tempfiles import digest_pieces, temporary_name
 from mpcache.store.array_metadata import ensure_spans
+from mpcache.store.array_spec import GROUP, ArraySpec
 from mpcache.store.format import array_specs, claim_path, mark_path
 from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, ObjectRecord, parse_mark
 from mpcache.store.part_encoder import PartValues, encode_object, values_digest
-from mpcache.store.zarr_codec import GROUP, ArraySpec
 
 
 class Committer:

@@ -14,8 +14,8 @@ has two companions, `norms/...` and `moments/...`, that are committed by the sam
 import functools
 from pathlib import PurePosixPath
 
+from mpcache.store.array_spec import ArraySpec
 from mpcache.store.layout import ZARR_DTYPE, Layout
-from mpcache.store.zarr_codec import ArraySpec
 from mpcache.validation import is_acts_array, is_part
 
 STORE_FILE = "store.json"

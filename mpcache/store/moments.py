@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from mpcache.store.mark import RowStatistics
+
 _PIECE_ROWS = 256
 _INFINITE = 0x7F800000  # bits of the float32 infinity, beyond which there are only NaNs
 
@@ -32,16 +34,14 @@ def empty_moments(width: int) -> Moments:
 
 @dataclass(frozen=True)
 class RowMeasurements:
-    """All that is recorded of a part's rows on one side of a hookpoint."""
+    """What is recorded about a part's rows on one side of a hookpoint."""
 
     moments: Moments
     "over the rows that are finite throughout"
     norms_R: Float32[Tensor, " R"]
     "Euclidean norm of each row; not finite where a value is not"
-    largest: float
-    "largest finite absolute value"
-    nonfinite: int
-    "values that are infinite or not a number"
+    statistics: RowStatistics
+    "what the mark says of the rows"
 
 
 def measure_rows(x_RW: Float[Tensor, "R W"]) -> RowMeasurements:
@@ -53,7 +53,9 @@ def measure_rows(x_RW: Float[Tensor, "R W"]) -> RowMeasurements:
     rows, width = x_RW.shape
     finite = (x_RW[n] for n in range(rows) if x_RW[n].isfinite().all())
     sums = _Sums(next(finite, torch.zeros(width)))
-    scratch_RW = torch.empty(_PIECE_ROWS, width)  # once: each new one would be page faults
+    scratch_RW = torch.empty(
+        _PIECE_ROWS, width
+    )  # allocated once: page faults cost more than the copy
     norms_R = np.empty(rows)
     for start in range(0, rows, _PIECE_ROWS):
         stored_RW = x_RW[start : start + _PIECE_ROWS]
@@ -62,13 +64,17 @@ def measure_rows(x_RW: Float[Tensor, "R W"]) -> RowMeasurements:
     return RowMeasurements(
         moments=sums.moments(),
         norms_R=torch.from_numpy(norms_R).float(),
-        largest=float(np.int32(sums.largest_bits).view(np.float32)),
-        nonfinite=sums.nonfinite,
+        statistics=RowStatistics(
+            width=width,
+            finite_rows=sums.rows,
+            largest=float(np.int32(sums.largest_bits).view(np.float32)),
+            nonfinite=sums.nonfinite,
+        ),
     )
 
 
 class _Sums:
-    """What is summed up over pieces of rows."""
+    """Sums over pieces of rows."""
 
     def __init__(self, row_W: Tensor) -> None:
         self.shift_W = row_W.double().numpy()

@@ -9,9 +9,10 @@ import numpy as np
 from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.store.array_metadata import check_metadata
+from mpcache.store.array_spec import ArraySpec
 from mpcache.store.mark import ObjectRecord
 from mpcache.store.read_cache import ReadCache
-from mpcache.store.zarr_codec import ArraySpec, ReadInto
+from mpcache.store.zarr_codec import ReadInto, decode_part, read_chunk_ends
 
 Result = TypeVar("Result")
 
@@ -46,7 +47,9 @@ class ObjectReader:
             raise DamagedStoreError(f"{self.storage}/{spec.metadata_path} claims too few rows")
         try:
             ends = self._ends(name, spec, size, key)
-            return self._through(name, key, lambda read: spec.decode(read, ends, start, stop, out))
+            return self._through(
+                name, key, lambda read: decode_part(spec, read, ends, start, stop, out)
+            )
         except FileNotFoundError:
             raise DamagedStoreError(f"{self.storage}/{name} is missing") from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
@@ -54,7 +57,7 @@ class ObjectReader:
 
     def _read_ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
         self._check_size(name, size)
-        return self._through(name, key, lambda read: spec.ends(read, size))
+        return self._through(name, key, lambda read: read_chunk_ends(spec, read, size))
 
     def _through(self, name: str, key: str, decode: Callable[[ReadInto], Result]) -> Result:
         """Decode an object's bytes, through the read cache if any; `key` is the object's digest."""

@@ -14,11 +14,12 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor
 
+from mpcache.store.array_spec import ArraySpec
 from mpcache.store.format import TOKENS, array_specs
 from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, ObjectRecord, RowStatistics, TokenProgress
 from mpcache.store.moments import measure_rows
-from mpcache.store.zarr_codec import ArraySpec
+from mpcache.store.zarr_codec import encode_part
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits
 
@@ -100,18 +101,13 @@ def acts_values(layout: Layout, part: int, array: str, x_RW: Float[Tensor, "R W"
         array=array,
         rows=rows,
         values=dict(zip(array_specs(array, layout, width), arrays, strict=True)),
-        statistics=RowStatistics(
-            width=width,
-            finite_rows=measured.moments.rows,
-            largest=measured.largest,
-            nonfinite=measured.nonfinite,
-        ),
+        statistics=measured.statistics,
     )
 
 
 def encode_object(spec: ArraySpec, values: np.ndarray) -> Iterator[bytes]:
     """The bytes of the object that holds a part's true values, padded with zeros."""
-    return spec.encode(_padded(values, spec.part_shape[0]))
+    return encode_part(spec, _padded(values, spec.part_shape[0]))
 
 
 def object_record(spec: ArraySpec, values: np.ndarray) -> ObjectRecord:

@@ -2,11 +2,11 @@
 
 import numpy as np
 
+from mpcache.store.array_spec import ArraySpec
 from mpcache.store.format import array_specs, committed_length
 from mpcache.store.mark import ObjectRecord
 from mpcache.store.mark_index import MarkIndex
 from mpcache.store.object_reader import ObjectReader
-from mpcache.store.zarr_codec import ArraySpec
 
 
 class PartReader:

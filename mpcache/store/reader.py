@@ -155,7 +155,7 @@ class Store(Description):
 
         Raises UsageError for a hookpoint or side that the store does not have.
         """
-        side = self._side(name)
+        side = self.acts.parse_side(name)
         return ActsArray(self.acts, *side, self.parts([side], None))
 
     def rows(self, name: str, split: Split | None = None) -> Iterator[Float[Tensor, "rows width"]]:
@@ -178,18 +178,6 @@ class Store(Description):
     def read_part(self, array: str, part: int) -> dict[str, np.ndarray]:
         """All that one mark commits, as stored (bfloat16 as its 16 bits), by array name."""
         return self.reader.read_part(array, part)
-
-    def _side(self, name: str) -> tuple[str, str]:
-        hookpoint, _, side = name.partition(":")
-        if not side:
-            sides = self.sides(hookpoint)
-            if len(sides) > 1:
-                raise UsageError(
-                    f"{hookpoint} has both sides, got {name!r}; "
-                    f"write {hookpoint}:input or {hookpoint}:output"
-                )
-            side = sides[0]
-        return hookpoint, side
 
 
 def open_store(

@@ -21,8 +21,8 @@ from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
+from mpcache.storage import bucket
 from mpcache.storage import local as folder
-from mpcache.storage import object_store as bucket
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage

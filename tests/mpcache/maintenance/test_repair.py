@@ -296,7 +296,9 @@ def test_sources_that_cannot_be(made: Path, wide: Path, store: Path, tmp_path: P
         repair(store, RepairConfig(source=str(tmp_path / "some")))
     with pytest.raises(ValueError, match="source needs neither model nor dataset"):
         RepairConfig(source="store", model="model")
-    with pytest.raises(ValueError, match="accept_other_bits is for what is computed anew"):
+    with pytest.raises(
+        ValueError, match="accept_other_bits is for rows that the model computes again"
+    ):
         RepairConfig(source="store", accept_other_bits=True)
     shutil.copytree(store, tmp_path / "damaged too")
     (one,) = repair(store, RepairConfig(source=str(tmp_path / "damaged too"))).marks

@@ -21,9 +21,9 @@ from mpcache.config import CollectConfig
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.parallel.config import ParallelConfig
-from mpcache.storage import cloud
-from mpcache.storage import object_store as bucket
+from mpcache.storage import bucket, cloud
 from mpcache.storage.base import Storage, open_storage
+from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.reader import open_store
 from mpcli.mpcache import app
 from tests.helpers import servers
@@ -124,7 +124,7 @@ def test_a_collection_goes_on_below_a_root(made: tuple[Path, str], s3: str, tmp_
 @contextmanager
 def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator[None]:
     """The server is gone at that call of one of a bucket's methods."""
-    real, calls = getattr(bucket.ObjectStorage, method), itertools.count(1)
+    real, calls = getattr(ObjectStorage, method), itertools.count(1)
 
     def stopped(*arguments: object) -> Any:
         if next(calls) == call:
@@ -132,7 +132,7 @@ def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bucket.ObjectStorage, method, stopped)
+        patch.setattr(ObjectStorage, method, stopped)
         yield
 
 
@@ -168,7 +168,7 @@ def test_a_removal_that_stops_leaves_no_store_and_goes_on(
     open_storage(url).create("notes.txt", b"mine")
     assert "'notes.txt'" in command("remove", url, "--yes", code=2)
     open_storage(url).delete("notes.txt")
-    delete, calls = bucket.ObjectStorage.delete, 0
+    delete, calls = ObjectStorage.delete, 0
 
     def stopped(*arguments: object) -> None:
         nonlocal calls
@@ -178,7 +178,7 @@ def test_a_removal_that_stops_leaves_no_store_and_goes_on(
         delete(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(bucket.ObjectStorage, "delete", stopped)
+        patch.setattr(ObjectStorage, "delete", stopped)
         assert "the server is gone" in command("remove", url, "--yes", code=1)
     assert "is no store" in command("info", url, code=2)
     command("remove", url, "--yes")
@@ -360,7 +360,7 @@ def test_a_place_on_a_server_that_fails_a_third_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kind of call, as if nothing were wrong."""
-    monkeypatch.setattr(bucket, "_PART", 5 << 20)
+    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.33) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         place = open_storage(f"s3://{servers.BUCKET}/{tmp_path.name}")

@@ -25,8 +25,7 @@ from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy, find_removable, remove
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
-from mpcache.storage import cloud
-from mpcache.storage import object_store as bucket
+from mpcache.storage import bucket, cloud, object_store
 from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.format import mark_path
@@ -84,7 +83,7 @@ def store(memory: MemoryStore) -> ObjectStorage:
 def test_a_source_that_breaks_off_is_no_fault_of_the_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bucket, "_PART", 100)
+    monkeypatch.setattr(bucket, "PART_BYTES", 100)
 
     def pieces() -> Iterator[bytes]:
         yield from [b"x" * 60] * 8
@@ -128,7 +127,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
 
         with monkeypatch.context() as patch:
             patch.setattr(ObjectStorage, "delete", stopped)
-            patch.setattr(bucket, "_requests", InTurn)
+            patch.setattr(object_store, "request_threads", InTurn)
             with pytest.raises(KeyboardInterrupt):
                 remove(find_removable(url))
         left = set(place.object_names())
@@ -158,7 +157,7 @@ def test_half_a_copy_is_removed_and_its_removal_goes_on(
         patch.setattr("mpcache.maintenance.copy.arrived", lambda *_: None)
         copy(store, url)
     with monkeypatch.context() as patch:
-        patch.setattr(bucket, "_requests", lambda: None)
+        patch.setattr(object_store, "request_threads", lambda: None)
         with pytest.raises(AttributeError):
             remove(find_removable(url))
     assert set(open_storage(url).object_names("store.json.incoming.partial")) == set()
@@ -206,7 +205,7 @@ def test_waiting_is_told_once(
     monkeypatch.setattr(bucket, "_PAUSE", 0.01)
     for _ in range(2):
         with pytest.raises(ConnectionError, match="away"):
-            ObjectStorage("gs://in-memory/store")._ask(away, "a")
+            ObjectStorage("gs://in-memory/store").bucket.request(away, "a")
     assert capsys.readouterr().err == "waiting for the server of gs://in-memory\n"
 
 

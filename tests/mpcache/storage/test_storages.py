@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from obstore import exceptions
 
 from mpcache.errors import DamagedStoreError
-from mpcache.storage import cloud
+from mpcache.storage import bucket, cloud
 from mpcache.storage import local as folder
-from mpcache.storage import object_store as bucket
 from mpcache.storage.base import Storage, open_storage
 
 
@@ -144,7 +143,7 @@ def test_much_is_read_in_several_calls(place: Storage, monkeypatch: pytest.Monke
 def test_large_objects_go_and_come_in_parts(
     place: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "_PART", 5 << 20)
+    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
     whole = bytes(range(256)) * (52 << 10)
     pieces = (whole[start : start + 700_001] for start in range(0, len(whole), 700_001))
     assert place.publish(place.write_temporary("large", "key", pieces), "large")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -135,6 +135,6 @@ def test_every_path_of_a_store_is_in_the_document(made: Path) -> None:
 
 
 def test_every_choice_of_the_config_is_in_the_document() -> None:
-    hints = CollectConfig.__annotations__
+    hints = get_type_hints(CollectConfig)
     choices = [*hints["dtype"].__args__, *hints["codec"].__args__]
     assert all(f"`{choice}`" in TEXT for choice in choices)

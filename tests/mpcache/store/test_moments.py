@@ -36,12 +36,12 @@ def test_measures_what_float64_says(
     finite = exact[np.isfinite(exact).all(axis=1)]
     found = measure_rows(x_RW)
     assert found.moments.rows == len(finite)
-    assert found.nonfinite == int((~np.isfinite(exact)).sum())
+    assert found.statistics.nonfinite == int((~np.isfinite(exact)).sum())
     if len(finite):
         mean, variance = finite.mean(axis=0), finite.var(axis=0)
         np.testing.assert_allclose(found.moments.mean_W, mean, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(found.moments.variance_W, variance, rtol=1e-9, atol=1e-12)
-    assert found.largest == np.abs(exact[np.isfinite(exact)]).max(initial=0)
+    assert found.statistics.largest == np.abs(exact[np.isfinite(exact)]).max(initial=0)
     with np.errstate(invalid="ignore"):
         norms = np.sqrt((exact**2).sum(axis=1)).astype(np.float32)
     np.testing.assert_allclose(found.norms_R, norms, rtol=1e-6)
