@@ -179,7 +179,7 @@ def _linear_coder(coder: Coder, arch: Arch) -> Coder:
     other = Coder(replace(coder.config, arch=arch, backend="auto"), len(coder.b_D), len(coder.b_D))
     other = other.to(coder.b_D.device)
     W_MD = coder.decoder_ME.detach()
-    same = {"b_D": coder.b_D.detach(), "encoder_MD": W_MD, "V_ME": W_MD}
+    same = {"b_D": coder.b_D.detach(), "encoder.encoder_MD": W_MD, "decoder.V_ME": W_MD}
     other.load_state_dict({**other.state_dict(), **same})
     return other
 
