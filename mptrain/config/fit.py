@@ -72,7 +72,24 @@ class LearningRateGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunConfig):
-    """A run of a grid of coders."""
+    """A run that trains a grid of coders in one pass over a store.
+
+    Each combination of `hookpoints`, `kind`, `k`, `expansion` (or `latents`), `lr`, `seed` and `arch`
+    is one coder; `preset` adds variants of the mp coders. The other fields hold for all coders.
+    Rows are tokens: `rows` and `batch_rows` count them. Options of `mptrain fit` have the same
+    names. `store`, `run` and `hookpoints` are required.
+
+    Example:
+        >>> from mptrain import FitConfig
+        >>> config = FitConfig(
+        ...     store="store", run="run", hookpoints=("layers.0",), arch=("mp",), k=(8, 16)
+        ... )
+        >>> [coder.name for coder in config.coders()]
+        ['layers.0-sae-mp-k8-x64-seed0', 'layers.0-sae-mp-k16-x64-seed0']
+
+    Raises:
+        UsageError: a value is out of its range, or two settings contradict each other.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
