@@ -1,8 +1,8 @@
-"""Tokens hidden from a bidirectional model, which it is to predict.
+"""Hides tokens of a sequence, which a bidirectional model then predicts.
 
-The procedure is that of BERT (Devlin et al. 2019, section 3.1, task 1): 15 % of the tokens are
-chosen, without special tokens; of these 80 % become the mask token, 10 % a random token, and 10 %
-stay. The choice is a function of the sequence's tokens alone: the same for every coder, batch size
+The procedure of BERT (Devlin et al. 2019, section 3.1, task 1): 15 % of the tokens are chosen,
+special tokens excepted; 80 % of these become the mask token, 10 % a random token, and 10 % stay.
+The choice depends on the tokens of the sequence alone: it is the same for every coder, batch size
 and order.
 
 L: tokens in a sequence.
@@ -17,7 +17,7 @@ SHARE, MASKED, RANDOM = 0.15, 0.8, 0.1
 
 
 class BertMasking:
-    """How tokens of a vocabulary are hidden."""
+    """Hides tokens of one vocabulary."""
 
     def __init__(self, mask: int, specials: set[int], vocabulary: int) -> None:
         self.mask = mask
@@ -27,9 +27,9 @@ class BertMasking:
     def hide(
         self, tokens_L: Int64[np.ndarray, " L"]
     ) -> tuple[Int64[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
-        """The tokens to show the model, and which of the true ones it is to predict.
+        """The tokens to show the model, and whether the model must predict a token.
 
-        At least one is to predict, unless all are special.
+        At least one token is hidden, unless all are special tokens.
         """
         random = _random(tokens_L)
         candidates = np.flatnonzero(~np.isin(tokens_L, self.specials))

@@ -1,4 +1,4 @@
-"""Run the model over one part's tokens and keep its rows, already in their permuted order.
+"""Runs the model over the tokens of a part and keeps its rows in their permuted order.
 
 Shapes: R rows of a part or batch, W width, S sequences of a part, L tokens in a sequence, P pieces
 of documents in a part, B sequences in a batch.
@@ -16,7 +16,7 @@ from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.hooks import Capture
 
 Copy = Callable[[Tensor, torch.dtype], Callable[[], Tensor]]
-"starts to copy values to host memory in a dtype; what it gives waits for them"
+"starts a copy to host memory in a dtype; the returned function waits for it"
 
 
 def capture_part(
@@ -29,26 +29,26 @@ def capture_part(
 ) -> None:
     """Fill `buffers` `[R, W]`; row r gets the part's token `token_of_row[r]`.
 
-    With `copy` the model goes on to the next batch while a batch's values are on their way, which
-    takes host memory of two batches; without it values are put into place while it waits.
+    With `copy`, the model runs the next batch while values are copied, which needs host memory for
+    two batches. Without `copy`, the model waits until the values are in the buffers.
 
-    `advance` is told the rows of each batch.
+    `advance` receives the number of rows of each finished batch.
     """
     row_of_token = np.argsort(token_of_row)
-    coming = None
+    pending = None
     for batch in batches:
-        arrivals = _Arrivals(row_of_token[batch.tokens], batch.kept, buffers, copy)
-        capture.run(batch.inputs, arrivals.keep)
-        if coming is not None:
-            coming.land()
-        coming = arrivals
+        copies = _BatchCopies(row_of_token[batch.tokens], batch.kept, buffers, copy)
+        capture.run(batch.inputs, copies.start)
+        if pending is not None:
+            pending.finish()
+        pending = copies
         advance(len(batch.tokens))
-    if coming is not None:
-        coming.land()
+    if pending is not None:
+        pending.finish()
 
 
-class _Arrivals:
-    """The rows of one forward pass, and what of them is still on its way."""
+class _BatchCopies:
+    """Copies of the rows of one forward pass into the buffers."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class _Arrivals:
         copy: Copy | None,
     ) -> None:
         self.rows_R, self.kept_R, self.buffers, self.copy = rows_R, kept_R, buffers, copy
-        self.coming: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        self.pending: list[tuple[Tensor, Callable[[], Tensor]]] = []
 
-    def keep(self, side: Side, value_BLW: Float[Tensor, "B L W"]) -> None:
+    def start(self, side: Side, value_BLW: Float[Tensor, "B L W"]) -> None:
         buffer_RW = self.buffers[side]
         x_RW = value_BLW.flatten(0, 1)
         if self.kept_R is not None:
@@ -68,25 +68,25 @@ class _Arrivals:
         if self.copy is None:
             scatter_(buffer_RW, self.rows_R, x_RW)
         else:
-            self.coming.append((buffer_RW, self.copy(x_RW, buffer_RW.dtype)))
+            self.pending.append((buffer_RW, self.copy(x_RW, buffer_RW.dtype)))
 
-    def land(self) -> None:
-        for buffer_RW, arrived in self.coming:
-            scatter_(buffer_RW, self.rows_R, arrived())
-        self.coming.clear()
+    def finish(self) -> None:
+        for buffer_RW, wait in self.pending:
+            scatter_(buffer_RW, self.rows_R, wait())
+        self.pending.clear()
 
 
 def scatter_(
     buffer_RW: Shaped[Tensor, "all W"], rows_R: Int64[np.ndarray, " R"], x_RW: Shaped[Tensor, "R W"]
 ) -> None:
-    """Put values, in the buffer's dtype, into the named rows.
+    """Write rows into the buffer, cast to its dtype.
 
-    A row is one item of NumPy's, copied whole: four times faster than torch, value by value.
+    NumPy copies each row as one item, which is four times faster than torch's index_copy_.
     """
     _items(buffer_RW)[rows_R] = _items(x_RW.to(buffer_RW).contiguous())
 
 
 def _items(x_RW: Shaped[Tensor, "R W"]) -> Shaped[np.ndarray, " R"]:
-    """Rows as items without a type."""
+    """Rows as NumPy items of raw bytes."""
     raw = x_RW.reshape(-1).view(torch.uint8).numpy()
     return raw.view(f"V{x_RW.shape[1] * x_RW.itemsize}")

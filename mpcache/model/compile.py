@@ -1,8 +1,8 @@
-"""A model whose layers are compiled by torch.compile while it reads.
+"""Compiles the modules of each layer with torch.compile.
 
-Each child of a layer, its attention, its MLP, its norms, is compiled by itself, whatever is
-captured: so hooks stand between what is compiled, and a value has the same bits whichever
-hookpoints are collected together. Shapes are static: bits do not depend on which came first.
+Each child of a layer (attention, MLP, norms) is compiled separately, whatever is captured. Hooks
+run between the compiled modules, so a value has the same bits whichever hookpoints are collected
+together. Shapes are static, so bits do not depend on the shape that came first.
 """
 
 import contextlib
@@ -16,29 +16,29 @@ from mpcache.errors import UsageError
 from mpcache.model.hookpoint_patterns import Side
 
 BACKEND = "inductor"
-_SHAPES = 64  # of batches and kinds of layers; torch would go on without compiling after 8
+_SHAPES = 64  # shapes of batches times kinds of layers; torch would stop compiling after 8
 
 
 class CompiledLayers:
-    """Compiled forms of a model's layers. Raises UsageError where they do not suit the sides."""
+    """A model's layers in compiled form. Raises UsageError for a side inside a compiled module."""
 
     def __init__(self, model: nn.Module, sides: Sequence[Side]) -> None:
-        found = children_of_layers(model)
-        if not found:
+        modules = children_of_layers(model)
+        if not modules:
             raise UsageError(
                 f"a model must have its layers in a list to be compiled, got {type(model).__name__}"
                 "; leave compile out"
             )
         for side in sides:
-            check_outside(side, list(found))
+            check_outside(side, list(modules))
         self._forwards: list[tuple[nn.Module, Any]] = [
             (module, torch.compile(module.forward, backend=BACKEND, dynamic=False))
-            for module in found.values()
+            for module in modules.values()
         ]
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """The model computes with them inside."""
+        """Within this context the model runs its compiled modules."""
         from torch._dynamo import config
 
         limits = {"recompile_limit": _SHAPES, "fail_on_recompile_limit_hit": True}
@@ -53,9 +53,9 @@ class CompiledLayers:
 
 
 def children_of_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules directly in a layer that have weights, by name; a layer is in a list."""
+    """The direct children of layers that have weights, by name. Layers are items of a list."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{one}.") for one in lists)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     return {
         f"{name}.{number}.{child}": module
         for name in outer
@@ -69,6 +69,6 @@ def check_outside(side: Side, compiled: Sequence[str]) -> None:
     for name in compiled:
         if side.hookpoint.startswith(f"{name}."):
             raise UsageError(
-                f"a hookpoint must not lie inside of {name}, which is compiled as one, "
+                f"a hookpoint must not lie inside {name}, which is compiled as one module, "
                 f"got {side.hookpoint}; leave compile out"
             )

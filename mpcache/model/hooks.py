@@ -1,4 +1,4 @@
-"""Hookpoints -> the values at their inputs and outputs, while the model runs.
+"""Hooks that read values at the inputs and outputs of modules while the model runs.
 
 B: sequences in a forward pass. L: tokens in a sequence.
 """
@@ -20,13 +20,14 @@ from mpcache.model.hookpoint_patterns import (
     Side,
 )
 
-PROBE = (2, 3)  # B, L of the pass that measures; unlike, so that swapped axes show
+PROBE = (2, 3)  # B, L of the measuring pass; unequal, so that swapped axes are noticed
 
-Keep = Callable[[Side, Float[Tensor, "B L W"]], None]
+OnValue = Callable[[Side, Float[Tensor, "B L W"]], None]
+"receives the value of each side"
 
 
 class _UncollectableSide(UsageError):
-    """A side that cannot be collected, and why."""
+    """A side that cannot be collected, and the reason."""
 
     def __init__(self, side: Side, reason: str) -> None:
         super().__init__(f"{side} cannot be collected: {reason}")
@@ -34,7 +35,7 @@ class _UncollectableSide(UsageError):
 
 
 class _AllSeen(Exception):
-    """Ends a forward pass whose remaining layers nobody asked for."""
+    """Ends a forward pass after the last side that is captured."""
 
 
 # --- names ---
@@ -44,7 +45,7 @@ class _AllSeen(Exception):
 
 
 def forward_options(model: nn.Module) -> dict[str, bool]:
-    """No cache, where a model knows one: beside one, restarting positions would make no mask."""
+    """Arguments that turn off the cache: with a cache, restarting positions make no mask."""
     takes = inspect.signature(model.forward).parameters
     return {"use_cache": False} if "use_cache" in takes else {}
 
@@ -52,8 +53,8 @@ def forward_options(model: nn.Module) -> dict[str, bool]:
 class Capture:
     """Hooks on a model that record sides, as a context manager.
 
-    Entering runs one tiny pass to the end, which raises UsageError for a side that is not seen
-    exactly once or whose value is not [B, L, width]; `widths` then holds each side's width.
+    Entering runs one tiny pass to the end and sets `widths`, the width of each side. It raises
+    UsageError for a side that does not run exactly once or whose value is not [B, L, width].
     """
 
     def __init__(self, model: nn.Module, sides: Iterable[Side]) -> None:
@@ -71,11 +72,11 @@ class Capture:
             self._handles.append(self._register(modules[side.hookpoint], side))
         try:
             self._probe()
-        except _UncollectableSide as unfit:
+        except _UncollectableSide as error:
             self._remove()
-            stream = one_stream(self.model, unfit.side) if "streams" in unfit.reason else None
+            stream = single_stream(self.model, error.side) if "streams" in error.reason else None
             remedy = f"use {stream}" if stream else LIST_THEM
-            raise UsageError(f"{unfit}; {remedy}") from None
+            raise UsageError(f"{error}; {remedy}") from None
         except BaseException:
             self._remove()
             raise
@@ -89,17 +90,17 @@ class Capture:
     ) -> None:
         self._remove()
 
-    def run(self, model_inputs: Mapping[str, Any], keep: Keep) -> None:
-        """One pass, no deeper than needed; `keep` is given each value while the model stands at it.
+    def run(self, model_inputs: Mapping[str, Any], on_value: OnValue) -> None:
+        """Run one pass, which ends after the last side. `on_value` receives each value in turn.
 
-        It must copy what it wants and change nothing: some models go on in place (Falcon adds its
-        attention to the MLP's output).
+        `on_value` must copy what it keeps and change nothing: some models go on in place, as Falcon
+        adds its attention to the MLP's output.
         """
         assert self._handles, "run inside the context"
-        self._keep, self._times = keep, Counter()
+        self._on_value, self._times = on_value, Counter()
         self._shape = tuple(model_inputs["input_ids"].shape)
         try:
-            with torch.no_grad():  # inference_mode would leave its mark on tensors the model caches
+            with torch.no_grad():  # inference_mode would mark tensors that the model caches
                 self.model(**model_inputs, **self._options)
         except _AllSeen:
             pass
@@ -110,13 +111,13 @@ class Capture:
     def _probe(self) -> None:
         self._is_probe = True
         device = next(self.model.parameters()).device
-        found: dict[Side, int] = {}
+        widths: dict[Side, int] = {}
         self.run(
             {"input_ids": torch.ones(PROBE, dtype=torch.int64, device=device)},
-            lambda side, value_BLW: found.update({side: value_BLW.shape[-1]}),
+            lambda side, value_BLW: widths.update({side: value_BLW.shape[-1]}),
         )
         self._is_probe = False
-        self.widths = {side: found[side] for side in self.sides}
+        self.widths = {side: widths[side] for side in self.sides}
 
     def _register(self, module: nn.Module, side: Side) -> RemovableHandle:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,7 +135,7 @@ class Capture:
         if reason := value_problem(value, self._shape):
             raise _UncollectableSide(side, reason)
         assert isinstance(value, Tensor)
-        self._keep(side, value)
+        self._on_value(side, value)
         if len(self._times) == len(self.sides) and not self._is_probe:
             raise _AllSeen
 
@@ -145,15 +146,15 @@ class Capture:
 
 
 def widths(model: nn.Module, sides: Iterable[Side]) -> dict[Side, int]:
-    """The width of each side, by one tiny pass; raises what entering a Capture raises."""
+    """The width of each side, from one tiny pass. Raises the same errors as `Capture`."""
     with Capture(model, sides) as capture:
         return capture.widths
 
 
-def one_stream(model: nn.Module, side: Side) -> Side | None:
-    """What a hookpoint with several streams reads as its rows: the input of its first module.
+def single_stream(model: nn.Module, side: Side) -> Side | None:
+    """The input of the first module inside a hookpoint with several streams.
 
-    Gemma 3n keeps four streams side by side, of which a layer's modules read one.
+    Gemma 3n has four streams side by side; the modules of a layer read one of them.
     """
     seen: list[Side] = []
 
@@ -183,7 +184,7 @@ def probe(model: nn.Module) -> None:
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-    """What a module reads: its first positional tensor, `hidden_states`, else the first 3-D one."""
+    """The input of a module: the first positional tensor, `hidden_states`, or a 3-D keyword."""
     keyword = kwargs.get("hidden_states")
     rest = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
     positional = [value for value in args if isinstance(value, Tensor)]
@@ -192,7 +193,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
 
 
 def output_of(output: object) -> object:
-    """What a module writes: a tensor, the first of a tuple or list, or of a ModelOutput."""
+    """The output of a module: a tensor, or the first item of a tuple, list or ModelOutput."""
     if isinstance(output, Mapping):
         return next(iter(output.values()), None)
     if isinstance(output, tuple | list):
@@ -201,7 +202,7 @@ def output_of(output: object) -> object:
 
 
 def value_problem(value: object, shape: tuple[int, ...]) -> str | None:
-    """Why a value is not one row for each token of `shape`, (B, L); None if it is."""
+    """Why a value is not one row for each token of `shape`, (B, L); None if all is well."""
     got = type(value).__name__
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.ndim == 3 and tuple(value.shape[:2]) == shape:
@@ -213,8 +214,8 @@ def value_problem(value: object, shape: tuple[int, ...]) -> str | None:
 
 
 def call_count_problem(times: int) -> str | None:
-    """Why a module that ran `times` times in a pass over text has no rows; None if it has."""
+    """Why a module that ran `times` times in a pass has no rows; None if it has rows."""
     if times == 1:
         return None
-    times_ = "does not run" if times == 0 else f"runs {times} times"
-    return f"it must run once in a pass over text, but it {times_}"
+    actual = "does not run" if times == 0 else f"runs {times} times"
+    return f"it must run once in a pass over text, but it {actual}"

@@ -1,4 +1,4 @@
-"""Tokens -> the model's arguments, with the documents of a sequence kept apart where asked.
+"""Tokens -> the arguments of a forward pass, with the documents of a sequence separated or not.
 
 B: sequences in a forward pass. L: tokens in a sequence. R: tokens of documents, without padding.
 """
@@ -18,12 +18,12 @@ from mpcache.model.position_table import padding_index
 
 PackedSeparation = Literal["positions", "mask", "causal mask"]
 Separation = Literal["none", PackedSeparation, "alone", "alone with mask", "alone unpadded"]
-"""How documents are kept apart.
+"""How documents are separated.
 
-none: they are not. positions: positions restart, and the model makes its mask from them.
-mask, causal mask: positions restart, and we give the model a mask of documents.
-alone: each document is a sequence, padded on the right; with mask: the model gets its mask;
-unpadded: only documents of one length share a batch.
+none: they are not. positions: positions restart, and the model derives its mask from them.
+mask, causal mask: positions restart, and the model gets a mask of documents.
+alone: each document is a sequence, padded on the right. alone with mask: the model gets a mask of
+the padding. alone unpadded: only documents of equal length share a batch.
 """
 ModelInputs = dict[str, Any]  # tensors, or a mask for each kind of layer
 PACKED_SEPARATIONS: tuple[PackedSeparation, ...] = get_args(PackedSeparation)
@@ -45,7 +45,7 @@ def packed_inputs(
     separation: Separation,
     model: PreTrainedModel,
 ) -> ModelInputs:
-    """The same from the position of each token in its document."""
+    """The arguments of a forward pass, from the position of each token in its document."""
     inputs: ModelInputs = {"input_ids": _on_device(tokens_BL, model)}
     if separation not in PACKED_SEPARATIONS:
         return inputs
@@ -63,7 +63,7 @@ def piece_inputs(
 ) -> tuple[ModelInputs, Int64[np.ndarray, " R"]]:
     """The arguments of a pass in which each piece is a sequence, padded on the right.
 
-    Also gives the flat indices of the pieces' tokens in the padded batch, piece after piece.
+    Also returns the flat indices of the pieces' tokens in the padded batch, piece after piece.
     """
     lengths_B = np.array([len(piece) for piece in pieces])
     is_token_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
@@ -88,7 +88,7 @@ def padded_inputs(
 def document_masks(
     positions_BL: Int64[Tensor, "B L"], is_causal: bool, model: PreTrainedModel
 ) -> Tensor | dict[str, Tensor]:
-    """The mask of a model; one for each kind of layer where some layers have a window."""
+    """The mask of documents; one for each layer type if some layers have a sliding window."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
@@ -105,15 +105,16 @@ def document_mask(
     is_causal: bool = False,
     window: int | None = None,
 ) -> Tensor:
-    """Additive mask [B, 1, L, L] with which tokens see their own document, or its part so far.
+    """Additive mask [B, 1, L, L]: tokens see their own document, if causal only up to themselves.
 
-    `window` counts tokens as transformers does: with the token itself in a causal model, on each
-    side otherwise. The mask is made on the model's device: it has L times the positions' bytes.
+    `window` counts tokens as transformers does: including the token itself in a causal model, and
+    on each side otherwise. The mask is on the model's device, because it is L times larger than the
+    positions.
     """
     document_BL = (positions_BL == 0).cumsum(dim=1)
     is_hidden = document_BL[:, None, :, None] != document_BL[:, None, None, :]
-    place_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
-    distance_LL = place_L[:, None] - place_L
+    index_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
+    distance_LL = index_L[:, None] - index_L
     if is_causal:
         is_hidden = is_hidden | (distance_LL < 0)
     if window is not None:
@@ -127,7 +128,7 @@ def _own_positions(
     tokens_BL: Integer[np.ndarray, "B L"],
     padding: int | None,
 ) -> Int64[np.ndarray, "B L"]:
-    """Positions as the model itself numbers the tokens of each document alone."""
+    """Positions as the model itself would number the tokens of each document alone."""
     if padding is None:
         return restarting_BL
     is_counted_BL = tokens_BL != padding

@@ -1,22 +1,22 @@
-"""Memory that a forward pass frees and asks for again stays with the process.
+"""Keeps memory that a forward pass frees in the process.
 
-By default the C library of Linux gives large blocks back to the system at once, and gets the same
-ones again, page by page, in the next layer: on a virtual machine a third of a pass on CPUs.
+By default glibc returns large blocks to the system at once and gets them back page by page in the
+next layer. On a virtual machine this takes a third of the time of a pass on CPUs.
 """
 
 import ctypes
 import sys
 
-# of GNU's malloc.h
+# constants of glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _NEVER = -1
 
 
 def keep_freed_memory() -> None:
-    """From now on, as far as the C library is one that can: no other is told anything."""
+    """Stop glibc from returning freed memory to the system. No-op with other C libraries."""
     if sys.platform != "linux":
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no mallopt
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, _NEVER)
-        mallopt(_MMAP_MAX, 0)  # all blocks from the heap, which keeps them
+        mallopt(_MMAP_MAX, 0)  # take all blocks from the heap, which keeps them

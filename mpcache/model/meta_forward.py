@@ -1,7 +1,7 @@
-"""A model without weights that runs: parameters have shapes only, what is computed is zeros.
+"""Runs a model without weights: parameters have shapes only, and results are zeros.
 
-The parameters stay on the meta device, so a model of any size takes no memory. What an operation
-computes from a parameter is zeros on the CPU: real values, on which a model may branch.
+The parameters stay on the meta device, so a model of any size takes no memory. An operation on a
+parameter returns zeros on the CPU: real values, so that a model may branch on them.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from torch.utils._pytree import arg_tree_leaves, tree_map_only
 
 _ADDITIONS = (torch.ops.aten.add, torch.ops.aten.add_)
 _META, _CPU = torch.device("meta"), torch.device("cpu")
-_VECTOR = 2**16  # parameters up to here become zeros: to scale by them is fast
-_VALUES = 2**22  # computed values up to here become zeros; larger ones stand for weights
+_VECTOR = 2**16  # parameters up to this size become zeros on the CPU, which is fast enough
+_VALUES = 2**22  # results up to this size become zeros on the CPU; larger results stand for weights
 
 
 def materialize_small_tensors_(model: nn.Module) -> None:
-    """Make a model of the meta device ready to run inside `MetaForward`."""
+    """Give small parameters and buffers of a model on the meta device zeros on the CPU."""
     for module in model.modules():
         for tensors, limit in ((module._parameters, _VECTOR), (module._buffers, _VALUES)):
             for name, tensor in tensors.items():
@@ -30,7 +30,7 @@ def materialize_small_tensors_(model: nn.Module) -> None:
 
 
 class MetaForward(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no types
-    """While it is active, operations on weights give zeros of the right shape at no cost."""
+    """Within this context operations on weights return zeros of the right shape at no cost."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -45,14 +45,14 @@ class MetaForward(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
             self.added.append(tuple(x for x in args[:2] if isinstance(x, Tensor)))
         on_meta = any(isinstance(x, Tensor) and x.is_meta for x in arg_tree_leaves(*args, **kwargs))
         if not on_meta or func.is_view:
-            return func(*args, **_placed(kwargs, _CPU))
+            return func(*args, **_with_device(kwargs, _CPU))
         inputs = tree_map_only(Tensor, lambda tensor: tensor.to(_META), (args, kwargs))
-        outputs = func(*inputs[0], **_placed(inputs[1], _META))
+        outputs = func(*inputs[0], **_with_device(inputs[1], _META))
         return tree_map_only(Tensor, _zeros, outputs)
 
 
-def _placed(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same arguments for another device, where they name one."""
+def _with_device(kwargs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The arguments with another device, if they name a device."""
     return {**kwargs, "device": device} if kwargs.get("device") is not None else kwargs
 
 

@@ -1,7 +1,7 @@
-"""Model code that comes with a model: run from a fresh copy, and part of the model's digest.
+"""Python code that comes with a model: runs from a fresh copy and counts in the model's digest.
 
-`transformers` runs a copy of the code that it keeps from one run to the next, and in some cases
-never compares with the model's own files. Here each process has a copy of its own.
+`transformers` keeps a copy of the code between runs and does not always compare it with the model's
+files. Here each process has a fresh copy.
 """
 
 import functools
@@ -15,16 +15,16 @@ from typing import Any
 
 from transformers import dynamic_module_utils
 
-_UTILS: Any = dynamic_module_utils  # its names are not exported
+_UTILS: Any = dynamic_module_utils  # these names are not exported
 _PACKAGE: str = _UTILS.TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 
 @functools.cache
 def use_fresh_copies() -> "tempfile.TemporaryDirectory[str]":
-    """Keep the code that is run in a folder of this process, which ends with it."""
+    """Make `transformers` copy model code into a temporary folder of this process."""
     folder = tempfile.TemporaryDirectory(prefix="mpcache-code-", ignore_cleanup_errors=True)
     _UTILS.HF_MODULES_CACHE = folder.name
-    # modules that were imported before may come from the old folder, and lead back to it
+    # modules imported earlier may come from the old folder and import more from it
     for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
         del sys.modules[name]
     sys.path.insert(0, folder.name)
@@ -33,7 +33,7 @@ def use_fresh_copies() -> "tempfile.TemporaryDirectory[str]":
 
 
 def code_digest(classes: Iterable[type]) -> str | None:
-    """sha256 of the source that defines these classes, if any of it came with the model."""
+    """sha256 of the model's own source files that define these classes; None without any."""
     names = {base.__module__ for kind in classes for base in kind.__mro__}
     files = {Path(str(sys.modules[name].__file__)) for name in names if _is_remote(name)}
     if not files:

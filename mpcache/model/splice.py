@@ -25,7 +25,7 @@ from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal
 from mpcache.model.checkpoint_validation import MissingWeightsError
 from mpcache.model.document_separation import find_separation
-from mpcache.model.forward_batches import ForwardBatches, part_input, piece_places
+from mpcache.model.forward_batches import ForwardBatches, part_input, piece_tokens
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import input_of, output_of
 from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
@@ -171,7 +171,7 @@ class SplicedModel:
         if held.starts_SL is None:
             yield from ((batch.inputs, batch.tokens) for batch in self.reading.batches(*held))
             return
-        for tokens_L in piece_places(held.starts_SL, held.rows):
+        for tokens_L in piece_tokens(held.starts_SL, held.rows):
             if len(tokens_L) > 1:  # a lone token predicts nothing
                 piece = held.tokens_SL.reshape(-1)[tokens_L]
                 yield piece_inputs([piece], self.reading.separation, self.model)[0], tokens_L

@@ -15,7 +15,7 @@ from torch import Tensor
 from mpcache.collection.commit_threads import PartCommitter, lower_priority
 from mpcache.collection.producer import empty_rows
 from mpcache.model.capture import Copy, capture_part, scatter_
-from mpcache.model.forward_batches import Batch, piece_batches, piece_places
+from mpcache.model.forward_batches import Batch, piece_batches, piece_tokens
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture
 from mpcache.model.offload import HostTransfer
@@ -160,7 +160,7 @@ def test_places_of_pieces_cover_the_true_tokens(lengths: list[int], fill: int) -
     rows = sum(lengths)
     starts = np.zeros(rows + fill, np.bool_)
     starts[np.cumsum([0, *lengths[:-1]])] = True
-    places = piece_places(starts[None], rows)
+    places = piece_tokens(starts[None], rows)
     assert [len(place) for place in places] == lengths
     assert np.array_equal(np.concatenate(places), np.arange(rows))
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mpcache.collection.collect import collect
 from mpcache.model.bert_masking import BertMasking
-from mpcache.model.causality import is_causal, others
+from mpcache.model.causality import is_causal, other_tokens
 from mpcache.model.splice import SplicedModel
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
@@ -102,8 +102,8 @@ def test_noise_of_kernels_is_no_leak() -> None:
 @given(ids=st.lists(st.integers(0, 9), min_size=1, max_size=9))
 def test_others_differ_everywhere(ids: list[int]) -> None:
     ids_L = torch.tensor(ids)
-    assert bool((others(ids_L) != ids_L).all())
-    assert bool((others(ids_L) >= 0).all())
+    assert bool((other_tokens(ids_L) != ids_L).all())
+    assert bool((other_tokens(ids_L) >= 0).all())
 
 
 def strong(model: PreTrainedModel) -> PreTrainedModel:
