@@ -161,7 +161,7 @@ def test_values_do_not_depend_on_what_else_is_captured(counter: CompileCounter) 
 
 def test_refuses_hookpoints_inside_of_what_is_compiled(counter: CompileCounter) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"not lie inside of layers.1.mlp, .* leave compile out"):
+    with pytest.raises(ValueError, match=r"not lie inside layers.1.mlp, .* leave compile out"):
         CompiledLayers(model, resolve_sides(["layers.1.mlp.up_proj"], model))
     with pytest.raises(ValueError, match="must have its layers in a list to be compiled"):
         CompiledLayers(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
