@@ -2,42 +2,48 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mpcache.validation import printable
 from mpcli.tables import print_json
 
+if TYPE_CHECKING:  # their modules import torch, and help must not
+    from mpcache.collection.summary import CollectSummary
+    from mpcache.maintenance.copy import CopySummary
+    from mpcache.maintenance.findings import Finding
 
-def print_summary(done: Any) -> None:
-    if not done.forward_rows:
-        typer.echo("everything was there already: no forward pass was needed")
-    share = "" if done.share == "1/1" else f", share {done.share}"
+
+def print_collection(summary: "CollectSummary") -> None:
+    """What a collection did, and warnings about what its store lacks."""
+    if not summary.forward_rows:
+        typer.echo("the store had everything already: no forward pass was needed")
+    share = "" if summary.share == "1/1" else f", share {summary.share}"
     typer.echo(
-        f"{done.store}{share}: {done.rows:,} rows in {done.parts} parts, {done.bytes / 1e9:.2f} GB"
-        f", {done.forward_rows:,} rows collected now in {done.seconds:.0f} s"
+        f"{summary.store}{share}: {summary.rows:,} rows in {summary.parts} parts, "
+        f"{summary.bytes / 1e9:.2f} GB, {summary.forward_rows:,} rows collected now in "
+        f"{summary.seconds:.0f} s"
     )
-    if done.empty_documents:
-        typer.echo(f"{done.empty_documents:,} documents without tokens were left out")
-    if done.shortfall:
-        typer.echo(f"warning: {done.shortfall}", err=True)
-    if done.nonfinite:
+    if summary.empty_documents:
+        typer.echo(f"{summary.empty_documents:,} documents without tokens were left out")
+    if summary.shortfall:
+        typer.echo(f"warning: {summary.shortfall}", err=True)
+    if summary.nonfinite:
         typer.echo(
-            f"warning: {done.nonfinite:,} values are not finite; see mpcache stats", err=True
+            f"warning: {summary.nonfinite:,} values are not finite; see mpcache stats", err=True
         )
-    for part in done.missing:
-        typer.echo(f"part {part.part} is missing, tried {part.times} times: {part.cause}", err=True)
-    if done.missing:
+    for part in summary.missing:
+        typer.echo(f"part {part.part} is missing after {part.times} tries: {part.cause}", err=True)
+    if summary.missing:
         typer.echo(
-            f"error: {len(done.missing)} parts are missing; the same command tries them again",
+            f"error: {len(summary.missing)} parts are missing; the same command tries them again",
             err=True,
         )
 
 
-def age(entry: dict[str, Any]) -> str:
-    """Time since the last commit, in the largest unit that counts at least one."""
-    seconds = entry["age_seconds"]
+def format_age(seconds: float | None) -> str:
+    """A time in the largest unit of which there is at least one, such as `3 h`."""
     if seconds is None:
         return "-"
     units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))
@@ -45,36 +51,39 @@ def age(entry: dict[str, Any]) -> str:
     return f"{seconds / size:.0f} {name}"
 
 
-def print_moved(verb: str, done: Any, json: bool) -> None:
+def print_copy(verb: str, summary: "CopySummary", json: bool) -> None:
+    """What a copy or a conversion did."""
     if json:
-        return print_json(dataclasses.asdict(done))
+        return print_json(dataclasses.asdict(summary))
     typer.echo(
-        f"{printable(done.store)}: {done.written} of {done.parts} marks {verb} now, "
-        f"{done.bytes / 1e9:.2f} GB"
+        f"{printable(summary.store)}: {summary.written} of {summary.parts} parts of arrays {verb} "
+        f"now, {summary.bytes / 1e9:.2f} GB"
     )
-    if done.nonfinite:
-        typer.echo(f"warning: {done.nonfinite:,} values became infinite", err=True)
+    if summary.nonfinite:
+        typer.echo(f"warning: {summary.nonfinite:,} values became infinite", err=True)
     return None
 
 
-def finding_in_full(finding: Any) -> dict[str, Any]:
+def finding_as_json(finding: "Finding") -> dict[str, Any]:
+    """A finding with what follows from it."""
     return {
-        **dataclasses.asdict(finding), "damaging": finding.damaging, "remedy": finding.remedy,
+        **dataclasses.asdict(finding), "is_damage": finding.is_damage, "remedy": finding.remedy,
     }  # fmt: skip
 
 
-def print_findings(findings: Sequence[Any]) -> None:
+def print_findings(findings: Sequence["Finding"]) -> None:
+    """A line for each finding, and then a line for each remedy."""
     for finding in findings:
-        typer.echo(printable(f"{finding.fault:12}{finding.path}: {finding.told}"))
+        typer.echo(printable(f"{finding.fault:12}{finding.path}: {finding.message}"))
     for fault, remedy in dict.fromkeys((f.fault, f.remedy) for f in findings):
         typer.echo(f"-> {fault}: {remedy}")
 
 
-def document_lines(found: dict[str, Any]) -> list[str]:
+def document_lines(info: dict[str, Any]) -> list[str]:
     """How the documents of a store became tokens."""
-    identity = found["identity"]
+    identity = info["identity"]
     special = "text" if identity.get("special_tokens") == "text" else "parsed as special tokens"
-    empty = found["empty_documents"]
+    empty = info["empty_documents"]
     lines = [
         f"names of special tokens in texts: {special}",
         "empty documents: kept" if empty is None else f"empty documents: {empty:,} left out",
@@ -83,9 +92,10 @@ def document_lines(found: dict[str, Any]) -> list[str]:
         lines.append("each document run alone, in pieces")
     if "chat_template" in identity:
         template = str(identity["chat_template"])[:12]
-        lines.append(f"chat template {template}; the assistant's tokens are known")
+        lines.append(f"chat template {template}; the assistant's tokens are marked")
     return [f"documents    {line}" for line in lines]
 
 
-def pairs(content: dict[str, Any]) -> str:
+def format_pairs(content: dict[str, Any]) -> str:
+    """Keys and values on one line, without those that are None."""
     return printable(", ".join(f"{k} {v}" for k, v in content.items() if v is not None))

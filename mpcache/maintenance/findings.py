@@ -1,4 +1,4 @@
-"""What can be wrong with a store, and what mends it."""
+"""What can be wrong with a store, and how to repair each fault."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,28 +18,29 @@ REMEDIES: dict[Fault, str] = {
     "metadata": _REPAIR,
     "settings": "take store.json from a copy of the store: it never changes",
     "linked": f"move the link away, then {_REPAIR}",
-    "uncommitted": "the mpcache collect command that wrote it commits it anew",
+    "uncommitted": "the mpcache collect command that wrote it writes it again and commits it",
     "foreign": "move it out of the store",
-    "leftover": f"{_REPAIR} --delete-leftovers, when nothing writes to the store",
+    "leftover": f"{_REPAIR} --delete-leftovers, while nothing writes to the store",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing in a store that is not as it should be."""
+    """One fault of a store."""
 
     fault: Fault
     path: str
-    told: str
+    "name of the object in the store"
+    message: str
     mark: tuple[int, str] | None = None
-    "part and array of the mark that is damaged, or whose object is"
+    "part and array of the mark that is damaged, or whose object is damaged"
 
     @property
-    def damaging(self) -> bool:
-        """Whether committed data is affected; the rest of an interrupted run is not damage."""
+    def is_damage(self) -> bool:
+        """Whether committed data is affected. Leftovers of an interrupted run are no damage."""
         return self.fault not in _HARMLESS
 
     @property
     def remedy(self) -> str:
-        """What mends it."""
+        """A command, or what to do by hand."""
         return REMEDIES[self.fault]

@@ -1,8 +1,8 @@
-"""Mend a store: what is damaged is collected once more, and nothing else is touched.
+"""Repair a store: what is damaged is collected again, and nothing else is touched.
 
-`verify` says what is damaged. `zarr.json` files follow from the layout; rows from the seed; tokens
-from the dataset; activations from the tokens and the model; or all of these from another store.
-Parts are mended one after the other in this process; memory: that of a collection.
+`verify` finds what is damaged. `zarr.json` files follow from the layout, rows from the seed, tokens
+from the dataset, activations from the tokens and the model; or all come from another store. Parts
+are repaired one after the other in this process, in the memory of a collection.
 """
 
 from collections import defaultdict
@@ -13,78 +13,101 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mpcache.config import RepairConfig
-from mpcache.errors import DamagedStoreError, UsageError
-from mpcache.maintenance.convert import give_converted
-from mpcache.maintenance.copy import copy_part
+from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.findings import Finding
-from mpcache.maintenance.recompute import NoDatasetError, Recomputation
+from mpcache.maintenance.metadata_check import all_specs, array_spans, usual_span
+from mpcache.maintenance.original_collection import NoDatasetError
+from mpcache.maintenance.other_store import OtherStore
+from mpcache.maintenance.recompute import Recomputation
 from mpcache.maintenance.repair_writer import PartRepair, RepairedMark
-from mpcache.maintenance.repartition import Repartition
-from mpcache.maintenance.verify import all_specs, spans, usual_span, verify
+from mpcache.maintenance.verify import verify
 from mpcache.parallel.config import ParallelConfig
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, is_claim
 from mpcache.store.reader import Store, open_store
-from mpcache.store.writer import Writer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repaired:
+class RepairSummary:
     """What `repair` did."""
 
     store: str
+    "path or URL of the store"
     marks: tuple[RepairedMark, ...]
-    "what became of each mark that was damaged, or whose objects were"
+    "the outcome for each mark that was damaged, or whose objects were damaged"
     metadata: tuple[str, ...]
-    "zarr.json files that were written anew"
+    "zarr.json files that were written again"
     deleted: tuple[str, ...]
-    "rests of interrupted writes"
+    "leftovers of interrupted writes that were deleted"
     left: tuple[Finding, ...]
-    "what was found and is no work for repair"
+    "findings that repair does not handle"
 
     @property
     def intact(self) -> bool:
-        """Whether committed data is whole now."""
-        return all(one.is_whole for one in self.marks) and not any(f.damaging for f in self.left)
+        """Whether no committed data is damaged any more."""
+        return all(mark.is_whole for mark in self.marks) and not any(
+            finding.is_damage for finding in self.left
+        )
 
 
 def repair(
-    where: str | Path | Storage,
+    store: str | Path | Storage,
     config: RepairConfig = RepairConfig(),  # noqa: B008  frozen
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
-) -> Repaired:
-    """Verify a store, in parallel as asked, and mend what is found.
+) -> RepairSummary:
+    """Verify a store, and collect again what is damaged.
 
-    No journal of `verify` is believed: what was sound then may be damaged by now.
+    Computed values are written only if they equal what was committed, unless the config accepts
+    other bits. No journal of `verify` is used: what was intact then may be damaged by now.
+
+    Args:
+        store: Path, or `s3://` or `gs://` URL, of the store.
+        config: Where the model, the dataset or a copy of the store is now, and what may be written.
+        parallel: Threads and processes of the verification. The repair itself is one process.
+        quiet: Without progress bars.
 
     Raises:
-        ValueError: there is no store; or its model is needed and another one was found.
-        DamagedStoreError: `store.json` is damaged, which nothing else tells.
+        UsageError: There is no store; or its model is needed and is not available.
+        DamagedStoreError: `store.json` is damaged, which cannot be computed again.
+
+    Example:
+        ```python
+        from mpcache import repair
+
+        summary = repair("store")
+        for mark in summary.marks:
+            print(mark.outcome, mark.part, mark.array, mark.reason)
+        assert summary.intact
+        ```
     """
-    place = open_storage(where)
-    store = open_store(place)
-    findings = verify(place, parallel, quiet=quiet).findings
+    storage = open_storage(store)
+    opened = open_store(storage)
+    findings = verify(storage, parallel, quiet=quiet).findings
     deleted = [f.path for f in findings if f.fault == "leftover" and config.delete_leftovers]
-    deleted.sort(key=is_claim, reverse=True)  # one that lost its objects might still be begun with
+    # Claims first: a writer could still begin to publish a claim that lost its objects.
+    deleted.sort(key=is_claim, reverse=True)
     for name in deleted:
-        place.delete(name)
-    metadata = _mend_metadata(store, [f.path for f in findings if f.fault == "metadata"])
-    marks = _mend_marks(store, _damaged(findings), config, quiet)
-    done = {*deleted, *metadata}
-    left = [f for f in findings if f.mark is None and f.path not in done]
-    return Repaired(
-        store=str(place), marks=marks, metadata=metadata, deleted=tuple(deleted), left=tuple(left)
+        storage.delete(name)
+    metadata = _restore_metadata(opened, [f.path for f in findings if f.fault == "metadata"])
+    marks = _repair_marks(opened, _damaged_arrays(findings), config, quiet)
+    handled = {*deleted, *metadata}
+    return RepairSummary(
+        store=str(storage),
+        marks=marks,
+        metadata=metadata,
+        deleted=tuple(deleted),
+        left=tuple(f for f in findings if f.mark is None and f.path not in handled),
     )
 
 
-def _mend_metadata(store: Store, damaged: Sequence[str]) -> tuple[str, ...]:
+def _restore_metadata(store: Store, damaged: Sequence[str]) -> tuple[str, ...]:
     """Write the `zarr.json` files that the layout implies."""
     if not damaged:
         return ()
-    marked = 1 + max(max(store.part_numbers(array)) for array in store.arrays)
-    parts = max(marked, usual_span(spans(store)))
+    committed = 1 + max(max(store.part_numbers(array)) for array in store.arrays)
+    parts = max(committed, usual_span(array_spans(store)))
     implied: dict[str, bytes] = {}
     for _, spec in all_specs(store):
         implied |= spec.metadata(parts)
@@ -94,81 +117,56 @@ def _mend_metadata(store: Store, damaged: Sequence[str]) -> tuple[str, ...]:
     return tuple(damaged)
 
 
-def _damaged(findings: Iterable[Finding]) -> dict[int, set[str]]:
-    """Arrays whose mark or objects are damaged, by part."""
-    found: defaultdict[int, set[str]] = defaultdict(set)
+def _damaged_arrays(findings: Iterable[Finding]) -> dict[int, set[str]]:
+    """Part -> its arrays whose mark or objects are damaged."""
+    arrays: defaultdict[int, set[str]] = defaultdict(set)
     for finding in findings:
         if finding.mark is not None:
             part, array = finding.mark
-            found[part].add(array)
-    return dict(sorted(found.items()))
+            arrays[part].add(array)
+    return dict(sorted(arrays.items()))
 
 
-class _OtherStore:
-    """A copy of a store, or the store that it was converted from."""
-
-    def __init__(self, store: Store, where: str, arrays: Sequence[str]) -> None:
-        self.source = open_store(where)
-        if self.source.fingerprint != store.fingerprint:
-            raise UsageError(
-                f"{where} must hold the same rows as {store.storage}, got others; "
-                "name a copy of it, or the store it was converted from"
-            )
-        if lacking := [array for array in arrays if array not in self.source.arrays]:
-            raise UsageError(f"{where} lacks {lacking[0]}; name another copy, or none")
-        self.cut = Repartition(self.source, store.layout, arrays)
-
-    def give(self, part: int, arrays: Sequence[str], writer: Writer) -> None:
-        for array in arrays:
-            if self.cut.is_copy(array):
-                copy_part(self.source, writer, (part, array))
-            else:
-                give_converted(self.cut, writer, part, array)
-
-    def close(self) -> None:
-        """Nothing of it stays open."""
-
-
-def _mend_marks(
+def _repair_marks(
     store: Store, damaged: dict[int, set[str]], config: RepairConfig, quiet: bool
 ) -> tuple[RepairedMark, ...]:
-    pairs = [(part, array) for part, arrays in damaged.items() for array in arrays]
-    arrays = tuple(dict.fromkeys(sorted((array for _, array in pairs), key=_rank)))
-    if not pairs:
+    marks = [(part, array) for part, arrays in damaged.items() for array in arrays]
+    if not marks:
         return ()
-    repairs = PartRepair(store, pairs, config.accept_other_bits)
-    source: Recomputation | _OtherStore
+    arrays = tuple(dict.fromkeys(sorted((array for _, array in marks), key=_dependency_order)))
+    repairs = PartRepair(store, marks, config.accept_other_bits)
+    source: Recomputation | OtherStore
     if config.source is None:
         source = Recomputation(store, config, arrays)
     else:
-        source = _OtherStore(store, config.source, arrays)
+        source = OtherStore(store, config.source, arrays)
     try:
         for part in tqdm(damaged, "repair", unit="part", disable=quiet):
-            # tokens tell of rows, and both of activations
-            for group in _groups(sorted(damaged[part], key=_rank)):
-                _give(source, part, group, repairs)
+            for group in _groups(sorted(damaged[part], key=_dependency_order)):
+                _repair_arrays(source, part, group, repairs)
     finally:
         source.close()
-    return tuple(repairs.outcomes[pair] for pair in sorted(pairs))
+    return tuple(repairs.outcomes[mark] for mark in sorted(marks))
 
 
-def _give(
-    source: Recomputation | _OtherStore, part: int, arrays: Sequence[str], repairs: PartRepair
+def _repair_arrays(
+    source: Recomputation | OtherStore, part: int, arrays: Sequence[str], repairs: PartRepair
 ) -> None:
     try:
-        source.give(part, arrays, repairs.writer)
+        source.write_part(part, arrays, repairs.writer)
     except (DamagedStoreError, NoDatasetError) as error:
-        # what is needed for it is damaged too, or a link, or gone; other parts may need less
+        # What the repair needs is damaged too, a link, or missing. Other parts may need less.
         for array in arrays:
             if (part, array) not in repairs.outcomes:
                 repairs.note(part, array, "left", str(error))
 
 
-def _rank(array: str) -> tuple[int, str]:
+def _dependency_order(array: str) -> tuple[int, str]:
+    """Rows need tokens, and activations need both."""
     return (TOKENS, SEQUENCE, POSITION).index(array) if not array.startswith("acts/") else 3, array
 
 
 def _groups(arrays: Sequence[str]) -> list[list[str]]:
-    """Arrays that are given at once: those of one forward pass."""
-    sides = [array for array in arrays if array.startswith("acts/")]
-    return [[array] for array in arrays if array not in sides] + ([sides] if sides else [])
+    """Arrays that are written together: all activations come from one forward pass."""
+    acts = [array for array in arrays if array.startswith("acts/")]
+    return [[array] for array in arrays if array not in acts] + ([acts] if acts else [])

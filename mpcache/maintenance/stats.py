@@ -1,15 +1,17 @@
-"""What a store holds: progress and provenance (`info`), statistics of its rows (`stats`).
+"""Statistics of the rows of a store.
 
-Statistics come from the norms and moments that were stored with each part, in the order of parts:
-the same whoever reads them. Memory, for each part in work at a time: its norms, part_rows x 12
-bytes, and a histogram of 0.5 MB; for each side three float64 numbers a dimension.
+They come from the norms and moments that were stored with each part, summed in the order of parts,
+so that they do not depend on parallelism. Memory for each part in work at the same time: its norms,
+part_rows x 12 bytes, and a histogram of 0.5 MB; for each side three float64 numbers per dimension.
+
+Shapes: R rows of a part, W width.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +22,9 @@ from tqdm import tqdm
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage
-from mpcache.store.format import TOKENS, acts_array, array_specs, hookpoint_of
+from mpcache.store.format import acts_array, array_specs, hookpoint_of
 from mpcache.store.moments import Moments, empty_moments, merge_moments
 from mpcache.store.reader import Store, open_store
-from mpcache.store.rows_wanted import extent_of
 
 _OUTLIER = 10.0  # a dimension's root mean square over the median dimension's
 _NORM_BINS = 1 << 16
@@ -42,7 +43,7 @@ class SideStats:
     variance: float
     "variance summed over dimensions"
     norm_median: float | None
-    "of rows with a finite norm; None: there are none"
+    "median norm of rows with a finite norm; None if there are none"
     norm_99: float | None
     norm_largest: float | None
     largest: float
@@ -52,89 +53,65 @@ class SideStats:
     nonfinite: int
 
 
-def info(where: str | Path | Storage) -> dict[str, Any]:
-    """Provenance, rows wanted, and rows, bytes and parts done of each array, as plain values."""
-    store = open_store(where)
-    planned, extent = set(store.part_numbers(TOKENS)), extent_of(store)
-    return {
-        "store": str(store.storage),
-        "fingerprint": store.fingerprint,
-        "identity": store.identity,
-        "provenance": store.provenance,
-        "dtype": store.layout.dtype,
-        "codec": store.layout.codec,
-        "part_rows": store.part_rows,
-        "chunk_rows": store.chunk_rows,
-        "parts_planned": len(planned),
-        "rows_planned": _rows(store, TOKENS),
-        "empty_documents": store.tokens.empty_documents(),
-        "rows_wanted": extent.rows_wanted,
-        "exhausted": extent.exhausted,
-        "shortfall": extent.shortfall,
-        "hookpoints": [_side_info(store, h, s) for h in store.hookpoints for s in store.sides(h)],
-    }
-
-
-def _side_info(store: Store, hookpoint: str, side: str) -> dict[str, Any]:
-    array = acts_array(hookpoint, side)
-    marks = store.marks(array)
-    return {
-        "hookpoint": hookpoint,
-        "side": side,
-        "width": store.width(hookpoint, side),
-        "parts": len(marks),
-        "rows": _rows(store, array),
-        "rows_validation": sum(m.rows for m in marks if m.split == "validation"),
-        "bytes": sum(m.stored_bytes for m in marks),
-        "nonfinite": store.acts.nonfinite(hookpoint, side),
-    }
-
-
-def _rows(store: Store, array: str) -> int:
-    return sum(mark.rows for mark in store.marks(array))
-
-
-# --- statistics of rows ---
-
-
 @dataclass(frozen=True, eq=False)
-class SideRows:
-    """Statistics of one side of a hookpoint, and its moments dimension by dimension."""
+class MeasuredSide:
+    """Statistics of one side of a hookpoint, and its moments in each dimension."""
 
     stats: SideStats
     moments: Moments
+    "mean and variance of each dimension, `[W]` in float64"
 
 
 def stats(
-    where: str | Path | Storage,
+    store: str | Path | Storage,
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008  frozen
     *,
     quiet: bool = True,
-) -> tuple[SideRows, ...]:
-    """Statistics of every collected side over all its parts."""
-    store = open_store(where)
-    arrays = [acts_array(h, s) for h in store.hookpoints for s in store.sides(h)]
-    marks = [(part, array) for array in arrays for part in store.part_numbers(array)]
-    found = ordered_map(functools.partial(_part_rows, store), marks, parallel, quiet=quiet)
-    with tqdm(found, "stats", len(marks), unit="mark", disable=quiet) as bar:
+) -> tuple[MeasuredSide, ...]:
+    """Mean, variance, norms, outlier dimensions and non-finite counts of every collected side.
+
+    Args:
+        store: Path, or `s3://` or `gs://` URL, of the store.
+        parallel: Threads and processes that read parts. They do not change the result.
+        quiet: Without a progress bar.
+
+    Raises:
+        UsageError: There is no store.
+        DamagedStoreError: A mark, or stored norms or moments, are not what was committed.
+
+    Example:
+        ```python
+        from mpcache import stats
+
+        for side in stats("store"):
+            print(side.stats.hookpoint, side.stats.side, side.stats.norm_median)
+        ```
+    """
+    opened = open_store(store)
+    arrays = [acts_array(h, s) for h in opened.hookpoints for s in opened.sides(h)]
+    marks = [(part, array) for array in arrays for part in opened.part_numbers(array)]
+    results = ordered_map(functools.partial(_measure_part, opened), marks, parallel, quiet=quiet)
+    with tqdm(results, "stats", len(marks), unit="mark", disable=quiet) as bar:
         parts = iter(bar)
-        return tuple(_side_rows(store, a, _next(parts, len(store.part_numbers(a)))) for a in arrays)
+        return tuple(
+            _measure_side(opened, a, islice(parts, len(opened.part_numbers(a)))) for a in arrays
+        )
 
 
-def save_dimensions(sides: Iterable[SideRows], path: Path) -> None:
-    """Write mean and variance per dimension, and the rows they are of, to a safetensors file."""
+def save_dimensions(sides: Iterable[MeasuredSide], path: Path) -> None:
+    """Write mean and variance of each dimension, and the finite rows, to a safetensors file."""
     tensors = {}
-    for one in sides:
-        name = f"{one.stats.hookpoint}/{one.stats.side}"
-        tensors[f"{name}/mean"] = one.moments.mean_W
-        tensors[f"{name}/variance"] = one.moments.variance_W
-        tensors[f"{name}/finite_rows"] = torch.tensor(one.moments.rows)
+    for side in sides:
+        name = f"{side.stats.hookpoint}/{side.stats.side}"
+        tensors[f"{name}/mean"] = side.moments.mean_W
+        tensors[f"{name}/variance"] = side.moments.variance_W
+        tensors[f"{name}/finite_rows"] = torch.tensor(side.moments.rows)
     save_file(tensors, path)
 
 
 @dataclass(frozen=True, eq=False)
-class _PartRows:
-    """What one part adds."""
+class _MeasuredPart:
+    """What one part adds to the statistics of its side."""
 
     rows: int
     moments: Moments
@@ -143,17 +120,13 @@ class _PartRows:
     nonfinite: int
 
 
-def _next(parts: Iterator[_PartRows], count: int) -> Iterator[_PartRows]:
-    return (next(parts) for _ in range(count))
-
-
-def _part_rows(store: Store, task: tuple[int, str]) -> _PartRows:
+def _measure_part(store: Store, task: tuple[int, str]) -> _MeasuredPart:
     part, array = task
     mark = store.mark(part, array)
     assert mark.statistics is not None, array
     _, norms, _ = array_specs(array, store.layout, mark.width)
     norms_R = store.reader.read_object(array, norms, part, 0, mark.rows)
-    return _PartRows(
+    return _MeasuredPart(
         rows=mark.rows,
         moments=store.acts.part_moments(array, part),
         norm_counts=_norm_counts(norms_R),
@@ -162,18 +135,18 @@ def _part_rows(store: Store, task: tuple[int, str]) -> _PartRows:
     )
 
 
-def _side_rows(store: Store, array: str, parts: Iterable[_PartRows]) -> SideRows:
+def _measure_side(store: Store, array: str, parts: Iterable[_MeasuredPart]) -> MeasuredSide:
     hookpoint, side = hookpoint_of(array)
     moments = empty_moments(store.width(hookpoint, side))
     counts = np.zeros(_NORM_BINS, np.int64)
     rows, largest, nonfinite = 0, 0.0, 0
-    for one in parts:
-        moments = merge_moments([moments, one.moments])
-        counts += one.norm_counts
-        rows, nonfinite = rows + one.rows, nonfinite + one.nonfinite
-        largest = max(largest, one.largest)
+    for part in parts:
+        moments = merge_moments([moments, part.moments])
+        counts += part.norm_counts
+        rows, nonfinite = rows + part.rows, nonfinite + part.nonfinite
+        largest = max(largest, part.largest)
     median, high, largest_norm = _quantiles(counts, (0.5, 0.99, 1.0))
-    told = SideStats(
+    side_stats = SideStats(
         hookpoint=hookpoint,
         side=side,
         rows=rows,
@@ -187,7 +160,7 @@ def _side_rows(store: Store, array: str, parts: Iterable[_PartRows]) -> SideRows
         outlier_dimensions=_outliers(moments.mean_W, moments.variance_W),
         nonfinite=nonfinite,
     )
-    return SideRows(told, moments)
+    return MeasuredSide(side_stats, moments)
 
 
 def _outliers(mean_W: Tensor, variance_W: Tensor) -> tuple[int, ...]:
@@ -196,15 +169,15 @@ def _outliers(mean_W: Tensor, variance_W: Tensor) -> tuple[int, ...]:
 
 
 def _norm_counts(norms_R: np.ndarray) -> np.ndarray:
-    """How many finite norms have which upper 16 bits: bins of equal relative width, 1 in 128."""
+    """A histogram of finite norms by their upper 16 bits: bins of equal relative width, 1/128."""
     bins = norms_R[np.isfinite(norms_R)].view(np.uint32) >> 16
     return np.bincount(bins, minlength=_NORM_BINS)
 
 
 def _quantiles(counts: np.ndarray, shares: tuple[float, ...]) -> tuple[float | None, ...]:
-    """Quantiles of the norms that were counted, rounded down to their bins; None if none was."""
+    """Quantiles of the norms in a histogram, rounded down to their bins; None if it is empty."""
     below = np.cumsum(counts)
     if not below[-1]:
         return (None,) * len(shares)
-    found = np.searchsorted(below, [max(1, share * below[-1]) for share in shares])
-    return tuple(float(v) for v in (found.astype(np.uint32) << 16).view(np.float32))
+    bins = np.searchsorted(below, [max(1, share * below[-1]) for share in shares])
+    return tuple(float(v) for v in (bins.astype(np.uint32) << 16).view(np.float32))

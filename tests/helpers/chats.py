@@ -13,7 +13,7 @@ from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
 from mpcache.data.conversation import Conversation
 from mpcache.data.documents import Documents
-from mpcache.maintenance import recompute as retrace
+from mpcache.maintenance import original_collection
 from tests.helpers.chat_templates import TEMPLATES
 from tests.helpers.stores import small_config
 
@@ -44,7 +44,7 @@ def dataset_of(chats: list[Conversation]) -> Iterator[None]:
 
     with (
         mock.patch.object(collecting, "open_documents", found),
-        mock.patch.object(retrace, "open_documents", found),
+        mock.patch.object(original_collection, "open_documents", found),
     ):
         yield
 

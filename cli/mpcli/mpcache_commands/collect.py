@@ -9,7 +9,7 @@ from mpcache.config import CollectConfig
 from mpcache.parallel.config import CollectParallelConfig
 from mpcli.arguments import STORE_HELP, Json
 from mpcli.options import from_config
-from mpcli.reports import print_summary
+from mpcli.reports import print_collection
 from mpcli.store_location import locate_store
 from mpcli.tables import print_json
 
@@ -58,6 +58,6 @@ def collect(
     if json:
         print_json(dataclasses.asdict(summary))
     else:
-        print_summary(summary)
+        print_collection(summary)
     if summary.missing:
         raise typer.Exit(1)

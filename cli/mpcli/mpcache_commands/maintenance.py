@@ -11,7 +11,7 @@ from mpcache.parallel.config import ParallelConfig
 from mpcache.validation import printable
 from mpcli.arguments import Json, StoreArgument, TargetArgument
 from mpcli.options import from_config
-from mpcli.reports import finding_in_full, print_findings, print_moved
+from mpcli.reports import finding_as_json, print_copy, print_findings
 from mpcli.tables import print_json, print_table
 
 JournalPath = Annotated[
@@ -31,7 +31,7 @@ def verify(
 
     verdict = run(store, parallel, journal=journal, quiet=json)
     if json:
-        findings = [finding_in_full(finding) for finding in verdict.findings]
+        findings = [finding_as_json(finding) for finding in verdict.findings]
         print_json({"intact": verdict.intact, **dataclasses.asdict(verdict), "findings": findings})
     else:
         print_findings(verdict.findings)
@@ -58,7 +58,7 @@ def repair(
 
     done = run(store, config, parallel, quiet=json)
     if json:
-        left = [finding_in_full(finding) for finding in done.left]
+        left = [finding_as_json(finding) for finding in done.left]
         print_json({"intact": done.intact, **dataclasses.asdict(done), "left": left})
     else:
         for name in (*done.metadata, *done.deleted):
@@ -109,7 +109,7 @@ def copy(
 ) -> None:
     from mpcache.maintenance.copy import copy as run
 
-    print_moved("copied", run(store, to, parallel, quiet=json), json)
+    print_copy("copied", run(store, to, parallel, quiet=json), json)
 
 
 @from_config(ConvertConfig, ParallelConfig)
@@ -122,4 +122,4 @@ def convert(
 ) -> None:
     from mpcache.maintenance.convert import convert as run
 
-    print_moved("converted", run(store, to, config, parallel, quiet=json), json)
+    print_copy("converted", run(store, to, config, parallel, quiet=json), json)

@@ -9,7 +9,7 @@ import typer
 from mpcache.errors import UsageError
 from mpcache.validation import printable
 from mpcli.arguments import Json, StoreArgument
-from mpcli.reports import age, document_lines, pairs
+from mpcli.reports import document_lines, format_age, format_pairs
 from mpcli.tables import print_json, print_table
 
 
@@ -38,7 +38,7 @@ def list_stores(
         "age",
     )
     rows = [
-        {**entry, "complete": f"{entry['complete']:.0%}", "age": age(entry)}
+        {**entry, "complete": f"{entry['complete']:.0%}", "age": format_age(entry["age_seconds"])}
         for entry in entries
         if entry["fault"] is None
     ]
@@ -51,15 +51,15 @@ def list_stores(
 
 
 def info(*, store: StoreArgument, json: Json = False) -> None:
-    from mpcache.maintenance.stats import info as run
+    from mpcache.store.store_info import store_info as run
 
     report = run(store)
     if json:
         return print_json(report)
     model, dataset = report["provenance"]["model"], report["provenance"]["dataset"]
     typer.echo(f"store        {printable(report['store'])}")
-    typer.echo(f"model        {pairs(model)}")
-    typer.echo(f"dataset      {pairs(dataset)}")
+    typer.echo(f"model        {format_pairs(model)}")
+    typer.echo(f"dataset      {format_pairs(dataset)}")
     typer.echo(f"fingerprint  {report['fingerprint']}")
     for line in document_lines(report):
         typer.echo(line)
@@ -85,16 +85,16 @@ def remove(
     store: StoreArgument,
     yes: Annotated[bool, typer.Option("--yes", help="delete without a question")] = False,
 ) -> None:
-    from mpcache.maintenance.copy import find_removable
-    from mpcache.maintenance.copy import remove as run
+    from mpcache.maintenance.remove import plan_removal
+    from mpcache.maintenance.remove import remove as run
 
-    removable = find_removable(store)
+    removal = plan_removal(store)
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
                 f"{store} would be deleted for good, and nobody is here to confirm; give --yes"
             )
-        if not typer.confirm(printable(f"delete {removable.told}, {store}, for good?")):
+        if not typer.confirm(printable(f"delete {removal.description}, {store}, for good?")):
             raise UsageError(f"{store} was not deleted")
-    run(removable)
+    run(removal)
     typer.echo(printable(f"{store} was deleted"))

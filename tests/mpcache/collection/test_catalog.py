@@ -16,7 +16,7 @@ from mpcache.maintenance.verify import verify
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
-from mpcli.reports import age
+from mpcli.reports import format_age
 from tests.helpers.models import save_tiny
 from tests.helpers.stores import files_of, marks_of, small_config
 
@@ -182,7 +182,7 @@ def test_age_is_never_negative(place: Path) -> None:
         file.write_bytes(seal({**mark, "time": "2999-01-01T00:00:00+00:00"}))
     (one,) = list_stores(place / "root")
     assert one.age_seconds == 0
-    assert [age({"age_seconds": s}) for s in (None, 0, 59, 7200, 200_000)] == [
+    assert [format_age(s) for s in (None, 0, 59, 7200, 200_000)] == [
         "-", "0 s", "59 s", "2 h", "2 d"
     ]  # fmt: skip
 

@@ -16,9 +16,9 @@ from mpcache.data.permutation import row_permutation
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.repair import repair
-from mpcache.maintenance.stats import info
 from mpcache.maintenance.verify import verify
 from mpcache.store.reader import Store, open_store
+from mpcache.store.store_info import store_info
 from mptrain.coders.checkpoint import load_coder
 from mptrain.config.fit import FitConfig
 from mptrain.data.columns import ASSISTANT
@@ -94,7 +94,7 @@ def test_the_store_says_what_it_is(store: Store, made: tuple[Path, CollectSummar
     identity = store.identity
     assert (identity["special_tokens"], identity["empty_documents"]) == ("text", "left out")
     assert len(identity["chat_template"]) == 64
-    assert made[1].empty_documents == info(made[0])["empty_documents"] > 0
+    assert made[1].empty_documents == store_info(made[0])["empty_documents"] > 0
     assert verify(made[0]).intact
 
 

@@ -17,11 +17,12 @@ from mpcache.collection import fill
 from mpcache.collection.collect import collect
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.repair import repair
-from mpcache.maintenance.stats import info, stats
+from mpcache.maintenance.stats import stats
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import canonical_json, seal, unseal
+from mpcache.store.store_info import store_info
 from tests.helpers.golden import fitted, machine, sums
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import SIDES, files_of, marks_of, small_config, small_store
@@ -254,7 +255,7 @@ def test_a_fresh_store_is_intact(made: Path) -> None:
     verdict = verify(made)
     assert verdict.intact
     assert not verdict.findings
-    assert {(h["hookpoint"], h["side"]) for h in info(made)["hookpoints"]} == set(SIDES)
+    assert {(h["hookpoint"], h["side"]) for h in store_info(made)["hookpoints"]} == set(SIDES)
 
 
 @pytest.mark.slow
@@ -271,7 +272,7 @@ def test_any_flipped_byte_fails_verify_by_name(tmp_path: Path) -> None:
         file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
         name = file.relative_to(store).as_posix()
         try:
-            named = [f.path for f in verify(store).findings if f.damaging]
+            named = [f.path for f in verify(store).findings if f.is_damage]
         except ValueError as error:
             named = [name] if name in str(error) else []  # the format version was hit
         assert name in named, (name, place)
@@ -286,7 +287,7 @@ def test_missing_and_resized_objects_are_told_apart(store: Path, harm: str) -> N
     file.unlink()
     if harm != "unlink":
         file.write_bytes(data[:-3] if harm == "truncate" else data + b"x")
-    (finding,) = [f for f in verify(store).findings if f.damaging]
+    (finding,) = [f for f in verify(store).findings if f.is_damage]
     assert finding.path == file.relative_to(store).as_posix()
     assert (
         finding.fault == {"unlink": "missing", "truncate": "truncated", "append": "overlong"}[harm]

@@ -311,7 +311,7 @@ def test_a_part_that_fails_three_times_is_told_and_the_rest_goes_on(
     options += [f"--scheduler={everywhere.scheduler}"]
     result = CliRunner().invoke(app, ["collect", config.model, config.dataset, str(path), *options])
     assert result.exit_code == 1
-    assert "part 5 is missing, tried 3 times: RuntimeError: the part is broken" in result.stderr
+    assert "part 5 is missing after 3 tries: RuntimeError: the part is broken" in result.stderr
     assert "error: 1 parts are missing" in result.stderr
     assert "2,304 rows in 12 parts" in result.stdout
     assert "dashboard: http://" in result.stderr

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mpcache.errors import DamagedStoreError
-from mpcache.maintenance.copy import copy, find_removable, remove
+from mpcache.maintenance.copy import copy
+from mpcache.maintenance.remove import plan_removal, remove
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
@@ -144,7 +145,7 @@ def test_an_interrupted_removal_leaves_no_store_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(folder.shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            remove(find_removable(store))
+            remove(plan_removal(store))
     assert not store.exists()
     (rest,) = (f for f in tmp_path.iterdir() if f.name.endswith(".removed"))
     assert not is_store(open_storage(rest))

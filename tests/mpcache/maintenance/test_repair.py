@@ -16,7 +16,7 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from mpcache.config import ConvertConfig, RepairConfig
-from mpcache.maintenance import recompute as retrace
+from mpcache.maintenance import original_collection
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
@@ -49,7 +49,7 @@ def store(made: Path, tmp_path: Path) -> Path:
 
 def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine: the model computes almost the same."""
-    load = retrace.load_for_collection
+    load = original_collection.load_for_collection
 
     def loaded(config):
         found = load(config)
@@ -57,7 +57,7 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
             found.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
         return found
 
-    monkeypatch.setattr(retrace, "load_for_collection", loaded)
+    monkeypatch.setattr(original_collection, "load_for_collection", loaded)
 
 
 MENDED = [name for name in HARM if name not in ("settings", "object that is a link")]
@@ -66,7 +66,7 @@ MENDED = [name for name in HARM if name not in ("settings", "object that is a li
 @pytest.mark.parametrize("name", MENDED)
 def test_all_damage_is_undone(made: Path, store: Path, name: str) -> None:
     HARM[name][0](store)
-    harmless = {f.path for f in verify(store).findings if not f.damaging}
+    harmless = {f.path for f in verify(store).findings if not f.is_damage}
     done = repair(store, RepairConfig(delete_leftovers=True))
     assert done.intact
     assert verify(store).intact
@@ -105,9 +105,9 @@ def test_only_what_is_needed_is_loaded(
         raise AssertionError
 
     if needs not in ("model", "both"):
-        monkeypatch.setattr(retrace, "load_for_collection", refused)
+        monkeypatch.setattr(original_collection, "load_for_collection", refused)
     if needs not in ("dataset", "both"):
-        monkeypatch.setattr(retrace, "open_documents", refused)
+        monkeypatch.setattr(original_collection, "open_documents", refused)
     touched = {f: f.stat().st_mtime_ns for f in store.rglob("*") if f.is_file()}
     done = repair(store)
     assert done.intact
@@ -129,7 +129,7 @@ def test_another_machine_leaves_all_as_it_is_unless_told(
     assert result.exit_code == 1
     assert "other bits" in result.stdout
     assert "computes other bits than were committed by" in result.stdout
-    assert "or say --accept-other-bits" in result.stderr
+    assert "or give --accept-other-bits" in result.stderr
     assert (files_of(store), marks_of(store)) == before
     result = CliRunner().invoke(app, ["repair", str(store), "--device=cpu", "--accept-other-bits"])
     assert result.exit_code == 0, result.output
@@ -333,7 +333,9 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
     if accept:
         other_bits(monkeypatch)
     monkeypatch.setattr(
-        retrace, "load_for_collection", functools.cache(retrace.load_for_collection)
+        original_collection,
+        "load_for_collection",
+        functools.cache(original_collection.load_for_collection),
     )
     left = 0
 
@@ -386,7 +388,7 @@ def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None
     for part in range(5):
         flip(store / f"{ACTS}/c/{part}/0", 64)
         flip(store / f"marks/{part}/layers.1.mlp/output.json", 9)
-    before = {f.path for f in verify(store).findings if f.damaging}
+    before = {f.path for f in verify(store).findings if f.is_damage}
     context = get_context("forkserver")
     context.set_forkserver_preload(["mpcache.maintenance.repair"])
     kills = 0
@@ -396,7 +398,7 @@ def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         kills += process.exitcode != 0
-        now = {f.path for f in verify(store).findings if f.damaging}
+        now = {f.path for f in verify(store).findings if f.is_damage}
         assert now < before  # each lives to write something whole
         before = now
     assert kills >= 4  # of ten writes, none lives for more than two

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpcache.config import ConvertConfig, RepairConfig
-from mpcache.maintenance import recompute as retrace
+from mpcache.maintenance import recompute as recompute_module
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
@@ -157,7 +157,7 @@ def test_a_copy_that_is_damaged_too_puts_back_nothing(tmp_path: Path) -> None:
 
 def other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokenizer library of today splits otherwise."""
-    real = retrace.iter_parts
+    real = recompute_module.iter_parts
 
     def parts(*arguments: Any) -> Any:
         for one in real(*arguments):
@@ -165,7 +165,7 @@ def other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
             tokens[0, 0] ^= 1
             yield dataclasses.replace(one, tokens=tokens)
 
-    monkeypatch.setattr(retrace, "iter_parts", parts)
+    monkeypatch.setattr(recompute_module, "iter_parts", parts)
 
 
 def test_tokens_without_their_mark_have_their_object_as_witness(
@@ -191,7 +191,7 @@ def test_tokens_that_cannot_be_mended_leave_their_part_alone(
     (store / "marks/0/tokens.json").unlink()
     for name in ("arrays.zarr/rows/position/c/0", f"{ACTS}/c/2/0"):
         flip(store / name, 9)
-    monkeypatch.setattr(retrace, "iter_parts", lambda *_: iter(()))
+    monkeypatch.setattr(recompute_module, "iter_parts", lambda *_: iter(()))
     done = repair(store)
     assert [(one.part, one.array, one.outcome) for one in done.marks] == [
         (0, "rows/position", "left"), (0, "tokens", "left"), (2, "acts/layers.0/output", "mended"),

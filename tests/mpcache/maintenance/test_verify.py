@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.maintenance import verify as verify_stage
+from mpcache.maintenance import mark_check
 from mpcache.maintenance.findings import REMEDIES
 from mpcache.maintenance.verify import Verdict, verify
 from mpcache.parallel.config import ParallelConfig
@@ -79,13 +79,13 @@ def test_findings_do_not_depend_on_parallelism(store: Path, parallel: ParallelCo
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the objects that are looked at from now on."""
     seen: list[str] = []
-    look = verify_stage._content_fault
+    look = mark_check.content_fault
 
     def looked(store, part, array, spec):
         seen.append(spec.object_path(part))
         return look(store, part, array, spec)
 
-    monkeypatch.setattr(verify_stage, "_content_fault", looked)
+    monkeypatch.setattr(mark_check, "content_fault", looked)
     return seen
 
 
@@ -96,19 +96,19 @@ def test_a_stopped_verification_goes_on(
     flip(store / OBJECT, 100)
     whole, journal = verify(store), tmp_path / "journal"
     seen = checked(monkeypatch)
-    look = verify_stage._content_fault
+    look = mark_check.content_fault
 
     def stopped(*arguments):
         if len(seen) == 9:
             raise KeyboardInterrupt
         return look(*arguments)
 
-    monkeypatch.setattr(verify_stage, "_content_fault", stopped)
+    monkeypatch.setattr(mark_check, "content_fault", stopped)
     with pytest.raises(KeyboardInterrupt):
         verify(store, ParallelConfig(threads=1), journal=journal)
     with journal.open("ab") as file:
         file.write(b'{"mark": "marks/0/tok')  # as a process that is killed leaves it
-    monkeypatch.setattr(verify_stage, "_content_fault", look)
+    monkeypatch.setattr(mark_check, "content_fault", look)
     first = set(seen)
     seen.clear()
     verdict = verify(store, ParallelConfig(threads=1), journal=journal)
@@ -180,7 +180,9 @@ def test_the_journal_of_another_place_or_store_is_refused(
     assert verify(store, journal=own).intact
     shutil.rmtree(store)
     shutil.copytree(made / "other/store", store)
-    with pytest.raises(ValueError, match="that of another store, which was there; name another"):
+    with pytest.raises(
+        ValueError, match="that of another store that was there before; name another"
+    ):
         verify(store, journal=own)
 
 

@@ -22,7 +22,8 @@ from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.convert import convert
-from mpcache.maintenance.copy import copy, find_removable, remove
+from mpcache.maintenance.copy import copy
+from mpcache.maintenance.remove import plan_removal, remove
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
 from mpcache.storage import bucket, cloud, object_store
@@ -129,7 +130,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
             patch.setattr(ObjectStorage, "delete", stopped)
             patch.setattr(object_store, "request_threads", InTurn)
             with pytest.raises(KeyboardInterrupt):
-                remove(find_removable(url))
+                remove(plan_removal(url))
         left = set(place.object_names())
         assert (
             not any(n.startswith("marks") for n in left)
@@ -137,7 +138,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
         )
         with pytest.raises(ValueError, match=f"finish that with mpcache remove {url}"):
             copy(store, url)
-    remove(find_removable(url))
+    remove(plan_removal(url))
     assert not place.exists()
     copy(store, url)
     assert verify(url).findings == ()
@@ -159,10 +160,10 @@ def test_half_a_copy_is_removed_and_its_removal_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(object_store, "request_threads", lambda: None)
         with pytest.raises(AttributeError):
-            remove(find_removable(url))
+            remove(plan_removal(url))
     assert set(open_storage(url).object_names("store.json.incoming.partial")) == set()
-    assert find_removable(url).told == "half of a store, copied or removed"
-    remove(find_removable(url))
+    assert plan_removal(url).description == "half of a store, copied or removed"
+    remove(plan_removal(url))
     assert not open_storage(url).exists()
 
 

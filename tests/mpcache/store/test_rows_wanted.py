@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
 from mpcache.collection.find_store import find_store
-from mpcache.maintenance.stats import info
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.store.reader import open_store
 from mpcache.store.rows_wanted import extent_of
+from mpcache.store.store_info import store_info
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store, write_corpus
 
@@ -46,7 +46,7 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
     # an extension is known by the parts that it made room for
     whole = 27 * 192
     assert whole >= 5000 > whole - 192
-    found = info(store)
+    found = store_info(store)
     assert (found["rows_planned"], found["rows_wanted"], found["exhausted"]) == (
         entry.rows,
         whole,
@@ -97,7 +97,10 @@ def test_parts_of_whole_documents_are_no_end_of_the_dataset(folder: Path) -> Non
     shortfall = f"{summary.rows:,} rows of 384 wanted: parts end where documents do"
     assert (summary.shortfall, summary.exhausted) == (shortfall, False)
     (entry,) = list_stores(folder / "root")
-    assert (entry.shortfall, info(folder / "root/store")["shortfall"]) == (shortfall, shortfall)
+    assert (entry.shortfall, store_info(folder / "root/store")["shortfall"]) == (
+        shortfall,
+        shortfall,
+    )
     assert entry.complete == pytest.approx(entry.rows / 384)
     assert entry.rows < 384
 

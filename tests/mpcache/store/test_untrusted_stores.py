@@ -239,7 +239,7 @@ def test_a_mark_edited_and_sealed_again_is_refused(
     edit(store / MARK, MARKS[name])
     with pytest.raises(DamagedStoreError, match=r"marks/2/layers\.0/output\.json"):
         open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
-    assert MARK in {f.path for f in verify(store).findings if f.damaging}
+    assert MARK in {f.path for f in verify(store).findings if f.is_damage}
     for words in (("copy", store, store.parent / "a"), ("convert", store, store.parent / "b")):
         assert MARK in in_one_line(
             command(*words, *["--dtype", "float32"][: 2 * (words[0] != "copy")])
@@ -327,7 +327,7 @@ def test_array_metadata_edited_by_hand_is_refused(
     (store / file).write_text(json.dumps(content, indent=2))
     with pytest.raises(DamagedStoreError):
         open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
-    assert file in {f.path for f in verify(store).findings if f.damaging}
+    assert file in {f.path for f in verify(store).findings if f.is_damage}
     if name not in ("shape", "fewer"):  # which are multiples of a part, and may be grown again
         assert file in in_one_line(all_commands(made, store)["copy"](), (1,))
     in_one_line(all_commands(made, store)["convert"](), (1,))
