@@ -17,8 +17,9 @@ import typer
 
 from benchmarks.other_tools import HOW_TO_INSTALL, show_progress
 from mpcli.errors import guarded, run_app
-from mpcli.options import count, from_config
+from mpcli.options import from_config
 from mpcli.tables import print_json, print_table
+from mpcli.values import count
 from mptrain.bench.config import LoaderBenchConfig
 
 SAELENS_ROWS = "200k"

@@ -12,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from mpcache.version import __version__
 from mpcli.environment import is_from_environment, variable_of
 from mpcli.errors import guarded
-from mpcli.options import DEFAULT_GROUP, GROUPS, ON
+from mpcli.groups import DEFAULT_GROUP, GROUPS, ON
 
 _WIDEST = 120  # columns of help; longer lines are hard to read
 _PLAIN: dict[str, Any] = {

@@ -74,10 +74,10 @@ class LearningRateGrid:
 class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunConfig):
     """A run that trains a grid of coders in one pass over a store.
 
-    Each combination of `hookpoints`, `kind`, `k`, `expansion` (or `latents`), `lr`, `seed` and `arch`
-    is one coder; `preset` adds variants of the mp coders. The other fields hold for all coders.
-    Rows are tokens: `rows` and `batch_rows` count them. Options of `mptrain fit` have the same
-    names. `store`, `run` and `hookpoints` are required.
+    Each combination of `hookpoints`, `kind`, `k`, `expansion` (or `latents`), `lr`, `seed` and
+    `arch` is one coder; `preset` adds variants of the mp coders. The other fields hold for all
+    coders. Rows are tokens: `rows` and `batch_rows` count them. The options of `mptrain fit` have
+    the same names. `store`, `run` and `hookpoints` (or `input`) are required.
 
     Example:
         >>> from mptrain import FitConfig

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from mpcli import mpcache, mptrain
-from mpcli.options import GROUPS
+from mpcli.groups import GROUPS
 
 APPS = {"mpcache": mpcache, "mptrain": mptrain}
 COMMANDS = [(name, command) for name, app in APPS.items() for command in app.COMMANDS]

@@ -15,9 +15,9 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from mpcache.collection import producer as producer_module
+from mpcli.fields import field_docs
 from mpcli.mpcache import app as mpcache
 from mpcli.mptrain import app as mptrain
-from mpcli.options import field_docs
 from mptrain.config.fit import FitConfig
 from mptrain.config.presets import PRESETS
 from mptrain.runs import fit as fit_stage

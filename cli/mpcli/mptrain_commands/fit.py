@@ -8,8 +8,9 @@ import typer
 
 from mpcli.arguments import Json
 from mpcli.errors import warnings_in_words
-from mpcli.options import LoadConfigFrom, from_config, option
+from mpcli.options import LoadConfigFrom, from_config
 from mpcli.tables import print_json, print_table
+from mpcli.values import option
 from mptrain.config.fit import FitConfig
 from mptrain.config.run import RunConfig
 

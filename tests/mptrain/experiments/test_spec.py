@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mpcache.errors import UsageError
-from mpcli.options import field_groups
+from mpcli.fields import field_groups
 from mptrain.config.fit import FitConfig
 from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.option_tables import (

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from mpcache.store.reader import open_store
 from mpcli.mptrain import app as mptrain
-from mpcli.options import count
+from mpcli.values import count
 from mptrain.bench.measure import peak_bytes
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import Optimizer
@@ -335,7 +335,7 @@ def test_what_is_given_counts_also_where_it_is_the_default(
     monkeypatch.setattr(runs, "resumed_config", noted)
     invoke("--resume", "RUN", "--save-every", "200", "--device", "auto", "--no-follow")
     assert seen == {"save_every": 200, "device": "auto", "follow": False}
-    assert "[default: no-follow]" in " ".join(invoke("--help").stdout.split())
+    assert "[default: 10M]" in " ".join(invoke("--help").stdout.split())
 
 
 def test_what_processes_share_is_of_the_command(store: str, tmp_path: Path) -> None:
