@@ -209,8 +209,8 @@ def test_a_coder_is_trained_and_judged_on_the_same_rows(store: Store, tmp_path: 
     assert load_coder(every)[1]["only_tokens"] == "all"
     (on_own,) = evaluate_coder(own, str(store.storage), (), None, "cpu")
     (result,) = json.loads((tmp_path / "own/results.json").read_bytes())
-    assert result.validation.rows == on_own.rows
-    assert result.validation.fvu == pytest.approx(on_own.fvu)
+    assert result["validation"]["rows"] == on_own.rows
+    assert result["validation"]["fvu"] == pytest.approx(on_own.fvu)
     (on_all,) = evaluate_coder(every, str(store.storage), (), None, "cpu")
     assert on_own.rows < on_all.rows
 

@@ -65,19 +65,19 @@ def command(*words: object, code: int = 0) -> str:
     return result.stdout if code == 0 else result.stderr
 
 
-def download(place: Storage, folder: Path) -> Path:
+def download(storage: Storage, folder: Path) -> Path:
     """All objects as files, by no code that copies stores."""
-    for name in place.object_names():
+    for name in storage.object_names():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(place.read(name))
+        file.write_bytes(storage.read(name))
     return folder
 
 
-def marks(place: Storage) -> int:
+def marks(storage: Storage) -> int:
     """Marks of activations."""
     return sum(
-        "/layers." in name and ".partial" not in name for name in place.object_names("marks")
+        "/layers." in name and ".partial" not in name for name in storage.object_names("marks")
     )
 
 
@@ -156,9 +156,9 @@ def test_copies_go_both_ways_and_on_after_a_stop(
 
 
 def files_alike(url: str, folder: Path) -> bool:
-    place, other = open_storage(url), open_storage(folder)
-    names = [name for name in place.object_names() if name.startswith("arrays.zarr/")]
-    return all(place.read(name) == other.read(name) for name in names)
+    storage, other = open_storage(url), open_storage(folder)
+    names = [name for name in storage.object_names() if name.startswith("arrays.zarr/")]
+    return all(storage.read(name) == other.read(name) for name in names)
 
 
 def test_a_removal_that_stops_leaves_no_store_and_goes_on(
@@ -322,22 +322,22 @@ def test_processes_take_care_of_a_bucket(made: tuple[Path, str], url: str, tmp_p
 
 
 def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
-    for words, told in (
+    for words, message in (
         (("info", "s3://nobody-has-it/a"), "there is no such bucket"),
         (("list", "s3://nobody-has-it"), "there is no such bucket"),
         (("info", "s3://key:secret@shared/a"), "must not hold credentials"),
         (("info", f"{s3}/nothing"), "is no store"),
         (("list", f"{s3}/nothing"), "a root must be"),
     ):
-        told_in = command(*words, code=2)
-        assert told in told_in
-        assert len(told_in.splitlines()) == 1
-        assert "secret" not in told_in
+        output = command(*words, code=2)
+        assert message in output
+        assert len(output.splitlines()) == 1
+        assert "secret" not in output
 
 
 def test_nothing_secret_gets_into_a_store(made: tuple[Path, str]) -> None:
-    place = open_storage(made[1])
-    content = b"".join(place.read(name) for name in place.object_names())
+    storage = open_storage(made[1])
+    content = b"".join(storage.read(name) for name in storage.object_names())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         assert os.environ[name].encode() not in content
 
@@ -363,20 +363,22 @@ def test_a_place_on_a_server_that_fails_a_third_of_the_time(
     monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.33) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-        place = open_storage(f"s3://{servers.BUCKET}/{tmp_path.name}")
+        storage = open_storage(f"s3://{servers.BUCKET}/{tmp_path.name}")
         for number in range(4):
             data = b"%d" % number
-            assert place.create(f"a{number}", data)
-            assert not place.create(f"a{number}", b"other")
-            temporary = place.write_temporary("large", "key", (data * (1 << 20) for _ in range(11)))
-            assert place.publish(temporary, "large")
-            assert b"".join(place.read_pieces("large")) == data * (11 << 20)
-            assert place.create_copy(f"a{number}", f"b{number}")
-            place.replace(f"a{number}", b"new")
-            place.delete(temporary)
-            assert place.size(temporary) is None
-            assert len(list(place.object_names())) == 2 * number + 3
-        assert len(place.children()) == 9
+            assert storage.create(f"a{number}", data)
+            assert not storage.create(f"a{number}", b"other")
+            temporary = storage.write_temporary(
+                "large", "key", (data * (1 << 20) for _ in range(11))
+            )
+            assert storage.publish(temporary, "large")
+            assert b"".join(storage.read_pieces("large")) == data * (11 << 20)
+            assert storage.create_copy(f"a{number}", f"b{number}")
+            storage.replace(f"a{number}", b"new")
+            storage.delete(temporary)
+            assert storage.size(temporary) is None
+            assert len(list(storage.object_names())) == 2 * number + 3
+        assert len(storage.children()) == 9
 
 
 @pytest.mark.slow
@@ -406,14 +408,14 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
     write_corpus(tmp_path / "corpus.jsonl", documents=160)
     config = small_config(tmp_path, rows=8_000, part_rows=384)
     url, whole = f"{s3}/{tmp_path.name}", tmp_path / "whole"
-    place, draw = open_storage(url), random.Random(4)
+    storage, draw = open_storage(url), random.Random(4)
     victims = ["command"] * 3 + ["worker"] * 6
     draw.shuffle(victims)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 6, share) as proxy:
         process = start(collect_on_server, config, url, proxy)
         for victim in victims:
-            goal = marks(place) + draw.randrange(1, 6)
-            wait_for(lambda least=goal: marks(place) >= least, 240)
+            goal = marks(storage) + draw.randrange(1, 6)
+            wait_for(lambda least=goal: marks(storage) >= least, 240)
             assert process.is_alive()
             if victim == "worker":
                 os.kill(draw.choice(workers_of(process)), signal.SIGKILL)
@@ -421,14 +423,14 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
                 process.kill()
                 process.join()
                 process = start(collect_on_server, config, url, proxy)
-        so_far = marks(place)
+        so_far = marks(storage)
         process.join()
     assert process.exitcode == 0
     collect(config, whole)
     assert (
-        so_far < marks(place) == marks(open_storage(whole))
+        so_far < marks(storage) == marks(open_storage(whole))
     )  # there was something to do to the end
-    path = download(place, tmp_path / "store")
+    path = download(storage, tmp_path / "store")
     assert equal(path, whole)
     assert clean(path)
     assert {finding.fault for finding in verify(url).findings} <= {"leftover"}

@@ -60,21 +60,21 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
 @pytest.fixture
 def store(memory: MemoryStore) -> ObjectStorage:
     """A store of one part."""
-    place = ObjectStorage("gs://in-memory/store")
+    storage = ObjectStorage("gs://in-memory/store")
     content = {
         "format": "mpcache", "format_version": 1, "fingerprint": digest(IDENTITY),
         "identity": IDENTITY, "layout": dataclasses.asdict(LAYOUT), "config": {},
         "provenance": {"model": {"model": "m"}, "dataset": {"dataset": "d"}},
     }  # fmt: skip
-    place.create("store.json", seal(content))
-    writer = Writer(place, LAYOUT, digest(IDENTITY))
+    storage.create("store.json", seal(content))
+    writer = Writer(storage, LAYOUT, digest(IDENTITY))
     for array in ("tokens", "rows/sequence", "rows/position", ARRAY):
         writer.grow(array, 1, 3)
     progress = TokenProgress(cursor=(0, 0), next_cursor=(1, 0), last=True)
     writer.commit_tokens(0, np.zeros((2, 4), np.uint8), None, progress)
     writer.commit_rows(0, np.arange(8))
     writer.commit_acts(0, ARRAY, torch.randn(8, 3))
-    return place
+    return storage
 
 
 # --- copies ---
@@ -90,10 +90,10 @@ def test_a_source_that_breaks_off_is_no_fault_of_the_target(
         yield from [b"x" * 60] * 8
         raise ConnectionError("the source is gone")
 
-    place = ObjectStorage("gs://in-memory/target")
+    storage = ObjectStorage("gs://in-memory/target")
     with pytest.raises(ConnectionError, match="the source is gone"):
-        place.write_temporary("a", "key", pieces())
-    assert list(place.object_names()) == []
+        storage.write_temporary("a", "key", pieces())
+    assert list(storage.object_names()) == []
 
 
 def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: ObjectStorage) -> None:
@@ -114,10 +114,10 @@ def test_no_copy_goes_on_with_what_a_removal_left(
 ) -> None:
     url, delete = "gs://in-memory/copy", ObjectStorage.delete
     copy(store, url)
-    place = open_storage(url)
-    count = len(list(place.object_names()))
+    storage = open_storage(url)
+    count = len(list(storage.object_names()))
     for kept in range(count - 1, 0, -1):  # a removal is stopped again and again
-        deleted = len(list(place.object_names())) - kept
+        deleted = len(list(storage.object_names())) - kept
 
         def stopped(self: ObjectStorage, name: str) -> None:
             nonlocal deleted
@@ -131,7 +131,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
             patch.setattr(object_store, "request_threads", InTurn)
             with pytest.raises(KeyboardInterrupt):
                 remove(plan_removal(url))
-        left = set(place.object_names())
+        left = set(storage.object_names())
         assert (
             not any(n.startswith("marks") for n in left)
             or {n for n in store.object_names() if n.startswith("arrays.zarr")} <= left
@@ -139,7 +139,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
         with pytest.raises(ValueError, match=f"finish that with mpcache remove {url}"):
             copy(store, url)
     remove(plan_removal(url))
-    assert not place.exists()
+    assert not storage.exists()
     copy(store, url)
     assert verify(url).findings == ()
 
@@ -184,14 +184,14 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
     def careless(*arguments: Any, mode: str = "overwrite", **options: Any) -> Any:
         return put(*arguments, **options)
 
-    place = ObjectStorage("gs://in-memory/store")
+    storage = ObjectStorage("gs://in-memory/store")
     with monkeypatch.context() as patch:
         patch.setattr(obstore, "put", careless)
         with pytest.raises(ValueError, match="ignores If-None-Match"):
-            place.create("a", b"1")
-        assert list(place.object_names()) == []
-    assert place.create("a", b"1")
-    assert list(place.object_names()) == ["a"]
+            storage.create("a", b"1")
+        assert list(storage.object_names()) == []
+    assert storage.create("a", b"1")
+    assert list(storage.object_names()) == ["a"]
 
 
 @pytest.mark.usefixtures("memory")
@@ -247,8 +247,8 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
     large = dataclasses.replace(LAYOUT, part_rows=1 << 20)
     check_object_size(store, large, [1192])
     check_object_size(open_storage(tmp_path), large, [1 << 20])
-    told = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
-    with pytest.raises(ValueError, match=told):
+    message = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
+    with pytest.raises(ValueError, match=message):
         check_object_size(store, large, [64, 1193])
     monkeypatch.setattr(ObjectStorage, "max_object_bytes", 8 * 3 * 4 - 1)
     target = "gs://in-memory/other"

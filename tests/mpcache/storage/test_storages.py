@@ -18,9 +18,9 @@ from mpcache.storage import local as folder
 from mpcache.storage.base import Storage, open_storage
 
 
-def read(place: Storage, name: str, offset: int, *lengths: int) -> bytes:
+def read(storage: Storage, name: str, offset: int, *lengths: int) -> bytes:
     buffers = [np.empty(length, np.uint8) for length in lengths]
-    place.read_into(name, offset, buffers)
+    storage.read_into(name, offset, buffers)
     return b"".join(one.tobytes() for one in buffers)
 
 
@@ -30,7 +30,7 @@ KINDS = ("folder", "s3", "memory")
 
 
 @pytest.fixture(params=KINDS)
-def place(
+def storage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Storage:
     """A new place; in memory, obstore's own stand-in for a server that is not Amazon's."""
@@ -60,68 +60,80 @@ OPERATIONS = st.one_of(
 @hypothesis.given(st.lists(OPERATIONS, max_size=12))
 @hypothesis.example([("create", "a", b"0"), ("create_copy", "a", "b/c")])  # the folder is not there
 @hypothesis.example([("write_temporary", "a", b"0"), ("publish", "a", "d/e/f")])
-def test_a_place_is_a_dictionary(place: Storage, operations: list[tuple[str, str, object]]) -> None:
-    for name in list(place.object_names()):
-        place.delete(name)
-    told: dict[str, bytes] = {}
+def test_a_place_is_a_dictionary(
+    storage: Storage, operations: list[tuple[str, str, object]]
+) -> None:
+    for name in list(storage.object_names()):
+        storage.delete(name)
+    expected: dict[str, bytes] = {}
     for what, name, more in operations:
         if what == "create":
-            assert place.create(name, more) == (name not in told)
-            told.setdefault(name, more)
+            assert storage.create(name, more) == (name not in expected)
+            expected.setdefault(name, more)
         elif what == "replace":
-            place.create(name, b"")
-            place.replace(name, more)
-            told[name] = more
+            storage.create(name, b"")
+            storage.replace(name, more)
+            expected[name] = more
         elif what == "write_temporary":
-            told[f"{name}.key.partial"] = more
-            assert place.write_temporary(name, "key", [more[:5], more[5:]]) == f"{name}.key.partial"
+            expected[f"{name}.key.partial"] = more
+            assert (
+                storage.write_temporary(name, "key", [more[:5], more[5:]]) == f"{name}.key.partial"
+            )
         elif what == "publish":
             temporary = f"{name}.key.partial"
-            assert place.publish(temporary, more) == (temporary in told)
-            if temporary in told:
-                told[more] = told[temporary]
-                if place.size(temporary) is None:
-                    del told[temporary]
+            assert storage.publish(temporary, more) == (temporary in expected)
+            if temporary in expected:
+                expected[more] = expected[temporary]
+                if storage.size(temporary) is None:
+                    del expected[temporary]
         elif what == "delete":
-            place.delete(name)
-            told.pop(name, None)
-        elif name in told:
-            linked = place.create_copy(name, more)
+            storage.delete(name)
+            expected.pop(name, None)
+        elif name in expected:
+            linked = storage.create_copy(name, more)
             # a link that is there already may count as the one that was asked for
-            assert linked or more in told
-            assert not linked or told.setdefault(more, told[name]) == told[name]
+            assert linked or more in expected
+            assert not linked or expected.setdefault(more, expected[name]) == expected[name]
         else:
             with pytest.raises(FileNotFoundError):
-                place.create_copy(name, more)
-    assert {name: place.read(name) for name in place.object_names()} == told
-    assert list(place.object_names("b")) == [n for n in place.object_names() if n.startswith("b/")]
-    assert {name: place.size(name) for name in told} == {n: len(d) for n, d in told.items()}
-    assert {name: b"".join(place.read_pieces(name)) for name in told} == told
-    assert set(place.children()) >= {name.partition("/")[0] for name in told}
+                storage.create_copy(name, more)
+    assert {name: storage.read(name) for name in storage.object_names()} == expected
+    assert list(storage.object_names("b")) == [
+        n for n in storage.object_names() if n.startswith("b/")
+    ]
+    assert {name: storage.size(name) for name in expected} == {
+        n: len(d) for n, d in expected.items()
+    }
+    assert {name: b"".join(storage.read_pieces(name)) for name in expected} == expected
+    assert set(storage.children()) >= {name.partition("/")[0] for name in expected}
 
 
-def test_what_is_not_there(place: Storage) -> None:
-    assert not place.exists()
-    assert not place.exists("a")
-    assert place.size("a") is None
-    assert list(place.object_names()) == place.children() == []
-    assert not place.publish("a", "b")
-    place.delete("a")
-    for ask in (place.read, lambda n: list(place.read_pieces(n)), lambda n: read(place, n, 0, 1)):
+def test_what_is_not_there(storage: Storage) -> None:
+    assert not storage.exists()
+    assert not storage.exists("a")
+    assert storage.size("a") is None
+    assert list(storage.object_names()) == storage.children() == []
+    assert not storage.publish("a", "b")
+    storage.delete("a")
+    for ask in (
+        storage.read,
+        lambda n: list(storage.read_pieces(n)),
+        lambda n: read(storage, n, 0, 1),
+    ):
         with pytest.raises(FileNotFoundError):
             ask("a")
 
 
-def test_ranges_are_exact_or_refused(place: Storage) -> None:
-    place.create("a", b"0123456789")
-    assert read(place, "a", 3, 4) == b"3456"
-    assert read(place, "a", 3, 1, 0, 3) == b"3456"
+def test_ranges_are_exact_or_refused(storage: Storage) -> None:
+    storage.create("a", b"0123456789")
+    assert read(storage, "a", 3, 4) == b"3456"
+    assert read(storage, "a", 3, 1, 0, 3) == b"3456"
     for offset, length in ((8, 3), (10, 1), (40, 1)):
         with pytest.raises(ValueError, match=f"ends before byte {offset + length}"):
-            read(place, "a", offset, length)
+            read(storage, "a", offset, length)
 
 
-def test_much_is_read_in_several_calls(place: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_much_is_read_in_several_calls(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many buffers there are, and however little the system gives at a time."""
     monkeypatch.setattr(folder, "_CALL", 300)
     monkeypatch.setattr(folder, "_CALL_BUFFERS", 3)
@@ -134,32 +146,32 @@ def test_much_is_read_in_several_calls(place: Storage, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "preadv", little)
     whole = np.random.default_rng(0).bytes(3000)
-    place.create("a", whole)
-    assert read(place, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == whole[5 : 5 + 1403]
+    storage.create("a", whole)
+    assert read(storage, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == whole[5 : 5 + 1403]
     with pytest.raises(ValueError, match="ends before byte 3001"):
-        read(place, "a", 2900, 50, 51)
+        read(storage, "a", 2900, 50, 51)
 
 
 def test_large_objects_go_and_come_in_parts(
-    place: Storage, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
     whole = bytes(range(256)) * (52 << 10)
     pieces = (whole[start : start + 700_001] for start in range(0, len(whole), 700_001))
-    assert place.publish(place.write_temporary("large", "key", pieces), "large")
-    assert place.size("large") == len(whole)
-    assert b"".join(place.read_pieces("large")) == whole
-    assert read(place, "large", 9 << 20, 300) == whole[9 << 20 :][:300]
+    assert storage.publish(storage.write_temporary("large", "key", pieces), "large")
+    assert storage.size("large") == len(whole)
+    assert b"".join(storage.read_pieces("large")) == whole
+    assert read(storage, "large", 9 << 20, 300) == whole[9 << 20 :][:300]
 
 
-def test_of_many_at_once_one_creates(place: Storage) -> None:
-    place.create("other", b"")
+def test_of_many_at_once_one_creates(storage: Storage) -> None:
+    storage.create("other", b"")
     results: list[bool] = []
     start = threading.Barrier(6)
 
     def create(data: bytes) -> None:
         start.wait()
-        results.append(place.create("mark", data))
+        results.append(storage.create("mark", data))
 
     threads = [threading.Thread(target=create, args=(b"%d" % n,)) for n in range(6)]
     for thread in threads:
@@ -169,36 +181,36 @@ def test_of_many_at_once_one_creates(place: Storage) -> None:
     assert sorted(results) == [False] * 5 + [True]
 
 
-def test_text_and_pickle_lead_back(place: Storage) -> None:
-    place.create("a", b"1")
-    assert open_storage(place.address).read("a") == b"1"
-    assert pickle.loads(pickle.dumps(place)).read("a") == b"1"
-    assert place.child("b").create("c", b"2")
-    assert place.read("b/c") == b"2"
-    assert place.child("b").name == "b"
-    assert place.child("b").is_within(place)
-    assert place.is_within(place)
-    assert not place.is_within(place.child("b"))
-    assert not place.child("bc").is_within(place.child("b"))
+def test_text_and_pickle_lead_back(storage: Storage) -> None:
+    storage.create("a", b"1")
+    assert open_storage(storage.address).read("a") == b"1"
+    assert pickle.loads(pickle.dumps(storage)).read("a") == b"1"
+    assert storage.child("b").create("c", b"2")
+    assert storage.read("b/c") == b"2"
+    assert storage.child("b").name == "b"
+    assert storage.child("b").is_within(storage)
+    assert storage.is_within(storage)
+    assert not storage.is_within(storage.child("b"))
+    assert not storage.child("bc").is_within(storage.child("b"))
 
 
-def test_nothing_is_left_of_what_is_removed(place: Storage) -> None:
-    kept = place.child("kept-beside")
+def test_nothing_is_left_of_what_is_removed(storage: Storage) -> None:
+    kept = storage.child("kept-beside")
     kept.create("store.json", b"other")
-    store = place.child("kept")
+    store = storage.child("kept")
     for name in ("store.json", "arrays.zarr/a/c/0", "marks/0/a.json"):
         store.create(name, b"1")
     store.delete_all("store.json", "store.json.rest.partial", "marks")
     assert not store.exists()
     assert kept.read("store.json") == b"other"
-    assert list(place.object_names()) == ["kept-beside/store.json"]
+    assert list(storage.object_names()) == ["kept-beside/store.json"]
 
 
 # --- names ---
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "message"),
     [
         ("s3://key:secret@shared/a", "credentials"),
         ("s3://key:secret/with@shared/a", "credentials"),
@@ -216,8 +228,8 @@ def test_nothing_is_left_of_what_is_removed(place: Storage) -> None:
         ("s3://sha\x1b[31mred/a", "a store must be"),
     ],
 )
-def test_urls_that_lead_astray(url: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told) as error:
+def test_urls_that_lead_astray(url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
         open_storage(url)
     assert "secret" not in str(error.value)
     assert str(error.value).isprintable()
@@ -231,11 +243,11 @@ def test_a_url_that_became_a_path_is_told() -> None:
 
 @pytest.mark.parametrize("key", ["a//b", "a/../b", "con\x1btrol", ".."])
 def test_keys_that_no_store_has_are_refused_by_name(s3: str, tmp_path: Path, key: str) -> None:
-    place = open_storage(f"{s3}/{tmp_path.name}")
-    place.create("marks/0/tokens.json", b"1")
+    storage = open_storage(f"{s3}/{tmp_path.name}")
+    storage.create("marks/0/tokens.json", b"1")
     put_raw(f"{tmp_path.name}/marks/{key}", b"2")
     with pytest.raises(DamagedStoreError, match="a name that no store has") as error:
-        list(place.object_names("marks"))
+        list(storage.object_names("marks"))
     assert str(error.value).isprintable()
 
 
@@ -254,15 +266,15 @@ def put_raw(key: str, data: bytes) -> None:
 
 
 def test_a_bucket_that_is_not_there(s3: str) -> None:
-    place = open_storage("s3://nobody-has-it/a")
+    storage = open_storage("s3://nobody-has-it/a")
     for ask in (
-        lambda: place.exists("store.json"),
-        lambda: place.read("store.json"),
-        lambda: place.create("store.json", b""),
-        lambda: list(place.object_names()),
-        place.children,
-        lambda: place.publish("a", "b"),
-        lambda: place.write_temporary("a", "key", [b""]),
+        lambda: storage.exists("store.json"),
+        lambda: storage.read("store.json"),
+        lambda: storage.create("store.json", b""),
+        lambda: list(storage.object_names()),
+        storage.children,
+        lambda: storage.publish("a", "b"),
+        lambda: storage.write_temporary("a", "key", [b""]),
     ):
         with pytest.raises(NotADirectoryError, match="no such bucket"):
             ask()
@@ -312,7 +324,7 @@ def test_plain_http_is_for_this_machine_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind", "told"),
+    ("raised", "kind", "message"),
     [
         (
             exceptions.GenericError("GET http://169.254.169.254/token - 403"),
@@ -334,8 +346,8 @@ def test_plain_http_is_for_this_machine_alone() -> None:
         (FileNotFoundError("<Code>NoSuchBucket</Code>"), NotADirectoryError, "no such bucket"),
     ],
 )
-def test_errors_of_servers_in_words(raised: Exception, kind: type[OSError], told: str) -> None:
-    with pytest.raises(kind, match=told) as error, cloud.translate_errors("gs://shared/a"):
+def test_errors_of_servers_in_words(raised: Exception, kind: type[OSError], message: str) -> None:
+    with pytest.raises(kind, match=message) as error, cloud.translate_errors("gs://shared/a"):
         raise raised
     assert type(error.value) is kind
     assert "gs://shared/a" in str(error.value)

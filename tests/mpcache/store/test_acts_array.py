@@ -13,7 +13,6 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.store import acts_array, reader
 from mpcache.store.reader import Store, open_store
 from tests.helpers.damage import flip
-from tests.helpers.paths import GOLDEN
 from tests.helpers.stores import small_store
 
 SIDE = "layers.1.mlp:output"
@@ -111,9 +110,9 @@ def test_damage_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", [acts_array, reader])
 def test_examples_run_in_a_folder_with_a_store(
-    module: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: object, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "store").symlink_to(GOLDEN / "store-v1")
+    (tmp_path / "store").symlink_to(path)
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(module, extraglobs={"open_store": open_store})  # type: ignore[arg-type]
     assert result.attempted >= 3

@@ -114,9 +114,9 @@ def test_values_are_put_where_they_are_wanted(codec: Codec, start: int, stop: in
 def test_any_changed_byte_is_refused(codec: Codec, chunks: int) -> None:
     spec = spec_of((chunks, 4, 1, 5), "uint16", codec)
     encoded = b"".join(encode_part(spec, draw_values(spec, 0, zeros=False)))
-    for place in range(len(encoded)):
+    for index in range(len(encoded)):
         changed = bytearray(encoded)
-        changed[place] ^= 1 << place % 8
+        changed[index] ^= 1 << index % 8
         with pytest.raises(ValueError, match="CRC32C mismatch"):
             decoded(spec, bytes(changed), 0, spec.part_shape[0])
 

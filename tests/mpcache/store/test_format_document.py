@@ -106,9 +106,9 @@ def test_seals_digests_and_moments_are_as_told(made: Path) -> None:
         content = json.loads(file.read_bytes())
         spelled = json.dumps(content, indent=1, sort_keys=True) + "\n"
         assert file.read_text() == spelled
-        told = content.pop("digest")
+        digest = content.pop("digest")
         rest = json.dumps(content, indent=1, sort_keys=True) + "\n"
-        assert hashlib.sha256(rest.encode()).hexdigest() == told
+        assert hashlib.sha256(rest.encode()).hexdigest() == digest
     for array in store.arrays:
         for part in store.part_numbers(array):
             values = store.read_part(array, part)

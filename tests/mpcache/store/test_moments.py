@@ -28,9 +28,9 @@ def test_measures_what_float64_says(
     draw = torch.Generator().manual_seed(seed)
     x_RW = torch.randn(rows, width, generator=draw) * torch.logspace(-3, 2, width)
     x_RW[:, 0] += offset
-    for place in torch.randint(rows, (broken,), generator=draw):
-        bad = (float("nan"), float("inf"), -float("inf"))[int(place) % 3]
-        x_RW[place, int(place) % width] = bad
+    for row in torch.randint(rows, (broken,), generator=draw):
+        bad = (float("nan"), float("inf"), -float("inf"))[int(row) % 3]
+        x_RW[row, int(row) % width] = bad
     x_RW = x_RW.to(dtype)
     exact = x_RW.double().numpy()
     finite = exact[np.isfinite(exact).all(axis=1)]

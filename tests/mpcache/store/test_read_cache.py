@@ -177,8 +177,8 @@ def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: P
         "--cache-dir",
         str(run.cache_dir),
     ]
-    told = CliRunner().invoke(app, words).stdout
-    assert f" GB of it from {url}, the rest from {run.cache_dir}; nothing was written" in told
+    output = CliRunner().invoke(app, words).stdout
+    assert f" GB of it from {url}, the rest from {run.cache_dir}; nothing was written" in output
 
 
 def test_the_benchmark_reads_from_a_tier(
@@ -232,15 +232,15 @@ def test_the_whole_folder_may_go_while_it_is_read(made: tuple[Path, str], tmp_pa
 
 
 def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
-    place, folder = open_storage(own), tmp_path / "cache"
+    storage, folder = open_storage(own), tmp_path / "cache"
     name = "arrays.zarr/acts/layers.0/output/c/0/0"
-    data = place.read(name)
-    place.replace(name, data[:40] + b"?" + data[41:])
+    data = storage.read(name)
+    storage.replace(name, data[:40] + b"?" + data[41:])
     with pytest.raises(DamagedStoreError, match="0/0 is damaged"):
         open_store(own, str(folder)).acts.read_chunk("layers.0", "output", 0, 0)
     (index,) = kept(folder).values()  # which is whole
     assert data.endswith(index)
-    place.replace(name, data)
+    storage.replace(name, data)
     assert same(everything(open_store(own, str(folder))), everything(open_store(own)))
 
 
@@ -283,9 +283,9 @@ def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
 
 def warned(store: Store, match: str) -> list[torch.Tensor]:
     """Everything, with one warning, however many threads and reads there are."""
-    with pytest.warns(RuntimeWarning, match=match) as told:
+    with pytest.warns(RuntimeWarning, match=match) as warnings:
         found, again = everything(store), everything(store)
-    assert len(told) == 1
+    assert len(warnings) == 1
     assert same(found, again)
     return found
 
@@ -359,18 +359,18 @@ def test_processes_and_threads_share_a_tier(made: tuple[Path, str], tmp_path: Pa
         other.stdin.close()
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(everything, [open_store(url, folder) for _ in range(2)]))
-        told = [float(line) for line in other.stdout]
+        sums = [float(line) for line in other.stdout]
     wanted = everything(open_store(path))
     assert same(found[0], wanted)
     assert same(found[1], wanted)
-    assert told == [float(x.double().sum()) for x in wanted[: len(told)]] != []
+    assert sums == [float(x.double().sum()) for x in wanted[: len(sums)]] != []
     assert all(NAME.fullmatch(name) for name in kept(tmp_path / "cache"))
 
 
 def test_no_two_take_the_same_room(
     made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fstat, place = os.fstat, open_storage(made[1])
+    fstat, storage = os.fstat, open_storage(made[1])
 
     def slow(descriptor: int) -> os.stat_result:
         found = fstat(descriptor)
@@ -380,7 +380,7 @@ def test_no_two_take_the_same_room(
     monkeypatch.setattr(os, "fstat", slow)
 
     def keep(number: int) -> None:
-        one = read_cache.ReadCache(str(tmp_path / "cache"), 1000, place, "digest")
+        one = read_cache.ReadCache(str(tmp_path / "cache"), 1000, storage, "digest")
         content = np.full(30, number, np.uint8)
         one.read_through(
             f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30)
@@ -414,8 +414,8 @@ def test_what_is_no_tier(made: tuple[Path, str], tmp_path: Path) -> None:
         fixed += ["--rows", "64", "--batch-rows", "64", "--dry-run"]
         result = CliRunner().invoke(app, [*fixed, *words])
         assert result.exit_code == 2, result.output
-        (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-        return told
+        (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        return message
 
     assert "so it would save nothing" in refused(path, "--cache-dir", str(tmp_path / "cache"))
     assert "must be a local folder" in refused(url, "--cache-dir", "s3://shared/cache")

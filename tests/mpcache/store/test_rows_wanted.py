@@ -36,11 +36,11 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
     for wanted in (380, 5000):  # as many parts as there are, and more
         given = ["collect", *options(folder, wanted), "--root", str(folder / "root")]
         for _ in range(2):  # again with everything there
-            told = CliRunner().invoke(app, given)
-            assert told.exit_code == 0, told.output
+            result = CliRunner().invoke(app, given)
+            assert result.exit_code == 0, result.output
             (entry,) = list_stores(folder / "root")
             expected = f"warning: {entry.rows:,} rows of {wanted:,} wanted: the dataset ended"
-            assert expected in told.stderr
+            assert expected in result.stderr
             assert 0 < entry.rows < 380
     store = str(folder / "root" / entry.store)
     # an extension is known by the parts that it made room for

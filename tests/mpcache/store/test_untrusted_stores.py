@@ -97,9 +97,9 @@ def in_one_line(result, codes: tuple[int, ...] = (1, 2)) -> str:
     assert result.exit_code in codes, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     assert "\x1b[31m" not in result.output
-    told = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(told) == 1, result.stderr
-    return told[0]
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
 
 
 def all_commands(made: Path, store: Path) -> dict[str, Callable[[], Any]]:
@@ -298,8 +298,8 @@ def test_anything_at_all_in_a_json_file_is_refused(
 ) -> None:
     (store / file).write_bytes(data)
     for what in ("copy", "convert"):
-        told = in_one_line(all_commands(made, store)[what](), (1,))
-        assert "damaged" in told
+        message = in_one_line(all_commands(made, store)[what](), (1,))
+        assert "damaged" in message
     assert command("verify", store).exit_code == 1
 
 
@@ -358,11 +358,11 @@ LINKS = [
 def test_links_out_of_a_store_are_never_followed(
     made: Path, store: Path, outside: Path, name: str, dangling: bool
 ) -> None:
-    place = store / name
-    is_folder = place.is_dir()
-    shutil.rmtree(place) if is_folder else place.unlink()
+    path = store / name
+    is_folder = path.is_dir()
+    shutil.rmtree(path) if is_folder else path.unlink()
     target = outside / ("nothing" if dangling else "c/.." if is_folder else "secret")
-    place.symlink_to(target)
+    path.symlink_to(target)
     is_seen = [f for f in verify(store).findings if f.path == name or f.path.startswith(name)]
     assert is_seen or name == "marks/2/layers.0"
     results = {what: call() for what, call in all_commands(made, store).items()}
@@ -384,17 +384,17 @@ def test_a_place_with_a_link_in_it_is_not_written_to(
 ) -> None:
     """Also where half a copy is there that this one would go on with."""
     for begun in (False, True):
-        place = tmp_path / f"place{begun}"
-        place.mkdir()
+        target = tmp_path / f"place{begun}"
+        target.mkdir()
         if begun and name != "store.json.incoming.partial":
-            shutil.copy(made / "store/store.json", place / "store.json.incoming.partial")
-        (place / name).symlink_to(outside / ("" if "." not in name[6:] else "store.json"))
-        in_one_line(command("copy", made / "store", place))
-        in_one_line(command("convert", made / "store", place, "--codec", "lz4"))
-        model = (made / "model", made / "corpus.jsonl", place, "--hookpoints", "layers.0")
+            shutil.copy(made / "store/store.json", target / "store.json.incoming.partial")
+        (target / name).symlink_to(outside / ("" if "." not in name[6:] else "store.json"))
+        in_one_line(command("copy", made / "store", target))
+        in_one_line(command("convert", made / "store", target, "--codec", "lz4"))
+        model = (made / "model", made / "corpus.jsonl", target, "--hookpoints", "layers.0")
         if not name.endswith(".partial"):  # a stale temporary file is in nobody's way
             in_one_line(command("collect", *model, *COLLECT))
-        assert (place / name).is_symlink()
+        assert (target / name).is_symlink()
 
 
 def test_a_store_reached_by_a_link_is_the_users_choice(made: Path, tmp_path: Path) -> None:
