@@ -162,7 +162,7 @@ def own_methods(config: PursuitBenchConfig, direct: Coder) -> list[CodingMethod]
         "shortlist bfloat16": _with_config(direct, {**short, "score_dtype": "bfloat16"}),
         "topk": _linear_coder(direct, "topk"),
     }
-    if direct.latents % direct.config.k == 0:
+    if direct.latents % direct.k == 0:
         coders["groupmax"] = _linear_coder(direct, "groupmax")
     return [_method_of(name, coder) for name, coder in coders.items()]
 
@@ -205,7 +205,7 @@ def bare_products(coder: Coder) -> CodingMethod:
         W_MD, rows = coder.decoder_ME, max(1, (1 << 21) // coder.latents)
         for x_bD in torch.split(x_BD, rows):
             score_bM = x_bD.new_empty(len(x_bD), coder.latents)
-            for _ in range(coder.config.k):
+            for _ in range(coder.k):
                 argmax(torch.mm(x_bD, W_MD.T, out=score_bM))
 
     return CodingMethod(

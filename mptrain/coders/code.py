@@ -18,6 +18,9 @@ class Code(NamedTuple):
     residual_BD: Tensor | None = None
     "`[B, D]` part of the input that a pursuit leaves; None for other encoders"
 
+    pre_BM: Tensor | None = None
+    "`[B, M]` pre-activations, where a loss of the encoder depends on them"
+
     def detached(self) -> "Code":
         """The entries alone, without gradients: what may be kept of many rows."""
         return Code(self.idx_BK, self.val_BK.detach())

@@ -53,7 +53,8 @@ class Coder(nn.Module):
         _check_widths(config, input_width, target_width)
         self.config = config
         self.latents = config.latents_of(input_width)
-        self.check_k(config.k)
+        if config.k is not None:
+            self.check_k(config.k)
         self.b_D = zeros(input_width, trained=config.bias)
         self.c_E = None if config.kind == "sae" else zeros(target_width, trained=config.bias)
         self.encoder = make_encoder(config, input_width)
@@ -73,6 +74,11 @@ class Coder(nn.Module):
     def decoder_ME(self) -> Tensor:
         """What each latent adds to the prediction: `[M, E]`, or a block that all blocks share."""
         return self.decoder.rows(self.encoder.dictionary_MD)
+
+    @property
+    def k(self) -> int:
+        """Latents of a row: K, or as many as there are where the architecture has no K."""
+        return self.latents if self.config.k is None else self.config.k
 
     @property
     def output_bias_E(self) -> Tensor:
@@ -97,7 +103,7 @@ class Coder(nn.Module):
             UsageError: this coder cannot be run with such a `k` or such codes.
         """
         over_batch = over_batch or k not in (None, self.config.k)
-        k = self.config.k if k is None else self.check_k(k)
+        k = self.k if k is None else self.check_k(k)
         codes = self.config.codes if codes is None else self.check_codes(codes)
         threshold = None
         if self.batch_threshold is not None:

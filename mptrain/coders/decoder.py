@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         self.config = config
         is_sae, subtracts_own = config.kind == "sae", config.subtract == "predicting"
         latents = config.latents_of(input_width)
-        rows = latents // config.k if config.blocks == "selecting" else latents
+        rows = latents // config.required_k if config.blocks == "selecting" else latents
         is_tied = is_sae and config.architecture.is_pursuit and not subtracts_own
         self.starts_as_encoder = not is_tied and (is_sae or subtracts_own)
         self.V_ME = None if is_tied else zeros(rows, target_width)

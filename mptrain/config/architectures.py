@@ -30,6 +30,8 @@ class Architecture:
     "module of `mptrain.coders.encoders`"
     options: frozenset[str]
     "options that apply to it, of those that do not apply to every architecture"
+    needs_k: bool = True
+    "K says how many latents a row has; otherwise a loss makes codes sparse"
     has_threshold: bool = False
     "a threshold keeps K latents a row on average, instead of K in each row"
     entries: int = 1

@@ -135,8 +135,8 @@ class CoderConfig(CoderSettings):
     "sae: reconstructs its input; transcoder: predicts another side; skip- adds a linear path"
     arch: Arch
     "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
-    k: int
-    "pursuit steps (mp) or active latents (topk) per row"
+    k: int | None = None
+    "pursuit steps (mp) or active latents (topk) per row; None: the architecture has no K"
     expansion: int | None = None
     "latents per dimension of the input"
     latents: int | None = None
@@ -186,7 +186,8 @@ class CoderConfig(CoderSettings):
     def name(self) -> str:
         """Every field that is not default; the name of its folder in a run."""
         size = f"x{self.expansion}" if self.latents is None else f"latents{self.latents}"
-        head = f"{self.sides_name}-{self.kind}-{self.arch}-k{self.k}-{size}-seed{self.seed}"
+        k = "" if self.k is None else f"-k{self.k}"
+        head = f"{self.sides_name}-{self.kind}-{self.arch}{k}-{size}-seed{self.seed}"
         head += "" if self.lr is None else f"-lr{self.lr:g}"
         named = {"inputs", "targets", "kind", "arch", "k", "expansion", "latents", "seed", "lr"}
         rest = [
@@ -197,6 +198,12 @@ class CoderConfig(CoderSettings):
             and getattr(self, f.name) != f.default
         ]
         return "-".join([head, *rest])
+
+    @property
+    def required_k(self) -> int:
+        """`k`, of a coder whose architecture needs it."""
+        assert self.k is not None
+        return self.k
 
     def latents_of(self, input_width: int) -> int:
         """How many latents it has on an input of that width."""
@@ -213,6 +220,8 @@ def all_sides(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
 
 def k_error(config: CoderConfig, k: int, latents: int | None) -> str | None:
     """Why such a coder cannot be run with this K; None where it can, as far as `latents` tell."""
+    if config.k is None:
+        return f"k has no effect on arch {config.arch}, got k={k}; leave it out"
     if k < 1:
         return f"k must be at least 1, got {k}"
     in_blocks = config.blocks != "none"
@@ -280,6 +289,12 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and value < 1:
             yield f"{name} must be at least 1, got {value}"
+    if config.architecture.needs_k != (config.k is not None):
+        yield (
+            f"k has no effect on arch {config.arch}, got k={config.k}; leave it out"
+            if config.k is not None
+            else f"k is missing, arch {config.arch} needs it; give the latents of a row"
+        )
     if (config.expansion is None) == (config.latents is None):
         yield "expansion and latents each say how many latents there are; give one of them"
     for name in ("lr", "clip_norm"):

@@ -124,13 +124,14 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
                 **self._sides(hookpoint, kind),
                 kind=kind,
                 arch=arch,
-                k=k,
+                k=k if ARCHITECTURES[arch].needs_k else None,
                 lr=lr,
                 seed=seed,
                 **size,
                 **{**self._recipe(kind, arch), **changes},
             )
             for hookpoint, kind, k, size, lr, seed, arch in grid
+            if ARCHITECTURES[arch].needs_k or k == self.k[0]
             for changes in self._variants(kind, arch)
         )
 
@@ -197,6 +198,8 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
 
     def _check_all_apply(self) -> None:
         """Refuse what was set and is for none of the coders."""
+        if self.k != FitConfig.k and not any(ARCHITECTURES[arch].needs_k for arch in self.arch):
+            raise UsageError(f"k has no effect on arch {','.join(self.arch)}; leave it out")
         for field in fields(CoderSettings):
             is_set = getattr(self, field.name) != field.default
             if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):

@@ -34,7 +34,8 @@ _BATCH_ROWS = 8192
 class Evaluation:
     """How well a coder does on a set of rows."""
 
-    k: int
+    k: int | None
+    "latents of a row that the coder was run with; None: its architecture has no K"
     codes: Codes | None
     "how the values of a pursuit were computed; None: the coder has an encoder"
     rows: int
@@ -45,8 +46,8 @@ class Evaluation:
     "the same with the rows that the filters leave out, as training does"
     l0: float
     "mean number of distinct latents with a non-zero value"
-    l0_deviation: float
-    "l0 / k - 1"
+    l0_deviation: float | None
+    "l0 / k - 1; None without K"
     dead_share: float
     "share of latents that fired in none of these rows"
 
@@ -57,7 +58,7 @@ class Evaluation:
 
 
 def evaluate(
-    coders: Sequence[tuple[Coder, int, Codes]],
+    coders: Sequence[tuple[Coder, int | None, Codes]],
     batches: Iterable[Batch],
     filters: Filters,
 ) -> list[Evaluation]:
@@ -102,14 +103,14 @@ def evaluate_coder(
         store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)
     sides = tuple(dict.fromkeys(coder.config.sides))
-    ks = [coder.check_k(k) for k in dict.fromkeys([coder.config.k, *other_k])]
+    ks = dict.fromkeys([coder.config.k, *map(coder.check_k, other_k)])
     codes = [coder.check_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(place)
     filters = filters_from_json(trained)
     others = {
         k: at_k(coder, k)
         for k in ks
-        if k != coder.config.k and coder.config.architecture.has_threshold
+        if k is not None and k != coder.config.k and coder.config.architecture.has_threshold
     }
     if others:
         with _loader(store, sides, "train", filters, place) as loader:
@@ -162,7 +163,7 @@ def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -
 class _Tally:
     """Running sums of one coder at one K."""
 
-    def __init__(self, coder: Coder, k: int, codes: Codes, filters: Filters) -> None:
+    def __init__(self, coder: Coder, k: int | None, codes: Codes, filters: Filters) -> None:
         self.coder, self.k, self.codes, self.filters = coder, k, codes, filters
         self.input, self.target = coder.config.sides
         self.kept, self.all = Fvu(), Fvu()
@@ -202,6 +203,6 @@ class _Tally:
             fvu=self.kept.value,
             fvu_all=self.all.value,
             l0=l0,
-            l0_deviation=l0 / self.k - 1,
+            l0_deviation=None if self.k is None else l0 / self.k - 1,
             dead_share=float(1 - self.fired_M[1:].double().mean()),
         )

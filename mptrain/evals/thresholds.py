@@ -58,7 +58,7 @@ class _Sample:
     def __init__(self, coder: Coder, sides: Sides, filters: Filters) -> None:
         self.coder, self.sides, self.filters = coder, sides, filters
         self.rows = 0
-        self.most = coder.config.k * THRESHOLD_ROWS  # weaker ones cannot decide
+        self.most = coder.config.required_k * THRESHOLD_ROWS  # weaker ones cannot decide
         _set_threshold_(coder, coder.b_D.new_zeros(()))  # no entry is dropped
         self.strengths = coder.b_D.new_zeros(0)
 
@@ -82,7 +82,7 @@ class _Sample:
 
     def threshold(self) -> Float[Tensor, ""]:
         """The strength of the weakest latent that is kept; 0 where all of them are."""
-        kept = self.coder.config.k * self.rows
+        kept = self.coder.config.required_k * self.rows
         if not 0 < kept <= len(self.strengths):
             return self.strengths.new_zeros(())
         return self.strengths.topk(kept, sorted=False).values.min()

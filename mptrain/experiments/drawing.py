@@ -103,9 +103,10 @@ def needs_log_axis(low: float, high: float) -> bool:
     return low > 0 and high / low >= _LOG_RATIO
 
 
-def panel_title(hookpoint: str, kind: str, k: int) -> str:
+def panel_title(hookpoint: str, kind: str, k: int | None) -> str:
     """The title of a panel, in two lines."""
-    return f"{hookpoint}\n{kind.replace('sae', 'SAE')}, k = {k}"
+    kind = kind.replace("sae", "SAE")
+    return f"{hookpoint}\n{kind}" if k is None else f"{hookpoint}\n{kind}, k = {k}"
 
 
 def draw_panels(

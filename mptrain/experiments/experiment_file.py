@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from mpcache.errors import UsageError
+from mptrain.config.architectures import ARCHITECTURES
 from mptrain.config.coder import CoderConfig, applies_to, inapplicable_message
 from mptrain.config.run import RunConfig
 from mptrain.config.sides import Kind, hookpoint_sides
@@ -195,9 +196,10 @@ def _panel_lines(
     sides = hookpoint_sides(hookpoint, figure.kind)
     for variant in variants:
         values = _variant_settings(variant, figure.kind, coder_settings)
+        own_k = k if ARCHITECTURES[variant.arch].needs_k else None
         try:
             coders = tuple(
-                CoderConfig(**sides, kind=figure.kind, k=k, seed=seed, **values)
+                CoderConfig(**sides, kind=figure.kind, k=own_k, seed=seed, **values)
                 for seed in figure.seeds
             )
         except UsageError as error:

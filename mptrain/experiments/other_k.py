@@ -40,7 +40,7 @@ def evaluate_other_k(
         if not {*other_k, config.k} <= known.keys():
             known |= _evaluate(part, coder, open_store(), other_k)
             write_json(file, {str(k): json_safe(known[k]) for k in sorted(known)})
-        fvus[config.name] = {k: known[k] for k in sorted({*other_k, config.k})}
+        fvus[config.name] = {k: known[k] for k in sorted({*other_k, config.required_k})}
     return fvus
 
 
@@ -64,4 +64,4 @@ def _evaluate(
         cache_dir=settings["cache_dir"],
         cache_bytes=settings["cache_bytes"],
     )
-    return {evaluation.k: evaluation.fvu for evaluation in evaluations}
+    return {evaluation.k: evaluation.fvu for evaluation in evaluations if evaluation.k is not None}

@@ -27,7 +27,7 @@ from mptrain.experiments.tables import write_table
 from mptrain.runs.metrics import Record, read_records
 from mptrain.runs.run_dir import read_manifest, recorded_coders
 
-PanelKey = tuple[str, str, int]  # hookpoint, kind, k
+PanelKey = tuple[str, str, int | None]  # hookpoint, kind, k
 
 # settings that the panel, the color or several thin lines of one style show
 _SHOWN_SETTINGS = ("inputs", "targets", "kind", "arch", "k", "seed")
@@ -203,4 +203,4 @@ def _panel_order(panel: PanelKey) -> tuple[str, int, str, list[int]]:
     """Kind, k, then the layers of each module: layers.2, layers.10, layers.2.mlp, layers.10.mlp."""
     hookpoint, kind, k = panel
     numbers = re.findall(r"\d+", hookpoint)
-    return kind, k, re.sub(r"\d+", "*", hookpoint), [int(number) for number in numbers]
+    return kind, k or 0, re.sub(r"\d+", "*", hookpoint), [int(number) for number in numbers]

@@ -62,11 +62,12 @@ def _prepare(
     backend = resolve(search, M, steps, rule.block is not None)
     assert rule.block is None or backend == "direct", "only direct knows blocks"
     if backend == "direct":
-        direct = cuda.Direct if cuda.applies(W_MD) else Direct
+        direct = cuda.Direct if rule.has_kernels and cuda.applies(W_MD) else Direct
         return partial(_by_finder, partial(direct, W_MD, rule), W_MD, U_MD, rule), M
     low = search.score_dtype == "bfloat16"
     scoring_MD = W_MD.bfloat16() if low else W_MD
-    kernels = cpu if cpu.applies(W_MD) else cuda if cuda.applies(W_MD) else None
+    backends = (cpu, cuda) if rule.has_kernels else ()
+    kernels = next((backend for backend in backends if backend.applies(W_MD)), None)
     if backend == "gram":
         room_MM = cpu.room_for(M, M, scoring_MD.dtype) if kernels is cpu else None
         G_MM = torch.mm(U_MD.to(scoring_MD.dtype), scoring_MD.T, out=room_MM)

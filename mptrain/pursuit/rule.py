@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mptrain.config.coder import Select
+from mptrain.config.coder import CoderConfig, Select
 
 N_RESCORED = 4  # best atoms by inexact scores that are scored again
 
@@ -22,6 +22,17 @@ class Rule(NamedTuple):
     "a row stops where `||r|| <= tolerance ||x||`"
     block: int | None = None
     "step t chooses among `block` latents from `t block` on; None: among all"
+
+    @classmethod
+    def of(cls, config: CoderConfig, latents: int) -> "Rule":
+        """The rule of an mp coder."""
+        block = None if config.blocks == "none" else latents // config.required_k
+        return cls(select=config.select, tolerance=config.tolerance, block=block)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the compiled back ends know this rule; otherwise steps run in plain torch."""
+        return True
 
     def first(self, step: int) -> int:
         """The first latent that a step may choose."""

@@ -125,6 +125,8 @@ def _step_bytes(coder: Coder, D: int, E: int, rows: int, device: torch.device) -
 
 def _entries(config: CoderConfig, M: int, D: int) -> int:
     """Most code entries that a row has at once, including those of dead latents."""
+    if config.k is None:
+        return M
     own = math.ceil(config.k_factor * config.k)  # at the beginning
     own *= config.architecture.entries
     wide = WIDE * config.k if config.multi_topk else 0
@@ -139,7 +141,7 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
     if not config.architecture.is_pursuit or config.codes != "mp":
         return scores
     assert isinstance(coder.encoder, PursuitEncoder)
-    backend = resolve(coder.encoder.search, M, B * config.k, config.blocks != "none")
+    backend = resolve(coder.encoder.search, M, B * config.required_k, config.blocks != "none")
     return scores + (_FLOAT * M**2 if backend == "gram" else 0)
 
 
@@ -148,7 +150,7 @@ def _refit(coder: Coder, D: int, device: torch.device) -> int:
     config = coder.config
     if not config.architecture.is_pursuit or config.codes == "mp":
         return 0
-    k = config.k * config.architecture.entries
+    k = config.required_k * config.architecture.entries
     rows = refit_rows(coder.latents, D, k, device)
     steps = k if config.codes == "gp" else 2  # gp's fit is a chain of K steps, omp's in float64
     return _FLOAT * rows * k * (4 * D + (3 + steps) * k) + _FLOAT * coder.latents * D

@@ -115,11 +115,12 @@ def l0_warning(
 ) -> str | None:
     """Return a warning where L0 on held-out rows is too far from K, with the reason."""
     ends_early = config.arch == "mp" and config.tolerance > 0  # as its user asked
-    if abs(evaluation.l0_deviation) <= L0_TOLERANCE or ends_early:
+    deviation = evaluation.l0_deviation
+    if deviation is None or abs(deviation) <= L0_TOLERANCE or ends_early:
         return None
     return (
         f"has an L0 of {evaluation.l0:.4g} on held-out rows, its K is {evaluation.k} "
-        f"({evaluation.l0_deviation:+.1%}): {reason or _reason(config)}"
+        f"({deviation:+.1%}): {reason or _reason(config)}"
     )
 
 

@@ -51,6 +51,8 @@ def for_unscaled_rows(tensors: Mapping[str, Tensor], scale: Scale) -> dict[str, 
     factors = {
         "b_D": 1 / scale.input,
         "bias_M": 1 / scale.input,
+        "gate_bias_M": 1 / scale.input,
+        "threshold_M": 1 / scale.input,
         "threshold": 1 / scale.input,
         "c_E": 1 / scale.target,
         "V_ME": scale.input / scale.target,

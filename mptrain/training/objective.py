@@ -10,6 +10,7 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mptrain.coders.code import Code
 from mptrain.coders.coder import Coder
+from mptrain.coders.encoders.base import LossTerms
 from mptrain.coders.fvu import reconstruction_loss
 from mptrain.kernels.prefix_errors import prefix_squares
 
@@ -42,7 +43,10 @@ class Objective:
     ) -> Float[Tensor, ""]:
         """All terms but that of a wider code. Waits for the device only to count the dead."""
         loss = self._prediction_loss(code, x_BD, y_BE, y_hat_BE) + self._input_loss(code)
-        return loss + self._auxiliary_loss(code, x_BD, (y_BE - y_hat_BE).detach(), dead_M)
+        loss = loss + self._auxiliary_loss(code, x_BD, (y_BE - y_hat_BE).detach(), dead_M)
+        if self.coder.encoder.has_sparsity_loss:
+            loss = loss + self.coder.encoder.sparsity_loss(code, self._terms(x_BD, y_BE))
+        return loss
 
     def wide_loss(
         self,
@@ -53,6 +57,11 @@ class Objective:
         """The term of a code of the same rows with `WIDE` times as many entries."""
         y_hat_BE = self.coder.predict(wide, x_BD)
         return _WIDE_WEIGHT * reconstruction_loss(y_BE, y_hat_BE, self.total_variance)
+
+    def _terms(self, x_BD: Tensor, y_BE: Tensor) -> LossTerms:
+        coder = self.coder
+        offset_E = coder.decode_offset(x_BD)
+        return LossTerms(x_BD, y_BE, coder.b_D, coder.decoder_ME, offset_E, self.total_variance)
 
     def _prediction_loss(self, code: Code, x_BD: Tensor, y_BE: Tensor, y_hat_BE: Tensor) -> Tensor:
         if self.config.nested:

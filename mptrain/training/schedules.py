@@ -28,8 +28,10 @@ def lr_factor(
     return max(0.0, min(rise, fall[schedule]))
 
 
-def k_at(config: CoderConfig, step: int, steps: int) -> int:
-    """Return K at a train step: it falls linearly from `k_factor` K to K."""
+def k_at(config: CoderConfig, step: int, steps: int) -> int | None:
+    """Return K at a train step: it falls linearly from `k_factor` K to K. None without K."""
+    if config.k is None:
+        return None
     decay = round(config.k_decay_share * steps)
     left = max(0.0, 1 - step / decay) if decay else 0.0
     return round(config.k * (1 + left * (config.k_factor - 1)))

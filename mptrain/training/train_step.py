@@ -132,7 +132,8 @@ class CoderTrainer:
     def _encode(self, x_BD: Tensor, times: int) -> Code:
         """Encode as the schedule says for this train step, with `times` as many entries per row."""
         config, step, steps = self.coder.config, self.optimizers.steps_done, self.optimizers.steps
-        k = min(times * k_at(config, step, steps), self.coder.latents)
+        k = k_at(config, step, steps)
+        k = None if k is None else min(times * k, self.coder.latents)
         return self.coder.encode(x_BD, k, over_batch=True)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 B rows in a batch, D input width, E target width, M latents, K code entries a row.
 """
 
+from typing import ClassVar, NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -12,8 +14,24 @@ from mptrain.config.coder import BeginAs, CoderConfig, Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 
+class LossTerms(NamedTuple):
+    """What a loss of an encoder may depend on, beside its code."""
+
+    x_BD: Tensor
+    y_BE: Tensor
+    b_D: Tensor
+    "input bias"
+    decoder_ME: Tensor
+    offset_E: Tensor
+    "what is predicted without any latent; `[B, E]` with a skip"
+    total_variance: float
+    "the target's, which losses are shares of"
+
+
 class Encoder(nn.Module):
     """Computes the codes of rows. Subclasses own the parameters that this takes."""
+
+    has_sparsity_loss: ClassVar[bool] = False
 
     def __init__(self, config: CoderConfig, input_width: int) -> None:
         super().__init__()
@@ -61,6 +79,10 @@ class Encoder(nn.Module):
         None where no latent is dead, and for encoders without such a loss.
         """
         return None
+
+    def sparsity_loss(self, code: Code, terms: LossTerms) -> Tensor:
+        """The term of the loss that makes codes sparse, of an encoder that `has_sparsity_loss`."""
+        raise NotImplementedError
 
 
 def zeros(*shape: int, trained: bool = True) -> nn.Parameter:

@@ -27,7 +27,7 @@ class PursuitEncoder(Encoder):
     def __init__(self, config: CoderConfig, input_width: int) -> None:
         super().__init__(config, input_width)
         shares_block = config.blocks == "predicting"
-        rows = self.latents // config.k if shares_block else self.latents
+        rows = self.latents // config.required_k if shares_block else self.latents
         self.W_MD = zeros(rows, input_width)
         self.U_MD = zeros(rows, input_width) if config.subtract == "separate" else None
 
@@ -58,9 +58,7 @@ class PursuitEncoder(Encoder):
     @property
     def rule(self) -> Rule:
         """What each step chooses."""
-        config = self.config
-        block = None if config.blocks == "none" else self.latents // config.k
-        return Rule(config.select, config.tolerance, block)
+        return Rule.of(self.config, self.latents)
 
     def encode(
         self,
