@@ -16,6 +16,7 @@ _PURSUIT = frozenset(
     }
 )  # fmt: skip
 _K_SCHEDULE = frozenset({"k_factor", "k_decay_share"})
+_LATENT_CHOICE = frozenset({"auxk_alpha", "score_dtype"})  # where K latents are chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         color="#c8202f",
         encoder="pursuit",
         options=_PURSUIT
+        | _LATENT_CHOICE
         | _K_SCHEDULE
         | {"codes", "blocks", "begin_as", "begin_share", "multi_topk"},
     ),
@@ -56,7 +58,7 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         label="batch MP",
         color="#d98b1e",
         encoder="pursuit",
-        options=_PURSUIT | _K_SCHEDULE,
+        options=_PURSUIT | _LATENT_CHOICE | _K_SCHEDULE,
         has_threshold=True,
         entries=2,
     ),
@@ -64,18 +66,18 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         label="plain (TopK)",
         color="#1f5fa8",
         encoder="topk",
-        options=_K_SCHEDULE | {"multi_topk"},
+        options=_LATENT_CHOICE | _K_SCHEDULE | {"multi_topk"},
     ),
     "batch-topk": Architecture(
         label="BatchTopK",
         color="#3a9d8f",
         encoder="topk",
-        options=_K_SCHEDULE,
+        options=_LATENT_CHOICE | _K_SCHEDULE,
         has_threshold=True,
         entries=4,
     ),
     "groupmax": Architecture(
-        label="GroupMax", color="#7a5195", encoder="topk", options=frozenset()
+        label="GroupMax", color="#7a5195", encoder="topk", options=_LATENT_CHOICE
     ),
 }
 

@@ -151,7 +151,11 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
         free = [coder.name for coder in self.coders() if coder.free_norm]
         warnings = [f"{name}: with free_norm a step can enlarge the residual" for name in free]
         rows_before_last_step = (self.rows // self.batch_rows - 1) * self.batch_rows
-        late = [c for c in self.coders() if c.auxk_alpha and c.dead_rows > rows_before_last_step]
+        late = [
+            c
+            for c in self.coders()
+            if c.architecture.needs_k and c.auxk_alpha and c.dead_rows > rows_before_last_step
+        ]
         if late:
             warnings.append(
                 f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, but "

@@ -56,3 +56,20 @@ def train_(trainer: CoderTrainer, first: int, last: int) -> list[float]:
         x_BD, y_BE = rows_of(trainer.coder.config, 64, step + 1)
         losses.append(float(trainer.step(x_BD, y_BE).loss))
     return losses
+
+
+def fvus_of(trainer: CoderTrainer, steps: int = STEPS) -> list[float]:
+    """The FVU of each train step's batch."""
+    fvus = []
+    for step in range(steps):
+        x_BD, y_BE = rows_of(trainer.coder.config, 64, step + 1)
+        fvus.append(float(trainer.step(x_BD, y_BE).fvu))
+    return fvus
+
+
+def batch_loss(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> Tensor:
+    """The loss of a train step on these rows, no latent being dead."""
+    coder = trainer.coder
+    code = coder.encode(x_BD)
+    dead_M = torch.zeros(coder.latents, dtype=torch.bool)
+    return trainer.objective.loss(code, x_BD, y_BE, coder.predict(code, x_BD), dead_M)

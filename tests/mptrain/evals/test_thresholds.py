@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mptrain.coders.checkpoint import load_coder, save_coder
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
+from mptrain.config.sides import hookpoint_sides
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
 from mptrain.evals import thresholds
@@ -175,8 +176,8 @@ def batch_of(x_BD: torch.Tensor, positions_B: torch.Tensor) -> Batch:
 
 
 def new_coder(arch: Any) -> Coder:
-    settings: Mapping[str, Any] = {"hookpoint": "layers.0", "kind": "sae", "k": 3, "latents": 20}
-    coder = Coder(CoderConfig(arch=arch, **settings), 8, 8)
+    settings: Mapping[str, Any] = {"kind": "sae", "k": 3, "latents": 20}
+    coder = Coder(CoderConfig(arch=arch, **hookpoint_sides("layers.0", "sae"), **settings), 8, 8)
     coder.initialise_(torch.zeros(8), torch.zeros(8), torch.Generator().manual_seed(1))
     coder.batch_threshold.threshold = torch.tensor(7.0)
     return coder
