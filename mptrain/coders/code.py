@@ -18,8 +18,8 @@ class Code(NamedTuple):
     residual_BD: Tensor | None = None
     "`[B, D]` part of the input that a pursuit leaves; None for other encoders"
 
-    pre_BM: Tensor | None = None
-    "`[B, M]` pre-activations, where a loss of the encoder depends on them"
+    penalised_BM: Tensor | None = None
+    "`[B, M]` what the sparsity loss of an encoder adds up, with gradients"
 
     def detached(self) -> "Code":
         """The entries alone, without gradients: what may be kept of many rows."""

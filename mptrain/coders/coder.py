@@ -154,6 +154,7 @@ class Coder(nn.Module):
             self.b_D.copy_(input_mean_D)
             if self.c_E is not None:
                 self.c_E.copy_(target_mean_E)
+        self.encoder.initialise_()
         dictionaries = self.encoder.dictionaries()
         if self.decoder.starts_as_encoder:
             dictionaries.append(self.decoder_ME)

@@ -54,6 +54,9 @@ class Encoder(nn.Module):
         """The parameters that start as random unit-norm directions, all as the same ones."""
         return [self.dictionary_MD]
 
+    def initialise_(self) -> None:
+        """Set the parameters that start neither at 0 nor as a direction."""
+
     def encode(
         self,
         x_BD: Float[Tensor, "batch input"],
