@@ -6,8 +6,8 @@ An architecture is complete with an entry here and a module `mptrain/coders/enco
 from dataclasses import dataclass
 from typing import Literal
 
-Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax"]
-Encoder = Literal["pursuit", "topk"]
+Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax", "relu"]
+Encoder = Literal["pursuit", "topk", "relu"]
 
 _PURSUIT = frozenset(
     {
@@ -78,6 +78,13 @@ ARCHITECTURES: dict[Arch, Architecture] = {
     ),
     "groupmax": Architecture(
         label="GroupMax", color="#7a5195", encoder="topk", options=_LATENT_CHOICE
+    ),
+    "relu": Architecture(
+        label="ReLU with L1",
+        color="#5b6770",
+        encoder="relu",
+        options=frozenset({"sparsity_weight"}),
+        needs_k=False,
     ),
 }
 

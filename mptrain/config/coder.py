@@ -95,6 +95,8 @@ class LossSettings:
     "add 1/8 of the loss with 4 K entries a row"
     input_loss: float = 0.0
     "mp transcoder: weight of the input's variance that its pursuit leaves unexplained"
+    sparsity_weight: float = 0.01
+    "relu: weight of the L1 penalty, in units of the target's standard deviation"
     auxk_alpha: float = 0.03125
     "weight of the auxiliary loss that revives dead latents; 0 turns it off"
     dead_rows: int = 1_000_000
@@ -301,7 +303,7 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name} must be positive and finite, got {value}"
-    for name in ("auxk_alpha", "input_loss"):
+    for name in ("auxk_alpha", "input_loss", "sparsity_weight"):
         if not 0 <= getattr(config, name) < math.inf:
             yield f"{name} must be at least 0 and finite, got {getattr(config, name)}"
     for name in ("tolerance", "begin_share"):
