@@ -6,8 +6,8 @@ An architecture is complete with an entry here and a module `mptrain/coders/enco
 from dataclasses import dataclass
 from typing import Literal
 
-Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax", "relu"]
-Encoder = Literal["pursuit", "topk", "relu"]
+Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax", "relu", "jumprelu"]
+Encoder = Literal["pursuit", "topk", "relu", "jumprelu"]
 
 _PURSUIT = frozenset(
     {
@@ -84,6 +84,13 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         color="#5b6770",
         encoder="relu",
         options=frozenset({"sparsity_weight"}),
+        needs_k=False,
+    ),
+    "jumprelu": Architecture(
+        label="JumpReLU",
+        color="#a8569c",
+        encoder="jumprelu",
+        options=frozenset({"sparsity_weight", "bandwidth"}),
         needs_k=False,
     ),
 }

@@ -96,7 +96,9 @@ class LossSettings:
     input_loss: float = 0.0
     "mp transcoder: weight of the input's variance that its pursuit leaves unexplained"
     sparsity_weight: float = 0.01
-    "relu: weight of the L1 penalty, in units of the target's standard deviation"
+    "weight of the L1 penalty in the target's standard deviations (relu), or of L0 (jumprelu)"
+    bandwidth: float = 0.03
+    "jumprelu: pre-activations this near to a threshold move it; also where thresholds start"
     auxk_alpha: float = 0.03125
     "weight of the auxiliary loss that revives dead latents; 0 turns it off"
     dead_rows: int = 1_000_000
@@ -299,7 +301,7 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
         )
     if (config.expansion is None) == (config.latents is None):
         yield "expansion and latents each say how many latents there are; give one of them"
-    for name in ("lr", "clip_norm"):
+    for name in ("lr", "clip_norm", "bandwidth"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name} must be positive and finite, got {value}"
