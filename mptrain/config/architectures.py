@@ -6,8 +6,8 @@ An architecture is complete with an entry here and a module `mptrain/coders/enco
 from dataclasses import dataclass
 from typing import Literal
 
-Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax", "relu", "jumprelu"]
-Encoder = Literal["pursuit", "topk", "relu", "jumprelu"]
+Arch = Literal["mp", "batch-mp", "topk", "batch-topk", "groupmax", "relu", "jumprelu", "gated"]
+Encoder = Literal["pursuit", "topk", "relu", "jumprelu", "gated"]
 
 _PURSUIT = frozenset(
     {
@@ -91,6 +91,13 @@ ARCHITECTURES: dict[Arch, Architecture] = {
         color="#a8569c",
         encoder="jumprelu",
         options=frozenset({"sparsity_weight", "bandwidth"}),
+        needs_k=False,
+    ),
+    "gated": Architecture(
+        label="gated",
+        color="#8c6d31",
+        encoder="gated",
+        options=frozenset({"sparsity_weight"}),
         needs_k=False,
     ),
 }

@@ -96,7 +96,7 @@ class LossSettings:
     input_loss: float = 0.0
     "mp transcoder: weight of the input's variance that its pursuit leaves unexplained"
     sparsity_weight: float = 0.01
-    "weight of the L1 penalty in the target's standard deviations (relu), or of L0 (jumprelu)"
+    "weight of the L1 penalty in standard deviations (relu, gated), or of the L0 penalty (jumprelu)"
     bandwidth: float = 0.03
     "jumprelu: pre-activations this near to a threshold move it; also where thresholds start"
     auxk_alpha: float = 0.03125
