@@ -11,7 +11,8 @@ Encoder = Literal["pursuit", "topk", "relu", "jumprelu", "gated"]
 
 _PURSUIT = frozenset(
     {
-        "backend", "shortlist_size", "shortlist_refresh", "tolerance", "select", "subtract",
+        "backend", "shortlist_size", "shortlist_refresh", "tolerance", "shrink", "select",
+        "subtract",
         "free_norm", "bias", "detach", "per_step_loss", "input_loss",
     }
 )  # fmt: skip

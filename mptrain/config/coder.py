@@ -67,6 +67,8 @@ class CodeSettings:
     "dtype of the products that choose latents; values and gradients are float32"
     tolerance: float = 0.0
     "mp: stop a row when its residual norm is at most this share of its first norm"
+    shrink: float = 0.0
+    "mp: soft threshold; a step's value is lowered by this, and a row stops where none is left"
     select: Select = "positive"
     "mp: largest correlation, if positive; signed: largest, any sign; magnitude: largest absolute"
     subtract: Subtract = "selecting"
@@ -305,7 +307,7 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             yield f"{name} must be positive and finite, got {value}"
-    for name in ("auxk_alpha", "input_loss", "sparsity_weight"):
+    for name in ("auxk_alpha", "input_loss", "sparsity_weight", "shrink"):
         if not 0 <= getattr(config, name) < math.inf:
             yield f"{name} must be at least 0 and finite, got {getattr(config, name)}"
     for name in ("tolerance", "begin_share"):
@@ -353,6 +355,10 @@ def _contradictory(config: CoderConfig) -> Iterator[str]:
             yield from _refused(config, "begin_as groupmax", ("k_factor", "multi_topk"))
         if config.blocks == "predicting":
             yield "begin_as needs a selecting row for each latent, blocks predicting shares them"
+    if config.shrink > 0:
+        if config.select != "positive":
+            yield f"shrink is for select positive, got {config.select}; leave one of them out"
+        yield from _refused(config, "shrink", ("codes", "normalise"))
     if config.codes != "mp":
         if config.backend not in ("auto", "direct"):
             yield f"codes {config.codes} needs backend direct, got {config.backend}"

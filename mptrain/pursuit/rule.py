@@ -20,6 +20,8 @@ class Rule(NamedTuple):
     "positive: largest p, a = max(0, p); signed: largest p, a = p; magnitude: largest |p|, a = p"
     tolerance: float = 0.0
     "a row stops where `||r|| <= tolerance ||x||`"
+    shrink: float = 0.0
+    "soft threshold that is taken off each value: a = max(0, p - shrink), for positive"
     block: int | None = None
     "step t chooses among `block` latents from `t block` on; None: among all"
 
@@ -27,12 +29,12 @@ class Rule(NamedTuple):
     def of(cls, config: CoderConfig, latents: int) -> "Rule":
         """The rule of an mp coder."""
         block = None if config.blocks == "none" else latents // config.required_k
-        return cls(select=config.select, tolerance=config.tolerance, block=block)
+        return cls(config.select, config.tolerance, config.shrink, block)
 
     @property
     def has_kernels(self) -> bool:
         """Whether the compiled back ends know this rule; otherwise steps run in plain torch."""
-        return True
+        return self.shrink == 0
 
     def first(self, step: int) -> int:
         """The first latent that a step may choose."""
@@ -54,6 +56,11 @@ class Rule(NamedTuple):
 
     def value_(self, a_b: Tensor) -> Tensor:
         """The value to take where the chosen atom has the score `a`, in place."""
+        if self.shrink > 0:
+            a_b -= self.shrink
+            # an atom that was chosen has the threshold as its correlation, but for rounding
+            rounding = 1000 * torch.finfo(a_b.dtype).eps * self.shrink
+            a_b.masked_fill_(a_b <= rounding, 0)
         return a_b.clamp_min_(0) if self.select == "positive" else a_b
 
     def _keys(self, score_bM: Tensor) -> Tensor:
