@@ -33,15 +33,19 @@ PAIR = (coder(), coder(arch="topk"))
 def make_run(folder, coders, fvus=(0.9, None, 0.5, 0.4), seconds=1.0):
     """A run with a record per entry of `fvus`, None where there was no validation."""
     folder.mkdir()
-    named = [{"name": one.name, **asdict(one)} for one in coders]
-    (folder / "config.json").write_text(
-        json.dumps({"fit": {}, "source": "m on d", "coders": named})
-    )
+    manifest = {
+        "fit": {},
+        "source": "m on d",
+        "coders": [{"name": config.name, **asdict(config)} for config in coders],
+        "store_fingerprint": "0",
+        "order_digest": "0",
+    }
+    (folder / "config.json").write_text(json.dumps(manifest))
     file = MetricsFile(folder / "metrics.jsonl")
     file.path.touch()
     for step, fvu in enumerate(fvus):
-        for one in coders:
-            file.add(record(one.name, step, fvu, seconds))
+        for config in coders:
+            file.add(record(config.name, step, fvu, seconds))
     return folder
 
 
@@ -152,12 +156,12 @@ def test_the_legend_names_what_else_differs(tmp_path):
 
 
 def test_several_runs_share_a_figure(tmp_path):
-    runs = [make_run(tmp_path / name, [one]) for name, one in zip("ab", PAIR, strict=True)]
+    runs = [make_run(tmp_path / name, [config]) for name, config in zip("ab", PAIR, strict=True)]
     *_, json_path = plot_runs(runs, tmp_path / "figure")
     assert {row["run"] for row in json.loads(json_path.read_text())} == {str(run) for run in runs}
 
 
-def test_a_diverged_coder_is_drawn_until_then_and_told_in_the_table(tmp_path):
+def test_a_diverged_coder_is_drawn_until_then_and_named_in_the_table(tmp_path):
     run = make_run(tmp_path / "run", [coder()], fvus=(0.9, 0.5, math.nan))
     (ax,) = runs_figure(read_curves(run), None).axes
     assert len(ax.lines[0].get_xydata()) == 2
@@ -208,10 +212,10 @@ def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path):
         assert all(math.isfinite(r.validation_fvu) for r in mp.records[:-1])
         assert len(mp.finite_points()) == (2 if eval_every == 2 else 0)
         *_, table = plot_runs([run], tmp_path / "figure")
-        spoken = [
+        diverged = [
             row["arch"] for row in json.loads(table.read_text()) if row["validation_fvu"] == "nan"
         ]
-        assert spoken == ["mp"]
+        assert diverged == ["mp"]
 
 
 def test_a_figure_below_a_file_is_refused(tmp_path):

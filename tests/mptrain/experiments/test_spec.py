@@ -105,7 +105,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("data.lr=3.0", r"but by lr in \[optimizer\]"),
         ("data.input=x", r"but by hookpoints in \[figures.NAME\]"),
         ("fit.rows=3", r"fit.rows is not set here, but by rows in \[data\]"),
-        ("fit.save_minutes=3.0", r"but by save_minutes in \[run\]"),
+        ("fit.save_every=3", r"but by save_every in \[run\]"),
         ("coders.expansion=3", r"coders.expansion is not set here, but by expansion in \[coder\]"),
         ("figures.fvu.lr=3.0", r"but by lr in \[optimizer\]"),
         ("variants.batch-mp-nested.k=3", r"but by k in \[figures.NAME\]"),
