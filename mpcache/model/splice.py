@@ -1,22 +1,20 @@
-"""The store's language model with its head, run with one side of a hookpoint replaced.
+"""A store's language model with its head, run with the value at one side replaced.
 
 B: sequences in a forward pass. L: tokens in a sequence. V: size of the vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
-from mpcache.data.document_boundaries import document_starts
 from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer, largest_token_id
 from mpcache.errors import UsageError
@@ -25,39 +23,23 @@ from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal
 from mpcache.model.checkpoint_validation import MissingWeightsError
 from mpcache.model.document_separation import find_separation
-from mpcache.model.forward_batches import ForwardBatches, part_input, piece_tokens
+from mpcache.model.forward_batches import ForwardBatches
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import input_of, output_of
-from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
+from mpcache.model.inputs import ModelInputs
 from mpcache.model.loading import Head, auto_class_for, load_model
 from mpcache.model.model_identity import model_digest
+from mpcache.model.prediction_examples import Example, ValidationExamples
 from mpcache.storage.base import Storage
 from mpcache.store.fingerprint import stored_settings
-from mpcache.store.format import BY_ASSISTANT
-from mpcache.store.reader import open_store
+from mpcache.store.reader import Store, open_store
 
-# values of the source and the target side, each [B, L, width], to the target's new value
+# (source, target), each [B, L, width] -> the new value of the target
 Replace = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Example:
-    """Tokens of a store, and what the model is to predict of them."""
-
-    inputs: ModelInputs
-    "the model's arguments"
-    tokens_BL: Int64[Tensor, "B L"]
-    "as they are in the store, where some are hidden from the model"
-    wanted_BL: Int64[Tensor, "B L"]
-    "the token that the logits of a position are to predict"
-    counts_BL: Bool[Tensor, "B L"]
-    "whether the logits of a position count"
-    by_assistant_BL: Bool[Tensor, "B L"] | None
-    "whether the assistant of a conversation wrote the token; None: the store does not say"
-
-
 class SplicedModel:
-    """A language model with its head, and the tokens of a store's validation split."""
+    """A language model with its head, and the validation tokens of a store."""
 
     def __init__(
         self,
@@ -67,48 +49,39 @@ class SplicedModel:
         device: str,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the model, with the causal head if it is causal, else with its masked head.
+        """Load the model with its causal head, or its masked head if it is bidirectional.
 
         Raises:
-            UsageError: there is no store, `model` is not the one it was made from, or it has no
-                head of the right kind.
+            UsageError: there is no store, the store was made from another model, or the model has
+                no head of the right kind.
         """
         self.store = open_store(store)
-        ways = stored_settings(self.store.identity)
-        stored = {**self.store.config, **ways, "hookpoints": tuple(self.store.config["hookpoints"])}
-        self.config = replace(
-            CollectConfig(**stored),
-            model=model,
-            revision=revision or stored["revision"],
-            # the store may be somebody else's: only the user can allow its model's code
-            trust_remote_code=trust_remote_code,
-            device=device,
-        )
+        self.config = _config_of(self.store, model, revision, device, trust_remote_code)
         missing = ""
-        for head in heads_of(self.config):
+        for head in _possible_heads(self.config):
             try:
                 tokenizer = self._load(head)
-            except (
-                MissingWeightsError
-            ) as error:  # such as those of a head in a checkpoint of a base
+            except MissingWeightsError as error:  # such as a head in the checkpoint of a base model
                 missing = f" ({error})"
                 continue
-            if (head == "causal") == is_causal(self._all_logits, self._longest_inputs()):
+            inputs = ValidationExamples(self.store, self._batches, None).longest_inputs()
+            if (head == "causal") == is_causal(self.logits, inputs):
                 break
         else:
             raise UsageError(
                 f"{model} has neither a causal head nor, as a bidirectional model, the weights of "
-                f"a masked one{missing}; cross-entropy needs one, so leave --model out"
+                f"a masked head{missing}; cross-entropy needs one, so leave --model out"
             )
         self.head: Head = head
-        self.masking = masking_of(tokenizer, self.config) if head == "masked" else None
+        masking = _masking(tokenizer, self.config) if head == "masked" else None
+        self._examples = ValidationExamples(self.store, self._batches, masking)
 
     def _load(self, head: Head) -> Tokenizer:
         self.model, tokenizer = load_model(self.config, head=head)
         base = self.model.base_model
         assert isinstance(base, PreTrainedModel)
         digest = self.store.identity["model_digest"]
-        if model_digest(base) != digest and not is_part_of_collected(base, self.config, digest):
+        if model_digest(base) != digest and not _is_part_of_collected(base, self.config, digest):
             raise UsageError(
                 f"{self.store.storage} was made from another model than {self.config.model}; name "
                 f"{self.store.provenance['model']['model']}, "
@@ -116,83 +89,16 @@ class SplicedModel:
             )
         separation = find_separation(base, self.config, resolve_sides(self.config.hookpoints, base))
         specials = special_tokens_of(tokenizer, self.config)
-        # one sequence at a time: logits of a large vocabulary are what memory goes to
-        self.reading = ForwardBatches(self.model, specials, separation, batch_sequences=1)
+        # one sequence per pass: the logits of a large vocabulary take most of the memory
+        self._batches = ForwardBatches(self.model, specials, separation, batch_sequences=1)
         return tokenizer
 
     def examples(self) -> Iterator[Example]:
-        """All committed validation tokens, with what the model is to predict.
+        """All committed validation tokens, with what the model must predict.
 
-        With a causal head that is the next token, with a masked head the tokens that are hidden.
+        A causal head predicts the next token, a masked head the hidden tokens.
         """
-        for part in self._parts():
-            flags_SL = self.store.tokens.read_flags(part) if self.store.has_assistant else None
-            for inputs, tokens_L in self._inputs(part):
-                by_assistant_BL = None
-                if flags_SL is not None:
-                    written_L = (flags_SL.reshape(-1)[tokens_L] & BY_ASSISTANT) > 0
-                    by_assistant_BL = torch.from_numpy(written_L)[None].to(self.model.device)
-                yield self._example(inputs, by_assistant_BL)
-
-    def _example(self, inputs: ModelInputs, by_assistant_BL: Bool[Tensor, "B L"] | None) -> Example:
-        ids_BL = inputs["input_ids"]
-        if self.masking is None:
-            counts_BL = ~self._ends_document(ids_BL)
-            return Example(inputs, ids_BL, ids_BL.roll(-1, dims=1), counts_BL, by_assistant_BL)
-        hidden = [self.masking.hide(ids_L.cpu().numpy()) for ids_L in ids_BL]
-        shown_BL, counts_BL = (
-            torch.from_numpy(np.stack(arrays)).to(ids_BL.device)
-            for arrays in zip(*hidden, strict=True)
-        )
-        shown = {**inputs, "input_ids": shown_BL}
-        return Example(shown, ids_BL, ids_BL, counts_BL, by_assistant_BL)
-
-    def _ends_document(self, ids_BL: Int64[Tensor, "B L"]) -> Bool[Tensor, "B L"]:
-        """Where the token that follows is no continuation for the model.
-
-        It is the end of a sequence, and where documents are kept apart, of a document.
-        """
-        ends_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
-        ends_BL[:, -1] = True
-        if self.reading.separation in PACKED_SEPARATIONS:
-            tokens_BL = ids_BL.cpu().numpy().astype(np.uint32)
-            starts_BL = torch.from_numpy(document_starts(tokens_BL, self.reading.specials))
-            ends_BL[:, :-1] |= starts_BL[:, 1:].to(ids_BL.device)
-        return ends_BL
-
-    def _parts(self) -> list[int]:
-        """The parts of the validation split."""
-        numbers = self.store.part_numbers("tokens")
-        return [part for part in numbers if self.store.layout.split_of(part) == "validation"]
-
-    def _inputs(self, part: int) -> Iterator[tuple[ModelInputs, Int64[np.ndarray, " L"]]]:
-        """The model's arguments for one sequence after the other, with its tokens' indices."""
-        held = part_input(self.store, part)
-        if held.starts_SL is None:
-            yield from ((batch.inputs, batch.tokens) for batch in self.reading.batches(*held))
-            return
-        for tokens_L in piece_tokens(held.starts_SL, held.rows):
-            if len(tokens_L) > 1:  # a lone token predicts nothing
-                piece = held.tokens_SL.reshape(-1)[tokens_L]
-                yield piece_inputs([piece], self.reading.separation, self.model)[0], tokens_L
-
-    def _longest_inputs(self) -> ModelInputs:
-        """The longest sequence of the first validation part."""
-        inputs = (inputs for part in self._parts()[:1] for inputs, _ in self._inputs(part))
-        longest = max(inputs, key=lambda one: one["input_ids"].numel(), default=None)
-        if longest is None and not self._parts():
-            raise UsageError(
-                f"{self.store.storage} has no validation tokens yet; collect more rows"
-            )
-        if longest is None or longest["input_ids"].numel() < 2:
-            raise UsageError(
-                f"{self.store.storage} must have a held-out sequence of two tokens or more, "
-                "got none to predict from; collect longer documents, or with a longer ctx_len"
-            )
-        return longest
-
-    def _all_logits(self, inputs: ModelInputs) -> Float[Tensor, "B L V"]:
-        return self.logits(inputs)
+        return iter(self._examples)
 
     @torch.no_grad()
     def logits(
@@ -218,18 +124,37 @@ class SplicedModel:
         return logits.float()
 
 
-def heads_of(config: CollectConfig) -> list[Head]:
-    """The heads that models of this class have, first the one that is more likely to be meant."""
+def _config_of(
+    store: Store, model: str, revision: str | None, device: str, trust_remote_code: bool
+) -> CollectConfig:
+    """The config of a store's collection, with the model at its present location."""
+    settings = {**store.config, **stored_settings(store.identity)}
+    settings["hookpoints"] = tuple(settings["hookpoints"])
+    return replace(
+        CollectConfig(**settings),
+        model=model,
+        revision=revision or settings["revision"],
+        # the store may come from somebody else: only the user can allow its model's code
+        trust_remote_code=trust_remote_code,
+        device=device,
+    )
+
+
+# --- heads ---
+
+
+def _possible_heads(config: CollectConfig) -> list[Head]:
+    """The heads that models of this class have; the more likely head comes first."""
     architecture = load_architecture(config)
     is_decoder = getattr(architecture, "is_decoder", False)
     heads: tuple[Head, ...] = ("causal", "masked") if is_decoder else ("masked", "causal")
     return [head for head in heads if auto_class_for(architecture, head) is not None]
 
 
-def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: str) -> bool:
-    """Whether the model of that digest has all weights of this one, bit for bit, and more.
+def _is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: str) -> bool:
+    """Whether the model of that digest has all weights of `base`, bit for bit, and others.
 
-    A masked language model of BERT's kind has no pooler, which its base model alone has.
+    The base model of BERT has a pooler, which BERT with a masked head lacks.
     """
     collected, _ = load_model(config)
     weights = collected.state_dict()
@@ -239,8 +164,8 @@ def is_part_of_collected(base: PreTrainedModel, config: CollectConfig, digest: s
     )
 
 
-def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> BertMasking:
-    """Raises UsageError where the tokenizer has no mask token."""
+def _masking(tokenizer: Tokenizer, config: CollectConfig) -> BertMasking:
+    """Raises UsageError for a tokenizer without a mask token."""
     mask = None if isinstance(tokenizer, ConfigTokens) else tokenizer.mask_token_id
     if not isinstance(mask, int):
         raise UsageError(
@@ -248,6 +173,9 @@ def masking_of(tokenizer: Tokenizer, config: CollectConfig) -> BertMasking:
             f"{config.model}; leave --model out"
         )
     return BertMasking(mask, set(tokenizer.all_special_ids), largest_token_id(tokenizer) + 1)
+
+
+# --- replacing a side ---
 
 
 def splice_hooks(
@@ -265,7 +193,7 @@ def splice_hooks(
             kept[:] = [value]
         if not kept:
             raise UsageError(
-                f"the model computes {target} before {source}, so that it cannot be predicted "
+                f"the model computes {target} before {source}, so a coder cannot replace it "
                 "while the model runs; leave --model out"
             )
         return new(kept.pop(), value).to(value.dtype)
@@ -286,8 +214,8 @@ def _change_side(
         assert isinstance(value, Tensor)
         changed = change(value)
         return (
-            tuple(changed if one is value else one for one in args),
-            {name: changed if one is value else one for name, one in kwargs.items()},
+            tuple(changed if arg is value else arg for arg in args),
+            {name: changed if arg is value else arg for name, arg in kwargs.items()},
         )
 
     def after(_: nn.Module, args: Any, output: Any) -> Any:

@@ -76,7 +76,7 @@ def test_the_model_put_back_computes_by_autocast_too(tmp_path: Path) -> None:
     seen = []
     layer = spliced.model.base_model.get_submodule("layers.1.mlp")
     layer.register_forward_hook(lambda *args: seen.append(args[2].dtype))
-    spliced.logits(next(spliced.examples()).inputs, "layers.0")
+    spliced.logits(next(spliced.examples()).inputs)
     assert seen == [torch.bfloat16]
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from mpcache.collection.collect import collect
 from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal, other_tokens
+from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.splice import SplicedModel
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
@@ -171,12 +172,13 @@ def scores(model: SplicedModel, hookpoint: str) -> Recovered:
     )
     coder = Coder(config, 32, 32)
     coder.initialise_(torch.zeros(32), torch.zeros(32), torch.Generator().manual_seed(0))
+    side = Side(hookpoint, "output")
     predictions = (
         Prediction(
             tokens_BL=e.tokens_BL,
             wanted_BL=e.wanted_BL,
             counts_BL=e.counts_BL,
-            run=lambda new, e=e: model.logits(e.inputs, hookpoint, new),
+            run=lambda new, e=e: model.logits(e.inputs, side, side, new),
         )
         for e in model.examples()
     )
