@@ -47,7 +47,8 @@ class Loader:
     """Batches of one split of a store: the same rows on every side, shuffled and read ahead.
 
     The order of rows depends on `seed`, `window_rows`, the store's chunk_rows and the parts that
-    are read. It does not depend on sides, row fields, batch_rows, threads or device.
+    are read, which are those that all sides have. The order does not depend on sides, row fields,
+    batch_rows, threads or device.
 
     Host memory is at most (2 x window_rows + threads x chunk_rows + 3 x batch_rows) x row_bytes,
     where row_bytes is 8 for the position and for each row field, plus the values of the sides as
@@ -65,6 +66,19 @@ class Loader:
         ...     shapes = [batch.values[side].shape for batch in loader.one_pass(128)]
         >>> shapes
         [torch.Size([64, 16]), torch.Size([64, 16])]
+
+    Args:
+        store: from `mpcache.open_store`.
+        sides: pairs of a hookpoint and `input` or `output`.
+        split: `train` or `validation`.
+        batch_rows: rows in a batch.
+        seed: seed of the order of `batches`.
+        device: where batches are.
+        window_rows: rows that are shuffled together; two windows are in memory.
+        threads: threads that read; default one for each core, from 2 to 4, more for a bucket.
+        row_fields: what else is read of each row, into `Batch.fields`.
+        share: several loaders with a share each read their own chunks, and hand out their own
+            rows of each of the endless batches; together these are the batches of one loader.
 
     Raises:
         UsageError: the split has no rows of these sides, or there are more readers than chunks in a
@@ -87,33 +101,13 @@ class Loader:
         row_fields: Sequence[RowField] = (),
         share: StreamShare = WHOLE_STREAM,
     ) -> None:
-        """Read the parts that all sides have.
-
-        Args:
-            store: from `mpcache.open_store`.
-            sides: pairs of a hookpoint and `input` or `output`.
-            split: `train` or `validation`.
-            batch_rows: rows in a batch.
-            seed: seed of the order of `batches`.
-            device: where batches are.
-            window_rows: rows that are shuffled together; two windows are in memory.
-            threads: threads that read; default one for each core, from 2 to 4, more for a bucket.
-            row_fields: what else is read of each row, into `Batch.fields`.
-            share: several loaders with a share each read their own chunks, and hand out their own
-                rows of each of the endless batches; together these are the batches of one loader.
-        """
         self.sides = tuple(dict.fromkeys(sides))
         self.batch_rows, self.seed, self.device = batch_rows, seed, torch.device(device)
         self.share = share
         self.chunk_rows = store.chunk_rows
         self.window = max(1, window_rows // store.chunk_rows)
         "chunks whose rows are shuffled together"
-        if self.window < share.size:
-            raise UsageError(
-                f"each of {share.size} processes reads chunks of its own, got windows of "
-                f"{self.window} chunks; use window_rows {share.size * store.chunk_rows} or, so "
-                "that shares are even, several times more"
-            )
+        _check_share(share, self.window, store.chunk_rows)
         self.parts = store.parts(self.sides, split)
         self.rows = sum(part.rows for part in self.parts)
         "rows in an epoch"
@@ -193,6 +187,16 @@ class Loader:
                 return
             pending = self._assembler.submit(next, batches, None)
             yield batch
+
+
+def _check_share(share: StreamShare, window: int, chunk_rows: int) -> None:
+    """Check that every reader has a chunk of its own in each window."""
+    if window < share.size:
+        raise UsageError(
+            f"each of {share.size} processes reads chunks of its own, got windows of "
+            f"{window} chunks; use window_rows {share.size * chunk_rows} or, so "
+            "that shares are even, several times more"
+        )
 
 
 def _assistant(store: Store, part: int) -> Tensor:

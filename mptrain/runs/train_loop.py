@@ -1,23 +1,16 @@
-"""The train loop of a pass: train steps, and between them evaluation, records and saved states.
+"""The train loop of a pass: train steps, and between them evaluation, records and saved states."""
 
-B rows in a batch, D input width, E target width.
-"""
-
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from mptrain.config.sides import Side
 from mptrain.data.batches import release_after_use
 from mptrain.data.loader import Batch
 from mptrain.evals.evaluate import Evaluation
 from mptrain.runs.checkpointer import Checkpointer
+from mptrain.runs.coder_steps import CoderSteps
 from mptrain.runs.finish import finish_pass
 from mptrain.runs.metrics_sink import MetricsSink
 from mptrain.runs.records import make_record, progress_summary
@@ -37,6 +30,7 @@ class TrainLoop:
     def __init__(self, training_pass: TrainingPass, on_step: OnStep | None = None) -> None:
         self._pass = training_pass
         self._on_step = on_step
+        self._coder_steps = CoderSteps(training_pass)
         self._sink = MetricsSink(training_pass)
         self._validator = Validator(training_pass)
         self._checkpointer = Checkpointer(training_pass, self._sink)
@@ -64,7 +58,7 @@ class TrainLoop:
                     break
                 batch = next(batches)
                 if step == first:
-                    self._compile_kernels(batch)
+                    self._coder_steps.compile_kernels(batch)
                 if self._on_step is not None:
                     self._on_step(step, self._pass.coder_runs)
                 self._train_and_observe(step, batch, bar)
@@ -95,10 +89,7 @@ class TrainLoop:
 
     def _train_and_observe(self, step: int, batch: Batch, bar: "tqdm[Any]") -> None:
         config = self._pass.config
-        results = [
-            None if run.diverged else self._train_coder(run, *rows)
-            for run, rows in zip(self._pass.coder_runs, self._rows_per_coder(batch), strict=True)
-        ]
+        results = self._coder_steps.step_(batch)
         bar.update(config.batch_rows)
         evaluations: Sequence[Evaluation | None] = [None] * len(results)
         is_evaluated = step % config.eval_every == 0 or step == self._pass.steps
@@ -109,48 +100,6 @@ class TrainLoop:
         if is_due and results:  # a process may have no coder in a pass
             seconds = self._wait_seconds, self._train_seconds
             bar.set_postfix_str(progress_summary(results, *seconds))
-
-    def _compile_kernels(self, batch: Batch) -> None:
-        """Compile what train steps need now, so that no coder's train time includes it."""
-        compiled = set()
-        for run, rows in zip(self._pass.coder_runs, self._rows_per_coder(batch), strict=True):
-            without_names = replace(
-                run.config, inputs=("any:output",), targets=("any:output",), seed=0, lr=None
-            )
-            if without_names not in compiled and not run.diverged:
-                run.trainer.compile_kernels(*rows)
-                compiled.add(without_names)
-
-    def _rows_per_coder(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """Input and target rows of each coder; coders with the same sides share their rows."""
-        by_sides: dict[tuple[Side, Side], tuple[Tensor, Tensor]] = {}
-        for run in self._pass.coder_runs:
-            if run.sides not in by_sides:
-                by_sides[run.sides] = self._filtered(batch, *run.sides)
-        return [by_sides[run.sides] for run in self._pass.coder_runs]
-
-    def _filtered(self, batch: Batch, source: Side, target: Side) -> tuple[Tensor, Tensor]:
-        kept_B = self._pass.filters.kept(batch, (source, target))
-        x_BD = batch.values[source][kept_B].float()
-        if target == source:
-            return x_BD, x_BD
-        return x_BD, batch.values[target][kept_B].float()
-
-    def _train_coder(self, run: CoderRun, x_BD: Tensor, y_BE: Tensor) -> StepResult | None:
-        """Take a train step with one coder; None where its batch has no rows."""
-        run.lr = run.trainer.optimizers.lr
-        rows = self._pass.processes.sum(len(x_BD))
-        run.rows_read += self._pass.config.batch_rows
-        if not rows:
-            return None  # the mean over no rows would be NaN
-        self._synchronize()
-        started = time.perf_counter()
-        result = run.trainer.step(x_BD, y_BE)
-        run.diverged = not bool(result.loss.isfinite())
-        self._synchronize()
-        run.train_seconds += time.perf_counter() - started
-        run.rows_trained += rows
-        return result
 
     def _record(
         self,
@@ -179,7 +128,3 @@ class TrainLoop:
         """Seconds in train steps, including the passes before this one."""
         before = sum(result.train_seconds for result in self._pass.progress.finished)
         return before + sum(run.train_seconds for run in self._pass.coder_runs)
-
-    def _synchronize(self) -> None:
-        if self._pass.device.type == "cuda":
-            torch.cuda.synchronize(self._pass.device)

@@ -102,7 +102,7 @@ def test_rows_that_are_not_finite_are_left_out_where_they_may_be() -> None:
 
 
 @pytest.mark.parametrize("arch", ["batch-topk", "batch-mp"])
-def test_rows_left_out_do_not_change_what_is_told_of_the_others(arch: Arch) -> None:
+def test_rows_left_out_do_not_change_the_evaluation_of_the_others(arch: Arch) -> None:
     """Also at another K, where the strongest entries of many rows are kept."""
     one = CoderConfig(
         inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=3, expansion=4
@@ -186,15 +186,15 @@ def test_companions_change_no_filter(store: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"max_norm": 0.5}, "max_norm must be at least 1 and finite, got 0.5"),
         ({"max_norm": math.nan}, "it is a multiple of the median norm"),
         ({"skip_tokens": ("bos",)}, "skip_tokens takes token ids and the word special, got 'bos'"),
     ],
 )
-def test_filters_that_cannot_be(store: Store, changes: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_filters(store: Store, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config(store, **changes)
 
 

@@ -48,7 +48,7 @@ def begun(made: Path, tmp_path: Path) -> Path:
     return path
 
 
-def go_on(begun: Path, made: Path) -> None:
+def commit_missing_marks(begun: Path, made: Path) -> None:
     """Commit what is missing, a mark at a time."""
     for mark in sorted((made / "marks").rglob("*.json")):
         place = begun / mark.relative_to(made)
@@ -58,7 +58,7 @@ def go_on(begun: Path, made: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"batch_rows": 2048, "rows": 4096}, r"too few for one batch of 2048; collect more rows, .*"
          r"--follow, or use --batch-rows \d+ or less"),
@@ -67,10 +67,10 @@ def go_on(begun: Path, made: Path) -> None:
          "has no input of layers.0, only its output; collect it with --hookpoints layers.0:input"),
     ],
 )  # fmt: skip
-def test_messages_name_the_remedy(made: Path, changes: dict[str, object], told: str) -> None:
+def test_messages_name_the_remedy(made: Path, changes: dict[str, object], message: str) -> None:
     chosen = config(made, **changes)
     sides = [(chosen.hookpoints[0], "input" if "transcoder" in chosen.kind else "output")]
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         open_trainable_store(chosen, sides)
     assert "\n" not in str(error.value)
 
@@ -115,11 +115,11 @@ def test_a_side_that_nobody_collects_is_doubted_once(
     with (
         pytest.warns(
             RuntimeWarning, match="is complete, with layers.0:output, .*layers.7:out"
-        ) as told,
+        ) as warned,
         pytest.raises(KeyboardInterrupt),
     ):
         await_parts(str(made), [MLP, ("layers.7", "output")])
-    assert len(told) == 1
+    assert len(warned) == 1
 
 
 def test_sides_under_way_are_waited_for_or_refused(begun: Path, made: Path) -> None:
@@ -132,7 +132,7 @@ def test_follow_waits_and_trains_as_on_the_finished_store(
     begun: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suited, "_POLL_SECONDS", 0.01)
-    collector = threading.Thread(target=go_on, args=(begun, made))
+    collector = threading.Thread(target=commit_missing_marks, args=(begun, made))
     collector.start()
     followed = fit(config(begun, run=str(tmp_path / "followed"), follow=True))
     collector.join()

@@ -131,7 +131,7 @@ def test_back_ends_agree_but_are_named_apart(store: str, tmp_path: Path) -> None
     assert direct["validation"]["fvu"] == pytest.approx(gram["validation"]["fvu"], rel=0.02)
 
 
-def test_a_diverged_coder_stops_and_the_others_go_on(store: str, tmp_path: Path) -> None:
+def test_a_diverged_coder_stops_and_the_others_continue(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "well"))
 
     def spoil_first(step: int, coder_runs: Sequence[CoderRun]) -> None:
@@ -162,11 +162,11 @@ def test_a_run_without_a_coder_left_ends(
     monkeypatch.setattr(fit_stage, "fit", partial(fit, on_step=spoil_all))
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
-    told = CliRunner().invoke(mptrain, fitted)
+    completed = CliRunner().invoke(mptrain, fitted)
     assert steps == 1
-    assert told.exit_code == 1
-    assert "all coders diverged, and none is saved" in told.stderr
-    assert not told.stdout
+    assert completed.exit_code == 1
+    assert "all coders diverged, so none was saved" in completed.stderr
+    assert not completed.stdout
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [(r["diverged"], r["rows_read"]) for r in results] == [(True, 64)] * 2
     assert all(0 < r["rows_trained"] < 64 for r in results), "first positions are left out"
@@ -184,14 +184,14 @@ def test_a_coder_without_validation_rows_is_saved(
     monkeypatch.setattr(validator, "evaluate", of_no_rows)
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
-    told = CliRunner().invoke(mptrain, fitted)
-    assert told.exit_code == 0, told.output
-    assert "no validation row passes the filters of layers.0-sae-mp" in told.stderr
-    assert "diverged" not in told.stderr
+    completed = CliRunner().invoke(mptrain, fitted)
+    assert completed.exit_code == 0, completed.output
+    assert "no validation row passes the filters of layers.0-sae-mp" in completed.stderr
+    assert "diverged" not in completed.stderr
     assert len(list((tmp_path / "run/coders").iterdir())) == 2
 
 
-def test_a_run_of_an_earlier_version_goes_on(store: str, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_continues(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", rows=64))
     file = tmp_path / "run/config.json"
     about = json.loads(file.read_text())
@@ -320,7 +320,7 @@ def test_a_final_fvu_that_is_no_number_is_a_divergence(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"skip_positions": -1}, "skip_positions must be at least 0, got -1"),
         ({"order_seed": -1}, "order_seed must be at least 0, got -1"),
@@ -342,13 +342,13 @@ def test_a_final_fvu_that_is_no_number_is_a_divergence(
     ],
     ids=str,
 )
-def test_configs_that_cannot_be(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_configs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config("store", Path("run"), **changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"skip_positions": 16}, "skip_positions=16, ctx_len=16"),
         ({"device": "foo"}, "device must be one of this machine, got 'foo'"),
@@ -357,10 +357,10 @@ def test_configs_that_cannot_be(changes: dict[str, Any], told: str) -> None:
     ],
     ids=str,
 )
-def test_fits_that_cannot_be_write_nothing(
-    store: str, tmp_path: Path, changes: dict[str, Any], told: str
+def test_invalid_fits_write_nothing(
+    store: str, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         fit(config(store, tmp_path / "run", **changes))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
@@ -378,7 +378,7 @@ def test_sides_of_different_extent_are_refused(tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", **both | {"hookpoints": ("layers.0",)}))
 
 
-def test_a_run_goes_on_with_the_parts_it_began_with(tmp_path: Path) -> None:
+def test_a_run_continues_with_the_parts_it_began_with(tmp_path: Path) -> None:
     store = str(small_store(tmp_path, rows=300)[0])
     fit(config(store, tmp_path / "whole", rows=64 * 8))
     broken = config(store, tmp_path / "broken", rows=64 * 8, save_every=3)
@@ -391,7 +391,7 @@ def test_a_run_goes_on_with_the_parts_it_began_with(tmp_path: Path) -> None:
     assert not equal(weights(tmp_path / "whole"), weights(tmp_path / "later"))
 
 
-def test_a_run_whose_parts_are_gone_ends_in_words(tmp_path: Path) -> None:
+def test_a_run_whose_parts_are_gone_is_refused(tmp_path: Path) -> None:
     store = str(small_store(tmp_path, rows=1500)[0])
     fit(config(store, tmp_path / "run", rows=64))
     shutil.rmtree(Path(store) / "marks" / "4")

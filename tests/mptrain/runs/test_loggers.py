@@ -21,7 +21,7 @@ from tests.helpers.fits import config, equal, interrupt_at, weights
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store
 
-N_RESCORED: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 12, "eval_every": 4, "eval_rows": 64}
+SMALL_RUN: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 12, "eval_every": 4, "eval_rows": 64}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_tensorboard_shows_the_records_of_a_run_that_was_stopped_twice(
     store: str, tmp_path: Path
 ) -> None:
-    settings = config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED)
+    settings = config(store, tmp_path / "run", log=("tensorboard",), **SMALL_RUN)
     for stops_at in (8, 4):
         with pytest.raises(KeyboardInterrupt):
             fit(settings, on_step=interrupt_at(stops_at))
@@ -69,16 +69,16 @@ def test_tensorboard_shows_the_records_of_a_run_that_was_stopped_twice(
 
 
 def test_following_changes_no_bit_and_may_begin_later(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "alone", **N_RESCORED))
-    fit(config(store, tmp_path / "followed", **{**N_RESCORED, "log": ("tensorboard",)}))
+    fit(config(store, tmp_path / "alone", **SMALL_RUN))
+    fit(config(store, tmp_path / "followed", **{**SMALL_RUN, "log": ("tensorboard",)}))
     assert equal(weights(tmp_path / "alone"), weights(tmp_path / "followed"))
-    results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **N_RESCORED))
+    results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **SMALL_RUN))
     curves = shown(tmp_path / "alone/tensorboard" / results[0].coder)
     assert [step for step, _ in curves["fvu"]] == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.parametrize("log", ["tensorboard", "wandb"])
-def test_an_absent_package_is_told_before_anything_begins(
+def test_an_absent_package_is_an_error_before_the_run_begins(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     find = importlib.util.find_spec
@@ -86,7 +86,7 @@ def test_an_absent_package_is_told_before_anything_begins(
         followers.importlib.util, "find_spec", lambda name: None if name == log else find(name)
     )
     with pytest.raises(ValueError, match=rf"log {log} needs .* pip install 'mpcache\[{log}\]'"):
-        fit(config(store, tmp_path / "run", log=(log,), **N_RESCORED))
+        fit(config(store, tmp_path / "run", log=(log,), **SMALL_RUN))
     assert not (tmp_path / "run").exists()
 
 
@@ -98,7 +98,7 @@ def test_a_follower_that_fails_ends_no_training(
 
     monkeypatch.setattr(followers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* connection lost"):
-        fit(config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED))
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **SMALL_RUN))
     assert len(read_records(tmp_path / "run/metrics.jsonl")) == 12
 
 
@@ -119,11 +119,11 @@ def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
     close = followers.TensorBoard.close
     monkeypatch.setattr(followers.TensorBoard, "close", fails_to_close)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* nobody there"):
-        fit(config(store, tmp_path / "run", log=("tensorboard",), **N_RESCORED))
+        fit(config(store, tmp_path / "run", log=("tensorboard",), **SMALL_RUN))
     assert (tmp_path / "run/results.json").exists()
     monkeypatch.setattr(followers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="connection lost"):
-        fit(config(store, tmp_path / "other", log=("tensorboard",), **N_RESCORED))
+        fit(config(store, tmp_path / "other", log=("tensorboard",), **SMALL_RUN))
     assert closed == 2
 
 
@@ -147,7 +147,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A stand-in for the package, whose server keeps what it is told under each run's id."""
+    """A stand-in for the package, whose server keeps what it receives under each run's id."""
     fake: Any = types.ModuleType("wandb")
     fake.server, fake.asked, fake.runs = {}, [], []
 
@@ -166,7 +166,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_wandb_gets_each_coder_as_a_run_and_resumes_it(
     store: str, tmp_path: Path, wandb: Any
 ) -> None:
-    settings = config(store, tmp_path / "run", log=("wandb",), **N_RESCORED)
+    settings = config(store, tmp_path / "run", log=("wandb",), **SMALL_RUN)
     with pytest.raises(KeyboardInterrupt):
         fit(settings, on_step=interrupt_at(8))  # after seven train steps; five were saved
     results = fit(settings)
@@ -185,7 +185,7 @@ def test_wandb_gets_each_coder_as_a_run_and_resumes_it(
     assert len(wandb.server) == 4, "another run has other ids"
 
 
-def test_wandb_that_does_not_start_is_told(
+def test_wandb_that_does_not_start_is_an_error(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
 ) -> None:
     def refuses(**_: object) -> None:
@@ -193,7 +193,7 @@ def test_wandb_that_does_not_start_is_told(
 
     monkeypatch.setattr(wandb, "init", refuses)
     with pytest.raises(ValueError, match="api_key not configured; use `wandb login`, or WANDB_"):
-        fit(config(store, tmp_path / "run", log=("wandb",), **N_RESCORED))
+        fit(config(store, tmp_path / "run", log=("wandb",), **SMALL_RUN))
 
 
 def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.Mon
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    coders = [dataclasses.replace(one) for one in config("store", tmp_path, **N_RESCORED).coders()]
+    coders = [dataclasses.replace(one) for one in config("store", tmp_path, **SMALL_RUN).coders()]
     following = MetricLoggers(("wandb",), tmp_path, coders)
     for coder in coders:
         following.add(dataclasses.replace(RECORD, coder=coder.name, fvu=math.nan))

@@ -165,7 +165,7 @@ def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("stops_at", [3, 6, 14, 18])
-def test_passes_go_on_where_they_stopped(store: str, tmp_path: Path, stops_at: int) -> None:
+def test_passes_continue_where_they_stopped(store: str, tmp_path: Path, stops_at: int) -> None:
     """Six steps a pass: within the first, at its end, within the third, at the very end."""
     few: dict[str, Any] = {"kind": ("sae",), "arch": ("mp",), "k": (2, 3, 4), "rows": 64 * 6}
     alone = max(
@@ -257,10 +257,10 @@ def invoke(*arguments: str) -> Any:
 
 def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
     arguments = (store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", *FIT)
-    told = invoke(*arguments, "--dry-run")
-    assert told.exit_code == 0, told.output
-    assert "passes: 1, each of 12 train steps (0.667 epochs) on" in told.stdout
-    assert "layers.0-sae-mp-k3-x2-seed0" in told.stdout
+    completed = invoke(*arguments, "--dry-run")
+    assert completed.exit_code == 0, completed.output
+    assert "passes: 1, each of 12 train steps (0.667 epochs) on" in completed.stdout
+    assert "layers.0-sae-mp-k3-x2-seed0" in completed.stdout
     plan = json.loads(invoke(*arguments, "--dry-run", "--json").stdout)
     assert plan["passes"] == [["layers.0-sae-mp-k3-x2-seed0", "layers.0-sae-topk-k3-x2-seed0"]]
     assert [one["parameters"] for one in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
@@ -271,15 +271,15 @@ def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_that_holds_no_coder_is_told_item_by_item(store: str, tmp_path: Path) -> None:
+def test_memory_that_holds_no_coder_is_explained_by_purpose(store: str, tmp_path: Path) -> None:
     arguments = (store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", *FIT)
-    told = invoke(*arguments, "--max-memory", "1kB")
-    assert told.exit_code == 2
+    completed = invoke(*arguments, "--max-memory", "1kB")
+    assert completed.exit_code == 2
     assert (
         "max_memory must hold at least one coder, got 1000 bytes, but layers.0-sae-mp"
-        in told.stderr
+        in completed.stderr
     )
-    assert "for weights" in told.stderr
+    assert "for weights" in completed.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -301,7 +301,7 @@ def test_resume_needs_no_other_option(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--resume", "RUN", "--k", "4"), "from the run; only these may be given with it"),
         (("--resume", "RUN", "--k", "64"), "--resume takes k from the run"),
@@ -312,14 +312,14 @@ def test_resume_needs_no_other_option(
     ],
     ids=str,
 )
-def test_what_cannot_be_resumed(
-    store: str, tmp_path: Path, options: tuple[str, ...], told: str
+def test_errors_of_resume(
+    store: str, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     found = invoke(*(str(tmp_path / "run") if o == "RUN" else o for o in options))
     assert found.exit_code == 2
-    assert told in found.stderr
+    assert message in found.stderr
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
@@ -358,7 +358,7 @@ def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Pa
         plan_fit(config(store, tmp_path / "run", rows=128, kind=("sae",)))
 
 
-def test_clocks_go_on_in_the_next_pass() -> None:
+def test_clocks_continue_in_the_next_pass() -> None:
     clocks = {"wait_seconds": 1.5, "validation_seconds": 2.5}
     first = RunProgress(passes=[["a"], ["b"]], step=9, **clocks)
     following = RunProgress(passes=first.passes, pass_index=1, **clocks)

@@ -70,9 +70,9 @@ def test_a_side_without_variance_is_named_before_a_run_begins(
     monkeypatch.setattr(ActsReader, "moments", constant)
     given = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.1.mlp",
              "--kind", "skip-transcoder", "--rows", "640", "--batch-rows", "64"]  # fmt: skip
-    told = CliRunner().invoke(mptrain, given)
-    assert told.exit_code == 2
-    assert "error: layers.1.mlp:input has no variance" in told.stderr
+    completed = CliRunner().invoke(mptrain, given)
+    assert completed.exit_code == 2
+    assert "error: layers.1.mlp:input has no variance" in completed.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -86,9 +86,9 @@ def test_damage_names_the_commands_that_mend_it(store: str, tmp_path: Path) -> N
     again = ["fit", damaged, "--run", str(tmp_path / "other"), "--hookpoints", "layers.1.mlp",
              "--rows", "640", "--batch-rows", "64"]  # fmt: skip
     for given in (again, ["eval", str(coder), damaged]):
-        told = CliRunner().invoke(mptrain, given)
-        assert told.exit_code == 1
-        last = told.stderr.splitlines()[-1]
+        completed = CliRunner().invoke(mptrain, given)
+        assert completed.exit_code == 1
+        last = completed.stderr.splitlines()[-1]
         assert last.startswith("error: ")
         assert "is missing" in last
         assert last.endswith(

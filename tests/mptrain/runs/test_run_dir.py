@@ -27,7 +27,7 @@ from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weig
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store
 
-N_RESCORED = {"kind": ("sae",), "eval_rows": 64}
+SMALL_RUN = {"kind": ("sae",), "eval_rows": 64}
 
 
 @pytest.fixture(scope="module")
@@ -51,36 +51,36 @@ def full_from(first: int, last: int, function: Callable[..., Any]) -> Callable[.
     return called
 
 
-def test_a_full_disk_while_saving_is_told_and_tried_again(
+def test_a_full_disk_while_saving_is_a_warning_and_the_next_save_tries_again(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(config(store, tmp_path / "whole", **N_RESCORED))
+    fit(config(store, tmp_path / "whole", **SMALL_RUN))
     # saves after 5, 10, 15, 20 and 24 steps, of which the second and the third find no room
     monkeypatch.setattr(checkpoint, "save_file", full_from(2, 3, checkpoint.save_file))
-    with pytest.warns(RuntimeWarning, match="after train step") as told:
-        fit(config(store, tmp_path / "full", **N_RESCORED))
+    with pytest.warns(RuntimeWarning, match="after train step") as warned:
+        fit(config(store, tmp_path / "full", **SMALL_RUN))
     wanted = "the state after train step {} is not saved (No space left on device); the one before "
-    for warning, step in zip(told, (10, 15), strict=True):
+    for warning, step in zip(warned, (10, 15), strict=True):
         assert str(warning.message).startswith(wanted.format(step))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "full"))
     assert equal(state(tmp_path / "whole"), state(tmp_path / "full"))
     assert lasting(tmp_path / "whole") == lasting(tmp_path / "full")
 
 
-def test_after_a_full_disk_the_last_whole_state_goes_on(
+def test_after_a_full_disk_the_last_whole_state_continues(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(config(store, tmp_path / "whole", **N_RESCORED))
+    fit(config(store, tmp_path / "whole", **SMALL_RUN))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_from(2, 99, checkpoint.save_file))
         with (
             pytest.warns(RuntimeWarning, match="the one before it is kept"),
             pytest.raises(OSError, match="No space left on device"),
         ):
-            fit(config(store, tmp_path / "full", **N_RESCORED))
+            fit(config(store, tmp_path / "full", **SMALL_RUN))
     assert [f.name for f in (tmp_path / "full/state").iterdir()] == ["5"], "no room is wasted"
     assert not list((tmp_path / "full/coders").iterdir())
-    fit(config(store, tmp_path / "full", **N_RESCORED))
+    fit(config(store, tmp_path / "full", **SMALL_RUN))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "full"))
     assert lasting(tmp_path / "whole") == lasting(tmp_path / "full")
 
@@ -123,7 +123,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(
         patch.setattr(metrics.Path, "open", lambda *args, **more: Cut(open_(*args, **more)))
         with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl cannot be written"):
             file.add(RECORD)
-        file.add(RECORD)  # is told once
+        file.add(RECORD)  # warns once
         with pytest.raises(OSError, match="No space left"):
             file.flush()
     assert len(read_records(file.path)) == 1
@@ -141,12 +141,12 @@ def test_no_state_is_kept_without_its_lines(
         pytest.warns(RuntimeWarning, match="No space left"),
         pytest.raises(OSError, match="No space left"),
     ):
-        fit(config(store, tmp_path / "run", **N_RESCORED))
+        fit(config(store, tmp_path / "run", **SMALL_RUN))
     assert not (tmp_path / "run/state").exists()
 
 
 def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", **N_RESCORED))
+    fit(config(store, tmp_path / "run", **SMALL_RUN))
     whole = weights(tmp_path / "run")
     (folder,) = (tmp_path / "run/state").iterdir()
     for name in ("state.safetensors", "state.json"):
@@ -155,20 +155,20 @@ def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> 
         with pytest.raises(
             ValueError, match=r"state/24 is damaged .* delete .*/state, and the run"
         ):
-            fit(config(store, tmp_path / "run", **N_RESCORED))
+            fit(config(store, tmp_path / "run", **SMALL_RUN))
         (folder / name).unlink()
         with pytest.raises(ValueError, match="state/24 is damaged"):
-            fit(config(store, tmp_path / "run", **N_RESCORED))
+            fit(config(store, tmp_path / "run", **SMALL_RUN))
         (folder / name).write_bytes(before)
     shutil.rmtree(folder.parent)
-    fit(config(store, tmp_path / "run", **N_RESCORED))
+    fit(config(store, tmp_path / "run", **SMALL_RUN))
     assert equal(whole, weights(tmp_path / "run"))
 
 
 def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(config(store, tmp_path / "run", arch=("mp",), **N_RESCORED))
+    fit(config(store, tmp_path / "run", arch=("mp",), **SMALL_RUN))
     (folder,) = (tmp_path / "run/coders").iterdir()
     coder, trained = checkpoint.load_coder(folder)
     seen = 0
@@ -193,8 +193,8 @@ def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
 
 
 def test_how_often_is_saved_may_change_between_commands(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", rows=64, **N_RESCORED))
-    fit(config(store, tmp_path / "run", rows=64, save_every=1, **N_RESCORED))
+    fit(config(store, tmp_path / "run", rows=64, **SMALL_RUN))
+    fit(config(store, tmp_path / "run", rows=64, save_every=1, **SMALL_RUN))
 
 
 def test_sigterm_saves_and_says_so(
@@ -211,7 +211,7 @@ def test_sigterm_saves_and_says_so(
     assert "the same command continues after train step 1" in result.stderr
 
 
-def test_a_full_disk_is_a_warning_in_words(
+def test_a_full_disk_is_one_line_of_warning(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "save_file", full_from(1, 1, checkpoint.save_file))
@@ -226,7 +226,7 @@ def test_a_full_disk_is_a_warning_in_words(
 
 def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
     """So no state of a random generator has to be kept."""
-    drawn = {**N_RESCORED, "arch": ("mp",), "rows": 64 * 6}
+    drawn = {**SMALL_RUN, "arch": ("mp",), "rows": 64 * 6}
     for number in range(2):
         random.seed(number)
         np.random.seed(number)
@@ -235,18 +235,18 @@ def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
     assert equal(weights(tmp_path / "0"), weights(tmp_path / "1"))
 
 
-def test_a_difference_is_told_as_on_the_command_line(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", rows=64, **N_RESCORED))
+def test_differences_are_written_as_on_the_command_line(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", rows=64, **SMALL_RUN))
     before = json.loads((tmp_path / "run/config.json").read_text())
     with pytest.raises(ValueError, match="another config") as error:
-        fit(config(store, tmp_path / "run", rows=128, k=(2, 3), lr=(0.1,), **N_RESCORED))
-    told = str(error.value)
+        fit(config(store, tmp_path / "run", rows=128, k=(2, 3), lr=(0.1,), **SMALL_RUN))
+    message = str(error.value)
     for difference in (
         "k: 3 there, 2,3 asked",
         "lr: none there, 0.1 asked",
         "rows: 64 there, 128 ",
     ):
-        assert difference in told
+        assert difference in message
     assert json.loads((tmp_path / "run/config.json").read_text()) == before
 
 
@@ -254,7 +254,7 @@ def test_the_bar_tells_fvu_speed_waiting_and_time_left(
     store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    fit(config(store, tmp_path / "run", **N_RESCORED), quiet=False)
+    fit(config(store, tmp_path / "run", **SMALL_RUN), quiet=False)
     bar = capfd.readouterr().err
     assert re.search(
         r"fit 2 coders: +\d+%.*k/1\.54k \[\d\d:\d\d<\d\d:\d\d, +[\d.]+k?row/s, "
@@ -263,19 +263,19 @@ def test_the_bar_tells_fvu_speed_waiting_and_time_left(
     )
 
 
-def test_a_run_of_an_earlier_version_goes_on(store: str, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_continues(store: str, tmp_path: Path) -> None:
     """Its config lacks settings that came later, and its state the rows of each coder."""
-    fit(config(store, tmp_path / "whole", **N_RESCORED))
+    fit(config(store, tmp_path / "whole", **SMALL_RUN))
     with pytest.raises(KeyboardInterrupt):
-        fit(config(store, tmp_path / "run", **N_RESCORED), on_step=interrupt_at(13))
+        fit(config(store, tmp_path / "run", **SMALL_RUN), on_step=interrupt_at(13))
     file = tmp_path / "run/config.json"
     started = json.loads(file.read_bytes())
     assert started["fit"].pop("only_tokens") == "all"
     file.write_text(json.dumps(started))
-    fit(config(store, tmp_path / "run", **N_RESCORED))
+    fit(config(store, tmp_path / "run", **SMALL_RUN))
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     with pytest.raises(ValueError, match="skip_positions: 1 there, 2 asked"):
-        fit(config(store, tmp_path / "run", **N_RESCORED, skip_positions=2))
+        fit(config(store, tmp_path / "run", **SMALL_RUN, skip_positions=2))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_another_tools_folder_is_no_run(store: str, tmp_path: Path, content: obj
 
 
 def test_settings_of_a_newer_version_are_named(store: str, tmp_path: Path) -> None:
-    fit(config(store, tmp_path / "run", **N_RESCORED, rows=64 * 5))
+    fit(config(store, tmp_path / "run", **SMALL_RUN, rows=64 * 5))
     file = tmp_path / "run/config.json"
     started = json.loads(file.read_bytes())
     started["fit"]["novelty"] = 1

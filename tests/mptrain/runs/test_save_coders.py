@@ -62,9 +62,9 @@ def test_the_command(store: str, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "moved")
     stopped(store, tmp_path / "run")
     given = ["save-coders", str(tmp_path / "run"), str(tmp_path / "moved")]
-    told = CliRunner().invoke(mptrain, given)
-    assert told.exit_code == 0, told.output
-    assert told.stdout.count("-step10: after 10 of 24 train steps") == 2
+    completed = CliRunner().invoke(mptrain, given)
+    assert completed.exit_code == 0, completed.output
+    assert completed.stdout.count("-step10: after 10 of 24 train steps") == 2
     shown = json.loads(CliRunner().invoke(mptrain, [*given, "--json"]).stdout)
     evaluated = CliRunner().invoke(mptrain, ["eval", shown[0]["folder"], store])
     assert evaluated.exit_code == 0, evaluated.output
@@ -95,7 +95,7 @@ def test_finished_passes_are_not_saved_again(
     assert {f.name for f in (tmp_path / "run/coders").iterdir()} == {names[0], f"{names[1]}-step5"}
 
 
-def test_what_cannot_be_saved(store: str, tmp_path: Path) -> None:
+def test_errors_of_save_coders(store: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no run"):
         save_coders(str(tmp_path / "none"), {})
     with pytest.raises(KeyboardInterrupt):

@@ -159,14 +159,14 @@ def torchrun(
         "device",
     ):  # fmt: skip
         given[name] = str(getattr(config, name))
-    told = [text for n, value in given.items() for text in (f"--{n.replace('_', '-')}", value)]
+    changed = [text for n, value in given.items() for text in (f"--{n.replace('_', '-')}", value)]
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"),
             # without the two dashes it takes --run for the beginning of an option of its own
             *("--nproc-per-node", "2", "--", sys.executable, "-c"),
             program,
-            *("fit", store, *told, *options),
+            *("fit", store, *changed, *options),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -176,7 +176,7 @@ def torchrun(
 
 
 @pytest.mark.slow
-def test_spread_coders_equal_solo_runs_and_go_on_where_one_process_stopped(
+def test_spread_coders_equal_solo_runs_and_continue_where_one_process_stopped(
     store: str, tmp_path: Path
 ) -> None:
     """Bit for bit, with their metrics and the state of the run."""
@@ -246,7 +246,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
 
 
 @pytest.mark.parametrize(
-    ("changes", "processes", "told"),
+    ("changes", "processes", "message"),
     [
         ({"spread": "rows"}, None, "spread rows needs several processes, got one; start them by t"),
         ({}, 2, "torchrun started processes, 2 of them, and nothing says what they share; give"),
@@ -258,7 +258,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
 def test_configs_that_do_not_go_with_the_processes(
     changes: dict[str, Any],
     processes: int | None,
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -267,5 +267,5 @@ def test_configs_that_do_not_go_with_the_processes(
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         monkeypatch.setenv("LOCAL_RANK", "0")
     config = fits.config("store", tmp_path / "run", **changes)
-    with pytest.raises(ValueError, match=told), join_process_group(config):
+    with pytest.raises(ValueError, match=message), join_process_group(config):
         pytest.fail("joined")
