@@ -193,9 +193,9 @@ def test_auxk_revives_dead_latents(kind: Kind, arch: Arch):
 @torch.no_grad()
 def silence_half_(coder: Coder) -> None:
     """A bias that no row overcomes, or atoms that are nearly one, of which the same one wins."""
-    if coder.encoder.bias_M is not None:
+    if not coder.config.architecture.is_pursuit:
         coder.encoder.bias_M[::2] = -1.0
-    if coder.encoder.W_MD is not None:
+    else:
         generator = torch.Generator().manual_seed(3)
         coder.encoder.W_MD[::2] = coder.encoder.W_MD[:1] + 0.01 * torch.randn(
             coder.encoder.W_MD[::2].shape, generator=generator
