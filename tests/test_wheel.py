@@ -106,10 +106,10 @@ def mypy(script: str, python: Path, folder: Path) -> str:
 
 
 def test_a_strict_type_checker_sees_types(python: Path, tmp_path: Path) -> None:
-    found = mypy(SCRIPT, python, tmp_path)
-    assert "Success" in found, found
+    report = mypy(SCRIPT, python, tmp_path)
+    assert "Success" in report, report
     revealed = [
-        line.split("Revealed type is ")[1] for line in found.splitlines() if "Reveal" in line
+        line.split("Revealed type is ")[1] for line in report.splitlines() if "Reveal" in line
     ]
     assert len(revealed) == 5
     assert not [kind for kind in revealed if kind.strip('"') == "Any"]

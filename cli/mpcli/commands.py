@@ -29,7 +29,7 @@ class Subcommand:
     target: str
     "where its function is: `module:function`"
     summary: str
-    "one sentence; the function's docstring goes on from there"
+    "one sentence; the function's docstring continues after it"
     examples: tuple[str, ...]
     "command lines that end its help"
 

@@ -179,7 +179,7 @@ def _how_to_revive(rows_before_last_step: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ListedConfig(RunConfig):
-    """A run of coders that are named one by one: any set of them, also one that is no grid."""
+    """A run of coders that are listed individually, as those of an experiment are."""
 
     listed: tuple[CoderConfig, ...]
     "the coders"

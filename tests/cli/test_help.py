@@ -34,14 +34,14 @@ def help_of(app: str, *command: str, width: int = 80) -> str:
 
 def sections(text: str) -> dict[str, str]:
     """The body under each heading; a heading is at the start of a line and ends with a colon."""
-    found: dict[str, str] = {}
+    bodies: dict[str, str] = {}
     heading = ""
     for line in text.splitlines():
         if line.endswith(":") and not line.startswith(" "):
             heading = line[:-1]
-            assert heading not in found, heading
-        found[heading] = found.get(heading, "") + line + "\n"
-    return found
+            assert heading not in bodies, heading
+        bodies[heading] = bodies.get(heading, "") + line + "\n"
+    return bodies
 
 
 @pytest.mark.parametrize(("app", "command"), [("mpcache", ""), ("mptrain", ""), *COMMANDS])
@@ -74,14 +74,14 @@ def test_the_list_of_commands_imports_none(app: str) -> None:
 
 @pytest.mark.parametrize(("app", "command"), COMMANDS)
 def test_help_of_a_command_is_grouped_and_ends_with_examples(app: str, command: str) -> None:
-    found = sections(help_of(app, command))
-    *groups, last = [name for name in found if name]
+    bodies = sections(help_of(app, command))
+    *groups, last = [name for name in bodies if name]
     assert last == "Examples"
     assert groups == sorted(groups, key=GROUPS.index)
-    assert "" in found
+    assert "" in bodies
     summary = APPS[app].COMMANDS[command].summary
-    assert summary in " ".join(found[""].split())
-    assert f"{app.upper()}_DEVICE" in found[groups[-1]]
+    assert summary in " ".join(bodies[""].split())
+    assert f"{app.upper()}_DEVICE" in bodies[groups[-1]]
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -105,9 +105,9 @@ def test_examples_parse(app: str, command: str, example: str) -> None:
 def parse(app: str, command: str, arguments: list[str]) -> dict[str, object]:
     group = typer.main.get_command(APPS[app].app)
     with group.make_context(app, [], resilient_parsing=True) as context:
-        found = group.get_command(context, command)
-        assert found is not None
-        return found.make_context(command, list(arguments), parent=context).params
+        subcommand = group.get_command(context, command)
+        assert subcommand is not None
+        return subcommand.make_context(command, list(arguments), parent=context).params
 
 
 @pytest.mark.parametrize("command", [("mpcache", "collect"), ("mptrain", "fit")])

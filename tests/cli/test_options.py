@@ -30,15 +30,15 @@ FIT = ("--k", "3", "--expansion", "2", "--rows", "800", "--batch-rows", "64")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model, a corpus and a store; tests add to it and change nothing."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("inputs")
     small_store(folder, rows=600)
     return folder
 
 
-def collect(place: Path, *more: str, model: str = "model", data: str = "corpus.jsonl"):
-    arguments = [str(place / model), str(place / data), *more]
+def collect(inputs: Path, *more: str, model: str = "model", data: str = "corpus.jsonl"):
+    arguments = [str(inputs / model), str(inputs / data), *more]
     return CliRunner().invoke(mpcache, ["collect", *arguments, *COLLECT])
 
 
@@ -51,14 +51,14 @@ def one_line(result) -> str:
     return lines[0]
 
 
-def test_unknown_hookpoint_lists_near_names(place: Path) -> None:
-    told = one_line(collect(place, str(place / "new"), "--hookpoints", "layer.1.mpl"))
-    assert "layers.*.mlp" in told
-    assert not (place / "new").exists()
+def test_unknown_hookpoint_lists_near_names(inputs: Path) -> None:
+    message = one_line(collect(inputs, str(inputs / "new"), "--hookpoints", "layer.1.mpl"))
+    assert "layers.*.mlp" in message
+    assert not (inputs / "new").exists()
 
 
 @pytest.mark.parametrize(
-    ("model", "data", "told"),
+    ("model", "data", "message"),
     [
         ("no_model", "corpus.jsonl", "no_model"),
         ("model", "no.jsonl", "must exist"),
@@ -66,30 +66,32 @@ def test_unknown_hookpoint_lists_near_names(place: Path) -> None:
         ("model", "one.jsonl", "each split must fill a sequence"),
     ],
 )
-def test_missing_or_useless_input(place: Path, model: str, data: str, told: str) -> None:
-    (place / "empty.jsonl").write_text("")
-    (place / "one.jsonl").write_text(json.dumps({"text": "only one document " * 9}) + "\n")
-    result = collect(place, str(place / "new"), "--hookpoints", "layers.0", model=model, data=data)
-    assert told in one_line(result)
-    assert not (place / "new").exists()
+def test_missing_or_useless_input(inputs: Path, model: str, data: str, message: str) -> None:
+    (inputs / "empty.jsonl").write_text("")
+    (inputs / "one.jsonl").write_text(json.dumps({"text": "only one document " * 9}) + "\n")
+    result = collect(
+        inputs, str(inputs / "new"), "--hookpoints", "layers.0", model=model, data=data
+    )
+    assert message in one_line(result)
+    assert not (inputs / "new").exists()
 
 
-def test_a_store_of_another_model_or_of_other_settings_is_refused(place: Path) -> None:
-    before = {f: f.read_bytes() for f in (place / "store").rglob("*") if f.is_file()}
-    save_tiny(place / "other_model", seed=1)
-    store = str(place / "store")
-    other = collect(place, store, "--hookpoints", "layers.0", model="other_model")
+def test_a_store_of_another_model_or_of_other_settings_is_refused(inputs: Path) -> None:
+    before = {f: f.read_bytes() for f in (inputs / "store").rglob("*") if f.is_file()}
+    save_tiny(inputs / "other_model", seed=1)
+    store = str(inputs / "store")
+    other = collect(inputs, store, "--hookpoints", "layers.0", model="other_model")
     assert "model_digest" in one_line(other)
-    settings = collect(place, store, "--hookpoints", "layers.0", "--seed", "7")
+    settings = collect(inputs, store, "--hookpoints", "layers.0", "--seed", "7")
     assert "seed: 0 there, 7 asked" in one_line(settings)
-    dtype = collect(place, store, "--hookpoints", "layers.0", "--batch-sequences", "5",
+    dtype = collect(inputs, store, "--hookpoints", "layers.0", "--batch-sequences", "5",
                     "--dtype", "float16")  # fmt: skip
     assert "dtype: bfloat16 there, float16 asked" in one_line(dtype)
-    assert {f: f.read_bytes() for f in (place / "store").rglob("*") if f.is_file()} == before
+    assert {f: f.read_bytes() for f in (inputs / "store").rglob("*") if f.is_file()} == before
 
 
-def test_unknown_format_version(place: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(place / "store", tmp_path / "store"))
+def test_unknown_format_version(inputs: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(inputs / "store", tmp_path / "store"))
     text = (store / "store.json").read_text()
     (store / "store.json").write_text(text.replace('"format_version": 1', '"format_version": 7'))
     for command in ("info", "verify", "stats"):
@@ -99,20 +101,20 @@ def test_unknown_format_version(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_place_that_cannot_be_written(place: Path) -> None:
-    below_a_file = str(place / "corpus.jsonl" / "store")
-    assert "Not a directory" in one_line(collect(place, below_a_file, "--hookpoints", "layers.0"))
+def test_a_folder_that_cannot_be_written(inputs: Path) -> None:
+    below_a_file = str(inputs / "corpus.jsonl" / "store")
+    assert "Not a directory" in one_line(collect(inputs, below_a_file, "--hookpoints", "layers.0"))
 
 
-def test_a_folder_that_is_no_store_stays_as_it_is(place: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_store_stays_as_it_is(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "no store" in one_line(collect(place, str(tmp_path), "--hookpoints", "layers.0"))
+    assert "no store" in one_line(collect(inputs, str(tmp_path), "--hookpoints", "layers.0"))
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
     assert "no store" in one_line(CliRunner().invoke(mpcache, ["info", str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--part-rows", "100", "--ctx-len", "16"), "use 112"),
         (("--chunk-rows", "50"), "chunk_rows must divide part_rows"),
@@ -121,13 +123,13 @@ def test_a_folder_that_is_no_store_stays_as_it_is(place: Path, tmp_path: Path) -
         (("--validation-every", "1"), "at least 2"),
     ],
 )
-def test_options_that_cannot_be(place: Path, options: tuple[str, ...], told: str) -> None:
-    arguments = [str(place / "model"), str(place / "corpus.jsonl"), str(place / "new")]
+def test_options_that_cannot_be(inputs: Path, options: tuple[str, ...], message: str) -> None:
+    arguments = [str(inputs / "model"), str(inputs / "corpus.jsonl"), str(inputs / "new")]
     command = ["collect", *arguments, "--hookpoints", "layers.0", *COLLECT, *options]
     result = CliRunner().invoke(mpcache, command)
     assert result.exit_code == 2
-    assert told in result.stderr
-    assert not (place / "new").exists()
+    assert message in result.stderr
+    assert not (inputs / "new").exists()
 
 
 def test_nonfinite_activations_are_counted_reported_and_refused(tmp_path: Path) -> None:
@@ -142,21 +144,21 @@ def test_nonfinite_activations_are_counted_reported_and_refused(tmp_path: Path) 
     collected = collect(tmp_path, store, "--hookpoints", "layers.0")
     assert collected.exit_code == 0
     assert "not finite" in collected.stderr
-    found = json.loads(CliRunner().invoke(mpcache, ["stats", store, "--json"]).stdout)
-    assert found[0]["nonfinite"] > 0
+    report = json.loads(CliRunner().invoke(mpcache, ["stats", store, "--json"]).stdout)
+    assert report[0]["nonfinite"] > 0
     fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", *FIT]
-    told = one_line(CliRunner().invoke(mptrain, fit))
-    assert "non-finite" in told
-    assert "--allow-nonfinite" in told
+    message = one_line(CliRunner().invoke(mptrain, fit))
+    assert "non-finite" in message
+    assert "--allow-nonfinite" in message
     allowed = CliRunner().invoke(mptrain, [*fit, "--allow-nonfinite", "--json"])
     assert allowed.exit_code == 0, allowed.output
     assert all(r["validation"]["fvu"] < 1.5 for r in json.loads(allowed.stdout))
 
 
-def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
-    """collect, info, verify, stats, fit, eval and plot, as the README tells."""
-    store, run = str(place / "store"), tmp_path / "run"
-    small_config(place)
+def test_the_whole_way_and_back(inputs: Path, tmp_path: Path) -> None:
+    """collect, info, verify, stats, fit, eval and plot, as in the README."""
+    store, run = str(inputs / "store"), tmp_path / "run"
+    small_config(inputs)
     assert CliRunner().invoke(mpcache, ["verify", store]).exit_code == 0
     assert "layers.1.mlp" in CliRunner().invoke(mpcache, ["info", store]).stdout
     fit = ["fit", store, "--run", str(run), "--hookpoints", "layers.0,layers.1.mlp", *FIT]
@@ -179,43 +181,43 @@ def test_the_whole_way_and_back(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
+    result = collect(inputs, str(tmp_path / "new"), "--hookpoints", "layers.0")
     assert result.exit_code == 1
-    (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "No space left on device" in told
-    assert str(tmp_path / "new") in told
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "No space left on device" in message
+    assert str(tmp_path / "new") in message
 
 
-def test_ctrl_c_says_how_to_go_on(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_says_how_to_continue(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(producer_module, "capture_part", interrupted)
-    result = collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0")
+    result = collect(inputs, str(tmp_path / "new"), "--hookpoints", "layers.0")
     assert result.exit_code == 130
     assert "the same command continues" in result.stderr
     monkeypatch.undo()
-    assert collect(place, str(tmp_path / "new"), "--hookpoints", "layers.0").exit_code == 0
+    assert collect(inputs, str(tmp_path / "new"), "--hookpoints", "layers.0").exit_code == 0
 
 
-def test_bench_measures_both(place: Path) -> None:
-    arguments = ["bench", str(place / "model"), str(place / "corpus.jsonl"), *COLLECT]
+def test_bench_measures_both(inputs: Path) -> None:
+    arguments = ["bench", str(inputs / "model"), str(inputs / "corpus.jsonl"), *COLLECT]
     options = ["--hookpoints", "layers.0,layers.1.mlp", "--repeats", "1", "--json"]
-    found = json.loads(CliRunner().invoke(mpcache, [*arguments, *options]).stdout)
-    assert (found["arrays"], found["bytes_per_row"], found["rows"]) == (3, 3 * 16 * 2, 768)
-    assert found["ratio"] > 0
+    report = json.loads(CliRunner().invoke(mpcache, [*arguments, *options]).stdout)
+    assert (report["arrays"], report["bytes_per_row"], report["rows"]) == (3, 3 * 16 * 2, 768)
+    assert report["ratio"] > 0
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--hookpoints", "layers.7"), "it has layers.0, layers.1.mlp"),
         (("--hookpoints", "layers.0", "--kind", "transcoder"), "has no input of layers.0"),
@@ -224,22 +226,29 @@ def test_bench_measures_both(place: Path) -> None:
     ],
 )
 def test_fits_that_cannot_be(
-    place: Path, tmp_path: Path, options: tuple[str, ...], told: str
+    inputs: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
-    assert told in one_line(CliRunner().invoke(mptrain, fit))
+    fit = ["fit", str(inputs / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
+    assert message in one_line(CliRunner().invoke(mptrain, fit))
     assert not (tmp_path / "run").exists()
 
 
-def test_fit_refuses_another_config_in_the_same_run(place: Path, tmp_path: Path) -> None:
-    fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
+def test_fit_refuses_another_config_in_the_same_run(inputs: Path, tmp_path: Path) -> None:
+    fit = [
+        "fit",
+        str(inputs / "store"),
+        "--run",
+        str(tmp_path / "run"),
+        "--hookpoints",
+        "layers.0",
+    ]
     assert CliRunner().invoke(mptrain, [*fit, *FIT]).exit_code == 0
-    told = one_line(CliRunner().invoke(mptrain, [*fit, *FIT, "--lr", "0.5"]))
-    assert "lr: none there, 0.5 asked" in told
+    message = one_line(CliRunner().invoke(mptrain, [*fit, *FIT, "--lr", "0.5"]))
+    assert "lr: none there, 0.5 asked" in message
 
 
-def test_fit_stops_on_a_flipped_byte(place: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(place / "store", tmp_path / "store"))
+def test_fit_stops_on_a_flipped_byte(inputs: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(inputs / "store", tmp_path / "store"))
     file = store / "arrays.zarr/acts/layers.0/output/c/0/0"
     data = bytearray(file.read_bytes())
     data[100] ^= 1
@@ -252,7 +261,7 @@ def test_fit_stops_on_a_flipped_byte(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--hookpoints", ","), "hookpoints is empty"),
         (("--hookpoints", "layers.0", "--k", ","), "k is empty"),
@@ -263,70 +272,70 @@ def test_fit_stops_on_a_flipped_byte(place: Path, tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_be_fitted(
-    place: Path, tmp_path: Path, options: tuple[str, ...], told: str
+    inputs: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
+    fit = ["fit", str(inputs / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
     if "--k" in options:
         fit = [*fit[:4], *FIT[2:], *options]
-    assert told in one_line(CliRunner().invoke(mptrain, fit))
+    assert message in one_line(CliRunner().invoke(mptrain, fit))
     assert not (tmp_path / "run").exists()
 
 
-def test_no_hookpoints_to_collect(place: Path, tmp_path: Path) -> None:
-    told = one_line(collect(place, str(tmp_path / "new"), "--hookpoints", ","))
-    assert "hookpoints is empty" in told
+def test_no_hookpoints_to_collect(inputs: Path, tmp_path: Path) -> None:
+    message = one_line(collect(inputs, str(tmp_path / "new"), "--hookpoints", ","))
+    assert "hookpoints is empty" in message
 
 
-def test_runs_and_figures_below_a_file(place: Path, tmp_path: Path) -> None:
-    below = str(place / "corpus.jsonl" / "run")
-    fit = ["fit", str(place / "store"), "--hookpoints", "layers.0", *FIT]
+def test_runs_and_figures_below_a_file(inputs: Path, tmp_path: Path) -> None:
+    below = str(inputs / "corpus.jsonl" / "run")
+    fit = ["fit", str(inputs / "store"), "--hookpoints", "layers.0", *FIT]
     assert "cannot write in" in one_line(CliRunner().invoke(mptrain, [*fit, "--run", below]))
     assert CliRunner().invoke(mptrain, [*fit, "--run", str(tmp_path / "run")]).exit_code == 0
     plot = ["plot", str(tmp_path / "run"), "--out", below]
     assert "cannot write in" in one_line(CliRunner().invoke(mptrain, plot))
 
 
-def test_eval_takes_lists_and_refuses_nothing_to_do(place: Path, tmp_path: Path) -> None:
-    store, run = str(place / "store"), str(tmp_path / "run")
+def test_eval_takes_lists_and_refuses_nothing_to_do(inputs: Path, tmp_path: Path) -> None:
+    store, run = str(inputs / "store"), str(tmp_path / "run")
     fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", "--arch", "mp", *FIT]
     fitted = CliRunner().invoke(mptrain, [*fit, "--json"])
     name = json.loads(fitted.stdout)[0]["coder"]
     evaluate = ["eval", f"{run}/coders/{name}", store]
-    found = CliRunner().invoke(mptrain, [*evaluate, "--k", "1,2", "--k", "4", "--json"])
-    assert [row["k"] for row in json.loads(found.stdout)["rows"]] == [3, 1, 2, 4]
-    found = CliRunner().invoke(mptrain, [*evaluate, "--codes", "gp,omp", "--json"])
-    rows = json.loads(found.stdout)["rows"]
+    report = CliRunner().invoke(mptrain, [*evaluate, "--k", "1,2", "--k", "4", "--json"])
+    assert [row["k"] for row in json.loads(report.stdout)["rows"]] == [3, 1, 2, 4]
+    report = CliRunner().invoke(mptrain, [*evaluate, "--codes", "gp,omp", "--json"])
+    rows = json.loads(report.stdout)["rows"]
     assert [row["codes"] for row in rows] == ["mp", "gp", "omp"]
     assert rows[0]["fvu"] > rows[1]["fvu"] > rows[2]["fvu"]
-    for options, told in [
+    for options, message in [
         (("--rows", "0"), "rows must be at least 1, got 0"),
         (("--k", "0"), "k must be at least 1, got 0"),
         (("--device", "foo"), "use auto or cpu"),
     ]:
-        assert told in one_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
+        assert message in one_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
 
 
-def test_coders_with_an_encoder_have_no_codes(place: Path, tmp_path: Path) -> None:
-    store, run = str(place / "store"), str(tmp_path / "run")
+def test_coders_with_an_encoder_have_no_codes(inputs: Path, tmp_path: Path) -> None:
+    store, run = str(inputs / "store"), str(tmp_path / "run")
     fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", "--arch", "mp,topk", *FIT]
     assert CliRunner().invoke(mptrain, fit).exit_code == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    codes = {one["coder"]: one["validation"]["codes"] for one in results}
+    codes = {result["coder"]: result["validation"]["codes"] for result in results}
     assert sorted(codes.values(), key=str) == [None, "mp"]
     name = next(name for name, value in codes.items() if value is None)
     shown = CliRunner().invoke(mptrain, ["eval", f"{run}/coders/{name}", store]).stdout
     assert [line.split()[1] for line in shown.splitlines()] == ["codes", "-"]
 
 
-def test_presets_are_told_as_options() -> None:
-    told = CliRunner().invoke(mptrain, ["presets"]).stdout
-    assert "paper             --select signed --no-bias" in told
-    found = CliRunner().invoke(mptrain, ["presets", "--json"]).stdout
-    assert json.loads(found) == {name: dict(changes) for name, changes in PRESETS.items()}
+def test_presets_are_listed_as_options() -> None:
+    message = CliRunner().invoke(mptrain, ["presets"]).stdout
+    assert "paper             --select signed --no-bias" in message
+    report = CliRunner().invoke(mptrain, ["presets", "--json"]).stdout
+    assert json.loads(report) == {name: dict(changes) for name, changes in PRESETS.items()}
 
 
-def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_says_whether_a_fit_continues_or_starts_again(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     presses = 0
 
@@ -335,12 +344,19 @@ def test_ctrl_c_tells_whether_a_fit_goes_on_or_starts_anew(
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(fit_stage, "fit", partial(fit_stage.fit, on_step=press))
-    fit = ["fit", str(place / "store"), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0"]
-    for times, told in ((2, "starts from the beginning"), (1, "continues after train step 1")):
+    fit = [
+        "fit",
+        str(inputs / "store"),
+        "--run",
+        str(tmp_path / "run"),
+        "--hookpoints",
+        "layers.0",
+    ]
+    for times, message in ((2, "starts from the beginning"), (1, "continues after train step 1")):
         presses = times
         result = CliRunner().invoke(mptrain, [*fit, *FIT])
         assert result.exit_code == 130
-        assert told in result.stderr
+        assert message in result.stderr
 
 
 def test_every_field_has_its_own_or_an_inherited_doc() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers.stores import small_store
 
-CLI = "from cli.{} import main; main()"
+CLI = "from mpcli.{} import main; main()"
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_nobody_reads(store: str, command: str, words: list[str], closed: str) -
 
 def test_a_pipe_in_a_shell(store: str) -> None:
     """The first line arrives, and nothing else is said."""
-    one = f"{sys.executable} -c '{CLI.format('mpcache')}' info {store} --json"
+    info = f"{sys.executable} -c '{CLI.format('mpcache')}' info {store} --json"
     done = subprocess.run(
-        ["bash", "-c", f"{one} | head -n 1"], capture_output=True, text=True, check=True
+        ["bash", "-c", f"{info} | head -n 1"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "{\n"
     assert done.stderr == ""

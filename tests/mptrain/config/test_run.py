@@ -122,7 +122,7 @@ def test_a_name_is_every_field_that_is_not_default():
 
 def test_presets_are_variants_of_the_mp_coders():
     """One coder for each, beside others once."""
-    names = [one.name for one in config(preset=("mp", "paper", "detach")).coders()]
+    names = [coder.name for coder in config(preset=("mp", "paper", "detach")).coders()]
     assert names == [
         "h-sae-mp-k4-x64-seed0",
         "h-sae-mp-k4-x64-seed0-select-signed-no-bias",
@@ -133,8 +133,8 @@ def test_presets_are_variants_of_the_mp_coders():
 
 def test_presets_go_to_the_kinds_that_they_are_for():
     both = config(preset=("mp", "input-loss", "sliced-selecting"), kind=("sae", "transcoder"))
-    assert [(one.kind, one.arch) for one in both.coders()].count(("sae", "mp")) == 1
-    assert [(one.kind, one.arch) for one in both.coders()].count(("transcoder", "mp")) == 3
+    assert [(coder.kind, coder.arch) for coder in both.coders()].count(("sae", "mp")) == 1
+    assert [(coder.kind, coder.arch) for coder in both.coders()].count(("transcoder", "mp")) == 3
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -144,31 +144,31 @@ def test_every_preset_is_for_a_transcoder(name: str):
 
 
 def test_free_dictionaries_are_warned_of():
-    (told,) = config(preset=("mp", "free-norm"), arch=("mp",), dead_rows=9).warnings()
-    assert told.endswith("-dead-rows9: with free_norm a step can enlarge the residual")
+    (warning,) = config(preset=("mp", "free-norm"), arch=("mp",), dead_rows=9).warnings()
+    assert warning.endswith("-dead-rows9: with free_norm a step can enlarge the residual")
 
 
 def test_latents_that_never_count_as_dead_are_warned_of():
     sizes = {"arch": ("mp",), "rows": 1000, "batch_rows": 10}
-    (told,) = config(**sizes, dead_rows=1000).warnings()
-    assert "count as dead after 1,000 rows, but the run trains on 1,000" in told
-    assert told.endswith("use --dead-rows 495 or less, or train on more rows")
+    (warning,) = config(**sizes, dead_rows=1000).warnings()
+    assert "count as dead after 1,000 rows, but the run trains on 1,000" in warning
+    assert warning.endswith("use --dead-rows 495 or less, or train on more rows")
     assert config(**sizes, dead_rows=495).warnings() == []
-    (told,) = config(**{**sizes, "batch_rows": 1000}, dead_rows=1).warnings()
-    assert "no --dead-rows is low enough for so short a run" in told
+    (warning,) = config(**{**sizes, "batch_rows": 1000}, dead_rows=1).warnings()
+    assert "no --dead-rows is low enough for so short a run" in warning
     assert len(config(**sizes, dead_rows=991).warnings()) == 1  # too late for the last step
     assert config(**sizes, dead_rows=990).warnings() == []
     assert config(**sizes, dead_rows=1000, auxk_alpha=0.0).warnings() == []
 
 
 def test_a_list_of_coders_need_be_no_grid() -> None:
-    one = CoderConfig(
+    sae = CoderConfig(
         inputs=("a:output",), targets=("a:output",), kind="sae", arch="mp", k=4, expansion=2
     )
-    other = dataclasses.replace(one, inputs=("b:input",), kind="transcoder", detach=True)
+    transcoder = dataclasses.replace(sae, inputs=("b:input",), kind="transcoder", detach=True)
     run = {"store": "s", "run": "r"}
-    assert ListedConfig(**run, listed=(one, other)).coders() == (one, other)
+    assert ListedConfig(**run, listed=(sae, transcoder)).coders() == (sae, transcoder)
     with pytest.raises(ValueError, match="listed must name each value once"):
-        ListedConfig(**run, listed=(one, one))
+        ListedConfig(**run, listed=(sae, sae))
     with pytest.raises(ValueError, match="rows must be at least batch_rows"):
-        ListedConfig(**run, listed=(one,), rows=10)
+        ListedConfig(**run, listed=(sae,), rows=10)
