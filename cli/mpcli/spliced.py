@@ -1,4 +1,4 @@
-"""The language model with a coder in it: the one thing that needs both packages."""
+"""Metrics of a language model with a coder in it; they need both packages."""
 
 import functools
 from pathlib import Path
@@ -7,7 +7,13 @@ from pathlib import Path
 def spliced_figures(
     folder: Path, store: str, model: str, revision: str, device: str, trust_remote_code: bool
 ) -> dict[str, float | None]:
-    """The language model and the coder meet here only: neither package knows the other's."""
+    """What the model loses if a coder replaces a side: figures on the store's held-out tokens.
+
+    The model and the coder meet only here, because neither package imports the other.
+
+    Raises:
+        UsageError: the folder holds no coder, or the model is not the store's.
+    """
     from mpcache.model.hookpoint_patterns import Side
     from mpcache.model.splice import SplicedModel
     from mptrain.coders.checkpoint import load_coder

@@ -21,13 +21,16 @@ def print_table(
     left: Sequence[str] = (),
     head: bool = True,
 ) -> None:
-    """Print the named columns of rows, right-aligned under their names, those in `left` not."""
+    """Print columns of rows under their names; the columns in `left` are left-aligned."""
     cells = [[_cell(row[column]) for column in columns] for row in rows]
     cells = [list(columns)] * head + cells
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    marks = ["<" if column in left else ">" for column in columns]
+    alignments = ["<" if column in left else ">" for column in columns]
     for line in cells:
-        texts = (f"{t:{m}{w}}" for t, m, w in zip(line, marks, widths, strict=True))
+        texts = (
+            f"{text:{align}{width}}"
+            for text, align, width in zip(line, alignments, widths, strict=True)
+        )
         typer.echo("  ".join(texts).rstrip())
 
 
@@ -39,4 +42,4 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     text = ",".join(map(str, value)) or "-" if isinstance(value, list | tuple) else str(value)
-    return printable(text)  # names in a store are others' words
+    return printable(text)  # names in a store may come from anybody

@@ -66,7 +66,14 @@ def plot_runs(
     The figure has a panel for each hookpoint, kind and k. Train time is that of the coder's own
     train steps. Each validation is also a row of a table, with the coder's settings.
 
-        plot_runs(["runs/sae", "runs/transcoder"], "figures/fvu", title="demo model")
+    Example:
+        >>> from mptrain.experiments.plot_runs import plot_runs
+        >>> for file in plot_runs(["run"], "figures/fvu", title="demo model"):
+        ...     print(file)
+        figures/fvu.png
+        figures/fvu.svg
+        figures/fvu.csv
+        figures/fvu.json
 
     Args:
         runs: folders of runs.

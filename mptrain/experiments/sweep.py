@@ -62,8 +62,29 @@ def sweep(
     All coders read the same parts of the store, also if the store has grown since the first run.
     After an interruption, the same call goes on.
 
-        result = sweep("tiny.toml", only=["main"])
-        [(verdict.variant, verdict.fvu) for verdict in result.verdicts]
+    Example:
+        >>> from pathlib import Path
+        >>> from mptrain import sweep
+        >>> text = '''
+        ... title = "tiny"
+        ... folder = "experiment"
+        ... store = "store"
+        ... data = {rows = 640, batch_rows = 64}
+        ... coder = {expansion = 2}
+        ... loss = {dead_rows = 200}
+        ... evaluation = {eval_every = 5}
+        ...
+        ... [figures.main]
+        ... hookpoints = ["layers.1.mlp"]
+        ... k = [3]
+        ... variants = ["mp", "topk"]
+        ... '''
+        >>> file = Path("tiny.toml")
+        >>> size = file.write_text(text)
+        >>> for verdict in sweep(file).verdicts:
+        ...     print(verdict.panel, verdict.variant, verdict.fvu < 2)
+        main/layers.1.mlp-sae-k3 mp True
+        main/layers.1.mlp-sae-k3 topk True
 
     Args:
         experiment: an experiment, or the path of an experiment file.

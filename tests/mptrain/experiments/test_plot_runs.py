@@ -1,6 +1,7 @@
 """The figure shows every validation of every coder, and the table beside it says the same."""
 
 import csv
+import doctest
 import json
 import math
 import xml.etree.ElementTree as ET
@@ -11,6 +12,7 @@ import pytest
 from mptrain.config.coder import CoderConfig
 from mptrain.config.fit import FitConfig
 from mptrain.config.sides import hookpoint_sides
+from mptrain.experiments import plot_runs as plot_module
 from mptrain.experiments.plot_runs import line_styles, plot_runs, read_curves, runs_figure
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics import MetricsFile, Record
@@ -81,6 +83,13 @@ def test_four_files_with_the_same_content_each_time(tmp_path):
     assert [path.read_bytes() for path in paths] == first
     assert first[0].startswith(b"\x89PNG")
     assert ET.fromstring(first[1]).tag.endswith("svg")
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", PAIR)
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(plot_module)
+    assert (result.failed, result.attempted) == (0, 2)
 
 
 def test_the_table_holds_each_validation_with_its_settings(tmp_path):
