@@ -155,7 +155,7 @@ def test_half_a_copy_is_removed_and_its_removal_goes_on(
 ) -> None:
     url = "gs://in-memory/copy"
     with monkeypatch.context() as patch:
-        patch.setattr("mpcache.maintenance.copy.arrived", lambda *_: None)
+        patch.setattr("mpcache.maintenance.copy.finish_store", lambda *_: None)
         copy(store, url)
     with monkeypatch.context() as patch:
         patch.setattr(object_store, "request_threads", lambda: None)
