@@ -10,21 +10,19 @@ import os
 import select
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 
-from mpcache.errors import DamagedStoreError
+from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.validation import printable
 from mptrain.runs.signals import Terminated
 
 # what is wrong with the place that was named, not with the disk or the network
 _PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 _READER_LEFT = 141  # 128 + SIGPIPE
-_OURS = {"mpcache", "mptrain", "mpcli"}
 _MENDING = {"verify", "repair"}  # commands
 
 
@@ -49,9 +47,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as interrupt:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
             _end(str(interrupt) or "interrupted", 128 + number)
-        except ValueError as error:
-            if not _raised_by_us(error):
-                raise  # a fault of ours or of a library; the traceback is what helps
+        except UsageError as error:  # any other ValueError is a defect: its traceback helps
             _end(f"error: {error}", 2)
         except DamagedStoreError as error:
             _end(f"error: {error}{_remedy(error, command.__name__, values.get('store'))}", 1)
@@ -87,12 +83,6 @@ def _remedy(error: DamagedStoreError, command: str, store: object) -> str:
         return "; take store.json from a copy of the store"
     name = store if isinstance(store, str) else "STORE"
     return f"; mpcache verify {name} lists what is damaged, mpcache repair {name} collects it again"
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether a line of ours raised the error, rather than a library that we called."""
-    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return str(last.f_globals.get("__name__", "")).split(".")[0] in _OURS
 
 
 def _end(message: str, code: int) -> None:
