@@ -1,7 +1,15 @@
-"""How a command ends: one line for what a person can mend, a traceback for our faults.
+"""Exit codes and error lines of commands. The class of an error decides both.
 
-0 done · 2 the user's mistake · 1 anything else · 130 interrupted · 143 ended by SIGTERM ·
-141 the reader of the output has left, as `head` does (silently, as SIGPIPE ends other programs).
+| error                                      | exit code | standard error                       |
+|--------------------------------------------|-----------|--------------------------------------|
+| UsageError                                 | 2         | one line                             |
+| OSError: a path that cannot be used        | 2         | one line                             |
+| DamagedStoreError                          | 1         | one line, with the command to repair |
+| other OSError (full disk, lost server)     | 1         | one line                             |
+| KeyboardInterrupt                          | 130       | one line                             |
+| Terminated (SIGTERM)                       | 143       | one line                             |
+| the reader of the output ended, as `head`  | 141       | nothing                              |
+| any other error is a defect                | 1         | traceback                            |
 """
 
 import errno
@@ -20,25 +28,25 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.validation import printable
 from mptrain.runs.signals import Terminated
 
-# what is wrong with the place that was named, not with the disk or the network
-_PLACES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
+# The path that the user named is at fault, and not the disk or the network.
+_PATH_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT}
 _READER_LEFT = 141  # 128 + SIGPIPE
-_MENDING = {"verify", "repair"}  # commands
+_REPAIRING = {"verify", "repair"}  # commands
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line as a program; nothing is said where the reader of its output has left."""
+    """Run a command line as a program. It ends silently if the reader of its output has ended."""
     try:
         app()
     except SystemExit as end:
         if end.code not in (1, _READER_LEFT) or not _reader_left():
             raise
         _silence()
-        sys.exit(_READER_LEFT)  # typer itself says 1
+        sys.exit(_READER_LEFT)  # typer's own code is 1
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command with the exit codes above."""
+    """The command, with the exit codes and the error lines above."""
 
     @functools.wraps(command)
     def run(**values: object) -> None:
@@ -47,7 +55,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt as interrupt:
             number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
             _end(str(interrupt) or "interrupted", 128 + number)
-        except UsageError as error:  # any other ValueError is a defect: its traceback helps
+        except UsageError as error:
             _end(f"error: {error}", 2)
         except DamagedStoreError as error:
             _end(f"error: {error}{_remedy(error, command.__name__, values.get('store'))}", 1)
@@ -55,8 +63,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, BrokenPipeError) and _reader_left():
                 _silence()
                 raise typer.Exit(_READER_LEFT) from None
-            if error.errno in _PLACES:
-                _end(f"error: cannot use {error.filename}: {error.strerror}; name another place", 2)
+            if error.errno in _PATH_ERRORS and error.filename is not None:
+                _end(f"error: cannot use {error.filename}: {error.strerror}; name another path", 2)
             _end(f"error: {error}", 1)
 
     return run
@@ -64,7 +72,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def warnings_in_words() -> Iterator[None]:
-    """Print warnings of ours as lines for people: a run goes on, and someone has to act."""
+    """Print RuntimeWarnings as lines: the run continues, but its user should know."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)
         warnings.showwarning = _show
@@ -76,10 +84,10 @@ def _show(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _remedy(error: DamagedStoreError, command: str, store: object) -> str:
-    """What mends a store; nothing where a command that does so has met the damage."""
-    if command in _MENDING:
+    """The commands that repair a store; nothing if one of these commands found the damage."""
+    if command in _REPAIRING:
         return ""
-    if "store.json" in str(error):  # nothing else says what it held
+    if "store.json" in str(error):  # repair cannot compute it
         return "; take store.json from a copy of the store"
     name = store if isinstance(store, str) else "STORE"
     return f"; mpcache verify {name} lists what is damaged, mpcache repair {name} collects it again"
@@ -91,7 +99,7 @@ def _end(message: str, code: int) -> None:
 
 
 def _reader_left() -> bool:
-    """Whether what is printed goes to a pipe that nobody reads any more."""
+    """Whether the output goes to a pipe that nobody reads any more."""
     if not hasattr(select, "poll"):
         return False
     poll = select.poll()
@@ -102,8 +110,8 @@ def _reader_left() -> bool:
 
 
 def _silence() -> None:
-    """Let what is still in buffers go nowhere, also when the interpreter ends."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Drop what is still in buffers, also when the interpreter ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(null, stream.fileno())
