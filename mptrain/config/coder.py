@@ -1,5 +1,4 @@
-"""One coder's config: its place, its mathematics and how it is trained; which settings go with
-which coders, and with each other."""
+"""The config of a coder, and which of its settings go together."""
 
 import itertools
 import math
@@ -153,7 +152,7 @@ class CoderConfig(CoderSettings):
     "peak learning rate; None: by the optimizer's rule"
 
     def __post_init__(self) -> None:
-        checks = (_side_errors, _out_of_range, _alone, _contradictory)
+        checks = (_side_errors, _range_errors, _inapplicable_settings, _combination_errors)
         for error in itertools.chain.from_iterable(check(self) for check in checks):
             raise UsageError(error)
 
@@ -286,7 +285,7 @@ def _side_errors(config: CoderConfig) -> Iterator[str]:
         )
 
 
-def _out_of_range(config: CoderConfig) -> Iterator[str]:
+def _range_errors(config: CoderConfig) -> Iterator[str]:
     counts = (
         "k", "expansion", "latents", "dead_rows", "shortlist_size", "shortlist_refresh",
         "micro_batch_rows",
@@ -320,7 +319,7 @@ def _out_of_range(config: CoderConfig) -> Iterator[str]:
         yield f"k_factor must be at least 1 and finite, got {config.k_factor}"
 
 
-def _alone(config: CoderConfig) -> Iterator[str]:
+def _inapplicable_settings(config: CoderConfig) -> Iterator[str]:
     """Settings that do nothing on such a coder, or without another one."""
     for field in fields(CoderSettings):
         if _is_set(config, field.name) and not applies_to(field.name, config.kind, config.arch):
@@ -337,12 +336,12 @@ def _alone(config: CoderConfig) -> Iterator[str]:
         yield "decay_share has no effect on schedule constant; use schedule linear or cosine"
     if config.start != "mean" and not config.bias:
         yield f"start {config.start} is for coders with biases; leave out start or no-bias"
-    for one, other in (("begin_as", "begin_share"), ("k_factor", "k_decay_share")):
-        if _is_set(config, one) != _is_set(config, other):
-            yield f"{one} and {other} go together; give both, or neither"
+    for name, partner in (("begin_as", "begin_share"), ("k_factor", "k_decay_share")):
+        if _is_set(config, name) != _is_set(config, partner):
+            yield f"{name} and {partner} go together; give both, or neither"
 
 
-def _contradictory(config: CoderConfig) -> Iterator[str]:
+def _combination_errors(config: CoderConfig) -> Iterator[str]:
     if config.kind == "sae" and config.subtract == "separate":
         yield "subtract separate is for transcoders: an sae subtracts what it predicts"
     for names in (("nested", "per_step_loss"), ("multi_topk", "nested", "per_step_loss")):
@@ -350,24 +349,24 @@ def _contradictory(config: CoderConfig) -> Iterator[str]:
             yield f"{' and '.join(names)} each change the loss; use one of them"
     if config.begin_as != "mp":
         of_pursuits = ("per_step_loss", "codes", "input_loss")
-        yield from _refused(config, f"begin_as {config.begin_as}", of_pursuits)
+        yield from _conflicts(config, f"begin_as {config.begin_as}", of_pursuits)
         if config.begin_as == "groupmax":
-            yield from _refused(config, "begin_as groupmax", ("k_factor", "multi_topk"))
+            yield from _conflicts(config, "begin_as groupmax", ("k_factor", "multi_topk"))
         if config.blocks == "predicting":
             yield "begin_as needs a selecting row for each latent, blocks predicting shares them"
     if config.shrink > 0:
         if config.select != "positive":
             yield f"shrink is for select positive, got {config.select}; leave one of them out"
-        yield from _refused(config, "shrink", ("codes", "normalise"))
+        yield from _conflicts(config, "shrink", ("codes", "normalise"))
     if config.codes != "mp":
         if config.backend not in ("auto", "direct"):
             yield f"codes {config.codes} needs backend direct, got {config.backend}"
         steps_only = ("subtract", "blocks", "detach", "per_step_loss", "multi_topk")
-        yield from _refused(config, f"codes {config.codes}", steps_only)
+        yield from _conflicts(config, f"codes {config.codes}", steps_only)
     if config.blocks != "none":
         if config.backend not in ("auto", "direct"):
             yield f"blocks need backend direct, got {config.backend}: a step has little to search"
-        yield from _refused(config, f"blocks {config.blocks}", ("multi_topk", "k_factor"))
+        yield from _conflicts(config, f"blocks {config.blocks}", ("multi_topk", "k_factor"))
         shared = config.kind == "sae" and config.subtract != "predicting"
         if shared and config.blocks != "both":
             yield (
@@ -376,10 +375,10 @@ def _contradictory(config: CoderConfig) -> Iterator[str]:
             )
 
 
-def _refused(config: CoderConfig, told: str, names: tuple[str, ...]) -> Iterator[str]:
+def _conflicts(config: CoderConfig, setting: str, names: tuple[str, ...]) -> Iterator[str]:
     for name in names:
         if _is_set(config, name):
-            yield f"{name} has no place beside {told}; leave one of them out"
+            yield f"{name} cannot be combined with {setting}; leave one of them out"
 
 
 def _is_set(config: CoderConfig, name: str) -> bool:

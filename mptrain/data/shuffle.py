@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpcache.errors import UsageError
+from mpcache.splitmix64 import mix
 
 Integers = NDArray[np.int64]
-Words = NDArray[np.uint64]
 
 # Each round keeps an index or sends it to a uniformly drawn one, by a fair coin: after 64 rounds
 # the probability of each result is uniform to 2^-64, for any n.
@@ -155,13 +155,6 @@ class Shuffle:
         x = index.astype(np.uint64)
         for shift, key in rounds:
             partner = (shift + self._n - x) % self._n
-            coin = _mixed(np.maximum(x, partner) ^ key) >> np.uint64(63)
+            coin = mix(np.maximum(x, partner) ^ key) >> np.uint64(63)
             x = np.where(coin == 1, partner, x)
         return x.astype(np.int64)
-
-
-def _mixed(x: Words) -> Words:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014); it wraps around."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -63,7 +63,7 @@ def evaluate(
     filters: Filters,
 ) -> list[Evaluation]:
     """Evaluate coders, each with its K and codes, on the same batches."""
-    tallies = [_Tally(*one, filters) for one in coders]
+    tallies = [_Tally(*coder_at_k, filters) for coder_at_k in coders]
     for batch in batches if tallies else ():
         for tally in tallies:
             tally.add_(batch)
@@ -96,7 +96,7 @@ def evaluate_coder(
     if rows is not None and rows < 1:
         raise UsageError(f"rows must be at least 1, got {rows}")
     check_cache_limit(cache_dir, cache_bytes)
-    place = resolve_device(device)
+    torch_device = resolve_device(device)
     coder, trained = load_coder(folder)
     store = open_store(store_path, cache_dir, cache_bytes)
     if parts is not None:
@@ -105,7 +105,7 @@ def evaluate_coder(
     sides = tuple(dict.fromkeys(coder.config.sides))
     ks = dict.fromkeys([coder.config.k, *map(coder.check_k, other_k)])
     codes = [coder.check_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
-    coder.to(place)
+    coder.to(torch_device)
     filters = filters_from_json(trained)
     others = {
         k: at_k(coder, k)
@@ -113,15 +113,15 @@ def evaluate_coder(
         if k is not None and k != coder.config.k and coder.config.architecture.has_threshold
     }
     if others:
-        with _loader(store, sides, "train", filters, place) as loader:
-            calibrate_(list(others.values()), loader, filters)
+        with _loader(store, sides, "train", filters, torch_device) as loader:
+            calibrate_thresholds_(list(others.values()), loader, filters)
     of_k = dict.fromkeys(ks, coder) | others
-    with _loader(store, sides, "validation", filters, place) as loader:
+    with _loader(store, sides, "validation", filters, torch_device) as loader:
         coders = [(of_k[k], k, c) for c in codes for k in ks]
         return evaluate(coders, release_after_use(loader.one_pass(rows)), filters)
 
 
-def calibrate_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
+def calibrate_thresholds_(coders: Sequence[Coder], loader: Loader, filters: Filters) -> None:
     """Set the thresholds of coders that have a threshold, from a loader's rows."""
     with_sides = [
         (coder, coder.config.sides) for coder in coders if coder.config.architecture.has_threshold
@@ -192,7 +192,7 @@ class _Tally:
             return
         self.kept.add_(y_BE, y_hat_BE)
         self.active += float(active_latents(code.idx_BK, code.val_BK).double().sum())
-        self.fired_M[code.idx_BK.flatten() + 1] = True  # place 0 takes the -1 of unused entries
+        self.fired_M[code.idx_BK.flatten() + 1] = True  # entry 0 takes the -1 of unused entries
 
     def evaluation(self) -> Evaluation:
         l0 = self.active / max(1, self.kept.rows)

@@ -195,8 +195,8 @@ def _sum_kernel(
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start, end = tl.load(first + segment), tl.load(last + segment)
     sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for place in range(start, end, BLOCK_N):
-        n = place + tl.arange(0, BLOCK_N)
+    for first in range(start, end, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
         entry = n
         if ORDERED:
             entry = tl.load(order + n, mask=n < end, other=0)

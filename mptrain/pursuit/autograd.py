@@ -9,25 +9,26 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.pursuit.backend import Search
-from mptrain.pursuit.backward import reverse
+from mptrain.pursuit.backend import AtomSearch
+from mptrain.pursuit.backward import pursue_backward
 from mptrain.pursuit.batch_threshold import EntryThreshold, drop_weak_steps_
-from mptrain.pursuit.forward import select
+from mptrain.pursuit.forward import pursue_forward
 from mptrain.pursuit.rule import Rule
 
 
-def pursue(
+def matching_pursuit(
     x_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "selecting input"],
     U_MD: Float[Tensor, "subtracting input"],
     k: int,
     rule: Rule,
-    search: Search,
+    search: AtomSearch,
     detach: bool = False,
     threshold: EntryThreshold | None = None,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
-    """`select` with gradients: indices, values and last residual of `x`, an input minus its bias.
+    """Matching pursuit of `x`, an input minus its bias, with gradients.
 
+    Returns indices, values and the last residual: those of `pursue_forward`.
     Gradients flow through every coefficient and residual, with the choice of atoms held fixed;
     with `detach`, not from a step into those before it: what they took from `x` counts as given.
     With `threshold`, rows end before their first weak step.
@@ -50,12 +51,12 @@ class _Pursuit(torch.autograd.Function):
         other_MD: Tensor | None,
         k: int,
         rule: Rule,
-        search: Search,
+        search: AtomSearch,
         detach: bool,
         threshold: EntryThreshold | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         U_MD = W_MD if other_MD is None else other_MD
-        idx_BK, val_BK, residual_BD = select(x_BD, W_MD, U_MD, k, rule, search)
+        idx_BK, val_BK, residual_BD = pursue_forward(x_BD, W_MD, U_MD, k, rule, search)
         if threshold is not None:
             drop_weak_steps_(idx_BK, val_BK, residual_BD, U_MD, threshold)
         ctx.save_for_backward(idx_BK, val_BK, residual_BD, W_MD, other_MD)
@@ -74,7 +75,7 @@ class _Pursuit(torch.autograd.Function):
         if dresidual_BD is None:
             dresidual_BD = torch.zeros_like(residual_BD)
         U_MD = W_MD if other_MD is None else other_MD
-        dx_BD, dW_MD, dU_MD = reverse(
+        dx_BD, dW_MD, dU_MD = pursue_backward(
             idx_BK, val_BK, dval_BK, residual_BD, dresidual_BD.contiguous(), W_MD, U_MD, ctx.detach
         )
         return dx_BD, dW_MD, None if other_MD is None else dU_MD, None, None, None, None, None

@@ -16,7 +16,7 @@ _GPU_ELEMENTS = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class AtomSearch:
     """How atoms are found; fields as in `CoderConfig`."""
 
     backend: Backend
@@ -25,7 +25,7 @@ class Search:
     score_dtype: ScoreDtype
 
 
-def resolve(search: Search, latents: int, steps: int, in_blocks: bool) -> Resolved:
+def resolve_backend(search: AtomSearch, latents: int, steps: int, in_blocks: bool) -> Resolved:
     """What `auto` stands for, where a batch takes `steps` pursuit steps, those of all rows.
 
     `gram` while its matrix takes at most 1 GiB in float32 and costs no more than the steps would

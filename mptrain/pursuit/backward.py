@@ -19,7 +19,7 @@ from mptrain.pursuit import triton_backend as cuda
 _ELEMENTS = 1 << 28  # of the [b, K, D] terms of one dictionary's gradient
 
 
-def reverse(
+def pursue_backward(
     idx_BK: Tensor,
     val_BK: Tensor,
     dval_BK: Tensor,
@@ -37,22 +37,22 @@ def reverse(
     """
     of_batch = (idx_BK, val_BK, dval_BK, residual_BD, dresidual_BD)
     if cpu.applies(idx_BK):
-        return cpu.reverse(*of_batch, W_MD, U_MD, detach)
+        return cpu.pursue_backward(*of_batch, W_MD, U_MD, detach)
     if cuda.applies(W_MD) and len(W_MD) == len(U_MD):
-        return cuda.reverse(*of_batch, W_MD, U_MD, detach)
+        return cuda.pursue_backward(*of_batch, W_MD, U_MD, detach)
     dx_BD, dW_MD = dresidual_BD.clone(), torch.zeros_like(W_MD)
     dU_MD = dW_MD if U_MD is W_MD else torch.zeros_like(U_MD)
     rows = max(1, _ELEMENTS // (idx_BK.shape[1] * W_MD.shape[1]))
     parts = (torch.split(t, rows) for t in (dx_BD, *of_batch))
     for dx_bD, idx_bK, val_bK, dval_bK, residual_bD, dresidual_bD in zip(*parts, strict=True):
-        _reverse_rows_(
+        _backward_rows_(
             dx_bD, idx_bK, val_bK, dval_bK, residual_bD, dresidual_bD, W_MD, U_MD, detach,
             dW_MD, dU_MD,
         )  # fmt: skip
     return dx_BD, dW_MD, dU_MD
 
 
-def _reverse_rows_(
+def _backward_rows_(
     dx_bD: Tensor,
     idx_bK: Tensor,
     val_bK: Tensor,

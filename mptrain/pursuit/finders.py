@@ -22,7 +22,7 @@ class Direct:
         self.W_MD, self.rule = W_MD, rule
 
     def best(self, r_bD: Tensor, step: int) -> Tensor:
-        W_MD, first = self.W_MD, self.rule.first(step)
+        W_MD, first = self.W_MD, self.rule.first_latent(step)
         if self.rule.block is not None:
             W_MD = W_MD[first % len(W_MD) :][: self.rule.block]
         return self._best_column(r_bD, W_MD, step) + first

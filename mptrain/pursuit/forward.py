@@ -13,7 +13,7 @@ from torch import Tensor
 from mptrain.kernels.sparse import dictionary_row
 from mptrain.pursuit import numba_backend as cpu
 from mptrain.pursuit import triton_backend as cuda
-from mptrain.pursuit.backend import Search, microbatch_rows, resolve
+from mptrain.pursuit.backend import AtomSearch, microbatch_rows, resolve_backend
 from mptrain.pursuit.finders import Direct, Gram, Shortlist
 from mptrain.pursuit.rule import Rule
 
@@ -21,13 +21,13 @@ _Pursue = Callable[[Tensor, Tensor, Tensor], None]  # r_bD becomes the last resi
 
 
 @torch.no_grad()
-def select(
+def pursue_forward(
     x_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "selecting input"],
     U_MD: Float[Tensor, "subtracting input"],
     k: int,
     rule: Rule,
-    search: Search,
+    search: AtomSearch,
 ) -> tuple[Int64[Tensor, "batch {k}"], Float[Tensor, "batch {k}"], Float[Tensor, "batch input"]]:
     """Code each row of `x` in `k` pursuit steps (Mallat & Zhang 1993, II).
 
@@ -55,11 +55,11 @@ def select(
 
 
 def _prepare(
-    W_MD: Tensor, U_MD: Tensor, steps: int, rule: Rule, search: Search
+    W_MD: Tensor, U_MD: Tensor, steps: int, rule: Rule, search: AtomSearch
 ) -> tuple[_Pursue, int]:
     """The pursuit of a micro-batch, with what all of them share, and a row's share of memory."""
     M, D = W_MD.shape
-    backend = resolve(search, M, steps, rule.block is not None)
+    backend = resolve_backend(search, M, steps, rule.block is not None)
     assert rule.block is None or backend == "direct", "only direct knows blocks"
     if backend == "direct":
         direct = cuda.Direct if rule.has_kernels and cuda.applies(W_MD) else Direct
@@ -97,14 +97,14 @@ def _by_finder(
     A stopped row needs no flag: its value is 0, which leaves residual and scores as they are, so
     it stops again at every later step (in blocks, may go on in a later one).
     """
-    finder, floor_b = new_finder(), rule.floor(r_bD)
+    finder, stop_norm_b = new_finder(), rule.stop_norm(r_bD)
     K = idx_bK.shape[1]
     for step in range(K):
         latent_b = finder.best(r_bD, step)
         w_bD = W_MD.index_select(0, dictionary_row(latent_b, W_MD))
         a_b = rule.value_((w_bD * r_bD).sum(1))
         if rule.tolerance > 0:
-            a_b.masked_fill_(torch.linalg.vector_norm(r_bD, dim=1) <= floor_b, 0)
+            a_b.masked_fill_(torch.linalg.vector_norm(r_bD, dim=1) <= stop_norm_b, 0)
         u_bD = w_bD if U_MD is W_MD else U_MD.index_select(0, dictionary_row(latent_b, U_MD))
         r_bD.addcmul_(u_bD, a_b[:, None], value=-1)
         idx_bK[:, step] = latent_b.masked_fill(a_b == 0, -1)

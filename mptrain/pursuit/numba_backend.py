@@ -1,4 +1,4 @@
-"""Pursuits on a CPU, row by row in a core's cache, in the kernels of `cpu_kernels`.
+"""Pursuits on a CPU, row by row in a core's cache, in the kernels of `numba_kernels`.
 
 As loops over whole matrices, each step would go through all scores of a micro-batch several times;
 here a row's scores stay in the cache from its first step to its last. Threads share out the rows,
@@ -16,9 +16,9 @@ from torch import Tensor
 from mptrain.kernels.thread_pool import in_pieces
 from mptrain.pursuit.numba_kernels import (
     MODES,
+    backward_dictionaries_,
+    backward_values_,
     gram_rows_,
-    reverse_dictionaries_,
-    reverse_values_,
     shortlist_rows_,
 )
 from mptrain.pursuit.rule import N_RESCORED, Rule
@@ -76,14 +76,14 @@ def pursue_by_gram_(
     """
     is_bfloat16 = G_MM.dtype == torch.bfloat16
     bits_MM = G_MM.view(torch.uint16) if is_bfloat16 else G_MM  # numpy has no bfloat16
-    few, mode = N_RESCORED if is_bfloat16 else 1, MODES[rule.select]
-    of_rows = (r_bD @ W_MD.T, r_bD, rule.floor(r_bD), idx_bK, val_bK)
+    rescored, mode = N_RESCORED if is_bfloat16 else 1, MODES[rule.select]
+    of_rows = (r_bD @ W_MD.T, r_bD, rule.stop_norm(r_bD), idx_bK, val_bK)
     arrays = [_array(t) for t in (bits_MM, W_MD, U_MD, *of_rows)]
 
     def work(first: int, end: int) -> None:
         G, W, U, *rest = arrays
-        score, r, floor, idx, val = (array[first:end] for array in rest)
-        gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, mode)
+        score, r, stop_norm, idx, val = (array[first:end] for array in rest)
+        gram_rows_(score, G, is_bfloat16, rescored, W, U, r, stop_norm, idx, val, mode)
 
     in_pieces(work, len(r_bD), _PIECE)
 
@@ -100,7 +100,7 @@ def pursue_by_shortlist_(
     val_bK: Tensor,
 ) -> None:
     """All steps of a micro-batch, `refresh` of them among the `size` best by `scoring`, exactly."""
-    arrays = [_array(t) for t in (W_MD, U_MD, r_bD, rule.floor(r_bD), idx_bK, val_bK)]
+    arrays = [_array(t) for t in (W_MD, U_MD, r_bD, rule.stop_norm(r_bD), idx_bK, val_bK)]
     K, mode = idx_bK.shape[1], MODES[rule.select]
     for step in range(0, K, refresh):
         score_bM = (r_bD.to(scoring_MD.dtype) @ scoring_MD.T).to(r_bD.dtype)
@@ -108,14 +108,14 @@ def pursue_by_shortlist_(
 
         def work(first: int, end: int, score: _Array = score, step: int = step) -> None:
             W, U, *of_rows = arrays
-            r, floor, idx, val = (array[first:end] for array in of_rows)
+            r, stop_norm, idx, val = (array[first:end] for array in of_rows)
             last = min(step + refresh, K)
-            shortlist_rows_(score[first:end], size, W, U, r, floor, idx, val, step, last, mode)
+            shortlist_rows_(score[first:end], size, W, U, r, stop_norm, idx, val, step, last, mode)
 
         in_pieces(work, len(r_bD), _PIECE)
 
 
-def reverse(
+def pursue_backward(
     idx_BK: Tensor,
     val_BK: Tensor,
     dval_BK: Tensor,
@@ -137,10 +137,10 @@ def reverse(
 
     def values(first: int, end: int) -> None:
         here = slice(first, end)
-        reverse_values_(idx[here], dval[here], g[here], W, U, detach, dx[here], s[here])
+        backward_values_(idx[here], dval[here], g[here], W, U, detach, dx[here], s[here])
 
     def dictionaries(first: int, end: int) -> None:
-        reverse_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, dW, dU)
+        backward_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, dW, dU)
 
     in_pieces(values, len(idx_BK), _PIECE)
     in_pieces(dictionaries, W_MD.shape[1], _COLUMNS)

@@ -1,4 +1,4 @@
-"""Kernels of `cpu`: one thread's work on some rows. Compiled at the first use, then kept on disk.
+"""Kernels of `numba_backend`: one thread's work on some rows. Compiled at the first use, then kept.
 
 `mode` says how keys come of scores (`MODES`). `no_type_check` keeps the tests' type-checking hook
 off what Numba compiles. b rows, D input width, M latents, K pursuit steps.
@@ -19,7 +19,7 @@ _compiled = compiled(fastmath={"contract", "reassoc", "nsz", "arcp"})
 
 @_compiled
 @no_type_check
-def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, mode):
+def gram_rows_(score, G, is_bfloat16, rescored, W, U, r, stop_norm, idx, val, mode):
     """Two rows go side by side: while one waits for its row of `G`, the other's is on its way."""
     b, K = idx.shape
     lanes = np.empty(LANES, score.dtype)
@@ -28,22 +28,24 @@ def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, mode):
         goes_on, other_goes_on = True, other > row
         for step in range(K):
             if goes_on:
-                goes_on = _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, mode)
+                goes_on = _gram_step_(
+                    row, step, score, lanes, rescored, W, U, r, stop_norm, idx, val, mode
+                )
             if other_goes_on:
                 other_goes_on = _gram_step_(
-                    other, step, score, lanes, few, W, U, r, floor, idx, val, mode
+                    other, step, score, lanes, rescored, W, U, r, stop_norm, idx, val, mode
                 )
             if step + 1 == K or not (goes_on or other_goes_on):
                 break
-            one = row if goes_on else other
-            two = other if other_goes_on else one
-            p_M, a, g_M = score[one], val[one, step], G[idx[one, step]]
-            q_M, c, h_M = score[two], val[two, step], G[idx[two, step]]
-            if is_bfloat16 and one != two:
+            first = row if goes_on else other
+            second = other if other_goes_on else first
+            p_M, a, g_M = score[first], val[first, step], G[idx[first, step]]
+            q_M, c, h_M = score[second], val[second, step], G[idx[second, step]]
+            if is_bfloat16 and first != second:
                 _subtract_both_bfloat16_(p_M, a, g_M, q_M, c, h_M)
             elif is_bfloat16:
                 _subtract_bfloat16_(p_M, a, g_M)
-            elif one != two:
+            elif first != second:
                 _subtract_both_(p_M, a, g_M, q_M, c, h_M)
             else:
                 _subtract_(p_M, a, g_M)
@@ -51,18 +53,18 @@ def gram_rows_(score, G, is_bfloat16, few, W, U, r, floor, idx, val, mode):
 
 @_compiled
 @no_type_check
-def _gram_step_(row, step, score, lanes, few, W, U, r, floor, idx, val, mode):
+def _gram_step_(row, step, score, lanes, rescored, W, U, r, stop_norm, idx, val, mode):
     p_M, r_D, chosen = score[row], r[row], idx[row]
-    if few > 1:
-        atom = first_of_few(p_M, lanes, few, W, r_D, mode)
+    if rescored > 1:
+        atom = first_of_few(p_M, lanes, rescored, W, r_D, mode)
     else:
         atom = first_largest(p_M, lanes, mode)
-    return _take_(atom, W, U, r_D, floor[row], mode, step, chosen, val[row])
+    return _take_(atom, W, U, r_D, stop_norm[row], mode, step, chosen, val[row])
 
 
 @_compiled
 @no_type_check
-def shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, mode):
+def shortlist_rows_(score, size, W, U, r, stop_norm, idx, val, first, end, mode):
     lanes = np.empty((4 * size + LANES - 1) // LANES * LANES, score.dtype)
     listed = np.empty(score.shape[1], np.int64)
     keys = np.empty(score.shape[1], score.dtype)
@@ -71,23 +73,23 @@ def shortlist_rows_(score, size, W, U, r, floor, idx, val, first, end, mode):
         count = largest(p, size, lanes, keys, listed)
         for step in range(first, end):
             best, atom = r.dtype.type(-np.inf), -1
-            for place in range(count):
-                at = listed[place]
+            for position in range(count):
+                at = listed[position]
                 key = _key(_dot(W[at], r_D), mode)
                 if key > best:
                     best, atom = key, at
-            if not _take_(atom, W, U, r_D, floor[row], mode, step, chosen[:end], values[:end]):
+            if not _take_(atom, W, U, r_D, stop_norm[row], mode, step, chosen[:end], values[:end]):
                 break
 
 
 @_compiled
 @no_type_check
-def _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
+def _take_(atom, W, U, r_D, stop_norm, mode, step, chosen, values):
     """Take one step; if the row stops instead, mark this step and all later ones as unused."""
     # without an atom: 0, or NaN if the row is not finite
     a = _dot(r_D, r_D) * 0 if atom < 0 else _dot(W[max(atom, 0)], r_D)
     stops = a == 0 or (mode == 0 and a < 0)
-    if floor > 0 and np.sqrt(_dot(r_D, r_D)) <= floor:
+    if stop_norm > 0 and np.sqrt(_dot(r_D, r_D)) <= stop_norm:
         stops = True
     if stops:
         for later in range(step, len(chosen)):
@@ -101,7 +103,7 @@ def _take_(atom, W, U, r_D, floor, mode, step, chosen, values):
 
 @_compiled
 @no_type_check
-def reverse_values_(idx, dval, g, W, U, detach, dx, s):
+def backward_values_(idx, dval, g, W, U, detach, dx, s):
     for row in range(len(idx)):
         g_D = g[row] if detach else dx[row]
         for step in range(idx.shape[1] - 1, -1, -1):
@@ -114,7 +116,7 @@ def reverse_values_(idx, dval, g, W, U, detach, dx, s):
 
 @_compiled
 @no_type_check
-def reverse_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, dW, dU):
+def backward_dictionaries_(idx, val, s, residual, g, W, U, detach, first, end, dW, dU):
     for row in range(len(idx)):
         r_d, g_d = residual[row, first:end].copy(), g[row, first:end].copy()
         for step in range(idx.shape[1] - 1, -1, -1):
@@ -158,40 +160,40 @@ def _lane_maxima_(p, lanes, mode):
 def first_largest(p, lanes, mode):
     """The first index with the largest key; -1 where there is none but -inf or NaN."""
     _lane_maxima_(p, lanes, mode)
-    best, found = p.dtype.type(-np.inf), len(p)
+    best, atom = p.dtype.type(-np.inf), len(p)
     for lane in range(len(lanes)):
         best = lanes[lane] if lanes[lane] > best else best
     if best == -np.inf:
         return -1
     for lane in range(len(lanes)):
         if lanes[lane] == best:
-            found = min(found, _first_equal(p, lane, len(lanes), best, mode))
-    return found
+            atom = min(atom, _first_equal(p, lane, len(lanes), best, mode))
+    return atom
 
 
 @_compiled
 @no_type_check
-def first_of_few(p, lanes, few, W, r_D, mode):
-    """The same of inexact scores: the `few` that seem best, at least, are scored again."""
+def first_of_few(p, lanes, rescored, W, r_D, mode):
+    """The same of inexact scores: the `rescored` that seem best, at least, are scored again."""
     _lane_maxima_(p, lanes, mode)
-    largest = np.full(few, -np.inf, p.dtype)  # falling
+    largest = np.full(rescored, -np.inf, p.dtype)  # falling
     for lane in range(len(lanes)):
-        place = few - 1
-        if lanes[lane] > largest[place]:
-            while place > 0 and lanes[lane] > largest[place - 1]:
-                largest[place] = largest[place - 1]
-                place -= 1
-            largest[place] = lanes[lane]
-    best, found = p.dtype.type(-np.inf), -1
+        position = rescored - 1
+        if lanes[lane] > largest[position]:
+            while position > 0 and lanes[lane] > largest[position - 1]:
+                largest[position] = largest[position - 1]
+                position -= 1
+            largest[position] = lanes[lane]
+    best, atom = p.dtype.type(-np.inf), -1
     for lane in range(len(lanes)):
         if lanes[lane] < largest[-1] or lanes[lane] == -np.inf:
             continue
         for at in range(lane, len(p), len(lanes)):
             if _key(p[at], mode) >= largest[-1]:
                 key = _key(_dot(W[at], r_D), mode)
-                if key > best or (key == best and at < found):
-                    best, found = key, at
-    return found
+                if key > best or (key == best and at < atom):
+                    best, atom = key, at
+    return atom
 
 
 @_compiled
@@ -224,13 +226,13 @@ def largest(p, size, lanes, keys, listed):
         return count
     least = nth_largest_(keys[:count].copy(), size)
     above = 0
-    for place in range(count):
-        above += keys[place] > least
+    for position in range(count):
+        above += keys[position] > least
     equals, kept = size - above, 0
-    for place in range(count):
-        if keys[place] > least or (keys[place] == least and equals > 0):
-            equals -= keys[place] == least
-            listed[kept] = listed[place]
+    for position in range(count):
+        if keys[position] > least or (keys[position] == least and equals > 0):
+            equals -= keys[position] == least
+            listed[kept] = listed[position]
             kept += 1
     return kept
 
@@ -239,7 +241,7 @@ def largest(p, size, lanes, keys, listed):
 @no_type_check
 def nth_largest_(values, n):
     """The `n`-th largest value, by quickselect; reorders."""
-    low, high, place = 0, len(values) - 1, n - 1
+    low, high, position = 0, len(values) - 1, n - 1
     while low < high:
         pivot, i, j = values[(low + high) // 2], low, high
         while i <= j:
@@ -251,13 +253,13 @@ def nth_largest_(values, n):
                 values[i], values[j] = values[j], values[i]
                 i += 1
                 j -= 1
-        if place <= j:
+        if position <= j:
             high = j
-        elif place >= i:
+        elif position >= i:
             low = i
         else:
             break
-    return values[place]
+    return values[position]
 
 
 @_compiled

@@ -21,7 +21,7 @@ _GPU_ELEMENTS = 1 << 28
 Refit = Literal["gp", "omp"]
 
 
-def pursue_refit(
+def refitted_pursuit(
     x_BD: Float[Tensor, "batch input"],
     W_MD: Float[Tensor, "latents input"],
     k: int,
@@ -111,11 +111,11 @@ def _choose_(
     val_bK.zero_()
     w_bKD = x_bD.new_zeros(b, K, W_MD.shape[1])
     G_bKK, p_bK = x_bD.new_zeros(b, K, K), x_bD.new_zeros(b, K)
-    floor_b = rule.floor(x_bD)
+    stop_norm_b = rule.stop_norm(x_bD)
     for step in range(K):
         atom_b = rule.best(r_bD @ W_MD.T)
         w_bD = W_MD.index_select(0, atom_b)
-        goes_on_b = _goes_on(w_bD, r_bD, floor_b, rule)
+        goes_on_b = _goes_on(w_bD, r_bD, stop_norm_b, rule)
         if codes == "omp":
             goes_on_b &= _leaves_span(G_bKK, torch.bmm(w_bKD, w_bD[:, :, None])[:, :, 0], w_bD)
         is_new_b = goes_on_b & (idx_bK != atom_b[:, None]).all(1)
@@ -133,13 +133,13 @@ def _choose_(
         r_bD.copy_(x_bD - torch.bmm(val_bK[:, None], w_bKD)[:, 0])
 
 
-def _goes_on(w_bD: Tensor, r_bD: Tensor, floor_b: Tensor, rule: Rule) -> Tensor:
+def _goes_on(w_bD: Tensor, r_bD: Tensor, stop_norm_b: Tensor, rule: Rule) -> Tensor:
     """Whether each row takes one more step; written so that a NaN goes on, and shows."""
     a_b, norm_b = (w_bD * r_bD).sum(1), torch.linalg.vector_norm(r_bD, dim=1)
     if rule.select != "positive":
         a_b = a_b.abs()
     rounding = 100 * torch.finfo(r_bD.dtype).eps
-    stops_b: Tensor = (a_b <= rounding * norm_b) | (norm_b <= floor_b)
+    stops_b: Tensor = (a_b <= rounding * norm_b) | (norm_b <= stop_norm_b)
     return ~stops_b
 
 

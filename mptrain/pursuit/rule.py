@@ -36,11 +36,11 @@ class Rule(NamedTuple):
         """Whether the compiled back ends know this rule; otherwise steps run in plain torch."""
         return self.shrink == 0
 
-    def first(self, step: int) -> int:
+    def first_latent(self, step: int) -> int:
         """The first latent that a step may choose."""
         return 0 if self.block is None else step * self.block
 
-    def floor(self, x_bD: Tensor) -> Tensor:
+    def stop_norm(self, x_bD: Tensor) -> Tensor:
         """The norm of a residual at which each row stops."""
         norm_b: Tensor = torch.linalg.vector_norm(x_bD, dim=1)
         return self.tolerance * norm_b

@@ -20,7 +20,7 @@ from mptrain.pursuit.triton_search import warps
 _SCRATCH = 1 << 30  # bytes of what the steps give to the atoms' gradients, for some columns
 
 
-def reverse(
+def pursue_backward(
     idx_BK: Int64[Tensor, "batch steps"],
     val_BK: Float[Tensor, "batch steps"],
     dval_BK: Float[Tensor, "batch steps"],

@@ -171,8 +171,8 @@ def _best_kernel(
         atom = block * BLOCK_M + tl.arange(0, BLOCK_M)
         score = _scores(r, W, row, atom, B, M, D, BLOCK_B, BLOCK_M, BLOCK_D, PRECISION, WIDEN)
         score = key_of(score, MAGNITUDE)
-        top, place = tl.max(score, 1, return_indices=True)
-        best_j = tl.where(top > best, block * BLOCK_M + place, best_j)
+        top, position = tl.max(score, 1, return_indices=True)
+        best_j = tl.where(top > best, block * BLOCK_M + position, best_j)
         best = tl.where(top > best, top, best)
     at = row.to(tl.int64) * parts + part
     tl.store(best_score + at, best, mask=row < B)
@@ -232,6 +232,6 @@ def _largest_kernel(score, atom, largest, groups, size, BLOCK_N: tl.constexpr):
     equal = (bits == low.to(tl.int32)).to(tl.int32)
     # of those equal to the last one, the first ones
     taken = above + equal * (tl.cumsum(equal, 0) <= size - tl.sum(above, 0)).to(tl.int32)
-    place = tl.cumsum(taken, 0) - 1
+    position = tl.cumsum(taken, 0) - 1
     chosen = tl.load(atom + row * groups + lane, mask=lane < groups, other=0)
-    tl.store(largest + row * size + place, chosen.to(tl.int64), mask=taken > 0)
+    tl.store(largest + row * size + position, chosen.to(tl.int64), mask=taken > 0)

@@ -1,4 +1,4 @@
-"""Pursuit steps by Triton kernels, one program a row: what `atoms` and `select` do in torch.
+"""Pursuit steps by Triton kernels, one program a row: as `finders` and `forward` do in torch.
 
 B rows in a batch, D input width, M latents, S candidates of a shortlist, R pursuit steps from one
 shortlist to the next.
@@ -27,7 +27,7 @@ def shortlist_steps_(
     U_MD: Float[Tensor, "latents input"],
     idx_BR: Int64[Tensor, "batch steps"],
     val_BR: Float[Tensor, "batch steps"],
-    floor_B: Float[Tensor, " batch"],
+    stop_norm_B: Float[Tensor, " batch"],
     sign: Sign = "positive",
     G_MM: Float[Tensor, "latents latents"] | None = None,
     precision: Precision = "tf32x3",
@@ -36,8 +36,8 @@ def shortlist_steps_(
 
     A step chooses the candidate `j` with the best `p_j = <w_j, r>`, the lower number where two are
     equal, takes `a` from the residual itself, and `r <- r - a u_j` (`U` is `W`, or other vectors
-    for its atoms). Where `||r|| <= floor`, nothing is left to choose or `a = 0`, index is -1 and
-    value 0. A NaN in a row shows in its values.
+    for its atoms). Where `||r|| <= stop_norm`, nothing is left to choose or `a = 0`, index is -1
+    and value 0. A NaN in a row shows in its values.
 
     Scores of candidates are computed from `r` once, then `a <w, u_j>` is taken from them: these
     products are read from `G = U W^T` where it is given, else computed for each row's candidates
@@ -61,7 +61,7 @@ def shortlist_steps_(
             num_warps=4 if block < _CANDIDATES else 8,
         )
     _steps_(
-        *(r_BD, candidate_BS, score_BS, products, W_MD, U_MD, idx_BR, val_BR, floor_B, sign),
+        *(r_BD, candidate_BS, score_BS, products, W_MD, U_MD, idx_BR, val_BR, stop_norm_B, sign),
         *(shared, G_MM is not None),
     )
 
@@ -74,7 +74,7 @@ def gram_steps_(
     U_MD: Float[Tensor, "latents input"],
     idx_BK: Int64[Tensor, "batch steps"],
     val_BK: Float[Tensor, "batch steps"],
-    floor_B: Float[Tensor, " batch"],
+    stop_norm_B: Float[Tensor, " batch"],
     sign: Sign = "positive",
 ) -> None:
     """`shortlist_steps_` with all atoms as candidates: exact up to rounding.
@@ -85,7 +85,7 @@ def gram_steps_(
     W_MD, U_MD, shared = _atoms(W_MD, U_MD)
     _steps_(
         *(r_BD, None, score_BM.contiguous(), G_MM.contiguous(), W_MD, U_MD, idx_BK, val_BK),
-        *(floor_B, sign, shared, True),
+        *(stop_norm_B, sign, shared, True),
     )
 
 
@@ -98,7 +98,7 @@ def _steps_(
     U_MD: Tensor,
     idx_BR: Tensor,
     val_BR: Tensor,
-    floor_B: Tensor,
+    stop_norm_B: Tensor,
     sign: Sign,
     shared: bool,
     of_all: bool,
@@ -108,7 +108,7 @@ def _steps_(
     block_S, block_D = triton.next_power_of_2(S), triton.next_power_of_2(D)
     with torch.cuda.device(r_BD.get_device()):
         _steps_kernel[(B,)](
-            *(r_BD, candidate_BS, score_BS, products, W_MD, U_MD, idx_BR, val_BR, floor_B),
+            *(r_BD, candidate_BS, score_BS, products, W_MD, U_MD, idx_BR, val_BR, stop_norm_B),
             *(S, D, idx_BR.shape[1], M if of_all else S, r_BD.stride(0)),
             *(idx_BR.stride(0), val_BR.stride(0)),
             MAGNITUDE=sign == "magnitude",
@@ -182,7 +182,7 @@ def _steps_kernel(
     U,
     idx,
     val,
-    floor,
+    stop_norm,
     S,
     D,
     R,
@@ -200,14 +200,14 @@ def _steps_kernel(
 ):
     """All steps of one row, whose residual and scores stay in registers."""
     row = tl.program_id(0).to(tl.int64)
-    place, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    within_S, within_D = place < S, d < D
-    atom = place
+    position, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    within_S, within_D = position < S, d < D
+    atom = position
     if not ALL:
-        atom = tl.load(candidate + row * S + place, mask=within_S, other=0).to(tl.int32)
-    p = tl.load(score + row * S + place, mask=within_S, other=float("-inf"))
+        atom = tl.load(candidate + row * S + position, mask=within_S, other=0).to(tl.int32)
+    p = tl.load(score + row * S + position, mask=within_S, other=float("-inf"))
     rest = tl.load(r + row * r_stride + d, mask=within_D, other=0.0)
-    least = tl.load(floor + row)
+    least = tl.load(stop_norm + row)
     for step in range(R):
         key = key_of(p, MAGNITUDE)
         best = tl.max(key, 0)
@@ -227,6 +227,8 @@ def _steps_kernel(
         if OF_ALL:
             at = j * width + atom
         else:
-            at = (row * S + tl.max(tl.where((atom == j) & within_S, place, 0), 0)) * width + place
+            at = (
+                row * S + tl.max(tl.where((atom == j) & within_S, position, 0), 0)
+            ) * width + position
         p -= a * tl.load(product + at, mask=within_S, other=0.0)
     tl.store(r + row * r_stride + d, rest, mask=within_D)

@@ -13,7 +13,7 @@ from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.coders.encoders.pursuit import PursuitEncoder
 from mptrain.config.coder import CoderConfig, Optimizer
-from mptrain.pursuit.backend import microbatch_rows, resolve
+from mptrain.pursuit.backend import microbatch_rows, resolve_backend
 from mptrain.pursuit.refit import refit_rows
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.objective import WIDE
@@ -141,7 +141,9 @@ def _scores(coder: Coder, B: int, device: torch.device) -> int:
     if not config.architecture.is_pursuit or config.codes != "mp":
         return scores
     assert isinstance(coder.encoder, PursuitEncoder)
-    backend = resolve(coder.encoder.search, M, B * config.required_k, config.blocks != "none")
+    backend = resolve_backend(
+        coder.encoder.search, M, B * config.required_k, config.blocks != "none"
+    )
     return scores + (_FLOAT * M**2 if backend == "gram" else 0)
 
 

@@ -16,7 +16,7 @@ from mptrain.data.atomic_files import read_json
 from mptrain.data.filters import Filters, make_filters
 from mptrain.data.loader import Store
 from mptrain.data.preflight import open_trainable_store
-from mptrain.evals.evaluate import calibrate_
+from mptrain.evals.evaluate import calibrate_thresholds_
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.results import CoderProgress, coder_progress
 from mptrain.runs.run_dir import check_same_run, read_manifest, recorded_parts, resumed_config
@@ -83,7 +83,7 @@ def _save(
         sides = all_sides(coder.config for coder in with_threshold)
         device = with_threshold[0].b_D.device
         with make_loader(config, store, sides, "train", filters=filters, device=device) as loader:
-            calibrate_(with_threshold, loader, filters)
+            calibrate_thresholds_(with_threshold, loader, filters)
     saved = []
     for coder_run in coder_runs:
         progress = coder_progress(coder_run, train_steps(config), config.batch_rows)

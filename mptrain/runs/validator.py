@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from mptrain.coders.coder import Coder
 from mptrain.data.batches import release_after_use
-from mptrain.evals.evaluate import Evaluation, calibrate_, evaluate
+from mptrain.evals.evaluate import Evaluation, calibrate_thresholds_, evaluate
 from mptrain.runs.training_pass import TrainingPass
 
 
@@ -26,7 +26,7 @@ class Validator:
             ]
             if self._pass.calibration is not None:
                 healthy = [coder for coder in coders if coder is not None]
-                calibrate_(healthy, self._pass.calibration, self._pass.filters)
+                calibrate_thresholds_(healthy, self._pass.calibration, self._pass.filters)
         return coders
 
     def evaluate(

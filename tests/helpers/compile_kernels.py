@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from mptrain.kernels import sparse_triton
 from mptrain.pursuit import triton_search
-from mptrain.pursuit.triton_backward import reverse
+from mptrain.pursuit.triton_backward import pursue_backward
 from mptrain.pursuit.triton_search import best_atoms, best_candidates
 from mptrain.pursuit.triton_steps import gram_steps_, shortlist_steps_
 
@@ -39,20 +39,20 @@ class NoGpu:
 def compile_all(B: int, D: int, M: int, K: int, S: int) -> None:
     x_BD, W_MD, U_MD = torch.zeros(B, D), torch.zeros(M, D), torch.zeros(M, D)
     idx_BK, val_BK = torch.zeros(B, K, dtype=torch.int64), torch.zeros(B, K)
-    floor_B, G_MM = torch.zeros(B), torch.zeros(M, M)
+    stop_norm_B, G_MM = torch.zeros(B), torch.zeros(M, M)
     for dictionary_MD in (W_MD, W_MD.bfloat16()):
         best_atoms(x_BD, dictionary_MD)
         best_atoms(x_BD, dictionary_MD, "magnitude", idx_BK)
         candidate_BS = best_candidates(x_BD, dictionary_MD, S)
     best_atoms(x_BD, W_MD, precision="ieee")
     candidate_BS = torch.zeros_like(candidate_BS)
-    code = idx_BK, val_BK, floor_B
+    code = idx_BK, val_BK, stop_norm_B
     shortlist_steps_(x_BD, candidate_BS, W_MD, W_MD, *code)
     shortlist_steps_(x_BD, candidate_BS, W_MD, U_MD, *code, "magnitude", idx_BK, True)
     shortlist_steps_(x_BD, candidate_BS, W_MD, U_MD, *code, "signed", G_MM=G_MM)
     gram_steps_(x_BD, torch.zeros(B, M), G_MM, W_MD, W_MD, *code)
-    reverse(idx_BK, val_BK, val_BK, x_BD, x_BD, W_MD, W_MD)
-    reverse(idx_BK, val_BK, val_BK, x_BD, x_BD, W_MD, U_MD, detach=True)
+    pursue_backward(idx_BK, val_BK, val_BK, x_BD, x_BD, W_MD, W_MD)
+    pursue_backward(idx_BK, val_BK, val_BK, x_BD, x_BD, W_MD, U_MD, detach=True)
     sparse_triton.sparse_decode(idx_BK, val_BK, W_MD)
     sparse_triton.sparse_products(idx_BK, W_MD, x_BD)
     sparse_triton.latent_sums(idx_BK, val_BK, x_BD, M)

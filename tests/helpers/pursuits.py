@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mptrain.pursuit import numba_backend as cpu
-from mptrain.pursuit.backend import Search
+from mptrain.pursuit.backend import AtomSearch
 
-DIRECT = Search(backend="direct", shortlist_size=10**6, shortlist_refresh=1, score_dtype="float32")
+DIRECT = AtomSearch(
+    backend="direct", shortlist_size=10**6, shortlist_refresh=1, score_dtype="float32"
+)
 GRAM = replace(DIRECT, backend="gram")
 WHOLE = replace(DIRECT, backend="shortlist")  # of all atoms, anew at every step
 SHORT = replace(WHOLE, shortlist_size=3, shortlist_refresh=2)
@@ -67,7 +69,7 @@ LAYOUTS = (
 class Baseline(NamedTuple):
     """A search, in compiled kernels or in the steps over whole matrices that other devices take."""
 
-    search: Search
+    search: AtomSearch
     is_compiled: bool = True
 
     @property
@@ -85,7 +87,7 @@ class Baseline(NamedTuple):
 WAYS_IN_BLOCKS = (Baseline(DIRECT), Baseline(replace(DIRECT, backend="auto")))
 
 
-def ways(searches: tuple[Search, ...], in_blocks: bool = False) -> tuple[Baseline, ...]:
+def ways(searches: tuple[AtomSearch, ...], in_blocks: bool = False) -> tuple[Baseline, ...]:
     """How to run each of the searches; with blocks there is but one."""
     if in_blocks:
         return WAYS_IN_BLOCKS

@@ -85,7 +85,7 @@ def follow(
     return torch.stack(val, 1), x_BD - taken_BD
 
 
-def pursue_refit(
+def refitted_pursuit(
     x_BD: Array, W_MD: Array, k: int, tolerance: float, codes: str, select: str = "positive"
 ) -> tuple[Array, Array]:
     """Dense codes and residuals of gradient pursuit (gp) or orthogonal matching pursuit (omp)."""

@@ -11,10 +11,10 @@ from mptrain.coders.code import Code
 from mptrain.coders.encoders.base import Encoder, zeros
 from mptrain.coders.topk_code import topk_encode
 from mptrain.config.coder import CoderConfig, Codes
-from mptrain.pursuit.autograd import pursue
-from mptrain.pursuit.backend import Search
+from mptrain.pursuit.autograd import matching_pursuit
+from mptrain.pursuit.backend import AtomSearch
 from mptrain.pursuit.batch_threshold import EntryThreshold
-from mptrain.pursuit.refit import pursue_refit
+from mptrain.pursuit.refit import refitted_pursuit
 from mptrain.pursuit.rule import Rule
 
 
@@ -45,10 +45,10 @@ class PursuitEncoder(Encoder):
         return [self.W_MD] if self.U_MD is None else [self.W_MD, self.U_MD]
 
     @property
-    def search(self) -> Search:
+    def search(self) -> AtomSearch:
         """How atoms are found."""
         config = self.config
-        return Search(
+        return AtomSearch(
             backend=config.backend,
             shortlist_size=config.shortlist_size,
             shortlist_refresh=config.shortlist_refresh,
@@ -75,9 +75,11 @@ class PursuitEncoder(Encoder):
             return Code(*topk_encode(x_BD, b_D, self.W_MD, no_bias_M, k, is_grouped, score_dtype))
         rule, r_BD = self.rule, x_BD - b_D
         if codes != "mp":
-            return Code(*pursue_refit(r_BD, self.W_MD, k, rule, codes))
+            return Code(*refitted_pursuit(r_BD, self.W_MD, k, rule, codes))
         U_MD, detach = self._subtracted(decoder_ME), self.config.detach
-        return Code(*pursue(r_BD, self.W_MD, U_MD, k, rule, self.search, detach, threshold))
+        return Code(
+            *matching_pursuit(r_BD, self.W_MD, U_MD, k, rule, self.search, detach, threshold)
+        )
 
     def predict_error(
         self, code: Code, x_BD: Tensor, b_D: Tensor, decoder_ME: Tensor, dead_M: Tensor

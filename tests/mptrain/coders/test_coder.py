@@ -16,7 +16,7 @@ from mptrain.coders.fvu import Fvu, batch_fvu, reconstruction_loss
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.coder import CoderConfig, Kind
 from mptrain.config.sides import hookpoint_sides
-from mptrain.pursuit.autograd import pursue
+from mptrain.pursuit.autograd import matching_pursuit
 from mptrain.pursuit.batch_threshold import EntryThreshold
 from tests.helpers import reference
 
@@ -285,9 +285,9 @@ def test_batch_mp_gradcheck(output: int):
     coder = make_coder("sae", "batch-mp")
     cut = EntryThreshold(2, torch.zeros(()))
     assert torch.autograd.gradcheck(
-        lambda x, W: pursue(x, W, W, 4, coder.encoder.rule, coder.encoder.search, False, cut)[
-            output
-        ],
+        lambda x, W: matching_pursuit(
+            x, W, W, 4, coder.encoder.rule, coder.encoder.search, False, cut
+        )[output],
         (x_BD, W_MD),
     )
 

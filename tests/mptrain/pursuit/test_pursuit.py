@@ -16,10 +16,10 @@ from mptrain.pursuit import backend as search_module
 from mptrain.pursuit import backward as reverse_module
 from mptrain.pursuit import numba_backend as cpu
 from mptrain.pursuit import numba_kernels as cpu_kernels
-from mptrain.pursuit.autograd import pursue
-from mptrain.pursuit.backend import microbatch_rows, resolve
+from mptrain.pursuit.autograd import matching_pursuit
+from mptrain.pursuit.backend import microbatch_rows, resolve_backend
 from mptrain.pursuit.batch_threshold import EntryThreshold
-from mptrain.pursuit.forward import _put_unused_last_, select
+from mptrain.pursuit.forward import _put_unused_last_, pursue_forward
 from mptrain.pursuit.rule import N_RESCORED, Rule
 from tests.helpers import reference
 from tests.helpers.pursuits import (
@@ -58,7 +58,7 @@ def run_select(
     way: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
     with way.forced():
-        return select(x_BD, W_MD, U_MD, k, rule, way.search)
+        return pursue_forward(x_BD, W_MD, U_MD, k, rule, way.search)
 
 
 def drawn(
@@ -180,7 +180,7 @@ def test_signed_takes_a_negative_value_only_where_all_are_negative(
 def test_a_step_chooses_within_its_block(layout: Layout, sizes: dict[str, int], k: int):
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule("magnitude"), sizes, k)
     assert rule.block is not None
-    idx_BK, _, residual_BD = select(x_BD, W_MD, U_MD, k, rule, DIRECT)
+    idx_BK, _, residual_BD = pursue_forward(x_BD, W_MD, U_MD, k, rule, DIRECT)
     rows = used(idx_BK)
     assert all(a // rule.block < b // rule.block < k for row in rows for a, b in pairwise(row))
     assert residual_BD.isfinite().all()
@@ -190,7 +190,7 @@ def test_only_direct_knows_blocks():
     x_BD, W_MD = problem(0, 3, 4, 6)
     for search in (GRAM, WHOLE):
         with pytest.raises(AssertionError, match="only direct knows blocks"):
-            select(x_BD, W_MD, W_MD, 2, Rule(block=3), search)
+            pursue_forward(x_BD, W_MD, W_MD, 2, Rule(block=3), search)
 
 
 @each_rule
@@ -200,7 +200,7 @@ def test_constant_rows_give_no_nan(way: Baseline, rule: Rule, x: Tensor):
     _, W_MD = problem(0, 3, 4, 7, torch.float32)
     W_MD.requires_grad_()
     with way.forced():
-        idx_BK, val_BK, residual_BD = pursue(x, W_MD, W_MD, 9, rule, way.search)
+        idx_BK, val_BK, residual_BD = matching_pursuit(x, W_MD, W_MD, 9, rule, way.search)
         (val_BK.sum() + residual_BD.sum()).backward()
     assert torch.equal(idx_BK, idx_BK[:1].expand(3, 9))
     assert val_BK.isfinite().all()
@@ -226,7 +226,7 @@ def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule, tolerance:
         with torch.no_grad():
             x[3, 2] = torch.nan
         with way.forced():
-            spoilt = pursue(x, W_MD, U_MD, 4, rule, way.search)
+            spoilt = matching_pursuit(x, W_MD, U_MD, 4, rule, way.search)
             (spoilt[1].square().sum() + spoilt[2].sum()).backward()
         assert spoilt[1][3].isnan().all()
         assert spoilt[2][3].isnan().any()
@@ -257,7 +257,7 @@ def test_no_rows(way: Baseline, rule: Rule):
     W_MD.requires_grad_()
     with way.forced():
         cut = EntryThreshold(2, torch.zeros(()))
-        idx_BK, val_BK, r_BD = pursue(
+        idx_BK, val_BK, r_BD = matching_pursuit(
             W_MD[:0].detach(), W_MD, W_MD, 3, rule, way.search, threshold=cut
         )
         (val_BK.sum() + r_BD.sum()).backward()
@@ -274,7 +274,7 @@ def outcome(
     U_MD = W_MD if rule.block is None else U_MD.clone().requires_grad_()
     x_BD = x_BD.clone().requires_grad_()
     with way.forced():
-        idx_BK, val_BK, residual_BD = pursue(x_BD, W_MD, U_MD, k, rule, way.search)
+        idx_BK, val_BK, residual_BD = matching_pursuit(x_BD, W_MD, U_MD, k, rule, way.search)
         loss = val_BK.sin().sum() + residual_BD.pow(3).sum()
         return idx_BK, val_BK, residual_BD, *torch.autograd.grad(loss, (x_BD, W_MD, U_MD))
 
@@ -336,7 +336,7 @@ def test_select_makes_no_graph_and_changes_no_argument():
 
 def test_gram_equals_direct_in_float32():
     x_BD, W_MD = problem(5, 300, 48, 400, torch.float32)
-    idx_BK, val_BK, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
+    idx_BK, val_BK, residual_BD = pursue_forward(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
     for way in (Baseline(GRAM), Baseline(GRAM, is_compiled=False)):
         gram = run_select(way, x_BD, W_MD, W_MD, 24, POSITIVE)
         same_B = (idx_BK == gram[0]).all(1)
@@ -363,7 +363,7 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     )
     if atoms_twice:
         W_MD = torch.cat([W_MD, W_MD])
-    idx_BK, _, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
+    idx_BK, _, residual_BD = pursue_forward(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
     short = run_select(Baseline(defaults, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
     assert (idx_BK % 2048 == short[0] % 2048)[:, :16].float().mean() > 0.998
     error, short_error = residual_BD.square().sum(), short[2].square().sum()
@@ -376,7 +376,7 @@ def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool)
     generator = torch.Generator().manual_seed(8)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 200, 16)
-    idx_BK, val_BK, residual_BD = select(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
+    idx_BK, val_BK, residual_BD = pursue_forward(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
     found = run_select(Baseline(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
     same_BK = idx_BK == found[0]
     assert same_BK[:, :16].float().mean() > 0.998
@@ -528,14 +528,14 @@ def test_auto_goes_by_latents_and_steps():
     auto = replace(DIRECT, backend="auto")
 
     def resolved(latents: int, steps: int, in_blocks: bool = False) -> str:
-        return resolve(auto, latents, steps, in_blocks)
+        return resolve_backend(auto, latents, steps, in_blocks)
 
     assert resolved(16384, 16384) == resolved(1, 1) == "gram"
     assert resolved(16384, 16383) == "direct", "a Gram matrix costs as much as M steps"
     assert resolved(16385, 10**9) == "direct", "it would take more than 1 GiB"
     assert resolved(64, 10**9, True) == "direct"
     for search in (DIRECT, GRAM, WHOLE):
-        assert all(resolve(search, M, 5, False) == search.backend for M in (1, 10**6))
+        assert all(resolve_backend(search, M, 5, False) == search.backend for M in (1, 10**6))
 
 
 @each_rule
@@ -543,7 +543,7 @@ def test_auto_is_one_of_the_others(rule: Rule):
     x_BD, W_MD = problem(5, 50, 8, 100)
     auto = replace(DIRECT, backend="auto")
     for k, search in ((1, DIRECT), (2, GRAM)):
-        found, expected = (select(x_BD, W_MD, W_MD, k, rule, s) for s in (auto, search))
+        found, expected = (pursue_forward(x_BD, W_MD, W_MD, k, rule, s) for s in (auto, search))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -590,7 +590,7 @@ def test_gradients_equal_autograd(
         return val_BK, residual_BD, *torch.autograd.grad(loss, leaves)
 
     with way.forced():
-        idx_BK, *found = pursue(x_BD, W_MD, U_MD, k, rule, search, detach)
+        idx_BK, *found = matching_pursuit(x_BD, W_MD, U_MD, k, rule, search, detach)
         ours = with_gradients(*found)
     plain = with_gradients(*reference.follow(x_BD, W_MD, idx_BK, U_MD, detach))
     for a, b in zip(ours, plain, strict=True):
@@ -603,7 +603,7 @@ def test_detach_changes_gradients_only(sizes: dict[str, int], k: int, of: st.Dat
     layout, select = of.draw(st.sampled_from(LAYOUTS)), of.draw(st.sampled_from(SELECTS))
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), sizes, k)
     whole, detached = (
-        pursue(x_BD, W_MD, U_MD, k, rule, DIRECT, detach) for detach in (False, True)
+        matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT, detach) for detach in (False, True)
     )
     assert all(torch.equal(a, b) for a, b in zip(whole, detached, strict=True))
 
@@ -643,7 +643,7 @@ def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
     for way in ways((DIRECT, GRAM, SHORT), layout.in_blocks):
         if way.is_compiled == is_compiled:
             with way.forced():
-                run = lambda x, W, U: pursue(x, W, U, 3, rule, way.search)  # noqa: B023, E731
+                run = lambda x, W, U: matching_pursuit(x, W, U, 3, rule, way.search)  # noqa: B023, E731
                 assert checked(run, x_BD, W_MD, U_MD)
 
 
@@ -663,8 +663,8 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
     x_BD[0] *= 2
     way = Baseline(DIRECT, is_compiled)
     with way.forced():
-        for cut in cuts(*pursue(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
-            run = lambda x, W, U: pursue(x, W, U, 4, rule, DIRECT, threshold=cut)  # noqa: B023, E731
+        for cut in cuts(*matching_pursuit(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
+            run = lambda x, W, U: matching_pursuit(x, W, U, 4, rule, DIRECT, threshold=cut)  # noqa: B023, E731
             assert checked(run, x_BD, W_MD, U_MD)
 
 
@@ -680,7 +680,7 @@ def test_cut_equals_reference(
     leaves = tuple(
         t.requires_grad_() for t in ((x_BD, W_MD) if U_MD is W_MD else (x_BD, W_MD, U_MD))
     )
-    whole_idx_BK, whole_val_BK, _ = pursue(x_BD, W_MD, U_MD, k, rule, DIRECT)
+    whole_idx_BK, whole_val_BK, _ = matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT)
     values = whole_val_BK.detach().abs().flatten()
     for cut in (
         EntryThreshold(1 + at % k, torch.tensor(torch.inf)),
@@ -693,7 +693,7 @@ def test_cut_equals_reference(
             cut.mean_entries,
             float(cut.value),
         )
-        idx_BK, *found = pursue(x_BD, W_MD, U_MD, k, rule, DIRECT, detach, cut)
+        idx_BK, *found = matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT, detach, cut)
         assert_well_formed(idx_BK, found[0], rule.block)
         assert np.array_equal(idx_BK.numpy(), expected_idx_BK)
         if cut.mean_entries is None and cut.value == 0:
@@ -713,7 +713,7 @@ def test_cut_equals_reference(
 def test_a_mean_number_of_steps_is_kept(select: str):
     x_BD, W_MD = problem(1, 60, 16, 50)
     x_BD[:30] *= 5
-    idx_BK, val_BK, _ = pursue(
+    idx_BK, val_BK, _ = matching_pursuit(
         x_BD, W_MD, W_MD, 8, Rule(select), DIRECT, threshold=EntryThreshold(3, torch.zeros(()))
     )
     steps_B = (idx_BK >= 0).sum(1)
@@ -738,7 +738,7 @@ def test_little_is_kept_for_the_backward_pass(way: Baseline, tied: bool):
 
     with way.forced():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _, val_BK, residual_BD = pursue(x_BD, W_MD, U_MD, K, POSITIVE, way.search)
+            _, val_BK, residual_BD = matching_pursuit(x_BD, W_MD, U_MD, K, POSITIVE, way.search)
             loss = val_BK.sum() + residual_BD.square().sum()
         others = [t for t in kept if t.data_ptr() not in dictionaries]
         assert len(kept) - len(others) == len(dictionaries), "dictionaries are kept by reference"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mptrain.pursuit import refit as refit_module
-from mptrain.pursuit.forward import select
-from mptrain.pursuit.refit import Refit, pursue_refit
+from mptrain.pursuit.forward import pursue_forward
+from mptrain.pursuit.refit import Refit, refitted_pursuit
 from mptrain.pursuit.rule import Rule
 from tests.helpers import reference
 from tests.helpers.pursuits import DIRECT, atoms, problem
@@ -32,8 +32,8 @@ def test_equals_reference(
 ):
     """For omp by magnitude, the reference is orthogonal matching pursuit as in the textbook."""
     x_BD, W_MD = problem(seed, B, D, M)
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule(chosen, tolerance), codes)
-    code_BM, expected_BD = reference.pursue_refit(
+    idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule(chosen, tolerance), codes)
+    code_BM, expected_BD = reference.refitted_pursuit(
         x_BD.numpy(), W_MD.numpy(), k, tolerance, codes, chosen
     )
     np.testing.assert_allclose(reference.dense(idx_BK, val_BK, M), code_BM, atol=1e-7)
@@ -52,7 +52,7 @@ def test_laws_in_float32(codes: Refit, chosen: str, seed: int, B: int, D: int, M
     """Also past the rank, and with every atom twice."""
     x_BD, W_MD = problem(seed, B, D, M, torch.float32)
     W_MD = torch.cat([W_MD, W_MD]).requires_grad_()
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule(chosen), codes)
+    idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule(chosen), codes)
     with torch.no_grad():
         prediction_BD = reference.dense(idx_BK, val_BK, 2 * M) @ W_MD
         torch.testing.assert_close(prediction_BD + residual_BD, x_BD, atol=1e-3, rtol=1e-3)
@@ -72,7 +72,7 @@ def test_gradcheck(codes: Refit, chosen: str, output: int):
     x_BD.requires_grad_()
     W_MD.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x, W: pursue_refit(x, W, 4, Rule(chosen), codes)[output], (x_BD, W_MD)
+        lambda x, W: refitted_pursuit(x, W, 4, Rule(chosen), codes)[output], (x_BD, W_MD)
     )
 
 
@@ -83,7 +83,7 @@ def test_microbatch_does_not_matter(codes: Refit, chosen: str, monkeypatch: pyte
 
     def result() -> tuple[Tensor, ...]:
         W = W_MD.clone().requires_grad_()
-        idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W, 5, Rule(chosen), codes)
+        idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W, 5, Rule(chosen), codes)
         (val_BK.sum() + residual_BD.pow(3).sum()).backward()
         assert W.grad is not None
         return idx_BK, val_BK, residual_BD, W.grad
@@ -98,9 +98,9 @@ def test_microbatch_does_not_matter(codes: Refit, chosen: str, monkeypatch: pyte
 @each_select
 def test_a_nan_stays_in_its_row_and_shows(codes: Refit, chosen: str):
     x_BD, W_MD = problem(0, 5, 8, 20, torch.float32)
-    clean = pursue_refit(x_BD, W_MD, 4, Rule(chosen), codes)
+    clean = refitted_pursuit(x_BD, W_MD, 4, Rule(chosen), codes)
     x_BD[3, 2] = torch.nan
-    spoilt = pursue_refit(x_BD, W_MD, 4, Rule(chosen), codes)
+    spoilt = refitted_pursuit(x_BD, W_MD, 4, Rule(chosen), codes)
     assert spoilt[2][3].isnan().any()
     others = torch.tensor([0, 1, 2, 4])
     for before, after in zip(clean, spoilt, strict=True):
@@ -110,7 +110,7 @@ def test_a_nan_stays_in_its_row_and_shows(codes: Refit, chosen: str):
 @each_select
 def test_omp_leaves_nothing_that_its_atoms_explain(chosen: str):
     x_BD, W_MD = problem(7, 40, 16, 64)
-    idx_BK, _, residual_BD = pursue_refit(x_BD, W_MD, 6, Rule(chosen), "omp")
+    idx_BK, _, residual_BD = refitted_pursuit(x_BD, W_MD, 6, Rule(chosen), "omp")
     left_BK = (W_MD[idx_BK.clamp_min(0)] * residual_BD[:, None]).sum(2)
     assert left_BK.abs().max() < 1e-10
     assert all(len(set(row)) == 6 for row in idx_BK[2:].tolist()), "no atom twice"
@@ -127,7 +127,7 @@ def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObj
     x_BD = x_BD[torch.arange(B + 1) != 1]  # of a row of zeros it warns
     found = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
     expected_BM = found.reshape(M, B).T
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, k, Rule("magnitude"), "omp")
+    idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule("magnitude"), "omp")
     code_BM = reference.dense(idx_BK, val_BK, M).numpy()
     np.testing.assert_array_equal(code_BM != 0, expected_BM != 0)
     np.testing.assert_allclose(code_BM, expected_BM, rtol=1e-6, atol=1e-8)
@@ -143,7 +143,7 @@ def test_omp_finds_what_rows_are_made_of():
     val_BK = torch.rand(30, 4, generator=generator, dtype=torch.float64) + 0.5
     val_BK *= torch.randint(2, (30, 4), generator=generator) * 2 - 1
     code_BM = reference.dense(idx_BK, val_BK, 300)
-    found_idx_BK, found_val_BK, residual_BD = pursue_refit(
+    found_idx_BK, found_val_BK, residual_BD = refitted_pursuit(
         code_BM @ W_MD, W_MD, 7, Rule("magnitude"), "omp"
     )
     assert residual_BD.abs().max() < 1e-12
@@ -155,8 +155,8 @@ def test_omp_finds_what_rows_are_made_of():
 def test_by_magnitude_directions_of_atoms_do_not_matter(codes: Refit):
     x_BD, W_MD = problem(7, 40, 16, 64)
     turned_MD = W_MD * torch.where(torch.arange(64) % 3 == 0, -1, 1)[:, None]
-    idx_BK, val_BK, residual_BD = pursue_refit(x_BD, W_MD, 6, Rule("magnitude"), codes)
-    turned = pursue_refit(x_BD, turned_MD, 6, Rule("magnitude"), codes)
+    idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, 6, Rule("magnitude"), codes)
+    turned = refitted_pursuit(x_BD, turned_MD, 6, Rule("magnitude"), codes)
     assert torch.equal(turned[0], idx_BK)
     torch.testing.assert_close(torch.where(idx_BK % 3 == 0, -turned[1], turned[1]), val_BK)
     torch.testing.assert_close(turned[2], residual_BD)
@@ -168,9 +168,9 @@ def test_by_magnitude_directions_of_atoms_do_not_matter(codes: Refit):
 def test_an_atom_may_meet_what_others_left_and_not_the_row(codes: Refit, chosen: str):
     """Its product with the row is exactly 0, and yet its value is fitted."""
     x_BD, W_MD = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
-    idx_BK, _, residual_BD = pursue_refit(x_BD, W_MD, 2, Rule(chosen), codes)
+    idx_BK, _, residual_BD = refitted_pursuit(x_BD, W_MD, 2, Rule(chosen), codes)
     assert idx_BK.tolist() == [[0, 1]]
-    expected = reference.pursue_refit(x_BD.numpy(), W_MD.numpy(), 2, 0.0, codes, chosen)[1]
+    expected = reference.refitted_pursuit(x_BD.numpy(), W_MD.numpy(), 2, 0.0, codes, chosen)[1]
     np.testing.assert_allclose(residual_BD, expected, atol=1e-6)
     assert residual_BD.norm() < 0.78
 
@@ -179,7 +179,7 @@ def test_refit_has_no_ban_and_no_blocks():
     x_BD, W_MD = problem(0, 2, 3, 4)
     for rule in (Rule(block=2),):
         with pytest.raises(AssertionError):
-            pursue_refit(x_BD, W_MD, 2, rule, "gp")
+            refitted_pursuit(x_BD, W_MD, 2, rule, "gp")
 
 
 def pursue_counting_twice(x_BD: Tensor, W_MD: Tensor, k: int) -> Tensor:
@@ -236,8 +236,8 @@ def test_gradient_pursuit_lies_between_mp_and_omp(rows: str, k: int, expected: d
         x_BD = (val_BL[:, :, None] * W_MD[idx_BL]).sum(1)
     x_BD[1] = 1
     residuals = {
-        "mp": select(x_BD, W_MD, W_MD, k, Rule(), DIRECT)[2],
-        **{codes: pursue_refit(x_BD, W_MD, k, Rule(), codes)[2] for codes in CODES},
+        "mp": pursue_forward(x_BD, W_MD, W_MD, k, Rule(), DIRECT)[2],
+        **{codes: refitted_pursuit(x_BD, W_MD, k, Rule(), codes)[2] for codes in CODES},
         "twice": pursue_counting_twice(x_BD, W_MD, k),
     }
     left = {

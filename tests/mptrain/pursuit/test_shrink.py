@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain.pursuit.autograd import pursue
+from mptrain.pursuit.autograd import matching_pursuit
 from mptrain.pursuit.rule import Rule
 from tests.helpers.pursuits import DIRECT, GRAM, WHOLE, atoms, problem, sizes
 from tests.helpers.trainers import BASE, fvus_of, make_learner, rows_of, train_
@@ -52,7 +52,7 @@ def test_values_and_gradients_equal_autograd(
 
     expected = with_gradients(*plain(x_BD, W_MD, U_MD, k, shrink))
     for search in (DIRECT, GRAM, WHOLE):
-        idx_BK, val_BK, r_BD = pursue(x_BD, W_MD, U_MD, k, Rule(shrink=shrink), search)
+        idx_BK, val_BK, r_BD = matching_pursuit(x_BD, W_MD, U_MD, k, Rule(shrink=shrink), search)
         assert ((idx_BK < 0) == (val_BK == 0)).all()
         code_BM = val_BK.new_zeros(len(x_BD), len(W_MD) + 1).scatter_add(1, idx_BK + 1, val_BK)
         for a, b in zip(with_gradients(code_BM[:, 1:], r_BD), expected, strict=True):
@@ -61,7 +61,7 @@ def test_values_and_gradients_equal_autograd(
 
 def test_rows_stop_where_no_correlation_is_above_the_threshold() -> None:
     x_BD, W_MD = problem(1, 30, 6, 20)
-    idx_BK, _, r_BD = pursue(x_BD, W_MD, W_MD, 50, Rule(shrink=0.3), DIRECT)
+    idx_BK, _, r_BD = matching_pursuit(x_BD, W_MD, W_MD, 50, Rule(shrink=0.3), DIRECT)
     stopped_B = idx_BK[:, -1] == -1
     assert stopped_B.sum() > 15, "others are still on their way"
     assert ((r_BD[stopped_B] @ W_MD.T).amax(1) <= 0.3 + 1e-9).all()
@@ -83,8 +83,8 @@ def test_learns_and_changes_the_training() -> None:
     ("changes", "message"),
     [
         ({"select": "signed"}, "shrink is for select positive, got signed"),
-        ({"codes": "gp"}, "codes has no place beside shrink"),
-        ({"normalise": True}, "normalise has no place beside shrink"),
+        ({"codes": "gp"}, "codes cannot be combined with shrink"),
+        ({"normalise": True}, "normalise cannot be combined with shrink"),
         ({"shrink": -1.0}, "shrink must be at least 0 and finite"),
         ({"arch": "topk"}, "shrink has no effect on kind sae with arch topk"),
     ],

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install mpcac
 
 from mptrain.kernels import sparse_triton
 from mptrain.pursuit import triton_search
-from mptrain.pursuit.triton_backward import reverse
+from mptrain.pursuit.triton_backward import pursue_backward
 from mptrain.pursuit.triton_search import Sign, best_atoms, best_candidates
 from mptrain.pursuit.triton_steps import gram_steps_, shortlist_steps_
 
@@ -157,7 +157,7 @@ def plain_steps_(
     U_MD: Tensor,
     idx_BR: Tensor,
     val_BR: Tensor,
-    floor_B: Tensor,
+    stop_norm_B: Tensor,
     sign: Sign,
 ) -> None:
     """Scores anew at every step, in float64; `candidate` is sorted."""
@@ -166,7 +166,7 @@ def plain_steps_(
         p_BS = (W_MD[candidate_BS] * r_BD[:, None]).sum(2)
         place_B1 = key(p_BS, sign).argmax(1, keepdim=True)
         a_B = p_BS.gather(1, place_B1)[:, 0]
-        stops_B = (r_BD.norm(dim=1) <= floor_B) | (a_B == 0)
+        stops_B = (r_BD.norm(dim=1) <= stop_norm_B) | (a_B == 0)
         stops_B |= (a_B <= 0) & (sign == "positive")
         a_B = a_B.masked_fill(stops_B, 0)
         atom_B = candidate_BS.gather(1, place_B1)[:, 0]
@@ -204,12 +204,12 @@ def test_steps_equal_plain_ones(
     x_BD = randn(B, D)
     x_BD[1:2] = 0
     candidate_BS = torch.rand(B, M, device=DEVICE).argsort(1)[:, :S]
-    floor_B = tolerance * x_BD.norm(dim=1)
+    stop_norm_B = tolerance * x_BD.norm(dim=1)
     G_MM = U_MD @ W_MD.T
 
     expected = torch.full((B, steps), -2, device=DEVICE), randn(B, steps).double()
     listed_BS = candidate_BS.sort(1).values
-    plain_steps_(x_BD, listed_BS, W_MD, U_MD, *expected, floor_B.double(), sign)
+    plain_steps_(x_BD, listed_BS, W_MD, U_MD, *expected, stop_norm_B.double(), sign)
     # a best correlation that is rounding, or a norm at the floor, may go either way
     unsure = (expected[1] != 0) & (expected[1].abs() < 1e-4)
     assume(not unsure.any())
@@ -220,11 +220,13 @@ def test_steps_equal_plain_ones(
     if way == "gram":
         score_BM = x_BD @ W_MD.T
         before_BM = score_BM.clone()
-        gram_steps_(r_BD, score_BM, G_MM, W_MD, U_MD, idx_BR, val_BR, floor_B, sign)
+        gram_steps_(r_BD, score_BM, G_MM, W_MD, U_MD, idx_BR, val_BR, stop_norm_B, sign)
         assert torch.equal(score_BM, before_BM)
     else:
         G = G_MM if way == "shortlist by G" else None
-        shortlist_steps_(*(r_BD, candidate_BS, W_MD, U_MD, idx_BR, val_BR, floor_B, sign), G_MM=G)
+        shortlist_steps_(
+            *(r_BD, candidate_BS, W_MD, U_MD, idx_BR, val_BR, stop_norm_B, sign), G_MM=G
+        )
     assert (wide[0][:, :2] == -7).all(), "writes its columns only"
     assert ((idx_BR == -1) == (val_BR == 0)).all()
     taken_BD = (val_BR[:, :, None] * U_MD[idx_BR.clamp_min(0)]).sum(1)
@@ -252,8 +254,8 @@ def test_a_nan_shows_in_its_row_only(sign: Sign) -> None:
     x_BD[2, 5] = torch.nan
     idx_BR, val_BR = torch.zeros(4, 3, dtype=torch.int64, device=DEVICE), randn(4, 3)
     candidate_BS = best_candidates(x_BD, W_MD, 6, sign)
-    floor_B = torch.zeros(4, device=DEVICE)
-    shortlist_steps_(x_BD, candidate_BS, W_MD, W_MD, idx_BR, val_BR, floor_B, sign)
+    stop_norm_B = torch.zeros(4, device=DEVICE)
+    shortlist_steps_(x_BD, candidate_BS, W_MD, W_MD, idx_BR, val_BR, stop_norm_B, sign)
     assert val_BR[2].isnan().all()
     assert ((idx_BR[2] >= 0) & (idx_BR[2] < 20)).all()
     assert val_BR[[0, 1, 3]].isfinite().all()
@@ -266,9 +268,9 @@ def test_many_candidates_are_multiplied_in_tiles() -> None:
     for G_MM in (None, W_MD @ W_MD.T):
         r_BD = x_BD.clone()
         idx_BR, val_BR = torch.zeros(2, 6, dtype=torch.int64, device=DEVICE), randn(2, 6)
-        floor_B = torch.zeros(2, device=DEVICE)
+        stop_norm_B = torch.zeros(2, device=DEVICE)
         shortlist_steps_(
-            r_BD, candidate_BS, W_MD, W_MD, idx_BR, val_BR, floor_B, "magnitude", G_MM=G_MM
+            r_BD, candidate_BS, W_MD, W_MD, idx_BR, val_BR, stop_norm_B, "magnitude", G_MM=G_MM
         )
         results.append((idx_BR, val_BR, r_BD))
     for one, other in zip(*results, strict=True):
@@ -326,7 +328,7 @@ def test_reverse_equals_autograd(
     dval_BK, residual_BD, g_BD = randn(B, K), randn(B, D), randn(B, D)
     given_ = dval_BK, residual_BD, g_BD, W_MD, U_MD, detach
     before = [t.clone() for t in (val_BK, residual_BD, g_BD)]
-    dx_BD, dW_MD, dU_MD = reverse(idx_BK, val_BK, *given_)
+    dx_BD, dW_MD, dU_MD = pursue_backward(idx_BK, val_BK, *given_)
     expected = backward_in_torch((idx_BK, val_BK), *given_)
     loose = partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)  # K steps amplify
     loose(dx_BD.double(), expected[0])
@@ -346,11 +348,11 @@ def test_reverse_equals_the_one_in_torch(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(kernels, "applies", lambda _: False)
     x_BD, W_MD = randn(9, 40), unit(randn(15, 40))
     idx_BK, val_BK = torch.zeros(9, 4, dtype=torch.int64, device=DEVICE), randn(9, 4)
-    floor_B = torch.zeros(9, device=DEVICE)
-    gram_steps_(x_BD, x_BD @ W_MD.T, W_MD @ W_MD.T, W_MD, W_MD, idx_BK, val_BK, floor_B)
+    stop_norm_B = torch.zeros(9, device=DEVICE)
+    gram_steps_(x_BD, x_BD @ W_MD.T, W_MD @ W_MD.T, W_MD, W_MD, idx_BK, val_BK, stop_norm_B)
     dval_BK, g_BD = randn(9, 4), randn(9, 40)
-    dx_BD, dW_MD, _ = reverse(idx_BK, val_BK, dval_BK, x_BD, g_BD, W_MD, W_MD)
-    torch_dx_BD, torch_dW_MD, _ = reverse_module.reverse(
+    dx_BD, dW_MD, _ = pursue_backward(idx_BK, val_BK, dval_BK, x_BD, g_BD, W_MD, W_MD)
+    torch_dx_BD, torch_dW_MD, _ = reverse_module.pursue_backward(
         idx_BK, val_BK, dval_BK, x_BD, g_BD, W_MD, W_MD, False
     )
     close(dx_BD, torch_dx_BD)
@@ -366,7 +368,7 @@ def test_scratch_changes_no_bit(shared: bool, monkeypatch: pytest.MonkeyPatch) -
     idx_BK, val_BK = code(20, 6, 5)
     rest = randn(20, 6), randn(20, 100), randn(20, 100), W_MD, U_MD
     whole, again, small = (
-        reverse(idx_BK, val_BK, *rest, scratch=scratch) for scratch in (1 << 30, 1 << 30, 1)
+        pursue_backward(idx_BK, val_BK, *rest, scratch=scratch) for scratch in (1 << 30, 1 << 30, 1)
     )
     for one, two, three in zip(whole, again, small, strict=True):
         if one is None:
@@ -442,7 +444,7 @@ def test_no_rows(shared: bool) -> None:
     candidate_0S = best_candidates(x_0D, W_MD, 4)
     assert candidate_0S.shape == (0, 4)
     shortlist_steps_(x_0D, candidate_0S, W_MD, U_MD, idx_0K, val_0K, floor_0)
-    dx_0D, dW_MD, _ = reverse(idx_0K, val_0K, val_0K, x_0D, x_0D, W_MD, U_MD)
+    dx_0D, dW_MD, _ = pursue_backward(idx_0K, val_0K, val_0K, x_0D, x_0D, W_MD, U_MD)
     assert dx_0D.shape == (0, 5)
     assert (dW_MD == 0).all()
 

@@ -279,7 +279,7 @@ def test_codes_can_be_others_at_inference():
         make_learner(TOPK).coder.encode(x_BD, codes="gp")
     trained_otherwise = replace(BASE, detach=True, backend="gram", multi_topk=True)
     assert make_learner(trained_otherwise).coder.encode(x_BD, codes="omp").residual_BD is not None
-    with pytest.raises(ValueError, match="subtract has no place beside codes omp"):
+    with pytest.raises(ValueError, match="subtract cannot be combined with codes omp"):
         make_learner(PREDICTING).coder.encode(x_BD, codes="omp")
 
 
