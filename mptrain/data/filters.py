@@ -136,8 +136,8 @@ def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     if "special" in skip_tokens:
         if store.special_ids is None:
             raise UsageError(
-                f"{store.storage} does not tell which tokens are special: an earlier mpcache made "
-                "it; name their ids in skip_tokens instead"
+                f"{store.storage} does not record which tokens are special, because an earlier "
+                "mpcache made it; name their ids in skip_tokens instead"
             )
         ids |= set(store.special_ids)
     return tuple(sorted(ids))

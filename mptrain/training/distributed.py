@@ -177,19 +177,19 @@ def join_process_group(config: RunConfig) -> Iterator[ProcessGroup]:
 def _check_spread(config: RunConfig, size: int) -> None:
     if config.spread is None:
         raise UsageError(
-            f"torchrun started {size} processes, and nothing says what they divide; "
-            "give --spread rows or --spread coders"
+            f"torchrun started {size} processes, and they need --spread rows or --spread coders to "
+            "divide the work; give one of them"
         )
     coders = len(config.coders())
     if config.spread == "coders" and coders < size:
         raise UsageError(
-            f"spread coders needs a coder for each process, got {coders} coders for {size} "
+            f"spread coders needs at least one coder per process, got {coders} coders for {size} "
             f"processes; start {coders}, or use spread rows"
         )
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
-            f"device must be auto, cpu or cuda for several processes, got {config.device}; "
-            "each takes a GPU of its own"
+            f"device must be auto, cpu or cuda for several processes, got {config.device}; use auto: "
+            "each process then takes its own GPU"
         )
 
 

@@ -35,7 +35,7 @@ def test_killed_ten_times_equals_never_killed(store: str, tmp_path: Path, optimi
     }  # fmt: skip
     fit(config(store, tmp_path / "whole", **settings))
     context, draw = multiprocessing.get_context("forkserver"), random.Random(f"{optimizer} 1")
-    context.set_forkserver_preload(["mptrain.runs.fit", "killers"])
+    context.set_forkserver_preload(["mptrain.runs.fit", "tests.helpers.killers"])
     log, killed = tmp_path / "log", config(store, tmp_path / "killed", **settings)
     # once nearly done, the last call would end before a late moment: these come first
     moments = [("train", draw.randrange(8, 24)) for _ in range(3)]

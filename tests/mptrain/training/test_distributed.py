@@ -249,7 +249,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     ("changes", "processes", "message"),
     [
         ({"spread": "rows"}, None, "spread rows needs several processes, got one; start them by t"),
-        ({}, 2, "torchrun started processes, 2 of them, and nothing says what they share; give"),
+        ({}, 2, "torchrun started 2 processes, and they need --spread rows or --spread coders"),
         ({"spread": "coders"}, 5, "got 4 coders for 5 processes; start 4, or use spread rows"),
         ({"spread": "rows", "device": "cuda:1"}, 2, "device must be auto, cpu or cuda for several"),
     ],
