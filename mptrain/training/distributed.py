@@ -188,8 +188,8 @@ def _check_spread(config: RunConfig, size: int) -> None:
         )
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
-            f"device must be auto, cpu or cuda for several processes, got {config.device}; use auto: "
-            "each process then takes its own GPU"
+            f"device must be auto, cpu or cuda for several processes, got {config.device}; "
+            "use auto, so that each process takes its own GPU"
         )
 
 
