@@ -77,7 +77,7 @@ def collect(
     storage = open_storage(store)
     if parallel.uses_dask:
         return _collect_with_workers(config, storage, parallel, waits, quiet)
-    files = ModelFileSnapshot.of(find_source(config))
+    files = ModelFileSnapshot.take(find_source(config))
     tokenizer = load_tokenizer(config, files.source)
     documents = _open_checked_documents(config, tokenizer)
     loaded = load_for_collection(config, tokenizer, files)

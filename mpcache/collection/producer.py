@@ -81,7 +81,7 @@ def load_for_collection(
         UsageError: the model cannot be used as it is configured.
         ConnectionError: the Hub does not answer.
     """
-    files = files or ModelFileSnapshot.of(find_source(config))  # before anything is loaded
+    files = files or ModelFileSnapshot.take(find_source(config))  # before anything is loaded
     model, tokenizer = load_model(config, source=files.source, tokenizer=tokenizer)
     files.check_unchanged()
     digests = {"model_digest": model_digest(model)}

@@ -1,4 +1,4 @@
-"""Whether a model's files can be loaded, before they are; and whether they fit, once they are."""
+"""Checks of a checkpoint: its files before loading, and its weights after loading."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.model.file_integrity import Tensors, check_json, check_safetensors, check_torch
+from mpcache.model.file_integrity import TensorHeaders, check_json, check_safetensors, check_torch
 from mpcache.model.file_snapshot import GENERATION, INDEX, TOKENIZER, weight_names
 from mpcache.model.gguf import check_gguf
 from mpcache.model.model_source import CONFIG, ModelSource
@@ -15,7 +15,7 @@ from mpcache.model.model_source import CONFIG, ModelSource
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json")
-# buffers that older versions saved, and that none needs
+# buffers that older versions saved and that no version needs
 _LEFTOVERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias", "position_ids",
               "num_batches_tracked", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # fmt: skip
 
@@ -28,7 +28,7 @@ class MissingWeightsError(UsageError):
 
 
 def check_tokenizer_files(source: ModelSource) -> None:
-    """Raises UsageError where a tokenizer's file is damaged, or none is there that can be read."""
+    """Raises UsageError for damaged tokenizer files, or without a tokenizer that can be read."""
     if source.gguf_path is not None:
         return check_gguf(source.gguf_path)
     files = {name: source.file(name) for name in TOKENIZER}
@@ -55,7 +55,7 @@ def _check_without_tokenizer_json(source: ModelSource) -> None:
 
 
 def has_tokenizer(source: ModelSource) -> bool:
-    """Whether a model has a vocabulary: without one, some classes make one of a token."""
+    """Whether a model has a vocabulary. Without one, some classes make up a token."""
     if source.gguf is not None:
         return True
     if source.folder is None:
@@ -65,13 +65,13 @@ def has_tokenizer(source: ModelSource) -> bool:
     return any(next(source.folder.glob(pattern), None) is not None for pattern in patterns)
 
 
-def check_model_files(source: ModelSource) -> Tensors:
-    """The tensors of a model's weights, as far as headers tell of them.
+def check_model_files(source: ModelSource) -> TensorHeaders:
+    """Dtypes and shapes of the weights, from the headers of their files.
 
-    Raises UsageError where a file is damaged or missing.
+    Raises UsageError for damaged or missing files.
     """
     if source.gguf is not None:
-        return {}  # looked at with the tokenizer, which is in the same file
+        return {}  # checked with the tokenizer, which is in the same file
     if (path := source.file(GENERATION)) is not None:
         check_json(path)
     if not (names := weight_names(source)):
@@ -79,19 +79,19 @@ def check_model_files(source: ModelSource) -> Tensors:
             f"{source.location} must have weights, got neither model.safetensors nor "
             "pytorch_model.bin; download them too"
         )
-    found: Tensors = {}
+    headers: TensorHeaders = {}
     for name in names:
         path = source.file(name)
         assert path is not None
         if name.endswith(".safetensors"):
-            found |= check_safetensors(path)
+            headers |= check_safetensors(path)
         elif not name.endswith(INDEX):
-            found |= check_torch(path)
-    return found
+            headers |= check_torch(path)
+    return headers
 
 
 def check_settings(source: ModelSource) -> None:
-    """Raises UsageError where `config.json` is not a model's."""
+    """Raises UsageError where `config.json` is not that of a model."""
     if source.gguf is not None:
         return
     settings = source.settings
@@ -114,22 +114,22 @@ def check_no_mismatched_shapes(source: ModelSource, info: dict[str, Any]) -> Non
     """Raises UsageError with the first weights that the model has in another shape."""
     different = sorted(map(tuple, info["mismatched_keys"]))
     if different:
-        name, there, wanted = different[0][:3]
+        name, stored, wanted = different[0][:3]
         more = f", and {len(different) - 1} more" if different[1:] else ""
         raise UsageError(
             f"the weights of {source.name} must fit its {CONFIG}, got {name} of shape "
-            f"{list(there)} where {list(wanted)} is wanted{more}; use the config.json of this "
+            f"{list(stored)} where {list(wanted)} is wanted{more}; use the config.json of this "
             "checkpoint"
         )
 
 
 def check_loaded(
-    model: PreTrainedModel, source: ModelSource, info: dict[str, Any], tensors: Tensors
+    model: PreTrainedModel, source: ModelSource, info: dict[str, Any], tensors: TensorHeaders
 ) -> None:
-    """Raises UsageError where weights are missing, left over, or whole numbers."""
+    """Raises UsageError where weights are missing, unused, or integers."""
     missing = set(info["missing_keys"])
     if any(key.startswith("pooler.") for key in missing):
-        # encoders trained without a pooler get a random one, which no run could reproduce
+        # encoders without a trained pooler get a random pooler, which no run could reproduce
         model.register_module("pooler", None)
     if missing := {key for key in missing if not key.startswith("pooler.")}:
         raise MissingWeightsError(
@@ -139,7 +139,7 @@ def check_loaded(
     if unused := [key for key in info["unexpected_keys"] if _is_of(key, model)]:
         raise UsageError(
             f"the weights of {source.name} must fit its {CONFIG}, got {len(unused)} tensors that "
-            f"{type(model).__name__} has no use for: {_first(unused)}; use the config.json of "
+            f"{type(model).__name__} does not use: {_first(unused)}; use the config.json of "
             "this checkpoint"
         )
     check_floating_point(model, source, tensors)
@@ -150,7 +150,7 @@ def _first(names: Iterable[str]) -> str:
 
 
 def _is_of(key: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor belongs to the base model, rather than to a head that is left out."""
+    """Whether a tensor belongs to the base model, and not to a head that is not loaded."""
     if key.endswith(_LEFTOVERS) or "lm_head" in key.split("."):  # a text model's own, in LLaVA
         return False
     base = model.base_model
@@ -161,8 +161,10 @@ def _is_of(key: str, model: PreTrainedModel) -> bool:
     return key.removeprefix(prefix).split(".")[0] in children
 
 
-def check_floating_point(model: PreTrainedModel, source: ModelSource, tensors: Tensors) -> None:
-    """Raises UsageError where integers would be read as a model's weights."""
+def check_floating_point(
+    model: PreTrainedModel, source: ModelSource, tensors: TensorHeaders
+) -> None:
+    """Raises UsageError where integers would be loaded as weights."""
     if source.settings.get("quantization_config"):
         return
     other = {name: dtype for name, (dtype, _) in tensors.items() if dtype not in _FLOATS}
@@ -180,9 +182,10 @@ def check_floating_point(model: PreTrainedModel, source: ModelSource, tensors: T
 def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: CollectConfig
 ) -> None:
-    """Raises UsageError where the tokenizer can give ids that the model has no embedding for.
+    """Raises UsageError for a tokenizer with ids that have no embedding.
 
-    Some models have special tokens beyond it, as for images, that no text leads to.
+    Special tokens without an embedding, such as those for images, are allowed where no text can
+    produce them.
     """
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if not isinstance(rows, int):

@@ -1,16 +1,15 @@
-"""Whether documents are kept apart in a model: by trial, in its own dtype and attention.
+"""Finds what separates the documents of a batch in a model, by trials in its dtype and attention.
 
-No bit of a document's values may change when other documents of its sequence change. The trial
-exchanges documents between the two sequences of a batch, instead of taking new tokens: the batch
-then holds the same tokens before, and after, the values that are compared. So kernels whose shapes
-depend on tokens, such as an expert's matrix product over the tokens routed to that expert, see the
-same shapes, and the bits must agree for them too. Where they do not, because a kernel adds in
-another order each time, a control with the same exchange in two other sequences of the batch bounds
-the difference.
+No bit of a document's values may change when other documents of its sequence change. A trial
+exchanges documents between the two sequences of a batch. Compared with new tokens, an exchange
+keeps the tokens of the batch, so kernels whose shapes depend on tokens (the matrix product of an
+expert over the tokens routed to the expert) see the same shapes, and bits must agree as well. Where
+bits do not agree, because a kernel adds in a different order each time, a control bounds the
+difference: the same exchange in two other sequences of the batch.
 
-Values must also be those of the document alone: positions or windows may be wrong without any flow
-of information. Batch shapes differ there, so bits do. The bound is what a change of the embeddings
-in their last bits makes of the document alone.
+The values must also equal those of the document alone, because positions or windows may be wrong
+without any flow of information. There the batch shapes differ, and so do the bits. The bound is the
+change of the document alone when the last bits of its embeddings change.
 """
 
 import functools
@@ -34,23 +33,28 @@ from mpcache.model.inputs import (
     packed_inputs,
     padded_inputs,
 )
-from mpcache.model.separation_lengths import CHUNK, changing_rotary, fitted, longest
+from mpcache.model.separation_lengths import (
+    CHUNK,
+    fit_to_context,
+    length_dependent_rotary,
+    longest_setting,
+)
 from mpcache.model.separation_trial import (
     InputsOf,
     SeparationTrial,
     Sequences,
     TrialError,
     Values,
-    made_up_documents,
+    random_documents,
 )
 
-# A state, a short convolution, a token shift or an open mask shows in the next document already.
-# So documents are short: one token, a few, and more than the 64 tokens that linear attention takes
-# as a chunk, with a boundary inside of a chunk and another one in the next chunk.
+# A state, a short convolution, a token shift or an open mask already affects the next document. So
+# documents are short: one token, a few tokens, and more than a chunk of linear attention (64
+# tokens), with one boundary inside a chunk and one in the next chunk.
 SHORT_LENGTHS = (5, 1, 2, 17)
-PADDED_LENGTHS = ((5, CHUNK), (1, 3))  # a document and the padding behind it
-# Settings with these words in their names say how long chunks and windows are. A longer chunk may
-# hand on what it holds where it ends. A window shows only in a document that is longer.
+PADDED_LENGTHS = ((5, CHUNK), (1, 3))  # a document and the padding after it
+# Settings with these words in their names are lengths of chunks and windows. A longer chunk may
+# pass information on at its end. A window has an effect only in a longer document.
 _CHUNKS = ("chunk", "block")
 _WINDOWS = (*_CHUNKS, "window", "local")
 
@@ -59,21 +63,21 @@ EARLIER, LATER = slice(0, 1), slice(1, None)  # documents of a sequence
 
 @dataclass(frozen=True)
 class Fault:
-    """Why documents are not apart."""
+    """A reason why documents are not separated."""
 
     rank: int
-    "the fault with the largest one is reported"
+    "the fault with the highest rank is reported"
     reason: Callable[[], str]
     remedy: str = ""
-    "instead of the usual one"
+    "replaces the usual remedy"
 
 
 def find_separation(
     model: PreTrainedModel, config: CollectConfig, sides: Sequence[Side]
 ) -> Separation:
-    """What keeps documents apart, as `config` asks, in all values of `sides`.
+    """The separation of documents that `config` asks for and that holds in all values of `sides`.
 
-    Raises UsageError where nothing does.
+    Raises UsageError where no separation holds.
     """
     if config.one_document_per_sequence:
         return _first_without_fault(
@@ -92,7 +96,7 @@ def _first_without_fault(
     model: PreTrainedModel,
     config: CollectConfig,
     sides: Sequence[Side],
-    ways: Sequence[Separation],
+    separations: Sequence[Separation],
     faults_of: Callable[[SeparationTrial, Separation, int], Iterator[Fault]],
     task: str,
     remedy: str,
@@ -100,9 +104,9 @@ def _first_without_fault(
     faults = [*_setting_faults(model.config, config.ctx_len)]
     with Capture(model, sides) as capture:
         trial = SeparationTrial(model, capture, getattr(torch, config.model_dtype))
-        for way in ways if not faults else ():
-            if (fault := next(faults_of(trial, way, config.ctx_len), None)) is None:
-                return way
+        for separation in separations if not faults else ():
+            if (fault := next(faults_of(trial, separation, config.ctx_len), None)) is None:
+                return separation
             faults.append(fault)
     fault = max(faults, key=lambda fault: fault.rank)
     raise UsageError(
@@ -110,56 +114,56 @@ def _first_without_fault(
     )
 
 
-# --- faults of one way ---
+# --- faults of one separation ---
 
 
-def _packed_faults(trial: SeparationTrial, way: Separation, ctx_len: int) -> Iterator[Fault]:
-    """What goes wrong where documents are packed into sequences."""
+def _packed_faults(trial: SeparationTrial, separation: Separation, ctx_len: int) -> Iterator[Fault]:
+    """Faults of documents that are packed into sequences."""
 
     def inputs_of(sequences: Sequences) -> ModelInputs:
         tokens_SL = np.stack([np.concatenate(sequence) for sequence in sequences])
         positions_SL = np.stack([_positions(sequence) for sequence in sequences])
-        return packed_inputs(tokens_SL, positions_SL, way, trial.model)
+        return packed_inputs(tokens_SL, positions_SL, separation, trial.model)
 
     config = trial.model.config
-    chunk, window = (longest(config, words, ctx_len) for words in (_CHUNKS, _WINDOWS))
+    chunk, window = (longest_setting(config, words, ctx_len) for words in (_CHUNKS, _WINDOWS))
     try:
-        short = _two_sequences(trial, fitted(SHORT_LENGTHS, ctx_len))
+        short = _two_sequences(trial, fit_to_context(SHORT_LENGTHS, ctx_len))
         before = trial.values(inputs_of(short))
         yield from _flow_faults(trial, before, short, inputs_of, (EARLIER, LATER))
-        long = _two_sequences(trial, fitted(_long_lengths(chunk), ctx_len))
+        long = _two_sequences(trial, fit_to_context(_long_lengths(chunk), ctx_len))
         before = trial.values(inputs_of(long))
         yield from _flow_faults(trial, before, long, inputs_of, (EARLIER,))
         if window > chunk:
-            long = _two_sequences(trial, fitted(_long_lengths(window), ctx_len))
+            long = _two_sequences(trial, fit_to_context(_long_lengths(window), ctx_len))
             before = trial.values(inputs_of(long))
         yield from _alone_faults(trial, before, long[1])
         if "position_ids" not in inspect.signature(trial.model.forward).parameters:
-            # such as ALiBi's biases, whose rounding grows with the distance to the sequence's end
+            # such as ALiBi, whose rounding grows with the distance to the sequence's end
             yield Fault(1, lambda: "it counts positions over the whole sequence")
     except TrialError as error:
-        yield _error_fault("it takes no such positions or mask", error)
+        yield _error_fault("it does not accept such positions or masks", error)
 
 
-def _padded_faults(trial: SeparationTrial, way: Separation, ctx_len: int) -> Iterator[Fault]:
-    """What goes wrong where each document is a sequence of a batch."""
+def _padded_faults(trial: SeparationTrial, separation: Separation, ctx_len: int) -> Iterator[Fault]:
+    """Faults of documents that are sequences of a batch."""
 
     def inputs_of(sequences: Sequences) -> ModelInputs:
         tokens_SL = np.stack([np.concatenate(sequence) for sequence in sequences])
         is_token_SL = np.zeros(tokens_SL.shape, np.bool_)
         is_token_SL[:, : len(sequences[0][0])] = True
-        return padded_inputs(tokens_SL, is_token_SL, way, trial.model)
+        return padded_inputs(tokens_SL, is_token_SL, separation, trial.model)
 
     try:
         for lengths in PADDED_LENGTHS:
-            sequences = _two_sequences(trial, fitted(lengths, ctx_len))
-            if way == "alone unpadded":
+            sequences = _two_sequences(trial, fit_to_context(lengths, ctx_len))
+            if separation == "alone unpadded":
                 sequences = [sequence[:1] for sequence in sequences]
             before = trial.values(inputs_of(sequences))
             yield from _flow_faults(trial, before, sequences, inputs_of, (LATER,))
             yield from _alone_faults(trial, before, sequences[1][:1])
     except TrialError as error:
-        yield _error_fault("it takes no mask of padding", error)
+        yield _error_fault("it does not accept a mask of padding", error)
 
 
 def _error_fault(reason: str, error: TrialError) -> Fault:
@@ -169,7 +173,7 @@ def _error_fault(reason: str, error: TrialError) -> Fault:
 def _alone_faults(
     trial: SeparationTrial, values: Values, documents: Sequence[np.ndarray]
 ) -> Iterator[Fault]:
-    """Documents that have other values alone than in the second sequence of a batch."""
+    """A fault if documents have different values alone and in the batch's second sequence."""
     if trial.differs_from_alone(documents, values, row=1):
         yield Fault(1, lambda: "a document's values are not those of the document alone")
 
@@ -181,15 +185,15 @@ def _flow_faults(
     inputs_of: InputsOf,
     exchanges: Sequence[slice],
 ) -> Iterator[Fault]:
-    """Flow from earlier documents to later ones, and back.
+    """Faults if information flows between documents, forwards or backwards.
 
-    Before the values that are compared, the batch has the same tokens: later documents are watched
-    in the second sequence, the first document in the first one.
+    The batch has the same tokens before the values that are compared. So later documents are
+    compared in the second sequence, and the first document in the first sequence.
     """
     end = len(sequences[0][0])
     for documents in exchanges:
-        watched = (1, slice(end, None)) if documents == EARLIER else (0, slice(0, end))
-        exchange = (sequences, documents, inputs_of, *watched)
+        compared = (1, slice(end, None)) if documents == EARLIER else (0, slice(0, end))
+        exchange = (sequences, documents, inputs_of, *compared)
         if trial.has_flow(before, *exchange):
             yield Fault(2, functools.partial(_flow_reason, trial, exchange))
 
@@ -199,7 +203,7 @@ def _flow_reason(trial: SeparationTrial, exchange: Any) -> str:
 
 
 def _two_sequences(trial: SeparationTrial, lengths: Sequence[int]) -> Sequences:
-    return [made_up_documents(trial.model, lengths, seed) for seed in range(2)]
+    return [random_documents(trial.model, lengths, seed) for seed in range(2)]
 
 
 def _positions(sequence: Sequence[np.ndarray]) -> np.ndarray:
@@ -210,7 +214,7 @@ def _long_lengths(long: int) -> tuple[int, ...]:
     return 9, 1, long + 3, 3
 
 
-# --- settings that tie a token to its whole batch, at lengths that a trial does not reach ---
+# --- settings that make a token depend on its batch at lengths that no trial reaches ---
 
 
 def _setting_faults(config: PreTrainedConfig, ctx_len: int) -> Iterator[Fault]:
@@ -229,7 +233,7 @@ def _setting_faults(config: PreTrainedConfig, ctx_len: int) -> Iterator[Fault]:
             f"{limit} tokens, and ctx_len is {ctx_len}",
             f"use --ctx-len {limit}",
         )
-        for kind, limit in changing_rotary(settings)
+        for kind, limit in length_dependent_rotary(settings)
         if ctx_len > limit
     ]
     return (Fault(3, functools.partial(str, reason), remedy) for reason, remedy in reasons)

@@ -1,7 +1,7 @@
-"""Whether a model's file can be what its name says, from its first bytes and its size.
+"""Checks that a model's file is what its name says, from its first bytes and its size.
 
-Each check raises UsageError in one line with the file's name and what to do. Nothing here reads
-the whole of a large file.
+Each check raises UsageError with the name of the file and a remedy. No check reads all of a large
+file.
 """
 
 import errno
@@ -18,7 +18,7 @@ from mpcache.data.data_file import is_lfs_pointer, is_markup
 from mpcache.errors import UsageError
 
 DOWNLOAD_AGAIN = "download it again, for instance with `hf download`"
-_HEAD = 1024  # bytes, enough for a Git LFS pointer and for the start of a page
+_HEAD = 1024  # bytes; enough for a Git LFS pointer and for the start of a web page
 # bits of a value in a safetensors file
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
          "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -26,14 +26,15 @@ _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, 
          "U64": 64, "I64": 64, "F64": 64, "C64": 64}  # fmt: skip
 
 
-# integers of PyTorch; its other dtypes are for computing
+# integer dtypes of PyTorch; all others are floating-point
 _NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
           torch.int64: "I64", torch.bool: "BOOL"}  # fmt: skip
-Tensors = dict[str, tuple[str, tuple[int, ...]]]
+TensorHeaders = dict[str, tuple[str, tuple[int, ...]]]
+"dtype and shape of each tensor"
 
 
 def check_present(path: Path) -> None:
-    """A file that can be read, and is not what is put in a file's place while it is elsewhere."""
+    """Raises UsageError for a file that is unreadable, empty, or stands for another file."""
     head = read_head(path)
     if not head:
         raise UsageError(f"{path} is empty; {DOWNLOAD_AGAIN}")
@@ -109,8 +110,8 @@ def check_index(path: Path) -> list[str]:
 # --- weights ---
 
 
-def check_safetensors(path: Path) -> Tensors:
-    """Dtype and shape of each tensor; the file must have the very size that its header says."""
+def check_safetensors(path: Path) -> TensorHeaders:
+    """Dtype and shape of each tensor. The file must have exactly the size that its header says."""
     check_present(path)
     size = path.stat().st_size
     tensors, start = _header(path, size)
@@ -123,26 +124,26 @@ def check_safetensors(path: Path) -> Tensors:
             )
         end = max(end, stop)
     if size != start + end:
-        raise UsageError(_cut(path, size, start + end))
+        raise UsageError(_size_message(path, size, start + end))
     return {name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()}
 
 
-def _cut(path: Path, size: int, wanted: int) -> str:
-    fault = "cut short" if size < wanted else "damaged"
-    return f"{path} is {fault}: it has {size:,} bytes, its header says {wanted:,}; {DOWNLOAD_AGAIN}"
+def _size_message(path: Path, size: int, wanted: int) -> str:
+    state = "cut short" if size < wanted else "damaged"
+    return f"{path} is {state}: it has {size:,} bytes, its header says {wanted:,}; {DOWNLOAD_AGAIN}"
 
 
-_Tensors = dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]
+_TensorRanges = dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]
 
 
-def _header(path: Path, size: int) -> tuple[_Tensors, int]:
-    """(dtype, shape, bytes) of each tensor, and where the first of these bytes is."""
+def _header(path: Path, size: int) -> tuple[_TensorRanges, int]:
+    """Dtype, shape and byte range of each tensor, and the offset of the first byte."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size >= 8 + length:
             raw = file.read(length)
         elif file.read(1) == b"{":
-            raise UsageError(_cut(path, size, 8 + length))
+            raise UsageError(_size_message(path, size, 8 + length))
         else:
             raise UsageError(
                 f"{path} must be a safetensors file, got other content; {DOWNLOAD_AGAIN}"
@@ -168,10 +169,10 @@ def _pair(offsets: Any) -> tuple[int, int]:
     return begin, end
 
 
-def check_torch(path: Path) -> Tensors:
+def check_torch(path: Path) -> TensorHeaders:
     """Dtype and shape of each tensor of a .bin file, without reading the tensors.
 
-    Empty for what PyTorch wrote before 1.6, which is read in one piece.
+    Empty for a file of PyTorch before 1.6, which can only be read as a whole.
     """
     head = read_head(path)
     check_present(path)

@@ -1,8 +1,8 @@
-"""The files of a model at one time, the digest that names them, and whether they changed since.
+"""A snapshot of a model's files: their digest, and whether they have changed since.
 
-A digest is worth its name only if the files that were digested are those that were loaded. So all
-are looked at before anything is loaded, and again after the last byte is digested. No tool can set
-the time of a file's last change (ctime), unlike the time of its last modification.
+The digest must be that of the files that were loaded. So the stamps of all files are taken before
+anything is loaded and compared after the last byte is digested. A stamp contains the ctime of a
+file, which no tool can set, unlike its modification time.
 """
 
 import hashlib
@@ -28,28 +28,30 @@ TOKENIZER = (
 GENERATION = "generation_config.json"
 _SUFFIXES = {".json", ".safetensors", ".bin", ".gguf", ".model", ".tiktoken", ".jinja", ".py"}
 _TEMPLATES = "additional_chat_templates"
-_CLOCK = 0.02  # seconds: a file changed twice within a tick of the clock keeps its ctime
+_CLOCK = 0.02  # seconds; two changes within one tick of the clock leave the same ctime
 
 
 @dataclass(frozen=True)
 class ModelFileSnapshot:
-    """All files that a model may be loaded from."""
+    """All files that a model may be loaded from, at one time."""
 
     source: ModelSource
-    seen: dict[str, tuple[int, ...]]
-    "by name: what changes with the content of a file"
+    stamps: dict[str, tuple[int, ...]]
+    "stamp of each file, which changes with its content"
     paths: dict[str, Path]
 
     @classmethod
-    def of(cls, source: ModelSource) -> "ModelFileSnapshot":
+    def take(cls, source: ModelSource) -> "ModelFileSnapshot":
         paths = _paths(source)
-        return cls(source, {name: look(path, settle=True) for name, path in paths.items()}, paths)
+        return cls(
+            source, {name: file_stamp(path, settle=True) for name, path in paths.items()}, paths
+        )
 
     def is_unchanged(self) -> bool:
         return not self._changed()
 
     def check_unchanged(self) -> None:
-        """Raises UsageError where a file was written or replaced meanwhile."""
+        """Raises UsageError where a file has been written or replaced since the snapshot."""
         if changed := self._changed():
             raise UsageError(
                 f"{', '.join(changed[:3])} of {self.source.name} changed while the model was "
@@ -57,40 +59,40 @@ class ModelFileSnapshot:
             )
 
     def digest(self) -> str | None:
-        """What names the files: their sha256, or the commit of a Hub model.
+        """The sha256 of the files, or the commit of a Hub model.
 
-        None where neither says what was loaded. Raises UsageError where a file changed meanwhile,
-        or where the Hub's cache holds other content than it had there.
+        None if the Hub's cache cannot confirm the commit. Raises UsageError where a file has
+        changed since the snapshot, or where a cached file differs from the Hub's.
         """
         if self.source.folder is None:
-            named = self._commit()
+            digest_text = self._commit()
         elif self.source.gguf is not None:
-            named = f"sha256 {file_digest(self.paths[self.source.gguf])}"
+            digest_text = f"sha256 {file_digest(self.paths[self.source.gguf])}"
         else:
             digest = hashlib.sha256()
             for name, path in sorted(self.paths.items()):
                 digest.update(f"{name}\0{file_digest(path)}\0".encode())
-            named = f"sha256 {digest.hexdigest()}"
+            digest_text = f"sha256 {digest.hexdigest()}"
         self.check_unchanged()
-        return named
+        return digest_text
 
     def _changed(self) -> list[str]:
         now = _paths(self.source) if self.source.folder else self.paths
-        looks = {name: look(path) for name, path in now.items()}
-        names = sorted(filter(_is_loaded, self.seen.keys() | looks.keys()))
-        return [name for name in names if self.seen.get(name) != looks.get(name)]
+        now_stamps = {name: file_stamp(path) for name, path in now.items()}
+        names = sorted(filter(_is_loaded, self.stamps.keys() | now_stamps.keys()))
+        return [name for name in names if self.stamps.get(name) != now_stamps.get(name)]
 
     def _commit(self) -> str | None:
-        """The commit, if all files in the cache are its files: there, names are digests."""
-        verdicts = [is_intact(path) for path in self.paths.values()]
-        for path, intact in zip(self.paths.values(), verdicts, strict=True):
+        """The commit, if all files in the cache have the content that the commit gives them."""
+        intact_flags = [is_intact(path) for path in self.paths.values()]
+        for path, intact in zip(self.paths.values(), intact_flags, strict=True):
             if intact is False:
                 raise UsageError(
-                    f"{path} is not what the Hub has: its content does not fit its digest there; "
+                    f"{path} is not what the Hub has: its content does not match its digest; "
                     f"delete {path.resolve()} and give the same command again"
                 )
         commits = {commit_of(path) for path in self.paths.values()}
-        if None in verdicts or len(commits) != 1 or None in commits:
+        if None in intact_flags or len(commits) != 1 or None in commits:
             return None
         return f"commit {commits.pop()}"
 
@@ -101,10 +103,10 @@ def file_digest(path: Path) -> str:
 
 
 def is_intact(path: Path) -> bool | None:
-    """Whether a file of the Hub's cache has the content that its name there says.
+    """Whether a file in the Hub's cache has the content that the name of its blob says.
 
-    A snapshot is links to blobs, which are named by their sha256, or as git names them. None where
-    there is no link, because of a file system without links.
+    The cache has links to blobs, which are named by their sha256 or their git hash. None for a file
+    that is no link, as on file systems without links.
     """
     name = path.resolve().name
     if not path.is_symlink() or set(name) - set("0123456789abcdef"):
@@ -115,7 +117,7 @@ def is_intact(path: Path) -> bool | None:
 
 
 def _git_digest(path: Path) -> str:
-    content = path.read_bytes()  # git's own files are small: large ones have a sha256
+    content = path.read_bytes()  # only small files have a git hash
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
@@ -124,7 +126,7 @@ def _git_digest(path: Path) -> str:
 
 def _paths(source: ModelSource) -> dict[str, Path]:
     if source.folder is None:
-        return _of_the_hub(source)
+        return _hub_paths(source)
     if source.gguf is not None:
         return {source.gguf: source.folder / source.gguf}
     templates = source.folder / _TEMPLATES
@@ -132,16 +134,16 @@ def _paths(source: ModelSource) -> dict[str, Path]:
     return {f.relative_to(source.folder).as_posix(): f for f in files if f.is_file()}
 
 
-def _of_the_hub(source: ModelSource) -> dict[str, Path]:
+def _hub_paths(source: ModelSource) -> dict[str, Path]:
     names = ["config.json", GENERATION, *TOKENIZER, *weight_names(source)]
-    found = {name: source.file(name) for name in names}
-    return {name: path for name, path in found.items() if path is not None}
+    paths = {name: source.file(name) for name in names}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def weight_names(source: ModelSource) -> list[str]:
-    """The names of the files that hold a model's weights, with their index; empty if none is there.
+    """Names of the files with the model's weights, and of their index; empty without weights.
 
-    Raises UsageError where an index names files that are not there.
+    Raises UsageError where an index names missing files.
     """
     explicit = source.settings.get("transformers_weights")
     for name in (explicit,) if isinstance(explicit, str) else WEIGHTS:
@@ -154,7 +156,7 @@ def weight_names(source: ModelSource) -> list[str]:
         missing = [shard for shard in shards if source.file(shard) is None]
         if missing:
             raise UsageError(
-                f"{path} names {len(shards)} files with weights, of which {len(missing)} are "
+                f"{path} names {len(shards)} files with weights, but {len(missing)} are "
                 f"missing: {', '.join(missing[:3])}; download them too"
             )
         return [name, *shards]
@@ -162,28 +164,28 @@ def weight_names(source: ModelSource) -> list[str]:
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a file is of a kind that a model is loaded from; a log in its folder is not."""
+    """Whether a model is loaded from files of this kind; a log, for example, is not loaded."""
     return Path(name).suffix.lower() in _SUFFIXES or Path(name).name in ("vocab.txt", "merges.txt")
 
 
-def look(path: Path, settle: bool = False) -> tuple[int, ...]:
-    """What changes whenever a file's content does."""
+def file_stamp(path: Path, settle: bool = False) -> tuple[int, ...]:
+    """Numbers that change whenever the content of a file changes."""
     stat = path.stat()
     if settle and abs(time.time() - stat.st_ctime) < _CLOCK:
-        time.sleep(_CLOCK)  # a later change has another time then
+        time.sleep(_CLOCK)  # so that a later change has a different time
         stat = path.stat()
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def files_digest(config: CollectConfig) -> str | None:
-    """What names a model's files now: their sha256, or the commit of a Hub model.
+    """The sha256 of a model's files as they are now, or the commit of a Hub model.
 
-    Files alike compute alike with the same libraries. None where code that comes with the model
-    may compute anything else.
+    With the same libraries, equal files compute equal values. None where the config allows code
+    that comes with the model, which may compute anything.
     """
     if config.trust_remote_code:
         return None
     source = find_source(config)
-    if source.folder is None:  # the commit is enough: what the Hub has there never changes
+    if source.folder is None:  # a commit of the Hub never changes
         return None if source.commit is None else f"commit {source.commit}"
-    return ModelFileSnapshot.of(source).digest()
+    return ModelFileSnapshot.take(source).digest()

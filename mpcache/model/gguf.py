@@ -1,4 +1,4 @@
-"""A .gguf file as MODEL: what its header says, and what `transformers` needs to read it."""
+"""Models in .gguf files: checks of the header, and arguments for `transformers`."""
 
 import math
 import mmap
@@ -32,7 +32,7 @@ _FORMATS = {
 
 
 def check_gguf(path: Path) -> None:
-    """Raises UsageError where the file is damaged, a piece of a model, or cannot be read here."""
+    """Raises UsageError for a damaged file, a piece of a model, or without the packages."""
     check_present(path)
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
@@ -51,7 +51,7 @@ def check_gguf(path: Path) -> None:
                 ) from None
             except (KeyError, UnicodeDecodeError):
                 raise UsageError(
-                    f"{path} is damaged: its header is no GGUF; {DOWNLOAD_AGAIN}"
+                    f"{path} is damaged: its header is not valid GGUF; {DOWNLOAD_AGAIN}"
                 ) from None
             size = len(content)
     _check_header(path, header, size)
@@ -86,7 +86,7 @@ class _Tensor:
 
 
 class _Header:
-    """Single values and tensors of a GGUF file. Arrays are passed over: a vocabulary is long."""
+    """The single values and tensors in the header of a GGUF file. Arrays are skipped."""
 
     def __init__(self, content: mmap.mmap) -> None:
         self._content, self._position = content, 4
@@ -126,10 +126,10 @@ class _Header:
             self._position += count * struct.calcsize(_FORMATS[element])
         else:
             for _ in range(count):
-                self._pass_over(element)
+                self._skip(element)
         return None
 
-    def _pass_over(self, element: int) -> None:
+    def _skip(self, element: int) -> None:
         if element == _STRING:
             self._position += 8 + self._length()
         else:
@@ -147,22 +147,22 @@ class _Header:
         kind, offset = self._read("I"), self._read("Q")
         try:
             block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        except ValueError:  # a newer type than the package knows: the loader says so
+        except ValueError:  # a type that the package does not know: the loader raises
             return _Tensor(offset, 0)
         return _Tensor(offset, math.prod(shape) // block * size)
 
 
 def dequantize_options() -> dict[str, Any]:
-    """Arguments of `from_pretrained` by which all weights are dequantised."""
+    """Arguments of `from_pretrained` that dequantise all weights."""
     try:
         from transformers import GgufConfig
-    except ImportError:  # before 5.20 or so weights were always dequantised
+    except ImportError:  # older versions always dequantise
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def forget_quantization_(model: PreTrainedModel) -> None:
-    """Its weights are dense now: no setting may say otherwise, nor name the file they came from."""
+    """Remove the settings of quantisation, because the weights are dense now."""
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue

@@ -1,4 +1,4 @@
-"""What `transformers` raises while it loads a model, as one line with what to do."""
+"""Turns errors of `transformers` while it loads a model into one line with a remedy."""
 
 import pickle
 import re
@@ -14,7 +14,7 @@ from mpcache.errors import UsageError, first_line
 from mpcache.hub import hub_error
 from mpcache.model.model_source import CONFIG, ModelSource
 
-# what reads weights of each quantisation
+# packages that read the weights of each quantisation
 _PACKAGES = {
     "gptq": "gptqmodel optimum",
     "awq": "gptqmodel",
@@ -32,34 +32,34 @@ _PASSED_ON = (UsageError, MemoryError, ConnectionError, torch.OutOfMemoryError)
 
 @contextmanager
 def explain_load_errors(source: ModelSource, thing: str, config: CollectConfig) -> Iterator[None]:
-    """Errors of loading `thing`, "model" or "tokenizer of", of a source.
+    """Turn errors of loading `thing`, "model" or "tokenizer of", into one line.
 
-    UsageError in one line for what is wrong with the files or the settings; ConnectionError
-    without the Hub. A full disk or memory passes as it is.
+    Raises UsageError for faults of the files or settings, ConnectionError without the Hub. A full
+    disk or memory passes unchanged.
     """
     try:
         yield
     except _PASSED_ON:
         raise
     except Exception as error:
-        if (message := _known(error, source, config)) is not None:
+        if (message := _known_message(error, source, config)) is not None:
             raise UsageError(message) from error
         if source.folder is None or not isinstance(error, ValueError):
             explanation = hub_error(error, f"{thing} {source.name}", source.revision)
             if explanation is not error or isinstance(error, OSError):
                 raise explanation from error
-        raise UsageError(_unknown(error, source, thing)) from error
+        raise UsageError(_unknown_message(error, source, thing)) from error
 
 
-def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str | None:
-    """A line for an error whose cause and remedy are known."""
+def _known_message(error: Exception, source: ModelSource, config: CollectConfig) -> str | None:
+    """The message for an error with a known cause and remedy; None for other errors."""
     text = str(error)
     is_unknown = re.search(r"has model type `(.*?)` but", text)
     has_code = "auto_map" in source.settings and not config.trust_remote_code
     if "trust_remote_code" in text or (is_unknown and has_code):
         return (
-            f"{source.location} comes with code of its own, which is not run unasked; read that "
-            "code, then allow it with --trust-remote-code"
+            f"{source.location} comes with code of its own, which does not run by default; "
+            "read that code, then allow it with --trust-remote-code"
         )
     if "scaled_dot_product_attention" in text:
         return f"{text.split()[0]} has no SDPA attention; use --attention eager"
@@ -87,7 +87,7 @@ def _known(error: Exception, source: ModelSource, config: CollectConfig) -> str 
             "pip install --upgrade transformers"
         )
     if isinstance(error, ImportError):
-        return f"{source.name} needs a package that is not here: {first_line(error)}"
+        return f"{source.name} needs a package that is not installed: {first_line(error)}"
     return None
 
 
@@ -97,7 +97,7 @@ def _is_about_attention(error: Exception, config: CollectConfig) -> bool:
 
 
 def quantization(source: ModelSource) -> str | None:
-    """How the weights are quantised, by config.json."""
+    """The quantisation method of the weights, from config.json; None without quantisation."""
     settings: Any = source.settings.get("quantization_config")
     return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
@@ -107,13 +107,13 @@ def _quantized(source: ModelSource, method: str, error: Exception) -> str:
     remedy = f"pip install {packages}" if packages else first_line(error)
     return (
         f"{source.location} is quantised by {method}, by its {CONFIG}, and needs packages that are "
-        f"not here; {remedy}, or use an unquantised checkpoint"
+        f"not installed; {remedy}, or use an unquantised checkpoint"
     )
 
 
-def _unknown(error: Exception, source: ModelSource, thing: str) -> str:
+def _unknown_message(error: Exception, source: ModelSource, thing: str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # a validation error names the field in its first line, and the fault in its second
+    # the first line of a validation error names the field, the second line the fault
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return f"the weights of {source.name} are damaged: {text}; download them again"

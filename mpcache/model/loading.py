@@ -1,4 +1,4 @@
-"""MODEL -> the base model, its tokenizer, and what identifies them."""
+"""MODEL -> the base model and its tokenizer."""
 
 import logging
 from collections.abc import Iterator
@@ -40,34 +40,35 @@ Head = Literal["causal", "masked"]
 
 
 def available_device(name: str) -> torch.device:
-    """`auto` takes the first GPU, else the CPU."""
+    """The torch device of this name, which must work here; auto: the first GPU, or the CPU."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         raise UsageError(
-            f"device must be a torch device here, got {name} ({first_line(error)}); use auto"
+            f"device must be a torch device of this machine, got {name} "
+            f"({first_line(error)}); use auto"
         ) from error
     return torch.device(name)
 
 
 def load_tokenizer(config: CollectConfig, source: ModelSource | None = None) -> Tokenizer:
-    """The model's tokenizer, or the token ids that its config names where it has none.
+    """The model's tokenizer, or the token ids in its config if it has no tokenizer.
 
-    `source` is where the model's files are, if that is known.
+    `source` is the location of the model's files, if the caller knows it.
 
-    Raises UsageError where it is damaged or a slow one, ConnectionError without the Hub.
+    Raises UsageError for a damaged or slow tokenizer, ConnectionError without the Hub.
     """
     source = source or find_source(config)
     check_settings(source)
     if not has_tokenizer(source):
-        return token_ids(source, config)
+        return _config_tokens(source, config)
     check_tokenizer_files(source)
-    return load_fast_tokenizer(source, config)
+    return _load_fast_tokenizer(source, config)
 
 
-def load_fast_tokenizer(source: ModelSource, config: CollectConfig) -> PreTrainedTokenizerBase:
+def _load_fast_tokenizer(source: ModelSource, config: CollectConfig) -> PreTrainedTokenizerBase:
     prepare_remote_code(config)
     with explain_load_errors(source, "tokenizer of", config):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -81,8 +82,8 @@ def load_fast_tokenizer(source: ModelSource, config: CollectConfig) -> PreTraine
     return tokenizer
 
 
-def token_ids(source: ModelSource, config: CollectConfig) -> ConfigTokens:
-    """What the model's config says of its tokens."""
+def _config_tokens(source: ModelSource, config: CollectConfig) -> ConfigTokens:
+    """The token ids that the model's config names."""
     text = read_architecture(source, config).get_text_config()
     if not isinstance(size := getattr(text, "vocab_size", None), int):
         raise UsageError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
@@ -91,7 +92,7 @@ def token_ids(source: ModelSource, config: CollectConfig) -> ConfigTokens:
 
 
 def _first_id(value: Any, size: int) -> int | None:
-    """A token's id; some configs list several, and some name one that they do not have."""
+    """A token's id. Some configs list several ids, and some name an id outside the vocabulary."""
     first = value[0] if isinstance(value, list) and value else value
     return first if isinstance(first, int) and 0 <= first < size else None
 
@@ -103,11 +104,11 @@ def load_model(
     source: ModelSource | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """The base model, or the language model with this head around it, and its tokenizer.
+    """The base model, or the language model with this head, and its tokenizer.
 
-    The model is on its device and frozen. `source` and `tokenizer` are given where they are known.
+    The model is frozen and on its device. `source` and `tokenizer` save loading them again.
 
-    Raises UsageError where the user can help it, ConnectionError where the Hub could not be asked.
+    Raises UsageError for files or settings that cannot be used, ConnectionError without the Hub.
     """
     device, source = available_device(config.device), source or find_source(config)
     tensors = check_model_files(source)
@@ -135,7 +136,7 @@ def load_weights(
     config: CollectConfig,
     head: Head | None,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what of its weights the checkpoint lacks or has beyond them."""
+    """The model, and the weights that the checkpoint lacks or has in excess."""
     loader = auto_class_for(architecture, head)
     if loader is None:
         raise UsageError(f"{architecture.model_type} has no {head} head; use another model")
@@ -169,25 +170,25 @@ def load_weights(
 
 
 def keep_in_memory_(model: PreTrainedModel) -> None:
-    """Copy weights that are still in their file: another program may write to it."""
+    """Copy weights that are still mapped to their file, which another program may change."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and not tensor.untyped_storage().resizable():
-            tensor.data = tensor.data.clone()  # the storage was not torch's own
+            tensor.data = tensor.data.clone()  # the storage does not belong to torch
 
 
 def auto_class_for(architecture: PreTrainedConfig, head: Head | None) -> Any | None:
-    """The class that loads a model with this head; None where there is none.
+    """The class of `transformers` that loads a model with this head; None without such a class.
 
-    Models that also read images have their causal head in a class of their own.
+    Models that also read images have a separate class for their causal head.
     """
     loaders: dict[Head | None, tuple[Any, ...]] = {
         None: (AutoModel,),
         "causal": (AutoModelForCausalLM, AutoModelForImageTextToText),
         "masked": (AutoModelForMaskedLM,),
     }
-    of_model = getattr(architecture, "auto_map", None) or {}  # code that comes with the model
+    own_classes = getattr(architecture, "auto_map", None) or {}  # code that comes with the model
     for loader in loaders[head]:
-        if head is None or loader.__name__ in of_model:
+        if head is None or loader.__name__ in own_classes:
             return loader
         if type(architecture) in loader._model_mapping:
             return loader
@@ -196,7 +197,7 @@ def auto_class_for(architecture: PreTrainedConfig, head: Head | None) -> Any | N
 
 @contextmanager
 def quiet_load_report() -> Iterator[None]:
-    """Hides the table of weights a base model leaves unused; missing ones are checked."""
+    """Within this context `transformers` prints no table of unused weights."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_other(record: logging.LogRecord) -> bool:

@@ -1,4 +1,4 @@
-"""MODEL -> where its files are: a folder, a .gguf file, or a commit of a Hub repository."""
+"""MODEL -> the location of its files: a folder, a .gguf file, or a commit of a Hub repository."""
 
 import functools
 import os
@@ -21,16 +21,16 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the files of a model are, and how `from_pretrained` is asked for them."""
+    """The location of a model's files, and the arguments of `from_pretrained` for it."""
 
     name: str
-    "as the user gave it"
+    "the model as the user named it"
     folder: Path | None = None
-    "of the files; None for a repository on the Hub"
+    "folder of the files; None for a repository on the Hub"
     gguf: str | None = None
     "name of the .gguf file in the folder"
     revision: str = "main"
-    "of a repository on the Hub: its commit, once that is known"
+    "revision of a Hub repository: the commit, once it is known"
 
     @property
     def location(self) -> str:
@@ -39,7 +39,7 @@ class ModelSource:
 
     @property
     def commit(self) -> str | None:
-        """Of a repository on the Hub, where it is known."""
+        """The commit of a Hub repository; None if it is not known."""
         is_commit = self.folder is None and re.fullmatch(r"[0-9a-f]{40}", self.revision)
         return self.revision if is_commit else None
 
@@ -75,11 +75,14 @@ class ModelSource:
 
 
 def find_source(config: CollectConfig) -> ModelSource:
-    """Raises UsageError where there is no model, ConnectionError without the Hub."""
+    """The location of the config's model.
+
+    Raises UsageError where there is no model, ConnectionError without the Hub.
+    """
     path = user_path(config.model)
-    if os.path.isdir(path):  # a name can be longer than a path may be: Path's own would raise
+    if os.path.isdir(path):  # for a name that is too long for a path, Path.is_dir would raise
         if path.suffix.lower() == ".gguf" and not (path / CONFIG).exists():
-            check_present(path)  # says that it is a folder
+            check_present(path)  # raises: it is a folder
         return _checked(ModelSource(config.model, folder=path))
     if path.suffix.lower() == ".gguf" and os.path.lexists(path):
         check_present(path)
@@ -87,7 +90,7 @@ def find_source(config: CollectConfig) -> ModelSource:
     if os.path.exists(path):
         raise UsageError(
             f"model must be a folder, a .gguf file or a Hub id, got the file {config.model}; "
-            f"name {_better_than(path)}"
+            f"name {_suggested_name(path)}"
         )
     if looks_like_path(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
         raise UsageError(f"model must exist, got {config.model}; check the path")
@@ -97,21 +100,21 @@ def find_source(config: CollectConfig) -> ModelSource:
 def short_name(name: str) -> str:
     """The last part of the name of a model or dataset.
 
-    Of a folder it is the true one; of a file the one given, which may be a link: in the Hub's cache
-    the file itself is named by its digest.
+    Links to folders are resolved, links to files are not: a file in the Hub's cache is a link to a
+    file that is named by its digest.
     """
     path = user_path(name)
     return os.path.basename(os.path.realpath(path)) if os.path.isdir(path) else path.name
 
 
-def _better_than(path: Path) -> str:
+def _suggested_name(path: Path) -> str:
     if read_head(path)[:4] == b"GGUF":
-        return "it with the ending .gguf"
+        return "the file with the ending .gguf"
     return f"the folder it is in, {path.parent}"
 
 
 def _at_commit(source: ModelSource) -> ModelSource:
-    """The same repository at the commit that its revision means now: all files come from there."""
+    """The repository at the commit that its revision means now, for all files."""
     with explain_hub_errors(f"model {source.name}", source.revision):
         path = cached_file(
             source.name, CONFIG, revision=source.revision,
@@ -138,7 +141,7 @@ def _from_hub(repository: str, name: str, revision: str) -> Path | None:
 
 
 def _checked(source: ModelSource) -> ModelSource:
-    """Raises UsageError for a folder or repository that holds something else than a model."""
+    """Raises UsageError for a folder or repository that does not hold a model."""
     if source.file(ADAPTER) is not None:
         base = check_json(source.file(ADAPTER)).get("base_model_name_or_path", "its base model")
         raise UsageError(

@@ -1,15 +1,15 @@
-"""Lengths of documents that show whether a model keeps documents apart."""
+"""Lengths of documents in the trials of document separation."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-CHUNK = 64  # tokens that linear attention usually takes at once
+CHUNK = 64  # tokens in the usual chunk of linear attention
 
 
-def fitted(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
-    """The lengths, with the longest cut so that all fit a sequence."""
+def fit_to_context(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
+    """The lengths, with the longest shortened so that all fit into a sequence."""
     kept = [*lengths[:ctx_len]]
     while sum(kept) > ctx_len:
         longest = kept.index(max(kept))
@@ -18,8 +18,11 @@ def fitted(lengths: Sequence[int], ctx_len: int) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def longest(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int:
-    """Tokens of the longest chunk or window that a document of `ctx_len` tokens exceeds."""
+def longest_setting(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int:
+    """Tokens of the longest chunk or window that is shorter than `ctx_len`; at least CHUNK.
+
+    Settings are chosen by the words in their names.
+    """
     settings = config.get_text_config().to_dict()
     lengths = [
         length
@@ -31,8 +34,8 @@ def longest(config: PreTrainedConfig, words: Sequence[str], ctx_len: int) -> int
     return max([CHUNK, *lengths])
 
 
-def changing_rotary(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Rotary embeddings that depend on the longest sequence, each with its limit."""
+def length_dependent_rotary(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Types of rotary embedding that change with the longest sequence, and from which length on."""
     rope: dict[str, Any] = settings.get("rope_parameters") or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         name = "original_max_position_embeddings"

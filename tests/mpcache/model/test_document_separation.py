@@ -19,7 +19,7 @@ from mpcache.model.forward_batches import ForwardBatches
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture
 from mpcache.model.inputs import model_inputs
-from mpcache.model.separation_lengths import fitted, longest
+from mpcache.model.separation_lengths import fit_to_context, longest_setting
 from mpcache.model.separation_trial import SeparationTrial
 from tests.helpers.families import FAMILIES, VOCABULARY, WINDOW, Family
 from tests.helpers.models import tiny_model
@@ -313,7 +313,7 @@ def test_what_depends_on_the_whole_batch_is_refused(
 
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), ctx_len=st.integers(1, 200))
 def test_lengths_fit_a_sequence(lengths: list[int], ctx_len: int) -> None:
-    found = fitted(lengths, ctx_len)
+    found = fit_to_context(lengths, ctx_len)
     assert sum(found) <= ctx_len
     assert all(0 < a <= b for a, b in zip(found, lengths, strict=False))
     assert len(found) == min(len(lengths), ctx_len)
@@ -322,8 +322,8 @@ def test_lengths_fit_a_sequence(lengths: list[int], ctx_len: int) -> None:
 
 @pytest.mark.parametrize(("ctx_len", "reach"), [(16, 64), (128, 64), (129, 128), (4096, 128)])
 def test_documents_of_the_trial_exceed_a_window_that_matters(ctx_len: int, reach: int) -> None:
-    assert longest(MistralConfig(sliding_window=128), ["window"], ctx_len) == reach
-    assert longest(LlamaConfig(), ["window"], ctx_len) == 64
+    assert longest_setting(MistralConfig(sliding_window=128), ["window"], ctx_len) == reach
+    assert longest_setting(LlamaConfig(), ["window"], ctx_len) == 64
 
 
 @pytest.mark.parametrize("ctx_len", [1, 2, 3, 8])

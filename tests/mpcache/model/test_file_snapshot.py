@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.collection.find_store import find_store
-from mpcache.model.file_snapshot import ModelFileSnapshot, files_digest, is_intact, look
+from mpcache.model.file_snapshot import ModelFileSnapshot, file_stamp, files_digest, is_intact
 from mpcache.model.loading import load_model, load_tokenizer
 from mpcache.model.model_identity import model_digest, tokenizer_digest
 from mpcache.model.model_source import ModelSource, find_source
@@ -122,7 +122,7 @@ def test_a_file_replaced_after_the_load_is_not_digested_as_the_model(tmp_path, t
 
 
 def test_a_log_in_the_models_folder_is_no_change(tmp_path, two):
-    files = ModelFileSnapshot.of(find_source(small_config(tmp_path, model=str(two[0]))))
+    files = ModelFileSnapshot.take(find_source(small_config(tmp_path, model=str(two[0]))))
     (two[0] / "collect.log").write_text("new")
     assert files.is_unchanged()
     (two[0] / "pytorch_model.bin").write_text("new")
@@ -270,7 +270,7 @@ def test_the_hubs_cache_is_checked_against_its_names(tmp_path, two):
 
 
 def files_at(paths: dict[str, Path]) -> ModelFileSnapshot:
-    seen = {name: look(path) for name, path in paths.items()}
+    seen = {name: file_stamp(path) for name, path in paths.items()}
     return ModelFileSnapshot(ModelSource("o/r", revision="c" * 40), seen, paths)
 
 

@@ -143,7 +143,7 @@ def test_other_files_are_told_apart(tmp_path, file):
 
 
 def test_a_file_that_changes_is_noticed(tmp_path, file):
-    files = ModelFileSnapshot.of(find_source(config_of(tmp_path, file)))
+    files = ModelFileSnapshot.take(find_source(config_of(tmp_path, file)))
     assert files.is_unchanged()
     write_gguf(file, seed=1)
     with pytest.raises(ValueError, match=r"tiny\.gguf of .* changed while the model was loaded"):

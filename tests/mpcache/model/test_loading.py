@@ -75,8 +75,8 @@ def test_missing_weights_are_refused(tmp_path):
     [
         ({"model": "/no/such"}, "model must exist, got /no/such; check the path"),
         ({"ctx_len": 128, "part_rows": 65536}, "must not exceed the model's 64 positions, got 128"),
-        ({"device": "cuda:99"}, "device must be a torch device here, got cuda:99"),
-        ({"device": "gpu"}, "device must be a torch device here, got gpu"),
+        ({"device": "cuda:99"}, "device must be a torch device of this machine, got cuda:99"),
+        ({"device": "gpu"}, "device must be a torch device of this machine, got gpu"),
         ({"attention": "flash_attention_2"}, "use --attention sdpa"),
     ],
 )
