@@ -192,7 +192,16 @@ class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettin
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What `mpcache convert` changes. A setting that is not given stays as in the source."""
+    """What `mpcache.convert` changes. A setting that is not given stays as in the source.
+
+    Counts are of rows.
+
+    Example:
+        >>> from mpcache import ConvertConfig
+        >>> config = ConvertConfig(codec="zstd", hookpoints=("layers.0",))
+        >>> config.dtype is None  # the dtype of the source
+        True
+    """
 
     group: ClassVar[str] = "Storage"
 
@@ -210,7 +219,14 @@ class ConvertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    """The sources of a repair, and what the repair may do."""
+    """The sources of a repair, and what the repair may do.
+
+    Raises UsageError where `source` is given together with what only the model needs.
+
+    Example:
+        >>> from mpcache import RepairConfig
+        >>> config = RepairConfig(source="s3://bucket/copy-of-store")  # no model runs
+    """
 
     group: ClassVar[str] = "Run"
 

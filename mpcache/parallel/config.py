@@ -89,7 +89,15 @@ class CollectParallelConfig(WorkersConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(WorkersConfig):
-    """The processes and threads that go over the parts of an existing store."""
+    """The processes and threads that go over the parts of an existing store.
+
+    They change the speed, never what a store holds. The default is this process, with a thread for
+    each core, up to 8. Raises UsageError where two settings exclude each other.
+
+    Example:
+        >>> from mpcache import ParallelConfig
+        >>> config = ParallelConfig(workers=2, threads=4)  # 8 parts at the same time
+    """
 
     group: ClassVar[str] = "Parallel"
 
