@@ -1,13 +1,13 @@
-"""From how many fits on a store pays: collecting once, against running the model for each fit.
+"""From how many fits a store pays off: collect once, or run the model for each fit.
 
     python data/breakeven.py           # the demo model, and a random one of 135 M parameters
     python data/breakeven.py --model M --dataset D --hookpoints layers.10 --rows 200000
 
-Measured: seconds of a whole collection, of fits from its store, and of the bare forward pass up to
-the deepest hookpoint on the same rows. A fit that runs the model itself is taken to cost loading
-it, that forward pass, and its own training and validation: nothing for tokens, for shuffling or
-for moving activations, so the store is not favoured. On other numbers of rows, all but loading and
-what a collection does once grows in proportion.
+The script measures a whole collection, fits from its store, and the bare forward pass up to the
+deepest hookpoint on the same rows. A fit that runs the model itself is assumed to cost the loading
+of the model, that forward pass, and its own training and validation. It is assumed to need no time
+for tokens, for shuffling and for moving activations, so the comparison does not favor the store. On
+other numbers of rows, all times grow in proportion, except loading and the start of a collection.
 """
 
 import argparse
@@ -35,58 +35,59 @@ GRIDS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds on the same rows."""
+    """Seconds of each way to train, on the same rows."""
 
     parameters: int
     rows: int
     coders: int
     load: float
-    "of the model's weights alone"
+    "loading the model's weights"
     collect: float
-    "a whole collection: loading, digests and tokens too"
+    "a whole collection, with loading, digests and tokens"
     forward: float
+    "forward passes up to the deepest hookpoint"
     fit: float
-    "from the store, a whole run; the mean of the fits that were timed"
+    "a whole run from the store, mean over the timed fits"
     wait: float
-    "of it, for data"
+    "part of `fit` that waits for data"
 
     @property
     def live(self) -> float:
-        """A fit that runs the model: what it does not wait for a store, it computes."""
+        """A fit that runs the model, which replaces waiting for the store by forward passes."""
         return self.load + self.forward + self.fit - self.wait
 
     @property
     def breakeven(self) -> float:
-        """Least number of fits from which the store is not slower; infinite: never."""
+        """Least number of fits for which the store is not slower; infinite: never."""
         saved = self.live - self.fit
         return self.collect / saved if saved > 0 else float("inf")
 
 
 def measure(config: CollectConfig, fits: int, batch_rows: int) -> Costs:
-    """Collect, fit `fits` times with other seeds, and run the bare model."""
+    """Collect, fit `fits` times with different seeds, and run the bare model."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        began = time.perf_counter()
+        start = time.perf_counter()
         collect(config, store)
-        collected = time.perf_counter() - began
+        collect_seconds = time.perf_counter() - start
         rates = bench(config, repeats=1)
         waits, seconds, coders = [], [], 0
         for seed in range(fits):
             run = Path(folder) / str(seed)
-            began = time.perf_counter()
+            start = time.perf_counter()
             results = fit(_fit_config(config, store, run, seed, batch_rows))
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
             waits.append(max(r.wait_seconds for r in read_records(run / "metrics.jsonl")))
             coders = len(results)
-    began = time.perf_counter()
+    start = time.perf_counter()
     model = AutoModel.from_pretrained(config.model)
-    loaded = time.perf_counter() - began
+    load_seconds = time.perf_counter() - start
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
         rows=rates.rows,
         coders=coders,
-        load=loaded,
-        collect=collected,
+        load=load_seconds,
+        collect=collect_seconds,
         forward=rates.rows / rates.forward_rows_per_second,
         fit=sum(seconds) / fits,
         wait=sum(waits) / fits,
@@ -124,16 +125,16 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
-def told(name: str, one: Costs) -> str:
-    """A model's seconds, and totals for numbers of fits, from the store and with the model."""
+def report_text(name: str, costs: Costs) -> str:
+    """Seconds of a model, and totals for several numbers of fits, from the store and without it."""
     names = ("load", "collect", "forward", "fit", "wait", "live")
-    seconds = ", ".join(f"{n} {getattr(one, n):.4g}" for n in names)
+    seconds = ", ".join(f"{n} {getattr(costs, n):.4g}" for n in names)
     lines = [
-        f"{name}: {one.parameters:,} parameters, {one.rows:,} rows, {one.coders} coders",
-        f"  seconds: {seconds}; a store pays from {one.breakeven:.3g} fits on",
+        f"{name}: {costs.parameters:,} parameters, {costs.rows:,} rows, {costs.coders} coders",
+        f"  seconds: {seconds}; a store pays off from {costs.breakeven:.3g} fits on",
     ]
     for n in GRIDS:
-        stored, live = one.collect + n * one.fit, n * one.live
+        stored, live = costs.collect + n * costs.fit, n * costs.live
         lines.append(
             f"  {n:2d} fits: {stored:.4g} s from a store, {live:.4g} s running the model, "
             f"ratio {stored / live:.3f}"
@@ -146,43 +147,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="default: the demo model and a random one")
     parser.add_argument("--dataset", default=str(HERE / "corpus/train.parquet"))
-    parser.add_argument("--hookpoints", default="layers.5")
+    parser.add_argument("--hookpoints", default="layers.5", help="of --model or the demo model")
     parser.add_argument("--rows", type=int, default=131_072)
-    parser.add_argument("--random-hookpoints", default="layers.20")
+    parser.add_argument("--random-hookpoints", default="layers.20", help="of the random model")
     parser.add_argument("--random-rows", type=int, default=32_768)
     parser.add_argument("--ctx-len", type=int, default=256)
     parser.add_argument("--part-rows", type=int, default=4096)
     parser.add_argument("--batch-rows", type=int, default=1024)
-    parser.add_argument("--fits", type=int, default=2, help="fits that are timed")
+    parser.add_argument("--fits", type=int, default=2, help="number of timed fits")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
 
-    def costs(model: Path | str, hookpoints: str, rows: int) -> Costs:
+    def measure_model(model: Path | str, hookpoints: str, rows: int) -> Costs:
         config = CollectConfig(
             model=str(model),
-            dataset=asked.dataset,
+            dataset=options.dataset,
             hookpoints=tuple(hookpoints.split(",")),
             rows=rows,
-            ctx_len=asked.ctx_len,
-            part_rows=asked.part_rows,
-            chunk_rows=min(1024, asked.part_rows),
+            ctx_len=options.ctx_len,
+            part_rows=options.part_rows,
+            chunk_rows=min(1024, options.part_rows),
             validation_every=8,
         )
-        return measure(config, asked.fits, asked.batch_rows)
+        return measure(config, options.fits, options.batch_rows)
 
-    def report(name: str, one: Costs) -> None:
-        values = {"model": name, **vars(one), "live": one.live, "breakeven": one.breakeven}
-        print(json.dumps(values) if asked.json else told(name, one), flush=True)  # noqa: T201
+    def report(name: str, costs: Costs) -> None:
+        values = {"model": name, **vars(costs), "live": costs.live, "breakeven": costs.breakeven}
+        print(json.dumps(values) if options.json else report_text(name, costs), flush=True)  # noqa: T201
 
-    if not asked.json:
+    if not options.json:
         print(hardware(resolve_device("auto")))  # noqa: T201  a script's report
-    if asked.model:
-        report(asked.model, costs(asked.model, asked.hookpoints, asked.rows))
+    if options.model:
+        report(options.model, measure_model(options.model, options.hookpoints, options.rows))
         return
-    report("demo", costs(HERE / "model", asked.hookpoints, asked.rows))
+    report("demo", measure_model(HERE / "model", options.hookpoints, options.rows))
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(Path(folder))
-        report("random", costs(model, asked.random_hookpoints, asked.random_rows))
+        report("random", measure_model(model, options.random_hookpoints, options.random_rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Build the demo corpus: documentation sources under permissive licences, one file a document.
+"""Build the demo corpus: documentation sources under permissive licences, a document for each file.
 
 Sources, each downloaded beforehand into one folder with its registry's ordinary client
 (exact commands in data/README.md):
@@ -39,7 +39,7 @@ DEBIAN = {
     "sympy": "python-sympy-doc",
 }
 MIN_CHARS = 1000  # shorter files are mostly generated stubs: a heading and one directive
-MAX_SHARED = 0.5  # share of a file's lines already seen in earlier files, above: a near duplicate
+MAX_SHARED = 0.5  # a file with a larger share of lines from earlier files is a near duplicate
 VALIDATION_PERCENT = 5
 # generated indexes and gallery stubs, lists of changes (ticket numbers, names), licence texts
 SKIP = re.compile(
@@ -53,6 +53,7 @@ TEXT_SOURCE = re.compile(
 
 
 def debian_documents(package: Path, scratch: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of the documentation sources in a package, unpacked into `scratch`."""
     subprocess.run(["dpkg-deb", "--extract", package, scratch], check=True)
     for path in sorted(scratch.rglob("*")):
         name = path.relative_to(scratch).as_posix()
@@ -63,6 +64,7 @@ def debian_documents(package: Path, scratch: Path) -> Iterator[tuple[str, str]]:
 
 
 def django_documents(archive: Path) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of the documentation sources in Django's source archive."""
     with tarfile.open(archive) as files:
         for member in sorted(files.getmembers(), key=lambda m: m.name):
             name = member.name.partition("/")[2]
@@ -71,7 +73,7 @@ def django_documents(archive: Path) -> Iterator[tuple[str, str]]:
                 yield name.removeprefix("docs/"), text
 
 
-def documents(downloads: Path) -> Iterator[tuple[str, str]]:
+def read_documents(downloads: Path) -> Iterator[tuple[str, str]]:
     """Yield (`source/name`, text) of every file, in a fixed order."""
     for source, package in DEBIAN.items():
         (deb,) = downloads.glob(f"{package}_*.deb")
@@ -83,36 +85,38 @@ def documents(downloads: Path) -> Iterator[tuple[str, str]]:
         yield f"django/{name}", text
 
 
-def cleaned(text: str) -> str:
+def clean(text: str) -> str:
+    """The text with plain line ends, no tabs, and at most two empty lines in a row."""
     text = text.replace("\r\n", "\n").replace("\ufeff", "").replace("\t", "    ")
     text = re.sub(r"[ ]+\n", "\n", text)
     return re.sub(r"\n{4,}", "\n\n\n", text).strip() + "\n"
 
 
-def shared_lines(text: str, seen: set[str]) -> float:
+def share_of_seen_lines_(text: str, seen: set[str]) -> float:
+    """Share of the long lines that are in `seen`, to which all lines are added."""
     lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 20]
     share = sum(line in seen for line in lines) / max(len(lines), 1)
     seen.update(lines)
     return share
 
 
-def kept(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def filter_documents(pairs: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Drop tiny, generated and (nearly) duplicate documents."""
     seen: set[str] = set()
     for name, raw in pairs:
-        text = cleaned(raw)
+        text = clean(raw)
         if len(text) < MIN_CHARS or SKIP.search("/" + name) or "\ufffd" in text:
             continue
-        if shared_lines(text, seen) <= MAX_SHARED:
+        if share_of_seen_lines_(text, seen) <= MAX_SHARED:
             yield name, text
 
 
 def is_held_out(name: str) -> bool:
-    """The split depends on a document's name only, so it never moves between builds."""
+    """Whether a document is in the validation split; its name alone decides, in every build."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
 
 
-def write(rows: list[tuple[str, str]], path: Path) -> None:
+def write_parquet(rows: list[tuple[str, str]], path: Path) -> None:
     table = pa.table({"text": [t for _, t in rows], "source": [n for n, _ in rows]})
     pq.write_table(table, path, compression="zstd", compression_level=19, use_dictionary=False)
     chars = sum(len(text) for _, text in rows)
@@ -132,11 +136,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "corpus")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = list(kept(documents(options.downloads)))
+    rows = list(filter_documents(read_documents(options.downloads)))
     log_sources(rows)
     options.out.mkdir(parents=True, exist_ok=True)
-    write([row for row in rows if not is_held_out(row[0])], options.out / "train.parquet")
-    write([row for row in rows if is_held_out(row[0])], options.out / "validation.parquet")
+    write_parquet([row for row in rows if not is_held_out(row[0])], options.out / "train.parquet")
+    write_parquet([row for row in rows if is_held_out(row[0])], options.out / "validation.parquet")
 
 
 if __name__ == "__main__":

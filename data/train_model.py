@@ -1,7 +1,7 @@
 """Train the demo tokenizer and language model on data/corpus and measure them on held-out text.
 
-Run as `python data/train_model.py WORK --minutes 55`. WORK, a folder outside the repository, takes
-the checkpoints and the loss record. The same command resumes an interrupted run; `--minutes 0`
+Run as `python data/train_model.py WORK --minutes 55`. Checkpoints and the record of losses go into
+WORK, a folder outside the repository. The same command resumes an interrupted run; `--minutes 0`
 exports the latest checkpoint as it is. The learning rate follows the share of the minutes that has
 passed, so that a run on a shared machine still ends on time with a decayed learning rate.
 """
@@ -81,20 +81,20 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, split: str) -> np.ndarray:
-    """All documents of a split behind one another, each begun and the last ended by END_OF_TEXT."""
+    """All documents of a split as one stream, with END_OF_TEXT before each and after the last."""
     end = [tokenizer.eos_token_id]
     ids = tokenizer(texts(split), verbose=False)["input_ids"]
     return np.concatenate([part for row in ids for part in (end, row)] + [end]).astype(np.int64)
 
 
 def windows(stream: np.ndarray, start: int = 0) -> np.ndarray:
-    """(n, CONTEXT + 1): neighbours share one token, so that each token is predicted once."""
+    """Windows (n, CONTEXT + 1); neighbours share a token, so that each token is predicted once."""
     count = (len(stream) - 1 - start) // CONTEXT
     return np.lib.stride_tricks.sliding_window_view(stream[start:], CONTEXT + 1)[::CONTEXT][:count]
 
 
 def batches(stream: np.ndarray, step: int) -> Iterator[torch.Tensor]:
-    """Batches from `step` on: every epoch cuts the stream at another offset, in another order."""
+    """Batches from `step` on; each epoch cuts the stream at its own offset, in its own order."""
     per_epoch = ((len(stream) - 1) // CONTEXT - 1) // BATCH
     while True:
         epoch, position = divmod(step, per_epoch)
@@ -118,9 +118,9 @@ def window_loss(model: torch.nn.Module, batch: torch.Tensor, reduction: str) -> 
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, stream: np.ndarray) -> float:
-    """Nats a token over every token of the stream but its first; context starts anew each window.
+    """Nats per token over all tokens of the stream except the first; a window has no context.
 
-    A window's first predictions see little context, so this is the model's loss from above.
+    The first predictions of each window see little context, so the result is an upper bound.
     """
     cut = windows(stream)
     total = sum(
@@ -178,7 +178,7 @@ def new_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
     named = dict(model.named_parameters())
     matrices = [p for n, p in named.items() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in named.items() if p.ndim != 2 or "embed" in n]
@@ -188,25 +188,25 @@ def optimizers(model: LlamaForCausalLM) -> dict[str, torch.optim.Optimizer]:
 
 
 def lr_share(done: float) -> float:
-    """Warm-up, plateau and linear decay to 0, by the share of the run that is done."""
+    """Learning rate as a share of its peak: warm-up, plateau, linear decay; `done` is in [0, 1]."""
     return max(min(1.0, done / WARMUP, (1 - done) / (1 - DECAY_FROM)), 0.0)
 
 
-def save_checkpoint(path: Path, model, tools: dict, progress: Progress) -> None:
+def save_checkpoint(path: Path, model, optimizers: dict, progress: Progress) -> None:
     state = {"model": model.state_dict(), "progress": asdict(progress)}
-    state |= {name: tool.state_dict() for name, tool in tools.items()}
+    state |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
     part = path.with_suffix(".part")
     torch.save(state, part)
     part.replace(path)
 
 
-def load_checkpoint_(path: Path, model, tools: dict) -> Progress:
+def load_checkpoint_(path: Path, model, optimizers: dict) -> Progress:
     if not path.exists():
         return Progress()
     state = torch.load(path, weights_only=True)
     model.load_state_dict(state["model"])
-    for name, tool in tools.items():
-        tool.load_state_dict(state[name])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state[name])
     log.info("resumed at step %d", state["progress"]["step"])
     return Progress(**state["progress"])
 
@@ -225,13 +225,13 @@ def make_step(model: LlamaForCausalLM, compiled: bool):
     return torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
 
-def update_(model, tools: dict, share: float) -> None:
+def update_(model, optimizers: dict, share: float) -> None:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for tool in tools.values():
-        for group in tool.param_groups:
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
             group["lr"] = group.setdefault("peak_lr", group["lr"]) * share
-        tool.step()
-        tool.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def quick_loss(model: LlamaForCausalLM, held_out: np.ndarray) -> float:
@@ -240,16 +240,16 @@ def quick_loss(model: LlamaForCausalLM, held_out: np.ndarray) -> float:
 
 
 def train(model, streams: dict, work: Path, minutes: float, compiled: bool) -> Progress:
-    tools = optimizers(model)
+    optimizers = make_optimizers(model)
     checkpoint = work / "checkpoint.pt"
-    progress = load_checkpoint_(checkpoint, model, tools)
+    progress = load_checkpoint_(checkpoint, model, optimizers)
     source = batches(streams["train"], progress.step)
     loss_of = make_step(model, compiled)
     recent, clock, saved_at = [], time.monotonic(), progress.seconds
     while progress.seconds < minutes * 60:
         loss = loss_of(next(source))
         loss.backward()
-        update_(model, tools, lr_share(progress.seconds / (minutes * 60)))
+        update_(model, optimizers, lr_share(progress.seconds / (minutes * 60)))
         now = time.monotonic()
         progress.seconds, clock = progress.seconds + now - clock, now
         progress.step += 1
@@ -259,7 +259,7 @@ def train(model, streams: dict, work: Path, minutes: float, compiled: bool) -> P
             recent.clear()
         over = progress.seconds >= minutes * 60
         if over or progress.seconds - saved_at > CHECKPOINT_SECONDS:
-            save_checkpoint(checkpoint, model, tools, progress)
+            save_checkpoint(checkpoint, model, optimizers, progress)
             quick = quick_loss(model, streams["validation"])
             record(work, **asdict(progress), held_out_sample=quick)
             saved_at = progress.seconds
@@ -270,14 +270,14 @@ def train(model, streams: dict, work: Path, minutes: float, compiled: bool) -> P
 
 
 def tokenizer_in(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer is trained once; a resumed run must not number its tokens anew."""
+    """The tokenizer in a folder, trained if it is missing: a resumed run keeps its token ids."""
     if not (folder / "tokenizer.json").exists():
         train_tokenizer().save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
 def copy_tokenizer(work: Path, folder: Path) -> None:
-    """Copied, as saving a loaded tokenizer would write down where it was loaded from."""
+    """Copy the files; saving a loaded tokenizer would write the path that it was loaded from."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(work / name, folder / name)
