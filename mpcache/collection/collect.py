@@ -33,8 +33,8 @@ from mpcache.model.model_identity import tokenizer_digest
 from mpcache.model.model_source import find_source
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
+from mpcache.store.store_metadata import is_store
 from mpcache.store.writer import Writer
 
 

@@ -26,7 +26,7 @@ from mpcache.errors import UsageError
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.parallel.dask_cluster import connect
 from mpcache.storage.base import Storage
-from mpcache.store.description import read_store_file
+from mpcache.store.store_metadata import read_store_file
 from mpcache.validation import user_path
 
 TRIES = 3

@@ -27,11 +27,11 @@ from mpcache.data.tokenization import chat_template_identity, find_chat_template
 from mpcache.data.vocabulary import Tokenizer, largest_token_id
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.description import is_store
 from mpcache.store.fingerprint import create_or_check_store, identify, layout_of
 from mpcache.store.format import POSITION
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import digest
+from mpcache.store.store_metadata import is_store
 from mpcache.store.writer import Writer, check_object_size
 
 CollectParts = Callable[[Sequence[Job], Progress], tuple[MissingPart, ...]]

@@ -23,10 +23,10 @@ from mpcache.model.model_identity import library_version, model_digest, tokenize
 from mpcache.model.model_source import short_name
 from mpcache.model.skeleton import skeleton
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.description import is_store, read_store_file
 from mpcache.store.fingerprint import identify
 from mpcache.store.reader import Store
 from mpcache.store.sealed_json import digest, json_round_trip
+from mpcache.store.store_metadata import is_store, read_store_file
 
 _NAME_LENGTH = 48  # characters that the name of a model or dataset has in a folder's name
 _PREFIX_LENGTH = 12  # hexadecimal digits of a fingerprint in a folder's name

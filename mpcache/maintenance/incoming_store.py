@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
-from mpcache.store.description import is_store
 from mpcache.store.fingerprint import check_no_foreign_objects
 from mpcache.store.format import STORE_FILE
 from mpcache.store.layout import Layout
+from mpcache.store.store_metadata import is_store
 from mpcache.store.writer import check_object_size
 from mpcache.validation import check_printable
 

@@ -9,10 +9,9 @@ import numpy as np
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.findings import Fault, Finding
 from mpcache.storage.base import Storage
-from mpcache.storage.tempfiles import digest_pieces
 from mpcache.store.array_spec import ArraySpec
+from mpcache.store.digests import digest_pieces, values_digest
 from mpcache.store.format import array_specs, committed_length, mark_path
-from mpcache.store.part_encoder import values_digest
 from mpcache.store.reader import Store
 from mpcache.store.sealed_json import digest
 from mpcache.store.zarr_codec import decode_part, read_chunk_ends

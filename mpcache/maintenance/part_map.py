@@ -1,7 +1,7 @@
 """Which rows of a store make up the parts of another part size.
 
-A part is one unit or several consecutive units of its split; see `mpcache.store.units`. Nothing
-here reads arrays.
+A part is one unit or several consecutive units of its split; see `mpcache.store.part_units`.
+Nothing here reads arrays.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +11,8 @@ from mpcache.errors import UsageError
 from mpcache.store.format import TOKENS
 from mpcache.store.layout import Layout
 from mpcache.store.mark import TokenProgress
+from mpcache.store.part_units import Units, join_progress, split_progress, unit_rows
 from mpcache.store.reader import Store
-from mpcache.store.units import Units, join_progress, split_progress, unit_rows
 
 
 @dataclass(frozen=True)

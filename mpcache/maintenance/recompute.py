@@ -24,8 +24,8 @@ from mpcache.model.hookpoint_patterns import Side
 from mpcache.store.fingerprint import dtype_history
 from mpcache.store.format import POSITION, SEQUENCE, TOKENS, hookpoint_of, mark_path
 from mpcache.store.mark import Mark
+from mpcache.store.part_units import Units, join_progress, unit_rows
 from mpcache.store.reader import Store, open_store
-from mpcache.store.units import Units, join_progress, unit_rows
 from mpcache.store.writer import Writer
 
 

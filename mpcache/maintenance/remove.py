@@ -6,10 +6,10 @@ from pathlib import Path
 from mpcache.errors import UsageError
 from mpcache.maintenance.incoming_store import INCOMING, REMOVED
 from mpcache.storage.base import Storage, open_storage
-from mpcache.storage.tempfiles import is_temporary
+from mpcache.storage.temporary_names import is_temporary
 from mpcache.store.array_spec import GROUP
-from mpcache.store.description import is_store, parse_store_file, read_store_file
 from mpcache.store.format import MARKS, STORE_FILE
+from mpcache.store.store_metadata import is_store, parse_store_file, read_store_file
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mpcache.errors import DamagedStoreError
-from mpcache.store.commit import object_matches
+from mpcache.store.digests import object_matches
 from mpcache.store.format import POSITION, SEQUENCE, array_specs, mark_path
 from mpcache.store.mark import Mark, ObjectRecord, parse_mark
 from mpcache.store.part_encoder import PartValues, encode_object, object_record, utc_now

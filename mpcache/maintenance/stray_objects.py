@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 from mpcache.maintenance.findings import Finding
 from mpcache.maintenance.metadata_check import all_specs
-from mpcache.storage.tempfiles import is_temporary
+from mpcache.storage.temporary_names import is_temporary
 from mpcache.store.array_spec import GROUP
 from mpcache.store.format import STORE_FILE, parse_mark_path
 from mpcache.store.reader import Store

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from mpcache.storage.tempfiles import temporary_name
+from mpcache.storage.temporary_names import temporary_name
 
 
 def write_temporary_file(path: Path, pieces: Iterable[bytes]) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mpcache.errors import UsageError
 from mpcache.storage.cloud import Scheme, bucket_client, translate_errors
-from mpcache.storage.tempfiles import temporary_name
+from mpcache.storage.temporary_names import temporary_name
 
 CONCURRENCY = 8  # simultaneous requests for one object, up or down
 PART_BYTES = 8 << 20  # of a request; servers want at least 5 MiB in all parts but the last

@@ -27,11 +27,12 @@ from mpcache.storage.atomic_files import (
     sync_folders,
     write_temporary_file,
 )
-from mpcache.storage.tempfiles import PIECE_BYTES, is_temporary, temporary_name
+from mpcache.storage.temporary_names import is_temporary, temporary_name
 from mpcache.validation import user_path
 
 # Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
 _CALL, _CALL_BUFFERS = 1 << 30, 1024
+_PIECE_BYTES = 1 << 20
 _REMOVED = r"\.{}\.[0-9a-f]{{32}}\.removed"
 
 
@@ -98,7 +99,7 @@ class LocalStorage:
 
     def read_pieces(self, name: str) -> Iterator[bytes]:
         with self.checked_path(name).open("rb") as file:
-            while piece := file.read(PIECE_BYTES):
+            while piece := file.read(_PIECE_BYTES):
                 yield piece
                 if is_temporary(name):
                     _forget(file)

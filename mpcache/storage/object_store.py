@@ -12,7 +12,7 @@ import numpy as np
 
 from mpcache.storage.bucket import Bucket, request_threads
 from mpcache.storage.cloud import split_url
-from mpcache.storage.tempfiles import temporary_name
+from mpcache.storage.temporary_names import temporary_name
 
 
 class ObjectStorage:

@@ -26,13 +26,14 @@ import xxhash
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage
-from mpcache.storage.tempfiles import digest_pieces, temporary_name
+from mpcache.storage.temporary_names import temporary_name
 from mpcache.store.array_metadata import ensure_spans
 from mpcache.store.array_spec import GROUP, ArraySpec
+from mpcache.store.digests import digest_pieces, object_matches, values_digest
 from mpcache.store.format import array_specs, claim_path, mark_path
 from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, ObjectRecord, parse_mark
-from mpcache.store.part_encoder import PartValues, encode_object, values_digest
+from mpcache.store.part_encoder import PartValues, encode_object
 
 
 class Committer:
@@ -203,13 +204,6 @@ class _Claims:
             return parse_mark(data, part, array, self.layout, self.fingerprint, "")
         except DamagedStoreError:
             return None
-
-
-def object_matches(storage: Storage, name: str, record: ObjectRecord) -> bool:
-    """Whether an object has the size and the bytes that a mark records."""
-    return storage.size(name) == record.bytes and (
-        digest_pieces(storage.read_pieces(name)) == record.xxh3_128
-    )
 
 
 def _attempt(claim: bytes) -> str:

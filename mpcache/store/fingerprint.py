@@ -7,11 +7,11 @@ from typing import Any
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
-from mpcache.storage.tempfiles import is_temporary
-from mpcache.store.description import is_store, read_store_file
+from mpcache.storage.temporary_names import is_temporary
 from mpcache.store.format import STORE_FILE
 from mpcache.store.layout import Layout
 from mpcache.store.sealed_json import digest, json_round_trip, seal
+from mpcache.store.store_metadata import is_store, read_store_file
 
 # fields of the config; without hookpoints and storage dtype, which may differ for the same rows
 _DETERMINING = (

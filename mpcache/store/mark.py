@@ -44,7 +44,7 @@ class TokenProgress:
     empty_documents: int | None = None
     "documents without tokens that were left out since the part before; None: they are kept"
     cursors: Sequence[Cursor] | None = None
-    "where each unit starts, in a part of several units (mpcache.store.units)"
+    "where each unit starts, in a part of several units (mpcache.store.part_units)"
     empty_documents_of_units: Sequence[int] | None = None
 
 

@@ -5,7 +5,7 @@ Shapes: R rows, W width.
 
 import datetime
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mpcache.store.array_spec import ArraySpec
+from mpcache.store.digests import values_digest
 from mpcache.store.format import TOKENS, array_specs
 from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, ObjectRecord, RowStatistics, TokenProgress
@@ -119,15 +120,6 @@ def object_record(spec: ArraySpec, values: np.ndarray) -> ObjectRecord:
     return ObjectRecord(
         bytes=size, xxh3_128=digest.hexdigest(), values_xxh3_128=values_digest([values])
     )
-
-
-def values_digest(pieces: Iterable[np.ndarray]) -> str:
-    """XXH3 of decoded values: little-endian, C order, without padding."""
-    digest = xxhash.xxh3_128()
-    for values in pieces:
-        little = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<"), copy=False)
-        digest.update(little.data.cast("B"))
-    return digest.hexdigest()
 
 
 def _padded(values: np.ndarray, rows: int) -> np.ndarray:

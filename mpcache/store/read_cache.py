@@ -36,7 +36,7 @@ from mpcache.storage.atomic_files import make_folders, share_with_group
 from mpcache.storage.base import Storage
 from mpcache.storage.cloud import is_url
 from mpcache.storage.local import LocalStorage
-from mpcache.storage.tempfiles import is_temporary, temporary_name
+from mpcache.storage.temporary_names import is_temporary, temporary_name
 from mpcache.store.zarr_codec import ReadInto
 from mpcache.validation import user_path
 

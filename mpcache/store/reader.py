@@ -18,19 +18,19 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.acts_array import ActsArray, Part
 from mpcache.store.acts_reader import ActsReader
-from mpcache.store.description import Description, is_store
 from mpcache.store.format import POSITION, array_specs
 from mpcache.store.mark import Mark, ObjectRecord
 from mpcache.store.mark_index import MarkIndex
 from mpcache.store.object_reader import ObjectReader
 from mpcache.store.part_reader import PartReader
 from mpcache.store.read_cache import ReadCache
+from mpcache.store.store_metadata import StoreMetadata, is_store
 from mpcache.store.token_reader import TokenReader
 
 __all__ = ["ActsArray", "Part", "Store", "open_store"]
 
 
-class Store(Description):
+class Store(StoreMetadata):
     """A store opened for reading. Threads may share it; it lists the committed parts once.
 
     `store["layers.10:output"]` gives the rows of one side of a hookpoint as an array, and

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from mpcache.store.description import Description
 from mpcache.store.format import (
     BY_ASSISTANT,
     POSITION,
@@ -22,6 +21,7 @@ from mpcache.store.format import (
     committed_length,
 )
 from mpcache.store.part_reader import PartReader
+from mpcache.store.store_metadata import StoreMetadata
 
 
 class TokenReader:
@@ -31,9 +31,9 @@ class TokenReader:
     DamagedStoreError where the bytes are not those that were committed.
     """
 
-    def __init__(self, description: Description, reader: PartReader) -> None:
-        self.description = description
-        self.layout = description.layout
+    def __init__(self, metadata: StoreMetadata, reader: PartReader) -> None:
+        self.metadata = metadata
+        self.layout = metadata.layout
         self.reader = reader
 
     def read_tokens(self, part: int) -> np.ndarray:
@@ -49,7 +49,7 @@ class TokenReader:
 
         None: the model saw whole sequences.
         """
-        if not self.description.has_lone_documents:
+        if not self.metadata.has_lone_documents:
             return None
         flags_SL = self.read_flags(part)
         assert flags_SL is not None
@@ -77,7 +77,7 @@ class TokenReader:
 
     def read_assistant(self, part: int, chunk: int | None = None) -> Bool[Tensor, " rows"] | None:
         """Whether the assistant wrote the token of each row; None: the store does not say."""
-        if not self.description.has_assistant:
+        if not self.metadata.has_assistant:
             return None
         flags_SL = self.read_flags(part)
         assert flags_SL is not None
@@ -90,7 +90,7 @@ class TokenReader:
 
     def empty_documents(self, parts: Sequence[int] | None = None) -> int | None:
         """Documents without tokens that some parts, or all, left out; None: they are kept."""
-        if "empty_documents" not in self.description.identity:
+        if "empty_documents" not in self.metadata.identity:
             return None
         index = self.reader.index
         numbers = index.part_numbers(TOKENS) if parts is None else parts

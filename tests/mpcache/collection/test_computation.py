@@ -20,9 +20,9 @@ from mpcache.model.loading import load_model
 from mpcache.model.model_identity import model_digest
 from mpcache.model.splice import SplicedModel
 from mpcache.storage.base import open_storage
-from mpcache.store.description import read_store_file
 from mpcache.store.fingerprint import identify
 from mpcache.store.reader import open_store
+from mpcache.store.store_metadata import read_store_file
 from tests.helpers.models import captured, tiny_model
 from tests.helpers.stores import small_config
 

@@ -16,8 +16,8 @@ from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
 from mpcache.store.layout import Layout
+from mpcache.store.part_units import Units
 from mpcache.store.reader import Store, open_store
-from mpcache.store.units import Units
 from mpcli.mpcache import app
 from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_config, small_store
 

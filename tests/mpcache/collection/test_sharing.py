@@ -26,7 +26,7 @@ from mpcache.storage import local as folder
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
-from mpcache.store.commit import object_matches
+from mpcache.store.digests import object_matches
 from mpcache.store.layout import Layout
 from mpcache.store.mark import ObjectRecord
 from mpcache.store.reader import open_store

@@ -12,8 +12,8 @@ from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
-from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
+from mpcache.store.store_metadata import is_store
 from mpcli.mpcache import app
 from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_config, small_store
 

@@ -13,7 +13,7 @@ from mpcache.maintenance.remove import plan_removal, remove
 from mpcache.maintenance.verify import verify
 from mpcache.storage import local as folder
 from mpcache.storage.base import open_storage
-from mpcache.store.description import is_store
+from mpcache.store.store_metadata import is_store
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store
 

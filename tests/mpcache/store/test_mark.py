@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mpcache.errors import DamagedStoreError
 from mpcache.store.format import TOKENS, parse_mark_path
 from mpcache.store.mark import Mark, ObjectRecord, RowStatistics, TokenProgress, parse_mark
+from mpcache.store.part_units import join_progress, split_progress
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import digest, seal, unseal
-from mpcache.store.units import join_progress, split_progress
 from tests.helpers.paths import GOLDEN
 
 COUNTS = st.integers(0, 1 << 40)

@@ -19,9 +19,9 @@ from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.model.hookpoint_patterns import resolve_sides
 from mpcache.storage.base import open_storage
-from mpcache.store.description import is_store
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import seal, unseal
+from mpcache.store.store_metadata import is_store
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store
 

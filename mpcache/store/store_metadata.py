@@ -12,7 +12,7 @@ from mpcache.store.layout import FORMAT_VERSIONS, Layout
 from mpcache.store.sealed_json import digest, unseal
 
 
-class Description:
+class StoreMetadata:
     """What a store is made from and how it is laid out; rows are not looked at."""
 
     def __init__(self, storage: Storage) -> None:
