@@ -25,12 +25,14 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mpcache.maintenance.verify import verify as verify
     from mpcache.model.hookpoint_report import HookpointReport as HookpointReport
     from mpcache.model.hookpoint_report import hookpoints as hookpoints
+    from mpcache.parallel.config import CollectParallelConfig as CollectParallelConfig
     from mpcache.parallel.config import ParallelConfig as ParallelConfig
     from mpcache.store.reader import Store as Store
     from mpcache.store.reader import open_store as open_store
 
 _MODULES = {
     "CollectConfig": "mpcache.config",
+    "CollectParallelConfig": "mpcache.parallel.config",
     "ConvertConfig": "mpcache.config",
     "DamagedStoreError": "mpcache.errors",
     "HookpointReport": "mpcache.model.hookpoint_report",

@@ -22,6 +22,11 @@ def split_of(number: int, validation_every: int) -> Split:
     return "validation" if number % validation_every == 1 else "train"
 
 
+def parts_for(rows: int, part_rows: int) -> int:
+    """Parts that hold this many rows; at least two, because each split has a part."""
+    return max(2, -(-rows // part_rows))
+
+
 def check_at_least(config: object, minimum: int, *names: str) -> None:
     """Raise UsageError for the first of these fields that is below the minimum; None passes."""
     for name in names:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpcache.config import CollectConfig, split_of
+from mpcache.config import CollectConfig, parts_for, split_of
 from mpcli.store_location import locate_store
 from mptrain.experiments.experiment_file import parse_experiment
 from mptrain.experiments.spec import Experiment
 from mptrain.experiments.toml_config import read_settings
 
-_MIN_PARTS = 2  # one for each split
 _BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -73,7 +72,7 @@ def estimate(experiment: Experiment, config: CollectConfig, only: Sequence[str])
     part = experiment.only(only)
     config = dataclasses.replace(config, hookpoints=part.sides)
     widths = side_widths(config)
-    parts = max(_MIN_PARTS, -(-config.rows // config.part_rows))
+    parts = parts_for(config.rows, config.part_rows)
     rows = parts * config.part_rows
     splits = [split_of(number, config.validation_every) for number in range(parts)]
     train_rows = splits.count("train") * config.part_rows

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
-from mpcache.config import Codec, Split, split_of
+from mpcache.config import Codec, Split, parts_for, split_of
 from mpcache.errors import UsageError
 
 PLAIN_VERSION = 1
@@ -48,7 +48,7 @@ class Layout:
 
     def parts_for(self, rows: int) -> int:
         """Parts that hold this many rows; each of the two splits has at least one part."""
-        return max(2, -(-rows // self.part_rows))
+        return parts_for(rows, self.part_rows)
 
     @property
     def format_version(self) -> int:
