@@ -18,7 +18,7 @@ from mpcache.data.data_file import COMPRESSIONS
 from mpcache.data.files_of_split import check_shards_complete, files_of_split
 from mpcache.errors import UsageError
 from mpcache.hub import looks_like_path
-from mpcache.natural_sort import natural_key
+from mpcache.natural_sort import natural_path_key
 from mpcache.validation import user_path
 
 FileKind = Literal["json", "csv", "parquet", "arrow", "text", "bin"]
@@ -142,7 +142,7 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
         return [path]
     if not _GLOB & set(item):
         raise UsageError(f"dataset must exist, got {item}; check the path")
-    matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural_key)
+    matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural_path_key)
     files = [file for file in matches if not file.is_dir() and is_data(file)]
     if not files:
         raise UsageError(f"dataset must name a file, got {item}, which matches no file {_FORMATS}")
@@ -158,7 +158,7 @@ def _data_files(folder: Path) -> tuple[Path, ...]:
         if real not in seen:
             files += [file for name in names if is_data(file := Path(parent, name))]
         seen.add(real)
-    return tuple(sorted(files, key=lambda file: natural_key(file.relative_to(folder))))
+    return tuple(sorted(files, key=lambda file: natural_path_key(file.relative_to(folder))))
 
 
 def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:

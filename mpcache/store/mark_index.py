@@ -1,13 +1,13 @@
 """The commit marks of a store: which parts of which arrays there are, and what each mark says."""
 
 import functools
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import TypeVar
 
 from mpcache.errors import DamagedStoreError
+from mpcache.natural_sort import natural_key
 from mpcache.storage.base import Storage
 from mpcache.store.format import MARKS, POSITION, SEQUENCE, TOKENS, mark_path, parse_mark_path
 from mpcache.store.layout import Layout
@@ -34,7 +34,7 @@ class MarkIndex:
         parts: dict[str, set[int]] = {}
         for part, array in committed_marks(self.storage):
             parts.setdefault(array, set()).add(part)
-        return {array: parts[array] for array in sorted(parts, key=_natural)}
+        return {array: parts[array] for array in sorted(parts, key=natural_key)}
 
     def part_numbers(self, array: str) -> tuple[int, ...]:
         """Committed parts of an array, in order."""
@@ -100,8 +100,3 @@ def committed_marks(storage: Storage) -> Iterator[tuple[int, str]]:
     """Part and array of every mark in a store."""
     marks = (parse_mark_path(PurePosixPath(name)) for name in storage.object_names(MARKS))
     return (mark for mark in marks if mark is not None)
-
-
-def _natural(array: str) -> list[tuple[int, str]]:
-    """Sort key that puts layers.2 before layers.10."""
-    return [(int(s) if s.isdecimal() else -1, s) for s in re.split(r"(\d+)", array)]
