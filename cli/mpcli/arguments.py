@@ -13,5 +13,8 @@ TargetArgument = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="print the report as JSON")]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="run Python code that comes with the model's files"),
+    typer.Option(
+        "--trust-remote-code",
+        help="run the Python code that comes with the model; read that code first",
+    ),
 ]

@@ -59,7 +59,7 @@ COMMANDS = {
     ),
     "remove": Subcommand(
         "mpcli.mpcache_commands.stores:remove",
-        "Delete a store for good, after a question.",
+        "Delete a store for good; ask for confirmation first.",
         ("mpcache remove store", "mpcache remove s3://bucket/store --yes"),
     ),
     "bench": Subcommand(

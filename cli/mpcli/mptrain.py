@@ -40,7 +40,7 @@ COMMANDS = {
         "Run an experiment file: collect what is missing, train its coders, draw its figures.",
         (
             "mptrain sweep data/experiments/llama-demo.toml --dry-run",
-            "mptrain sweep data/experiments/llama-demo.toml --set fit.rows=1M --only 'fvu*'",
+            "mptrain sweep data/experiments/llama-demo.toml --set run.device=cuda:1",
         ),
     ),
     "bench": Subcommand(

@@ -36,7 +36,7 @@ class LanguageModelOptions:
     revision: str = "main"
     "revision of a Hugging Face model"
     trust_remote_code: bool = False
-    "run Python code that comes with the model's files"
+    "run the Python code that comes with the model; read that code first"
 
 
 @dataclass(frozen=True, kw_only=True)

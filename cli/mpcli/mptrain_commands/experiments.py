@@ -103,12 +103,12 @@ def plot(
     *,
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="folders of runs, each given to fit as --run"),
+        typer.Argument(metavar="RUN", help="folders of runs, each given to fit as --run"),
     ],
     out: Annotated[
-        Path, typer.Option(help="path of the figure's files, without their endings")
+        Path, typer.Option(metavar="PATH", help="path of the figure's files, without their endings")
     ] = Path("fvu"),
-    title: Annotated[str | None, typer.Option(help="title of the figure")] = None,
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="title of the figure")] = None,
     json: Json = False,
 ) -> None:
     from mptrain.experiments.plot_runs import plot_runs, read_curves

@@ -151,7 +151,10 @@ def save_coders(
         typer.Argument(metavar="STORE", help="its store, where that has moved since the run"),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="torch device that computes thresholds, such as cpu or cuda:1")
+        str,
+        typer.Option(
+            metavar="TEXT", help="torch device that computes thresholds, such as cpu or cuda:1"
+        ),
     ] = "cpu",
     json: Json = False,
 ) -> None:
