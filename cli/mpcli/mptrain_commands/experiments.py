@@ -19,7 +19,8 @@ def sweep(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="only these figures, or panels FIGURE/HOOKPOINT-KIND-kK; * matches any text"
+            metavar="FIGURE",
+            help="only these figures, or panels FIGURE/HOOKPOINT-KIND-kK; * matches any text",
         ),
     ] = None,
     changes: Annotated[
