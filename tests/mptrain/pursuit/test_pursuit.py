@@ -141,6 +141,21 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
             torch.testing.assert_close(prediction_BD + residual_BD, x_BD, atol=1e-5, rtol=1e-5)
 
 
+@each_rule
+def test_of_equal_atoms_the_first_is_chosen(rule: Rule):
+    """Of whole numbers all scores are exact, so that an atom's double is its equal."""
+    generator = torch.Generator().manual_seed(0)
+    x_BD = torch.randint(-3, 4, (40, 6), generator=generator).double()
+    W_MD = torch.randint(-2, 3, (30, 6), generator=generator).double()
+    for way in ways(EXACT):
+        for doubled_MD in (torch.cat([W_MD, W_MD]), W_MD.repeat_interleave(2, 0)):
+            first = torch.tensor([doubled_MD.eq(w_D).all(1).int().argmax() for w_D in doubled_MD])
+            idx_BK, _, _ = run_select(way, x_BD, doubled_MD, doubled_MD, 2, rule)
+            used_K = idx_BK[idx_BK >= 0]
+            assert len(used_K) > 40
+            assert torch.equal(first[used_K], used_K)
+
+
 def used(idx_BK: Tensor) -> list[list[int]]:
     return [[latent for latent in row if latent >= 0] for row in idx_BK.tolist()]
 

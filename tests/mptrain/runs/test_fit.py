@@ -1,6 +1,7 @@
 """Laws of a run: stopping, watching and company change no bit of a coder."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import shutil
 import signal
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,19 +44,32 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(small_store(tmp_path_factory.mktemp("fit"))[0])
 
 
+@pytest.fixture(scope="module")
+def fitted(store: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Gives the folder of a whole run with some settings; tests share it, and only read it."""
+
+    @functools.cache
+    def run_with(**changes: Any) -> Path:
+        run = tmp_path_factory.mktemp("fitted") / "run"
+        fit(config(store, run, **changes))
+        return run
+
+    return run_with
+
+
 @pytest.mark.parametrize("optimizer", typing.get_args(Optimizer))
 @pytest.mark.parametrize("stops_at", [1, 7, 23])
 def test_interrupted_equals_uninterrupted(
-    store: str, tmp_path: Path, optimizer: str, stops_at: int
+    store: str, fitted: Callable[..., Path], tmp_path: Path, optimizer: str, stops_at: int
 ) -> None:
-    fit(config(store, tmp_path / "whole", optimizer=optimizer))
+    whole = fitted(optimizer=optimizer)
     broken = config(store, tmp_path / "broken", optimizer=optimizer)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, on_step=interrupt_at(stops_at))
     fit(broken)
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    assert lasting(tmp_path / "whole") == lasting(tmp_path / "broken")
-    assert equal(state(tmp_path / "whole"), state(tmp_path / "broken"))
+    assert equal(weights(whole), weights(tmp_path / "broken"))
+    assert lasting(whole) == lasting(tmp_path / "broken")
+    assert equal(state(whole), state(tmp_path / "broken"))
 
 
 @pytest.mark.parametrize("optimizer", typing.get_args(Optimizer))
@@ -109,15 +123,15 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_every_option_changes_the_coders(
-    store: str, tmp_path: Path, changes: dict[str, Any]
+    store: str, fitted: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     base = {"arch": changes.get("arch", ("mp", "topk"))}
     if "auxk_alpha" in changes:
         base["dead_rows"] = 1
-    first = fit(config(store, tmp_path / "base", **base))
-    second = fit(config(store, tmp_path / "other", **{**base, **changes}))
-    fvus = [{result.validation.fvu for result in results} for results in (first, second)]
-    assert fvus[0].isdisjoint(fvus[1])
+    results = json.loads((fitted(**base) / "results.json").read_text())
+    before = {result["validation"]["fvu"] for result in results}
+    after = fit(config(store, tmp_path / "other", **{**base, **changes}))
+    assert before.isdisjoint(result.validation.fvu for result in after)
 
 
 def test_back_ends_agree_but_are_named_apart(store: str, tmp_path: Path) -> None:
@@ -244,6 +258,7 @@ def test_damaged_and_foreign_coders_are_refused(store: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_keeps_its_state(
     store: str,
+    fitted: Callable[..., Path],
     tmp_path: Path,
     number: signal.Signals,
     stops_at: int,
@@ -256,7 +271,6 @@ def test_a_signal_ends_the_step_and_keeps_its_state(
         if calls == stops_at:
             os.kill(os.getpid(), number)
 
-    fit(config(store, tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt) as stopped:
         fit(config(store, tmp_path / "broken"), on_step=press)
     assert stopped.type is (KeyboardInterrupt if number == signal.SIGINT else Terminated)
@@ -265,8 +279,8 @@ def test_a_signal_ends_the_step_and_keeps_its_state(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     fit(config(store, tmp_path / "broken"), on_step=press)
     assert calls == 24
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    assert lasting(tmp_path / "whole") == lasting(tmp_path / "broken")
+    assert equal(weights(fitted()), weights(tmp_path / "broken"))
+    assert lasting(fitted()) == lasting(tmp_path / "broken")
 
 
 def test_a_second_ctrl_c_stops_at_once(store: str, tmp_path: Path) -> None:
