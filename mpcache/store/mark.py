@@ -1,6 +1,7 @@
 """Commit marks: what a mark says of one array's part, parsed, checked and written.
 
-A new field belongs into one of the dataclasses here, its check into `_is_consistent`.
+A new field goes into one of the dataclasses here, with None as its default because older marks lack
+it, and its check goes below `_is_consistent`.
 """
 
 import math
@@ -17,7 +18,7 @@ from mpcache.store.sealed_json import json_round_trip, seal, unseal
 from mpcache.validation import is_acts_array
 
 Cursor = tuple[int, int]
-"number of a document in the order of the seed, and the first of its tokens that is not yet stored"
+"number of a document in the order of the seed, and its first token that is not yet stored"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +129,13 @@ _STATISTICS = {f.name for f in fields(RowStatistics)}
 def parse_mark(
     data: bytes, part: int, array: str, layout: Layout, fingerprint: str, file: str
 ) -> Mark:
-    """The mark that a file holds. Its own digest only tells that it is whole.
+    """The mark that a file holds. The digest of a mark tells only that the mark is whole.
 
     Raises DamagedStoreError where the mark is damaged, or of another part or store.
     """
     content = unseal(data, file)
-    found = (content.get("part"), content.get("array"), content.get("split"))
-    if found != (part, array, layout.split_of(part)):
+    named = (content.get("part"), content.get("array"), content.get("split"))
+    if named != (part, array, layout.split_of(part)):
         raise DamagedStoreError(f"{file} is the mark of another part")
     if content.get("fingerprint", fingerprint) != fingerprint:
         raise DamagedStoreError(f"{file} is the mark of another store")

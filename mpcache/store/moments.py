@@ -45,7 +45,7 @@ class RowMeasurements:
 
 
 def measure_rows(x_RW: Float[Tensor, "R W"]) -> RowMeasurements:
-    """Read the rows once, a few at a time; every sum is in float64.
+    """Norms, moments and statistics of rows, read once, a few at a time; sums are in float64.
 
     Moments are summed about the first finite row, not about zero: where a mean is many times the
     deviation from it, nothing is lost.
@@ -53,9 +53,7 @@ def measure_rows(x_RW: Float[Tensor, "R W"]) -> RowMeasurements:
     rows, width = x_RW.shape
     finite = (x_RW[n] for n in range(rows) if x_RW[n].isfinite().all())
     sums = _Sums(next(finite, torch.zeros(width)))
-    scratch_RW = torch.empty(
-        _PIECE_ROWS, width
-    )  # allocated once: page faults cost more than the copy
+    scratch_RW = torch.empty(_PIECE_ROWS, width)  # once: page faults cost more than the copy
     norms_R = np.empty(rows)
     for start in range(0, rows, _PIECE_ROWS):
         stored_RW = x_RW[start : start + _PIECE_ROWS]

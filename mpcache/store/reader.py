@@ -183,9 +183,12 @@ class Store(StoreMetadata):
 def open_store(
     where: str | Path | Storage, cache_dir: str | None = None, cache_bytes: int | None = None
 ) -> Store:
-    """Open a store for reading; `cache_dir`, a local folder, keeps up to `cache_bytes` of it.
+    """Open a store for reading. It sees the parts that are committed when they are first listed.
 
-    `where` is a path, or an `s3://` or `gs://` URL.
+    Args:
+        where: Path, or `s3://` or `gs://` URL, of the store.
+        cache_dir: Local folder that keeps what is read of a distant store, for later reads.
+        cache_bytes: Most bytes in that folder; None: until a twentieth of its file system is left.
 
         >>> open_store("store").hookpoints
         ('layers.0', 'layers.1.mlp')

@@ -31,7 +31,7 @@ class Extent:
         return f"{self.rows_planned:,} rows of {self.rows_wanted:,} wanted: {reason}"
 
     def share(self, rows: float, part_rows: int) -> float:
-        """Collected rows as a share of the rows wanted, 1 at most."""
+        """Collected rows as a share of the rows wanted, at most 1."""
         if self.shortfall:
             return rows / self.rows_wanted
         if self.is_planned:  # rows wanted are rounded up to whole parts
@@ -40,7 +40,7 @@ class Extent:
 
 
 def extent_of(store: Store, rows: int | None = None) -> Extent:
-    """Of a collection of this many rows; None: of the largest that the store was asked for."""
+    """Extent of a collection of `rows` rows; None: of the largest collection so far."""
     asked = _most_asked(store) if rows is None else rows
     parts = store.layout.parts_for(asked)
     planned = [part for part in store.part_numbers(TOKENS) if part < parts]
@@ -57,12 +57,12 @@ def extent_of(store: Store, rows: int | None = None) -> Extent:
 
 
 def _most_asked(store: Store) -> int:
-    """Of the first collection from its config; of later ones from how far arrays were made."""
+    """Rows of the largest collection: the config has the first one, later ones grew the arrays."""
     rows = store.config.get("rows")
     first = rows if type(rows) is int and rows > 0 else 0
     parts = store.layout.parts_for(first)
     try:
         span = check_metadata(store.storage, array_specs(TOKENS, store.layout)[0])
     except DamagedStoreError:
-        span = 0  # for verify to say
+        span = 0  # mpcache verify reports it
     return first if span <= parts and first else max(span, parts) * store.part_rows

@@ -13,7 +13,7 @@ from mpcache.store.sealed_json import digest, unseal
 
 
 class StoreMetadata:
-    """What a store is made from and how it is laid out; rows are not looked at."""
+    """What `store.json` says: what a store is made from, and how it is laid out."""
 
     def __init__(self, storage: Storage) -> None:
         """Raises UsageError where there is no store, DamagedStoreError for damage."""
@@ -46,8 +46,8 @@ class StoreMetadata:
     @property
     def special_ids(self) -> tuple[int, ...] | None:
         """Token ids that the tokenizer calls special; None: the store does not tell."""
-        found = self.provenance.get("tokenizer", {}).get("special_ids")
-        return None if found is None else tuple(map(int, found))
+        ids = self.provenance.get("tokenizer", {}).get("special_ids")
+        return None if ids is None else tuple(map(int, ids))
 
     @property
     def largest_token_id(self) -> int:
