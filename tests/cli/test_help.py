@@ -22,7 +22,6 @@ HEAVY = (
     "matplotlib",
     "dask",
     "pydantic",
-    "rich",
 )
 
 
