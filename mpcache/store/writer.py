@@ -1,7 +1,7 @@
 """Write parts of a store: values are encoded, then handed to the commit protocol or to a repair."""
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from mpcache.store.mark import Mark, TokenProgress, parse_mark
 from mpcache.store.part_encoder import PartValues, acts_values, index_values, token_values
 
 
+@runtime_checkable
 class PartSink(Protocol):
     """What is done with an encoded part."""
 
