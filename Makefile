@@ -10,7 +10,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist wor
 # Checking the shape and type of every argument takes three times what the tests take themselves, so
 # it has a run of its own, over tests that together call every function with annotated shapes.
 CHECK_SHAPES := --jaxtyping-packages=mpcache,mptrain,beartype.beartype
-SHAPES := mpcache/data/test_packing.py mpcache/model/test_capture.py mptrain/coders mptrain/kernels
+DATA := chat_template documents packing packing_lone_documents text_tokenizer token_flags
+SHAPES := $(DATA:%=mpcache/data/test_%.py) mpcache/collection/test_chat_store.py \
+          mpcache/collection/test_token_datasets.py mpcache/model/test_capture.py \
+          mpcache/model/test_document_separation.py::test_both_kinds_of_attention \
+          mpcache/model/test_lone_documents.py mpcache/model/test_splice.py mptrain/coders \
+          mptrain/data/test_filters.py mptrain/evals mptrain/kernels mptrain/pursuit/test_refit.py \
+          mptrain/training/test_micro_batch.py mptrain/training/test_normalization.py
 RESIDUAL := layers.3,layers.5
 MLP := layers.3.mlp,layers.5.mlp
 COLLECT := $(BIN)/mpcache collect data/model data/corpus/train.parquet $(DEMO)/store \
@@ -23,7 +29,7 @@ TWINS := smollm2-demo llama-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 data.rows=1024 data.batch_rows=128 evaluation.eval_every=4 \
          evaluation.eval_rows=512 coder.expansion=2 loss.dead_rows=512
 
-.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes format peers clean
+.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes faults format peers clean
 install: .venv/installed
 
 # Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
@@ -71,7 +77,12 @@ tests: install
 	$(PYTEST)
 
 shapes: install
-	$(PYTEST) -m 'not slow' $(CHECK_SHAPES) $(SHAPES:%=tests/%)
+	$(PYTEST) -m 'not slow' -k 'not held_out' $(CHECK_SHAPES) $(SHAPES:%=tests/%)
+
+# Small faults, planted one at a time in a copy of the code: each must turn a test red.
+# `make faults ONLY='bias order'` tries those whose names contain one of the words.
+faults: install
+	$(BIN)/python -m tests.planted_faults $(ONLY)
 
 format: install
 	$(BIN)/ruff format -q .
