@@ -184,7 +184,7 @@ def test_an_imported_tool_neither_prints_nor_fails_by_its_warnings(
 def test_overcomplete_is_imported_without_its_vision_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A package whose start fails: its part is found, and nothing stands in for the package."""
+    """The SAEs of a package whose import fails are imported; no stand-in for the package stays."""
     for name in [name for name in sys.modules if name.split(".")[0] == "overcomplete"]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "overcomplete/sae").mkdir(parents=True)

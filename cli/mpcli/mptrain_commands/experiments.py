@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from mpcache.errors import UsageError
 from mpcli.arguments import Json, TrustRemoteCode
 from mpcli.errors import warnings_in_words
 from mpcli.tables import print_json, print_table
+
+if TYPE_CHECKING:  # torch is imported when the command runs
+    from mptrain.experiments.sweep import SweepResult
 
 
 def sweep(
@@ -64,6 +67,11 @@ def sweep(
             )
     except KeyboardInterrupt as stop:
         raise type(stop)("interrupted; the same command continues from there") from None
+    _print_result(result, experiment.header.folder, json)
+    return None
+
+
+def _print_result(result: "SweepResult", folder: str, json: bool) -> None:
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     rows = [dataclasses.asdict(verdict) for verdict in result.verdicts]
@@ -71,10 +79,9 @@ def sweep(
         print_json({"verdicts": rows, "files": list(map(str, result.files))})
     else:
         print_table(tuple(rows[0]), rows)
-        typer.echo(f"figures, tables and captions are in {experiment.header.folder}/figures")
+        typer.echo(f"figures, tables and captions are in {folder}/figures")
     if result.problems:
         raise UsageError("; ".join(result.problems))
-    return None
 
 
 def _print_estimate(estimate: dict[str, Any], json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Figures of an experiment: every line is there, can be told from others, and covers nothing."""
+"""Figures of an experiment: every line is drawn, differs from the others, and covers no text."""
 
 import itertools
 import math

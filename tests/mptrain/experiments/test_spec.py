@@ -44,8 +44,8 @@ def test_a_panel_for_each_k_and_hookpoint_and_a_coder_for_each_variant_and_seed(
 def test_red_and_blue_differ_in_their_architecture_alone(tmp_path):
     experiment = tiny_experiment(tmp_path, "optimizer.optimizer=adam", "loss.auxk_alpha=0.1")
     mp, topk, _ = experiment.panels[0].lines
-    for one, other in zip(mp.coders, topk.coders, strict=True):
-        assert one.name.replace("-mp-", "-topk-") == other.name
+    for coder, other in zip(mp.coders, topk.coders, strict=True):
+        assert coder.name.replace("-mp-", "-topk-") == other.name
     assert mp.variant.is_plain
     assert topk.variant.is_plain
 
