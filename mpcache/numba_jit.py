@@ -1,4 +1,4 @@
-"""Functions that Numba compiles at their first use, and keeps on disk where it can."""
+"""Compiles functions with Numba at their first use, and caches the result on disk if possible."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,12 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Any], Any]:
-    """`njit` for one thread's work; each process compiles anew where no folder can be written."""
+    """`njit` without the GIL. Without a writable cache folder, each process compiles again."""
 
     def decorate(function: Any) -> Any:
         try:
             return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # a read-only installation, and no home either, as in containers
+        except RuntimeError:  # no writable folder, as in some containers
             return njit(nogil=True, **options)(function)
 
     return decorate

@@ -19,6 +19,7 @@ from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.collection.progress import Progress
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents
+from mpcache.data.tokenization import find_chat_template
 from mpcache.model.architecture import load_vocabulary
 from mpcache.model.forward_batches import part_input
 from mpcache.model.hookpoint_patterns import Side
@@ -52,12 +53,15 @@ def bench(config: CollectConfig, repeats: int = 5) -> CollectMeasurement:
     """Measure both on `config.rows` rows in temporary stores. The first pair only warms up."""
     loaded = load_for_collection(config)
     documents = open_documents(config, load_vocabulary(config, loaded.tokenizer))
+    template = find_chat_template(documents, loaded.tokenizer, config)
     producer = ActivationProducer(config, loaded)
     seconds: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repeats + 1):
             path = Path(folder) / str(number)
-            collection = Collection(config, path, producer.facts, loaded.tokenizer, documents)
+            collection = Collection(
+                config, path, producer.facts, loaded.tokenizer, documents, template
+            )
             collection.write_tokens()
             jobs = collection.plan.jobs(open_store(path))
             # The model alone runs before and after, so that a machine that slows down favors

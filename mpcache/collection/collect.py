@@ -79,28 +79,30 @@ def collect(
         return _collect_with_workers(config, storage, parallel, waits, quiet)
     files = ModelFileSnapshot.take(find_source(config))
     tokenizer = load_tokenizer(config, files.source)
-    documents = _open_checked_documents(config, tokenizer)
+    documents, template = _open_checked_documents(config, tokenizer)
     loaded = load_for_collection(config, tokenizer, files)
     producer = ActivationProducer(config, loaded)
     # By these files a later collection below the same root knows the model without loading it.
     model_files = None if is_store(storage) else loaded.files_digest()
     facts = dataclasses.replace(producer.facts, model_files=model_files)
     collection = Collection(
-        config, storage, facts, loaded.tokenizer, documents,
+        config, storage, facts, loaded.tokenizer, documents, template,
         parallel=parallel, waits=waits, quiet=quiet,
     )  # fmt: skip
     return collection.run(functools.partial(collect_parts_here, producer, storage))
 
 
-def _open_checked_documents(config: CollectConfig, tokenizer: Tokenizer) -> Documents:
-    """Open the dataset before the weights are loaded, which is slow.
+def _open_checked_documents(
+    config: CollectConfig, tokenizer: Tokenizer
+) -> tuple[Documents, str | None]:
+    """The dataset and its chat template, opened before the weights are loaded, which is slow.
 
     Mistakes in the dataset, the chat template or the special tokens are then reported at once.
     """
     documents = open_documents(config, load_vocabulary(config, tokenizer))
-    find_chat_template(documents, tokenizer, config)
+    template = find_chat_template(documents, tokenizer, config)
     special_tokens_of(tokenizer, config)
-    return documents
+    return documents, template
 
 
 def _collect_with_workers(
@@ -113,12 +115,12 @@ def _collect_with_workers(
     from mpcache.collection.dask_client import DaskCollector  # Dask's scheduler is slow to import
 
     tokenizer = load_tokenizer(config)
-    documents = _open_checked_documents(config, tokenizer)
+    documents, template = _open_checked_documents(config, tokenizer)
     with DaskCollector(parallel, config, storage, quiet=quiet) as collector:
         facts = collector.model_facts()
         _check_same_tokenizer(tokenizer, facts)
         collection = Collection(
-            config, storage, facts, tokenizer, documents,
+            config, storage, facts, tokenizer, documents, template,
             parallel=parallel, waits=waits, quiet=quiet,
         )  # fmt: skip
         return collection.run(collector.collect_parts)

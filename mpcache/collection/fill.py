@@ -23,7 +23,7 @@ from mpcache.collection.token_stage import commit_tokens, missing_cursors, missi
 from mpcache.config import CollectConfig
 from mpcache.data.documents import Documents
 from mpcache.data.packing import FIRST_PARTS
-from mpcache.data.tokenization import chat_template_identity, find_chat_template, has_flags
+from mpcache.data.tokenization import chat_template_identity, has_flags
 from mpcache.data.vocabulary import Tokenizer, largest_token_id
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
@@ -51,7 +51,10 @@ class WaitConfig:
 
 
 class Collection:
-    """One collection into one store. Nothing is written before `run`."""
+    """One collection into one store. Nothing is written before `run`.
+
+    `template` is the chat template; None for documents that are no conversations.
+    """
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Collection:
         facts: ModelFacts,
         tokenizer: Tokenizer,
         documents: Documents,
+        template: str | None = None,
         *,
         parallel: CollectParallelConfig = CollectParallelConfig(),  # noqa: B008  frozen
         waits: WaitConfig = WaitConfig(),
@@ -73,7 +77,7 @@ class Collection:
         self.plan = CollectionPlan(
             facts.sides, self.layout.parts_for(config.rows), parallel.part_share
         )
-        self.template = find_chat_template(documents, tokenizer, config)
+        self.template = template
         digests = {**facts.digests, "dataset_digest": documents.digest}
         self.identity = identify(
             config, digests | chat_template_identity(self.template), facts.attention

@@ -402,7 +402,7 @@ def test_what_is_wrong_with_options_of_tokens_is_said_before_a_model_is_loaded(
     def never(*_: object, **__: object) -> None:
         pytest.fail("it was loaded")
 
-    monkeypatch.setattr("mpcache.collection.collect.load", never)
+    monkeypatch.setattr("mpcache.collection.collect.load_for_collection", never)
     monkeypatch.setattr("mpcache.collection.dask_client.DaskCollector.__enter__", never)
     folder = copy("whole")
     tiny_tokenizer(bos=None).save_pretrained(folder)
