@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mpcache.errors import UsageError
 from mptrain.config.checks import check_at_least
-from mptrain.config.coder import CoderSettings
+from mptrain.config.coder_settings import CoderSettings
 from mptrain.config.run import RunConfig
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mptrain.coders.topk_code import topk_encode
-from mptrain.config.coder import ScoreDtype
+from mptrain.config.coder_settings import ScoreDtype
 from mptrain.kernels.sparse import dictionary_row, sparse_decode, weighted_rows
 
 

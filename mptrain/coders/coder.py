@@ -16,7 +16,8 @@ from mptrain.coders.code import Code
 from mptrain.coders.decoder import Decoder
 from mptrain.coders.encoders import make_encoder
 from mptrain.coders.encoders.base import zeros
-from mptrain.config.coder import CoderConfig, Codes, k_error
+from mptrain.config.coder import CoderConfig, k_error
+from mptrain.config.coder_settings import Codes
 from mptrain.kernels.sparse import dictionary_row
 from mptrain.kernels.unit_norm import normalise_rows_, project_rows_
 
@@ -54,7 +55,7 @@ class Coder(nn.Module):
         self.config = config
         self.latents = config.latents_of(input_width)
         if config.k is not None:
-            self.check_k(config.k)
+            check_k(self, config.k)
         self.b_D = zeros(input_width, trained=config.bias)
         self.c_E = None if config.kind == "sae" else zeros(target_width, trained=config.bias)
         self.encoder = make_encoder(config, input_width)
@@ -103,8 +104,8 @@ class Coder(nn.Module):
             UsageError: this coder cannot be run with such a `k` or such codes.
         """
         over_batch = over_batch or k not in (None, self.config.k)
-        k = self.k if k is None else self.check_k(k)
-        codes = self.config.codes if codes is None else self.check_codes(codes)
+        k = self.k if k is None else check_k(self, k)
+        codes = self.config.codes if codes is None else check_codes(self, codes)
         threshold = None
         if self.batch_threshold is not None:
             k, threshold = self.batch_threshold.widen(k, over_batch)
@@ -158,13 +159,7 @@ class Coder(nn.Module):
         dictionaries = self.encoder.dictionaries()
         if self.decoder.starts_as_encoder:
             dictionaries.append(self.decoder_ME)
-        # where blocks share the rows of one dictionary, all blocks of the other start as these
-        rows, width = min(map(len, dictionaries)), len(self.b_D)
-        directions_MD = torch.randn(rows, width, generator=generator, device=generator.device)
-        directions_MD /= directions_MD.norm(dim=1, keepdim=True)
-        for dictionary_MD in dictionaries:
-            latents_M = torch.arange(len(dictionary_MD), device=generator.device)
-            dictionary_MD.copy_(directions_MD[dictionary_row(latents_M, directions_MD)])
+        _set_directions_(dictionaries, generator)
 
     @torch.no_grad()
     def normalise_(self) -> None:
@@ -180,23 +175,25 @@ class Coder(nn.Module):
             if rows.grad is not None:  # an mp coder that begins as another does not use all yet
                 project_rows_(rows.grad, rows)
 
-    def check_k(self, k: int) -> int:
-        """Return `k`; raise UsageError where this coder cannot be run with it."""
-        if error := k_error(self.config, k, self.latents):
-            raise UsageError(error)
-        return k
 
-    def check_codes(self, codes: Codes) -> Codes:
-        """Return `codes`; raise UsageError where this coder cannot be run with them."""
-        if codes != self.config.codes:
-            if not self.config.architecture.is_pursuit:
-                raise UsageError(
-                    f"codes {codes} are for mp coders, got arch {self.config.arch}; "
-                    "leave --codes out"
-                )
-            training_only = {name: getattr(CoderConfig, name) for name in _NOT_FOR_REFIT}
-            replace(self.config, codes=codes, **training_only)
-        return codes
+def check_k(coder: Coder, k: int) -> int:
+    """Return `k`; raise UsageError where the coder cannot be run with it."""
+    if error := k_error(coder.config, k, coder.latents):
+        raise UsageError(error)
+    return k
+
+
+def check_codes(coder: Coder, codes: Codes) -> Codes:
+    """Return `codes`; raise UsageError where the coder cannot be run with them."""
+    config = coder.config
+    if codes != config.codes:
+        if not config.architecture.is_pursuit:
+            raise UsageError(
+                f"codes {codes} are for mp coders, got arch {config.arch}; leave --codes out"
+            )
+        training_only = {name: getattr(CoderConfig, name) for name in _NOT_FOR_REFIT}
+        replace(config, codes=codes, **training_only)
+    return codes
 
 
 def coder_from_tensors(config: CoderConfig, tensors: Mapping[str, Tensor]) -> Coder:
@@ -206,6 +203,19 @@ def coder_from_tensors(config: CoderConfig, tensors: Mapping[str, Tensor]) -> Co
         coder = Coder(config, len(tensors["b_D"]), target_width)
     coder.load_state_dict(tensors, assign=True)
     return coder
+
+
+def _set_directions_(dictionaries: list[Tensor], generator: torch.Generator) -> None:
+    """Start all dictionaries as the same random unit-norm rows.
+
+    Where blocks share the rows of one dictionary, all blocks of the other start as these.
+    """
+    rows, width = min(map(len, dictionaries)), dictionaries[0].shape[1]
+    directions_MD = torch.randn(rows, width, generator=generator, device=generator.device)
+    directions_MD /= directions_MD.norm(dim=1, keepdim=True)
+    for dictionary_MD in dictionaries:
+        latents_M = torch.arange(len(dictionary_MD), device=generator.device)
+        dictionary_MD.copy_(directions_MD[dictionary_row(latents_M, directions_MD)])
 
 
 def _check_widths(config: CoderConfig, input_width: int, target_width: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.config.coder import ScoreDtype
+from mptrain.config.coder_settings import ScoreDtype
 from mptrain.kernels.sparse import latent_sums, row_products, weighted_rows
 
 _CPU_ELEMENTS = 1 << 21  # of one [b, M] matrix of pre-activations

@@ -9,13 +9,8 @@ from typing import Any, ClassVar
 from mpcache.errors import UsageError
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.checks import check_nonempty, check_unique
-from mptrain.config.coder import (
-    CoderConfig,
-    CoderSettings,
-    applies_to,
-    inapplicable_message,
-    is_compatible,
-)
+from mptrain.config.coder import CoderConfig, applies_to, inapplicable_message, is_compatible
+from mptrain.config.coder_settings import CoderSettings
 from mptrain.config.presets import PRESETS
 from mptrain.config.run import RunConfig
 from mptrain.config.sides import CoderSides, Kind, hookpoint_sides

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 from mptrain.coders.checkpoint import load_coder
-from mptrain.coders.coder import Coder
+from mptrain.coders.coder import Coder, check_codes, check_k
 from mptrain.coders.fvu import Fvu
 from mptrain.config.checks import check_cache_limit
-from mptrain.config.coder import Codes
+from mptrain.config.coder_settings import Codes
 from mptrain.config.sides import Side
 from mptrain.data.batches import release_after_use
 from mptrain.data.filters import Filters, filters_from_json
@@ -103,8 +103,8 @@ def evaluate_coder(
         store = store.limited_to(parts)
     _refuse_other_rows(coder, trained, store)
     sides = tuple(dict.fromkeys(coder.config.sides))
-    ks = dict.fromkeys([coder.config.k, *map(coder.check_k, other_k)])
-    codes = [coder.check_codes(c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
+    ks = dict.fromkeys([coder.config.k, *(check_k(coder, k) for k in other_k)])
+    codes = [check_codes(coder, c) for c in dict.fromkeys([coder.config.codes, *other_codes])]
     coder.to(torch_device)
     filters = filters_from_json(trained)
     others = {

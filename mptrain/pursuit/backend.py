@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from mptrain.config.coder import Backend, ScoreDtype
+from mptrain.config.coder_settings import Backend, ScoreDtype
 
 Resolved = Literal["direct", "gram", "shortlist"]
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mptrain.config.coder import CoderConfig, Select
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Select
 
 N_RESCORED = 4  # best atoms by inexact scores that are scored again
 

@@ -12,7 +12,8 @@ import torch
 from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.coders.encoders.pursuit import PursuitEncoder
-from mptrain.config.coder import CoderConfig, Optimizer
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Optimizer
 from mptrain.pursuit.backend import microbatch_rows, resolve_backend
 from mptrain.pursuit.refit import refit_rows
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup

@@ -5,7 +5,8 @@ Train steps are counted from 0.
 
 import math
 
-from mptrain.config.coder import BeginAs, CoderConfig, Schedule
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import BeginAs, Schedule
 
 
 def lr_factor(

@@ -11,7 +11,7 @@ from mpcli.arguments import Json, StoreArgument
 from mpcli.options import from_config
 from mpcli.spliced import spliced_figures
 from mpcli.tables import print_json, print_table
-from mptrain.config.coder import Codes
+from mptrain.config.coder_settings import Codes
 from mptrain.config.run import ReadCacheSettings
 
 

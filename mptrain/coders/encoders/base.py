@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mptrain.coders.code import Code
-from mptrain.config.coder import BeginAs, CoderConfig, Codes
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import BeginAs, Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 

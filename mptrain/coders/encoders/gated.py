@@ -9,7 +9,8 @@ from mptrain.coders.code import Code
 from mptrain.coders.encoders.base import Encoder, LossTerms, zeros
 from mptrain.coders.encoders.relu import l1_penalty, sparse_code
 from mptrain.coders.fvu import reconstruction_loss
-from mptrain.config.coder import CoderConfig, Codes
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 

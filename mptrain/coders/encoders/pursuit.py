@@ -10,7 +10,8 @@ from mptrain.coders.auxk import error_by_encoder, error_by_residual
 from mptrain.coders.code import Code
 from mptrain.coders.encoders.base import Encoder, zeros
 from mptrain.coders.topk_code import topk_encode
-from mptrain.config.coder import CoderConfig, Codes
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Codes
 from mptrain.pursuit.autograd import matching_pursuit
 from mptrain.pursuit.backend import AtomSearch
 from mptrain.pursuit.batch_threshold import EntryThreshold

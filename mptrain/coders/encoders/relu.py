@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mptrain.coders.code import Code
 from mptrain.coders.encoders.base import Encoder, LossTerms, zeros
-from mptrain.config.coder import CoderConfig, Codes
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 

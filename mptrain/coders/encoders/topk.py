@@ -9,7 +9,8 @@ from mptrain.coders.auxk import error_by_encoder
 from mptrain.coders.code import Code
 from mptrain.coders.encoders.base import Encoder, zeros
 from mptrain.coders.topk_code import topk_encode
-from mptrain.config.coder import CoderConfig, Codes
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Codes
 from mptrain.kernels.sparse import strongest
 from mptrain.pursuit.batch_threshold import EntryThreshold
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain.config.coder import CoderSettings
+from mptrain.config.coder_settings import CoderSettings
 from mptrain.pursuit import backend as search_module
 from mptrain.pursuit import backward as reverse_module
 from mptrain.pursuit import numba_backend as cpu

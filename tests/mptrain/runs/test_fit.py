@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
 from mptrain.coders.checkpoint import load_coder
-from mptrain.config.coder import Optimizer
+from mptrain.config.coder_settings import Optimizer
 from mptrain.config.fit import FitConfig
 from mptrain.config.sides import Side
 from mptrain.data.atomic_files import write_json

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mptrain.config.coder import Optimizer
+from mptrain.config.coder_settings import Optimizer
 from mptrain.runs.fit import fit
 from tests.helpers.fits import config, equal, lasting, state, weights
 from tests.helpers.killers import fit_until_killed

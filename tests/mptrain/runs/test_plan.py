@@ -20,7 +20,7 @@ from mpcli.mptrain import app as mptrain
 from mpcli.values import count
 from mptrain.bench.measure import peak_bytes
 from mptrain.coders.coder import Coder
-from mptrain.config.coder import Optimizer
+from mptrain.config.coder_settings import Optimizer
 from mptrain.pursuit.numba_backend import free_room
 from mptrain.runs import fit as fit_stage
 from mptrain.runs import run_dir as runs

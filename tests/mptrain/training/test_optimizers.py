@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mptrain.coders.coder import Coder
-from mptrain.config.coder import CoderConfig, Optimizer, Schedule
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Optimizer, Schedule
 from mptrain.training.optimizers import Optimizers, lr_factor, make_optimizers, peak_lr
 
 

@@ -11,7 +11,8 @@ from mptrain.coders.code import Code
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import batch_fvu, reconstruction_loss
 from mptrain.config.architectures import Arch
-from mptrain.config.coder import CoderConfig, Kind, Optimizer
+from mptrain.config.coder import CoderConfig, Kind
+from mptrain.config.coder_settings import Optimizer
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers import reference
 from tests.helpers.trainers import BASE, STEPS, TRANSCODER, D, make_learner, rows_of, train_

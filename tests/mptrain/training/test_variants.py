@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mptrain.coders.fvu import reconstruction_loss
 from mptrain.config.architectures import ARCHITECTURES, architectures_with
-from mptrain.config.coder import CoderConfig, CoderSettings, is_compatible
+from mptrain.config.coder import CoderConfig, is_compatible
+from mptrain.config.coder_settings import CoderSettings
 from mptrain.config.presets import PRESETS
 from mptrain.training.schedules import coded_as, k_at
 from mptrain.training.train_step import CoderTrainer
