@@ -67,9 +67,7 @@ def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path:
         device="cpu",
     )  # fmt: skip
     fit(config)
-    with Loader(
-        store, MLP, "train", batch_rows=100, seed=0, device=torch.device("cpu"), facts=("token",)
-    ) as loader:
+    with Loader(store, MLP, "train", batch_rows=100, row_fields=("token",)) as loader:
         batches = list(loader.one_pass())
     rows = sum(store.tokens.token_count(p.number) for p in store.parts(MLP, "train"))
     assert sum(batch.rows for batch in batches) == rows

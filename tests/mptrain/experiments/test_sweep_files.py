@@ -73,8 +73,8 @@ def test_a_full_size_file_starts_on_a_small_model_of_its_architecture(name, tmp_
     store = collect_sides(small, config, small.sides)
     (run,) = plan_runs(tmp_path / "run", small.coders, ())
     results = fit(run_config(small, run, store))
-    assert {result["coder"] for result in results} == {coder.name for coder in small.coders}
-    assert not any(result["diverged"] for result in results)
+    assert {result.coder for result in results} == {coder.name for coder in small.coders}
+    assert not any(result.diverged for result in results)
     assert max(record.step for record in read_records(run.folder / "metrics.jsonl")) == 2
 
 

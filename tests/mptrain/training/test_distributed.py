@@ -222,7 +222,7 @@ def test_shared_rows_train_what_one_process_does(store: str, tmp_path: Path) -> 
         # would be counted twice as fast by ranks that both train on all rows
         assert both.dead_share == pytest.approx(one.dead_share, abs=0.05)
     continued = fit(fits.config(store, tmp_path / "shared"))
-    assert not any(result["diverged"] for result in continued)
+    assert not any(result.diverged for result in continued)
 
 
 @pytest.mark.slow
