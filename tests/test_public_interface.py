@@ -22,6 +22,7 @@ from tests.helpers.stores import small_store
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (mpcache, mptrain)
 NAMES = [(package, name) for package in PACKAGES for name in package.__all__]
+RETURNED = {"Code", "Evaluation", "HookpointReport"}  # shown by the examples of functions
 CODE_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -69,6 +70,22 @@ def test_importing_the_packages_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES, ids=[name for _, name in NAMES])
+def test_a_public_name_is_documented(package, name: str) -> None:
+    """Functions say what they raise; they and the classes that users make have an example."""
+    thing = getattr(package, name)
+    if not (inspect.isclass(thing) or inspect.isroutine(thing)):
+        return
+    doc = inspect.getdoc(thing) or ""
+    assert doc
+    if name in RETURNED or (inspect.isclass(thing) and issubclass(thing, Exception)):
+        return
+    other = re.search(r"Example: see `(\w+)`", doc)
+    assert examples_of(thing) or (other and other[1] in package.__all__), f"{name} has no example"
+    if inspect.isroutine(thing):
+        assert "Raises:" in doc, f"{name} does not say what it raises"
 
 
 @pytest.mark.parametrize(("package", "name"), NAMES, ids=[name for _, name in NAMES])

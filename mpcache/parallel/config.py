@@ -56,7 +56,15 @@ class WorkersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CollectParallelConfig(WorkersConfig):
-    """The processes that run the model during a collection."""
+    """The processes that run the model during a collection.
+
+    They change the speed, never what a store holds. The default is this process alone. Raises
+    UsageError where two settings exclude each other.
+
+    Example:
+        >>> from mpcache import CollectParallelConfig
+        >>> job = CollectParallelConfig(share="2/8")  # the second of an array of 8 jobs
+    """
 
     group: ClassVar[str] = "Parallel"
 

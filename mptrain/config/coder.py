@@ -16,7 +16,20 @@ _SHORTLIST = ("shortlist_size", "shortlist_refresh")
 
 @dataclass(frozen=True, kw_only=True)
 class CoderConfig(CoderSettings):
-    """One coder: what it reads and predicts, its mathematics and how it is trained."""
+    """One coder: what it reads and predicts, its mathematics and how it is trained.
+
+    `name` holds every field that is not default, and is the name of the coder's folder in a run.
+    Raises UsageError where a value is out of its range or two settings contradict each other.
+
+    Example:
+        >>> from mptrain import CoderConfig
+        >>> side = ("layers.1.mlp:output",)
+        >>> config = CoderConfig(
+        ...     inputs=side, targets=side, kind="sae", arch="topk", k=32, expansion=16
+        ... )
+        >>> config.name
+        'layers.1.mlp-sae-topk-k32-x16-seed0'
+    """
 
     inputs: tuple[str, ...]
     "sides that it reads, as HOOKPOINT:input or HOOKPOINT:output"

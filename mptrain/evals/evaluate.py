@@ -71,9 +71,9 @@ def evaluate(
 
 
 def evaluate_coder(
-    folder: Path,
+    folder: str | Path,
     store_path: str | Path,
-    other_k: Sequence[int],
+    other_k: Sequence[int] = (),
     rows: int | None = None,
     device: str = "auto",
     other_codes: Sequence[Codes] = (),
@@ -81,23 +81,44 @@ def evaluate_coder(
     cache_dir: str | None = None,
     cache_bytes: int | None = None,
 ) -> list[Evaluation]:
-    """Evaluate a saved coder on held-out rows, at its own K and codes, and at others.
+    """Evaluate a saved coder on a store's validation rows.
 
-    Filters are those it was trained with; `parts` are those of the store to read, all if None;
-    `cache_dir` and `cache_bytes` are as in a run. At another K, a batch- coder gets a
-    threshold from the store's train rows, as it did for its own K at the end of its training.
-    The store must have the fingerprint of the one it was trained on: another dataset or seed may
-    hold train rows among its held-out ones.
+    The rows are filtered as they were in training. At another K, a batch- coder gets a threshold
+    from the store's train rows, as it got one for its own K at the end of its training.
+
+    Args:
+        folder: folder of the coder, `RUN/coders/NAME`.
+        store_path: path or URL of the store. Its fingerprint must be that of the store that the
+            coder was trained on: in another store, train rows may be among the validation rows.
+        other_k: evaluate also with these K.
+        rows: validation rows to evaluate on, all if None.
+        device: torch device; `auto` is the first GPU, or the CPU.
+        other_codes: evaluate an mp coder also with values by these codes.
+        parts: numbers of the store's parts to read, all if None.
+        cache_dir: local folder that keeps what is read from a remote store.
+        cache_bytes: most bytes in `cache_dir`.
+
+    Returns:
+        An evaluation for the coder's own K and codes, then one for each other K and codes.
 
     Raises:
-        ValueError: no coder, no store or not one for this coder, or a `k`, `rows` or
-            codes that it cannot be run with.
+        UsageError: there is no such coder or store, the store is not the coder's, or the coder
+            cannot be run with a K or with codes.
+        DamagedStoreError: the store's bytes are not what was committed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from mptrain import evaluate_coder
+        >>> (folder,) = Path("run/coders").iterdir()
+        >>> own, other = evaluate_coder(folder, "store", other_k=(1,))
+        >>> own.k, other.k, own.fvu < other.fvu
+        (3, 1, True)
     """
     if rows is not None and rows < 1:
         raise UsageError(f"rows must be at least 1, got {rows}")
     check_cache_limit(cache_dir, cache_bytes)
     torch_device = resolve_device(device)
-    coder, trained = load_coder(folder)
+    coder, trained = load_coder(Path(folder))
     store = open_store(store_path, cache_dir, cache_bytes)
     if parts is not None:
         store = store.limited_to(parts)
