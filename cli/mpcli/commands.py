@@ -17,7 +17,7 @@ from mpcli.groups import DEFAULT_GROUP, GROUPS, ON
 _WIDEST = 120  # columns of help; longer lines are hard to read
 _PLAIN: dict[str, Any] = {
     "add_completion": False,
-    "rich_markup_mode": None,  # rich would add half to the time that --help takes
+    "rich_markup_mode": None,  # rich doubles the time of --help and squeezes long choices
     "pretty_exceptions_enable": False,
 }
 

@@ -38,6 +38,12 @@ class LoadConfigFrom:
         annotation = Annotated[str, info]
         return inspect.Parameter(self.name, _KEYWORD, default=None, annotation=annotation)
 
+    def check_complete(self, required: Mapping[str, str], given: Mapping[str, Any]) -> None:
+        """Refuse a config that is not loaded and lacks a required field."""
+        missing = [spelling for name, spelling in required.items() if name not in given]
+        if missing:
+            raise UsageError(f"{', '.join(missing)} must be given, or --{self.name} {self.metavar}")
+
 
 def from_config(
     *config_types: type,
@@ -80,8 +86,7 @@ def from_config(
                     configs = [load_from.load(source, given[0])]
                 else:
                     if load_from:
-                        missing = [text for name, text in required.items() if name not in given[0]]
-                        _refuse_missing(missing, load_from)
+                        load_from.check_complete(required, given[0])
                     configs = [cls(**own) for cls, own in zip(config_types, given, strict=True)]
             except ValueError as error:
                 raise with_variables(error, ctx, [p.name for p in fields]) from error
@@ -92,13 +97,22 @@ def from_config(
         options.sort(key=lambda p: _rank(p, tuple(first or ())))
         context = inspect.Parameter("ctx", _KEYWORD, annotation=typer.Context)
         parameters = [context, *positional, *options, *own]
-        command.__name__ = function.__name__
-        command.__doc__ = function.__doc__
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by Typer
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
+        return _with_signature(command, function, parameters)
 
     return decorate
+
+
+def _with_signature(
+    command: Callable[..., None],
+    function: Callable[..., None],
+    parameters: Sequence[inspect.Parameter],
+) -> Callable[..., None]:
+    """Give a command the name and doc of a function, and the parameters that Typer reads."""
+    command.__name__ = function.__name__
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # Typer's
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 def _rank(parameter: inspect.Parameter, first: tuple[str, ...]) -> tuple[int, bool]:
@@ -177,10 +191,3 @@ def _pop_given(values: dict[str, Any], group: Sequence[inspect.Parameter]) -> di
             value = tuple(x for group in value for x in group)
         given[name] = value
     return given
-
-
-def _refuse_missing(missing: Sequence[str], load_from: LoadConfigFrom) -> None:
-    if missing:
-        raise UsageError(
-            f"{', '.join(missing)} must be given, or --{load_from.name} {load_from.metavar}"
-        )

@@ -15,6 +15,16 @@ from mpcli.tables import print_json, print_table
 if TYPE_CHECKING:  # torch is imported when the command runs
     from mptrain.experiments.sweep import SweepResult
 
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        envvar="MPTRAIN_SET",
+        help="change a setting of the file",
+    ),
+]
+
 
 def sweep(
     *,
@@ -26,15 +36,7 @@ def sweep(
             help="only these figures, or panels FIGURE/HOOKPOINT-KIND-kK; * matches any text",
         ),
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="TABLE.KEY=VALUE",
-            envvar="MPTRAIN_SET",
-            help="change a setting of the file",
-        ),
-    ] = None,
+    changes: Changes = None,
     dry_run: Annotated[
         bool,
         typer.Option(
