@@ -195,7 +195,7 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("memory")
-def test_waiting_is_told_once(
+def test_waiting_is_announced_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def away(*_: object) -> None:

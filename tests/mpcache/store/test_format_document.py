@@ -80,7 +80,7 @@ def test_the_lazy_reader_reads_what_is_committed(made: Path) -> None:
             assert np.array_equal(found.astype(np.float32), wanted.numpy())
 
 
-def test_the_permutation_is_as_told(made: Path) -> None:
+def test_the_permutation_is_as_documented(made: Path) -> None:
     """Section 5, with Python's own integers."""
     store = open_store(made)
     seed, words = store.identity["seed"], 1 << 64

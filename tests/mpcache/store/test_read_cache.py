@@ -346,7 +346,7 @@ for part in store.parts([("layers.0", "output")], "train"):
 """
 
 
-def test_processes_and_threads_share_a_tier(made: tuple[Path, str], tmp_path: Path) -> None:
+def test_processes_and_threads_share_a_cache(made: tuple[Path, str], tmp_path: Path) -> None:
     path, url = made
     folder = str(tmp_path / "cache")
     with subprocess.Popen(
