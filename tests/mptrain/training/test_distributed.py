@@ -187,7 +187,7 @@ def test_spread_coders_equal_solo_runs_and_continue_where_one_process_stopped(
     process = torchrun(store, tmp_path / "broken", "--spread", "coders")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    assert out.count("this table in") == 1, "only the first process tells"
+    assert out.count("this table is in") == 1, "only the first process tells"
     for found in (fits.weights, fits.state):
         assert fits.equal(found(tmp_path / "whole"), found(tmp_path / "broken"))
     assert fits.lasting(tmp_path / "whole") == fits.lasting(tmp_path / "broken")
