@@ -18,7 +18,7 @@ def spliced_figures(
     from mpcache.model.splice import SplicedModel
     from mptrain.coders.checkpoint import load_coder
     from mptrain.data.filters import filters_from_json
-    from mptrain.evals.loss_recovered import Prediction, recovered
+    from mptrain.evals.loss_recovered import Prediction, measure_loss_recovered
 
     coder, trained = load_coder(folder)
     spliced = SplicedModel(store, model, revision, device, trust_remote_code)
@@ -34,4 +34,6 @@ def spliced_figures(
         )
         for example in spliced.examples()
     )
-    return recovered(coder, predictions, filters_from_json(trained)).figures(spliced.head)
+    return measure_loss_recovered(coder, predictions, filters_from_json(trained)).figures(
+        spliced.head
+    )

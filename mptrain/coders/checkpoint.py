@@ -21,7 +21,7 @@ from mptrain.data.atomic_files import json_text, read_json, write_folder
 CODER_FORMAT = 2
 
 
-def save_coder(folder: Path, coder: Coder, trained: Mapping[str, Any]) -> None:
+def save_coder(folder: str | Path, coder: Coder, trained: Mapping[str, Any]) -> None:
     """Write `coder.json` and `coder.safetensors` into a folder, whole or not at all.
 
     `trained` is kept in the JSON: plain values that tell how the coder was trained.
@@ -56,10 +56,10 @@ def save_coder(folder: Path, coder: Coder, trained: Mapping[str, Any]) -> None:
         "coder.json": lambda path: path.write_text(json_text(about)),
         "coder.safetensors": partial(save_tensors, coder.state_dict()),
     }
-    write_folder(folder, writers)
+    write_folder(Path(folder), writers)
 
 
-def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
+def load_coder(folder: str | Path) -> tuple[Coder, dict[str, Any]]:
     """Read what `save_coder` wrote: the coder, on the CPU, and how it was trained.
 
     Files of format version 1 are read too. Example: see `save_coder`.
@@ -67,6 +67,7 @@ def load_coder(folder: Path) -> tuple[Coder, dict[str, Any]]:
     Raises:
         UsageError: the folder holds no coder, a damaged one, or one of an unknown format version.
     """
+    folder = Path(folder)
     try:
         about = read_json(folder / "coder.json", remedy="train the coder again")
         tensors = load_file(folder / "coder.safetensors")

@@ -98,7 +98,7 @@ class Coder(nn.Module):
 
         batch-mp has up to `2 k` entries a row, batch-topk up to `4 k`: those above its threshold;
         with `over_batch`, or another `k` than its own, the strongest of all these rows, `k` a row
-        on average. `thresholds.at_k` makes a coder that has a threshold for another `k`.
+        on average. `thresholds.coder_at_k` makes a coder that has a threshold for another `k`.
 
         Raises:
             UsageError: this coder cannot be run with such a `k` or such codes.

@@ -1,7 +1,8 @@
-"""Named recipes: the paper's form of matching pursuit, and each variant of the ablations.
+"""Named variants of matching pursuit: the paper's form, and those of the ablations.
 
-The variants are those of `sparsify`'s branch `mp-sae` ("Matching Pursuit SAEs replication",
-EleutherAI 2025), without its faults; the names in brackets are its options.
+`PRESETS` maps each name to the options of `CoderConfig` that the variant sets. The variants are
+those of `sparsify`'s branch `mp-sae` ("Matching Pursuit SAEs replication", EleutherAI 2025),
+without its faults; the names in brackets are that branch's options.
 """
 
 from collections.abc import Mapping

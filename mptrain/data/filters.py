@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpcache.errors import UsageError
 from mptrain.config.run import OnlyTokens, RunConfig
-from mptrain.config.sides import Side
+from mptrain.config.sides import Side, parse_side
 from mptrain.data.columns import ASSISTANT, TOKEN, RowField, norm_of
 from mptrain.data.loader import Batch, Store, check_assistant_known
 
@@ -91,7 +91,7 @@ def filters_from_json(trained: Mapping[str, Any]) -> Filters:
     return Filters(
         skip_positions=trained["skip_positions"],
         skip_tokens=tuple(trained.get("skip_tokens", ())),
-        norm_limits={_side(name): limit for name, limit in limits.items()},
+        norm_limits={parse_side(name): limit for name, limit in limits.items()},
         allow_nonfinite=trained["allow_nonfinite"],
         only_tokens=trained.get("only_tokens", "all"),
     )
@@ -141,8 +141,3 @@ def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
             )
         ids |= set(store.special_ids)
     return tuple(sorted(ids))
-
-
-def _side(name: str) -> Side:
-    hookpoint, _, side = name.rpartition(":")
-    return hookpoint, side

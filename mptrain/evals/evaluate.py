@@ -23,7 +23,7 @@ from mptrain.config.sides import Side
 from mptrain.data.batches import release_after_use
 from mptrain.data.filters import Filters, filters_from_json
 from mptrain.data.loader import Batch, Loader, Split, Store, open_store
-from mptrain.evals.thresholds import MOST_ROWS_READ, at_k, set_thresholds_
+from mptrain.evals.thresholds import MOST_ROWS_READ, coder_at_k, set_thresholds_
 from mptrain.kernels.device import resolve_device
 from mptrain.kernels.sparse import active_latents
 
@@ -32,18 +32,18 @@ _BATCH_ROWS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How well a coder does on a set of rows."""
+    """How well a coder does on a set of rows, all rows taken together (not a mean over batches)."""
 
     k: int | None
     "latents of a row that the coder was run with; None: its architecture has no K"
     codes: Codes | None
     "how the values of a pursuit were computed; None: the coder has an encoder"
     rows: int
-    "rows evaluated, without those left out"
+    "rows that the filters keep, which all figures but fvu_all are of"
     fvu: float
-    "fraction of variance unexplained, over all rows evaluated together"
+    "fraction of variance unexplained: `sum |y - y_hat|^2 / sum |y - mean|^2`"
     fvu_all: float
-    "the same with the rows that the filters leave out, as training does"
+    "FVU over all rows, including those that the filters exclude from training"
     l0: float
     "mean number of distinct latents with a non-zero value"
     l0_deviation: float | None
@@ -53,7 +53,7 @@ class Evaluation:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of it are numbers; else the coder has diverged, or there were no rows."""
+        """Whether all figures are numbers; if not, the coder diverged, or there were no rows."""
         return all(math.isfinite(v) for v in asdict(self).values() if isinstance(v, float))
 
 
@@ -63,7 +63,7 @@ def evaluate(
     filters: Filters,
 ) -> list[Evaluation]:
     """Evaluate coders, each with its K and codes, on the same batches."""
-    tallies = [_Tally(*coder_at_k, filters) for coder_at_k in coders]
+    tallies = [_Tally(coder, k, codes, filters) for coder, k, codes in coders]
     for batch in batches if tallies else ():
         for tally in tallies:
             tally.add_(batch)
@@ -129,7 +129,7 @@ def evaluate_coder(
     coder.to(torch_device)
     filters = filters_from_json(trained)
     others = {
-        k: at_k(coder, k)
+        k: coder_at_k(coder, k)
         for k in ks
         if k is not None and k != coder.config.k and coder.config.architecture.has_threshold
     }

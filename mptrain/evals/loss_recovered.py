@@ -1,4 +1,4 @@
-"""What a coder keeps of the language model's behaviour, spliced in at its hookpoint.
+"""What a coder keeps of the language model's behaviour when its prediction replaces the target.
 
 B: sequences. L: tokens in a sequence. N: predictions that count. V: size of the vocabulary.
 D: input width, E: target width.
@@ -17,7 +17,7 @@ from mptrain.coders.coder import Coder
 from mptrain.data.filters import Filters
 
 Replace = Callable[[Tensor, Tensor], Tensor]
-# logits [B, L, V] of the model, with the hookpoint's output replaced where a replacement is given
+# logits [B, L, V] of the model, with the target side replaced where a replacement is given
 Run = Callable[[Replace | None], Tensor]
 
 
@@ -36,7 +36,7 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recovered:
+class LossRecovered:
     """Cross-entropies in nats a token, over the same held-out tokens."""
 
     tokens: int
@@ -44,9 +44,9 @@ class Recovered:
     ce_clean: float
     "the model as it is"
     ce_spliced: float
-    "the hookpoint's output replaced by the coder's prediction"
+    "the target side replaced by the coder's prediction"
     ce_zero: float
-    "the hookpoint's output replaced by zeros"
+    "the target side replaced by zeros"
     ce_recovered: float | None
     "(ce_zero - ce_spliced) / (ce_zero - ce_clean): 1: nothing lost; None: zeros cost nothing"
     kl: float
@@ -58,7 +58,9 @@ class Recovered:
         return {f"{prefix}{name}": value for name, value in asdict(self).items()}
 
 
-def recovered(coder: Coder, predictions: Iterable[Prediction], filters: Filters) -> Recovered:
+def measure_loss_recovered(
+    coder: Coder, predictions: Iterable[Prediction], filters: Filters
+) -> LossRecovered:
     """Splice the coder into the model; tokens whose rows it never saw stay clean.
 
     A token that is hidden from the model counts as the token that it is.
@@ -74,7 +76,7 @@ def recovered(coder: Coder, predictions: Iterable[Prediction], filters: Filters)
             "or hold special tokens alone; collect with a longer ctx_len, or other documents"
         )
     clean, spliced, zero, kl = (sums / tokens).tolist()
-    return Recovered(
+    return LossRecovered(
         tokens=tokens,
         ce_clean=clean,
         ce_spliced=spliced,

@@ -24,7 +24,7 @@ MOST_ROWS_READ = 8 * THRESHOLD_ROWS  # in search of them
 Sides = tuple[Side, Side]
 
 
-def at_k(coder: Coder, k: int) -> Coder:
+def coder_at_k(coder: Coder, k: int) -> Coder:
     """The same weights as a coder of another K; its threshold has yet to be set."""
     return coder_from_tensors(replace(coder.config, k=k), coder.state_dict())
 

@@ -23,7 +23,7 @@ from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.sides import hookpoint_sides
 from mptrain.data.filters import Filters
-from mptrain.evals.loss_recovered import Prediction, Recovered, recovered
+from mptrain.evals.loss_recovered import LossRecovered, Prediction, measure_loss_recovered
 from tests.helpers.hookpoint_families import FAMILIES, GROUPED
 from tests.helpers.models import tiny_tokenizer
 from tests.helpers.stores import small_config
@@ -166,7 +166,7 @@ def spliced(folder: Path) -> SplicedModel:
     return SplicedModel(folder / "store", str(folder / "model"), "main", "cpu")
 
 
-def scores(model: SplicedModel, hookpoint: str) -> Recovered:
+def scores(model: SplicedModel, hookpoint: str) -> LossRecovered:
     config = CoderConfig(
         **hookpoint_sides(hookpoint, "sae"), kind="sae", arch="mp", k=4, expansion=1
     )
@@ -182,7 +182,7 @@ def scores(model: SplicedModel, hookpoint: str) -> Recovered:
         )
         for e in model.examples()
     )
-    return recovered(coder, predictions, Filters(norm_limits={}))
+    return measure_loss_recovered(coder, predictions, Filters(norm_limits={}))
 
 
 @pytest.mark.parametrize("kind", [t.BertForMaskedLM, t.BertForPreTraining])

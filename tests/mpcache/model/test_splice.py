@@ -19,7 +19,7 @@ from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.sides import hookpoint_sides
 from mptrain.data.filters import Filters
-from mptrain.evals.loss_recovered import Prediction, recovered
+from mptrain.evals.loss_recovered import Prediction, measure_loss_recovered
 from tests.helpers.chats import chat_config, chat_store
 from tests.helpers.models import save_tiny, tiny_tokenizer
 from tests.helpers.stores import small_config, small_store
@@ -54,7 +54,7 @@ def scores(spliced: SplicedModel, coder: Coder, skip_positions: int = 0, only_to
         for e in spliced.examples()
     )
     filters = Filters(skip_positions=skip_positions, norm_limits={}, only_tokens=only_tokens)
-    return recovered(coder, predictions, filters)
+    return measure_loss_recovered(coder, predictions, filters)
 
 
 def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> Coder:
@@ -172,4 +172,4 @@ def test_nothing_to_predict_is_no_figure(made: tuple[Path, SplicedModel]) -> Non
         )
     ]
     with pytest.raises(ValueError, match="must have a token to predict"):
-        recovered(coder(), predictions, Filters(norm_limits={}))
+        measure_loss_recovered(coder(), predictions, Filters(norm_limits={}))

@@ -19,7 +19,7 @@ from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
 from mptrain.evals import thresholds
 from mptrain.evals.evaluate import evaluate_coder
-from mptrain.evals.thresholds import at_k, first_entries, latent_strengths, set_thresholds_
+from mptrain.evals.thresholds import coder_at_k, first_entries, latent_strengths, set_thresholds_
 from mptrain.runs.fit import fit
 from mptrain.runs.results import l0_warnings
 from tests.helpers.fits import config, equal, interrupt_at, weights
@@ -216,6 +216,6 @@ def test_without_rows_or_latents_nothing_is_cut(arch: Any) -> None:
 
 def test_another_k_shares_the_weights() -> None:
     coder = new_coder("batch-mp")
-    other = at_k(coder, 5)
+    other = coder_at_k(coder, 5)
     assert other.config == replace(coder.config, k=5)
     assert other.decoder_ME.data_ptr() == coder.decoder_ME.data_ptr()
