@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain.coders import topk as topk_module
+from mptrain.coders import topk_code as topk_module
 from mptrain.coders.topk_code import topk_encode
 from mptrain.kernels import prefix_errors as prefix_module
 from mptrain.kernels.prefix_errors import prefix_squares
