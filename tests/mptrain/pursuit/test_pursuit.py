@@ -80,7 +80,8 @@ def test_equals_reference(
     layout: Layout, rule: Rule, sizes: dict[str, int], k: int, tolerance: float, unit: bool
 ):
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), sizes, k, unit=unit)
-    expected = reference.pursue(x_BD.numpy(), W_MD.numpy(), k, U_MD=U_MD.numpy(), **rule._asdict())
+    options = {"select": rule.select, "tolerance": rule.tolerance, "block": rule.block}
+    expected = reference.pursue(x_BD.numpy(), W_MD.numpy(), k, U_MD=U_MD.numpy(), **options)
     for way in ways(EXACT, layout.in_blocks):
         found = run_select(way, x_BD, W_MD, U_MD, k, rule)
         assert_well_formed(*found[:2], rule.block)
