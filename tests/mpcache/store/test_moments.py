@@ -54,6 +54,29 @@ def test_a_dimension_far_from_zero_loses_nothing() -> None:
     assert merge_moments([found, found]).rows == 10_000
 
 
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=5),
+    offset=st.sampled_from([0.0, 3.0, 3000.0]),
+    seed=st.integers(0, 99),
+)
+def test_moments_of_parts_merge_to_those_of_all_rows(
+    sizes: list[int], offset: float, seed: int
+) -> None:
+    """Whatever the parts' own means; a part may have no finite row."""
+    draw = torch.Generator().manual_seed(seed)
+    parts = [
+        torch.randn(rows, 3, generator=draw) + offset * torch.randn(3, generator=draw)
+        for rows in sizes
+    ]
+    merged = merge_moments([measure_rows(x_RW).moments for x_RW in parts])
+    exact = torch.cat(parts).double()
+    assert merged.rows == len(exact)
+    if len(exact):
+        torch.testing.assert_close(merged.mean_W, exact.mean(0), rtol=1e-12, atol=1e-12)
+        variance_W = exact.var(0, correction=0)
+        torch.testing.assert_close(merged.variance_W, variance_W, rtol=1e-9, atol=1e-9)
+
+
 def test_kernels_compile_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only installation without a home, as in containers."""
 
