@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.other_tools import HOW_TO_INSTALL, show_progress
+from benchmarks.tool_imports import HOW_TO_INSTALL, show_progress
 from mpcli.errors import guarded, run_app
 from mpcli.options import from_config
 from mpcli.tables import print_json, print_table
@@ -40,7 +40,7 @@ def compare(
 ) -> None:
     """Measure both readers; the docstring of the module is the help."""
     show_progress("loading torch")
-    from benchmarks.saelens_cache import saelens_reads
+    from benchmarks.saelens_reader import saelens_reads
     from mpcache.bench.hardware import hardware
     from mptrain.bench.loader import first_rows, measure_reads, output_sides, own_reads
     from mptrain.data.loader import open_store

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.other_tools import import_quietly
+from benchmarks.tool_imports import import_quietly
 from mptrain.bench.measure import CodingMethod
 from mptrain.coders.fvu import reconstruction_loss
 

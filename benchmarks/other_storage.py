@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.other_tools import import_quietly, without_noise
+from benchmarks.tool_imports import import_quietly, without_noise
 from mpcache.bench.storage_methods import StorageMethod, touch_rows
 from mpcache.store.array_spec import GROUP, ArraySpec
 

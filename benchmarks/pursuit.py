@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from benchmarks.other_tools import HOW_TO_INSTALL, show_progress
+from benchmarks.tool_imports import HOW_TO_INSTALL, show_progress
 from mpcli.errors import guarded, run_app
 from mpcli.options import from_config
 from mpcli.tables import print_json, print_table

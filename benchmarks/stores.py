@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from benchmarks.other_tools import HOW_TO_INSTALL, show_progress
+from benchmarks.tool_imports import HOW_TO_INSTALL, show_progress
 from mpcache.bench.config import StoreBenchConfig
 from mpcli.errors import guarded, run_app
 from mpcli.options import from_config

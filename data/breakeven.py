@@ -24,10 +24,10 @@ from mpcache.bench.collect import bench
 from mpcache.bench.hardware import hardware
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.fit import fit
-from mptrain.runs.metrics import read_records
+from mptrain.runs.metrics_file import read_records
 
 HERE = Path(__file__).parent
 GRIDS = (1, 2, 4, 8, 16)

@@ -13,27 +13,27 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mptrain.coders.code import Code as Code
     from mptrain.coders.coder import Coder as Coder
     from mptrain.config.coder import CoderConfig as CoderConfig
-    from mptrain.config.fit import FitConfig as FitConfig
+    from mptrain.config.coder_grid import FitConfig as FitConfig
     from mptrain.config.presets import PRESETS as PRESETS
     from mptrain.data.loader import Loader as Loader
     from mptrain.evals.evaluate import Evaluation as Evaluation
     from mptrain.evals.evaluate import evaluate_coder as evaluate_coder
     from mptrain.experiments.sweep import sweep as sweep
     from mptrain.runs.fit import fit as fit
-    from mptrain.runs.metrics import read_records as read_records
+    from mptrain.runs.metrics_file import read_records as read_records
 
 _MODULES = {
     "Code": "mptrain.coders.code",
     "Coder": "mptrain.coders.coder",
     "CoderConfig": "mptrain.config.coder",
     "Evaluation": "mptrain.evals.evaluate",
-    "FitConfig": "mptrain.config.fit",
+    "FitConfig": "mptrain.config.coder_grid",
     "Loader": "mptrain.data.loader",
     "PRESETS": "mptrain.config.presets",
     "evaluate_coder": "mptrain.evals.evaluate",
     "fit": "mptrain.runs.fit",
     "load_coder": "mptrain.coders.checkpoint",
-    "read_records": "mptrain.runs.metrics",
+    "read_records": "mptrain.runs.metrics_file",
     "save_coder": "mptrain.coders.checkpoint",
     "sweep": "mptrain.experiments.sweep",
 }

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mpcache.version import __version__
-from mpcli.environment import is_from_environment, variable_of
+from mpcli.environment_variables import is_from_environment, variable_of
 from mpcli.errors import guarded
 from mpcli.groups import DEFAULT_GROUP, GROUPS, ON
 

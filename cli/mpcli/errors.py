@@ -25,7 +25,7 @@ from contextlib import contextmanager
 import typer
 
 from mpcache.errors import DamagedStoreError, UsageError
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 from mptrain.runs.signals import Terminated
 
 # The path that the user named is at fault, and not the disk or the network.

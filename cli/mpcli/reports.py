@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 from mpcli.tables import print_json
 
 if TYPE_CHECKING:  # their modules import torch, and help must not

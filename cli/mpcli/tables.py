@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 
 
 def print_json(content: Any) -> None:

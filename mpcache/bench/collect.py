@@ -20,10 +20,10 @@ from mpcache.collection.progress import Progress
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents
 from mpcache.data.tokenization import find_chat_template
-from mpcache.model.architecture import load_vocabulary
 from mpcache.model.forward_batches import part_input
 from mpcache.model.hookpoint_patterns import Side
-from mpcache.store.format import TOKENS
+from mpcache.model.model_config import load_vocabulary
+from mpcache.store.object_paths import TOKENS
 from mpcache.store.reader import open_store
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpcache.config import CollectConfig
 from mpcache.storage.local import LocalStorage
 from mpcache.store.fingerprint import create_or_check_store, layout_of
-from mpcache.store.format import acts_array
+from mpcache.store.object_paths import acts_array
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import digest
 from mpcache.store.writer import Writer

@@ -24,7 +24,7 @@ from mpcache.bench.storage_methods import (
 from mpcache.config import Codec, CollectConfig
 from mpcache.store.array_spec import ArraySpec
 from mpcache.store.fingerprint import layout_of
-from mpcache.store.format import array_specs
+from mpcache.store.object_paths import array_specs
 
 _CTX_LEN = 256
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import TOKENS
+from mpcache.store.object_paths import TOKENS
 from mpcache.store.reader import Store, open_store
-from mpcache.store.rows_wanted import Extent, extent_of
+from mpcache.store.requested_rows import Extent, extent_of
 from mpcache.store.store_metadata import is_store
-from mpcache.validation import check_printable
+from mpcache.untrusted_names import check_printable
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.tokenization import find_chat_template
 from mpcache.data.vocabulary import Tokenizer
 from mpcache.errors import UsageError
-from mpcache.model.architecture import load_vocabulary
 from mpcache.model.file_snapshot import ModelFileSnapshot
 from mpcache.model.forward_batches import part_input
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.loading import load_tokenizer
+from mpcache.model.model_config import load_vocabulary
 from mpcache.model.model_identity import tokenizer_digest
 from mpcache.model.model_source import find_source
 from mpcache.parallel.config import CollectParallelConfig

@@ -27,7 +27,7 @@ from mpcache.parallel.config import CollectParallelConfig
 from mpcache.parallel.dask_cluster import connect
 from mpcache.storage.base import Storage
 from mpcache.store.store_metadata import read_store_file
-from mpcache.validation import user_path
+from mpcache.untrusted_names import user_path
 
 TRIES = 3
 _THREADS = 2  # of a worker: it reads a part while it writes the part before

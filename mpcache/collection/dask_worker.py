@@ -42,7 +42,7 @@ from mpcache.model.file_snapshot import ModelFileSnapshot
 from mpcache.model.forward_batches import part_input
 from mpcache.model.model_source import find_source
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import mark_path
+from mpcache.store.object_paths import mark_path
 from mpcache.store.reader import open_store
 from mpcache.store.store_metadata import is_store, read_store_file
 from mpcache.store.writer import Writer

@@ -13,11 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mpcache.collection.array_spans import equalize_spans, grow_arrays
 from mpcache.collection.jobs import Job, MissingPart
 from mpcache.collection.plan import CollectionPlan, side_array
 from mpcache.collection.producer import ModelFacts
 from mpcache.collection.progress import Progress
+from mpcache.collection.resize_arrays import equalize_spans, grow_arrays
 from mpcache.collection.summary import CollectSummary, summarize
 from mpcache.collection.token_stage import commit_tokens, missing_cursors, missing_parts
 from mpcache.config import CollectConfig
@@ -28,7 +28,7 @@ from mpcache.data.vocabulary import Tokenizer, largest_token_id
 from mpcache.parallel.config import CollectParallelConfig
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.fingerprint import create_or_check_store, identify, layout_of
-from mpcache.store.format import POSITION
+from mpcache.store.object_paths import POSITION
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import digest
 from mpcache.store.store_metadata import is_store

@@ -15,10 +15,10 @@ from mpcache.data.dataset import open_documents
 from mpcache.data.dataset_files import LOCAL_SUFFIXES
 from mpcache.data.tokenization import chat_template_identity, find_chat_template
 from mpcache.errors import UsageError
-from mpcache.model.architecture import load_vocabulary
 from mpcache.model.file_snapshot import files_digest
 from mpcache.model.hookpoint_patterns import resolve_sides
 from mpcache.model.loading import load_model, load_tokenizer
+from mpcache.model.model_config import load_vocabulary
 from mpcache.model.model_identity import library_version, model_digest, tokenizer_digest
 from mpcache.model.model_source import short_name
 from mpcache.model.skeleton import skeleton

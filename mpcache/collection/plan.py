@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from mpcache.collection.jobs import Job
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.parallel.config import ALL_PARTS, Share
-from mpcache.store.format import TOKENS, acts_array
+from mpcache.store.object_paths import TOKENS, acts_array
 from mpcache.store.reader import Store
 
 

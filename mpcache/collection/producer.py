@@ -28,10 +28,10 @@ from mpcache.model.file_snapshot import ModelFileSnapshot
 from mpcache.model.forward_batches import ForwardBatches, PartInput
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture, widths
+from mpcache.model.host_transfer import HostTransfer
 from mpcache.model.loading import load_model
 from mpcache.model.model_identity import model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source
-from mpcache.model.offload import HostTransfer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 from mpcache.data.conversation import Conversation
 from mpcache.data.text_tokenizer import LiteralTextTokenizer, ParsingTextTokenizer
 from mpcache.errors import UsageError, first_line
-from mpcache.validation import user_path
+from mpcache.untrusted_names import user_path
 
 TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 "the date that templates write as today: rows must not depend on the clock"

@@ -17,9 +17,9 @@ from mpcache.config import CollectConfig
 from mpcache.data.data_file import COMPRESSIONS
 from mpcache.data.files_of_split import check_shards_complete, files_of_split
 from mpcache.errors import UsageError
-from mpcache.hub import looks_like_path
+from mpcache.hub_errors import looks_like_path
 from mpcache.natural_sort import natural_path_key
-from mpcache.validation import user_path
+from mpcache.untrusted_names import user_path
 
 FileKind = Literal["json", "csv", "parquet", "arrow", "text", "bin"]
 KINDS: dict[str, FileKind] = {

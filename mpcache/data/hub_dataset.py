@@ -23,7 +23,7 @@ from mpcache.data.local_documents import Row, check_has_tokenizer
 from mpcache.data.text_column import column_path, mask_of, mask_path, value_at
 from mpcache.data.vocabulary import Indices, Vocabulary
 from mpcache.errors import UsageError
-from mpcache.hub import explain_hub_errors
+from mpcache.hub_errors import explain_hub_errors
 
 SHUFFLE_BUFFER = 10_000  # documents; part of what defines the order of a streamed dataset
 

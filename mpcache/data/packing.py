@@ -23,9 +23,9 @@ from mpcache.data.special_tokens import SpecialTokens, special_tokens_of
 from mpcache.data.tokenization import FLAG_SHIFT, DocumentTokenizer, Stream
 from mpcache.data.vocabulary import Tokenizer, token_dtype
 from mpcache.errors import UsageError
-from mpcache.store.format import STARTS_DOCUMENT
 from mpcache.store.mark import TokenProgress
-from mpcache.store.token_plan import next_part
+from mpcache.store.missing_tokens import next_part
+from mpcache.store.object_paths import STARTS_DOCUMENT
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores
 _TOKEN_BITS = (1 << int(FLAG_SHIFT)) - 1  # of an item

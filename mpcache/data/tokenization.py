@@ -21,7 +21,7 @@ from mpcache.data.special_tokens import SpecialTokens
 from mpcache.data.text_tokenizer import LiteralTextTokenizer, ParsingTextTokenizer
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer
 from mpcache.errors import UsageError
-from mpcache.store.format import BY_ASSISTANT
+from mpcache.store.object_paths import BY_ASSISTANT
 
 Stream = UInt[np.ndarray, " _"]
 FLAG_SHIFT = np.uint64(32)

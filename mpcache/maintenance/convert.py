@@ -23,8 +23,8 @@ from mpcache.model.hookpoint_patterns import Side, matches_pattern, named_sides,
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import POSITION, SEQUENCE, TOKENS, acts_array, mark_path
-from mpcache.store.layout import Layout
+from mpcache.store.object_paths import POSITION, SEQUENCE, TOKENS, acts_array, mark_path
+from mpcache.store.part_layout import Layout
 from mpcache.store.reader import Store, open_store
 from mpcache.store.sealed_json import digest, seal
 from mpcache.store.store_metadata import read_store_file

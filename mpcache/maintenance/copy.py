@@ -14,8 +14,8 @@ from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.array_metadata import check_metadata
-from mpcache.store.format import STORE_FILE, array_specs, mark_path
 from mpcache.store.mark import ObjectRecord
+from mpcache.store.object_paths import STORE_FILE, array_specs, mark_path
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
 from mpcache.store.fingerprint import check_no_foreign_objects
-from mpcache.store.format import STORE_FILE
-from mpcache.store.layout import Layout
+from mpcache.store.object_paths import STORE_FILE
+from mpcache.store.part_layout import Layout
 from mpcache.store.store_metadata import is_store
 from mpcache.store.writer import check_object_size
-from mpcache.validation import check_printable
+from mpcache.untrusted_names import check_printable
 
 INCOMING = f"{STORE_FILE}.incoming.partial"  # becomes store.json
 REMOVED = f"{STORE_FILE}.removed.partial"  # was store.json

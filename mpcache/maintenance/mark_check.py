@@ -11,7 +11,7 @@ from mpcache.maintenance.findings import Fault, Finding
 from mpcache.storage.base import Storage
 from mpcache.store.array_spec import ArraySpec
 from mpcache.store.digests import digest_pieces, values_digest
-from mpcache.store.format import array_specs, committed_length, mark_path
+from mpcache.store.object_paths import array_specs, committed_length, mark_path
 from mpcache.store.reader import Store
 from mpcache.store.sealed_json import digest
 from mpcache.store.zarr_codec import decode_part, read_chunk_ends

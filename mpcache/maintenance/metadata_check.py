@@ -9,7 +9,7 @@ from mpcache.maintenance.mark_check import linked_or
 from mpcache.storage.base import Storage
 from mpcache.store.array_metadata import check_metadata
 from mpcache.store.array_spec import ArraySpec
-from mpcache.store.format import array_specs
+from mpcache.store.object_paths import array_specs
 from mpcache.store.reader import Store
 
 

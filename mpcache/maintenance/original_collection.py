@@ -9,8 +9,8 @@ from mpcache.config import CollectConfig, RepairConfig
 from mpcache.data.dataset import open_documents
 from mpcache.data.documents import Documents
 from mpcache.errors import DamagedStoreError, MpcacheError, UsageError
-from mpcache.model.architecture import load_vocabulary
 from mpcache.model.loading import load_tokenizer
+from mpcache.model.model_config import load_vocabulary
 from mpcache.model.model_identity import tokenizer_digest
 from mpcache.store.fingerprint import stored_settings
 from mpcache.store.reader import Store

@@ -1,6 +1,6 @@
 """Which rows of a store make up the parts of another part size.
 
-A part is one unit or several consecutive units of its split; see `mpcache.store.part_units`.
+A part is one unit or several consecutive units of its split; see `mpcache.store.merged_parts`.
 Nothing here reads arrays.
 """
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mpcache.errors import UsageError
-from mpcache.store.format import TOKENS
-from mpcache.store.layout import Layout
 from mpcache.store.mark import TokenProgress
-from mpcache.store.part_units import Units, join_progress, split_progress, unit_rows
+from mpcache.store.merged_parts import Units, join_progress, split_progress, unit_rows
+from mpcache.store.object_paths import TOKENS
+from mpcache.store.part_layout import Layout
 from mpcache.store.reader import Store
 
 

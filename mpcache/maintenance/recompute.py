@@ -22,9 +22,9 @@ from mpcache.maintenance.original_collection import OriginalCollection, original
 from mpcache.model.forward_batches import PartInput, part_input
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.store.fingerprint import dtype_history
-from mpcache.store.format import POSITION, SEQUENCE, TOKENS, hookpoint_of, mark_path
 from mpcache.store.mark import Mark
-from mpcache.store.part_units import Units, join_progress, unit_rows
+from mpcache.store.merged_parts import Units, join_progress, unit_rows
+from mpcache.store.object_paths import POSITION, SEQUENCE, TOKENS, hookpoint_of, mark_path
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
 

@@ -8,7 +8,7 @@ from mpcache.maintenance.incoming_store import INCOMING, REMOVED
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.temporary_names import is_temporary
 from mpcache.store.array_spec import GROUP
-from mpcache.store.format import MARKS, STORE_FILE
+from mpcache.store.object_paths import MARKS, STORE_FILE
 from mpcache.store.store_metadata import is_store, parse_store_file, read_store_file
 
 

@@ -23,7 +23,7 @@ from mpcache.maintenance.repair_writer import PartRepair, RepairedMark
 from mpcache.maintenance.verify import verify
 from mpcache.parallel.config import ParallelConfig
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import POSITION, SEQUENCE, TOKENS, is_claim
+from mpcache.store.object_paths import POSITION, SEQUENCE, TOKENS, is_claim
 from mpcache.store.reader import Store, open_store
 
 

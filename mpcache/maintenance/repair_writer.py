@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from mpcache.errors import DamagedStoreError
 from mpcache.store.digests import object_matches
-from mpcache.store.format import POSITION, SEQUENCE, array_specs, mark_path
 from mpcache.store.mark import Mark, ObjectRecord, parse_mark
+from mpcache.store.object_paths import POSITION, SEQUENCE, array_specs, mark_path
 from mpcache.store.part_encoder import PartValues, encode_object, object_record, utc_now
 from mpcache.store.reader import Store
 from mpcache.store.sealed_json import digest

@@ -8,8 +8,8 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.maintenance.copy import grow_like_source
 from mpcache.maintenance.part_map import PartMap
 from mpcache.store.digests import values_digest
-from mpcache.store.format import SEQUENCE, TOKENS, array_specs, committed_length
-from mpcache.store.layout import Layout
+from mpcache.store.object_paths import SEQUENCE, TOKENS, array_specs, committed_length
+from mpcache.store.part_layout import Layout
 from mpcache.store.reader import Store
 from mpcache.store.writer import Writer
 

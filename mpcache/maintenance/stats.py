@@ -22,8 +22,8 @@ from tqdm import tqdm
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage
-from mpcache.store.format import acts_array, array_specs, hookpoint_of
 from mpcache.store.moments import Moments, empty_moments, merge_moments
+from mpcache.store.object_paths import acts_array, array_specs, hookpoint_of
 from mpcache.store.reader import Store, open_store
 
 _OUTLIER = 10.0  # a dimension's root mean square over the median dimension's

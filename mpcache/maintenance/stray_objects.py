@@ -7,9 +7,9 @@ from mpcache.maintenance.findings import Finding
 from mpcache.maintenance.metadata_check import all_specs
 from mpcache.storage.temporary_names import is_temporary
 from mpcache.store.array_spec import GROUP
-from mpcache.store.format import STORE_FILE, parse_mark_path
+from mpcache.store.object_paths import STORE_FILE, parse_mark_path
 from mpcache.store.reader import Store
-from mpcache.validation import is_part
+from mpcache.untrusted_names import is_part
 
 
 def find_strays(store: Store) -> Iterator[Finding]:

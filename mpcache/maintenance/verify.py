@@ -13,14 +13,14 @@ from tqdm import tqdm
 
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.findings import Finding
-from mpcache.maintenance.journal import Journal
 from mpcache.maintenance.mark_check import MarkToCheck, check_mark_and_objects
 from mpcache.maintenance.metadata_check import check_all_metadata
 from mpcache.maintenance.stray_objects import find_strays
+from mpcache.maintenance.verify_journal import Journal
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
 from mpcache.storage.base import Storage, open_storage
-from mpcache.store.format import MARKS, POSITION, SEQUENCE, STORE_FILE, TOKENS, mark_path
+from mpcache.store.object_paths import MARKS, POSITION, SEQUENCE, STORE_FILE, TOKENS, mark_path
 from mpcache.store.reader import Store, open_store
 
 

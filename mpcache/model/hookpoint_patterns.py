@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from mpcache.errors import UsageError
-from mpcache.validation import is_hookpoint
+from mpcache.untrusted_names import is_hookpoint
 
 SideName = Literal["input", "output"]
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpcache.model.hookpoint_patterns import Side, SideName
 from mpcache.model.hooks import PROBE, call_count_problem, input_of, output_of, probe, value_problem
-from mpcache.validation import is_hookpoint
+from mpcache.untrusted_names import is_hookpoint
 
 _ODD_NAME = "its name cannot be a folder's"
 _CONTAINER = "it only contains modules that run"

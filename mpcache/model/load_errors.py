@@ -11,7 +11,7 @@ import torch
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError, first_line
-from mpcache.hub import hub_error
+from mpcache.hub_errors import hub_error
 from mpcache.model.model_source import CONFIG, ModelSource
 
 # packages that read the weights of each quantisation

@@ -20,7 +20,6 @@ from transformers import (
 from mpcache.config import CollectConfig
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer
 from mpcache.errors import UsageError, first_line
-from mpcache.model.architecture import check_positions, prepare_remote_code, read_architecture
 from mpcache.model.checkpoint_validation import (
     check_loaded,
     check_model_files,
@@ -31,8 +30,9 @@ from mpcache.model.checkpoint_validation import (
     has_tokenizer,
 )
 from mpcache.model.gguf import dequantize_options, forget_quantization_
+from mpcache.model.glibc_malloc import keep_freed_memory
 from mpcache.model.load_errors import explain_load_errors
-from mpcache.model.malloc import keep_freed_memory
+from mpcache.model.model_config import check_positions, prepare_remote_code, read_architecture
 from mpcache.model.model_source import ModelSource, find_source
 from mpcache.model.position_table import usable_positions
 

@@ -11,9 +11,9 @@ from transformers.utils.hub import cached_file
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.hub import explain_hub_errors, looks_like_path
+from mpcache.hub_errors import explain_hub_errors, looks_like_path
 from mpcache.model.file_integrity import check_json, check_present, read_head
-from mpcache.validation import user_path
+from mpcache.untrusted_names import user_path
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"

@@ -16,7 +16,7 @@ from mpcache.errors import UsageError
 from mpcache.model.bert_masking import BertMasking
 from mpcache.model.forward_batches import ForwardBatches, part_input, piece_tokens
 from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
-from mpcache.store.format import BY_ASSISTANT
+from mpcache.store.object_paths import BY_ASSISTANT
 from mpcache.store.reader import Store
 
 

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from mpcache.config import CollectConfig
-from mpcache.model.architecture import load_architecture
 from mpcache.model.load_errors import explain_load_errors
+from mpcache.model.model_config import load_architecture
 from mpcache.model.model_source import find_source
 
 

@@ -18,7 +18,6 @@ from mpcache.config import CollectConfig
 from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer, largest_token_id
 from mpcache.errors import UsageError
-from mpcache.model.architecture import load_architecture
 from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal
 from mpcache.model.checkpoint_validation import MissingWeightsError
@@ -28,6 +27,7 @@ from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import input_of, output_of
 from mpcache.model.inputs import ModelInputs
 from mpcache.model.loading import Head, auto_class_for, load_model
+from mpcache.model.model_config import load_architecture
 from mpcache.model.model_identity import model_digest
 from mpcache.model.prediction_examples import Example, ValidationExamples
 from mpcache.storage.base import Storage

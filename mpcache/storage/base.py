@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mpcache.errors import UsageError
-from mpcache.storage.cloud import is_url
+from mpcache.storage.cloud_connection import is_url
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
 

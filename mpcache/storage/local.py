@@ -28,7 +28,7 @@ from mpcache.storage.atomic_files import (
     write_temporary_file,
 )
 from mpcache.storage.temporary_names import is_temporary, temporary_name
-from mpcache.validation import user_path
+from mpcache.untrusted_names import user_path
 
 # Linux fills no more at a time: bytes (2 GiB), buffers (IOV_MAX)
 _CALL, _CALL_BUFFERS = 1 << 30, 1024

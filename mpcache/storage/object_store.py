@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from mpcache.storage.bucket import Bucket, request_threads
-from mpcache.storage.cloud import split_url
+from mpcache.storage.bucket_requests import Bucket, request_threads
+from mpcache.storage.cloud_connection import split_url
 from mpcache.storage.temporary_names import temporary_name
 
 

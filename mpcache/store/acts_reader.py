@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mpcache.config import Split
 from mpcache.errors import UsageError
-from mpcache.store.format import acts_array, array_specs, hookpoint_of
-from mpcache.store.layout import ZARR_DTYPE
 from mpcache.store.moments import Moments, empty_moments, merge_moments
+from mpcache.store.object_paths import acts_array, array_specs, hookpoint_of
+from mpcache.store.part_layout import ZARR_DTYPE
 from mpcache.store.part_reader import PartReader
 
 

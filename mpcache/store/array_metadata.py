@@ -5,8 +5,8 @@ import json
 from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.store.array_spec import ArraySpec
-from mpcache.store.format import array_specs
-from mpcache.store.layout import Layout
+from mpcache.store.object_paths import array_specs
+from mpcache.store.part_layout import Layout
 
 
 def check_metadata(storage: Storage, spec: ArraySpec) -> int:

@@ -30,10 +30,10 @@ from mpcache.storage.temporary_names import temporary_name
 from mpcache.store.array_metadata import ensure_spans
 from mpcache.store.array_spec import GROUP, ArraySpec
 from mpcache.store.digests import digest_pieces, object_matches, values_digest
-from mpcache.store.format import array_specs, claim_path, mark_path
-from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, ObjectRecord, parse_mark
+from mpcache.store.object_paths import array_specs, claim_path, mark_path
 from mpcache.store.part_encoder import PartValues, encode_object
+from mpcache.store.part_layout import Layout
 
 
 class Committer:

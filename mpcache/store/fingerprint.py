@@ -8,8 +8,8 @@ from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
 from mpcache.storage.temporary_names import is_temporary
-from mpcache.store.format import STORE_FILE
-from mpcache.store.layout import Layout
+from mpcache.store.object_paths import STORE_FILE
+from mpcache.store.part_layout import Layout
 from mpcache.store.sealed_json import digest, json_round_trip, seal
 from mpcache.store.store_metadata import is_store, read_store_file
 

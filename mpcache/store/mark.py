@@ -12,10 +12,10 @@ from typing import Any
 
 from mpcache.config import Split
 from mpcache.errors import DamagedStoreError
-from mpcache.store.format import TOKENS, array_specs
-from mpcache.store.layout import MAX_COUNT, Layout
+from mpcache.store.object_paths import TOKENS, array_specs
+from mpcache.store.part_layout import MAX_COUNT, Layout
 from mpcache.store.sealed_json import json_round_trip, seal, unseal
-from mpcache.validation import is_acts_array
+from mpcache.untrusted_names import is_acts_array
 
 Cursor = tuple[int, int]
 "number of a document in the order of the seed, and its first token that is not yet stored"
@@ -45,7 +45,7 @@ class TokenProgress:
     empty_documents: int | None = None
     "documents without tokens that were left out since the part before; None: they are kept"
     cursors: Sequence[Cursor] | None = None
-    "where each unit starts, in a part of several units (mpcache.store.part_units)"
+    "where each unit starts, in a part of several units (mpcache.store.merged_parts)"
     empty_documents_of_units: Sequence[int] | None = None
 
 

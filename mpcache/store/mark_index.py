@@ -9,10 +9,10 @@ from typing import TypeVar
 from mpcache.errors import DamagedStoreError
 from mpcache.natural_sort import natural_key
 from mpcache.storage.base import Storage
-from mpcache.store.format import MARKS, POSITION, SEQUENCE, TOKENS, mark_path, parse_mark_path
-from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, TokenProgress, parse_mark
-from mpcache.store.token_plan import first_missing_parts
+from mpcache.store.missing_tokens import first_missing_parts
+from mpcache.store.object_paths import MARKS, POSITION, SEQUENCE, TOKENS, mark_path, parse_mark_path
+from mpcache.store.part_layout import Layout
 
 Result = TypeVar("Result")
 

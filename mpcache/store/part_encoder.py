@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mpcache.store.array_spec import ArraySpec
 from mpcache.store.digests import values_digest
-from mpcache.store.format import TOKENS, array_specs
-from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, ObjectRecord, RowStatistics, TokenProgress
 from mpcache.store.moments import measure_rows
+from mpcache.store.object_paths import TOKENS, array_specs
+from mpcache.store.part_layout import Layout
 from mpcache.store.zarr_codec import encode_part
 
 _INTEGER_VIEW = {torch.bfloat16: torch.uint16}  # NumPy and Zarr have no bfloat16: its 16 bits

@@ -3,9 +3,9 @@
 import numpy as np
 
 from mpcache.store.array_spec import ArraySpec
-from mpcache.store.format import array_specs, committed_length
 from mpcache.store.mark import ObjectRecord
 from mpcache.store.mark_index import MarkIndex
+from mpcache.store.object_paths import array_specs, committed_length
 from mpcache.store.object_reader import ObjectReader
 
 

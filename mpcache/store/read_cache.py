@@ -34,11 +34,11 @@ import numpy as np
 from mpcache.errors import UsageError
 from mpcache.storage.atomic_files import make_folders, share_with_group
 from mpcache.storage.base import Storage
-from mpcache.storage.cloud import is_url
+from mpcache.storage.cloud_connection import is_url
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.temporary_names import is_temporary, temporary_name
 from mpcache.store.zarr_codec import ReadInto
-from mpcache.validation import user_path
+from mpcache.untrusted_names import user_path
 
 _RESERVED = 20  # one part in this many of the file system stays free, for instance for checkpoints
 _COUNTER = "length"

@@ -18,9 +18,9 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.acts_array import ActsArray, Part
 from mpcache.store.acts_reader import ActsReader
-from mpcache.store.format import POSITION, array_specs
 from mpcache.store.mark import Mark, ObjectRecord
 from mpcache.store.mark_index import MarkIndex
+from mpcache.store.object_paths import POSITION, array_specs
 from mpcache.store.object_reader import ObjectReader
 from mpcache.store.part_reader import PartReader
 from mpcache.store.read_cache import ReadCache

@@ -7,8 +7,8 @@ import numpy as np
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage
-from mpcache.store.format import STORE_FILE
-from mpcache.store.layout import FORMAT_VERSIONS, Layout
+from mpcache.store.object_paths import STORE_FILE
+from mpcache.store.part_layout import FORMAT_VERSIONS, Layout
 from mpcache.store.sealed_json import digest, unseal
 
 

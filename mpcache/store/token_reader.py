@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from mpcache.store.format import (
+from mpcache.store.object_paths import (
     BY_ASSISTANT,
     POSITION,
     SEQUENCE,

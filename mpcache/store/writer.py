@@ -12,10 +12,10 @@ from mpcache.errors import UsageError
 from mpcache.storage.base import Storage
 from mpcache.store.array_metadata import grow_array
 from mpcache.store.commit import Committer
-from mpcache.store.format import POSITION, SEQUENCE, mark_path
-from mpcache.store.layout import Layout
 from mpcache.store.mark import Mark, TokenProgress, parse_mark
+from mpcache.store.object_paths import POSITION, SEQUENCE, mark_path
 from mpcache.store.part_encoder import PartValues, acts_values, index_values, token_values
+from mpcache.store.part_layout import Layout
 
 
 @runtime_checkable

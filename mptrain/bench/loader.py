@@ -18,7 +18,7 @@ from mptrain.bench.config import LoaderBenchConfig
 from mptrain.bench.measure import Progress, median_ratio, silent, time_calls
 from mptrain.config.architectures import Arch
 from mptrain.config.coder import all_sides
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.sides import Side
 from mptrain.data.columns import SEQUENCE, RowField
 from mptrain.data.filters import make_filters

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mptrain.experiments.captions import caption, other_k_rows, page, point_rows
 from mptrain.experiments.figures import FvuByK, XQuantity, save_sweep_figure
-from mptrain.experiments.hardware_log import hardware_of
+from mptrain.experiments.run_hardware import hardware_of
 from mptrain.experiments.spec import Experiment, FigurePlan
 from mptrain.experiments.tables import write_table
 from mptrain.experiments.verdicts import CodersByName, panel_verdicts

@@ -24,7 +24,7 @@ from mptrain.experiments.drawing import (
     time_axis,
 )
 from mptrain.experiments.tables import write_table
-from mptrain.runs.metrics import Record, read_records
+from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import read_manifest, recorded_coders
 
 PanelKey = tuple[str, str, int | None]  # hookpoint, kind, k

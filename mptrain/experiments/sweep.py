@@ -12,12 +12,12 @@ from mptrain.config.coder import all_sides
 from mptrain.config.run import ListedConfig
 from mptrain.data.atomic_files import explain_write_errors, write_json
 from mptrain.data.loader import open_store
-from mptrain.data.part_ranges import format_ranges
+from mptrain.data.number_ranges import format_ranges
 from mptrain.data.preflight import common_parts
 from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.figure_folder import write_figure_folder
-from mptrain.experiments.hardware_log import log_hardware
 from mptrain.experiments.other_k import evaluate_other_k
+from mptrain.experiments.run_hardware import log_hardware
 from mptrain.experiments.runs import (
     SweepRun,
     check_same_rows,

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from mptrain.experiments.runs import TrainedCoder
 from mptrain.experiments.spec import PanelPlan, VariantCoders
-from mptrain.runs.metrics import Record
+from mptrain.runs.metrics_file import Record
 
 CodersByName = Mapping[str, TrainedCoder]
 

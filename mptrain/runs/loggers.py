@@ -19,7 +19,7 @@ from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
 from mptrain.config.run import Log
 from mptrain.data.atomic_files import read_json, write_json
-from mptrain.runs.metrics import Record, read_records
+from mptrain.runs.metrics_file import Record, read_records
 
 _PACKAGES: Mapping[Log, str] = {"tensorboard": "tensorboard", "wandb": "wandb"}
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from mptrain.runs.loggers import MetricLoggers
-from mptrain.runs.metrics import MetricsFile, Record, rewind
+from mptrain.runs.metrics_file import MetricsFile, Record, rewind
 from mptrain.runs.training_pass import TrainingPass
 
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from benchmarks import loaders, pursuit
 from benchmarks.other_coders import ADAPTERS
-from benchmarks.saelens_cache import saelens_reads
+from benchmarks.saelens_reader import saelens_reads
 from mptrain.bench.config import LoaderBenchConfig
 from mptrain.bench.loader import first_rows
 from mptrain.data.loader import open_store

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import other_coders
 from benchmarks.other_coders import find_methods, overcomplete_mp, saelens_mp, sparsify_topk
-from benchmarks.other_tools import import_quietly
+from benchmarks.tool_imports import import_quietly
 from mptrain.bench.measure import CodeTensors, CodingMethod, saved_bytes
 from mptrain.coders.coder import Coder
 from mptrain.coders.fvu import reconstruction_loss

@@ -66,7 +66,7 @@ def test_packages_raise_no_bare_value_error_for_what_a_user_sees() -> None:
 # What a reader of bytes raises. Their callers catch it and name the object as damaged.
 CAUGHT_INSIDE = {
     "mpcache/model/file_integrity.py",
-    "mpcache/storage/bucket.py",
+    "mpcache/storage/bucket_requests.py",
     "mpcache/storage/local.py",
     "mpcache/store/description.py",
     "mpcache/store/zarr_codec.py",

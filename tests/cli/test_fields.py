@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import typer
 
-from mpcli.fields import field_docs, field_groups
+from mpcli.field_docs import field_docs, field_groups
 from mpcli.groups import DEFAULT_GROUP
 from mpcli.values import count, option, shown
 

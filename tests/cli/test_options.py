@@ -15,10 +15,10 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from mpcache.collection import producer as producer_module
-from mpcli.fields import field_docs
+from mpcli.field_docs import field_docs
 from mpcli.mpcache import app as mpcache
 from mpcli.mptrain import app as mptrain
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.presets import PRESETS
 from mptrain.runs import fit as fit_stage
 from tests.helpers.models import save_tiny, tiny_tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from mptrain.config.fit import FitConfig
-from mptrain.runs.metrics import Record, read_records
+from mptrain.config.coder_grid import FitConfig
+from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.train_loop import OnStep
 from mptrain.training.setup import CoderRun
 

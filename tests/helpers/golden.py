@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpcache.store.layout import FLAGS_VERSION
+from mpcache.store.part_layout import FLAGS_VERSION
 from mpcache.store.reader import Store, open_store
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.runs.fit import fit
 from tests.helpers.chats import chat_store
 from tests.helpers.paths import GOLDEN

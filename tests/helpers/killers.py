@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mptrain.coders import checkpoint
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.data import atomic_files
 from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.sweep import sweep
-from mptrain.runs import metrics
+from mptrain.runs import metrics_file as metrics
 from mptrain.runs.fit import fit
 from mptrain.training.train_step import CoderTrainer
 

@@ -1,6 +1,6 @@
 """A metrics record for tests."""
 
-from mptrain.runs.metrics import Record
+from mptrain.runs.metrics_file import Record
 
 RECORD = Record(
     coder="c",

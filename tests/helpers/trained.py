@@ -6,7 +6,7 @@ from pathlib import Path
 from mptrain.config.coder import CoderConfig
 from mptrain.experiments.runs import TrainedCoder
 from mptrain.experiments.spec import Experiment
-from mptrain.runs.metrics import Record
+from mptrain.runs.metrics_file import Record
 
 
 def record(coder: str, step: int, fvu: float, seconds: float) -> Record:

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from mpcache.config import HookpointsConfig
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 from mpcli.arguments import Json
 from mpcli.options import from_config
 from mpcli.tables import print_json, print_table

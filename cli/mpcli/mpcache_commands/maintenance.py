@@ -8,7 +8,7 @@ import typer
 
 from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.parallel.config import ParallelConfig
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 from mpcli.arguments import Json, StoreArgument, TargetArgument
 from mpcli.options import from_config
 from mpcli.reports import finding_as_json, print_copy, print_findings

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mpcache.errors import UsageError
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 from mpcli.arguments import Json, StoreArgument
 from mpcli.reports import document_lines, format_age, format_pairs
 from mpcli.tables import print_json, print_table

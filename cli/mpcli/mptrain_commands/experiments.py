@@ -46,7 +46,7 @@ def sweep(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    from mpcli.sweep import collect_settings, collect_sides, estimate, read_experiment
+    from mpcli.sweep_collection import collect_settings, collect_sides, estimate, read_experiment
 
     experiment, config = read_experiment(file, changes or ())
     if trust_remote_code:

@@ -11,7 +11,7 @@ from mpcli.errors import warnings_in_words
 from mpcli.options import LoadConfigFrom, from_config
 from mpcli.tables import print_json, print_table
 from mpcli.values import option
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.run import RunConfig
 
 if TYPE_CHECKING:  # it imports torch, which --help must not
@@ -161,7 +161,7 @@ def save_coders(
     """They are saved as RUN/coders/NAME-stepN. The run may be running or interrupted; it does not
     change, and can continue later.
     """
-    from mptrain.runs.save_coders import save_coders as save
+    from mptrain.runs.save_unfinished import save_coders as save
 
     changes = {"device": device} if store is None else {"device": device, "store": store}
     saved = save(run, changes)

@@ -20,7 +20,7 @@ from mpcache.maintenance.verify import verify
 from mpcache.store.reader import Store, open_store
 from mpcache.store.store_info import store_info
 from mptrain.coders.checkpoint import load_coder
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.data.columns import ASSISTANT
 from mptrain.data.filters import Filters, filters_from_json, make_filters
 from mptrain.data.loader import Loader

@@ -15,7 +15,7 @@ from mpcache.maintenance.copy import copy
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
 from mpcache.store.reader import Store, open_store
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.data.loader import Loader
 from mptrain.runs.fit import fit
 from tests.helpers.chats import chat_store

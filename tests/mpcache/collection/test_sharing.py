@@ -21,14 +21,14 @@ from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
-from mpcache.storage import bucket
+from mpcache.storage import bucket_requests as bucket
 from mpcache.storage import local as folder
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.digests import object_matches
-from mpcache.store.layout import Layout
 from mpcache.store.mark import ObjectRecord
+from mpcache.store.part_layout import Layout
 from mpcache.store.reader import open_store
 from mpcache.store.writer import Writer
 from tests.helpers.stores import files_of, marks_of, small_config, small_store

@@ -12,7 +12,7 @@ from mpcache.collection.find_store import find_store
 from mpcache.config import CollectConfig, RepairConfig
 from mpcache.maintenance.repair import repair
 from mpcache.storage.base import open_storage
-from mpcache.store.format import TOKENS
+from mpcache.store.object_paths import TOKENS
 from mpcache.store.reader import open_store
 from mpcache.store.store_metadata import read_store_file
 from tests.helpers.models import save_tiny, tiny_model

@@ -13,9 +13,9 @@ from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.storage.base import open_storage
 from mpcache.storage.local import LocalStorage
-from mpcache.store.format import STORE_FILE
-from mpcache.store.layout import Layout
 from mpcache.store.mark import TokenProgress
+from mpcache.store.object_paths import STORE_FILE
+from mpcache.store.part_layout import Layout
 from mpcache.store.reader import Store, open_store
 from mpcache.store.sealed_json import digest, seal
 from mpcache.store.store_metadata import read_store_file

@@ -10,7 +10,7 @@ from mpcache.maintenance import mark_check
 from mpcache.maintenance.findings import REMEDIES
 from mpcache.maintenance.verify import Verdict, verify
 from mpcache.parallel.config import ParallelConfig
-from mpcache.store.format import mark_path
+from mpcache.store.object_paths import mark_path
 from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
 from tests.helpers.commands import fast_starting_workers

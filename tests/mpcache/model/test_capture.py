@@ -18,7 +18,7 @@ from mpcache.model.capture import Copy, capture_part, scatter_
 from mpcache.model.forward_batches import Batch, piece_batches, piece_tokens
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture
-from mpcache.model.offload import HostTransfer
+from mpcache.model.host_transfer import HostTransfer
 from tests.helpers.models import captured, tiny_model
 
 PATTERNS = ["layers.0", "layers.1.mlp"]

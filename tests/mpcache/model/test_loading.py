@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mpcache.config import CollectConfig
-from mpcache.hub import explain_hub_errors, hub_error
+from mpcache.hub_errors import explain_hub_errors, hub_error
 from mpcache.model.loading import available_device, load_model
 from mpcache.model.model_identity import model_digest, model_provenance, tokenizer_digest
 from mpcache.model.model_source import find_source

@@ -13,7 +13,7 @@ from mpcache.collection.collect import collect
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.model_identity import model_digest
 from mpcache.model.splice import SplicedModel
-from mpcache.store.format import BY_ASSISTANT
+from mpcache.store.object_paths import BY_ASSISTANT
 from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig

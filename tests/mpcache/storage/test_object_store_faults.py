@@ -29,9 +29,9 @@ from mpcache.maintenance.verify import verify
 from mpcache.storage import bucket, cloud, object_store
 from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
-from mpcache.store.format import mark_path
-from mpcache.store.layout import Layout
 from mpcache.store.mark import TokenProgress
+from mpcache.store.object_paths import mark_path
+from mpcache.store.part_layout import Layout
 from mpcache.store.sealed_json import digest, seal
 from mpcache.store.writer import Writer, check_object_size
 from tests.helpers import servers

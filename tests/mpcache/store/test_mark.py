@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from mpcache.errors import DamagedStoreError
-from mpcache.store.format import TOKENS, parse_mark_path
 from mpcache.store.mark import Mark, ObjectRecord, RowStatistics, TokenProgress, parse_mark
-from mpcache.store.part_units import join_progress, split_progress
+from mpcache.store.merged_parts import join_progress, split_progress
+from mpcache.store.object_paths import TOKENS, parse_mark_path
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import digest, seal, unseal
 from tests.helpers.paths import GOLDEN

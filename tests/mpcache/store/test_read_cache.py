@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
-from mpcache.storage import cloud
+from mpcache.storage import cloud_connection as cloud
 from mpcache.storage.base import open_storage
 from mpcache.store import read_cache
 from mpcache.store.reader import Store, open_store

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mptrain.config.coder import CoderConfig
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.presets import PRESETS
 
 BEGINS = {"begin_as": "topk", "begin_share": 0.5}

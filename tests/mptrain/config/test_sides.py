@@ -6,7 +6,7 @@ import pytest
 
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.sides import Kind, hookpoint_sides, parse_side
 
 MLP_IN, NORM_OUT = "layers.1.mlp:input", "layers.1.post_feedforward_layernorm:output"

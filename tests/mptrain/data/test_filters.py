@@ -13,7 +13,7 @@ from mpcache.store.reader import open_store
 from mptrain.coders.coder import Coder
 from mptrain.config.architectures import Arch
 from mptrain.config.coder import CoderConfig
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.data.columns import TOKEN, norm_of
 from mptrain.data.filters import Filters, filters_from_json, make_filters, median_norm
 from mptrain.data.loader import Batch, Loader, Store

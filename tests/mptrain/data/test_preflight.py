@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mpcache.store.reader import open_store
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.data import preflight as suited
-from mptrain.data.part_ranges import format_ranges, parse_ranges
+from mptrain.data.number_ranges import format_ranges, parse_ranges
 from mptrain.data.preflight import await_parts, check_window_memory, open_trainable_store
 from mptrain.runs.fit import fit, plan_fit
 from tests.helpers.stores import small_store, write_corpus

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcache.config import CollectConfig
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.data.shuffle import EpochOrder, Shuffle, epoch_order
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any)

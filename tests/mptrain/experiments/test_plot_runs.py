@@ -10,12 +10,12 @@ from dataclasses import asdict
 import pytest
 
 from mptrain.config.coder import CoderConfig
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.sides import hookpoint_sides
 from mptrain.experiments import plot_runs as plot_module
 from mptrain.experiments.plot_runs import line_styles, plot_runs, read_curves, runs_figure
 from mptrain.runs.fit import fit
-from mptrain.runs.metrics import MetricsFile, Record
+from mptrain.runs.metrics_file import MetricsFile, Record
 from tests.helpers.fits import spoil
 from tests.helpers.stores import small_store
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from mpcache.errors import UsageError
-from mpcli.fields import field_groups
-from mptrain.config.fit import FitConfig
+from mpcli.field_docs import field_groups
+from mptrain.config.coder_grid import FitConfig
 from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.option_tables import (
     CODER_OPTIONS,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mpcache.errors import UsageError
 from mpcli.mptrain import app
-from mpcli.sweep import collect_settings, read_experiment
+from mpcli.sweep_collection import collect_settings, read_experiment
 from mptrain.experiments import figure_folder, other_k
 from mptrain.experiments.captions import caption
 from mptrain.experiments.estimate import estimate_sweep

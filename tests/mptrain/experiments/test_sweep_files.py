@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModel, LlamaConfig
 
-from mpcli.sweep import collect_sides, read_experiment
+from mpcli.sweep_collection import collect_sides, read_experiment
 from mptrain.experiments.runs import plan_runs
 from mptrain.experiments.spec import Experiment
 from mptrain.experiments.sweep import run_config
 from mptrain.runs.fit import fit
-from mptrain.runs.metrics import read_records
+from mptrain.runs.metrics_file import read_records
 from tests.helpers.models import VOCABULARY, tiny_tokenizer
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import write_corpus

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
 from mptrain.coders.checkpoint import load_coder
+from mptrain.config.coder_grid import FitConfig
 from mptrain.config.coder_settings import Optimizer
-from mptrain.config.fit import FitConfig
 from mptrain.config.sides import Side
 from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters
@@ -32,8 +32,8 @@ from mptrain.evals.evaluate import Evaluation, evaluate_coder
 from mptrain.runs import fit as fit_stage
 from mptrain.runs import validator
 from mptrain.runs.fit import fit
-from mptrain.runs.records import peak_memory_bytes
 from mptrain.runs.signals import Terminated
+from mptrain.runs.step_records import peak_memory_bytes
 from mptrain.training.setup import CoderRun
 from tests.helpers.fits import config, equal, interrupt_at, lasting, spoil, state, weights
 from tests.helpers.stores import small_store

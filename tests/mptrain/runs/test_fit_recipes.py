@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mptrain.config.fit import FitConfig
+from mptrain.config.coder_grid import FitConfig
 from mptrain.evals.evaluate import evaluate_coder
 from mptrain.runs.fit import fit
 from tests.helpers import fits

@@ -16,7 +16,7 @@ from mptrain.config.run import Log
 from mptrain.runs import loggers as followers
 from mptrain.runs.fit import fit
 from mptrain.runs.loggers import MetricLoggers
-from mptrain.runs.metrics import Record, read_records
+from mptrain.runs.metrics_file import Record, read_records
 from tests.helpers.fits import config, equal, interrupt_at, weights
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store

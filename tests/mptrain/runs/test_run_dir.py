@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
 from mptrain.runs import fit as fit_stage
-from mptrain.runs import metrics
+from mptrain.runs import metrics_file as metrics
 from mptrain.runs.fit import fit
-from mptrain.runs.metrics import MetricsFile, read_records
+from mptrain.runs.metrics_file import MetricsFile, read_records
 from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mptrain.config.coder import CoderConfig
 from mptrain.runs.fit import fit
-from mptrain.runs.metrics import read_records
+from mptrain.runs.metrics_file import read_records
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
 from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
@@ -132,7 +132,7 @@ MAIN = "from mpcli.mptrain import main; main()"
 # the first process' disk is full once, when it saves
 FULL_ONCE = f"""
 import errno, os
-from mptrain.runs.metrics import MetricsFile
+from mptrain.runs.metrics_file import MetricsFile
 flush, fulls = MetricsFile.flush, [OSError(errno.ENOSPC, "No space left on device")]
 def flushed(self):
     if fulls and os.environ["RANK"] == "0":

@@ -7,7 +7,7 @@ the metadata.
 from collections.abc import Mapping
 
 from mpcache.store.array_metadata import check_metadata
-from mpcache.store.format import POSITION, SEQUENCE, TOKENS, array_specs, hookpoint_of
+from mpcache.store.object_paths import POSITION, SEQUENCE, TOKENS, array_specs, hookpoint_of
 from mpcache.store.reader import Store, open_store
 from mpcache.store.writer import Writer
 

@@ -13,7 +13,7 @@ _FAULTS = """
 import os, resource, sys
 os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"
 import numpy as np
-from mpcache.model.malloc import keep_freed_memory
+from mpcache.model.glibc_malloc import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -15,7 +15,7 @@ from zarr.storage import LocalStore
 
 from mpcache.config import Codec
 from mpcache.store.array_spec import GROUP, ArraySpec
-from mpcache.store.format import mark_path, parse_mark_path
+from mpcache.store.object_paths import mark_path, parse_mark_path
 from mpcache.store.zarr_codec import ReadInto, crc32c, decode_part, encode_part, read_chunk_ends
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.integers(1, 9))

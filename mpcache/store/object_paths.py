@@ -15,8 +15,8 @@ import functools
 from pathlib import PurePosixPath
 
 from mpcache.store.array_spec import ArraySpec
-from mpcache.store.layout import ZARR_DTYPE, Layout
-from mpcache.validation import is_acts_array, is_part
+from mpcache.store.part_layout import ZARR_DTYPE, Layout
+from mpcache.untrusted_names import is_acts_array, is_part
 
 STORE_FILE = "store.json"
 _CLAIM = ".claim.partial"

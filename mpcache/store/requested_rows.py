@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mpcache.errors import DamagedStoreError
 from mpcache.store.array_metadata import check_metadata
-from mpcache.store.format import TOKENS, array_specs
+from mpcache.store.object_paths import TOKENS, array_specs
 from mpcache.store.reader import Store
 
 

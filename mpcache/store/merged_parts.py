@@ -12,8 +12,8 @@ from typing import Any
 
 from mpcache.config import Split, split_of
 from mpcache.errors import DamagedStoreError, UsageError
-from mpcache.store.layout import Layout
 from mpcache.store.mark import TokenProgress
+from mpcache.store.part_layout import Layout
 
 
 def unit_rows(identity: Mapping[str, Any], layout: Layout) -> int:

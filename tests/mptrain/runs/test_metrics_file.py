@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mptrain.runs.metrics import MetricsFile, Record, read_records, rewind
+from mptrain.runs.metrics_file import MetricsFile, Record, read_records, rewind
 from tests.helpers.records import RECORD
 
 counts, floats = st.integers(0, 2**53), st.floats()

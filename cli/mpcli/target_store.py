@@ -6,7 +6,7 @@ import typer
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
-from mpcache.validation import check_printable
+from mpcache.untrusted_names import check_printable
 
 if TYPE_CHECKING:  # the module below imports torch
     from mpcache.collection.find_store import StoreLocation

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mptrain.evals.evaluate import Evaluation
-from mptrain.runs.metrics import Record
+from mptrain.runs.metrics_file import Record
 from mptrain.training.batch_statistics import StepResult
 from mptrain.training.setup import CoderRun
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpcache.errors import UsageError
 from mpcache.maintenance.findings import Finding
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 
 _KIND = "mpcache verify"
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mpcache.errors import UsageError
-from mpcache.storage.cloud import Scheme, bucket_client, translate_errors
+from mpcache.storage.cloud_connection import Scheme, bucket_client, translate_errors
 from mpcache.storage.temporary_names import temporary_name
 
 CONCURRENCY = 8  # simultaneous requests for one object, up or down

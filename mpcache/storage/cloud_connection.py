@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mpcache.errors import DamagedStoreError, UsageError
-from mpcache.validation import printable
+from mpcache.untrusted_names import printable
 
 Scheme = Literal["s3", "gs"]
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

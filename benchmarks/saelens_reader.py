@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.other_tools import import_quietly, without_noise
+from benchmarks.tool_imports import import_quietly, without_noise
 
 _PROMPTS = 32  # read at once: the number of SAELens' examples
 _BUFFER_BATCHES = 20
