@@ -16,6 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # no deadline: a busy machine is no fault; in CI the same examples every time
 hypothesis.settings.register_profile("here", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+# for faults that are known (`make faults`): the first example that fails is enough
+hypothesis.settings.register_profile(
+    "faults",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 

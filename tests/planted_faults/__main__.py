@@ -24,8 +24,10 @@ import pytest
 PROJECT = Path(__file__).parents[2]
 COPIED = ("mpcache", "mptrain", "cli", "tests", "data", "docs", "pyproject.toml", "README.md")
 SECONDS = 900  # for the tests of one fault
-# plugins of pytest are imported before it, which it would warn of
-_OPTIONS = ("-xq", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+_OPTIONS = (
+    "-xq", "-p", "no:cacheprovider", "--hypothesis-profile=faults",
+    "-W", "ignore::pytest.PytestAssertRewriteWarning",  # plugins of pytest are imported before it
+)  # fmt: skip
 _BROKEN = 70  # exit code of a child in which pytest itself fails
 
 
