@@ -91,9 +91,9 @@ format: install
 # Comparisons with other tools; docs/benchmarks.md says how to install them. Absent tools are named.
 peers: install
 	$(COLLECT)
-	$(BIN)/python -m benchmarks.stores
-	$(BIN)/python -m benchmarks.loaders $(DEMO)/store --hookpoints layers.3
-	$(BIN)/python -m benchmarks.pursuit
+	$(BIN)/python -m benchmarks.compare_storage
+	$(BIN)/python -m benchmarks.compare_loaders $(DEMO)/store --hookpoints layers.3
+	$(BIN)/python -m benchmarks.compare_coders
 
 clean:
 	rm -rf .venv $(DEMO) reproduce reproduce-smoke

@@ -10,9 +10,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from mpcache.version import __version__
-from mpcli.environment_variables import is_from_environment, variable_of
 from mpcli.errors import guarded
 from mpcli.groups import DEFAULT_GROUP, GROUPS, ON
+from mpcli.options_from_environment import is_from_environment, variable_of
 
 _WIDEST = 120  # columns of help; longer lines are hard to read
 _PLAIN: dict[str, Any] = {

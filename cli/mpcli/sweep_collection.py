@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.config import CollectConfig, parts_for, split_of
-from mpcli.target_store import locate_store
+from mpcli.store_to_fill import locate_store
 from mptrain.experiments.experiment_file import parse_experiment
 from mptrain.experiments.spec import Experiment
 from mptrain.experiments.toml_config import read_settings

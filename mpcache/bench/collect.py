@@ -13,10 +13,10 @@ from torch import nn
 
 from mpcache.bench.hardware import hardware
 from mpcache.collection.collect import collect_parts_here
-from mpcache.collection.fill import Collection
 from mpcache.collection.jobs import Job
 from mpcache.collection.producer import ActivationProducer, load_for_collection
 from mpcache.collection.progress import Progress
+from mpcache.collection.store_side import Collection
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents
 from mpcache.data.tokenization import find_chat_template

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage, open_storage
+from mpcache.store.collection_extent import Extent, extent_of
 from mpcache.store.object_paths import TOKENS
 from mpcache.store.reader import Store, open_store
-from mpcache.store.requested_rows import Extent, extent_of
 from mpcache.store.store_metadata import is_store
 from mpcache.untrusted_names import check_printable
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from mpcache.collection.commit_threads import PartCommitter, commit_side, write_threads
-from mpcache.collection.fill import Collection, WaitConfig
 from mpcache.collection.jobs import Job, MissingPart
 from mpcache.collection.producer import ActivationProducer, ModelFacts, load_for_collection
 from mpcache.collection.progress import Progress
+from mpcache.collection.store_side import Collection, WaitConfig
 from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents

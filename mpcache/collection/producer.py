@@ -23,8 +23,8 @@ from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.vocabulary import Tokenizer, token_dtype
 from mpcache.model.capture import capture_part
 from mpcache.model.compile import CompiledLayers
-from mpcache.model.document_separation import find_separation
 from mpcache.model.file_snapshot import ModelFileSnapshot
+from mpcache.model.find_separation import find_separation
 from mpcache.model.forward_batches import ForwardBatches, PartInput
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture, widths

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from mpcache.collection.jobs import MissingPart
 from mpcache.collection.plan import CollectionPlan
+from mpcache.store.collection_extent import extent_of
 from mpcache.store.object_paths import TOKENS
 from mpcache.store.reader import Store
-from mpcache.store.requested_rows import extent_of
 
 
 @dataclass(frozen=True, kw_only=True)

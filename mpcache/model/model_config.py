@@ -6,10 +6,10 @@ from mpcache.config import CollectConfig
 from mpcache.data.vocabulary import Tokenizer, Vocabulary, vocabulary_of
 from mpcache.errors import UsageError
 from mpcache.model.checkpoint_validation import check_settings
+from mpcache.model.fresh_remote_code import use_fresh_copies
 from mpcache.model.gguf import check_gguf
 from mpcache.model.load_errors import explain_load_errors
 from mpcache.model.model_source import ModelSource, find_source
-from mpcache.model.remote_code import use_fresh_copies
 
 
 def load_architecture(config: CollectConfig) -> PreTrainedConfig:

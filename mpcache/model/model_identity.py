@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from mpcache.data.vocabulary import ConfigTokens, Tokenizer
+from mpcache.model.fresh_remote_code import code_digest
 from mpcache.model.model_source import ModelSource, short_name
-from mpcache.model.remote_code import code_digest
 
 # settings that may differ between copies of the same weights: folder, author, how the model runs
 _VOLATILE = {

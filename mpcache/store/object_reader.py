@@ -10,8 +10,8 @@ from mpcache.errors import DamagedStoreError
 from mpcache.storage.base import Storage
 from mpcache.store.array_metadata import check_metadata
 from mpcache.store.array_spec import ArraySpec
+from mpcache.store.disk_cache import ReadCache
 from mpcache.store.mark import ObjectRecord
-from mpcache.store.read_cache import ReadCache
 from mpcache.store.zarr_codec import ReadInto, decode_part, read_chunk_ends
 
 Result = TypeVar("Result")

@@ -18,12 +18,12 @@ from mpcache.errors import DamagedStoreError, UsageError
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.acts_array import ActsArray, Part
 from mpcache.store.acts_reader import ActsReader
+from mpcache.store.disk_cache import ReadCache
 from mpcache.store.mark import Mark, ObjectRecord
 from mpcache.store.mark_index import MarkIndex
 from mpcache.store.object_paths import POSITION, array_specs
 from mpcache.store.object_reader import ObjectReader
 from mpcache.store.part_reader import PartReader
-from mpcache.store.read_cache import ReadCache
 from mpcache.store.store_metadata import StoreMetadata, is_store
 from mpcache.store.token_reader import TokenReader
 

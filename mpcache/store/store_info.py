@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.storage.base import Storage
+from mpcache.store.collection_extent import extent_of
 from mpcache.store.object_paths import TOKENS, acts_array
 from mpcache.store.reader import Store, open_store
-from mpcache.store.requested_rows import extent_of
 
 
 def store_info(where: str | Path | Storage) -> dict[str, Any]:

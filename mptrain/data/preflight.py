@@ -11,7 +11,7 @@ from mpcache.errors import UsageError
 from mptrain.config.run import RunConfig
 from mptrain.config.sides import Side
 from mptrain.data.loader import Split, Store, open_store, row_bytes
-from mptrain.data.number_ranges import format_ranges
+from mptrain.data.ranges_as_text import format_ranges
 
 _SPLITS: tuple[Split, ...] = ("train", "validation")
 _POLL_SECONDS = 1.0

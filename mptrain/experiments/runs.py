@@ -13,7 +13,7 @@ from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_version_1 import upgrade_description
 from mptrain.data.atomic_files import read_json
-from mptrain.data.number_ranges import parse_ranges
+from mptrain.data.ranges_as_text import parse_ranges
 from mptrain.experiments.option_tables import RUN_OPTIONS, TABLE_OF_OPTION
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import CHANGEABLE_FIELDS, read_manifest, recorded_coders

@@ -12,8 +12,8 @@ from mptrain.config.coder import all_sides
 from mptrain.config.run import ListedConfig
 from mptrain.data.atomic_files import explain_write_errors, write_json
 from mptrain.data.loader import open_store
-from mptrain.data.number_ranges import format_ranges
 from mptrain.data.preflight import common_parts
+from mptrain.data.ranges_as_text import format_ranges
 from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.figure_folder import write_figure_folder
 from mptrain.experiments.other_k import evaluate_other_k

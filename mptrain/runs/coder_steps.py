@@ -12,8 +12,8 @@ from torch import Tensor
 from mptrain.config.sides import Side
 from mptrain.data.batches import Batch
 from mptrain.runs.training_pass import TrainingPass
-from mptrain.training.batch_statistics import StepResult
 from mptrain.training.setup import CoderRun
+from mptrain.training.step_result import StepResult
 
 
 class CoderSteps:

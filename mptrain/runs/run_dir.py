@@ -12,7 +12,7 @@ from mptrain.config.coder_grid import FitConfig
 from mptrain.config.coder_json import coder_config_from_json
 from mptrain.config.run import ListedConfig, RunConfig
 from mptrain.data.atomic_files import explain_write_errors, is_partial, read_json, write_json
-from mptrain.data.number_ranges import format_ranges, parse_ranges
+from mptrain.data.ranges_as_text import format_ranges, parse_ranges
 
 # Settings that may differ between the commands of one run: where it lies, what it is computed on,
 # when it is saved, how rows are fetched, and what fits into memory (a continued run keeps the

@@ -8,8 +8,8 @@ import torch
 
 from mptrain.evals.evaluate import Evaluation
 from mptrain.runs.metrics_file import Record
-from mptrain.training.batch_statistics import StepResult
 from mptrain.training.setup import CoderRun
+from mptrain.training.step_result import StepResult
 
 
 def make_record(

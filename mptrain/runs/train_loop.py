@@ -18,8 +18,8 @@ from mptrain.runs.signals import deferred_interrupts
 from mptrain.runs.step_records import make_record, progress_summary
 from mptrain.runs.training_pass import TrainingPass
 from mptrain.runs.validator import Validator
-from mptrain.training.batch_statistics import StepResult
 from mptrain.training.setup import CoderRun
+from mptrain.training.step_result import StepResult
 
 OnStep = Callable[[int, Sequence[CoderRun]], None]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mpcache.errors import UsageError
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
-from mptrain.training.schedule_free import ScheduleFreeSignSGD
+from mptrain.training.schedule_free_signsgd import ScheduleFreeSignSGD
 from mptrain.training.schedules import lr_factor
 
 _COUNTER = "steps_done"

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from mptrain.coders.code import Code
 from mptrain.coders.coder import Coder, coder_from_tensors
-from mptrain.training.batch_statistics import BatchStatistics, StepResult
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.latent_usage import LatentUsage
 from mptrain.training.normalization import IDENTITY, Scale, for_unscaled_rows
 from mptrain.training.objective import WIDE, Objective
 from mptrain.training.optimizers import Optimizers
 from mptrain.training.schedules import coded_as, k_at
+from mptrain.training.step_result import BatchStatistics, StepResult
 
 
 class CoderTrainer:

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import loaders, pursuit
-from benchmarks.other_coders import ADAPTERS
+from benchmarks.other_coder_adapters import ADAPTERS
 from benchmarks.saelens_reader import saelens_reads
 from mptrain.bench.config import LoaderBenchConfig
 from mptrain.bench.loader import first_rows

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import other_coders
-from benchmarks.other_coders import find_methods, overcomplete_mp, saelens_mp, sparsify_topk
+from benchmarks import other_coder_adapters as other_coders
+from benchmarks.other_coder_adapters import find_methods, overcomplete_mp, saelens_mp, sparsify_topk
 from benchmarks.tool_imports import import_quietly
 from mptrain.bench.measure import CodeTensors, CodingMethod, saved_bytes
 from mptrain.coders.coder import Coder

@@ -9,10 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import stores
+from benchmarks import compare_storage as stores
 from benchmarks.other_storage import saelens_cache, zarr_arrays
 from mpcache.bench.config import StoreBenchConfig
-from mpcache.bench.store import store_cases
+from mpcache.bench.storage_speed import store_cases
 from mpcache.store.zarr_codec import encode_part
 
 SMALL = StoreBenchConfig(rows=1500, width=8, part_rows=(512,), chunk_rows=(64,), codec=("lz4",))

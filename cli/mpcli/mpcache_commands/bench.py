@@ -8,7 +8,7 @@ import typer
 from mpcache.bench.config import StoreBenchConfig
 from mpcache.config import CollectConfig
 from mpcli.arguments import Json
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.tables import print_json, print_table
 
 
@@ -36,7 +36,7 @@ def bench_store(
     ] = None,
     json: Json = False,
 ) -> None:
-    from mpcache.bench.store import bench_store as run
+    from mpcache.bench.storage_speed import bench_store as run
 
     report = run(config, folder)
     rows = [dataclasses.asdict(measurement) for measurement in report.measurements]

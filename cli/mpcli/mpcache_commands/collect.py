@@ -8,10 +8,10 @@ import typer
 from mpcache.config import CollectConfig
 from mpcache.parallel.config import CollectParallelConfig
 from mpcli.arguments import STORE_HELP, Json
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.reports import print_collection
+from mpcli.store_to_fill import locate_store
 from mpcli.tables import print_json
-from mpcli.target_store import locate_store
 
 
 @from_config(

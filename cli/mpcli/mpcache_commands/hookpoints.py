@@ -8,7 +8,7 @@ import typer
 from mpcache.config import HookpointsConfig
 from mpcache.untrusted_names import printable
 from mpcli.arguments import Json
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.tables import print_json, print_table
 
 _COLUMNS = ("hookpoint", "*", "input", "output", "bytes per row", "module")

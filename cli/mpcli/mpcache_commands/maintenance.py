@@ -10,7 +10,7 @@ from mpcache.config import ConvertConfig, RepairConfig
 from mpcache.parallel.config import ParallelConfig
 from mpcache.untrusted_names import printable
 from mpcli.arguments import Json, StoreArgument, TargetArgument
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.reports import finding_as_json, print_copy, print_findings
 from mpcli.tables import print_json, print_table
 

@@ -5,7 +5,7 @@ import dataclasses
 import typer
 
 from mpcli.arguments import Json
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.tables import print_json, print_table
 from mptrain.bench.config import LoaderBenchConfig, PursuitBenchConfig
 

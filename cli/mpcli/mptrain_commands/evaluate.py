@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from mpcli.arguments import Json, StoreArgument
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.spliced import spliced_figures
 from mpcli.tables import print_json, print_table
 from mptrain.config.coder_settings import Codes

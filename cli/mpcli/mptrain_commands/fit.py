@@ -8,7 +8,7 @@ import typer
 
 from mpcli.arguments import Json
 from mpcli.errors import warnings_in_words
-from mpcli.options import LoadConfigFrom, from_config
+from mpcli.options_from_config import LoadConfigFrom, from_config
 from mpcli.tables import print_json, print_table
 from mpcli.values import option
 from mptrain.config.coder_grid import FitConfig
@@ -161,7 +161,7 @@ def save_coders(
     """They are saved as RUN/coders/NAME-stepN. The run may be running or interrupted; it does not
     change, and can continue later.
     """
-    from mptrain.runs.save_unfinished import save_coders as save
+    from mptrain.runs.save_coders_early import save_coders as save
 
     changes = {"device": device} if store is None else {"device": device, "store": store}
     saved = save(run, changes)

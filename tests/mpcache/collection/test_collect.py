@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from mpcache.collection import fill
+from mpcache.collection import store_side as fill
 from mpcache.collection.collect import collect
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.repair import repair

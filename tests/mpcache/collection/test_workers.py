@@ -20,7 +20,7 @@ from mpcache.collection import dask_client, fill
 from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.collection.dask_client import DaskCollector
-from mpcache.collection.fill import Collection, WaitConfig
+from mpcache.collection.store_side import Collection, WaitConfig
 from mpcache.data.dataset import open_documents
 from mpcache.data.vocabulary import vocabulary_of
 from mpcache.errors import UsageError

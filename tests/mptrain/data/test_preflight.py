@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from mpcache.store.reader import open_store
 from mptrain.config.coder_grid import FitConfig
 from mptrain.data import preflight as suited
-from mptrain.data.number_ranges import format_ranges, parse_ranges
 from mptrain.data.preflight import await_parts, check_window_memory, open_trainable_store
+from mptrain.data.ranges_as_text import format_ranges, parse_ranges
 from mptrain.runs.fit import fit, plan_fit
 from tests.helpers.stores import small_store, write_corpus
 

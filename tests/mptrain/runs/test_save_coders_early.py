@@ -13,7 +13,7 @@ from mptrain.coders.checkpoint import load_coder
 from mptrain.evals.evaluate import evaluate_coder
 from mptrain.runs import saved_state
 from mptrain.runs.fit import fit
-from mptrain.runs.save_unfinished import save_coders
+from mptrain.runs.save_coders_early import save_coders
 from tests.helpers.fits import config, equal, interrupt_at, lasting, weights
 from tests.helpers.stores import small_store
 

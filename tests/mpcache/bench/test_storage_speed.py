@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from mpcache.bench.config import StoreBenchConfig
-from mpcache.bench.store import Seconds, bench_store, measure_cases, plain_case, store_cases
+from mpcache.bench.storage_speed import Seconds, bench_store, measure_cases, plain_case, store_cases
 from mpcache.store.zarr_codec import encode_part
 from mpcli.mpcache import app
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mptrain.config.coder import CoderConfig
-from mptrain.training.schedule_free import BETA, ScheduleFreeSignSGD
+from mptrain.training.schedule_free_signsgd import BETA, ScheduleFreeSignSGD
 from tests.helpers.trainers import BASE, TRANSCODER, make_learner, rows_of, train_
 
 SIGN = replace(BASE, optimizer="signsgd", lr=2e-2)

@@ -1,8 +1,8 @@
 """Compare our coders with SAELens, overcomplete and sparsify on the same rows and dictionary.
 
 \b
-    python -m benchmarks.pursuit
-    python -m benchmarks.pursuit --tools sae-lens --device cuda --json
+    python -m benchmarks.compare_coders
+    python -m benchmarks.compare_coders --tools sae-lens --device cuda --json
 
 Speed, memory for the backward pass, peak memory, and agreement with exact matching pursuit. Our own
 coders are measured beside the other tools, on the same rows and in the same rounds.
@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.tool_imports import HOW_TO_INSTALL, show_progress
 from mpcli.errors import guarded, run_app
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.tables import print_json, print_table
 from mptrain.bench.config import PursuitBenchConfig
 
@@ -47,7 +47,7 @@ def compare(
 ) -> None:
     """Measure all tools; the docstring of the module is the help."""
     show_progress("loading torch")
-    from benchmarks.other_coders import find_methods
+    from benchmarks.other_coder_adapters import find_methods
     from mpcache.bench.hardware import hardware
     from mptrain.bench.pursuit import bare_products, make_tensors, measure_methods, own_methods
 

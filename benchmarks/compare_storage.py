@@ -1,8 +1,8 @@
 """Compare the store format with Zarr, zarrs and the cache of SAELens on the same random rows.
 
 \b
-    python -m benchmarks.stores
-    python -m benchmarks.stores --rows 1M --width 768 --tools zarr --json
+    python -m benchmarks.compare_storage
+    python -m benchmarks.compare_storage --rows 1M --width 768 --tools zarr --json
 
 Rows per second that are written and read. Each layout of the store format is compared with Zarr's
 own writes and reads of the same layout.
@@ -17,7 +17,7 @@ import typer
 from benchmarks.tool_imports import HOW_TO_INSTALL, show_progress
 from mpcache.bench.config import StoreBenchConfig
 from mpcli.errors import guarded, run_app
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.tables import print_json, print_table
 
 Tool = Literal["zarr", "zarrs", "sae-lens"]
@@ -50,7 +50,13 @@ def compare(
     """Measure all tools; the docstring of the module is the help."""
     show_progress("loading torch")
     from benchmarks.other_storage import saelens_cache, zarr_arrays
-    from mpcache.bench.store import Case, measure_case, measure_cases, plain_case, store_cases
+    from mpcache.bench.storage_speed import (
+        Case,
+        measure_case,
+        measure_cases,
+        plain_case,
+        store_cases,
+    )
 
     own = store_cases(config)
     cases, absent = [*own, plain_case(config)], dict[str, str]()

@@ -1,8 +1,8 @@
 """Compare our loader with SAELens' reader of its own cache, on rows of the same store.
 
 \b
-    python -m benchmarks.loaders STORE
-    python -m benchmarks.loaders STORE --rows 3M --saelens-rows 500k --json
+    python -m benchmarks.compare_loaders STORE
+    python -m benchmarks.compare_loaders STORE --rows 3M --saelens-rows 500k --json
 
 Rows per second, on a warm cache. SAELens reads a copy of the store's first rows, which it keeps as
 float32 in Arrow, in order and in mixed order.
@@ -17,7 +17,7 @@ import typer
 
 from benchmarks.tool_imports import HOW_TO_INSTALL, show_progress
 from mpcli.errors import guarded, run_app
-from mpcli.options import from_config
+from mpcli.options_from_config import from_config
 from mpcli.tables import print_json, print_table
 from mpcli.values import count
 from mptrain.bench.config import LoaderBenchConfig

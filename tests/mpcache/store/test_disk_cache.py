@@ -25,7 +25,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.storage import cloud_connection as cloud
 from mpcache.storage.base import open_storage
-from mpcache.store import read_cache
+from mpcache.store import disk_cache as read_cache
 from mpcache.store.reader import Store, open_store
 from mpcache.store.zarr_codec import ReadInto
 from mpcli.mptrain import app

@@ -10,8 +10,8 @@ from mpcache.collection.catalog import list_stores
 from mpcache.collection.collect import collect
 from mpcache.collection.find_store import find_store
 from mpcache.parallel.config import CollectParallelConfig
+from mpcache.store.collection_extent import extent_of
 from mpcache.store.reader import open_store
-from mpcache.store.requested_rows import extent_of
 from mpcache.store.store_info import store_info
 from mpcli.mpcache import app
 from tests.helpers.stores import small_config, small_store, write_corpus
