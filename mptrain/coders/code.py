@@ -22,5 +22,12 @@ class Code(NamedTuple):
     "`[B, M]` what the sparsity loss of an encoder adds up, with gradients"
 
     def detached(self) -> "Code":
-        """The entries alone, without gradients: what may be kept of many rows."""
-        return Code(self.idx_BK, self.val_BK.detach())
+        """The active entries alone, without gradients: what may be kept of many rows.
+
+        Entries of value 0 are active in pursuits only. Encoders with a sparsity loss use others of
+        them for gradients.
+        """
+        val_BK = self.val_BK.detach()
+        if self.penalised_BM is None:
+            return Code(self.idx_BK, val_BK)
+        return Code(self.idx_BK.masked_fill(val_BK == 0, -1), val_BK)

@@ -49,8 +49,11 @@ class JumpReluEncoder(Encoder):
         threshold: EntryThreshold | None,
     ) -> Code:
         z_BM = (x_BD - b_D) @ self.encoder_MD.T + self.bias_M
-        act_BM, is_active_BM = jump_relu(z_BM, self.threshold_M.abs(), self.config.bandwidth)
-        return sparse_code(act_BM)._replace(penalised_BM=is_active_BM)
+        theta_M, bandwidth = self.threshold_M.abs(), self.config.bandwidth
+        act_BM, is_active_BM = jump_relu(z_BM, theta_M, bandwidth)
+        # the loss of a prediction moves the thresholds of latents just below them, too
+        is_near_BM = _is_near(z_BM, theta_M, bandwidth) if act_BM.requires_grad else None
+        return sparse_code(act_BM, is_near_BM)._replace(penalised_BM=is_active_BM)
 
     def sparsity_loss(self, code: Code, terms: LossTerms) -> Tensor:
         assert code.penalised_BM is not None
@@ -80,9 +83,15 @@ class _JumpRelu(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dact_BM: Tensor, dactive_BM: Tensor) -> tuple[Tensor, Tensor, None]:
         z_BM, theta_M = ctx.saved_tensors
-        is_near_BM = ((z_BM - theta_M).abs() < ctx.bandwidth / 2).to(z_BM.dtype)
+        is_near_BM = _is_near(z_BM, theta_M, ctx.bandwidth)
         dtheta_BM = -(theta_M * dact_BM + dactive_BM) * is_near_BM / ctx.bandwidth
         return dact_BM * (z_BM > theta_M), dtheta_BM.sum(0), None
+
+
+def _is_near(z_BM: Tensor, theta_M: Tensor, bandwidth: float) -> Tensor:
+    """Where the kernel is not 0."""
+    is_near_BM: Tensor = (z_BM.detach() - theta_M.detach()).abs() < bandwidth / 2
+    return is_near_BM
 
 
 ENCODER = JumpReluEncoder

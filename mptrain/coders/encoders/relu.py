@@ -3,6 +3,7 @@
 B rows in a batch, D input width, E target width, M latents, K code entries a row.
 """
 
+import torch
 from torch import Tensor
 
 from mptrain.coders.code import Code
@@ -48,15 +49,22 @@ class ReluEncoder(Encoder):
         return self.config.sparsity_weight * penalty
 
 
-def sparse_code(act_BM: Tensor) -> Code:
+def sparse_code(act_BM: Tensor, is_near_BM: Tensor | None = None) -> Code:
     """The positive activations of each row as entries, as many as the fullest row has.
 
-    Waits for the device to know how many. Early in training that is a large share of all latents.
+    Latents that `is_near_BM` names are entries too: of value 0, but with a gradient. Waits for the
+    device to know how many entries there are. Early in training that is a large share of all
+    latents.
     """
-    most = int((act_BM > 0).sum(1).max()) if len(act_BM) else 0
-    val_BK, idx_BK = act_BM.topk(max(1, most))
-    unused_BK = val_BK <= 0
-    return Code(idx_BK.masked_fill(unused_BK, -1), val_BK.masked_fill(unused_BK, 0))
+    key_BM = act_BM.detach()
+    if is_near_BM is not None:
+        smallest = torch.finfo(key_BM.dtype).tiny
+        key_BM = torch.where(is_near_BM & (key_BM == 0), smallest, key_BM)
+    most = int((key_BM > 0).sum(1).max()) if len(key_BM) else 0
+    key_BK, idx_BK = key_BM.topk(max(1, most))
+    unused_BK = key_BK <= 0
+    val_BK = act_BM.gather(1, idx_BK).masked_fill(unused_BK, 0)
+    return Code(idx_BK.masked_fill(unused_BK, -1), val_BK)
 
 
 def l1_penalty(act_BM: Tensor, decoder_ME: Tensor, total_variance: float) -> Tensor:

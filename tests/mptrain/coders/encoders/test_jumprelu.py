@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mptrain.coders.encoders.jumprelu import JumpReluEncoder, jump_relu
 from mptrain.config.sides import Kind
+from mptrain.training.objective import NESTED_SHARES
 from tests.helpers import reference
 from tests.helpers.trainers import BASE, batch_loss, fvus_of, make_learner, rows_of, train_
 
@@ -65,6 +66,43 @@ def test_loss_and_gradients_are_those_of_dense_codes(kind: Kind) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_thresholds_are_those_of_dense_codes(kind: Kind, nested: bool) -> None:
+    """The loss of the prediction counts on both sides of a threshold, as in eq. 11."""
+    trainer = make_learner(replace(JUMP, kind=kind, nested=nested))
+    train_(trainer, 0, 5)
+    coder, total = trainer.coder.double(), trainer.objective.total_variance
+    encoder = coder.encoder
+    assert isinstance(encoder, JumpReluEncoder)
+    x_BD, y_BE = (t.double() for t in rows_of(coder.config, 16, 9))
+    (ours_M,) = torch.autograd.grad(batch_loss(trainer, x_BD, y_BE), encoder.threshold_M)
+    z_BM = (x_BD - coder.b_D) @ encoder.encoder_MD.T + encoder.bias_M
+    act_BM, is_active_BM = jump_relu(z_BM, encoder.threshold_M.abs(), 0.2)
+    assert (((z_BM - encoder.threshold_M.abs()).abs() < 0.1) & (is_active_BM == 0)).any()
+    loss = coder.config.sparsity_weight * is_active_BM.sum(1).mean()
+    counts = [round(share * 36) for share in NESTED_SHARES] if nested else [36]
+    for count in counts:
+        y_hat_BE = act_BM[:, :count] @ coder.decoder_ME[:count] + coder.decode_offset(x_BD)
+        loss = loss + (y_BE - y_hat_BE).square().sum(1).mean() / total / len(counts)
+    (theirs_M,) = torch.autograd.grad(loss, encoder.threshold_M)
+    torch.testing.assert_close(ours_M, theirs_M, atol=1e-12, rtol=1e-9)
+
+
+def test_latents_just_below_their_threshold_are_not_active() -> None:
+    trainer = make_learner(JUMP)
+    x_BD, y_BE = rows_of(JUMP, 64, 1)
+    code = trainer.coder.encode(x_BD)
+    assert ((code.idx_BK >= 0) & (code.val_BK == 0)).any()
+    with torch.no_grad():
+        expected = trainer.coder.encode(x_BD)
+    assert ((expected.idx_BK >= 0) == (expected.val_BK > 0)).all()
+    result = trainer.step(x_BD, y_BE)
+    assert result.l0 == (expected.val_BK > 0).sum(1).double().mean()
+    fired = expected.idx_BK.unique()
+    assert torch.equal(trainer.usage.rows_since_fired_M == 0, torch.isin(torch.arange(36), fired))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns(kind: Kind) -> None:
     trainer = make_learner(replace(JUMP, kind=kind, lr=2e-2))
@@ -84,7 +122,8 @@ def test_a_larger_weight_gives_sparser_codes_and_the_code_is_the_activation() ->
         train_(trainer, 0, 60)
         encoder, b_D = trainer.coder.encoder, trainer.coder.b_D
         assert isinstance(encoder, JumpReluEncoder)
-        code = trainer.coder.encode(x_BD)
+        with torch.no_grad():
+            code = trainer.coder.encode(x_BD)
         z_BM = (x_BD - b_D) @ encoder.encoder_MD.T + encoder.bias_M
         expected_BM = torch.where(z_BM > encoder.threshold_M.abs(), z_BM, 0)
         assert torch.equal(reference.dense(code.idx_BK, code.val_BK, 36), expected_BM)
