@@ -20,6 +20,7 @@ from mptrain.config.architectures import Arch
 from mptrain.config.coder import all_sides
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.sides import Side
+from mptrain.data.batches import release_after_use
 from mptrain.data.columns import SEQUENCE, RowField
 from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Store, open_store
@@ -162,7 +163,8 @@ def read_with_loader(config: LoaderBenchConfig, store: Store, sides: Sequence[Si
     """Open a loader and take batches from its first window on, epoch after epoch."""
     batches = max(1, config.rows // config.batch_rows)
     with open_loader(config, store, sides) as loader:
-        return sum(batch.rows for batch in islice(loader.batches(), batches))
+        taken = release_after_use(islice(loader.batches(), batches))
+        return sum(batch.rows for batch in taken)
 
 
 def read_bare(config: LoaderBenchConfig, store: Store, sides: Sequence[Side]) -> int:
@@ -254,7 +256,7 @@ def _measure_training(
 
     def train_from_store() -> None:
         with open_loader(config, store, sides) as loader:
-            train(loader.batches())
+            train(release_after_use(loader.batches()))
             waited.append(loader.wait_seconds)
 
     with open_loader(config, store, sides) as loader:
