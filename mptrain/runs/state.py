@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from mpcache.errors import UsageError
 from mptrain.runs.results import CoderResult
 from mptrain.training.distributed import ProcessGroup
 from mptrain.training.setup import CoderRun
+
+STATE_FORMAT = 2  # tensors are named by the parts of coders
 
 
 @dataclass(kw_only=True)
@@ -92,6 +95,7 @@ class RunState:
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "format_version": STATE_FORMAT,
             "progress": self.progress.to_json(),
             "train_seconds": {name: coder.train_seconds for name, coder in self.coders.items()},
             "rows": {n: [coder.rows_read, coder.rows_trained] for n, coder in self.coders.items()},
@@ -100,6 +104,9 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunState":
+        version = values.get("format_version", 1)
+        if version != STATE_FORMAT:
+            raise UsageError(f"its format version is {version}, not {STATE_FORMAT}")
         rows, diverged = values["rows"], values["diverged"]
         return cls(
             progress=RunProgress.from_json(values["progress"]),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mpcache.errors import UsageError
 from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
 from mptrain.runs import fit as fit_stage
@@ -163,6 +164,16 @@ def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> 
     shutil.rmtree(folder.parent)
     fit(config(store, tmp_path / "run", **SMALL_RUN))
     assert equal(whole, weights(tmp_path / "run"))
+
+
+def test_a_state_of_an_older_version_is_refused(store: str, tmp_path: Path) -> None:
+    fit(config(store, tmp_path / "run", **SMALL_RUN))
+    (file,) = (tmp_path / "run/state").glob("*/state.json")
+    values = json.loads(file.read_text())
+    assert values.pop("format_version") == 2
+    file.write_text(json.dumps(values))
+    with pytest.raises(UsageError, match=r"version \(its format version is 1, not 2\); delete"):
+        fit(config(store, tmp_path / "run", **SMALL_RUN))
 
 
 def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
