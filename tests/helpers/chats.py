@@ -26,10 +26,10 @@ def conversations(count: int = 40, seed: int = 0) -> list[Conversation]:
         return bytes(random.integers(97, 123, random.integers(3, 30)).tolist()).decode()
 
     chats = []
-    for place in range(count):
+    for i in range(count):
         roles = ["user", "assistant"] * int(random.integers(1, 3))
         messages = tuple({"role": role, "content": text()} for role in roles)
-        chats.append(Conversation(() if place % 10 == 5 else messages))
+        chats.append(Conversation(() if i % 10 == 5 else messages))
     return chats
 
 
@@ -39,12 +39,12 @@ def dataset_of(chats: list[Conversation]) -> Iterator[None]:
     provenance = {"dataset": "chats", "dataset_revision": None, "dataset_config": None}
     documents = Documents("0" * 64, provenance, lambda start: iter(chats[start:]), "conversations")
 
-    def found(*_: object) -> Documents:
+    def open_chats(*_: object) -> Documents:
         return documents
 
     with (
-        mock.patch.object(collecting, "open_documents", found),
-        mock.patch.object(original_collection, "open_documents", found),
+        mock.patch.object(collecting, "open_documents", open_chats),
+        mock.patch.object(original_collection, "open_documents", open_chats),
     ):
         yield
 

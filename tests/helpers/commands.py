@@ -30,10 +30,10 @@ def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
     return process
 
 
-def equal(path: Path, whole: Path) -> bool:
+def equal(path: Path, uninterrupted: Path) -> bool:
     """Every digest is the same, and all bytes but those of an interrupted write."""
     finished = {n: data for n, data in files_of(path).items() if not n.endswith(".partial")}
-    return marks_of(path) == marks_of(whole) and finished == files_of(whole)
+    return marks_of(path) == marks_of(uninterrupted) and finished == files_of(uninterrupted)
 
 
 def clean(path: Path) -> bool:
@@ -63,8 +63,8 @@ def collect_with_four(config: CollectConfig, path: str | Path) -> None:
 def workers_of(command: BaseProcess) -> list[int]:
     """Those that the same server forked after it."""
     parent = psutil.Process(command.pid)
-    found: list[int] = []
-    while not found:
+    pids: list[int] = []
+    while not pids:
         others = (p for p in parent.parent().children() if p.pid != parent.pid)
-        found = [p.pid for p in others if p.create_time() > parent.create_time()]
-    return found
+        pids = [p.pid for p in others if p.create_time() > parent.create_time()]
+    return pids

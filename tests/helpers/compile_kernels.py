@@ -79,4 +79,4 @@ def shared_memory(capability: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({one: shared_memory(int(one)) for one in sys.argv[1:]}))
+    sys.stdout.write(json.dumps({number: shared_memory(int(number)) for number in sys.argv[1:]}))

@@ -15,16 +15,16 @@ ACTS = "arrays.zarr/acts/layers.0/output"
 OBJECT, MARK = f"{ACTS}/c/2/0", "marks/2/layers.0/output.json"
 
 
-def flip(file: Path, place: int) -> None:
+def flip(file: Path, offset: int) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 4
+    data[offset] ^= 4
     file.write_bytes(data)
 
 
-def swap(one: Path, other: Path) -> None:
-    data = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(data)
+def swap(first: Path, second: Path) -> None:
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
 
 
 def in_the_index(store: Path) -> None:

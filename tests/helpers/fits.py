@@ -64,8 +64,10 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+def equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == expected.keys() and all(
+        torch.equal(weights[n], expected[n]) for n in weights
+    )
 
 
 def lasting(run: Path) -> list[Record]:

@@ -59,12 +59,12 @@ def add_tokenizer(writer) -> None:
 
 
 def shapes(vocabulary: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {
+    sizes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (vocabulary, WIDTH), "output_norm.weight": (WIDTH,),
     }  # fmt: skip
     for block in ("blk.0", "blk.1"):
-        found |= {f"{block}.attn_{x}.weight": (WIDTH, WIDTH) for x in ("q", "k", "v", "output")}
-        found |= {f"{block}.{x}_norm.weight": (WIDTH,) for x in ("attn", "ffn")}
-        found |= {f"{block}.ffn_{x}.weight": (64, WIDTH) for x in ("gate", "up")}
-        found[f"{block}.ffn_down.weight"] = (WIDTH, 64)
-    return found
+        sizes |= {f"{block}.attn_{x}.weight": (WIDTH, WIDTH) for x in ("q", "k", "v", "output")}
+        sizes |= {f"{block}.{x}_norm.weight": (WIDTH,) for x in ("attn", "ffn")}
+        sizes |= {f"{block}.ffn_{x}.weight": (64, WIDTH) for x in ("gate", "up")}
+        sizes[f"{block}.ffn_down.weight"] = (WIDTH, 64)
+    return sizes

@@ -67,15 +67,15 @@ def fitted(store: Path, run: Path) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    place = FOLDER / f"store-v{FLAGS_VERSION}"
-    shutil.rmtree(place, ignore_errors=True)
+    target = FOLDER / f"store-v{FLAGS_VERSION}"
+    shutil.rmtree(target, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        made, _ = chat_store(
+        collected, _ = chat_store(
             Path(folder), hookpoints=("layers.0",), rows=640, part_rows=320, codec="zstd",
             one_document_per_sequence=True, chats=14,
         )  # fmt: skip
-        shutil.copytree(made, place)
-    place.with_suffix(".json").write_text(json.dumps(sums(open_store(place)), indent=1) + "\n")
+        shutil.copytree(collected, target)
+    target.with_suffix(".json").write_text(json.dumps(sums(open_store(target)), indent=1) + "\n")
 
 
 if __name__ == "__main__":

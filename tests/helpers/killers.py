@@ -42,7 +42,7 @@ class Killer:
 
         return killed
 
-    def half_way(self, kind: str, name: str, save: Callable[..., Any]) -> Callable[..., Any]:
+    def in_the_middle(self, kind: str, name: str, save: Callable[..., Any]) -> Callable[..., Any]:
         """Leaves half of a file."""
 
         def killed(tensors: Any, path: Path) -> None:
@@ -89,7 +89,7 @@ def arm(kind: str, moment: int, log: Path) -> None:
     CoderTrainer.step = killer.before("train", "train step", CoderTrainer.step)  # type: ignore[method-assign]
     metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
     checkpoint.save_file = killer.before("save", "before tensors", checkpoint.save_file)
-    checkpoint.save_file = killer.half_way("save", "half of the tensors", checkpoint.save_file)
+    checkpoint.save_file = killer.in_the_middle("save", "half of the tensors", checkpoint.save_file)
     atomic_files.sync = killer.before("save", "sync", atomic_files.sync)
     path: Any = Path
     path.rename = killer.before("save", "rename", path.rename)

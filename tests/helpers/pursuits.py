@@ -21,15 +21,15 @@ DIRECT = AtomSearch(
     backend="direct", shortlist_size=10**6, shortlist_refresh=1, score_dtype="float32"
 )
 GRAM = replace(DIRECT, backend="gram")
-WHOLE = replace(DIRECT, backend="shortlist")  # of all atoms, anew at every step
-SHORT = replace(WHOLE, shortlist_size=3, shortlist_refresh=2)
-ONE = replace(WHOLE, shortlist_size=1, shortlist_refresh=3)
-GRAM16, WHOLE16, SHORT16 = (
-    replace(search, score_dtype="bfloat16") for search in (GRAM, WHOLE, SHORT)
+ALL_ATOMS = replace(DIRECT, backend="shortlist")  # of all atoms, anew at every step
+SHORT = replace(ALL_ATOMS, shortlist_size=3, shortlist_refresh=2)
+ONE_ATOM = replace(ALL_ATOMS, shortlist_size=1, shortlist_refresh=3)
+GRAM16, ALL_ATOMS16, SHORT16 = (
+    replace(search, score_dtype="bfloat16") for search in (GRAM, ALL_ATOMS, SHORT)
 )
 
-EXACT = (DIRECT, GRAM, WHOLE, WHOLE16)
-EVERY = (*EXACT, GRAM16, SHORT, SHORT16, ONE)
+EXACT = (DIRECT, GRAM, ALL_ATOMS, ALL_ATOMS16)
+EVERY = (*EXACT, GRAM16, SHORT, SHORT16, ONE_ATOM)
 
 NOISE = 1e-9  # a value below this is rounding, and so is whether there is one
 
@@ -74,9 +74,9 @@ class Baseline(NamedTuple):
 
     @property
     def name(self) -> str:
-        of = self.search
+        search = self.search
         form = "" if self.is_compiled else "-whole-matrices"
-        return f"{of.backend}{of.shortlist_size}-{of.score_dtype}{form}"
+        return f"{search.backend}{search.shortlist_size}-{search.score_dtype}{form}"
 
     @contextmanager
     def forced(self) -> Iterator[None]:
@@ -84,13 +84,13 @@ class Baseline(NamedTuple):
             yield
 
 
-WAYS_IN_BLOCKS = (Baseline(DIRECT), Baseline(replace(DIRECT, backend="auto")))
+BASELINES_IN_BLOCKS = (Baseline(DIRECT), Baseline(replace(DIRECT, backend="auto")))
 
 
-def ways(searches: tuple[AtomSearch, ...], in_blocks: bool = False) -> tuple[Baseline, ...]:
+def baselines(searches: tuple[AtomSearch, ...], in_blocks: bool = False) -> tuple[Baseline, ...]:
     """How to run each of the searches; with blocks there is but one."""
     if in_blocks:
-        return WAYS_IN_BLOCKS
+        return BASELINES_IN_BLOCKS
     both = [s for s in searches if s.backend != "direct"]
     return (*(Baseline(s) for s in searches), *(Baseline(s, is_compiled=False) for s in both))
 
@@ -138,16 +138,16 @@ def without_noise(idx_BK: Tensor, val_BK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_same_code(
-    found: tuple[Tensor, ...], expected: tuple[Tensor | np.ndarray, ...], latents: int
+    actual: tuple[Tensor, ...], expected: tuple[Tensor | np.ndarray, ...], latents: int
 ) -> None:
     """Equal indices (modulo `latents`), values and residuals, but for rounding."""
-    idx_BK, val_BK = without_noise(*found[:2])
+    idx_BK, val_BK = without_noise(*actual[:2])
     expected_idx_BK, expected_val_BK = without_noise(*map(torch.as_tensor, expected[:2]))
     used_BK = (idx_BK >= 0) | (expected_idx_BK >= 0)
     assert torch.equal(idx_BK[used_BK] % latents, expected_idx_BK[used_BK] % latents)
     torch.testing.assert_close(val_BK, expected_val_BK, atol=1e-10, rtol=1e-9)
     residual_BD = torch.as_tensor(expected[2])
-    torch.testing.assert_close(found[2], residual_BD, atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(actual[2], residual_BD, atol=1e-10, rtol=1e-9)
 
 
 def assert_well_formed(idx_BK: Tensor, val_BK: Tensor, block: int | None = None) -> None:

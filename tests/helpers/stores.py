@@ -83,7 +83,7 @@ def rows_of(store: Store, side: tuple[str, str], split: str) -> torch.Tensor:
     return torch.cat(chunks)
 
 
-def whole(path: Path) -> dict[str, Any]:
+def lasting_content(path: Path) -> dict[str, Any]:
     """All that a store holds, but for who wrote it when."""
     marks = {
         name: {k: v for k, v in mark.items() if k != "replaces"}

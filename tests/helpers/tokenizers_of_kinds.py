@@ -31,7 +31,7 @@ def byte_level() -> PreTrainedTokenizerFast:
     )
 
 
-def whole_words() -> PreTrainedTokenizerFast:
+def unmerged_words() -> PreTrainedTokenizerFast:
     """As of Llama 3: a word that the vocabulary holds is taken whole, without merges."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocab |= {"</s>": 256, "</": 257, "s>": 258, "<s>": 259}
@@ -95,5 +95,5 @@ def word_level() -> PreTrainedTokenizerFast:
 
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
-    one.__name__: one for one in (byte_level, whole_words, unigram, word_piece, word_level)
+    make.__name__: make for make in (byte_level, unmerged_words, unigram, word_piece, word_level)
 }

@@ -19,7 +19,7 @@ from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_confi
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 store with all parts of its dataset, the last ones short; tests only read it."""
     folder = tmp_path_factory.mktemp("made")
     return small_store(folder, rows=1_000_000, dtype="float32")[0]
@@ -28,45 +28,48 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("codec", "chunk_rows"), [("zstd", None), (None, 48), ("lz4", 192)])
 def test_rows_are_the_sources_rounded_once(
-    made: Path, tmp_path: Path, dtype: str, codec: str | None, chunk_rows: int | None
+    original: Path, tmp_path: Path, dtype: str, codec: str | None, chunk_rows: int | None
 ) -> None:
     changes = ConvertConfig(dtype=dtype, codec=codec, chunk_rows=chunk_rows)  # type: ignore[arg-type]
-    convert(made, tmp_path / "new", changes)
+    convert(original, tmp_path / "new", changes)
     assert verify(tmp_path / "new").findings == ()
-    source, new = open_store(made), open_store(tmp_path / "new")
+    source, new = open_store(original), open_store(tmp_path / "new")
     assert new.fingerprint == source.fingerprint
     assert (new.layout.codec, new.chunk_rows) == (codec or "none", chunk_rows or 32)
     for split in ("train", "validation"):
         for side in SIDES:
-            wanted = rows_of(source, side, split).to(getattr(torch, dtype))
-            assert torch.equal(rows_of(new, side, split), wanted)
+            expected = rows_of(source, side, split).to(getattr(torch, dtype))
+            assert torch.equal(rows_of(new, side, split), expected)
     for array in ("tokens", "rows/sequence", "rows/position"):
         for part in source.part_numbers(array):
-            found, wanted = new.read_part(array, part)[array], source.read_part(array, part)[array]
-            assert (found == wanted).all()
+            converted, expected = (
+                new.read_part(array, part)[array],
+                source.read_part(array, part)[array],
+            )
+            assert (converted == expected).all()
             assert new.mark(part, array).rows == source.mark(part, array).rows
 
 
 @pytest.mark.slow
-def test_converting_equals_collecting(made: Path, tmp_path: Path) -> None:
+def test_converting_equals_collecting(original: Path, tmp_path: Path) -> None:
     """One rounding of float32 values, whether before the first write or after it."""
     changes = {"dtype": "bfloat16", "codec": "zstd"}
-    convert(made, tmp_path / "new", ConvertConfig(**changes))  # type: ignore[arg-type]
-    collect(small_config(made.parent, rows=1_000_000, **changes), tmp_path / "collected")
+    convert(original, tmp_path / "new", ConvertConfig(**changes))  # type: ignore[arg-type]
+    collect(small_config(original.parent, rows=1_000_000, **changes), tmp_path / "collected")
     assert marks_of(tmp_path / "new") == marks_of(tmp_path / "collected")
-    found, wanted = files_of(tmp_path / "new"), files_of(tmp_path / "collected")
-    assert found.pop("store.json") != wanted.pop("store.json")
-    assert found == wanted
+    converted, expected = files_of(tmp_path / "new"), files_of(tmp_path / "collected")
+    assert converted.pop("store.json") != expected.pop("store.json")
+    assert converted == expected
 
 
-def test_provenance_names_the_source(made: Path, tmp_path: Path) -> None:
-    convert(made, tmp_path / "one", ConvertConfig(dtype="bfloat16"))
+def test_provenance_names_the_source(original: Path, tmp_path: Path) -> None:
+    convert(original, tmp_path / "one", ConvertConfig(dtype="bfloat16"))
     convert(tmp_path / "one", tmp_path / "two", ConvertConfig(hookpoints=("layers.*.mlp:input",)))
     two = open_store(tmp_path / "two")
     source = two.provenance["converted_from"]
     assert (source["store"], source["dtype"]) == ("one", "bfloat16")
     assert source["converted_from"]["dtype"] == "float32"
-    assert two.provenance["model"] == open_store(made).provenance["model"]
+    assert two.provenance["model"] == open_store(original).provenance["model"]
     assert [(h, s) for h in two.hookpoints for s in two.sides(h)] == [("layers.1.mlp", "input")]
     assert two.config["hookpoints"] == ["layers.1.mlp:input"]
 
@@ -126,7 +129,7 @@ def test_values_that_overflow_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--chunk-rows", "50"), "multiple of ctx_len and of chunk_rows"),
         (("--hookpoints", "layers.7"), "it has layers.0:output, layers.1.mlp:input"),
@@ -136,9 +139,9 @@ def test_values_that_overflow_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_conversions_that_cannot_be(
-    made: Path, tmp_path: Path, options: tuple[str, ...], told: str
+    original: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
-    result = CliRunner().invoke(app, ["convert", str(made), str(tmp_path / "new"), *options])
+    result = CliRunner().invoke(app, ["convert", str(original), str(tmp_path / "new"), *options])
     assert result.exit_code == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "new").exists()

@@ -19,7 +19,7 @@ from tests.helpers.stores import small_config, small_store
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a store of a few parts; tests only read it."""
     folder = tmp_path_factory.mktemp("made")
     small_store(folder, rows=600)
@@ -27,9 +27,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A store that a test may harm."""
-    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+    return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
 def all_files(path: Path) -> dict[str, bytes]:
@@ -41,7 +41,9 @@ def command(*words: object):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_a_copy_has_every_byte_and_nothing_else(made: Path, store: Path, tmp_path: Path) -> None:
+def test_a_copy_has_every_byte_and_nothing_else(
+    original: Path, store: Path, tmp_path: Path
+) -> None:
     (store / "arrays.zarr/tokens/c/0/0.ab12.partial").write_bytes(b"rest")
     (store / "marks/2/layers.0/output.json").unlink()  # then its objects are not committed
     done = copy(store, tmp_path / "new" / "copy")
@@ -55,10 +57,10 @@ def test_a_copy_has_every_byte_and_nothing_else(made: Path, store: Path, tmp_pat
     assert all_files(tmp_path / "new/copy") == expected
     assert verify(tmp_path / "new/copy").findings == ()
     assert done.parts == done.written
-    small_config(made)
-    again = copy(made / "store", tmp_path / "new" / "copy")  # has got the part since
+    small_config(original)
+    again = copy(original / "store", tmp_path / "new" / "copy")  # has got the part since
     assert again.written == 1
-    assert all_files(tmp_path / "new/copy") == all_files(made / "store")
+    assert all_files(tmp_path / "new/copy") == all_files(original / "store")
 
 
 @pytest.mark.parametrize("moment", [1, 2, 7, 20, 45])
@@ -101,7 +103,7 @@ def test_a_damaged_source_is_named_and_not_passed_on(
     assert not (tmp_path / "copy" / name).exists()
 
 
-def test_places_that_cannot_be_copied_to(made: Path, store: Path, tmp_path: Path) -> None:
+def test_places_that_cannot_be_copied_to(original: Path, store: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     other, _ = small_store(tmp_path / "elsewhere", rows=300)
     (tmp_path / "work").mkdir()
@@ -109,19 +111,19 @@ def test_places_that_cannot_be_copied_to(made: Path, store: Path, tmp_path: Path
     (store / "arrays.zarr/tokens/c/0/0").write_bytes(b"")
     with pytest.raises(DamagedStoreError):
         copy(store, tmp_path / "half")
-    for target, told in (
+    for target, message in (
         (other, "is another store"),
         (tmp_path / "work", "is no store"),
-        (made / "store", "must not lie in each other"),
-        (made / "store" / "in", "must not lie in each other"),
+        (original / "store", "must not lie in each other"),
+        (original / "store" / "in", "must not lie in each other"),
         (tmp_path / "half", "half of another copy"),
         (tmp_path / "bad\x1b[31m", "must be printable"),
     ):
-        source = other if target == tmp_path / "half" else made / "store"
+        source = other if target == tmp_path / "half" else original / "store"
         before = all_files(target)
         result = command("copy", source, target)
         assert (result.exit_code, len(result.stderr.splitlines()[-1:])) == (2, 1), result.output
-        assert told in result.stderr
+        assert message in result.stderr
         assert all_files(target) == before
 
 
@@ -162,7 +164,7 @@ def test_only_stores_and_half_copies_are_removed(store: Path, tmp_path: Path) ->
     fake.mkdir()
     (fake / "store.json").write_text('{"format": "mpcache", "format_version": 1}')
     (store / "notes.txt").write_text("mine")
-    for path, told in (
+    for path, message in (
         (work, "is no store"),
         (link, "symbolic link"),
         (fake, "damaged"),
@@ -172,7 +174,7 @@ def test_only_stores_and_half_copies_are_removed(store: Path, tmp_path: Path) ->
     ):
         result = command("remove", path, "--yes")
         assert result.exit_code in (1, 2)
-        assert told in result.stderr
+        assert message in result.stderr
     assert (work / "thesis.tex").exists()
     assert (store / "notes.txt").exists()
     (store / "notes.txt").unlink()

@@ -25,13 +25,13 @@ from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
 from tests.helpers.damage import ACTS, HARM, MARK, OBJECT, flip
-from tests.helpers.stores import files_of, marks_of, small_store, whole
+from tests.helpers.stores import files_of, lasting_content, marks_of, small_store
 
 TOKENS, NORMS = "arrays.zarr/tokens/c/2/0", "arrays.zarr/norms/layers.0/output/c/2"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with short last parts, one of other rows beside it; tests only read them."""
     folder = tmp_path_factory.mktemp("made")
     small_store(folder, rows=1_000_000)
@@ -41,10 +41,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A store that a test may harm."""
-    shutil.copytree(made / "other/store", tmp_path / "other")
-    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+    shutil.copytree(original / "other/store", tmp_path / "other")
+    return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
 def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,10 +52,10 @@ def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     load = original_collection.load_for_collection
 
     def loaded(config):
-        found = load(config)
+        loaded_model = load(config)
         with torch.no_grad():
-            found.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
-        return found
+            loaded_model.model.layers[0].mlp.down_proj.weight[0, 0] += 1e-3
+        return loaded_model
 
     monkeypatch.setattr(original_collection, "load_for_collection", loaded)
 
@@ -64,17 +64,19 @@ MENDED = [name for name in HARM if name not in ("settings", "object that is a li
 
 
 @pytest.mark.parametrize("name", MENDED)
-def test_all_damage_is_undone(made: Path, store: Path, name: str) -> None:
+def test_all_damage_is_undone(original: Path, store: Path, name: str) -> None:
     HARM[name][0](store)
     harmless = {f.path for f in verify(store).findings if not f.is_damage}
     done = repair(store, RepairConfig(delete_leftovers=True))
     assert done.intact
     assert verify(store).intact
-    found = {n: data for n, data in whole(store).items() if n not in harmless}
+    repaired = {n: data for n, data in lasting_content(store).items() if n not in harmless}
     if name == "mark deleted":  # not damage: collect commits that part anew
-        assert MARK not in found
+        assert MARK not in repaired
     else:
-        assert found == {n: data for n, data in whole(made / "store").items() if n not in harmless}
+        assert repaired == {
+            n: data for n, data in lasting_content(original / "store").items() if n not in harmless
+        }
     left = {f.path for f in done.left}
     assert left == {p for p, fault in HARM[name][1].items() if fault in ("foreign", "uncommitted")}
 
@@ -92,7 +94,7 @@ def test_all_damage_is_undone(made: Path, store: Path, name: str) -> None:
     ],
 )
 def test_only_what_is_needed_is_loaded(
-    made: Path,
+    original: Path,
     store: Path,
     paths: tuple[str, ...],
     needs: str,
@@ -111,8 +113,8 @@ def test_only_what_is_needed_is_loaded(
     touched = {f: f.stat().st_mtime_ns for f in store.rglob("*") if f.is_file()}
     done = repair(store)
     assert done.intact
-    assert {one.outcome for one in done.marks} <= {"mended", "mark rebuilt"}
-    assert whole(store) == whole(made / "store")
+    assert {mark.outcome for mark in done.marks} <= {"mended", "mark rebuilt"}
+    assert lasting_content(store) == lasting_content(original / "store")
     changed = {
         f.relative_to(store).as_posix() for f, t in touched.items() if f.stat().st_mtime_ns != t
     }
@@ -120,7 +122,7 @@ def test_only_what_is_needed_is_loaded(
 
 
 def test_another_machine_leaves_all_as_it_is_unless_told(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    original: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip(store / OBJECT, 100)
     before = files_of(store), marks_of(store)
@@ -135,7 +137,7 @@ def test_another_machine_leaves_all_as_it_is_unless_told(
     assert result.exit_code == 0, result.output
     assert "rewritten" in result.stdout
     assert verify(store).findings == ()
-    old = unseal((made / "store" / MARK).read_bytes(), MARK)
+    old = unseal((original / "store" / MARK).read_bytes(), MARK)
     new = unseal((store / MARK).read_bytes(), MARK)
     assert new["objects"] != old["objects"]
     assert {k: new["replaces"][k] for k in ("objects", "host", "time")} == {
@@ -144,7 +146,7 @@ def test_another_machine_leaves_all_as_it_is_unless_told(
     assert "other bits" in new["replaces"]["reason"]
     rows = open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
     assert not torch.equal(
-        rows, open_store(made / "store").acts.read_chunk("layers.0", "output", 2, 0)
+        rows, open_store(original / "store").acts.read_chunk("layers.0", "output", 2, 0)
     )
 
 
@@ -155,39 +157,39 @@ def test_a_damaged_mark_is_not_believed_for_other_bits(
     flip(store / MARK, 50)
     before = files_of(store)
     other_bits(monkeypatch)
-    (one,) = repair(store).marks
-    assert one.outcome == "other bits"
+    (mark,) = repair(store).marks
+    assert mark.outcome == "other bits"
     assert files_of(store) == before
 
 
 def test_a_damaged_mark_with_a_damaged_object_has_the_others_as_witnesses(
-    made: Path, store: Path
+    original: Path, store: Path
 ) -> None:
     flip(store / MARK, 50)
     flip(store / OBJECT, 100)
-    (one,) = repair(store).marks
-    assert one.outcome == "mark rebuilt"
-    assert whole(store) == whole(made / "store")
-    assert unseal((store / MARK).read_bytes(), MARK)["replaces"] == {"reason": one.reason}
+    (mark,) = repair(store).marks
+    assert mark.outcome == "mark rebuilt"
+    assert lasting_content(store) == lasting_content(original / "store")
+    assert unseal((store / MARK).read_bytes(), MARK)["replaces"] == {"reason": mark.reason}
 
 
-def test_an_old_mark_of_another_store_is_seen_through(made: Path, store: Path) -> None:
+def test_an_old_mark_of_another_store_is_seen_through(original: Path, store: Path) -> None:
     """Marks once did not name their store: then all objects speak against the mark."""
-    mark = unseal((store.parent / "other" / MARK).read_bytes(), MARK)
-    mark.pop("fingerprint")
-    (store / MARK).write_bytes(seal(mark))
+    content = unseal((store.parent / "other" / MARK).read_bytes(), MARK)
+    content.pop("fingerprint")
+    (store / MARK).write_bytes(seal(content))
     assert {f.fault for f in verify(store).findings} == {"flipped"}
-    (one,) = repair(store).marks
-    assert one.outcome == "mark rebuilt"
-    assert whole(store) == whole(made / "store")
+    (mark,) = repair(store).marks
+    assert mark.outcome == "mark rebuilt"
+    assert lasting_content(store) == lasting_content(original / "store")
 
 
 # --- where things lie now ---
 
 
-def test_a_model_that_moved(made: Path, store: Path, tmp_path: Path) -> None:
+def test_a_model_that_moved(original: Path, store: Path, tmp_path: Path) -> None:
     for name in ("model", "corpus.jsonl"):
-        shutil.move(made / name, tmp_path / name)
+        shutil.move(original / name, tmp_path / name)
     try:
         flip(store / OBJECT, 100)
         flip(store / TOKENS, 9)
@@ -200,16 +202,16 @@ def test_a_model_that_moved(made: Path, store: Path, tmp_path: Path) -> None:
         assert json.loads(result.stdout)["intact"]
     finally:
         for name in ("model", "corpus.jsonl"):
-            shutil.move(tmp_path / name, made / name)
-    assert whole(store) == whole(made / "store")
+            shutil.move(tmp_path / name, original / name)
+    assert lasting_content(store) == lasting_content(original / "store")
 
 
-def test_another_model_is_refused(made: Path, store: Path, tmp_path: Path) -> None:
+def test_another_model_is_refused(original: Path, store: Path, tmp_path: Path) -> None:
     flip(store / OBJECT, 100)
-    model = AutoModel.from_pretrained(made / "model")
+    model = AutoModel.from_pretrained(original / "model")
     with torch.no_grad():
         model.layers[2].mlp.down_proj.weight[0, 0] += 1
-    shutil.copytree(made / "model", tmp_path / "model")
+    shutil.copytree(original / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(
         ValueError, match=r"was made from another model than that of .*say with --mo"
@@ -228,8 +230,8 @@ def test_a_link_is_told_and_left(store: Path) -> None:
     HARM["object that is a link"][0](store)
     done = repair(store)
     assert not done.intact
-    (one,) = done.marks
-    assert (one.outcome, "symbolic link" in one.reason) == ("left", True)
+    (mark,) = done.marks
+    assert (mark.outcome, "symbolic link" in mark.reason) == ("left", True)
     assert (store / OBJECT).is_symlink()
 
 
@@ -273,8 +275,8 @@ def test_a_converted_store_is_mended(
     harm_all_kinds(new)
     sources = {"model": None, "its source": str(wide), "a copy": str(kept)}
     done = repair(new, RepairConfig(source=sources[source]))
-    assert {one.outcome for one in done.marks} <= {"mended", "mark rebuilt"}
-    assert whole(new) == whole(kept)
+    assert {mark.outcome for mark in done.marks} <= {"mended", "mark rebuilt"}
+    assert lasting_content(new) == lasting_content(kept)
 
 
 def test_rounded_twice(wide: Path, tmp_path: Path) -> None:
@@ -283,15 +285,15 @@ def test_rounded_twice(wide: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "two", tmp_path / "kept")
     flip(tmp_path / "two" / OBJECT, 100)
     assert repair(tmp_path / "two").intact
-    assert whole(tmp_path / "two") == whole(tmp_path / "kept")
+    assert lasting_content(tmp_path / "two") == lasting_content(tmp_path / "kept")
 
 
-def test_sources_that_cannot_be(made: Path, wide: Path, store: Path, tmp_path: Path) -> None:
+def test_sources_that_cannot_be(original: Path, wide: Path, store: Path, tmp_path: Path) -> None:
     flip(store / OBJECT, 100)
     with pytest.raises(ValueError, match="must hold the same rows as"):
-        repair(store, RepairConfig(source=str(made / "other/store")))
+        repair(store, RepairConfig(source=str(original / "other/store")))
     only = ConvertConfig(hookpoints=("layers.1.mlp",))
-    convert(made / "store", tmp_path / "some", only)
+    convert(original / "store", tmp_path / "some", only)
     with pytest.raises(ValueError, match=r"lacks acts/layers\.0/output; name another copy"):
         repair(store, RepairConfig(source=str(tmp_path / "some")))
     with pytest.raises(ValueError, match="source needs neither model nor dataset"):
@@ -301,8 +303,8 @@ def test_sources_that_cannot_be(made: Path, wide: Path, store: Path, tmp_path: P
     ):
         RepairConfig(source="store", accept_other_bits=True)
     shutil.copytree(store, tmp_path / "damaged too")
-    (one,) = repair(store, RepairConfig(source=str(tmp_path / "damaged too"))).marks
-    assert one.outcome == "left"
+    (mark,) = repair(store, RepairConfig(source=str(tmp_path / "damaged too"))).marks
+    assert mark.outcome == "left"
 
 
 # --- stopped at any moment ---
@@ -369,18 +371,20 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
             now = {f.path for f in verify(path).findings if f.fault != "leftover"}
             more = {name for name in now - before if accept}
             assert now <= before | more
-            assert all(any(name.startswith(one) for one in parts) for name in more)
+            assert all(any(name.startswith(part) for part in parts) for name in more)
             left = 0
             assert repair(path, config).intact
         assert {f.fault for f in verify(path).findings} <= {"leftover"}
         if not accept:
-            found = {n: d for n, d in whole(path).items() if not n.endswith(".partial")}
-            assert found == whole(least)
+            repaired = {
+                n: d for n, d in lasting_content(path).items() if not n.endswith(".partial")
+            }
+            assert repaired == lasting_content(least)
     assert moments > 8
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None:
+def test_killed_again_and_again(original: Path, store: Path, tmp_path: Path) -> None:
     """SIGKILL at seeded moments, half written files among them."""
     from multiprocessing import get_context
 
@@ -402,8 +406,8 @@ def test_killed_again_and_again(made: Path, store: Path, tmp_path: Path) -> None
         assert now < before  # each lives to write something whole
         before = now
     assert kills >= 4  # of ten writes, none lives for more than two
-    found = {n: d for n, d in whole(store).items() if not n.endswith(".partial")}
-    assert found == whole(made / "store")
+    repaired = {n: d for n, d in lasting_content(store).items() if not n.endswith(".partial")}
+    assert repaired == lasting_content(original / "store")
 
 
 def repair_until_killed(store: Path, moment: int) -> None:

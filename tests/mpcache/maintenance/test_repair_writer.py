@@ -27,16 +27,16 @@ TOKENS, TOKENS_MARK = "arrays.zarr/tokens/c/2/0", "marks/2/tokens.json"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that tests only read."""
     folder = tmp_path_factory.mktemp("made")
     return small_store(folder, rows=900, hookpoints=("layers.0",))[0]
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A store that a test may harm."""
-    return Path(shutil.copytree(made, tmp_path / "store"))
+    return Path(shutil.copytree(original, tmp_path / "store"))
 
 
 def all_of(path: Path) -> dict[str, bytes]:
@@ -49,51 +49,51 @@ def other_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another processor, or an older version: norms and moments differ in their last bits."""
 
     def measured(x_RW: torch.Tensor) -> RowMeasurements:
-        found = measure_rows(x_RW)
-        mean_W = torch.nextafter(found.moments.mean_W, torch.tensor(torch.inf).double())
-        moments = dataclasses.replace(found.moments, mean_W=mean_W)
-        norms_R = torch.nextafter(found.norms_R, torch.tensor(torch.inf))
-        return dataclasses.replace(found, moments=moments, norms_R=norms_R)
+        measurements = measure_rows(x_RW)
+        mean_W = torch.nextafter(measurements.moments.mean_W, torch.tensor(torch.inf).double())
+        moments = dataclasses.replace(measurements.moments, mean_W=mean_W)
+        norms_R = torch.nextafter(measurements.norms_R, torch.tensor(torch.inf))
+        return dataclasses.replace(measurements, moments=moments, norms_R=norms_R)
 
     monkeypatch.setattr(part_encoder, "measure_rows", measured)
 
 
 @pytest.mark.usefixtures("other_sums")
-def test_where_activations_are_equal_the_part_is_the_same(made: Path, store: Path) -> None:
+def test_where_activations_are_equal_the_part_is_the_same(original: Path, store: Path) -> None:
     """Norms and moments that are not damaged stay as they were committed."""
     flip(store / OBJECT, 100)
-    (one,) = repair(store).marks
-    assert one.outcome == "mended"
-    assert all_of(store) == all_of(made)
+    (mark,) = repair(store).marks
+    assert mark.outcome == "mended"
+    assert all_of(store) == all_of(original)
 
 
 @pytest.mark.usefixtures("other_sums")
 @pytest.mark.parametrize("damaged", [(MOMENTS,), (NORMS,), (MOMENTS, NORMS, OBJECT)])
 def test_damaged_moments_are_computed_anew(
-    made: Path, store: Path, damaged: tuple[str, ...]
+    original: Path, store: Path, damaged: tuple[str, ...]
 ) -> None:
     for name in damaged:
         flip(store / name, 8)
-    (one,) = repair(store).marks
-    assert one.outcome == "rewritten"
+    (mark,) = repair(store).marks
+    assert mark.outcome == "rewritten"
     assert verify(store).findings == ()
-    found, wanted = files_of(store), files_of(made)
-    changed = {name for name in wanted if found[name] != wanted[name]}
+    repaired, expected = files_of(store), files_of(original)
+    changed = {name for name in expected if repaired[name] != expected[name]}
     assert changed == set(damaged) - {OBJECT}
-    old, new = (unseal((s / MARK).read_bytes(), MARK) for s in (made, store))
-    assert new["replaces"]["reason"] == one.reason
-    assert "the same activations" in one.reason
+    old, new = (unseal((s / MARK).read_bytes(), MARK) for s in (original, store))
+    assert new["replaces"]["reason"] == mark.reason
+    assert "the same activations" in mark.reason
     assert new["replaces"]["objects"] == old["objects"]
     assert {n for n in old["objects"] if new["objects"][n] != old["objects"][n]} == changed
 
 
 @pytest.mark.usefixtures("other_sums")
-def test_a_damaged_mark_of_activations_that_are_computed_alike(made: Path, store: Path) -> None:
+def test_a_damaged_mark_of_activations_that_are_computed_alike(original: Path, store: Path) -> None:
     flip(store / MARK, 50)
-    (one,) = repair(store).marks
-    assert one.outcome == "mark rebuilt"
+    (mark,) = repair(store).marks
+    assert mark.outcome == "mark rebuilt"
     assert verify(store).findings == ()
-    assert (store / OBJECT).read_bytes() == (made / OBJECT).read_bytes()
+    assert (store / OBJECT).read_bytes() == (original / OBJECT).read_bytes()
 
 
 # --- from a copy ---
@@ -130,7 +130,7 @@ def test_a_damaged_mark_has_that_of_a_copy(tmp_path: Path) -> None:
     for name in marks:
         flip(damaged / name, 50)
     done = repair(damaged, RepairConfig(source=str(STORE_V1)))
-    assert {one.outcome for one in done.marks} == {"mark rebuilt"}
+    assert {mark.outcome for mark in done.marks} == {"mark rebuilt"}
     assert verify(damaged).findings == ()
     assert files_of(damaged) == files_of(STORE_V1)
     for name in marks:
@@ -147,8 +147,8 @@ def test_a_copy_that_is_damaged_too_puts_back_nothing(tmp_path: Path) -> None:
     flip(damaged / name, 8)
     source = shutil.copytree(damaged, tmp_path / "source")
     before = all_of(damaged)
-    (one,) = repair(damaged, RepairConfig(source=str(source))).marks
-    assert (one.outcome, "differ from what was committed" in one.reason) == ("left", True)
+    (mark,) = repair(damaged, RepairConfig(source=str(source))).marks
+    assert (mark.outcome, "differ from what was committed" in mark.reason) == ("left", True)
     assert all_of(damaged) == before
 
 
@@ -160,10 +160,10 @@ def other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     real = recompute_module.iter_parts
 
     def parts(*arguments: Any) -> Any:
-        for one in real(*arguments):
-            tokens = one.tokens.copy()
+        for part in real(*arguments):
+            tokens = part.tokens.copy()
             tokens[0, 0] ^= 1
-            yield dataclasses.replace(one, tokens=tokens)
+            yield dataclasses.replace(part, tokens=tokens)
 
     monkeypatch.setattr(recompute_module, "iter_parts", parts)
 
@@ -174,11 +174,11 @@ def test_tokens_without_their_mark_have_their_object_as_witness(
     flip(store / TOKENS_MARK, 50)
     before = all_of(store)
     other_tokens(monkeypatch)
-    (one,) = repair(store).marks
-    assert one.outcome == "other bits"
+    (mark,) = repair(store).marks
+    assert mark.outcome == "other bits"
     assert all_of(store) == before
-    (one,) = repair(store, RepairConfig(accept_other_bits=True)).marks
-    assert one.outcome == "rewritten"
+    (mark,) = repair(store, RepairConfig(accept_other_bits=True)).marks
+    assert mark.outcome == "rewritten"
     assert (store / TOKENS).read_bytes() != before[TOKENS]
 
 
@@ -186,24 +186,24 @@ def test_tokens_without_their_mark_have_their_object_as_witness(
 
 
 def test_tokens_that_cannot_be_mended_leave_their_part_alone(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    original: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (store / "marks/0/tokens.json").unlink()
     for name in ("arrays.zarr/rows/position/c/0", f"{ACTS}/c/2/0"):
         flip(store / name, 9)
     monkeypatch.setattr(recompute_module, "iter_parts", lambda *_: iter(()))
     done = repair(store)
-    assert [(one.part, one.array, one.outcome) for one in done.marks] == [
+    assert [(mark.part, mark.array, mark.outcome) for mark in done.marks] == [
         (0, "rows/position", "left"), (0, "tokens", "left"), (2, "acts/layers.0/output", "mended"),
     ]  # fmt: skip
     assert "marks/0/tokens.json is missing" in done.marks[0].reason
     assert not done.intact
-    assert (store / OBJECT).read_bytes() == (made / OBJECT).read_bytes()
+    assert (store / OBJECT).read_bytes() == (original / OBJECT).read_bytes()
 
 
 @pytest.mark.parametrize("cause", ["must exist", "was made from another dataset than"])
 def test_a_dataset_that_is_gone_stops_what_needs_it_alone(
-    made: Path, store: Path, tmp_path: Path, cause: str
+    original: Path, store: Path, tmp_path: Path, cause: str
 ) -> None:
     for name in ("arrays.zarr/tokens/c/0/0", OBJECT):
         flip(store / name, 9)
@@ -211,8 +211,8 @@ def test_a_dataset_that_is_gone_stops_what_needs_it_alone(
     if cause != "must exist":
         dataset.write_text('{"text": "another"}\n' * 50)
     done = repair(store, RepairConfig(dataset=str(dataset)))
-    assert [(one.array, one.outcome) for one in done.marks] == [
+    assert [(mark.array, mark.outcome) for mark in done.marks] == [
         ("tokens", "left"), ("acts/layers.0/output", "mended"),
     ]  # fmt: skip
     assert cause in done.marks[0].reason
-    assert (store / OBJECT).read_bytes() == (made / OBJECT).read_bytes()
+    assert (store / OBJECT).read_bytes() == (original / OBJECT).read_bytes()

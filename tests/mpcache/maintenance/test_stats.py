@@ -24,7 +24,7 @@ LAST = "arrays.zarr/moments/layers.0/output/c/2/0/0"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose last parts are short; tests only read it."""
     return small_store(tmp_path_factory.mktemp("made"), rows=1_000_000)[0]
 
@@ -35,37 +35,41 @@ def all_rows(path: Path, side: tuple[str, str]) -> np.ndarray:
     return torch.cat(both).double().numpy()
 
 
-def test_moments_of_each_dimension(made: Path, tmp_path: Path) -> None:
+def test_moments_of_each_dimension(original: Path, tmp_path: Path) -> None:
     """In the file that the command writes, to the last few bits."""
     out = tmp_path / "dimensions.safetensors"
-    result = CliRunner().invoke(app, ["stats", str(made), "--out", str(out)])
+    result = CliRunner().invoke(app, ["stats", str(original), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    found = load_file(out)
-    assert len(found) == 3 * len(SIDES)
+    tensors = load_file(out)
+    assert len(tensors) == 3 * len(SIDES)
     for hookpoint, side in SIDES:
-        rows = all_rows(made, (hookpoint, side))
+        rows = all_rows(original, (hookpoint, side))
         name = f"{hookpoint}/{side}"
-        assert found[f"{name}/finite_rows"] == len(rows)
-        assert found[f"{name}/mean"].dtype == np.float64
-        np.testing.assert_allclose(found[f"{name}/mean"], rows.mean(0), rtol=1e-13, atol=1e-14)
-        np.testing.assert_allclose(found[f"{name}/variance"], rows.var(0), rtol=1e-12)
+        assert tensors[f"{name}/finite_rows"] == len(rows)
+        assert tensors[f"{name}/mean"].dtype == np.float64
+        np.testing.assert_allclose(tensors[f"{name}/mean"], rows.mean(0), rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(tensors[f"{name}/variance"], rows.var(0), rtol=1e-12)
 
 
-def test_numbers_of_each_side(made: Path) -> None:
-    for one in stats(made):
-        told = one.stats
-        rows = all_rows(made, (told.hookpoint, told.side))
+def test_numbers_of_each_side(original: Path) -> None:
+    for side_report in stats(original):
+        statistics = side_report.stats
+        rows = all_rows(original, (statistics.hookpoint, statistics.side))
         norms = np.linalg.norm(rows, axis=1)
-        assert told.rows == len(rows)
-        assert told.largest == np.abs(rows).max()
-        assert told.mean_norm == pytest.approx(np.linalg.norm(rows.mean(0)), rel=1e-12)
-        assert told.variance == pytest.approx(rows.var(0).sum(), rel=1e-12)
-        for found, share in ((told.norm_median, 0.5), (told.norm_99, 0.99), (told.norm_largest, 1)):
-            wanted = np.quantile(norms, share, method="inverted_cdf")
-            assert wanted * (1 - 2**-7) <= found <= wanted * (1 + 1e-6)
+        assert statistics.rows == len(rows)
+        assert statistics.largest == np.abs(rows).max()
+        assert statistics.mean_norm == pytest.approx(np.linalg.norm(rows.mean(0)), rel=1e-12)
+        assert statistics.variance == pytest.approx(rows.var(0).sum(), rel=1e-12)
+        for quantile, share in (
+            (statistics.norm_median, 0.5),
+            (statistics.norm_99, 0.99),
+            (statistics.norm_largest, 1),
+        ):
+            expected = np.quantile(norms, share, method="inverted_cdf")
+            assert expected * (1 - 2**-7) <= quantile <= expected * (1 + 1e-6)
         rms = np.sqrt((rows**2).mean(0))
         wanted_outliers = np.flatnonzero(rms > 10 * torch.from_numpy(rms).median().numpy())
-        assert list(told.outlier_dimensions) == list(wanted_outliers)
+        assert list(statistics.outlier_dimensions) == list(wanted_outliers)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
@@ -74,21 +78,21 @@ def test_numbers_of_each_side(made: Path) -> None:
     [ParallelConfig(threads=1), ParallelConfig(threads=4), ParallelConfig(workers=2)],
     ids=str,
 )
-def test_statistics_do_not_depend_on_parallelism(made: Path, parallel: ParallelConfig) -> None:
+def test_statistics_do_not_depend_on_parallelism(original: Path, parallel: ParallelConfig) -> None:
     with fast_starting_workers():
-        sides = stats(made, parallel)
-    for found, wanted in zip(sides, stats(made, ParallelConfig(threads=1)), strict=True):
-        assert found.stats == wanted.stats
-        assert torch.equal(found.moments.mean_W, wanted.moments.mean_W)
-        assert torch.equal(found.moments.variance_W, wanted.moments.variance_W)
+        sides = stats(original, parallel)
+    for actual, expected in zip(sides, stats(original, ParallelConfig(threads=1)), strict=True):
+        assert actual.stats == expected.stats
+        assert torch.equal(actual.moments.mean_W, expected.moments.mean_W)
+        assert torch.equal(actual.moments.variance_W, expected.moments.variance_W)
 
 
-def test_a_mean_far_from_zero_and_rows_that_are_not_finite(made: Path, tmp_path: Path) -> None:
+def test_a_mean_far_from_zero_and_rows_that_are_not_finite(original: Path, tmp_path: Path) -> None:
     """Where sums of squares would lose all digits; parts of unlike sizes; outliers."""
-    shutil.copytree(made, tmp_path / "store")
+    shutil.copytree(original, tmp_path / "store")
     shutil.rmtree(tmp_path / "store/marks")
     shutil.rmtree(tmp_path / "store/arrays.zarr")
-    store, draw = open_store(made), np.random.default_rng(0)
+    store, draw = open_store(original), np.random.default_rng(0)
     writer = Writer(open_storage(tmp_path / "store"), store.layout, store.fingerprint)
     scale = np.array([1e-3, 1, 1, 1, 1, 1, 1, 500.0])
     parts = []
@@ -101,24 +105,26 @@ def test_a_mean_far_from_zero_and_rows_that_are_not_finite(made: Path, tmp_path:
         writer.commit_acts(part, "acts/layers.0/output", parts[-1])
     rows = torch.cat(parts).double().numpy()
     finite = rows[np.isfinite(rows).all(1)]
-    (one,) = stats(tmp_path / "store")
-    assert one.moments.rows == len(finite)
-    np.testing.assert_allclose(one.moments.mean_W, finite.mean(0), rtol=1e-13, atol=1e-15)
-    np.testing.assert_allclose(one.moments.variance_W, finite.var(0), rtol=1e-12, atol=1e-20)
-    assert one.stats.nonfinite == (~np.isfinite(rows)).sum() == 8
-    assert one.stats.outlier_dimensions == (1, 7)
-    save_dimensions([one], tmp_path / "dimensions")
+    (side_report,) = stats(tmp_path / "store")
+    assert side_report.moments.rows == len(finite)
+    np.testing.assert_allclose(side_report.moments.mean_W, finite.mean(0), rtol=1e-13, atol=1e-15)
+    np.testing.assert_allclose(
+        side_report.moments.variance_W, finite.var(0), rtol=1e-12, atol=1e-20
+    )
+    assert side_report.stats.nonfinite == (~np.isfinite(rows)).sum() == 8
+    assert side_report.stats.outlier_dimensions == (1, 7)
+    save_dimensions([side_report], tmp_path / "dimensions")
     assert load_file(tmp_path / "dimensions")["layers.0/output/finite_rows"] == len(finite)
 
 
-def test_damage_is_told_not_averaged(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made, tmp_path / "store")
+def test_damage_is_told_not_averaged(original: Path, tmp_path: Path) -> None:
+    shutil.copytree(original, tmp_path / "store")
     data = (tmp_path / "store" / LAST).read_bytes()
     (tmp_path / "store" / LAST).write_bytes(data[:-9] + b"\0" + data[-8:])
     with pytest.raises(DamagedStoreError, match=r"moments/layers\.0/output"):
         stats(tmp_path / "store")
 
 
-def test_json_is_that_of_the_table(made: Path) -> None:
-    result = CliRunner().invoke(app, ["stats", str(made), "--json"])
-    assert [one["width"] for one in json.loads(result.stdout)] == [16, 16, 16]
+def test_json_is_that_of_the_table(original: Path) -> None:
+    result = CliRunner().invoke(app, ["stats", str(original), "--json"])
+    assert [side_report["width"] for side_report in json.loads(result.stdout)] == [16, 16, 16]

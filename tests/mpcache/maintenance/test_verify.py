@@ -19,7 +19,7 @@ from tests.helpers.stores import small_store
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two stores of unlike rows, which tests only read."""
     folder = tmp_path_factory.mktemp("made")
     small_store(folder, rows=900)
@@ -29,30 +29,30 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A store that a test may harm."""
-    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+    return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
 @pytest.mark.parametrize("name", HARM)
-def test_each_damage_has_its_name_and_its_remedy(made: Path, store: Path, name: str) -> None:
-    shutil.copytree(made / "other/store", store.parent / "other")
-    harm, told = HARM[name]
+def test_each_damage_has_its_name_and_its_remedy(original: Path, store: Path, name: str) -> None:
+    shutil.copytree(original / "other/store", store.parent / "other")
+    harm, faults = HARM[name]
     assert verify(store).findings == ()
     harm(store)
     verdict = verify(store)
-    assert {finding.path: finding.fault for finding in verdict.findings} == told
+    assert {finding.path: finding.fault for finding in verdict.findings} == faults
     harmless = {"uncommitted", "foreign", "leftover"}
-    assert verdict.intact == (set(told.values()) <= harmless)
+    assert verdict.intact == (set(faults.values()) <= harmless)
     result = CliRunner().invoke(app, ["verify", str(store)])
     assert result.exit_code == (0 if verdict.intact else 1)
-    for path, fault in told.items():
+    for path, fault in faults.items():
         assert any(line.split()[:2] == [fault, f"{path}:"] for line in result.stdout.splitlines())
         assert f"-> {fault}: {REMEDIES[fault]}" in result.stdout  # type: ignore[index]
 
 
 def test_every_fault_has_been_made() -> None:
-    assert {fault for _, told in HARM.values() for fault in told.values()} == set(REMEDIES)
+    assert {fault for _, faults in HARM.values() for fault in faults.values()} == set(REMEDIES)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Dask's sockets
@@ -66,11 +66,11 @@ def test_findings_do_not_depend_on_parallelism(store: Path, parallel: ParallelCo
         flip(store / f"{ACTS}/c/{part}/0", 60)
     flip(store / "marks/1/tokens.json", 9)
     with fast_starting_workers():
-        found = verify(store, parallel)
-    assert [f.path for f in found.findings] == [
+        verdict = verify(store, parallel)
+    assert [f.path for f in verdict.findings] == [
         *(f"{ACTS}/c/{part}/0" for part in (0, 2, 3)), "marks/1/tokens.json"
     ]  # fmt: skip
-    assert found == verify(store)
+    assert verdict == verify(store)
 
 
 # --- journals ---
@@ -94,7 +94,7 @@ def test_a_stopped_verification_goes_on(
 ) -> None:
     """Nothing is looked at twice, and the verdict is that of a whole run."""
     flip(store / OBJECT, 100)
-    whole, journal = verify(store), tmp_path / "journal"
+    expected, journal = verify(store), tmp_path / "journal"
     seen = checked(monkeypatch)
     look = mark_check.content_fault
 
@@ -115,29 +115,33 @@ def test_a_stopped_verification_goes_on(
     assert verdict.earlier > 0
     twice = {name.split("/c/")[1].split("/")[0] for name in first & set(seen)}
     assert twice <= {"2", "3"}  # what is damaged, and what was stopped
-    assert same(verdict, whole)
+    assert same(verdict, expected)
     seen.clear()
-    assert same(verify(store, journal=journal), whole)
+    assert same(verify(store, journal=journal), expected)
     assert {name.split("/c/")[1] for name in seen} == {"2/0", "2", "2/0/0"}  # what is damaged
 
 
-def same(one: Verdict, other: Verdict) -> bool:
+def same(verdict: Verdict, expected: Verdict) -> bool:
     """But for what was looked at earlier."""
-    return (one.findings, one.marks, one.objects) == (other.findings, other.marks, other.objects)
+    return (verdict.findings, verdict.marks, verdict.objects) == (
+        expected.findings,
+        expected.marks,
+        expected.objects,
+    )
 
 
 def test_only_what_was_read_is_counted(store: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     flip(store / OBJECT, 100)
-    whole = verify(store, journal=journal)
+    first = verify(store, journal=journal)
     mark = unseal((store / MARK).read_bytes(), MARK)
-    assert whole.bytes == sum(
-        one["bytes"]
+    assert first.bytes == sum(
+        record["bytes"]
         for file in (store / "marks").rglob("*.json")
-        for one in unseal(file.read_bytes(), "mark")["objects"].values()
+        for record in unseal(file.read_bytes(), "mark")["objects"].values()
     )
     again = verify(store, journal=journal)
-    assert again.bytes == sum(one["bytes"] for one in mark["objects"].values())
+    assert again.bytes == sum(record["bytes"] for record in mark["objects"].values())
     (store / OBJECT).unlink()
     once_more = verify(store, journal=journal)
     assert once_more.bytes == again.bytes - mark["objects"][OBJECT]["bytes"]
@@ -165,21 +169,21 @@ def test_what_was_found_last_under_a_mark_counts(store: Path, tmp_path: Path) ->
 
 
 def test_the_journal_of_another_place_or_store_is_refused(
-    made: Path, store: Path, tmp_path: Path
+    original: Path, store: Path, tmp_path: Path
 ) -> None:
     """A copy has the same marks, and its own damage."""
     journal = tmp_path / "journal"
-    assert verify(made / "store", journal=journal).intact
+    assert verify(original / "store", journal=journal).intact
     before = journal.read_bytes()
     result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(journal)])
     assert result.exit_code == 2
-    assert f"must be its own, got {journal}, that of {made / 'store'}" in result.stderr
+    assert f"must be its own, got {journal}, that of {original / 'store'}" in result.stderr
     assert "name another file" in result.stderr
     assert journal.read_bytes() == before
     own = tmp_path / "own"
     assert verify(store, journal=own).intact
     shutil.rmtree(store)
-    shutil.copytree(made / "other/store", store)
+    shutil.copytree(original / "other/store", store)
     with pytest.raises(
         ValueError, match="that of another store that was there before; name another"
     ):
@@ -187,7 +191,7 @@ def test_the_journal_of_another_place_or_store_is_refused(
 
 
 def test_a_mark_that_was_written_anew_is_looked_at_again(
-    made: Path, store: Path, tmp_path: Path
+    original: Path, store: Path, tmp_path: Path
 ) -> None:
     journal = tmp_path / "journal"
     assert verify(store, journal=journal).earlier == 0
@@ -213,7 +217,7 @@ def test_a_file_that_is_no_journal_is_left_alone(store: Path, tmp_path: Path) ->
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-def test_marks_name_their_store(made: Path) -> None:
-    mark = unseal((made / "store" / mark_path(0, "tokens")).read_bytes(), "mark")
-    about = unseal((made / "store/store.json").read_bytes(), "store")
+def test_marks_name_their_store(original: Path) -> None:
+    mark = unseal((original / "store" / mark_path(0, "tokens")).read_bytes(), "mark")
+    about = unseal((original / "store/store.json").read_bytes(), "store")
     assert mark["fingerprint"] == about["fingerprint"]

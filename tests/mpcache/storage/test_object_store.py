@@ -31,10 +31,10 @@ from tests.helpers.commands import clean, collect_with_four, equal, start, wait_
 from tests.helpers.stores import (
     SIDES,
     files_of,
+    lasting_content,
     marks_of,
     rows_of,
     small_config,
-    whole,
     write_corpus,
 )
 
@@ -50,7 +50,7 @@ def url(s3: str, tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def originals(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with model, corpus and a store, and the URL of the same store; only read."""
     folder = tmp_path_factory.mktemp("made")
     config = small_config(folder, rows=600)
@@ -84,8 +84,8 @@ def marks(storage: Storage) -> int:
 # --- commands ---
 
 
-def test_a_store_is_the_same_wherever_it_lies(made: tuple[Path, str], tmp_path: Path) -> None:
-    folder, url = made
+def test_a_store_is_the_same_wherever_it_lies(originals: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = originals
     assert equal(download(open_storage(url), tmp_path / "store"), folder / "store")
     assert verify(url).findings == ()
     for what in ("info", "stats"):
@@ -96,8 +96,10 @@ def test_a_store_is_the_same_wherever_it_lies(made: tuple[Path, str], tmp_path: 
         assert here == there
 
 
-def test_a_collection_goes_on_below_a_root(made: tuple[Path, str], s3: str, tmp_path: Path) -> None:
-    folder, _ = made
+def test_a_collection_goes_on_below_a_root(
+    originals: tuple[Path, str], s3: str, tmp_path: Path
+) -> None:
+    folder, _ = originals
     words = [
         "collect",
         folder / "model",
@@ -138,9 +140,9 @@ def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator
 
 @pytest.mark.slow
 def test_copies_go_both_ways_and_on_after_a_stop(
-    made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    originals: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, source = made
+    folder, source = originals
     with gone_at(monkeypatch, "write_temporary", 20), pytest.raises(ConnectionError):
         copy(folder / "store", url)
     assert "is no store" in command("info", url, code=2)
@@ -162,9 +164,9 @@ def files_alike(url: str, folder: Path) -> bool:
 
 
 def test_a_removal_that_stops_leaves_no_store_and_goes_on(
-    made: tuple[Path, str], url: str, monkeypatch: pytest.MonkeyPatch
+    originals: tuple[Path, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy(made[0] / "store", url)
+    copy(originals[0] / "store", url)
     open_storage(url).create("notes.txt", b"mine")
     assert "'notes.txt'" in command("remove", url, "--yes", code=2)
     open_storage(url).delete("notes.txt")
@@ -185,9 +187,9 @@ def test_a_removal_that_stops_leaves_no_store_and_goes_on(
     assert not open_storage(url).exists()
 
 
-def test_fit_and_eval_read_a_bucket(made: tuple[Path, str], tmp_path: Path) -> None:
-    folder, url = made
-    found = []
+def test_fit_and_eval_read_a_bucket(originals: tuple[Path, str], tmp_path: Path) -> None:
+    folder, url = originals
+    results = []
     for number, store in enumerate((url, folder / "store")):
         run = tmp_path / str(number)
         words = ["fit", store, "--run", run, "--hookpoints", "layers.0", "--arch", "topk"]
@@ -195,8 +197,8 @@ def test_fit_and_eval_read_a_bucket(made: tuple[Path, str], tmp_path: Path) -> N
         assert CliRunner().invoke(mpcli.mptrain.app, [str(w) for w in words]).exit_code == 0
         (coder,) = (run / "coders").iterdir()
         result = CliRunner().invoke(mpcli.mptrain.app, ["eval", str(coder), str(store), "--json"])
-        found.append((json.loads(result.stdout), (coder / "coder.safetensors").read_bytes()))
-    assert found[0] == found[1]
+        results.append((json.loads(result.stdout), (coder / "coder.safetensors").read_bytes()))
+    assert results[0] == results[1]
 
 
 # --- care ---
@@ -241,9 +243,9 @@ def named(url: str) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["model", "copy"])
 def test_damage_in_a_bucket_is_named_and_mended(
-    made: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+    originals: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    folder, source = made
+    folder, source = originals
     copy(folder / "store", url)
     before = stats_of(url)
     harmed = harm(url)
@@ -258,11 +260,13 @@ def test_damage_in_a_bucket_is_named_and_mended(
     done = json.loads(command(*words, "--delete-leftovers", "--json"))
     assert len(done["deleted"]) == 1
     assert done["intact"]
-    assert {one["outcome"] for one in done["marks"]} == {"mended"}
-    assert [one["path"] for one in done["left"]] == ["arrays.zarr/foreign"]
+    assert {record["outcome"] for record in done["marks"]} == {"mended"}
+    assert [record["path"] for record in done["left"]] == ["arrays.zarr/foreign"]
     assert named(url) == {"arrays.zarr/foreign": "uncommitted"}
     open_storage(url).delete("arrays.zarr/foreign")
-    assert whole(download(open_storage(url), tmp_path / "store")) == whole(folder / "store")
+    assert lasting_content(download(open_storage(url), tmp_path / "store")) == lasting_content(
+        folder / "store"
+    )
     assert stats_of(url) == before
 
 
@@ -272,17 +276,17 @@ def stats_of(store: object) -> object:
 
 @pytest.mark.slow
 def test_parts_are_joined_and_cut_again_in_buckets(
-    made: tuple[Path, str], url: str, tmp_path: Path
+    originals: tuple[Path, str], url: str, tmp_path: Path
 ) -> None:
-    folder, source = made
+    folder, source = originals
     here, there, other = tmp_path / "here", f"{url}/joined", f"{url}/uploaded"
     for begin, to in ((folder / "store", here), (source, there), (folder / "store", other)):
         command("convert", begin, to, "--part-rows", 384)
     assert verify(there).findings == ()
     assert stats_of(there) == stats_of(here)
     for to in (there, other):
-        found = download(open_storage(to), tmp_path / open_storage(to).name)
-        assert (marks_of(found), arrays_of(found)) == (marks_of(here), arrays_of(here))
+        downloaded = download(open_storage(to), tmp_path / open_storage(to).name)
+        assert (marks_of(downloaded), arrays_of(downloaded)) == (marks_of(here), arrays_of(here))
     for side, split in itertools.product(SIDES, ("train", "validation")):
         rows = rows_of(open_store(there), side, split)
         assert torch.equal(rows, rows_of(open_store(folder / "store"), side, split))
@@ -301,17 +305,21 @@ def arrays_of(path: Path) -> dict[str, bytes]:
 
 def equal_parts(path: Path, other: Path) -> bool:
     """All marks and objects; arrays of a collection span all the rows that it wanted."""
-    found, wanted = ({n: d for n, d in arrays_of(p).items() if "/c/" in n} for p in (path, other))
-    return found == wanted and marks_of(path) == marks_of(other)
+    actual, expected = (
+        {n: d for n, d in arrays_of(p).items() if "/c/" in n} for p in (path, other)
+    )
+    return actual == expected and marks_of(path) == marks_of(other)
 
 
 @pytest.mark.slow
-def test_processes_take_care_of_a_bucket(made: tuple[Path, str], url: str, tmp_path: Path) -> None:
-    folder, source = made
+def test_processes_take_care_of_a_bucket(
+    originals: tuple[Path, str], url: str, tmp_path: Path
+) -> None:
+    folder, source = originals
     copy(folder / "store", url)
     harmed = harm(url)
-    found = {name: os.environ[name] for name in (*servers.CREDENTIALS, "AWS_ENDPOINT_URL")}
-    with dask.config.set({"distributed.nanny.environ": found}):
+    environment = {name: os.environ[name] for name in (*servers.CREDENTIALS, "AWS_ENDPOINT_URL")}
+    with dask.config.set({"distributed.nanny.environ": environment}):
         findings = verify(url, ParallelConfig(workers=2)).findings
         assert {finding.path: finding.fault for finding in findings} == harmed
         assert json.loads(command("stats", source, "--workers", 2, "--json")) == stats_of(source)
@@ -335,8 +343,8 @@ def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
         assert "secret" not in output
 
 
-def test_nothing_secret_gets_into_a_store(made: tuple[Path, str]) -> None:
-    storage = open_storage(made[1])
+def test_nothing_secret_gets_into_a_store(originals: tuple[Path, str]) -> None:
+    storage = open_storage(originals[1])
     content = b"".join(storage.read(name) for name in storage.object_names())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         assert os.environ[name].encode() not in content
@@ -407,7 +415,7 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
     """Four workers; SIGKILL to any of them, and to the command three times; a server that fails."""
     write_corpus(tmp_path / "corpus.jsonl", documents=160)
     config = small_config(tmp_path, rows=8_000, part_rows=384)
-    url, whole = f"{s3}/{tmp_path.name}", tmp_path / "whole"
+    url, expected = f"{s3}/{tmp_path.name}", tmp_path / "whole"
     storage, draw = open_storage(url), random.Random(4)
     victims = ["command"] * 3 + ["worker"] * 6
     draw.shuffle(victims)
@@ -426,19 +434,19 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
         so_far = marks(storage)
         process.join()
     assert process.exitcode == 0
-    collect(config, whole)
+    collect(config, expected)
     assert (
-        so_far < marks(storage) == marks(open_storage(whole))
+        so_far < marks(storage) == marks(open_storage(expected))
     )  # there was something to do to the end
     path = download(storage, tmp_path / "store")
-    assert equal(path, whole)
+    assert equal(path, expected)
     assert clean(path)
     assert {finding.fault for finding in verify(url).findings} <= {"leftover"}
 
 
 def collect_on_server(config: CollectConfig, url: str, address: str) -> None:
-    found = {**servers.CREDENTIALS, "AWS_ENDPOINT_URL": address}
-    os.environ.update(found)
+    environment = {**servers.CREDENTIALS, "AWS_ENDPOINT_URL": address}
+    os.environ.update(environment)
     # the server that forks processes for the tests may be older than the one of the objects
-    dask.config.set({"distributed.nanny.environ": found})
+    dask.config.set({"distributed.nanny.environ": environment})
     collect_with_four(config, url)

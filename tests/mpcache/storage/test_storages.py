@@ -21,7 +21,7 @@ from mpcache.storage.base import Storage, open_storage
 def read(storage: Storage, name: str, offset: int, *lengths: int) -> bytes:
     buffers = [np.empty(length, np.uint8) for length in lengths]
     storage.read_into(name, offset, buffers)
-    return b"".join(one.tobytes() for one in buffers)
+    return b"".join(buffer.tobytes() for buffer in buffers)
 
 
 NAMES = st.sampled_from(["a", "b/c", "b/d/e", "marks/0/x y.json", "b/c.partial", "é"])
@@ -145,9 +145,9 @@ def test_much_is_read_in_several_calls(storage: Storage, monkeypatch: pytest.Mon
         return preadv(descriptor, [buffers[0][: max(1, len(buffers[0]) // 2)]], offset)
 
     monkeypatch.setattr(os, "preadv", little)
-    whole = np.random.default_rng(0).bytes(3000)
-    storage.create("a", whole)
-    assert read(storage, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == whole[5 : 5 + 1403]
+    content = np.random.default_rng(0).bytes(3000)
+    storage.create("a", content)
+    assert read(storage, "a", 5, 0, 1, 100, 700, 2, 0, 299, 301) == content[5 : 5 + 1403]
     with pytest.raises(ValueError, match="ends before byte 3001"):
         read(storage, "a", 2900, 50, 51)
 
@@ -156,12 +156,12 @@ def test_large_objects_go_and_come_in_parts(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
-    whole = bytes(range(256)) * (52 << 10)
-    pieces = (whole[start : start + 700_001] for start in range(0, len(whole), 700_001))
+    content = bytes(range(256)) * (52 << 10)
+    pieces = (content[start : start + 700_001] for start in range(0, len(content), 700_001))
     assert storage.publish(storage.write_temporary("large", "key", pieces), "large")
-    assert storage.size("large") == len(whole)
-    assert b"".join(storage.read_pieces("large")) == whole
-    assert read(storage, "large", 9 << 20, 300) == whole[9 << 20 :][:300]
+    assert storage.size("large") == len(content)
+    assert b"".join(storage.read_pieces("large")) == content
+    assert read(storage, "large", 9 << 20, 300) == content[9 << 20 :][:300]
 
 
 def test_of_many_at_once_one_creates(storage: Storage) -> None:

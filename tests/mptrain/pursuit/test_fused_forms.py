@@ -39,9 +39,9 @@ def test_a_train_step_is_that_of_a_cpu(config: CoderConfig, monkeypatch: pytest.
     expected = gradients(config)
     monkeypatch.setattr(fused, "available", lambda _: True)
     monkeypatch.setattr(cpu, "applies", lambda _: False)
-    found = gradients(config)
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    actual = gradients(config)
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         torch.testing.assert_close(tensor, expected[name], atol=2e-5, rtol=2e-4, msg=name)
 
 

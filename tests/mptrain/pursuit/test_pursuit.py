@@ -23,6 +23,7 @@ from mptrain.pursuit.forward import _put_unused_last_, pursue_forward
 from mptrain.pursuit.rule import N_RESCORED, Rule
 from tests.helpers import reference
 from tests.helpers.pursuits import (
+    ALL_ATOMS,
     DIRECT,
     EVERY,
     EXACT,
@@ -31,15 +32,14 @@ from tests.helpers.pursuits import (
     LAYOUTS,
     SHORT,
     SHORT16,
-    WHOLE,
     Baseline,
     Layout,
     assert_same_code,
     assert_well_formed,
+    baselines,
     explained,
     problem,
     sizes,
-    ways,
 )
 
 SELECTS = ("positive", "signed", "magnitude")
@@ -49,16 +49,16 @@ POSITIVE = Rule()
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.select)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-each_way = pytest.mark.parametrize("way", ways(EVERY), ids=lambda way: way.name)
+each_baseline = pytest.mark.parametrize("way", baselines(EVERY), ids=lambda baseline: baseline.name)
 BLOCK_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.in_blocks)
 in_both_forms = pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "matrices"])
 
 
 def run_select(
-    way: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
+    baseline: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with way.forced():
-        return pursue_forward(x_BD, W_MD, U_MD, k, rule, way.search)
+    with baseline.forced():
+        return pursue_forward(x_BD, W_MD, U_MD, k, rule, baseline.search)
 
 
 def drawn(
@@ -82,10 +82,10 @@ def test_equals_reference(
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), sizes, k, unit=unit)
     options = {"select": rule.select, "tolerance": rule.tolerance, "block": rule.block}
     expected = reference.pursue(x_BD.numpy(), W_MD.numpy(), k, U_MD=U_MD.numpy(), **options)
-    for way in ways(EXACT, layout.in_blocks):
-        found = run_select(way, x_BD, W_MD, U_MD, k, rule)
-        assert_well_formed(*found[:2], rule.block)
-        assert_same_code(found, expected, k * sizes["M"])
+    for baseline in baselines(EXACT, layout.in_blocks):
+        actual = run_select(baseline, x_BD, W_MD, U_MD, k, rule)
+        assert_well_formed(*actual[:2], rule.block)
+        assert_same_code(actual, expected, k * sizes["M"])
 
 
 @each_rule
@@ -126,10 +126,10 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
     B, D, M, k = shape
     x_BD, W_MD = problem(sum(shape), B, D, M, torch.float32)
     W_MD = torch.cat([W_MD, W_MD]) if atoms_twice else W_MD
-    for way in ways(EVERY):
+    for baseline in baselines(EVERY):
         norm_B = x_BD.norm(dim=1)
         for steps in {k} if atoms_twice else sorted({(k + 1) // 2, k}):
-            idx_BK, val_BK, residual_BD = run_select(way, x_BD, W_MD, W_MD, steps, rule)
+            idx_BK, val_BK, residual_BD = run_select(baseline, x_BD, W_MD, W_MD, steps, rule)
             assert val_BK.dtype == residual_BD.dtype == torch.float32
             assert_well_formed(idx_BK, val_BK)
             assert (idx_BK < len(W_MD)).all()
@@ -148,10 +148,10 @@ def test_of_equal_atoms_the_first_is_chosen(rule: Rule):
     generator = torch.Generator().manual_seed(0)
     x_BD = torch.randint(-3, 4, (40, 6), generator=generator).double()
     W_MD = torch.randint(-2, 3, (30, 6), generator=generator).double()
-    for way in ways(EXACT):
+    for baseline in baselines(EXACT):
         for doubled_MD in (torch.cat([W_MD, W_MD]), W_MD.repeat_interleave(2, 0)):
             first = torch.tensor([doubled_MD.eq(w_D).all(1).int().argmax() for w_D in doubled_MD])
-            idx_BK, _, _ = run_select(way, x_BD, doubled_MD, doubled_MD, 2, rule)
+            idx_BK, _, _ = run_select(baseline, x_BD, doubled_MD, doubled_MD, 2, rule)
             used_K = idx_BK[idx_BK >= 0]
             assert len(used_K) > 40
             assert torch.equal(first[used_K], used_K)
@@ -169,11 +169,11 @@ def test_magnitude_is_positive_with_every_atom_in_both_directions(
     layout = LAYOUTS[0] if tied else LAYOUTS[1]
     x_BD, W_MD, U_MD, _ = drawn(layout, POSITIVE, sizes, k)
     both_W_MD, both_U_MD = torch.cat([W_MD, -W_MD]), torch.cat([U_MD, -U_MD])
-    for way in ways(EXACT):
-        found = run_select(way, x_BD, W_MD, U_MD, k, Rule("magnitude"))
-        idx_BK, val_BK, r_BD = run_select(way, x_BD, both_W_MD, both_U_MD, k, POSITIVE)
+    for baseline in baselines(EXACT):
+        actual = run_select(baseline, x_BD, W_MD, U_MD, k, Rule("magnitude"))
+        idx_BK, val_BK, r_BD = run_select(baseline, x_BD, both_W_MD, both_U_MD, k, POSITIVE)
         signed_BK = torch.where(idx_BK < len(W_MD), val_BK, -val_BK)
-        assert_same_code(found, (idx_BK, signed_BK, r_BD), len(W_MD))
+        assert_same_code(actual, (idx_BK, signed_BK, r_BD), len(W_MD))
 
 
 @given(sizes=sizes, k=st.integers(1, 6), tied=st.booleans())
@@ -183,9 +183,9 @@ def test_signed_takes_a_negative_value_only_where_all_are_negative(
 ):
     layout = LAYOUTS[0] if tied else LAYOUTS[1]
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule("signed"), sizes, k)
-    for way in ways(EXACT):
-        _, val_BK, _ = run_select(way, x_BD, W_MD, U_MD, k, rule)
-        r_BD = x_BD if k == 1 else run_select(way, x_BD, W_MD, U_MD, k - 1, rule)[2]
+    for baseline in baselines(EXACT):
+        _, val_BK, _ = run_select(baseline, x_BD, W_MD, U_MD, k, rule)
+        r_BD = x_BD if k == 1 else run_select(baseline, x_BD, W_MD, U_MD, k - 1, rule)[2]
         largest_B = (r_BD @ W_MD.T).max(1).values
         torch.testing.assert_close(val_BK[:, -1], largest_B, atol=1e-10, rtol=1e-9)
 
@@ -204,19 +204,19 @@ def test_a_step_chooses_within_its_block(layout: Layout, sizes: dict[str, int], 
 
 def test_only_direct_knows_blocks():
     x_BD, W_MD = problem(0, 3, 4, 6)
-    for search in (GRAM, WHOLE):
+    for search in (GRAM, ALL_ATOMS):
         with pytest.raises(AssertionError, match="only direct knows blocks"):
             pursue_forward(x_BD, W_MD, W_MD, 2, Rule(block=3), search)
 
 
 @each_rule
-@each_way
+@each_baseline
 @pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.ones(3, 4)], ids=["zeros", "ones"])
-def test_constant_rows_give_no_nan(way: Baseline, rule: Rule, x: Tensor):
+def test_constant_rows_give_no_nan(baseline: Baseline, rule: Rule, x: Tensor):
     _, W_MD = problem(0, 3, 4, 7, torch.float32)
     W_MD.requires_grad_()
-    with way.forced():
-        idx_BK, val_BK, residual_BD = matching_pursuit(x, W_MD, W_MD, 9, rule, way.search)
+    with baseline.forced():
+        idx_BK, val_BK, residual_BD = matching_pursuit(x, W_MD, W_MD, 9, rule, baseline.search)
         (val_BK.sum() + residual_BD.sum()).backward()
     assert torch.equal(idx_BK, idx_BK[:1].expand(3, 9))
     assert val_BK.isfinite().all()
@@ -236,13 +236,13 @@ OTHERS = torch.tensor([0, 1, 2, 4])
 def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule, tolerance: float):
     size = {"seed": 0, "B": 5, "D": 8, "M": 20}
     x_BD, W_MD, U_MD, rule = drawn(layout, rule._replace(tolerance=tolerance), size, 4)
-    for way in ways(EVERY, layout.in_blocks):
-        clean = run_select(way, x_BD, W_MD, U_MD, 4, rule)
+    for baseline in baselines(EVERY, layout.in_blocks):
+        clean = run_select(baseline, x_BD, W_MD, U_MD, 4, rule)
         x = x_BD.clone().requires_grad_()
         with torch.no_grad():
             x[3, 2] = torch.nan
-        with way.forced():
-            spoilt = matching_pursuit(x, W_MD, U_MD, 4, rule, way.search)
+        with baseline.forced():
+            spoilt = matching_pursuit(x, W_MD, U_MD, 4, rule, baseline.search)
             (spoilt[1].square().sum() + spoilt[2].sum()).backward()
         assert spoilt[1][3].isnan().all()
         assert spoilt[2][3].isnan().any()
@@ -253,13 +253,13 @@ def test_a_nan_stays_in_its_row_and_shows(layout: Layout, rule: Rule, tolerance:
 
 
 @each_rule
-@each_way
+@each_baseline
 @pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
-def test_infinity_stays_in_its_row_and_shows(way: Baseline, rule: Rule, infinity: float):
+def test_infinity_stays_in_its_row_and_shows(baseline: Baseline, rule: Rule, infinity: float):
     x_BD, W_MD = problem(0, 5, 8, 20)
-    clean = run_select(way, x_BD, W_MD, W_MD, 4, rule)
+    clean = run_select(baseline, x_BD, W_MD, W_MD, 4, rule)
     x_BD[3, 2] = infinity
-    spoilt = run_select(way, x_BD, W_MD, W_MD, 4, rule)
+    spoilt = run_select(baseline, x_BD, W_MD, W_MD, 4, rule)
     assert not spoilt[1][3].isfinite().all()
     assert not spoilt[2][3].isfinite().all()
     for before, after in zip(clean, spoilt, strict=True):
@@ -267,14 +267,14 @@ def test_infinity_stays_in_its_row_and_shows(way: Baseline, rule: Rule, infinity
 
 
 @each_rule
-@each_way
-def test_no_rows(way: Baseline, rule: Rule):
+@each_baseline
+def test_no_rows(baseline: Baseline, rule: Rule):
     _, W_MD = problem(0, 1, 4, 6)
     W_MD.requires_grad_()
-    with way.forced():
+    with baseline.forced():
         cut = EntryThreshold(2, torch.zeros(()))
         idx_BK, val_BK, r_BD = matching_pursuit(
-            W_MD[:0].detach(), W_MD, W_MD, 3, rule, way.search, threshold=cut
+            W_MD[:0].detach(), W_MD, W_MD, 3, rule, baseline.search, threshold=cut
         )
         (val_BK.sum() + r_BD.sum()).backward()
     assert idx_BK.shape == val_BK.shape == (0, 3)
@@ -283,43 +283,43 @@ def test_no_rows(way: Baseline, rule: Rule):
 
 
 def outcome(
-    way: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
+    baseline: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
 ) -> tuple[Tensor, ...]:
     """Code, residual and the gradients of some loss."""
     W_MD = W_MD.clone().requires_grad_()
     U_MD = W_MD if rule.block is None else U_MD.clone().requires_grad_()
     x_BD = x_BD.clone().requires_grad_()
-    with way.forced():
-        idx_BK, val_BK, residual_BD = matching_pursuit(x_BD, W_MD, U_MD, k, rule, way.search)
+    with baseline.forced():
+        idx_BK, val_BK, residual_BD = matching_pursuit(x_BD, W_MD, U_MD, k, rule, baseline.search)
         loss = val_BK.sin().sum() + residual_BD.pow(3).sum()
         return idx_BK, val_BK, residual_BD, *torch.autograd.grad(loss, (x_BD, W_MD, U_MD))
 
 
-@each_way
-def test_microbatch_does_not_matter(way: Baseline, monkeypatch: pytest.MonkeyPatch):
+@each_baseline
+def test_microbatch_does_not_matter(baseline: Baseline, monkeypatch: pytest.MonkeyPatch):
     x_BD, W_MD = problem(3, 23, 8, 40)
     problems = [(x_BD, W_MD, W_MD, 5, POSITIVE)]
-    if way.search == DIRECT:
+    if baseline.search == DIRECT:
         problems.append((x_BD, W_MD, W_MD.flip(0), 5, Rule("signed", block=8)))
-    whole = [outcome(way, *of) for of in problems]
+    expected = [outcome(baseline, *arguments) for arguments in problems]
     monkeypatch.setattr(search_module, "_CPU_ELEMENTS", 5 * 40)
     monkeypatch.setattr(reverse_module, "_ELEMENTS", 4 * 5 * 8)
     monkeypatch.setattr(cpu, "_PIECE", 3)
     monkeypatch.setattr(cpu, "_COLUMNS", 3)
-    for before, of in zip(whole, problems, strict=True):
-        for a, b in zip(before, outcome(way, *of), strict=True):
+    for before, arguments in zip(expected, problems, strict=True):
+        for a, b in zip(before, outcome(baseline, *arguments), strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
-@each_way
-def test_the_number_of_threads_changes_no_bit(way: Baseline):
+@each_baseline
+def test_the_number_of_threads_changes_no_bit(baseline: Baseline):
     x_BD, W_MD = problem(4, 70, 96, 300, torch.float32)
     before = torch.get_num_threads()
     outcomes = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            outcomes.append(outcome(way, x_BD, W_MD, W_MD, 12, POSITIVE))
+            outcomes.append(outcome(baseline, x_BD, W_MD, W_MD, 12, POSITIVE))
     finally:
         torch.set_num_threads(before)
     for a, b in zip(*outcomes, strict=True):
@@ -328,12 +328,12 @@ def test_the_number_of_threads_changes_no_bit(way: Baseline):
 
 def test_rows_may_lie_apart_in_memory():
     x_BD, W_MD = problem(4, 9, 8, 20)
-    for way in ways(EXACT):
+    for baseline in baselines(EXACT):
         apart_BD = torch.zeros(9, 16, dtype=torch.float64)
         apart_BD[:, ::2] = x_BD
         for a, b in zip(
-            outcome(way, x_BD, W_MD, W_MD, 4, POSITIVE),
-            outcome(way, apart_BD[:, ::2], W_MD, W_MD, 4, POSITIVE),
+            outcome(baseline, x_BD, W_MD, W_MD, 4, POSITIVE),
+            outcome(baseline, apart_BD[:, ::2], W_MD, W_MD, 4, POSITIVE),
             strict=True,
         ):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
@@ -341,9 +341,9 @@ def test_rows_may_lie_apart_in_memory():
 
 def test_select_makes_no_graph_and_changes_no_argument():
     x_BD, W_MD = (t.requires_grad_() for t in problem(0, 4, 5, 6))
-    for way in ways(EVERY):
+    for baseline in baselines(EVERY):
         before = x_BD.detach().clone(), W_MD.detach().clone()
-        _, val_BK, residual_BD = run_select(way, x_BD, W_MD, W_MD, 3, POSITIVE)
+        _, val_BK, residual_BD = run_select(baseline, x_BD, W_MD, W_MD, 3, POSITIVE)
         assert not val_BK.requires_grad
         assert not residual_BD.requires_grad
         assert torch.equal(x_BD, before[0])
@@ -353,8 +353,8 @@ def test_select_makes_no_graph_and_changes_no_argument():
 def test_gram_equals_direct_in_float32():
     x_BD, W_MD = problem(5, 300, 48, 400, torch.float32)
     idx_BK, val_BK, residual_BD = pursue_forward(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
-    for way in (Baseline(GRAM), Baseline(GRAM, is_compiled=False)):
-        gram = run_select(way, x_BD, W_MD, W_MD, 24, POSITIVE)
+    for baseline in (Baseline(GRAM), Baseline(GRAM, is_compiled=False)):
+        gram = run_select(baseline, x_BD, W_MD, W_MD, 24, POSITIVE)
         same_B = (idx_BK == gram[0]).all(1)
         assert same_B.float().mean() > 0.99, "rounding may decide a near tie, rarely"
         torch.testing.assert_close(val_BK[same_B], gram[1][same_B], atol=1e-5, rtol=1e-4)
@@ -372,7 +372,7 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 512, 16)
     defaults = replace(
-        WHOLE,
+        ALL_ATOMS,
         shortlist_size=CoderSettings.shortlist_size,
         shortlist_refresh=CoderSettings.shortlist_refresh,
         score_dtype=dtype,
@@ -393,18 +393,18 @@ def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 200, 16)
     idx_BK, val_BK, residual_BD = pursue_forward(x_BD, W_MD, W_MD, 24, POSITIVE, DIRECT)
-    found = run_select(Baseline(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
-    same_BK = idx_BK == found[0]
+    actual = run_select(Baseline(GRAM16, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE)
+    same_BK = idx_BK == actual[0]
     assert same_BK[:, :16].float().mean() > 0.998
     same_B = same_BK.all(1)
-    torch.testing.assert_close(found[1][same_B], val_BK[same_B], atol=1e-5, rtol=1e-4)
-    error, found_error = residual_BD.square().sum(), found[2].square().sum()
-    assert float(found_error) == pytest.approx(float(error), rel=1e-3)
+    torch.testing.assert_close(actual[1][same_B], val_BK[same_B], atol=1e-5, rtol=1e-4)
+    error, bfloat16_error = residual_BD.square().sum(), actual[2].square().sum()
+    assert float(bfloat16_error) == pytest.approx(float(error), rel=1e-3)
     x_BD, W_MD = problem(5, 300, 16, 400, torch.float32)
-    exact, found = (
+    exact, actual = (
         run_select(Baseline(s, is_compiled), x_BD, W_MD, W_MD, 24, POSITIVE) for s in (GRAM, GRAM16)
     )
-    assert not torch.equal(exact[0], found[0]), "among many atoms in few dimensions it shows"
+    assert not torch.equal(exact[0], actual[0]), "among many atoms in few dimensions it shows"
 
 
 def sums_of_atoms(generator: torch.Generator, W_MD: Tensor, B: int, L: int) -> Tensor:
@@ -466,8 +466,8 @@ def test_the_largest_are_the_largest_and_the_first_of_equals(p: list[float], dat
     count = cpu_kernels.largest(p_M, size, lanes, keys, listed)
     candidates = [j for j in range(len(p)) if p_M[j] > -np.inf]
     assert listed[:count].tolist() == sorted(sorted(candidates, key=lambda j: -p_M[j])[:size])
-    whole = torch.from_numpy(p_M[candidates])
-    expected = whole.topk(min(size, len(whole))).values
+    score_C = torch.from_numpy(p_M[candidates])
+    expected = score_C.topk(min(size, len(score_C))).values
     assert torch.equal(torch.from_numpy(p_M[listed[:count]]).sort(descending=True)[0], expected)
 
 
@@ -486,14 +486,14 @@ def test_nth_largest(p: list[float], data: st.DataObject):
 @given(p=scores)
 def test_first_largest(select: str, p: list[float]):
     p_M = np.array(p, np.float32)
-    found = cpu_kernels.first_largest(
+    actual = cpu_kernels.first_largest(
         p_M, np.empty(cpu_kernels.LANES, np.float32), cpu_kernels.MODES[select]
     )
     keys = np.abs(p_M) if select == "magnitude" else p_M
     if (keys > -np.inf).any():
-        assert found == np.nanargmax(keys)
+        assert actual == np.nanargmax(keys)
     else:
-        assert found == -1
+        assert actual == -1
 
 
 @pytest.mark.parametrize("select", SELECTS)
@@ -505,13 +505,13 @@ def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[fl
     W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
     r_D = generator.integers(-2, 3, 2).astype(np.float32)
     mode, lanes = cpu_kernels.MODES[select], np.empty(cpu_kernels.LANES, np.float32)
-    found = cpu_kernels.first_of_few(score_M, lanes, N_RESCORED, W_MD, r_D, mode)
+    actual = cpu_kernels.first_of_few(score_M, lanes, N_RESCORED, W_MD, r_D, mode)
     size = np.abs if select == "magnitude" else np.asarray
     kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
     bound = sorted((size(score_M)[j] for j in kept), reverse=True)[:N_RESCORED][-1:]
     few = [j for j in kept if size(score_M)[j] >= bound[0]]
     exact = [float(size(W_MD[j] @ r_D)) for j in few]
-    assert found == (few[int(np.argmax(exact))] if few else -1)
+    assert actual == (few[int(np.argmax(exact))] if few else -1)
 
 
 @given(st.integers(0, 2**20), st.integers(1, 6), st.integers(1, 7))
@@ -533,9 +533,9 @@ def test_a_new_shortlist_may_go_on_where_the_last_had_nothing(is_compiled: bool)
     """What it then finds comes right after what was found before."""
     x_BD, W_MD = problem(5, 400, 16, 40)
     few = replace(SHORT, shortlist_size=1, shortlist_refresh=5)
-    way = Baseline(few, is_compiled)
+    baseline = Baseline(few, is_compiled)
     U_MD = 1.5 * W_MD  # an atom that was chosen is left with a negative correlation
-    idx_BK, val_BK, _ = run_select(way, x_BD, W_MD, U_MD, 15, POSITIVE)
+    idx_BK, val_BK, _ = run_select(baseline, x_BD, W_MD, U_MD, 15, POSITIVE)
     assert_well_formed(idx_BK, val_BK)
     assert ((idx_BK >= 0).sum(1)[2:] == 3).all(), "one from each list"
 
@@ -550,7 +550,7 @@ def test_auto_goes_by_latents_and_steps():
     assert resolved(16384, 16383) == "direct", "a Gram matrix costs as much as M steps"
     assert resolved(16385, 10**9) == "direct", "it would take more than 1 GiB"
     assert resolved(64, 10**9, True) == "direct"
-    for search in (DIRECT, GRAM, WHOLE):
+    for search in (DIRECT, GRAM, ALL_ATOMS):
         assert all(resolve_backend(search, M, 5, False) == search.backend for M in (1, 10**6))
 
 
@@ -559,8 +559,8 @@ def test_auto_is_one_of_the_others(rule: Rule):
     x_BD, W_MD = problem(5, 50, 8, 100)
     auto = replace(DIRECT, backend="auto")
     for k, search in ((1, DIRECT), (2, GRAM)):
-        found, expected = (pursue_forward(x_BD, W_MD, W_MD, k, rule, s) for s in (auto, search))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual, expected = (pursue_forward(x_BD, W_MD, W_MD, k, rule, s) for s in (auto, search))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_microbatches_hold_so_many_elements():
@@ -594,7 +594,7 @@ def test_gradients_equal_autograd(
     """Of the reference, with the choice held fixed; for rows and dictionaries."""
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), sizes, k)
     search = DIRECT if layout.in_blocks else of.draw(st.sampled_from(EVERY))
-    way = Baseline(search, is_compiled)
+    baseline = Baseline(search, is_compiled)
     generator = torch.Generator().manual_seed(1)
     weight_BK = torch.randn(len(x_BD), k, generator=generator, dtype=torch.float64)
     leaves = tuple(
@@ -605,9 +605,9 @@ def test_gradients_equal_autograd(
         loss = (val_BK * weight_BK).sum() + residual_BD.square().sum()
         return val_BK, residual_BD, *torch.autograd.grad(loss, leaves)
 
-    with way.forced():
-        idx_BK, *found = matching_pursuit(x_BD, W_MD, U_MD, k, rule, search, detach)
-        ours = with_gradients(*found)
+    with baseline.forced():
+        idx_BK, *actual = matching_pursuit(x_BD, W_MD, U_MD, k, rule, search, detach)
+        ours = with_gradients(*actual)
     plain = with_gradients(*reference.follow(x_BD, W_MD, idx_BK, U_MD, detach))
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
@@ -618,10 +618,10 @@ def test_gradients_equal_autograd(
 def test_detach_changes_gradients_only(sizes: dict[str, int], k: int, of: st.DataObject):
     layout, select = of.draw(st.sampled_from(LAYOUTS)), of.draw(st.sampled_from(SELECTS))
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), sizes, k)
-    whole, detached = (
+    attached, detached = (
         matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT, detach) for detach in (False, True)
     )
-    assert all(torch.equal(a, b) for a, b in zip(whole, detached, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(attached, detached, strict=True))
 
 
 GRADCHECK = {"seed": 2, "B": 3, "D": 5, "M": 7}
@@ -656,10 +656,10 @@ def checked(
 def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), GRADCHECK, 3)
     x_BD[1] = 0.5
-    for way in ways((DIRECT, GRAM, SHORT), layout.in_blocks):
-        if way.is_compiled == is_compiled:
-            with way.forced():
-                run = lambda x, W, U: matching_pursuit(x, W, U, 3, rule, way.search)  # noqa: B023, E731
+    for baseline in baselines((DIRECT, GRAM, SHORT), layout.in_blocks):
+        if baseline.is_compiled == is_compiled:
+            with baseline.forced():
+                run = lambda x, W, U: matching_pursuit(x, W, U, 3, rule, baseline.search)  # noqa: B023, E731
                 assert checked(run, x_BD, W_MD, U_MD)
 
 
@@ -677,8 +677,8 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), GRADCHECK | {"B": 4}, 4)
     x_BD[1] = 0.5
     x_BD[0] *= 2
-    way = Baseline(DIRECT, is_compiled)
-    with way.forced():
+    baseline = Baseline(DIRECT, is_compiled)
+    with baseline.forced():
         for cut in cuts(*matching_pursuit(x_BD, W_MD, U_MD, 4, rule, DIRECT)[:2]):
             run = lambda x, W, U: matching_pursuit(x, W, U, 4, rule, DIRECT, threshold=cut)  # noqa: B023, E731
             assert checked(run, x_BD, W_MD, U_MD)
@@ -696,30 +696,30 @@ def test_cut_equals_reference(
     leaves = tuple(
         t.requires_grad_() for t in ((x_BD, W_MD) if U_MD is W_MD else (x_BD, W_MD, U_MD))
     )
-    whole_idx_BK, whole_val_BK, _ = matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT)
-    values = whole_val_BK.detach().abs().flatten()
+    uncut_idx_BK, uncut_val_BK, _ = matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT)
+    values = uncut_val_BK.detach().abs().flatten()
     for cut in (
         EntryThreshold(1 + at % k, torch.tensor(torch.inf)),
         EntryThreshold(None, values[at % len(values)]),
         EntryThreshold(None, torch.zeros(())),
     ):
         expected_idx_BK = reference.cut(
-            whole_idx_BK.numpy(),
-            whole_val_BK.detach().numpy(),
+            uncut_idx_BK.numpy(),
+            uncut_val_BK.detach().numpy(),
             cut.mean_entries,
             float(cut.value),
         )
-        idx_BK, *found = matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT, detach, cut)
-        assert_well_formed(idx_BK, found[0], rule.block)
+        idx_BK, *actual = matching_pursuit(x_BD, W_MD, U_MD, k, rule, DIRECT, detach, cut)
+        assert_well_formed(idx_BK, actual[0], rule.block)
         assert np.array_equal(idx_BK.numpy(), expected_idx_BK)
         if cut.mean_entries is None and cut.value == 0:
-            assert torch.equal(idx_BK, whole_idx_BK), "no threshold yet: all are kept"
+            assert torch.equal(idx_BK, uncut_idx_BK), "no threshold yet: all are kept"
         plain = reference.follow(x_BD, W_MD, idx_BK, U_MD, detach)
-        for a, b in zip(found, plain, strict=True):
+        for a, b in zip(actual, plain, strict=True):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
         ours, theirs = (
             torch.autograd.grad(val.square().sum() + r.square().sum(), leaves)
-            for val, r in (found, plain)
+            for val, r in (actual, plain)
         )
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
@@ -739,8 +739,10 @@ def test_a_mean_number_of_steps_is_kept(select: str):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("way", ways((DIRECT, GRAM, SHORT, SHORT16)), ids=lambda way: way.name)
-def test_little_is_kept_for_the_backward_pass(way: Baseline, tied: bool):
+@pytest.mark.parametrize(
+    "baseline", baselines((DIRECT, GRAM, SHORT, SHORT16)), ids=lambda baseline: baseline.name
+)
+def test_little_is_kept_for_the_backward_pass(baseline: Baseline, tied: bool):
     B, D, M, K = 128, 128, 2048, 32
     x_BD, W_MD = problem(0, B, D, M, torch.float32)
     W_MD.requires_grad_()
@@ -752,9 +754,11 @@ def test_little_is_kept_for_the_backward_pass(way: Baseline, tied: bool):
         kept.append(tensor)
         return tensor
 
-    with way.forced():
+    with baseline.forced():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            _, val_BK, residual_BD = matching_pursuit(x_BD, W_MD, U_MD, K, POSITIVE, way.search)
+            _, val_BK, residual_BD = matching_pursuit(
+                x_BD, W_MD, U_MD, K, POSITIVE, baseline.search
+            )
             loss = val_BK.sum() + residual_BD.square().sum()
         others = [t for t in kept if t.data_ptr() not in dictionaries]
         assert len(kept) - len(others) == len(dictionaries), "dictionaries are kept by reference"

@@ -88,9 +88,9 @@ def test_microbatch_does_not_matter(codes: Refit, chosen: str, monkeypatch: pyte
         assert W.grad is not None
         return idx_BK, val_BK, residual_BD, W.grad
 
-    whole = result()
+    expected = result()
     monkeypatch.setattr(refit_module, "_CPU_ELEMENTS", 5 * 40)
-    for a, b in zip(whole, result(), strict=True):
+    for a, b in zip(expected, result(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
@@ -125,8 +125,8 @@ def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObj
     k = data.draw(st.integers(1, min(D, M)), label="k")
     x_BD, W_MD = problem(seed, B + 1, D, M)
     x_BD = x_BD[torch.arange(B + 1) != 1]  # of a row of zeros it warns
-    found = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
-    expected_BM = found.reshape(M, B).T
+    sklearn_MB = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
+    expected_BM = sklearn_MB.reshape(M, B).T
     idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule("magnitude"), "omp")
     code_BM = reference.dense(idx_BK, val_BK, M).numpy()
     np.testing.assert_array_equal(code_BM != 0, expected_BM != 0)
@@ -143,12 +143,12 @@ def test_omp_finds_what_rows_are_made_of():
     val_BK = torch.rand(30, 4, generator=generator, dtype=torch.float64) + 0.5
     val_BK *= torch.randint(2, (30, 4), generator=generator) * 2 - 1
     code_BM = reference.dense(idx_BK, val_BK, 300)
-    found_idx_BK, found_val_BK, residual_BD = refitted_pursuit(
+    refit_idx_BK, refit_val_BK, residual_BD = refitted_pursuit(
         code_BM @ W_MD, W_MD, 7, Rule("magnitude"), "omp"
     )
     assert residual_BD.abs().max() < 1e-12
-    torch.testing.assert_close(reference.dense(found_idx_BK, found_val_BK, 300), code_BM)
-    assert ((found_idx_BK >= 0).sum(1) == 4).all(), "a row that is explained stops"
+    torch.testing.assert_close(reference.dense(refit_idx_BK, refit_val_BK, 300), code_BM)
+    assert ((refit_idx_BK >= 0).sum(1) == 4).all(), "a row that is explained stops"
 
 
 @each_codes

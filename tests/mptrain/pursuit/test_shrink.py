@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mptrain.pursuit.autograd import matching_pursuit
 from mptrain.pursuit.rule import Rule
-from tests.helpers.pursuits import DIRECT, GRAM, WHOLE, atoms, problem, sizes
+from tests.helpers.pursuits import ALL_ATOMS, DIRECT, GRAM, atoms, problem, sizes
 from tests.helpers.trainers import BASE, fvus_of, make_learner, rows_of, train_
 
 SOFT = replace(BASE, shrink=0.2)
@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_autograd(
         return [code_BM, r_BD, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
 
     expected = with_gradients(*plain(x_BD, W_MD, U_MD, k, shrink))
-    for search in (DIRECT, GRAM, WHOLE):
+    for search in (DIRECT, GRAM, ALL_ATOMS):
         idx_BK, val_BK, r_BD = matching_pursuit(x_BD, W_MD, U_MD, k, Rule(shrink=shrink), search)
         assert ((idx_BK < 0) == (val_BK == 0)).all()
         code_BM = val_BK.new_zeros(len(x_BD), len(W_MD) + 1).scatter_add(1, idx_BK + 1, val_BK)

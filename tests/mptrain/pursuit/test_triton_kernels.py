@@ -48,7 +48,7 @@ def unit(W_MD: Tensor) -> Tensor:
     return W_MD / W_MD.norm(dim=1, keepdim=True)
 
 
-def whole_numbers(*shape: int) -> Tensor:
+def integers(*shape: int) -> Tensor:
     """Small ones: their products are exact in every dtype, and many scores are equal."""
     return torch.randint(-3, 4, shape, device=DEVICE).float()
 
@@ -72,7 +72,7 @@ def code(B: int, K: int, M: int) -> tuple[Tensor, Tensor]:
 def test_best_atoms_are_the_first_largest(
     B: int, D: int, M: int, dtype: torch.dtype, sign: Sign
 ) -> None:
-    r_BD, W_MD = whole_numbers(B, D), whole_numbers(M, D)
+    r_BD, W_MD = integers(B, D), integers(M, D)
     r_BD[1:2] = 0
     atom_B = best_atoms(r_BD, W_MD.to(dtype), sign)
     assert torch.equal(atom_B, key(r_BD @ W_MD.T, sign).argmax(1))
@@ -83,7 +83,7 @@ def test_programs_that_go_through_many_atoms(
     programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_search, "_PROGRAMS", programs)
-    r_BD, W_MD = whole_numbers(20, 2), whole_numbers(700, 2)
+    r_BD, W_MD = integers(20, 2), integers(700, 2)
     assert torch.equal(best_atoms(r_BD, W_MD), (r_BD @ W_MD.T).argmax(1))
 
 
@@ -116,21 +116,21 @@ def test_a_nan_leaves_other_rows_alone() -> None:
 def test_candidates_are_distinct_and_have_the_best(
     B: int, D: int, M: int, dtype: torch.dtype, sign: Sign
 ) -> None:
-    r_BD, W_MD = whole_numbers(B, D), whole_numbers(M, D)
+    r_BD, W_MD = integers(B, D), integers(M, D)
     r_BD[1:2] = 0
     score_BM = key(r_BD @ W_MD.T, sign)
     for size in {min(5, M), M}:
         candidate_BS = best_candidates(r_BD, W_MD.to(dtype), size, sign)
         assert all(len(set(row)) == size for row in candidate_BS.tolist())
         assert (candidate_BS >= 0).all()
-        found_BS = score_BM.gather(1, candidate_BS).sort(1, descending=True).values
-        assert torch.equal(found_BS[:, 0], score_BM.amax(1))
+        candidate_score_BS = score_BM.gather(1, candidate_BS).sort(1, descending=True).values
+        assert torch.equal(candidate_score_BS[:, 0], score_BM.amax(1))
         if M <= 64 or size == M:  # then every latent is a group
-            assert torch.equal(found_BS, score_BM.topk(size).values)
+            assert torch.equal(candidate_score_BS, score_BM.topk(size).values)
 
 
 def test_candidates_of_more_rows_than_a_tile_has() -> None:
-    r_BD, W_MD = whole_numbers(131, 20), whole_numbers(70, 20)
+    r_BD, W_MD = integers(131, 20), integers(70, 20)
     score_BM = r_BD @ W_MD.T
     candidate_BS = best_candidates(r_BD, W_MD, 2)
     assert torch.equal(score_BM.gather(1, candidate_BS).amax(1), score_BM.amax(1))
@@ -141,10 +141,10 @@ def test_most_of_the_largest_are_candidates(size: int) -> None:
     r_BD, W_MD = randn(40, 24), unit(randn(5000, 24))
     candidate_BS = best_candidates(r_BD, W_MD, size)
     largest_BS = (r_BD @ W_MD.T).topk(size).indices
-    found_BS = (largest_BS[:, :, None] == candidate_BS[:, None]).any(2).float()
-    assert found_BS[:, 0].all()
-    assert found_BS.mean() > 0.87
-    assert found_BS[:, : size // 8].mean() > 0.95
+    hit_BS = (largest_BS[:, :, None] == candidate_BS[:, None]).any(2).float()
+    assert hit_BS[:, 0].all()
+    assert hit_BS.mean() > 0.87
+    assert hit_BS[:, : size // 8].mean() > 0.95
 
 
 # --- steps
@@ -164,12 +164,12 @@ def plain_steps_(
     r_BD, W_MD, U_MD = r_BD.double(), W_MD.double(), U_MD.double()
     for step in range(idx_BR.shape[1]):
         p_BS = (W_MD[candidate_BS] * r_BD[:, None]).sum(2)
-        place_B1 = key(p_BS, sign).argmax(1, keepdim=True)
-        a_B = p_BS.gather(1, place_B1)[:, 0]
+        best_B1 = key(p_BS, sign).argmax(1, keepdim=True)
+        a_B = p_BS.gather(1, best_B1)[:, 0]
         stops_B = (r_BD.norm(dim=1) <= stop_norm_B) | (a_B == 0)
         stops_B |= (a_B <= 0) & (sign == "positive")
         a_B = a_B.masked_fill(stops_B, 0)
-        atom_B = candidate_BS.gather(1, place_B1)[:, 0]
+        atom_B = candidate_BS.gather(1, best_B1)[:, 0]
         r_BD = r_BD - a_B[:, None] * U_MD[atom_B]
         idx_BR[:, step], val_BR[:, step] = atom_B.masked_fill(stops_B, -1), a_B
 
@@ -192,12 +192,12 @@ def test_steps_equal_plain_ones(
     sign: Sign,
     tolerance: float,
     shared: bool,
-    way: str,
+    variant: str,
     data: st.DataObject,
 ) -> None:
     torch.manual_seed(seed)
     (B, D, M), S = sizes, data.draw(st.integers(1, sizes[2]))
-    S = M if way == "gram" else S
+    S = M if variant == "gram" else S
     W_MD = unit(randn(M, D))
     W_MD[M // 2 : M // 2 * 2] = W_MD[: M // 2]  # atoms and their doubles
     U_MD = W_MD if shared else unit(W_MD + 0.3 * randn(M, D))
@@ -217,13 +217,13 @@ def test_steps_equal_plain_ones(
     r_BD = x_BD.clone()
     wide = torch.full((B, steps + 3), -7, device=DEVICE), randn(B, steps + 2)
     idx_BR, val_BR = wide[0][:, 2:-1], wide[1][:, 1:-1]
-    if way == "gram":
+    if variant == "gram":
         score_BM = x_BD @ W_MD.T
         before_BM = score_BM.clone()
         gram_steps_(r_BD, score_BM, G_MM, W_MD, U_MD, idx_BR, val_BR, stop_norm_B, sign)
         assert torch.equal(score_BM, before_BM)
     else:
-        G = G_MM if way == "shortlist by G" else None
+        G = G_MM if variant == "shortlist by G" else None
         shortlist_steps_(
             *(r_BD, candidate_BS, W_MD, U_MD, idx_BR, val_BR, stop_norm_B, sign), G_MM=G
         )
@@ -273,8 +273,8 @@ def test_many_candidates_are_multiplied_in_tiles() -> None:
             r_BD, candidate_BS, W_MD, W_MD, idx_BR, val_BR, stop_norm_B, "magnitude", G_MM=G_MM
         )
         results.append((idx_BR, val_BR, r_BD))
-    for one, other in zip(*results, strict=True):
-        close(one, other)
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
 
 
 # --- the way back
@@ -326,10 +326,10 @@ def test_reverse_equals_autograd(
     U_MD = W_MD if shared else unit(randn(M, D))
     idx_BK, val_BK = code(B, K, M)
     dval_BK, residual_BD, g_BD = randn(B, K), randn(B, D), randn(B, D)
-    given_ = dval_BK, residual_BD, g_BD, W_MD, U_MD, detach
+    arguments = dval_BK, residual_BD, g_BD, W_MD, U_MD, detach
     before = [t.clone() for t in (val_BK, residual_BD, g_BD)]
-    dx_BD, dW_MD, dU_MD = pursue_backward(idx_BK, val_BK, *given_)
-    expected = backward_in_torch((idx_BK, val_BK), *given_)
+    dx_BD, dW_MD, dU_MD = pursue_backward(idx_BK, val_BK, *arguments)
+    expected = backward_in_torch((idx_BK, val_BK), *arguments)
     loose = partial(torch.testing.assert_close, atol=1e-3, rtol=1e-3)  # K steps amplify
     loose(dx_BD.double(), expected[0])
     if shared:
@@ -367,16 +367,16 @@ def test_scratch_changes_no_bit(shared: bool, monkeypatch: pytest.MonkeyPatch) -
     U_MD = W_MD if shared else unit(randn(5, 100))
     idx_BK, val_BK = code(20, 6, 5)
     rest = randn(20, 6), randn(20, 100), randn(20, 100), W_MD, U_MD
-    whole, again, small = (
+    first, again, small = (
         pursue_backward(idx_BK, val_BK, *rest, scratch=scratch) for scratch in (1 << 30, 1 << 30, 1)
     )
-    for one, two, three in zip(whole, again, small, strict=True):
-        if one is None:
+    for first_tensor, second_tensor, third_tensor in zip(first, again, small, strict=True):
+        if first_tensor is None:
             assert shared
-            assert two is three is None
+            assert second_tensor is third_tensor is None
             continue
-        assert torch.equal(one, two)
-        assert torch.equal(one, three)
+        assert torch.equal(first_tensor, second_tensor)
+        assert torch.equal(first_tensor, third_tensor)
 
 
 # --- products with codes
