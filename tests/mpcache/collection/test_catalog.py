@@ -25,7 +25,7 @@ COLLECT += ("--validation-every", "4", "--model-dtype", "float32")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, a corpus and a root of one store; tests only read it."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "root").mkdir()
@@ -34,9 +34,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(made: Path, tmp_path: Path) -> Path:
+def folder(original: Path, tmp_path: Path) -> Path:
     """The same, to change."""
-    return Path(shutil.copytree(made, tmp_path / "place"))
+    return Path(shutil.copytree(original, tmp_path / "place"))
 
 
 def run(folder: Path, rows: str, hookpoints: str, *more: str):
@@ -55,85 +55,90 @@ def no_model(*_: object, **__: object) -> None:
     raise AssertionError("the model's weights were loaded")
 
 
-def test_the_name_is_readable_and_ends_in_the_fingerprint(made: Path) -> None:
-    store = only_store(made)
+def test_the_name_is_readable_and_ends_in_the_fingerprint(original: Path) -> None:
+    store = only_store(original)
     assert store.name == f"model-corpus-{open_store(store).fingerprint[:12]}"
 
 
-def test_complete_already_loads_no_weights(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = files_of(only_store(place))
+def test_complete_already_loads_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files_of(only_store(folder))
     monkeypatch.setattr(find_store_module, "load_model", no_model)
     monkeypatch.setattr("mpcache.collection.producer.load_model", no_model)
-    result = run(place, "600", "layers.0")
+    result = run(folder, "600", "layers.0")
     assert result.exit_code == 0, result.output
     assert "no forward pass was needed" in result.stdout
-    assert run(place, "300", "layers.*:output", "--json").exit_code == 1  # layers.1 is not there
-    assert files_of(only_store(place)) == before
+    assert run(folder, "300", "layers.*:output", "--json").exit_code == 1  # layers.1 is not there
+    assert files_of(only_store(folder)) == before
 
 
-def test_a_store_that_names_no_files_is_found_by_its_fingerprint(place: Path) -> None:
-    file = only_store(place) / "store.json"
+def test_a_store_that_names_no_files_is_found_by_its_fingerprint(folder: Path) -> None:
+    file = only_store(folder) / "store.json"
     content = unseal(file.read_bytes(), "store")
     del content["provenance"]["model"]["model_files"]
     file.write_bytes(seal(content))
-    found = find_store(place / "root", small_config(place, rows=600, hookpoints=("layers.0",)))
-    assert found.storage.path == only_store(place)
-    assert found.summary is not None
-    assert found.summary.rows == 768
+    target = find_store(folder / "root", small_config(folder, rows=600, hookpoints=("layers.0",)))
+    assert target.storage.path == only_store(folder)
+    assert target.summary is not None
+    assert target.summary.rows == 768
 
 
-def test_more_rows_and_more_hookpoints_go_into_the_same_store(place: Path) -> None:
-    first = json.loads(run(place, "1500", "layers.0", "--json").stdout)
-    second = json.loads(run(place, "1500", "layers.0,layers.1.mlp", "--json").stdout)
+def test_more_rows_and_more_hookpoints_go_into_the_same_store(folder: Path) -> None:
+    first = json.loads(run(folder, "1500", "layers.0", "--json").stdout)
+    second = json.loads(run(folder, "1500", "layers.0,layers.1.mlp", "--json").stdout)
     assert first["forward_rows"] == first["rows"] - 768
     assert second["forward_rows"] == second["rows"] == first["rows"]
-    collect(small_config(place), place / "at_once")
-    assert marks_of(only_store(place)) == marks_of(place / "at_once")
+    collect(small_config(folder), folder / "at_once")
+    assert marks_of(only_store(folder)) == marks_of(folder / "at_once")
 
 
-def test_another_dtype_is_told_and_convert_does_it(place: Path) -> None:
-    result = run(place, "600", "layers.0", "--dtype", "float32")
+def test_another_dtype_is_told_and_convert_does_it(folder: Path) -> None:
+    result = run(folder, "600", "layers.0", "--dtype", "float32")
     assert result.exit_code == 2
-    (told,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "holds these rows as bfloat16, got float32" in told
-    command = told.partition("mpcache ")[2].split()[:5]
+    (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "holds these rows as bfloat16, got float32" in message
+    command = message.partition("mpcache ")[2].split()[:5]
     assert command[0] == "convert"
     assert CliRunner().invoke(app, command).exit_code == 0
-    again = run(place, "600", "layers.0", "--dtype", "float32")
+    again = run(folder, "600", "layers.0", "--dtype", "float32")
     assert again.exit_code == 0, again.output
     assert "no forward pass was needed" in again.stdout
-    assert "bfloat16" in run(place, "900", "layers.0", "--dtype", "float32").stderr
+    assert "bfloat16" in run(folder, "900", "layers.0", "--dtype", "float32").stderr
 
 
-def test_codec_and_chunks_are_those_of_the_store_there(place: Path) -> None:
-    result = run(place, "900", "layers.0", "--codec", "zstd")
+def test_codec_and_chunks_are_those_of_the_store_there(folder: Path) -> None:
+    result = run(folder, "900", "layers.0", "--codec", "zstd")
     assert result.exit_code == 0, result.output
     assert "exists with codec none, which is kept" in result.stderr
-    assert verify(only_store(place)).findings == ()
+    assert verify(only_store(folder)).findings == ()
 
 
-def test_other_settings_and_another_model_make_another_store(place: Path) -> None:
-    assert run(place, "300", "layers.0", "--seed", "1").exit_code == 0
-    shutil.rmtree(place / "model")
-    save_tiny(place / "model", seed=1)
-    assert run(place, "300", "layers.0").exit_code == 0
-    assert len(list((place / "root").iterdir())) == 3
+def test_other_settings_and_another_model_make_another_store(folder: Path) -> None:
+    assert run(folder, "300", "layers.0", "--seed", "1").exit_code == 0
+    shutil.rmtree(folder / "model")
+    save_tiny(folder / "model", seed=1)
+    assert run(folder, "300", "layers.0").exit_code == 0
+    assert len(list((folder / "root").iterdir())) == 3
 
 
-def test_a_renamed_store_is_found_and_links_and_damage_are_not(place: Path, made: Path) -> None:
-    store = only_store(place)
+def test_a_renamed_store_is_found_and_links_and_damage_are_not(
+    folder: Path, original: Path
+) -> None:
+    store = only_store(folder)
     store.rename(store.with_name("ours"))
-    (place / "root/link").symlink_to(only_store(made))
-    config = small_config(place, rows=600, hookpoints=("layers.0",))
-    assert find_store(place / "root", config).storage.name == "ours"
-    (place / "root/ours/store.json").write_text("{}")
-    assert find_store(place / "root", config).storage.path == store
+    (folder / "root/link").symlink_to(only_store(original))
+    config = small_config(folder, rows=600, hookpoints=("layers.0",))
+    assert find_store(folder / "root", config).storage.name == "ours"
+    (folder / "root/ours/store.json").write_text("{}")
+    assert find_store(folder / "root", config).storage.path == store
 
 
-def test_a_root_that_is_none(place: Path) -> None:
-    for wrong, told in ((only_store(place), "is a store"), (place / "corpus.jsonl", "a folder")):
+def test_a_root_that_is_none(folder: Path) -> None:
+    for wrong, message in (
+        (only_store(folder), "is a store"),
+        (folder / "corpus.jsonl", "a folder"),
+    ):
         result = CliRunner().invoke(app, ["list", str(wrong)])
-        assert (result.exit_code, told in result.stderr) == (2, True)
+        assert (result.exit_code, message in result.stderr) == (2, True)
     both = CliRunner().invoke(
         app, ["collect", "m", "d", "s", "--root", "r", "--hookpoints", "layers.0"]
     )
@@ -151,44 +156,44 @@ def test_any_name_gives_one_plain_folder(name: str) -> None:
     assert 0 < len(safe) <= 48
 
 
-def test_list_tells_what_there_is(place: Path) -> None:
+def test_list_tells_what_there_is(folder: Path) -> None:
     """Complete, half done and damaged stores; the table and JSON agree."""
-    half = place / "root/half"
-    shutil.copytree(only_store(place), half)
+    half = folder / "root/half"
+    shutil.copytree(only_store(folder), half)
     for part in (2, 3):
         (half / f"marks/{part}/layers.0/output.json").unlink()
-    broken = place / "root/broken\x1b[2J"
+    broken = folder / "root/broken\x1b[2J"
     shutil.copytree(half, broken)
     (broken / "store.json").write_text("{")
-    (place / "root/notes").mkdir()
-    found = {one.store: one for one in list_stores(place / "root")}
-    whole = found[next(name for name in found if name.startswith("model-"))]
-    assert (whole.rows, whole.complete, whole.model) == (768, 1.0, "model")
-    assert whole.hookpoints == ("layers.0",)
-    assert whole.age_seconds is not None
-    assert (found["half"].rows, found["half"].complete) == (384, 0.5)
-    assert "damaged" in str(found["broken\x1b[2J"].fault)
-    table = CliRunner().invoke(app, ["list", str(place / "root")])
+    (folder / "root/notes").mkdir()
+    entries = {entry.store: entry for entry in list_stores(folder / "root")}
+    complete = entries[next(name for name in entries if name.startswith("model-"))]
+    assert (complete.rows, complete.complete, complete.model) == (768, 1.0, "model")
+    assert complete.hookpoints == ("layers.0",)
+    assert complete.age_seconds is not None
+    assert (entries["half"].rows, entries["half"].complete) == (384, 0.5)
+    assert "damaged" in str(entries["broken\x1b[2J"].fault)
+    table = CliRunner().invoke(app, ["list", str(folder / "root")])
     assert "\x1b" not in table.output
     assert "50%" in table.stdout
-    shown = json.loads(CliRunner().invoke(app, ["list", str(place / "root"), "--json"]).stdout)
-    assert [one["store"] for one in shown] == sorted(found)
+    shown = json.loads(CliRunner().invoke(app, ["list", str(folder / "root"), "--json"]).stdout)
+    assert [entry["store"] for entry in shown] == sorted(entries)
 
 
-def test_age_is_never_negative(place: Path) -> None:
+def test_age_is_never_negative(folder: Path) -> None:
     """The clock of the machine that wrote may be years ahead."""
-    for file in (only_store(place) / "marks").rglob("*.json"):
+    for file in (only_store(folder) / "marks").rglob("*.json"):
         mark = unseal(file.read_bytes(), "mark")
         file.write_bytes(seal({**mark, "time": "2999-01-01T00:00:00+00:00"}))
-    (one,) = list_stores(place / "root")
-    assert one.age_seconds == 0
+    (entry,) = list_stores(folder / "root")
+    assert entry.age_seconds == 0
     assert [format_age(s) for s in (None, 0, 59, 7200, 200_000)] == [
         "-", "0 s", "59 s", "2 h", "2 d"
     ]  # fmt: skip
 
 
-def test_a_store_in_a_teams_root_is_the_teams(place: Path) -> None:
-    (place / "root").chmod(0o2775)
-    assert run(place, "300", "layers.0", "--seed", "1").exit_code == 0
-    new = max((place / "root").iterdir(), key=lambda f: f.stat().st_mtime)
+def test_a_store_in_a_teams_root_is_the_teams(folder: Path) -> None:
+    (folder / "root").chmod(0o2775)
+    assert run(folder, "300", "layers.0", "--seed", "1").exit_code == 0
+    new = max((folder / "root").iterdir(), key=lambda f: f.stat().st_mtime)
     assert all(f.stat().st_mode & stat.S_IWGRP for f in [new, *new.rglob("*")])

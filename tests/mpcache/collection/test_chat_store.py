@@ -36,18 +36,18 @@ FLAGS, TOKENS = "arrays.zarr/token_flags/c/2/0", "arrays.zarr/tokens/c/2/0"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CollectSummary]:
+def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CollectSummary]:
     return chat_store(tmp_path_factory.mktemp("chats"))
 
 
 @pytest.fixture(scope="module")
-def store(made: tuple[Path, CollectSummary]) -> Store:
-    return open_store(made[0])
+def store(collected: tuple[Path, CollectSummary]) -> Store:
+    return open_store(collected[0])
 
 
 @pytest.fixture
-def damaged(made: tuple[Path, CollectSummary], tmp_path: Path) -> Path:
-    shutil.copytree(made[0].parent, tmp_path / "all")
+def damaged(collected: tuple[Path, CollectSummary], tmp_path: Path) -> Path:
+    shutil.copytree(collected[0].parent, tmp_path / "all")
     return tmp_path / "all/store"
 
 
@@ -55,8 +55,8 @@ def reference(chats: list, split: str) -> list[tuple[int, bool]]:
     """Tokens of a split, conversation by conversation, with whether the assistant wrote each."""
     tokenizer = tiny_tokenizer()
     stream: list[tuple[int, bool]] = []
-    for place, chat in enumerate(chats):
-        if (place % 4 == 1) != (split == "validation") or not chat.messages:
+    for i, chat in enumerate(chats):
+        if (i % 4 == 1) != (split == "validation") or not chat.messages:
             continue
         for message in chat.messages:
             is_own = message["role"] == "assistant"
@@ -88,35 +88,35 @@ def test_flags_are_the_assistants_tokens(store: Store, split: str) -> None:
         assert own.tolist() == (store.tokens.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
 
 
-def test_the_store_says_what_it_is(store: Store, made: tuple[Path, CollectSummary]) -> None:
+def test_the_store_says_what_it_is(store: Store, collected: tuple[Path, CollectSummary]) -> None:
     assert store.layout.format_version == 2
     assert store.provenance["chat_template"] == TEMPLATES["chatml"]
     identity = store.identity
     assert (identity["special_tokens"], identity["empty_documents"]) == ("text", "left out")
     assert len(identity["chat_template"]) == 64
-    assert made[1].empty_documents == store_info(made[0])["empty_documents"] > 0
-    assert verify(made[0]).intact
+    assert collected[1].empty_documents == store_info(collected[0])["empty_documents"] > 0
+    assert verify(collected[0]).intact
 
 
-def test_another_template_is_another_store(made: tuple[Path, CollectSummary]) -> None:
-    config = chat_config(made[0].parent)
+def test_another_template_is_another_store(collected: tuple[Path, CollectSummary]) -> None:
+    config = chat_config(collected[0].parent)
     Path(str(config.chat_template)).write_text(TEMPLATES["alpaca"])
     with dataset_of(conversations()), pytest.raises(ValueError, match="chat_template: "):
-        collect(config, made[0])
-    chat_config(made[0].parent)
+        collect(config, collected[0])
+    chat_config(collected[0].parent)
 
 
 def test_more_rows_continue_where_the_flags_ended(
-    made: tuple[Path, CollectSummary], tmp_path: Path
+    collected: tuple[Path, CollectSummary], tmp_path: Path
 ) -> None:
     path, less = chat_store(tmp_path, rows=400)
     _, more = chat_store(tmp_path, rows=1500)
-    one, other = open_store(path), open_store(made[0])
-    assert one.part_numbers("tokens") == other.part_numbers("tokens")
-    for part in one.part_numbers("tokens"):
-        assert np.array_equal(one.tokens.read_flags(part), other.tokens.read_flags(part))  # type: ignore[arg-type]
+    grown, at_once = open_store(path), open_store(collected[0])
+    assert grown.part_numbers("tokens") == at_once.part_numbers("tokens")
+    for part in grown.part_numbers("tokens"):
+        assert np.array_equal(grown.tokens.read_flags(part), at_once.tokens.read_flags(part))  # type: ignore[arg-type]
     assert (less.empty_documents or 0) < (more.empty_documents or 0)
-    assert more.empty_documents == made[1].empty_documents
+    assert more.empty_documents == collected[1].empty_documents
 
 
 def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
@@ -133,28 +133,30 @@ def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
             assert done.intact
             assert {name: (damaged / name).read_bytes() for name in before} == before
         else:  # nothing is left that says what was committed
-            assert [one.outcome for one in done.marks] == ["other bits"]
+            assert [mark.outcome for mark in done.marks] == ["other bits"]
 
 
-def test_flags_are_mended_from_a_copy(damaged: Path, made: tuple[Path, CollectSummary]) -> None:
+def test_flags_are_mended_from_a_copy(
+    damaged: Path, collected: tuple[Path, CollectSummary]
+) -> None:
     before = (damaged / FLAGS).read_bytes()
     (damaged / FLAGS).unlink()
-    assert repair(damaged, RepairConfig(source=str(made[0]))).intact
+    assert repair(damaged, RepairConfig(source=str(collected[0]))).intact
     assert (damaged / FLAGS).read_bytes() == before
 
 
 @pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"part_rows": 384}, {"codec": "zstd"}])
 def test_a_converted_store_has_the_flags_of_its_rows(
-    made: tuple[Path, CollectSummary], store: Store, tmp_path: Path, changes: dict[str, object]
+    collected: tuple[Path, CollectSummary], store: Store, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    convert(made[0], tmp_path / "new", ConvertConfig(**changes))  # type: ignore[arg-type]
+    convert(collected[0], tmp_path / "new", ConvertConfig(**changes))  # type: ignore[arg-type]
     new = open_store(tmp_path / "new")
     assert verify(tmp_path / "new").intact
 
-    def facts(one: Store, split: str) -> list[tuple[int, bool]]:
-        parts = [p for p in one.part_numbers("tokens") if one.layout.split_of(p) == split]
-        tokens = torch.cat([one.tokens.read_token_ids(part) for part in parts]).tolist()
-        own = torch.cat([one.tokens.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
+    def facts(source: Store, split: str) -> list[tuple[int, bool]]:
+        parts = [p for p in source.part_numbers("tokens") if source.layout.split_of(p) == split]
+        tokens = torch.cat([source.tokens.read_token_ids(part) for part in parts]).tolist()
+        own = torch.cat([source.tokens.read_assistant(part) for part in parts]).tolist()  # type: ignore[misc]
         return list(zip(tokens, own, strict=True))
 
     for split in ("train", "validation"):
@@ -163,9 +165,9 @@ def test_a_converted_store_has_the_flags_of_its_rows(
     convert(tmp_path / "new", tmp_path / "back", ConvertConfig(part_rows=192))
     back = open_store(tmp_path / "back")
     for part in store.part_numbers("tokens"):
-        one, other = back.mark(part, "tokens"), store.mark(part, "tokens")
-        assert (one.objects, one.progress) == (other.objects, other.progress)
-    copy(made[0], tmp_path / "copy")
+        mark, expected = back.mark(part, "tokens"), store.mark(part, "tokens")
+        assert (mark.objects, mark.progress) == (expected.objects, expected.progress)
+    copy(collected[0], tmp_path / "copy")
     assert verify(tmp_path / "copy").intact
 
 

@@ -30,15 +30,15 @@ from tests.helpers.stores import SIDES, files_of, marks_of, small_config, small_
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that tests only read."""
     return small_store(tmp_path_factory.mktemp("made"))[0]
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A store that a test may harm."""
-    return Path(shutil.copytree(made, tmp_path / "store"))
+    return Path(shutil.copytree(original, tmp_path / "store"))
 
 
 def full_values(model, tokens: np.ndarray, batch: int) -> dict[tuple[str, str], torch.Tensor]:
@@ -107,8 +107,8 @@ def test_demo_model_rows_are_its_own(tmp_path: Path) -> None:
             assert torch.equal(stored, values[side][flat])
 
 
-def test_every_token_is_one_row_and_splits_share_no_document(made: Path) -> None:
-    store = open_store(made)
+def test_every_token_is_one_row_and_splits_share_no_document(original: Path) -> None:
+    store = open_store(original)
     for part in store.part_numbers("tokens"):
         rows = store.mark(part, "tokens").rows
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
@@ -116,16 +116,16 @@ def test_every_token_is_one_row_and_splits_share_no_document(made: Path) -> None
         flat = sequence * 16 + position
         assert sorted(flat) == list(range(part * 192, part * 192 + rows))
         assert list(flat) != sorted(flat)
-    places = {"train": [], "validation": []}
+    documents = {"train": [], "validation": []}
     for part in store.part_numbers("tokens"):
         progress = store.index.token_progress(part)
-        documents = [progress.cursor[0], progress.next_cursor[0]]
-        places[store.mark(part, "tokens").split] += documents
-    assert all(place % 4 == 1 for place in places["validation"] if place)
+        ends = [progress.cursor[0], progress.next_cursor[0]]
+        documents[store.mark(part, "tokens").split] += ends
+    assert all(number % 4 == 1 for number in documents["validation"] if number)
 
 
-def test_moments_agree_with_float64(made: Path) -> None:
-    store = open_store(made)
+def test_moments_agree_with_float64(original: Path) -> None:
+    store = open_store(original)
     for side in SIDES:
         parts = [p for split in ("train", "validation") for p in store.parts([side], split)]
         read = [
@@ -137,11 +137,13 @@ def test_moments_agree_with_float64(made: Path) -> None:
         mean, variance = store.acts.moments(*side)
         torch.testing.assert_close(mean, rows.mean(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(variance, rows.var(0, correction=0), rtol=1e-12, atol=1e-12)
-        (found,) = [s.stats for s in stats(made) if (s.stats.hookpoint, s.stats.side) == side]
-        assert found.rows == len(rows)
-        assert found.largest == rows.abs().max()
-        assert found.norm_median == pytest.approx(float(rows.norm(dim=1).median()), rel=0.02)
-        assert found.norm_largest == pytest.approx(float(rows.norm(dim=1).max()), rel=0.01)
+        (statistics,) = [
+            s.stats for s in stats(original) if (s.stats.hookpoint, s.stats.side) == side
+        ]
+        assert statistics.rows == len(rows)
+        assert statistics.largest == rows.abs().max()
+        assert statistics.norm_median == pytest.approx(float(rows.norm(dim=1).median()), rel=0.02)
+        assert statistics.norm_largest == pytest.approx(float(rows.norm(dim=1).max()), rel=0.01)
 
 
 def test_same_command_again_needs_no_forward_pass(tmp_path: Path) -> None:
@@ -162,9 +164,9 @@ def test_more_rows_and_more_hookpoints_equal_one_collection(tmp_path: Path) -> N
     at_once = tmp_path / "at_once"
     collect(small_config(tmp_path), at_once)
     assert marks_of(path) == marks_of(at_once)
-    grown, whole = files_of(path), files_of(at_once)
+    grown, expected = files_of(path), files_of(at_once)
     assert {n: f for n, f in grown.items() if n != "store.json"} == {
-        n: f for n, f in whole.items() if n != "store.json"
+        n: f for n, f in expected.items() if n != "store.json"
     }
 
 
@@ -217,8 +219,8 @@ def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "model")
     summary = collect(config, tmp_path / "store")
     assert summary.nonfinite == summary.rows
-    (found,) = [s.stats for s in stats(tmp_path / "store") if s.stats.nonfinite]
-    assert (found.norm_median, found.variance) == (None, 0)
+    (statistics,) = [s.stats for s in stats(tmp_path / "store") if s.stats.nonfinite]
+    assert (statistics.norm_median, statistics.variance) == (None, 0)
     assert verify(tmp_path / "store").intact
 
 
@@ -252,11 +254,11 @@ def test_zeros_are_stored_and_a_missing_object_is_not_read_as_zeros(tmp_path: Pa
         open_store(tmp_path / "store").acts.read_chunk("layers.0", "output", 0, 0)
 
 
-def test_a_fresh_store_is_intact(made: Path) -> None:
-    verdict = verify(made)
+def test_a_fresh_store_is_intact(original: Path) -> None:
+    verdict = verify(original)
     assert verdict.intact
     assert not verdict.findings
-    assert {(h["hookpoint"], h["side"]) for h in store_info(made)["hookpoints"]} == set(SIDES)
+    assert {(h["hookpoint"], h["side"]) for h in store_info(original)["hookpoints"]} == set(SIDES)
 
 
 @pytest.mark.slow
@@ -269,14 +271,14 @@ def test_any_flipped_byte_fails_verify_by_name(tmp_path: Path) -> None:
     draw = random.Random(0)
     for file in sorted(f for f in store.rglob("*") if f.is_file()):
         data = file.read_bytes()
-        place, bit = draw.randrange(len(data)), draw.choice((1, 16, 128))
-        file.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        offset, bit = draw.randrange(len(data)), draw.choice((1, 16, 128))
+        file.write_bytes(data[:offset] + bytes([data[offset] ^ bit]) + data[offset + 1 :])
         name = file.relative_to(store).as_posix()
         try:
             named = [f.path for f in verify(store).findings if f.is_damage]
         except ValueError as error:
             named = [name] if name in str(error) else []  # the format version was hit
-        assert name in named, (name, place)
+        assert name in named, (name, offset)
         file.write_bytes(data)
     assert verify(store).intact
 
@@ -310,9 +312,9 @@ def test_strays_are_reported_and_harmless(store: Path) -> None:
 
 def test_an_unmarked_part_is_not_read(store: Path) -> None:
     side = ("layers.0", "output")
-    whole = [p.number for p in open_store(store).parts([side], "train")]
+    parts = [p.number for p in open_store(store).parts([side], "train")]
     (store / "marks/0/layers.0/output.json").unlink()
-    assert [p.number for p in open_store(store).parts([side], "train")] == whole[1:]
+    assert [p.number for p in open_store(store).parts([side], "train")] == parts[1:]
 
 
 def test_unknown_format_version_is_refused_by_name(store: Path) -> None:
@@ -338,13 +340,13 @@ def test_a_fit_on_the_golden_store_of_version_1_gives_the_same_bits(tmp_path: Pa
     """On a processor of the kind that made the weights; close to them on another."""
     file = PROJECT / "tests/golden/fit-v1.safetensors"
     expected = {upgraded(name): weights for name, weights in load_file(file).items()}
-    found = fitted(PROJECT / "tests/golden/store-v1", tmp_path / "run")
+    actual = fitted(PROJECT / "tests/golden/store-v1", tmp_path / "run")
     with safe_open(file, "pt") as about:
-        made_by = about.metadata()
-    assert found.keys() == expected.keys()
-    for name, weights in found.items():
+        processor = about.metadata()
+    assert actual.keys() == expected.keys()
+    for name, weights in actual.items():
         torch.testing.assert_close(weights, expected[name], rtol=1e-3, atol=1e-4)
-        assert made_by != machine() or torch.equal(weights, expected[name]), name
+        assert processor != machine() or torch.equal(weights, expected[name]), name
 
 
 def test_an_older_store_of_a_text_file_names_the_options_too(tmp_path: Path) -> None:

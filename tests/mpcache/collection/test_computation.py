@@ -128,10 +128,10 @@ def test_compiled_layers_compute_the_same_under_hooks(name: str, counter: Compil
         expected = captured(capture, TOKENS)
         assert counter.frame_count == 0
         with CompiledLayers(model, sides).used():
-            found = captured(capture, TOKENS)
+            compiled = captured(capture, TOKENS)
         assert counter.frame_count > 0
         for side in sides:
-            torch.testing.assert_close(found[side], expected[side])
+            torch.testing.assert_close(compiled[side], expected[side])
         count = counter.frame_count
         captured(capture, TOKENS)
     assert counter.frame_count == count, "outside nothing is compiled"
@@ -151,12 +151,12 @@ def test_layers_and_shapes_share_what_was_compiled(counter: CompileCounter) -> N
 
 def test_values_do_not_depend_on_what_else_is_captured(counter: CompileCounter) -> None:
     model = tiny_model()
-    found = []
+    results = []
     for patterns in (["layers.1"], ["layers.1", "layers.0.mlp", "layers.*.self_attn"]):
         sides = resolve_sides(patterns, model)
         with Capture(model, sides) as capture, CompiledLayers(model, sides).used():
-            found.append(captured(capture, TOKENS)[resolve_sides(["layers.1"], model)[0]])
-    assert torch.equal(*found)
+            results.append(captured(capture, TOKENS)[resolve_sides(["layers.1"], model)[0]])
+    assert torch.equal(*results)
 
 
 def test_refuses_hookpoints_inside_of_what_is_compiled(counter: CompileCounter) -> None:
@@ -190,9 +190,9 @@ def test_inductor_computes_what_the_model_computes() -> None:
     with Capture(model, sides) as capture:
         expected = captured(capture, TOKENS)
         with CompiledLayers(model, sides).used():
-            found = captured(capture, TOKENS)
+            compiled = captured(capture, TOKENS)
     for side in sides:
-        torch.testing.assert_close(found[side], expected[side], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled[side], expected[side], rtol=1e-4, atol=1e-4)
 
 
 def test_write_threads_change_nothing_but_who_writes(

@@ -81,8 +81,8 @@ def run(config: CollectConfig, path: Path, moment: int, log: Path) -> int | None
 @pytest.mark.slow
 def test_killed_ten_times_equals_never_killed(tmp_path: Path) -> None:
     config, log = small_config(tmp_path, **ROWS), tmp_path / "log"
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    collect(config, whole)
+    uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
+    collect(config, uninterrupted)
     draw = random.Random(2)
     for _ in range(10):
         assert run(config, killed, draw.randrange(1, 45), log) == -signal.SIGKILL
@@ -91,9 +91,9 @@ def test_killed_ten_times_equals_never_killed(tmp_path: Path) -> None:
     moments = log.read_text().splitlines()
     assert len(moments) == 10
     assert sum(name.startswith("write") for name in moments) >= 3, moments
-    assert marks_of(killed) == marks_of(whole)
+    assert marks_of(killed) == marks_of(uninterrupted)
     finished = {name: data for name, data in files_of(killed).items() if ".partial" not in name}
-    assert finished == files_of(whole)
+    assert finished == files_of(uninterrupted)
     assert verify(killed).intact
 
 

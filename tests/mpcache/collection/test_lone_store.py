@@ -25,7 +25,7 @@ MLP = (("layers.1.mlp", "input"), ("layers.1.mlp", "output"))
 
 
 @pytest.fixture(scope="module", params=["text", "chat"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     make = small_store if request.param == "text" else chat_store
     path, summary = make(folder, one_document_per_sequence=True, bos="sequence")
@@ -34,11 +34,11 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module")
-def store(made: Path) -> Store:
-    return open_store(made)
+def store(folder: Path) -> Store:
+    return open_store(folder)
 
 
-def test_parts_end_where_a_piece_ends(store: Store, made: Path) -> None:
+def test_parts_end_where_a_piece_ends(store: Store, folder: Path) -> None:
     rows = [store.tokens.token_count(part) for part in store.part_numbers("tokens")]
     assert any(count % store.ctx_len for count in rows)
     assert all(store.part_rows - store.ctx_len < n <= store.part_rows for n in rows[:-2])
@@ -46,7 +46,7 @@ def test_parts_end_where_a_piece_ends(store: Store, made: Path) -> None:
         for split in ("train", "validation"):
             parts = store.parts([side], split)  # type: ignore[arg-type]
             assert [p.rows for p in parts] == [store.tokens.token_count(p.number) for p in parts]
-    assert verify(made).intact
+    assert verify(folder).intact
 
 
 def test_positions_are_those_in_a_piece(store: Store) -> None:
@@ -75,10 +75,10 @@ def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path:
         assert ((batch.fields["token"] == 256) == (batch.positions_B == 0)).all()
 
 
-def test_everything_is_mended(made: Path, tmp_path: Path, store: Store) -> None:
+def test_everything_is_mended(folder: Path, tmp_path: Path, store: Store) -> None:
     if store.has_assistant:
         pytest.skip("the dataset of chats is known to its own test only")
-    shutil.copytree(made.parent, tmp_path / "all")
+    shutil.copytree(folder.parent, tmp_path / "all")
     path = tmp_path / "all/store"
     objects = (
         "arrays.zarr/tokens/c/0/0", "arrays.zarr/token_flags/c/0/0",
@@ -91,15 +91,17 @@ def test_everything_is_mended(made: Path, tmp_path: Path, store: Store) -> None:
         (path / name).write_bytes(data)
     assert len(verify(path).findings) == len(objects)
     config = RepairConfig(
-        model=str(made.parent / "model"), dataset=str(made.parent / "corpus.jsonl"), device="cpu"
+        model=str(folder.parent / "model"),
+        dataset=str(folder.parent / "corpus.jsonl"),
+        device="cpu",
     )
     assert repair(path, config).intact
     assert {name: (path / name).read_bytes() for name in objects} == before
 
 
-def test_copies_and_conversions_keep_pieces(made: Path, store: Store, tmp_path: Path) -> None:
-    copy(made, tmp_path / "copy")
-    convert(made, tmp_path / "new", ConvertConfig(dtype="float16", chunk_rows=64))
+def test_copies_and_conversions_keep_pieces(folder: Path, store: Store, tmp_path: Path) -> None:
+    copy(folder, tmp_path / "copy")
+    convert(folder, tmp_path / "new", ConvertConfig(dtype="float16", chunk_rows=64))
     for name in ("copy", "new"):
         other = open_store(tmp_path / name)
         assert verify(tmp_path / name).intact
@@ -107,7 +109,7 @@ def test_copies_and_conversions_keep_pieces(made: Path, store: Store, tmp_path: 
             assert np.array_equal(other.tokens.read_flags(part), store.tokens.read_flags(part))  # type: ignore[arg-type]
             assert torch.equal(other.tokens.read_positions(part), store.tokens.read_positions(part))
     with pytest.raises(ValueError, match="a part holds whole pieces of documents"):
-        convert(made, tmp_path / "joined", ConvertConfig(part_rows=384))
+        convert(folder, tmp_path / "joined", ConvertConfig(part_rows=384))
     assert not (tmp_path / "joined").exists()
 
 
@@ -116,8 +118,8 @@ def test_more_rows_only_append(tmp_path: Path) -> None:
     config = small_config(tmp_path, one_document_per_sequence=True)
     collect(config, tmp_path / "store")
     collect(config, tmp_path / "whole")
-    more, whole = open_store(tmp_path / "store"), open_store(tmp_path / "whole")
-    assert more.part_numbers("tokens") == whole.part_numbers("tokens")
-    for array in whole.arrays:
-        for part in whole.part_numbers(array):
-            assert more.mark(part, array).objects == whole.mark(part, array).objects
+    more, at_once = open_store(tmp_path / "store"), open_store(tmp_path / "whole")
+    assert more.part_numbers("tokens") == at_once.part_numbers("tokens")
+    for array in at_once.arrays:
+        for part in at_once.part_numbers(array):
+            assert more.mark(part, array).objects == at_once.mark(part, array).objects

@@ -23,14 +23,14 @@ from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_confi
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with all parts of its dataset, the last ones short; tests only read it."""
     return small_store(tmp_path_factory.mktemp("made"), rows=1_000_000)[0]
 
 
 def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
     """All sequences of a split, and the token of each row found through rows/..., in order."""
-    found, tokens = [], []
+    row_tokens, tokens = [], []
     for part in store.part_numbers("tokens"):
         if store.layout.split_of(part) != split:
             continue
@@ -38,72 +38,78 @@ def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         position = store.read_part("rows/position", part)["rows/position"]
         # as the format says: sequences of this very part
-        found.append(tokens[-1][sequence - part * store.layout.part_sequences, position])
-    return np.concatenate(tokens), found
+        row_tokens.append(tokens[-1][sequence - part * store.layout.part_sequences, position])
+    return np.concatenate(tokens), row_tokens
 
 
 @pytest.mark.parametrize("factor", [2, 3, 7, 100])
-def test_rows_keep_their_order_and_their_tokens(made: Path, tmp_path: Path, factor: int) -> None:
-    convert(made, tmp_path / "new", ConvertConfig(part_rows=192 * factor))
+def test_rows_keep_their_order_and_their_tokens(
+    original: Path, tmp_path: Path, factor: int
+) -> None:
+    convert(original, tmp_path / "new", ConvertConfig(part_rows=192 * factor))
     assert verify(tmp_path / "new").findings == ()
-    source, new = open_store(made), open_store(tmp_path / "new")
+    source, new = open_store(original), open_store(tmp_path / "new")
     assert new.fingerprint == source.fingerprint
     assert new.part_rows == 192 * factor
     for split in ("train", "validation"):
         for side in SIDES:
             assert torch.equal(rows_of(new, side, split), rows_of(source, side, split))
-        (sequences, rows), (wanted, wanted_rows) = tokens_of(new, split), tokens_of(source, split)
-        assert np.array_equal(sequences, wanted)
+        (sequences, rows), (expected, wanted_rows) = tokens_of(new, split), tokens_of(source, split)
+        assert np.array_equal(sequences, expected)
         assert np.array_equal(np.concatenate(rows), np.concatenate(wanted_rows))
     for side in SIDES:
-        for found, wanted in zip(new.acts.moments(*side), source.acts.moments(*side), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        for moment, expected in zip(
+            new.acts.moments(*side), source.acts.moments(*side), strict=True
+        ):
+            torch.testing.assert_close(moment, expected, rtol=1e-12, atol=1e-12)
     lasts = [new.index.token_progress(p).last for p in new.part_numbers("tokens")]
     assert sum(lasts) == 2
 
 
 @pytest.mark.parametrize("through", [(2,), (7,), (2, 6), (6, 2), (3, 2)])
 def test_the_way_back_leads_to_the_very_same_store(
-    made: Path, tmp_path: Path, through: tuple[int, ...]
+    original: Path, tmp_path: Path, through: tuple[int, ...]
 ) -> None:
-    path = made
+    path = original
     for number, factor in enumerate((*through, 1)):
         convert(path, tmp_path / str(number), ConvertConfig(part_rows=192 * factor))
         path = tmp_path / str(number)
-    assert marks_of(path) == marks_of(made)
+    assert marks_of(path) == marks_of(original)
     # the collection's arrays span all the rows that it wanted
-    found, wanted = ({n: d for n, d in files_of(p).items() if "/c/" in n} for p in (path, made))
-    assert found == wanted
+    actual, expected = (
+        {n: d for n, d in files_of(p).items() if "/c/" in n} for p in (path, original)
+    )
+    assert actual == expected
 
 
-def test_with_another_dtype_and_chunks_at_once(made: Path, tmp_path: Path) -> None:
+def test_with_another_dtype_and_chunks_at_once(original: Path, tmp_path: Path) -> None:
     changes = ConvertConfig(part_rows=576, dtype="float32", chunk_rows=288, codec="lz4")
-    convert(made, tmp_path / "new", changes)
+    convert(original, tmp_path / "new", changes)
     assert verify(tmp_path / "new").findings == ()
-    source, new = open_store(made), open_store(tmp_path / "new")
+    source, new = open_store(original), open_store(tmp_path / "new")
     for side in SIDES:
         wanted = rows_of(source, side, "train").float()
         assert torch.equal(rows_of(new, side, "train"), wanted)
     assert new.provenance["converted_from"]["part_rows"] == 192
 
 
-def test_a_stopped_conversion_goes_on(made: Path, tmp_path: Path) -> None:
+def test_a_stopped_conversion_goes_on(original: Path, tmp_path: Path) -> None:
     changes = ConvertConfig(part_rows=384)
-    convert(made, tmp_path / "whole", changes)
-    convert(made, tmp_path / "new", changes)
+    convert(original, tmp_path / "whole", changes)
+    convert(original, tmp_path / "new", changes)
     for name in ("0/tokens.json", "1/layers.0/output.json", "2/rows/sequence.json"):
         (tmp_path / "new/marks" / name).unlink()
-    assert convert(made, tmp_path / "new", changes).written == 3
+    assert convert(original, tmp_path / "new", changes).written == 3
     assert marks_of(tmp_path / "new") == marks_of(tmp_path / "whole")
 
 
-def test_what_cannot_be_cut(made: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_cut(original: Path, tmp_path: Path) -> None:
     for rows in ("96", "288", "200"):
-        words = ["convert", str(made), str(tmp_path / "new"), "--part-rows", rows]
+        words = ["convert", str(original), str(tmp_path / "new"), "--part-rows", rows]
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 2
         assert "part_rows must be a multiple of" in result.stderr
-    shutil.copytree(made, tmp_path / "store")
+    shutil.copytree(original, tmp_path / "store")
     (tmp_path / "store/marks/2/layers.0/output.json").unlink()
     with pytest.raises(ValueError, match=r"acts/layers\.0/output lacks part 2; collect it, or"):
         convert(tmp_path / "store", tmp_path / "new", ConvertConfig(part_rows=384))
@@ -130,8 +136,8 @@ def test_nothing_is_collected_into_larger_parts(tmp_path: Path) -> None:
     config = small_config(tmp_path, rows=1500)
     with pytest.raises(ValueError, match="nothing is collected into it"):
         collect(config, tmp_path / "root" / "new")
-    found = find_store(tmp_path / "root", config)  # another store, not that one
-    assert not Path(str(found.storage)).exists()
+    target = find_store(tmp_path / "root", config)  # another store, not that one
+    assert not Path(str(target.storage)).exists()
 
 
 @given(every=st.integers(1, 12), count=st.integers(1, 9), part=st.integers(0, 400))
@@ -143,7 +149,7 @@ def test_units_are_each_in_one_part_of_their_split(every: int, count: int, part:
     units = Units(layout, 64)
     held = units.units_of(part)
     assert len(held) == count
-    assert [units.part_of(unit) for unit in held] == [(part, place) for place in range(count)]
+    assert [units.part_of(unit) for unit in held] == [(part, i) for i in range(count)]
     assert {split_of(unit, every) for unit in held} == {split_of(part, every)}
     between = [
         n for n in range(held[0], held[-1] + 1) if split_of(n, every) == layout.split_of(part)

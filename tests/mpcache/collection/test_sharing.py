@@ -135,15 +135,15 @@ def shared(
     return open_storage("gs://in-memory/store")
 
 
-def claim_and_lose(place: Storage, lost: int) -> None:
+def claim_and_lose(storage: Storage, lost: int) -> None:
     """A writer dies after its claim, and of what the claim names one object is lost."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(place), "publish", refused)
+        patch.setattr(type(storage), "publish", refused)
         with pytest.raises(AssertionError):
-            Writer(place, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.zeros(8, 3))
-    names = [name for name in place.object_names("arrays.zarr") if name.endswith(".partial")]
+            Writer(storage, LAYOUT, "0" * 64).commit_acts(0, ARRAY, torch.zeros(8, 3))
+    names = [name for name in storage.object_names("arrays.zarr") if name.endswith(".partial")]
     assert len(names) == 3
-    place.delete(names[lost])
+    storage.delete(names[lost])
 
 
 @pytest.mark.parametrize(("kills", "lost"), [(0, None), (2, None), (0, 1), (2, 2)])
@@ -288,7 +288,7 @@ def test_stale_temporary_files_and_jumping_clocks_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = small_store(tmp_path, rows=600)
-    whole = marks_of(path)
+    expected = marks_of(path)
     for array in ("layers.0/output", "layers.1.mlp/input"):
         mark = path / f"marks/1/{array}.json"
         for number, rest in enumerate((b"", mark.read_bytes()[:80])):
@@ -305,7 +305,7 @@ def test_stale_temporary_files_and_jumping_clocks_change_nothing(
     small_store(tmp_path, rows=600)
     years = {mark.get("time", "")[:4] for mark in all_marks(path)}
     assert years & {"1970", "2096"}, "no mark was written by the clock that jumps"
-    assert marks_of(path) == whole
+    assert marks_of(path) == expected
     verdict = verify(path)
     assert verdict.intact
     assert {finding.fault for finding in verdict.findings} <= {"leftover"}
@@ -334,13 +334,13 @@ def test_stores_are_as_open_to_the_group_as_their_root(
     tmp_path: Path, root: int, folders: int, files: int
 ) -> None:
     """Of a folder for anyone, such as /tmp, nothing is inherited."""
-    place = tmp_path / "root"
-    place.mkdir()
-    place.chmod(root)
-    collect(small_config(tmp_path, rows=300, hookpoints=("layers.0",)), place / "deep" / "store")
-    made = list(place.rglob("*"))
-    assert {stat.S_IMODE(f.stat().st_mode) for f in made if f.is_dir()} == {folders}
-    assert {stat.S_IMODE(f.stat().st_mode) for f in made if f.is_file()} == {files}
+    folder = tmp_path / "root"
+    folder.mkdir()
+    folder.chmod(root)
+    collect(small_config(tmp_path, rows=300, hookpoints=("layers.0",)), folder / "deep" / "store")
+    paths = list(folder.rglob("*"))
+    assert {stat.S_IMODE(f.stat().st_mode) for f in paths if f.is_dir()} == {folders}
+    assert {stat.S_IMODE(f.stat().st_mode) for f in paths if f.is_file()} == {files}
 
 
 def test_a_link_that_the_server_made_twice_is_ours(

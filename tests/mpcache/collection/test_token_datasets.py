@@ -22,7 +22,7 @@ SIZES = {"ctx_len": 16, "part_rows": 64, "chunk_rows": 64, "rows": 256, "validat
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A model without a tokenizer, and the same token ids in two forms."""
     folder, random = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
     tiny_model().save_pretrained(folder / "model")
@@ -33,35 +33,35 @@ def place(tmp_path_factory):
     return folder
 
 
-def make_config(place, dataset, **changes):
+def make_config(folder, dataset, **changes):
     usual = {"hookpoints": ("layers.0",), "model_dtype": "float32", "device": "cpu", **SIZES}
-    usual |= {"model": str(place / "model"), "dataset": str(place / dataset)}
+    usual |= {"model": str(folder / "model"), "dataset": str(folder / dataset)}
     return CollectConfig(**(usual | changes))
 
 
-def test_from_collection_to_repair(place, tmp_path):
-    config = make_config(place, "a.jsonl", text_column="ids")
-    found = find_store(tmp_path / "root", config)
-    assert found.summary is None
-    collect(found.config, found.storage)
-    store = open_store(found.storage)
+def test_from_collection_to_repair(folder, tmp_path):
+    config = make_config(folder, "a.jsonl", text_column="ids")
+    target = find_store(tmp_path / "root", config)
+    assert target.summary is None
+    collect(target.config, target.storage)
+    store = open_store(target.storage)
     assert "tokenizer_digest" not in store.identity
-    assert read_store_file(found.storage)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
+    assert read_store_file(target.storage)["provenance"]["tokenizer"] == {"special_ids": [1, END]}
     assert find_store(tmp_path / "root", config).summary
     tokens = {part: store.tokens.read_tokens(part) for part in store.part_numbers(TOKENS)}
-    path = tmp_path / "root" / found.storage.name
+    path = tmp_path / "root" / target.storage.name
     shutil.rmtree(path / "arrays.zarr" / "tokens" / "c" / "2")
     shutil.rmtree(path / "arrays.zarr" / "acts" / "layers.0" / "output" / "c" / "3")
     done = repair(path, RepairConfig(device="cpu"))
     assert done.intact
-    assert {one.outcome for one in done.marks} == {"mended"}
+    assert {mark.outcome for mark in done.marks} == {"mended"}
     again = open_store(path)
     assert all((again.tokens.read_tokens(part) == own).all() for part, own in tokens.items())
 
 
-def test_a_bin_gives_the_same_tokens(place, tmp_path):
+def test_a_bin_gives_the_same_tokens(folder, tmp_path):
     for name, changes in (("a.jsonl", {"text_column": "ids"}), ("a.bin", {})):
-        collect(make_config(place, name, **changes), tmp_path / name)
+        collect(make_config(folder, name, **changes), tmp_path / name)
     stores = [open_store(open_storage(tmp_path / name)) for name in ("a.jsonl", "a.bin")]
     parts = stores[0].part_numbers(TOKENS)
     assert parts == stores[1].part_numbers(TOKENS)
@@ -79,18 +79,18 @@ def test_a_bin_gives_the_same_tokens(place, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_the_weights_are_loaded(
-    place, tmp_path, monkeypatch, dataset, changes, message
+    folder, tmp_path, monkeypatch, dataset, changes, message
 ):
     monkeypatch.setattr(stage, "load_for_collection", None)
     if "model" in changes:
-        changes = {"model": str(place / "nothing")}
+        changes = {"model": str(folder / "nothing")}
     with pytest.raises(ValueError, match=message):
-        collect(make_config(place, dataset, **changes), tmp_path / "s")
+        collect(make_config(folder, dataset, **changes), tmp_path / "s")
     assert not (tmp_path / "s").exists()
 
 
-def test_a_tokenizer_stays_a_part_of_the_identity(place, tmp_path):
+def test_a_tokenizer_stays_a_part_of_the_identity(folder, tmp_path):
     save_tiny(tmp_path / "model")
-    config = make_config(place, "a.jsonl", text_column="ids", model=str(tmp_path / "model"))
+    config = make_config(folder, "a.jsonl", text_column="ids", model=str(tmp_path / "model"))
     collect(config, tmp_path / "s")
     assert "tokenizer_digest" in open_store(tmp_path / "s").identity

@@ -62,9 +62,9 @@ def cluster() -> Iterator[Client]:
     """A Dask cluster that somebody else started, and that outlives commands."""
     with (
         start_cluster(2, 2, "mpcache.collection.dask_worker") as local,
-        Client(local, set_as_default=False) as one,
+        Client(local, set_as_default=False) as client,
     ):
-        yield one
+        yield client
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def break_part(broken_part: int) -> None:
     producer_module.ActivationProducer.read_part = broken
 
 
-_WHOLE = (
+_UNPATCHED = (
     folder.write_temporary_file,
     producer_module.capture_part,
     producer_module.ActivationProducer.read_part,
@@ -128,7 +128,7 @@ def mend() -> None:
         folder.write_temporary_file,
         producer_module.capture_part,
         producer_module.ActivationProducer.read_part,
-    ) = _WHOLE
+    ) = _UNPATCHED
 
 
 # --- lost workers, lost commands ---
@@ -136,7 +136,7 @@ def mend() -> None:
 
 def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
     config, parallel = small_config(tmp_path, **ROWS), CollectParallelConfig(workers=2)
-    path, whole = tmp_path / "store", tmp_path / "whole"
+    path, expected = tmp_path / "store", tmp_path / "whole"
     tokenizer = load_tokenizer(config)
     with DaskCollector(parallel, config, open_storage(path), quiet=True) as collector:
         facts = collector.model_facts()
@@ -159,15 +159,15 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
     assert len(set(now.values()) & set(pids.values())) == 1
     assert not summary.missing
     assert summary.rows == summary.forward_rows
-    collect(config, whole)
-    assert equal(path, whole)
+    collect(config, expected)
+    assert equal(path, expected)
     assert clean(path)
 
 
 def test_a_killed_command_is_followed_by_another_while_its_workers_go_on(
     tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
-    config, path, whole = small_config(tmp_path, **ROWS), tmp_path / "store", tmp_path / "whole"
+    config, path, expected = small_config(tmp_path, **ROWS), tmp_path / "store", tmp_path / "whole"
     cluster.run(slow_down, 0.1)
     for seen in (2, 12):
         process = start(collect, config, path, everywhere)
@@ -177,8 +177,8 @@ def test_a_killed_command_is_followed_by_another_while_its_workers_go_on(
     summary = collect(config, path, everywhere)
     assert not summary.missing
     assert 0 < summary.forward_rows < summary.rows
-    collect(config, whole)
-    assert equal(path, whole)
+    collect(config, expected)
+    assert equal(path, expected)
     assert clean(path)
 
 
@@ -187,7 +187,7 @@ def test_chaos(tmp_path: Path) -> None:
     """Four workers; SIGKILL to any of them again and again, and to the command three times."""
     write_corpus(tmp_path / "corpus.jsonl", documents=400)
     config = small_config(tmp_path, rows=20_000, part_rows=384)
-    path, whole = tmp_path / "store", tmp_path / "whole"
+    path, expected = tmp_path / "store", tmp_path / "whole"
     draw = random.Random(4)
     victims = ["command"] * 3 + ["worker"] * 9
     draw.shuffle(victims)
@@ -206,8 +206,8 @@ def test_chaos(tmp_path: Path) -> None:
     command.join()
     assert command.exitcode == 0
     assert count(path) == 159
-    collect(config, whole)
-    assert equal(path, whole)
+    collect(config, expected)
+    assert equal(path, expected)
     assert clean(path)
 
 
@@ -264,11 +264,14 @@ def test_one_command_adds_a_hookpoint_while_another_extends(
         everywhere if through == "workers" else CollectParallelConfig(),
     )
     collect(small_config(tmp_path, rows=600, hookpoints=("layers.0",)), path)
-    wanted: list[dict[str, object]] = [
+    both_changes: list[dict[str, object]] = [
         {"hookpoints": ("layers.0",), "rows": 2400},
         {"hookpoints": ("layers.1.mlp",), "rows": 600},
     ]
-    both = [start(collect, small_config(tmp_path, **one), path, parallel) for one in wanted]
+    both = [
+        start(collect, small_config(tmp_path, **changes), path, parallel)
+        for changes in both_changes
+    ]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
@@ -387,15 +390,15 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
 @pytest.mark.parametrize("parts", [1, 7, 40])
 @pytest.mark.parametrize("shares", [1, 2, 3, 50])
 def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
-    found = [Share(i, shares) for i in range(1, shares + 1)]
-    assert all(sum(share.includes(part) for share in found) == 1 for part in range(parts))
+    all_shares = [Share(i, shares) for i in range(1, shares + 1)]
+    assert all(sum(share.includes(part) for share in all_shares) == 1 for part in range(parts))
 
 
 # --- what is refused ---
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--workers", "0"], "workers must be at least 1, got 0"),
         (["--workers", "2", "--scheduler", "tcp://h:1"], "exclude each other"),
@@ -405,11 +408,11 @@ def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
         (["--share", "half"], "got 'half'"),
     ],
 )
-def test_useless_options(tmp_path: Path, options: list[str], told: str) -> None:
+def test_useless_options(tmp_path: Path, options: list[str], message: str) -> None:
     arguments = ["collect", "model", "data", str(tmp_path / "store"), "--hookpoints", "layers.0"]
     result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 2, result.output
-    assert [told in line for line in result.stderr.splitlines()] == [True]
+    assert [message in line for line in result.stderr.splitlines()] == [True]
 
 
 def test_a_scheduler_that_does_not_answer(tmp_path: Path) -> None:

@@ -40,15 +40,15 @@ def tokens_of(
     template: str, messages: Sequence[dict[str, Any]], parses: bool = False
 ) -> ChatTokens:
     encoder = ChatTokenizer(TOKENIZER, TEMPLATES.get(template, template), TEXT[parses])
-    (found,) = encoder([Conversation(tuple(messages), "row 7 of x.jsonl")], END)
-    assert len(found.ids) == len(found.by_assistant)
-    return found
+    (chat,) = encoder([Conversation(tuple(messages), "row 7 of x.jsonl")], END)
+    assert len(chat.ids) == len(chat.by_assistant)
+    return chat
 
 
-def turns_of(found: ChatTokens) -> list[str]:
+def turns_of(chat: ChatTokens) -> list[str]:
     """The texts of consecutive tokens that the assistant wrote."""
     turns, before = list[list[int]](), False
-    for token, own in zip(found.ids.tolist(), found.by_assistant.tolist(), strict=True):
+    for token, own in zip(chat.ids.tolist(), chat.by_assistant.tolist(), strict=True):
         if own and not before:
             turns.append([])
         if own:
@@ -68,25 +68,25 @@ def test_tokens_are_the_templates_and_turns_are_the_assistants(
     name: str, contents: list[str], parses: bool
 ) -> None:
     messages = chat_of(*contents)
-    found = tokens_of(name, messages, parses)
+    chat = tokens_of(name, messages, parses)
     template = TEMPLATES[name].replace('strftime_now("%d %b %Y")', '"26 Jul 2024"')
     expected = TOKENIZER.apply_chat_template(messages, chat_template=template)["input_ids"]
-    assert found.ids.tolist() == expected
-    assert turns_of(found) == [content + ENDS[name] for content in contents[1::2]]
+    assert chat.ids.tolist() == expected
+    assert turns_of(chat) == [content + ENDS[name] for content in contents[1::2]]
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(content_, min_size=2, max_size=7))
 def test_marks_of_the_template_mean_what_transformers_says(contents: list[str]) -> None:
     messages = chat_of(*contents)
-    found = tokens_of("marked", messages)
+    chat = tokens_of("marked", messages)
     expected = TOKENIZER.apply_chat_template(
         messages, chat_template=TEMPLATES["marked"], return_assistant_tokens_mask=True
     )
-    assert found.by_assistant.astype(int).tolist() == expected["assistant_masks"]
+    assert chat.by_assistant.astype(int).tolist() == expected["assistant_masks"]
     without = tokens_of(TEMPLATES["marked"].replace("{% generation %}", "").replace(
         "{% endgeneration %}", ""), messages)  # fmt: skip
-    assert found.by_assistant.tolist() == without.by_assistant.tolist()
+    assert chat.by_assistant.tolist() == without.by_assistant.tolist()
 
 
 @EVERY_TEMPLATE
@@ -97,12 +97,12 @@ def test_markers_in_messages_are_text(name: str, data: st.DataObject) -> None:
     contents = data.draw(st.lists(st.tuples(content_, marker), min_size=2, max_size=4))
     with_names = chat_of(*(text + mark + "y" for text, mark in contents))
     with_others = chat_of(*(text + "q" * len(mark) + "y" for text, mark in contents))
-    found, other = tokens_of(name, with_names), tokens_of(name, with_others)
+    chat, other = tokens_of(name, with_names), tokens_of(name, with_others)
     special = set(TOKENIZER.all_special_ids)
-    ids, others = found.ids.tolist(), other.ids.tolist()
+    ids, others = chat.ids.tolist(), other.ids.tolist()
     assert len(ids) == len(others)
     assert [i for i in ids if i in special] == [i for i in others if i in special]
-    assert found.by_assistant.tolist() == other.by_assistant.tolist()
+    assert chat.by_assistant.tolist() == other.by_assistant.tolist()
     assert TOKENIZER.decode(ids).count(contents[0][1]) > TOKENIZER.decode(others).count(
         contents[0][1]
     )
@@ -111,19 +111,19 @@ def test_markers_in_messages_are_text(name: str, data: st.DataObject) -> None:
 
 
 def test_white_space_that_a_template_strips_is_nobodys() -> None:
-    found = tokens_of("llama3", chat_of(" hi \n", "\n well \n", "so", " yes"))
-    assert turns_of(found) == ["well<|eot_id|>", "yes<|eot_id|>"]
-    assert "26 Jul 2024" in TOKENIZER.decode(found.ids)
+    chat = tokens_of("llama3", chat_of(" hi \n", "\n well \n", "so", " yes"))
+    assert turns_of(chat) == ["well<|eot_id|>", "yes<|eot_id|>"]
+    assert "26 Jul 2024" in TOKENIZER.decode(chat.ids)
 
 
 def test_thinking_is_the_assistants_where_the_template_writes_it() -> None:
     messages = chat_of(
         "hi", "<think>\nold\n</think>\n\nwell", "so", "<think>\nnew\n</think>\n\nyes"
     )
-    found = tokens_of("qwen3", messages)
-    assert turns_of(found) == ["well<|im_end|>", "<think>\nnew\n</think>\n\nyes<|im_end|>"]
+    chat = tokens_of("qwen3", messages)
+    assert turns_of(chat) == ["well<|im_end|>", "<think>\nnew\n</think>\n\nyes<|im_end|>"]
     messages[-1] = {"role": "assistant", "reasoning_content": "new", "content": "yes"}
-    assert turns_of(tokens_of("qwen3", messages)) == turns_of(found)
+    assert turns_of(tokens_of("qwen3", messages)) == turns_of(chat)
     # an empty thought that the template puts in is not what the assistant wrote
     assert turns_of(tokens_of("qwen3", chat_of("hi", "yes"))) == ["yes<|im_end|>"]
 

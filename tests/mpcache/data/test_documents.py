@@ -163,10 +163,10 @@ def test_a_stream_starts_at_any_place(monkeypatch, count):
     table = datasets.Dataset.from_dict({"text": [str(i) for i in range(count)]})
     table = table.to_iterable_dataset(num_shards=3)
     orders = [hub_order(table, make_config("id", seed=seed)) for seed in (0, 0, 1)]
-    one, again, other = (list(order(0)) for order in orders)
-    assert sorted(one, key=int) == [str(i) for i in range(count)]
-    assert one == again != other
-    assert list(orders[0](33)) == one[33:]
+    first, again, other = (list(order(0)) for order in orders)
+    assert sorted(first, key=int) == [str(i) for i in range(count)]
+    assert first == again != other
+    assert list(orders[0](33)) == first[33:]
     assert SHUFFLE_BUFFER == 10_000  # changing it changes the order of stores in the field
 
 

@@ -117,21 +117,21 @@ texts_ = st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1,
 def test_rows_depend_on_content_alone(texts, seconds, name):
     """Neither on the path, nor the time, nor the form, nor whether it is compressed."""
     with tempfile.TemporaryDirectory() as folder:
-        place, seen, digests = Path(folder), [], set()
+        directory, seen, digests = Path(folder), [], set()
         for suffix, write in FORMS.items():
             if suffix == ".csv" and any("\r" in text for text in texts):
                 continue  # pyarrow's and Python's readers keep it; a hand-made one is no reference
             data = write(texts)
-            plain = open_(write_at(place / f"{name}{suffix}", data, seconds))
-            elsewhere = open_(write_at(place / "other" / f"x{suffix}", data))
+            plain = open_(write_at(directory / f"{name}{suffix}", data, seconds))
+            elsewhere = open_(write_at(directory / "other" / f"x{suffix}", data))
             assert plain.digest == elsewhere.digest
             seen += [values(plain), values(elsewhere)]
             digests.add(plain.digest)
             for ending, squeeze in SQUEEZED.items():
-                path = write_at(place / f"{name}{suffix}{ending}", squeeze(data), seconds)
+                path = write_at(directory / f"{name}{suffix}{ending}", squeeze(data), seconds)
                 seen.append(values(squeezed := open_(path)))
                 assert squeezed.digest != plain.digest
-        assert all(one == seen[0] for one in seen)
+        assert all(texts_read == seen[0] for texts_read in seen)
         assert sorted(seen[0]) == sorted(texts)
 
 
@@ -151,10 +151,10 @@ def changing(monkeypatch, change):
     plain = datafile.DataFile._digest
 
     def digest(self):
-        found = plain(self)
+        digest_before = plain(self)
         monkeypatch.setattr(datafile.DataFile, "_digest", plain)
         change(self.path)
-        return found
+        return digest_before
 
     monkeypatch.setattr(datafile.DataFile, "_digest", digest)
 
@@ -268,11 +268,11 @@ def test_shards_are_one_dataset_in_natural_order(tmp_path, suffix):
         write_at(tmp_path / "d" / "data" / f"{names[i]}{suffix}", squeeze(write(TEXTS[i::4])))
     for other in ("README.md", ".gitattributes", "dataset_info.json", "LICENSE.txt", ".x.jsonl"):
         write_at(tmp_path / "d" / other, b"?")
-    whole = [text for i in range(4) for text in TEXTS[i::4]]
-    one = open_(write_at(tmp_path / "whole.jsonl", jsonl(whole)))
+    in_order = [text for i in range(4) for text in TEXTS[i::4]]
+    single_file = open_(write_at(tmp_path / "whole.jsonl", jsonl(in_order)))
     folder, parts = open_(tmp_path / "d"), open_(tmp_path / "d" / "data" / f"*-*{suffix}")
     listed = ",".join(str(tmp_path / "d" / "data" / f"{name}{suffix}") for name in names)
-    assert values(folder) == values(parts) == values(open_(listed)) == values(one)
+    assert values(folder) == values(parts) == values(open_(listed)) == values(single_file)
     assert folder.digest == parts.digest == open_(listed).digest
     swapped = ",".join(reversed(listed.split(",")))
     assert open_(swapped).digest != folder.digest
@@ -489,7 +489,7 @@ def test_half_a_surrogate_pair_in_a_message_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "problem"),
     [
         ({"role": "user"}, "message 2 in line 1 of a.jsonl must have a text as its content"),
         ({"content": "a"}, "message 2 in line 1 of a.jsonl must have a text as its role"),
@@ -499,9 +499,9 @@ def test_half_a_surrogate_pair_in_a_message_is_told(tmp_path):
         ("hello", "message 2 in line 1 of a.jsonl must have role and content, got str"),
     ],
 )
-def test_malformed_messages_are_told(tmp_path, message, told):
+def test_malformed_messages_are_told(tmp_path, message, problem):
     path = write_at(tmp_path / "a.jsonl", jsonl([[{"role": "user", "content": "a"}, message]]))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=problem):
         open_(path)
 
 

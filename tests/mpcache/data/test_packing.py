@@ -43,9 +43,9 @@ def parts_of(texts, config, **cursors) -> list[PartTokens]:
 def token_stream(texts, split, config) -> list[int]:
     """The slow reference: documents one by one, tokenised alone."""
     stream = []
-    for place, text in enumerate(texts):
+    for i, text in enumerate(texts):
         is_left_out = not text and not config.keep_empty_documents
-        if split_of(place, config.validation_every) == split and not is_left_out:
+        if split_of(i, config.validation_every) == split and not is_left_out:
             stream += [BOS] * (config.bos == "document")
             stream += TOKENIZER(text, add_special_tokens=False)["input_ids"]
             stream += [EOS] * config.eos
@@ -105,13 +105,16 @@ def test_parts_are_the_same_from_any_cursor(texts, data):
     for part in parts[:done]:
         assert cursors.pop(part.part) == part.cursor
         cursors[next_part(part.part, config.validation_every)] = part.next_cursor
-    for got, want in zip(parts_of(texts, config, cursors=cursors), parts[done:], strict=True):
-        assert same(got, want)
+    for actual, expected in zip(
+        parts_of(texts, config, cursors=cursors), parts[done:], strict=True
+    ):
+        assert same(actual, expected)
 
 
-def same(one: PartTokens, two: PartTokens) -> bool:
+def same(first: PartTokens, second: PartTokens) -> bool:
     plain = [
-        (p.part, p.split, p.tokens.tolist(), p.cursor, p.next_cursor, p.last) for p in (one, two)
+        (p.part, p.split, p.tokens.tolist(), p.cursor, p.next_cursor, p.last)
+        for p in (first, second)
     ]
     return plain[0] == plain[1]
 
@@ -120,16 +123,16 @@ def test_one_part_alone_reads_no_more_than_it_needs():
     texts, read = ["abcdefghijk"] * 600, []
 
     def order(start):
-        for place in range(start, len(texts)):
-            read.append(place)
-            yield texts[place]
+        for i in range(start, len(texts)):
+            read.append(i)
+            yield texts[i]
 
     config = make_config()
-    want = parts_of(texts, config)[9]
+    expected = parts_of(texts, config)[9]
     documents = Documents("digest", {}, order)
-    got = next(iter_parts(documents, TOKENIZER, config, {want.part: want.cursor}))
-    assert same(got, want)
-    assert read[0] == want.cursor.document
+    actual = next(iter_parts(documents, TOKENIZER, config, {expected.part: expected.cursor}))
+    assert same(actual, expected)
+    assert read[0] == expected.cursor.document
     assert len(read) <= 64
 
 
@@ -144,8 +147,8 @@ def test_documents_may_come_as_tokens():
     texts = ["abc", "de", "fghi", "", "jklm", "nop", "qr"] * 5
     tokens = [np.array(TOKENIZER(t)["input_ids"], np.uint16) for t in texts]
     config = make_config(bos="document")
-    for one, two in zip(parts_of(texts, config), parts_of(tokens, config), strict=True):
-        assert same(one, two)
+    for of_texts, of_tokens in zip(parts_of(texts, config), parts_of(tokens, config), strict=True):
+        assert same(of_texts, of_tokens)
 
 
 def test_tokens_have_the_smallest_dtype():
@@ -217,15 +220,15 @@ def test_document_starts_are_where_documents_start(texts, begins):
     parts = [part for part in parts_of(texts, config) if part.split == "train"]
     lengths = [
         len(TOKENIZER(text)["input_ids"]) + 1 + begins
-        for place, text in enumerate(texts)
-        if split_of(place, config.validation_every) == "train"
+        for i, text in enumerate(texts)
+        if split_of(i, config.validation_every) == "train"
     ]
-    found = np.concatenate([document_starts(part.tokens, specials) for part in parts]).ravel()
-    want = np.zeros_like(found)
+    flags = np.concatenate([document_starts(part.tokens, specials) for part in parts]).ravel()
+    expected = np.zeros_like(flags)
     starts = np.cumsum([0, *lengths])
-    want[starts[starts < want.size]] = True
-    want[::4] = True  # each sequence
-    assert found.tolist() == want.tolist()
+    expected[starts[starts < expected.size]] = True
+    expected[::4] = True  # each sequence
+    assert flags.tolist() == expected.tolist()
 
 
 # --- rows ---

@@ -34,10 +34,10 @@ def parts_of(
 def pieces_of(texts: Sequence[str], split: str, config: CollectConfig) -> list[list[int]]:
     """The slow reference: documents one by one, cut into pieces."""
     pieces = []
-    for place, text in enumerate(texts):
+    for i, text in enumerate(texts):
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         is_left_out = not ids and not config.keep_empty_documents
-        if split_of(place, config.validation_every) != split or is_left_out:
+        if split_of(i, config.validation_every) != split or is_left_out:
             continue
         ids = [BOS] * (config.bos == "document") + ids + [EOS] * config.eos
         first = [BOS] * (config.bos == "sequence")
@@ -136,13 +136,13 @@ def test_documents_left_out_are_counted_once(lone: bool, texts: list[str], every
 def test_an_empty_document_moves_no_other_to_another_split() -> None:
     texts = ["abc", "def", "", "ghi", "", "jkl", "mno"]
     parts = parts_of(texts, make_config(validation_every=3, eos=False))
-    found = {part.split: bytes(sum(pieces_in(part), [])) for part in parts}  # noqa: RUF017
+    tokens_by_split = {part.split: bytes(sum(pieces_in(part), [])) for part in parts}  # noqa: RUF017
     alphabet = {chr(i + 33): i for i in range(94)}
     wanted = {"train": "abcghijklmno", "validation": "def"}
     wanted = {split: [alphabet[c] for c in text] for split, text in wanted.items()}
     train = [i for part in parts if part.split == "train" for p in pieces_in(part) for i in p]
     assert train == wanted["train"]
-    assert list(found["validation"]) == wanted["validation"]
+    assert list(tokens_by_split["validation"]) == wanted["validation"]
 
 
 def test_a_piece_that_begins_with_the_begin_token_gets_no_other() -> None:

@@ -60,7 +60,8 @@ def test_a_text_without_such_names_gets_the_same_tokens(kind: str, data: st.Data
     if any(name.lower() in text.lower() for name in names):
         return
     (plain,), (parsed,) = (
-        one.encode([text]) for one in (plain_of(kind), ParsingTextTokenizer(tokenizer_of(kind)))
+        tokenizer.encode([text])
+        for tokenizer in (plain_of(kind), ParsingTextTokenizer(tokenizer_of(kind)))
     )
     assert plain.tolist() == parsed.tolist()
 
@@ -71,7 +72,7 @@ def test_a_name_is_read_as_its_letters_or_as_that_token(kind: str) -> None:
     end = tokenizer.eos_token or tokenizer.sep_token
     text = f"the cat {end} sat"
     (plain,), (parsed,) = (
-        one.encode([text]) for one in (plain_of(kind), ParsingTextTokenizer(tokenizer))
+        policy.encode([text]) for policy in (plain_of(kind), ParsingTextTokenizer(tokenizer))
     )
     number = tokenizer.convert_tokens_to_ids(end)
     assert number in parsed
@@ -107,12 +108,12 @@ def test_chats_are_never_cut_or_padded(
     """Whatever `tokenizer.json` says, and whatever was read by the tokenizer before."""
     chats = ["the cat sat on the mat, the cat sat", "A", "the"]
     tokenizer = KINDS[kind]()
-    expected = [one.ids for one in policy(tokenizer).encode_chats(chats)]
+    expected = [encoding.ids for encoding in policy(tokenizer).encode_chats(chats)]
     assert max(map(len, expected)) > 4
     tokenizer.backend_tokenizer.enable_truncation(4)
     tokenizer.backend_tokenizer.enable_padding(length=20)
     text = policy(tokenizer)
-    assert [one.ids for one in text.encode_chats(chats)] == expected
+    assert [encoding.ids for encoding in text.encode_chats(chats)] == expected
     text.encode(chats)
-    assert [one.ids for one in text.encode_chats(chats)] == expected
-    assert [one.ids for one in policy(tokenizer).encode_chats(chats)] == expected
+    assert [encoding.ids for encoding in text.encode_chats(chats)] == expected
+    assert [encoding.ids for encoding in policy(tokenizer).encode_chats(chats)] == expected

@@ -56,9 +56,9 @@ def make_store(folder: Path, **identity: object) -> Store:
         "config": {"rows": 96},
         "provenance": {"model": {"model": "m"}, "dataset": {"dataset": "d"}},
     }
-    place = open_storage(folder)
-    place.create(STORE_FILE, seal(content))
-    writer = Writer(place, FLAGGED, digest(named))
+    storage = open_storage(folder)
+    storage.create(STORE_FILE, seal(content))
+    writer = Writer(storage, FLAGGED, digest(named))
     for part, rows in ROWS.items():
         progress = TokenProgress(cursor=(0, 0), next_cursor=(1, 0), last=False)
         writer.commit_tokens(part, *part_tokens(part, rows), progress, rows)
@@ -121,9 +121,9 @@ def test_a_store_says_only_what_its_identity_says(tmp_path: Path) -> None:
 def test_every_flipped_byte_of_flags_is_found(store: Store, tmp_path: Path) -> None:
     assert verify(tmp_path / "s").intact
     file = tmp_path / "s/arrays.zarr/token_flags/c/1/0"
-    whole = file.read_bytes()
-    for at in range(len(whole)):
-        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    content = file.read_bytes()
+    for at in range(len(content)):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         (finding,) = verify(tmp_path / "s").findings
         assert (finding.fault, finding.mark) == ("flipped", (1, "tokens"))
     file.unlink()

@@ -32,15 +32,15 @@ def read_part(
     model = tiny_model().to(device)
     sides = resolve_sides(PATTERNS, model)
     buffers = {side: empty_rows(TOKENS.numel(), 16, dtype) for side in sides}
-    told: list[int] = []
+    yields: list[int] = []
     with Capture(model, sides) as capture:
         firsts = range(0, TOKENS.numel(), 3 * TOKENS.shape[1])
         batches = (
             Batch({"input_ids": batch.to(device)}, np.arange(first, first + batch.numel()))
             for first, batch in zip(firsts, TOKENS.split(3), strict=True)
         )
-        capture_part(capture, batches, order_R, buffers, told.append, copy)
-    assert told == [18, 18, 6]
+        capture_part(capture, batches, order_R, buffers, yields.append, copy)
+    assert yields == [18, 18, 6]
     return buffers
 
 
@@ -49,7 +49,7 @@ def expected(order_R: np.ndarray, dtype: torch.dtype) -> dict[Side, Tensor]:
     with Capture(model, resolve_sides(PATTERNS, model)) as capture:
         values = [captured(capture, {"input_ids": batch}) for batch in TOKENS.split(3)]
     return {
-        side: torch.cat([one[side].flatten(0, 1) for one in values])[order_R].to(dtype)
+        side: torch.cat([by_side[side].flatten(0, 1) for by_side in values])[order_R].to(dtype)
         for side in values[0]
     }
 
@@ -78,9 +78,9 @@ def test_rows_are_the_models_own_in_the_order_asked_for(dtype: torch.dtype) -> N
     order_R, late = np.random.default_rng(0).permutation(TOKENS.numel()), Late()
     wanted = expected(order_R, dtype)
     for copy in (None, late.start):
-        found = read_part("cpu", order_R, dtype, copy)
-        assert list(found) == list(wanted)
-        assert all(torch.equal(found[side], wanted[side]) for side in wanted)
+        actual = read_part("cpu", order_R, dtype, copy)
+        assert list(actual) == list(wanted)
+        assert all(torch.equal(actual[side], wanted[side]) for side in wanted)
     assert late.flying == 0
     assert late.most == 2 * len(wanted), "two batches of every side are on their way at most"
 
@@ -92,8 +92,8 @@ def test_copies_beside_the_computation_are_those_that_wait(dtype: torch.dtype) -
     device, order_R = torch.device("cuda", 0), np.random.default_rng(0).permutation(TOKENS.numel())
     waited = read_part("cuda", order_R, dtype)
     for _ in range(20):
-        found = read_part("cuda", order_R, dtype, HostTransfer(device).start)
-        assert all(torch.equal(found[side], waited[side]) for side in waited)
+        actual = read_part("cuda", order_R, dtype, HostTransfer(device).start)
+        assert all(torch.equal(actual[side], waited[side]) for side in waited)
 
 
 @pytest.mark.gpu
@@ -160,9 +160,9 @@ def test_places_of_pieces_cover_the_true_tokens(lengths: list[int], fill: int) -
     rows = sum(lengths)
     starts = np.zeros(rows + fill, np.bool_)
     starts[np.cumsum([0, *lengths[:-1]])] = True
-    places = piece_tokens(starts[None], rows)
-    assert [len(place) for place in places] == lengths
-    assert np.array_equal(np.concatenate(places), np.arange(rows))
+    pieces = piece_tokens(starts[None], rows)
+    assert [len(piece) for piece in pieces] == lengths
+    assert np.array_equal(np.concatenate(pieces), np.arange(rows))
 
 
 # --- writing beside the model ---
@@ -205,13 +205,13 @@ def test_work_that_fails_is_told_when_the_rest_is_done() -> None:
 
 
 def test_a_thread_that_yields_computes_alone() -> None:
-    found = []
+    results = []
 
     def look() -> None:
         lower_priority()
-        found.append(torch.get_num_threads())
+        results.append(torch.get_num_threads())
 
     thread = threading.Thread(target=look)
     thread.start()
     thread.join()
-    assert found == [1]
+    assert results == [1]

@@ -73,8 +73,8 @@ def arrays_of(store: Path) -> dict[str, bytes]:
 def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
     """Two collections below a root, with other content at the same path and time in between."""
     config = small_config(tmp_path, model=str(two[0]), rows=400)
-    place = find_store(tmp_path / "root", config).storage
-    collect(config, place)
+    storage = find_store(tmp_path / "root", config).storage
+    collect(config, storage)
     assert find_store(tmp_path / "root", config).summary is not None
     content = json.loads((two[1] / "config.json").read_text())
     (two[1] / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.25}))
@@ -85,9 +85,9 @@ def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
     if name == "tokenizer.json":  # one more id needs one more embedding
         enlarge(two[0], two[1])
     replace_with(two[0] / name, two[1] / name)
-    found = find_store(tmp_path / "root", config)
-    assert found.summary is None
-    assert found.storage.address != place.address
+    target = find_store(tmp_path / "root", config)
+    assert target.summary is None
+    assert target.storage.address != storage.address
 
 
 def enlarge(*folders: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_file_replaced_while_the_model_is_loaded_is_refused(tmp_path, two, mon
     config = small_config(tmp_path, model=str(two[0]))
 
     def load(*arguments, **options):
-        found = load_model(*arguments, **options)
+        model = load_model(*arguments, **options)
         replace_with(two[0] / "model.safetensors", two[1] / "model.safetensors")
-        return found
+        return model
 
     monkeypatch.setattr(producer_module, "load_model", load)
     with pytest.raises(ValueError, match=r"model\.safetensors of .* changed while the model"):

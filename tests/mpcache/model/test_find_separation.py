@@ -313,11 +313,11 @@ def test_what_depends_on_the_whole_batch_is_refused(
 
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=5), ctx_len=st.integers(1, 200))
 def test_lengths_fit_a_sequence(lengths: list[int], ctx_len: int) -> None:
-    found = fit_to_context(lengths, ctx_len)
-    assert sum(found) <= ctx_len
-    assert all(0 < a <= b for a, b in zip(found, lengths, strict=False))
-    assert len(found) == min(len(lengths), ctx_len)
-    assert sum(found) == min(sum(lengths), ctx_len) or len(found) < len(lengths)
+    fitted = fit_to_context(lengths, ctx_len)
+    assert sum(fitted) <= ctx_len
+    assert all(0 < a <= b for a, b in zip(fitted, lengths, strict=False))
+    assert len(fitted) == min(len(lengths), ctx_len)
+    assert sum(fitted) == min(sum(lengths), ctx_len) or len(fitted) < len(lengths)
 
 
 @pytest.mark.parametrize(("ctx_len", "reach"), [(16, 64), (128, 64), (129, 128), (4096, 128)])

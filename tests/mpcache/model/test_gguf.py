@@ -77,15 +77,15 @@ def test_the_model_is_dense_and_named_by_its_weights(tmp_path, file):
 
 def test_the_file_names_the_model_below_a_root(tmp_path, file, monkeypatch):
     config = config_of(tmp_path, file)
-    place = find_store(tmp_path / "root", config).storage
-    collect(config, place)
-    found = open_store(place).provenance["model"]
-    assert found["model_files"] == f"sha256 {file_digest(file)}"
-    assert found["model"] == "tiny.gguf"
+    storage = find_store(tmp_path / "root", config).storage
+    collect(config, storage)
+    provenance = open_store(storage).provenance["model"]
+    assert provenance["model_files"] == f"sha256 {file_digest(file)}"
+    assert provenance["model"] == "tiny.gguf"
     monkeypatch.setattr("mpcache.collection.find_store.load_model", None)
     moved = file.rename(tmp_path / "moved.gguf")
     again = find_store(tmp_path / "root", dataclasses.replace(config, model=str(moved)))
-    assert again.storage.address == place.address
+    assert again.storage.address == storage.address
     assert again.summary is not None
 
 

@@ -25,16 +25,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str) -> int:
-    told = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", _FAULTS, how], check=True, capture_output=True, text=True
     )
-    return int(told.stdout)
+    return int(completed.stdout)
 
 
 def has_huge_pages() -> bool:
     """Whether the system gives them to all, so that there is hardly a fault."""
-    told = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return told.exists() and "[always]" in told.read_text()
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[always]" in setting.read_text()
 
 
 @pytest.mark.skipif(has_huge_pages(), reason="huge pages hide it")

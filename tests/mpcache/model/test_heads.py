@@ -192,8 +192,8 @@ def test_bert_gets_masked_cross_entropy(tmp_path: Path, kind: type[PreTrainedMod
     collected(save(tmp_path, strong(kind(FAMILIES["bert"]()))), hookpoint)
     model = spliced(tmp_path)
     assert model.head == "masked"
-    found = scores(model, hookpoint)
-    figures = found.figures(model.head)
+    spliced_scores = scores(model, hookpoint)
+    figures = spliced_scores.figures(model.head)
     assert all(name.startswith("masked_") for name in figures)
 
     total, count = 0.0, 0
@@ -205,9 +205,9 @@ def test_bert_gets_masked_cross_entropy(tmp_path: Path, kind: type[PreTrainedMod
         with torch.no_grad():
             total += float(model.model(input_ids=shown_BL, labels=labels_BL).loss) * n
         count += n
-    assert found.tokens == count > 0
-    assert found.ce_clean == pytest.approx(total / count, rel=1e-5)
-    assert found.ce_spliced != found.ce_clean
+    assert spliced_scores.tokens == count > 0
+    assert spliced_scores.ce_clean == pytest.approx(total / count, rel=1e-5)
+    assert spliced_scores.ce_spliced != spliced_scores.ce_clean
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_text_models_of_several_parts(tmp_path: Path, name: str, hookpoint: str)
     collected(tmp_path, hookpoint)
     model = spliced(tmp_path)
     assert model.head == "causal"
-    found = scores(model, hookpoint)
+    spliced_scores = scores(model, hookpoint)
     total, count = 0.0, 0
     for example in model.examples():
         ids_BL = example.tokens_BL
@@ -272,6 +272,6 @@ def test_text_models_of_several_parts(tmp_path: Path, name: str, hookpoint: str)
             logits_BLV = model.model(input_ids=ids_BL, use_cache=False).logits.float()
         total += float(F.cross_entropy(logits_BLV[0, :-1], ids_BL[0, 1:], reduction="sum"))
         count += ids_BL[:, 1:].numel()
-    assert found.ce_clean == pytest.approx(total / count, rel=1e-5)
-    assert found.ce_spliced != found.ce_clean
-    assert json.dumps(found.figures(model.head)).count("masked") == 0
+    assert spliced_scores.ce_clean == pytest.approx(total / count, rel=1e-5)
+    assert spliced_scores.ce_spliced != spliced_scores.ce_clean
+    assert json.dumps(spliced_scores.figures(model.head)).count("masked") == 0

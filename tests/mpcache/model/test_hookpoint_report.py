@@ -145,8 +145,8 @@ def test_what_images_alone_run_is_idle(tmp_path: Path) -> None:
     assert {"vision_tower", "multi_modal_projector"} <= idle
     assert not any(p.hookpoint.startswith("language_model.layers") for p in report.hookpoints
                    if p.is_idle)  # fmt: skip
-    told = CliRunner().invoke(app, ["hookpoints", str(tmp_path)]).stdout
-    assert "vision_tower, multi_modal_projector: it must run once in a pass over text" in told
+    output = CliRunner().invoke(app, ["hookpoints", str(tmp_path)]).stdout
+    assert "vision_tower, multi_modal_projector: it must run once in a pass over text" in output
 
 
 @pytest.mark.slow
@@ -199,8 +199,8 @@ def test_models_that_do_not_run_on_text_alone(config: PreTrainedConfig, tmp_path
     config.save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["hookpoints", str(tmp_path)])
     assert done.exit_code == 2
-    (told,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "must be a decoder or an encoder" in told or "must run on tokens alone" in told
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "must be a decoder or an encoder" in message or "must run on tokens alone" in message
 
 
 def test_no_such_model(tmp_path: Path) -> None:

@@ -179,9 +179,9 @@ def test_digest_is_of_weights_not_of_files(tmp_path, dtype):
 
 
 def test_digest_sees_the_architecture():
-    one, two = tiny_model(), tiny_model()
-    two.config.rms_norm_eps = 1e-3
-    assert model_digest(one) != model_digest(two)
+    original, changed = tiny_model(), tiny_model()
+    changed.config.rms_norm_eps = 1e-3
+    assert model_digest(original) != model_digest(changed)
 
 
 def test_tokenizer_digest_ignores_calls_and_sees_tokens():

@@ -126,5 +126,7 @@ def test_the_language_model_reads_each_piece_alone(tmp_path: Path) -> None:
         if len(piece) > 1
     ]
     inputs = [example.inputs for example in spliced.examples()]
-    assert [one["input_ids"][0].tolist() for one in inputs] == [piece.tolist() for piece in pieces]
-    assert all(list(one) == ["input_ids"] for one in inputs)
+    assert [batch["input_ids"][0].tolist() for batch in inputs] == [
+        piece.tolist() for piece in pieces
+    ]
+    assert all(list(batch) == ["input_ids"] for batch in inputs)

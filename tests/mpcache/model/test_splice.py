@@ -26,7 +26,7 @@ from tests.helpers.stores import small_config, small_store
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SplicedModel]:
+def spliced_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SplicedModel]:
     folder = tmp_path_factory.mktemp("splice")
     save_tiny(folder / "model")
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -61,47 +61,51 @@ def coder(hookpoint: str = "layers.1.mlp", expansion: int = 1, k: int = 16) -> C
     config = CoderConfig(
         **hookpoint_sides(hookpoint, "sae"), kind="sae", arch="mp", k=k, expansion=expansion
     )
-    made = Coder(config, 16, 16)
-    made.initialise_(torch.zeros(16), torch.zeros(16), torch.Generator().manual_seed(0))
-    return made
+    zeroed = Coder(config, 16, 16)
+    zeroed.initialise_(torch.zeros(16), torch.zeros(16), torch.Generator().manual_seed(0))
+    return zeroed
 
 
 @pytest.mark.parametrize("hookpoint", ["layers.0", "layers.1.mlp"])
-def test_a_perfect_coder_loses_nothing(made: tuple[Path, SplicedModel], hookpoint: str) -> None:
+def test_a_perfect_coder_loses_nothing(
+    spliced_model: tuple[Path, SplicedModel], hookpoint: str
+) -> None:
     perfect = coder(hookpoint, expansion=2, k=32)
     with torch.no_grad():
         perfect.encoder.W_MD.copy_(torch.cat([torch.eye(16), -torch.eye(16)]))
-    found = scores(made[1], perfect)
-    assert found.ce_spliced == pytest.approx(found.ce_clean, abs=1e-4)
-    assert found.kl == pytest.approx(0, abs=1e-5)
-    assert found.ce_recovered == pytest.approx(1, abs=1e-3)
+    measured = scores(spliced_model[1], perfect)
+    assert measured.ce_spliced == pytest.approx(measured.ce_clean, abs=1e-4)
+    assert measured.kl == pytest.approx(0, abs=1e-5)
+    assert measured.ce_recovered == pytest.approx(1, abs=1e-3)
 
 
-def test_a_coder_that_predicts_zero_recovers_nothing(made: tuple[Path, SplicedModel]) -> None:
+def test_a_coder_that_predicts_zero_recovers_nothing(
+    spliced_model: tuple[Path, SplicedModel],
+) -> None:
     nothing = coder()
     with torch.no_grad():
         nothing.encoder.W_MD.fill_(0)
-    found = scores(made[1], nothing)
-    assert found.ce_spliced == pytest.approx(found.ce_zero)
-    assert found.ce_recovered == pytest.approx(0, abs=1e-6)
-    assert found.kl > 0
-    assert scores(made[1], nothing, skip_positions=16).kl == pytest.approx(0, abs=1e-6)
+    measured = scores(spliced_model[1], nothing)
+    assert measured.ce_spliced == pytest.approx(measured.ce_zero)
+    assert measured.ce_recovered == pytest.approx(0, abs=1e-6)
+    assert measured.kl > 0
+    assert scores(spliced_model[1], nothing, skip_positions=16).kl == pytest.approx(0, abs=1e-6)
 
 
-def test_clean_cross_entropy_is_the_models_own(made: tuple[Path, SplicedModel]) -> None:
-    spliced = made[1]
+def test_clean_cross_entropy_is_the_models_own(spliced_model: tuple[Path, SplicedModel]) -> None:
+    spliced = spliced_model[1]
     total, tokens = 0.0, 0
     for example in spliced.examples():
         ids = example.tokens_BL
         total += float(spliced.model(ids, labels=ids).loss) * ids[:, 1:].numel()
         tokens += ids[:, 1:].numel()
-    found = scores(spliced, coder())
-    assert found.tokens == tokens > 0
-    assert found.ce_clean == pytest.approx(total / tokens, rel=1e-5)
+    measured = scores(spliced, coder())
+    assert measured.tokens == tokens > 0
+    assert measured.ce_clean == pytest.approx(total / tokens, rel=1e-5)
 
 
-def test_another_model_is_refused(made: tuple[Path, SplicedModel], tmp_path: Path) -> None:
-    store, spliced = made
+def test_another_model_is_refused(spliced_model: tuple[Path, SplicedModel], tmp_path: Path) -> None:
+    store, spliced = spliced_model
     assert model_digest(spliced.model.base_model) == spliced.store.identity["model_digest"]
     other = copy.deepcopy(spliced.model)
     with torch.no_grad():
@@ -160,7 +164,7 @@ def test_no_prediction_across_documents_that_are_apart(tmp_path: Path) -> None:
     assert figures.ce_clean == pytest.approx(total / tokens, rel=1e-4)
 
 
-def test_nothing_to_predict_is_no_figure(made: tuple[Path, SplicedModel]) -> None:
+def test_nothing_to_predict_is_no_figure(spliced_model: tuple[Path, SplicedModel]) -> None:
     ids_BL = torch.zeros(1, 4, dtype=torch.int64)
     none_BL = torch.zeros(1, 4, dtype=torch.bool)
     predictions = [

@@ -28,15 +28,15 @@ def folder(tmp_path: Path) -> Path:
 def options(folder: Path, rows: int) -> list[str]:
     config = small_config(folder, rows=rows)
     names = ("ctx_len", "part_rows", "chunk_rows", "validation_every", "model_dtype", "device")
-    found = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
-    return [config.model, config.dataset, "--hookpoints=layers.0", f"--rows={rows}", *found]
+    settings = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
+    return [config.model, config.dataset, "--hookpoints=layers.0", f"--rows={rows}", *settings]
 
 
 def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) -> None:
     for wanted in (380, 5000):  # as many parts as there are, and more
-        given = ["collect", *options(folder, wanted), "--root", str(folder / "root")]
+        arguments = ["collect", *options(folder, wanted), "--root", str(folder / "root")]
         for _ in range(2):  # again with everything there
-            result = CliRunner().invoke(app, given)
+            result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, result.output
             (entry,) = list_stores(folder / "root")
             expected = f"warning: {entry.rows:,} rows of {wanted:,} wanted: the dataset ended"
@@ -44,23 +44,27 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
             assert 0 < entry.rows < 380
     store = str(folder / "root" / entry.store)
     # an extension is known by the parts that it made room for
-    whole = 27 * 192
-    assert whole >= 5000 > whole - 192
-    found = store_info(store)
-    assert (found["rows_planned"], found["rows_wanted"], found["exhausted"]) == (
+    rounded_rows = 27 * 192
+    assert rounded_rows >= 5000 > rounded_rows - 192
+    facts = store_info(store)
+    assert (facts["rows_planned"], facts["rows_wanted"], facts["exhausted"]) == (
         entry.rows,
-        whole,
+        rounded_rows,
         True,
     )
-    assert (entry.rows_wanted, entry.exhausted) == (whole, True)
-    assert entry.complete == pytest.approx(entry.rows / whole)
+    assert (entry.rows_wanted, entry.exhausted) == (rounded_rows, True)
+    assert entry.complete == pytest.approx(entry.rows / rounded_rows)
     shown = CliRunner().invoke(app, ["info", store])
-    assert f"wanted       {whole:,} rows\n" in shown.stdout
-    assert f"{entry.rows:,} rows of {whole:,} wanted: the dataset ended" in shown.stderr
+    assert f"wanted       {rounded_rows:,} rows\n" in shown.stdout
+    assert f"{entry.rows:,} rows of {rounded_rows:,} wanted: the dataset ended" in shown.stderr
     listed = CliRunner().invoke(app, ["list", str(folder / "root")])
-    assert f"{entry.rows:,} rows of {whole:,} wanted: the dataset ended" in listed.stderr
+    assert f"{entry.rows:,} rows of {rounded_rows:,} wanted: the dataset ended" in listed.stderr
     (plain,) = json.loads(CliRunner().invoke(app, ["list", str(folder / "root"), "--json"]).stdout)
-    assert (plain["rows"], plain["rows_wanted"], plain["exhausted"]) == (entry.rows, whole, True)
+    assert (plain["rows"], plain["rows_wanted"], plain["exhausted"]) == (
+        entry.rows,
+        rounded_rows,
+        True,
+    )
 
 
 def test_every_share_says_it(folder: Path) -> None:

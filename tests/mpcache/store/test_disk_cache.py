@@ -43,7 +43,7 @@ NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{32}/[0-9]+-[0-9]+")
 
 
 @pytest.fixture(scope="module")
-def made(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def originals(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A store in a folder, and the URL of its copy; tests only read them."""
     path, _ = small_store(tmp_path_factory.mktemp("made"), rows=700, hookpoints=("layers.0",))
     copy(path, f"{s3}/cache/made")
@@ -51,9 +51,9 @@ def made(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture
-def own(made: tuple[Path, str], s3: str, tmp_path: Path) -> str:
+def own(originals: tuple[Path, str], s3: str, tmp_path: Path) -> str:
     """The URL of a copy that a test may harm."""
-    copy(made[0], f"{s3}/{tmp_path.name}")
+    copy(originals[0], f"{s3}/{tmp_path.name}")
     return f"{s3}/{tmp_path.name}"
 
 
@@ -67,8 +67,8 @@ def asked(
     def look() -> list[str]:
         nonlocal seen
         lines = log.read_text().splitlines()
-        found, seen = lines[seen:], len(lines)
-        return [line for line in found if "/c/" in line]
+        new_lines, seen = lines[seen:], len(lines)
+        return [line for line in new_lines if "/c/" in line]
 
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.0, str(log)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
@@ -101,18 +101,18 @@ def kept(folder: Path) -> dict[str, bytes]:
     """All files of a cache but its counter, which must count them right."""
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     counted = files.pop("length").stat().st_size
-    found = {name: file.read_bytes() for name, file in files.items()}
-    assert counted == sum(map(len, found.values()))
-    return found
+    contents = {name: file.read_bytes() for name, file in files.items()}
+    assert counted == sum(map(len, contents.values()))
+    return contents
 
 
 # --- what it spares ---
 
 
 def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
-    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+    originals: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
-    _, url = made
+    _, url = originals
     folder = tmp_path / "cache"
     for number in range(2):
         store = open_store(url, str(folder))
@@ -130,9 +130,9 @@ def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
 
 
 def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
-    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+    originals: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
-    path, url = made
+    path, url = originals
     folder = str(tmp_path / "cache")
     settings = {"rows": 64 * 20, "max_norm": 3.0, "skip_tokens": ("7",), **SMALL}
     fit(config(str(path), tmp_path / "plain", **settings))
@@ -153,8 +153,8 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
     assert json.loads(CliRunner().invoke(app, words).stdout) == there
 
 
-def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: Path) -> None:
-    _, url = made
+def test_a_plan_says_what_is_read_from_where(originals: tuple[Path, str], tmp_path: Path) -> None:
+    _, url = originals
     settings: dict[str, Any] = {"rows": 64 * 30, **SMALL}
     run = config(url, tmp_path / "run", cache_dir=str(tmp_path / "cache"), **settings)
     before = plan_fit(run)
@@ -182,10 +182,10 @@ def test_a_plan_says_what_is_read_from_where(made: tuple[Path, str], tmp_path: P
 
 
 def test_the_benchmark_reads_from_a_tier(
-    made: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
+    originals: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
     settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
-    run = LoaderBenchConfig(store=made[1], cache_dir=str(tmp_path / "cache"), **settings)
+    run = LoaderBenchConfig(store=originals[1], cache_dir=str(tmp_path / "cache"), **settings)
     bench_loader(run)
     assert got(asked())
     assert kept(tmp_path / "cache")
@@ -197,13 +197,15 @@ def test_the_benchmark_reads_from_a_tier(
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "zeros", "directory", "gone"])
-def test_damage_is_read_anew_and_mended(made: tuple[Path, str], tmp_path: Path, harm: str) -> None:
-    path, url = made
+def test_damage_is_read_anew_and_mended(
+    originals: tuple[Path, str], tmp_path: Path, harm: str
+) -> None:
+    path, url = originals
     folder = tmp_path / "cache"
     wanted = everything(open_store(path))
     assert same(everything(open_store(url, str(folder))), wanted)
-    whole = kept(folder)
-    for name, data in whole.items():
+    intact = kept(folder)
+    for name, data in intact.items():
         file = folder / name
         middle = len(data) // 2
         flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
@@ -213,18 +215,20 @@ def test_damage_is_read_anew_and_mended(made: tuple[Path, str], tmp_path: Path, 
             torn = {"flipped": flipped, "truncated": data[:-1]}
             file.write_bytes(torn.get(harm, bytes(len(data))))
     if harm == "directory":
-        (folder / next(iter(whole))).mkdir()
+        (folder / next(iter(intact))).mkdir()
         with pytest.warns(RuntimeWarning, match="takes no more data"):
             assert same(everything(open_store(url, str(folder))), wanted)
         return
     if harm == "gone":
         (folder / "length").unlink()
     assert same(everything(open_store(url, str(folder))), wanted)
-    assert kept(folder) == whole
+    assert kept(folder) == intact
 
 
-def test_the_whole_folder_may_go_while_it_is_read(made: tuple[Path, str], tmp_path: Path) -> None:
-    path, url = made
+def test_the_whole_folder_may_go_while_it_is_read(
+    originals: tuple[Path, str], tmp_path: Path
+) -> None:
+    path, url = originals
     store, wanted = open_store(url, str(tmp_path / "cache")), everything(open_store(path))
     for _ in range(2):
         assert same(everything(store), wanted)
@@ -245,37 +249,37 @@ def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
 
 
 def test_other_content_in_the_same_place_is_never_mistaken(
-    made: tuple[Path, str], own: str, tmp_path: Path
+    originals: tuple[Path, str], own: str, tmp_path: Path
 ) -> None:
     """A part that was rewritten with other bits has another digest in its mark."""
     folder, store = str(tmp_path / "cache"), open_store(own)
-    one = read_cache.ReadCache(folder, None, store.storage, store.digest)
+    cache = read_cache.ReadCache(folder, None, store.storage, store.digest)
     other = read_cache.ReadCache(folder, None, store.storage, "another store.json")
-    elsewhere = read_cache.ReadCache(folder, None, open_storage(made[1]), store.digest)
-    for number, (of, key) in enumerate(
-        [(one, "a" * 32), (one, "b" * 32), (other, "a" * 32), (elsewhere, "a" * 32)]
+    elsewhere = read_cache.ReadCache(folder, None, open_storage(originals[1]), store.digest)
+    for number, (some_cache, key) in enumerate(
+        [(cache, "a" * 32), (cache, "b" * 32), (other, "a" * 32), (elsewhere, "a" * 32)]
     ):
         content = np.full(4, number, np.uint8)
         for _ in range(2):
-            made_of = of.read_through(key, filling(content), lambda read: taken(read, 0, 4))
-            assert made_of.tolist() == content.tolist()
-        assert of.size(key) == 4
+            decoded = some_cache.read_through(key, filling(content), lambda read: taken(read, 0, 4))
+            assert decoded.tolist() == content.tolist()
+        assert some_cache.size(key) == 4
 
 
 def filling(content: np.ndarray) -> ReadInto:
     """Reads as if this were at every offset."""
 
     def read(_: int, buffers: Sequence[np.ndarray]) -> None:
-        (one,) = buffers
-        one[:] = content
+        (buffer,) = buffers
+        buffer[:] = content
 
     return read
 
 
 def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
-    found = np.empty(length, np.uint8)
-    read(offset, [found])
-    return found
+    out = np.empty(length, np.uint8)
+    read(offset, [out])
+    return out
 
 
 # --- a cache without room ---
@@ -284,50 +288,50 @@ def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
 def warned(store: Store, match: str) -> list[torch.Tensor]:
     """Everything, with one warning, however many threads and reads there are."""
     with pytest.warns(RuntimeWarning, match=match) as warnings:
-        found, again = everything(store), everything(store)
+        first, again = everything(store), everything(store)
     assert len(warnings) == 1
-    assert same(found, again)
-    return found
+    assert same(first, again)
+    return first
 
 
-def test_a_full_cache_keeps_what_it_has(made: tuple[Path, str], tmp_path: Path) -> None:
-    path, url = made
+def test_a_full_cache_keeps_what_it_has(originals: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = originals
     folder = tmp_path / "cache"
-    wanted = everything(open_store(path))
-    found = warned(open_store(url, str(folder), 10_000), "of 10000 bytes are used.*each time")
-    assert same(found, wanted)
+    expected = everything(open_store(path))
+    actual = warned(open_store(url, str(folder), 10_000), "of 10000 bytes are used.*each time")
+    assert same(actual, expected)
     before = kept(folder)
     assert 8_000 < sum(map(len, before.values())) <= 10_000
-    found = warned(open_store(url, str(folder), 20_000), "of 20000 bytes are used")
-    assert same(found, wanted)
+    actual = warned(open_store(url, str(folder), 20_000), "of 20000 bytes are used")
+    assert same(actual, expected)
     after = kept(folder)
     assert before.items() < after.items()
     assert sum(map(len, after.values())) <= 20_000
 
 
 def test_a_file_system_is_not_filled_to_the_brim(
-    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    originals: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, url = made
+    path, url = originals
     usage = SimpleNamespace(total=20_000_000, free=1_000_500)  # a twentieth, and a little
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    found = warned(open_store(url, str(tmp_path / "cache")), r"has 0\.001 GB left")
-    assert same(found, everything(open_store(path)))
+    actual = warned(open_store(url, str(tmp_path / "cache")), r"has 0\.001 GB left")
+    assert same(actual, everything(open_store(path)))
     assert max(map(len, kept(tmp_path / "cache").values())) <= 500
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
 def test_a_cache_that_cannot_be_written_is_no_error(
-    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    originals: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    path, url = made
+    path, url = originals
 
     def failing(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(read_cache.fcntl, "flock", failing)
-    found = warned(open_store(url, str(tmp_path / "cache")), os.strerror(code))
-    assert same(found, everything(open_store(path)))
+    actual = warned(open_store(url, str(tmp_path / "cache")), os.strerror(code))
+    assert same(actual, everything(open_store(path)))
     assert kept(tmp_path / "cache") == {}
 
 
@@ -346,8 +350,8 @@ for part in store.parts([("layers.0", "output")], "train"):
 """
 
 
-def test_processes_and_threads_share_a_cache(made: tuple[Path, str], tmp_path: Path) -> None:
-    path, url = made
+def test_processes_and_threads_share_a_cache(originals: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = originals
     folder = str(tmp_path / "cache")
     with subprocess.Popen(
         [sys.executable, "-c", READER, url, folder],
@@ -358,31 +362,31 @@ def test_processes_and_threads_share_a_cache(made: tuple[Path, str], tmp_path: P
         assert other.stdout.readline() == "ready\n"
         other.stdin.close()
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(everything, [open_store(url, folder) for _ in range(2)]))
+            results = list(pool.map(everything, [open_store(url, folder) for _ in range(2)]))
         sums = [float(line) for line in other.stdout]
-    wanted = everything(open_store(path))
-    assert same(found[0], wanted)
-    assert same(found[1], wanted)
-    assert sums == [float(x.double().sum()) for x in wanted[: len(sums)]] != []
+    expected = everything(open_store(path))
+    assert same(results[0], expected)
+    assert same(results[1], expected)
+    assert sums == [float(x.double().sum()) for x in expected[: len(sums)]] != []
     assert all(NAME.fullmatch(name) for name in kept(tmp_path / "cache"))
 
 
 def test_no_two_take_the_same_room(
-    made: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    originals: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fstat, storage = os.fstat, open_storage(made[1])
+    fstat, storage = os.fstat, open_storage(originals[1])
 
     def slow(descriptor: int) -> os.stat_result:
-        found = fstat(descriptor)
+        status = fstat(descriptor)
         time.sleep(0.001)
-        return found
+        return status
 
     monkeypatch.setattr(os, "fstat", slow)
 
     def keep(number: int) -> None:
-        one = read_cache.ReadCache(str(tmp_path / "cache"), 1000, storage, "digest")
+        cache = read_cache.ReadCache(str(tmp_path / "cache"), 1000, storage, "digest")
         content = np.full(30, number, np.uint8)
-        one.read_through(
+        cache.read_through(
             f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30)
         )
 
@@ -391,12 +395,16 @@ def test_no_two_take_the_same_room(
     assert len(kept(tmp_path / "cache")) == 33
 
 
-def test_a_team_shares_what_its_folder_is_open_to(made: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_team_shares_what_its_folder_is_open_to(
+    originals: tuple[Path, str], tmp_path: Path
+) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o2775)
     mask = os.umask(0o077)
     try:
-        open_store(made[1], str(tmp_path / "cache")).acts.read_chunk("layers.0", "output", 0, 0)
+        open_store(originals[1], str(tmp_path / "cache")).acts.read_chunk(
+            "layers.0", "output", 0, 0
+        )
     finally:
         os.umask(mask)
     assert all(path.stat().st_mode & 0o020 for path in (tmp_path / "cache").rglob("*"))
@@ -405,8 +413,8 @@ def test_a_team_shares_what_its_folder_is_open_to(made: tuple[Path, str], tmp_pa
 # --- what it cannot be ---
 
 
-def test_what_is_no_tier(made: tuple[Path, str], tmp_path: Path) -> None:
-    path, url = made
+def test_what_is_no_tier(originals: tuple[Path, str], tmp_path: Path) -> None:
+    path, url = originals
     (tmp_path / "file").touch()
 
     def refused(store: object, *words: str) -> str:
@@ -431,8 +439,10 @@ def test_what_is_no_tier(made: tuple[Path, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs two file systems")
-def test_a_store_on_another_disk_has_a_cache_too(made: tuple[Path, str], tmp_path: Path) -> None:
-    path, _ = made
+def test_a_store_on_another_disk_has_a_cache_too(
+    originals: tuple[Path, str], tmp_path: Path
+) -> None:
+    path, _ = originals
     if Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs two file systems")
     folder = Path("/dev/shm") / tmp_path.name

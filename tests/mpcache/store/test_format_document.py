@@ -22,7 +22,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "float16", "float32"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose splits end with short parts."""
     folder = tmp_path_factory.mktemp("made")
     return small_store(folder, rows=1_000_000, dtype=request.param, codec="zstd")[0]
@@ -42,15 +42,17 @@ def rows_of(store: Store, side: tuple[str, str], part: int, rows: int) -> torch.
     return torch.cat(chunks).float()
 
 
-def test_the_plain_reader_reads_what_is_committed(made: Path) -> None:
-    store, read_parts = open_store(made), example("read_parts")
+def test_the_plain_reader_reads_what_is_committed(original: Path) -> None:
+    store, read_parts = open_store(original), example("read_parts")
     for side in SIDES:
-        (made / f"marks/3/{side[0]}/{side[1]}.json").unlink(missing_ok=True)
-    store = open_store(made)
+        (original / f"marks/3/{side[0]}/{side[1]}.json").unlink(missing_ok=True)
+    store = open_store(original)
     for side in SIDES:
-        found = list(read_parts(made, *side))
-        assert [part for part, _, _ in found] == list(store.part_numbers(f"acts/{'/'.join(side)}"))
-        for part, split, rows in found:
+        parts_read = list(read_parts(original, *side))
+        assert [part for part, _, _ in parts_read] == list(
+            store.part_numbers(f"acts/{'/'.join(side)}")
+        )
+        for part, split, rows in parts_read:
             assert split == store.layout.split_of(part)
             wanted = rows_of(store, side, part, len(rows))
             assert np.array_equal(rows.astype(np.float32), wanted.numpy())
@@ -70,19 +72,19 @@ def test_the_plain_reader_reads_flags(tmp_path: Path) -> None:
         assert list(example("read_parts")(path, *SIDES[0]))
 
 
-def test_the_lazy_reader_reads_what_is_committed(made: Path) -> None:
-    store, open_rows = open_store(made), example("open_rows")
+def test_the_lazy_reader_reads_what_is_committed(original: Path) -> None:
+    store, open_rows = open_store(original), example("open_rows")
     for side in SIDES:
         for split in ("train", "validation"):
             parts = store.parts([side], split)  # type: ignore[arg-type]
             wanted = torch.cat([rows_of(store, side, p.number, p.rows) for p in parts])
-            found = open_rows(made, *side, split).compute(scheduler="synchronous")
-            assert np.array_equal(found.astype(np.float32), wanted.numpy())
+            rows_read = open_rows(original, *side, split).compute(scheduler="synchronous")
+            assert np.array_equal(rows_read.astype(np.float32), wanted.numpy())
 
 
-def test_the_permutation_is_as_documented(made: Path) -> None:
+def test_the_permutation_is_as_documented(original: Path) -> None:
     """Section 5, with Python's own integers."""
-    store = open_store(made)
+    store = open_store(original)
     seed, words = store.identity["seed"], 1 << 64
     for part in store.part_numbers("tokens"):
         count = store.mark(part, "tokens").rows
@@ -100,9 +102,9 @@ def test_the_permutation_is_as_documented(made: Path) -> None:
         assert sequence.tolist() == [part * 12 + t // 16 for t in tokens]
 
 
-def test_seals_digests_and_moments_are_as_told(made: Path) -> None:
-    store = open_store(made)
-    for file in [made / "store.json", *(made / "marks").rglob("*.json")]:
+def test_seals_digests_and_moments_are_as_told(original: Path) -> None:
+    store = open_store(original)
+    for file in [original / "store.json", *(original / "marks").rglob("*.json")]:
         content = json.loads(file.read_bytes())
         spelled = json.dumps(content, indent=1, sort_keys=True) + "\n"
         assert file.read_text() == spelled
@@ -113,7 +115,7 @@ def test_seals_digests_and_moments_are_as_told(made: Path) -> None:
         for part in store.part_numbers(array):
             values = store.read_part(array, part)
             for name, record in store.mark(part, array).objects.items():
-                data = (made / name).read_bytes()
+                data = (original / name).read_bytes()
                 assert (len(data), xxhash.xxh3_128_hexdigest(data)) == (
                     record.bytes,
                     record.xxh3_128,
@@ -122,12 +124,12 @@ def test_seals_digests_and_moments_are_as_told(made: Path) -> None:
                 assert xxhash.xxh3_128_hexdigest(decoded) == record.values_xxh3_128
 
 
-def test_every_path_of_a_store_is_in_the_document(made: Path) -> None:
+def test_every_path_of_a_store_is_in_the_document(original: Path) -> None:
     """Each file has the form of a line of section 2."""
     (listing,) = [t for t in re.findall(r"```\n(.*?)```", TEXT, flags=re.DOTALL) if "acts/<" in t]
     forms = {re.sub(r"<part>", "N", word) for word in re.findall(r"[\w./<>-]+/[\w./<>-]+", listing)}
-    for file in (f for f in made.rglob("*") if f.is_file() and f.name != "zarr.json"):
-        name = file.relative_to(made).as_posix().removeprefix("arrays.zarr/")
+    for file in (f for f in original.rglob("*") if f.is_file() and f.name != "zarr.json"):
+        name = file.relative_to(original).as_posix().removeprefix("arrays.zarr/")
         form = re.sub(r"^(marks|.*/c)/\d+", r"\1/N", name)
         for hookpoint, side in SIDES:
             form = form.replace(f"{hookpoint}/{side}", "<hookpoint>/<side>")

@@ -34,24 +34,24 @@ def test_measures_what_float64_says(
     x_RW = x_RW.to(dtype)
     exact = x_RW.double().numpy()
     finite = exact[np.isfinite(exact).all(axis=1)]
-    found = measure_rows(x_RW)
-    assert found.moments.rows == len(finite)
-    assert found.statistics.nonfinite == int((~np.isfinite(exact)).sum())
+    measured = measure_rows(x_RW)
+    assert measured.moments.rows == len(finite)
+    assert measured.statistics.nonfinite == int((~np.isfinite(exact)).sum())
     if len(finite):
         mean, variance = finite.mean(axis=0), finite.var(axis=0)
-        np.testing.assert_allclose(found.moments.mean_W, mean, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(found.moments.variance_W, variance, rtol=1e-9, atol=1e-12)
-    assert found.statistics.largest == np.abs(exact[np.isfinite(exact)]).max(initial=0)
+        np.testing.assert_allclose(measured.moments.mean_W, mean, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(measured.moments.variance_W, variance, rtol=1e-9, atol=1e-12)
+    assert measured.statistics.largest == np.abs(exact[np.isfinite(exact)]).max(initial=0)
     with np.errstate(invalid="ignore"):
         norms = np.sqrt((exact**2).sum(axis=1)).astype(np.float32)
-    np.testing.assert_allclose(found.norms_R, norms, rtol=1e-6)
+    np.testing.assert_allclose(measured.norms_R, norms, rtol=1e-6)
 
 
 def test_a_dimension_far_from_zero_loses_nothing() -> None:
     x_RW = torch.randn(5000, 3) * 1e-2 + torch.tensor([0.0, 1e3, -1e4])
-    found, exact = measure_rows(x_RW).moments, x_RW.double()
-    torch.testing.assert_close(found.variance_W, exact.var(0, correction=0), rtol=1e-10, atol=0)
-    assert merge_moments([found, found]).rows == 10_000
+    moments, exact = measure_rows(x_RW).moments, x_RW.double()
+    torch.testing.assert_close(moments.variance_W, exact.var(0, correction=0), rtol=1e-10, atol=0)
+    assert merge_moments([moments, moments]).rows == 10_000
 
 
 @given(

@@ -38,9 +38,11 @@ def draw_values(spec: ArraySpec, seed: int, zeros: bool) -> np.ndarray:
 
 def reader_of(data: bytes) -> ReadInto:
     def read(offset: int, buffers: Sequence[np.ndarray]) -> None:
-        for one in buffers:
-            one.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)[offset:][: one.nbytes]
-            offset += one.nbytes
+        for buffer in buffers:
+            buffer.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)[offset:][
+                : buffer.nbytes
+            ]
+            offset += buffer.nbytes
 
     return read
 
@@ -85,11 +87,11 @@ def test_reads_what_zarr_reads(tmp_path_factory, codec, dtype, shape, seed, zero
     rows = spec.part_shape[0]
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start + 1, rows))
-    found = decoded(spec, encoded, start, stop)
+    actual = decoded(spec, encoded, start, stop)
     expected = array[rows + start : rows + stop]
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert found.tobytes() == expected.tobytes()
-    assert found.flags.writeable, "torch warns of an array that is not"
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    assert actual.tobytes() == expected.tobytes()
+    assert actual.flags.writeable, "torch warns of an array that is not"
 
 
 @CODECS
@@ -99,14 +101,14 @@ def test_values_are_put_where_they_are_wanted(codec: Codec, start: int, stop: in
     values = draw_values(spec, 1, zeros=False)
     read = reader_of(b"".join(encode_part(spec, values)))
     ends = read_chunk_ends(spec, read, len(b"".join(encode_part(spec, values))))
-    whole = np.full((20, 5), 7, np.uint16)
-    out = whole[3 : 3 + stop - start]
+    larger = np.full((20, 5), 7, np.uint16)
+    out = larger[3 : 3 + stop - start]
     assert decode_part(spec, read, ends, start, stop, out) is out
     assert (out == values[start:stop]).all()
-    assert (whole[:3] == 7).all()
-    assert (whole[3 + stop - start :] == 7).all()
+    assert (larger[:3] == 7).all()
+    assert (larger[3 + stop - start :] == 7).all()
     with pytest.raises(ValueError, match="entries"):
-        decode_part(spec, read, ends, start, stop, whole)
+        decode_part(spec, read, ends, start, stop, larger)
 
 
 @CODECS

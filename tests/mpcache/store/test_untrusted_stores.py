@@ -45,7 +45,7 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
         if isinstance(arg, str | os.PathLike) and os.path.isabs(path := os.fspath(arg)):
             folder = os.path.dirname(path)
             real = os.path.realpath(path) if event in FOLLOWING else os.path.realpath(folder)
-            TOUCHED.extend(f"{event} {path}" for one in WATCHED if f"{real}/".startswith(one))
+            TOUCHED.extend(f"{event} {path}" for root in WATCHED if f"{real}/".startswith(root))
 
 
 sys.addaudithook(audit)
@@ -76,23 +76,23 @@ def state(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     small_store(folder, rows=600)
     return folder
 
 
 @pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
+def store(original: Path, tmp_path: Path) -> Path:
     """A store that a test may harm."""
-    return Path(shutil.copytree(made / "store", tmp_path / "store"))
+    return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
 def command(*words: object):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def in_one_line(result, codes: tuple[int, ...] = (1, 2)) -> str:
+def error_line(result, codes: tuple[int, ...] = (1, 2)) -> str:
     """A command that was refused: no traceback, and nothing that steers the terminal."""
     assert result.exit_code in codes, result.output
     assert isinstance(result.exception, SystemExit), result.exception
@@ -102,9 +102,15 @@ def in_one_line(result, codes: tuple[int, ...] = (1, 2)) -> str:
     return lines[0]
 
 
-def all_commands(made: Path, store: Path) -> dict[str, Callable[[], Any]]:
+def all_commands(original: Path, store: Path) -> dict[str, Callable[[], Any]]:
     """Every command that reads or writes a store."""
-    model = (made / "model", made / "corpus.jsonl", store, "--hookpoints", "layers.0,layers.1.mlp")
+    model = (
+        original / "model",
+        original / "corpus.jsonl",
+        store,
+        "--hookpoints",
+        "layers.0,layers.1.mlp",
+    )
     return {
         "info": lambda: command("info", store),
         "stats": lambda: command("stats", store),
@@ -123,13 +129,13 @@ def all_commands(made: Path, store: Path) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize(
     "name", ["..", "../x", "/etc", "a/b", "a\\b", "layers.\x1b[31m0", "layers..0", "a\nb", ".x"]
 )
-def test_hookpoints_that_lead_astray(made: Path, tmp_path: Path, name: str) -> None:
-    model = (made / "model", made / "corpus.jsonl", tmp_path / "new" / "store")
-    assert "hookpoint" in in_one_line(
+def test_hookpoints_that_lead_astray(original: Path, tmp_path: Path, name: str) -> None:
+    model = (original / "model", original / "corpus.jsonl", tmp_path / "new" / "store")
+    assert "hookpoint" in error_line(
         command("collect", *model, "--hookpoints", name, *COLLECT), (2,)
     )
-    into = ("convert", made / "store", tmp_path / "new" / "store", "--hookpoints", name)
-    in_one_line(command(*into), (2,))
+    into = ("convert", original / "store", tmp_path / "new" / "store", "--hookpoints", name)
+    error_line(command(*into), (2,))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,15 +148,15 @@ def test_modules_of_a_model_that_lead_astray() -> None:
 
 
 @pytest.mark.parametrize("name", ["bad\x1b[31m", "bad\nname"])
-def test_places_that_steer_the_terminal(made: Path, tmp_path: Path, name: str) -> None:
-    model = ("collect", made / "model", made / "corpus.jsonl", "--hookpoints", "layers.0")
+def test_places_that_steer_the_terminal(original: Path, tmp_path: Path, name: str) -> None:
+    model = ("collect", original / "model", original / "corpus.jsonl", "--hookpoints", "layers.0")
     for words in (
         (*model, tmp_path / name, *COLLECT),
         (*model, "--root", tmp_path / name, *COLLECT),
-        ("copy", made / "store", tmp_path / name),
-        ("convert", made / "store", tmp_path / name),
+        ("copy", original / "store", tmp_path / name),
+        ("convert", original / "store", tmp_path / name),
     ):
-        assert "must be printable" in in_one_line(command(*words), (2,))
+        assert "must be printable" in error_line(command(*words), (2,))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,21 +240,21 @@ MARKS = {
 
 @pytest.mark.parametrize("name", MARKS)
 def test_a_mark_edited_and_sealed_again_is_refused(
-    made: Path, store: Path, outside: Path, name: str
+    original: Path, store: Path, outside: Path, name: str
 ) -> None:
     edit(store / MARK, MARKS[name])
     with pytest.raises(DamagedStoreError, match=r"marks/2/layers\.0/output\.json"):
         open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
     assert MARK in {f.path for f in verify(store).findings if f.is_damage}
     for words in (("copy", store, store.parent / "a"), ("convert", store, store.parent / "b")):
-        assert MARK in in_one_line(
+        assert MARK in error_line(
             command(*words, *["--dtype", "float32"][: 2 * (words[0] != "copy")])
         )
         assert not is_store(open_storage(words[2]))
 
 
 def test_a_mark_of_other_rows_than_the_positions_is_refused(
-    made: Path, store: Path, outside: Path
+    original: Path, store: Path, outside: Path
 ) -> None:
     """Else what was in memory before would pass for the rows that it lacks."""
     edit(store / MARK, put(rows=1, finite_rows=1))
@@ -270,13 +276,13 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "provenance", "identity", "fingerprint", "layout"])
 def test_a_store_file_edited_and_sealed_again_is_refused(
-    made: Path, store: Path, outside: Path, name: str
+    original: Path, store: Path, outside: Path, name: str
 ) -> None:
     if name in LAYOUTS:
         edit(store / "store.json", lambda c: c["layout"].update({name: LAYOUTS[name]}))
     else:
         edit(store / "store.json", put(**{name: {"..": "../outside"}}))
-    for what, call in all_commands(made, store).items():
+    for what, call in all_commands(original, store).items():
         if what == "list":
             result = call()
             assert result.exit_code == 0
@@ -285,7 +291,7 @@ def test_a_store_file_edited_and_sealed_again_is_refused(
             result = call()
             assert (result.exit_code, "DAMAGED" in result.stdout) == (1, True)
         else:
-            assert "store.json is damaged" in in_one_line(call(), (1,))
+            assert "store.json is damaged" in error_line(call(), (1,))
     assert is_store(open_storage(store))
 
 
@@ -294,11 +300,11 @@ def test_a_store_file_edited_and_sealed_again_is_refused(
     "data", [b"", b"{}", b"[]", b"null", b"[" * 99_999, b"\xff\xfe", b'{"a":NaN}']
 )
 def test_anything_at_all_in_a_json_file_is_refused(
-    made: Path, store: Path, outside: Path, file: str, data: bytes
+    original: Path, store: Path, outside: Path, file: str, data: bytes
 ) -> None:
     (store / file).write_bytes(data)
     for what in ("copy", "convert"):
-        message = in_one_line(all_commands(made, store)[what](), (1,))
+        message = error_line(all_commands(original, store)[what](), (1,))
         assert "damaged" in message
     assert command("verify", store).exit_code == 1
 
@@ -319,7 +325,7 @@ METADATA: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("name", METADATA)
 def test_array_metadata_edited_by_hand_is_refused(
-    made: Path, store: Path, outside: Path, name: str
+    original: Path, store: Path, outside: Path, name: str
 ) -> None:
     file = f"arrays.zarr/{SIDE}/zarr.json"
     content = json.loads((store / file).read_bytes())
@@ -329,8 +335,8 @@ def test_array_metadata_edited_by_hand_is_refused(
         open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
     assert file in {f.path for f in verify(store).findings if f.is_damage}
     if name not in ("shape", "fewer"):  # which are multiples of a part, and may be grown again
-        assert file in in_one_line(all_commands(made, store)["copy"](), (1,))
-    in_one_line(all_commands(made, store)["convert"](), (1,))
+        assert file in error_line(all_commands(original, store)["copy"](), (1,))
+    error_line(all_commands(original, store)["convert"](), (1,))
 
 
 # --- links ---
@@ -356,7 +362,7 @@ LINKS = [
 @pytest.mark.parametrize("name", LINKS)
 @pytest.mark.parametrize("dangling", [False, True])
 def test_links_out_of_a_store_are_never_followed(
-    made: Path, store: Path, outside: Path, name: str, dangling: bool
+    original: Path, store: Path, outside: Path, name: str, dangling: bool
 ) -> None:
     path = store / name
     is_folder = path.is_dir()
@@ -365,7 +371,7 @@ def test_links_out_of_a_store_are_never_followed(
     path.symlink_to(target)
     is_seen = [f for f in verify(store).findings if f.path == name or f.path.startswith(name)]
     assert is_seen or name == "marks/2/layers.0"
-    results = {what: call() for what, call in all_commands(made, store).items()}
+    results = {what: call() for what, call in all_commands(original, store).items()}
     for result in results.values():
         assert result.exception is None or isinstance(result.exception, SystemExit), result
     if name not in ("marks/2/layers.0", "arrays.zarr/zarr.json"):  # without marks: not committed
@@ -380,41 +386,41 @@ def test_links_out_of_a_store_are_never_followed(
     "name", ["arrays.zarr", "marks", "store.json", "store.json.incoming.partial"]
 )
 def test_a_place_with_a_link_in_it_is_not_written_to(
-    made: Path, tmp_path: Path, outside: Path, name: str
+    original: Path, tmp_path: Path, outside: Path, name: str
 ) -> None:
     """Also where half a copy is there that this one would go on with."""
     for begun in (False, True):
         target = tmp_path / f"place{begun}"
         target.mkdir()
         if begun and name != "store.json.incoming.partial":
-            shutil.copy(made / "store/store.json", target / "store.json.incoming.partial")
+            shutil.copy(original / "store/store.json", target / "store.json.incoming.partial")
         (target / name).symlink_to(outside / ("" if "." not in name[6:] else "store.json"))
-        in_one_line(command("copy", made / "store", target))
-        in_one_line(command("convert", made / "store", target, "--codec", "lz4"))
-        model = (made / "model", made / "corpus.jsonl", target, "--hookpoints", "layers.0")
+        error_line(command("copy", original / "store", target))
+        error_line(command("convert", original / "store", target, "--codec", "lz4"))
+        model = (original / "model", original / "corpus.jsonl", target, "--hookpoints", "layers.0")
         if not name.endswith(".partial"):  # a stale temporary file is in nobody's way
-            in_one_line(command("collect", *model, *COLLECT))
+            error_line(command("collect", *model, *COLLECT))
         assert (target / name).is_symlink()
 
 
-def test_a_store_reached_by_a_link_is_the_users_choice(made: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(made / "store")
+def test_a_store_reached_by_a_link_is_the_users_choice(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(original / "store")
     assert verify(tmp_path / "link").findings == ()
     convert(tmp_path / "link", tmp_path / "new", ConvertConfig(codec="lz4"))
     assert verify(tmp_path / "new").findings == ()
 
 
 @pytest.mark.parametrize("name", ["arrays.zarr/acts/layers.0/output/c/2/0", MARK, "store.json"])
-def test_a_pipe_does_not_hang(made: Path, store: Path, name: str) -> None:
+def test_a_pipe_does_not_hang(original: Path, store: Path, name: str) -> None:
     (store / name).unlink()
     os.mkfifo(store / name)
     for what in ("copy", "convert"):
-        assert "not a plain file" in in_one_line(all_commands(made, store)[what](), (1,))
+        assert "not a plain file" in error_line(all_commands(original, store)[what](), (1,))
     assert command("verify", store).exit_code == 1
 
 
-def test_unmentioned_fields_are_nobodys_business(store: Path, made: Path) -> None:
+def test_unmentioned_fields_are_nobodys_business(store: Path, original: Path) -> None:
     """Later writers may say more: a reader passes over what it does not know."""
     edit(store / MARK, put(weather="fine"))
     assert verify(store).findings == ()
-    assert small_config(made).rows == 1500
+    assert small_config(original).rows == 1500
