@@ -128,8 +128,8 @@ def test_bytes_kept_for_the_backward_pass(adapter: Adapter, megabytes: float):
 
 def test_our_bytes_kept_for_the_backward_pass():
     coder, x_BD = our_coder(256, 8192, 32), torch.randn(256, 256)
-    given = (x_BD, *coder.parameters())
-    kept = saved_bytes(lambda: reconstruction_loss(x_BD, coder(x_BD), 1.0), given)
+    inputs = (x_BD, *coder.parameters())
+    kept = saved_bytes(lambda: reconstruction_loss(x_BD, coder(x_BD), 1.0), inputs)
     assert kept / 1e6 == pytest.approx(0.62, rel=0.01)
 
 

@@ -80,11 +80,11 @@ def token_file(values, column="text"):
 
 
 def gz(write):
-    return lambda *given: gzip.compress(write(*given), 1, mtime=0)
+    return lambda *arguments: gzip.compress(write(*arguments), 1, mtime=0)
 
 
 def zst(write):
-    return lambda *given: pa.compress(write(*given), codec="zstd", asbytes=True)
+    return lambda *arguments: pa.compress(write(*arguments), codec="zstd", asbytes=True)
 
 
 KINDS = {
@@ -251,10 +251,10 @@ def test_a_file_that_is_not_readable_is_named(tmp_path, model, name, monkeypatch
     (tmp_path / name).write_bytes(KINDS[name](TEXTS[:50]))
     plain = datafile.os.open
 
-    def refuse(path, *given, **named):
+    def refuse(path, *arguments, **options):
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
-        return plain(path, *given, **named)
+        return plain(path, *arguments, **options)
 
     monkeypatch.setattr(datafile.os, "open", refuse)
     assert f"{name} is not readable" in refusal(model, tmp_path / name, tmp_path)

@@ -42,7 +42,7 @@ def collect(inputs: Path, *more: str, model: str = "model", data: str = "corpus.
     return CliRunner().invoke(mpcache, ["collect", *arguments, *COLLECT])
 
 
-def one_line(result) -> str:
+def error_line(result) -> str:
     """The message of a user's mistake; there must be nothing else."""
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -52,7 +52,7 @@ def one_line(result) -> str:
 
 
 def test_unknown_hookpoint_lists_near_names(inputs: Path) -> None:
-    message = one_line(collect(inputs, str(inputs / "new"), "--hookpoints", "layer.1.mpl"))
+    message = error_line(collect(inputs, str(inputs / "new"), "--hookpoints", "layer.1.mpl"))
     assert "layers.*.mlp" in message
     assert not (inputs / "new").exists()
 
@@ -72,7 +72,7 @@ def test_missing_or_useless_input(inputs: Path, model: str, data: str, message: 
     result = collect(
         inputs, str(inputs / "new"), "--hookpoints", "layers.0", model=model, data=data
     )
-    assert message in one_line(result)
+    assert message in error_line(result)
     assert not (inputs / "new").exists()
 
 
@@ -81,12 +81,12 @@ def test_a_store_of_another_model_or_of_other_settings_is_refused(inputs: Path) 
     save_tiny(inputs / "other_model", seed=1)
     store = str(inputs / "store")
     other = collect(inputs, store, "--hookpoints", "layers.0", model="other_model")
-    assert "model_digest" in one_line(other)
+    assert "model_digest" in error_line(other)
     settings = collect(inputs, store, "--hookpoints", "layers.0", "--seed", "7")
-    assert "seed: 0 there, 7 asked" in one_line(settings)
+    assert "seed: 0 there, 7 asked" in error_line(settings)
     dtype = collect(inputs, store, "--hookpoints", "layers.0", "--batch-sequences", "5",
                     "--dtype", "float16")  # fmt: skip
-    assert "dtype: bfloat16 there, float16 asked" in one_line(dtype)
+    assert "dtype: bfloat16 there, float16 asked" in error_line(dtype)
     assert {f: f.read_bytes() for f in (inputs / "store").rglob("*") if f.is_file()} == before
 
 
@@ -95,22 +95,24 @@ def test_unknown_format_version(inputs: Path, tmp_path: Path) -> None:
     text = (store / "store.json").read_text()
     (store / "store.json").write_text(text.replace('"format_version": 1', '"format_version": 7'))
     for command in ("info", "verify", "stats"):
-        assert "version 7" in one_line(CliRunner().invoke(mpcache, [command, str(store)]))
+        assert "version 7" in error_line(CliRunner().invoke(mpcache, [command, str(store)]))
     fit = ["fit", str(store), "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", *FIT]
-    assert "version 7" in one_line(CliRunner().invoke(mptrain, fit))
+    assert "version 7" in error_line(CliRunner().invoke(mptrain, fit))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written(inputs: Path) -> None:
     below_a_file = str(inputs / "corpus.jsonl" / "store")
-    assert "Not a directory" in one_line(collect(inputs, below_a_file, "--hookpoints", "layers.0"))
+    assert "Not a directory" in error_line(
+        collect(inputs, below_a_file, "--hookpoints", "layers.0")
+    )
 
 
 def test_a_folder_that_is_no_store_stays_as_it_is(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "no store" in one_line(collect(inputs, str(tmp_path), "--hookpoints", "layers.0"))
+    assert "no store" in error_line(collect(inputs, str(tmp_path), "--hookpoints", "layers.0"))
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
-    assert "no store" in one_line(CliRunner().invoke(mpcache, ["info", str(tmp_path)]))
+    assert "no store" in error_line(CliRunner().invoke(mpcache, ["info", str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_nonfinite_activations_are_counted_reported_and_refused(tmp_path: Path) 
     report = json.loads(CliRunner().invoke(mpcache, ["stats", store, "--json"]).stdout)
     assert report[0]["nonfinite"] > 0
     fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", *FIT]
-    message = one_line(CliRunner().invoke(mptrain, fit))
+    message = error_line(CliRunner().invoke(mptrain, fit))
     assert "non-finite" in message
     assert "--allow-nonfinite" in message
     allowed = CliRunner().invoke(mptrain, [*fit, "--allow-nonfinite", "--json"])
@@ -229,7 +231,7 @@ def test_fits_that_cannot_be(
     inputs: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     fit = ["fit", str(inputs / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
-    assert message in one_line(CliRunner().invoke(mptrain, fit))
+    assert message in error_line(CliRunner().invoke(mptrain, fit))
     assert not (tmp_path / "run").exists()
 
 
@@ -243,7 +245,7 @@ def test_fit_refuses_another_config_in_the_same_run(inputs: Path, tmp_path: Path
         "layers.0",
     ]
     assert CliRunner().invoke(mptrain, [*fit, *FIT]).exit_code == 0
-    message = one_line(CliRunner().invoke(mptrain, [*fit, *FIT, "--lr", "0.5"]))
+    message = error_line(CliRunner().invoke(mptrain, [*fit, *FIT, "--lr", "0.5"]))
     assert "lr: none there, 0.5 asked" in message
 
 
@@ -277,22 +279,22 @@ def test_settings_that_cannot_be_fitted(
     fit = ["fit", str(inputs / "store"), "--run", str(tmp_path / "run"), *FIT, *options]
     if "--k" in options:
         fit = [*fit[:4], *FIT[2:], *options]
-    assert message in one_line(CliRunner().invoke(mptrain, fit))
+    assert message in error_line(CliRunner().invoke(mptrain, fit))
     assert not (tmp_path / "run").exists()
 
 
 def test_no_hookpoints_to_collect(inputs: Path, tmp_path: Path) -> None:
-    message = one_line(collect(inputs, str(tmp_path / "new"), "--hookpoints", ","))
+    message = error_line(collect(inputs, str(tmp_path / "new"), "--hookpoints", ","))
     assert "hookpoints is empty" in message
 
 
 def test_runs_and_figures_below_a_file(inputs: Path, tmp_path: Path) -> None:
     below = str(inputs / "corpus.jsonl" / "run")
     fit = ["fit", str(inputs / "store"), "--hookpoints", "layers.0", *FIT]
-    assert "cannot write in" in one_line(CliRunner().invoke(mptrain, [*fit, "--run", below]))
+    assert "cannot write in" in error_line(CliRunner().invoke(mptrain, [*fit, "--run", below]))
     assert CliRunner().invoke(mptrain, [*fit, "--run", str(tmp_path / "run")]).exit_code == 0
     plot = ["plot", str(tmp_path / "run"), "--out", below]
-    assert "cannot write in" in one_line(CliRunner().invoke(mptrain, plot))
+    assert "cannot write in" in error_line(CliRunner().invoke(mptrain, plot))
 
 
 def test_eval_takes_lists_and_refuses_nothing_to_do(inputs: Path, tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_eval_takes_lists_and_refuses_nothing_to_do(inputs: Path, tmp_path: Path
         (("--k", "0"), "k must be at least 1, got 0"),
         (("--device", "foo"), "use auto or cpu"),
     ]:
-        assert message in one_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
+        assert message in error_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
 
 
 def test_coders_with_an_encoder_have_no_codes(inputs: Path, tmp_path: Path) -> None:

@@ -42,14 +42,14 @@ def test_a_required_option_from_the_environment(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_wrong_value_names_its_variable(name: str, value: str, message: str) -> None:
-    done = CliRunner().invoke(mpcache, ["collect", *COLLECT], env={name: value})
-    assert done.exit_code == 2
-    assert message in done.stderr
-    given = CliRunner().invoke(
+    by_variable = CliRunner().invoke(mpcache, ["collect", *COLLECT], env={name: value})
+    assert by_variable.exit_code == 2
+    assert message in by_variable.stderr
+    by_option = CliRunner().invoke(
         mpcache, ["collect", *COLLECT, f"--{name[8:].lower().replace('_', '-')}", value]
     )
-    assert given.exit_code == 2
-    assert "MPCACHE" not in given.stderr
+    assert by_option.exit_code == 2
+    assert "MPCACHE" not in by_option.stderr
 
 
 def test_variables_of_one_program_are_not_those_of_the_other() -> None:

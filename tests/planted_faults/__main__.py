@@ -156,11 +156,11 @@ def _try(fault: Fault, project: Path) -> bool:
     began = time.monotonic()
     with planted(fault, project):
         result = verdict(run_tests(project, fault.tests))
-    is_found = result.startswith("found")
+    is_caught = result.startswith("found")
     print(f"{time.monotonic() - began:6.1f} s  {result}  {fault.name}", flush=True)  # noqa: T201
-    if not is_found:
+    if not is_caught:
         print(_end_of_log(project), flush=True)  # noqa: T201
-    return is_found
+    return is_caught
 
 
 def _end_of_log(project: Path) -> str:

@@ -13,8 +13,8 @@ def parameters(B: int = 4, D: int = 6, M: int = 9) -> tuple[Tensor, ...]:
     """x, b, encoder, bias and decoder."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((B, D), (D,), (M, D), (M,), (M, D - 1))
-    made = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    return tuple(t.requires_grad_() for t in made)
+    tensors = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    return tuple(t.requires_grad_() for t in tensors)
 
 
 def test_nothing_dead_predicts_no_error():

@@ -253,15 +253,15 @@ def test_batch_mp_keeps_k_steps_on_average_and_the_strongest():
     idx_BK, val_BK, residual_BD = coder.encode(x_BD, over_batch=True)
     steps_B = (idx_BK >= 0).sum(1)
     assert steps_B[:25].sum() > 2 * steps_B[25:].sum(), "rows with larger values get more"
-    whole = reference.pursue(
+    uncut = reference.pursue(
         (x_BD - coder.b_D).detach().numpy(), coder.decoder_ME.detach().numpy(), 6, 0.0
     )
-    lowest_BK = np.minimum.accumulate(whole.val_BK, 1)
+    lowest_BK = np.minimum.accumulate(uncut.val_BK, 1)
     least = np.sort(lowest_BK.flatten())[-150]
     # a value above the one before it shares that one's fate: more than 150 only where they tie
     assert steps_B.sum() == (lowest_BK >= least).sum() >= 50 * 3
     assert (lowest_BK > least).sum() < 50 * 3
-    expected_BK = np.where(lowest_BK >= least, whole.val_BK, 0)
+    expected_BK = np.where(lowest_BK >= least, uncut.val_BK, 0)
     np.testing.assert_allclose(val_BK.detach(), expected_BK, atol=1e-5)
     prediction_BD = coder.decode(Code(idx_BK, val_BK, None), x_BD)
     torch.testing.assert_close(prediction_BD, x_BD - residual_BD, atol=1e-5, rtol=1e-5)

@@ -54,15 +54,15 @@ def test_facts_are_those_of_the_rows(store: Store) -> None:
     for side in (IN, OUT):
         norm_B = batch.values[side].float().norm(dim=1)
         torch.testing.assert_close(batch.fields[norm_of(side)], norm_B)
-    found, wanted = {}, {}
+    actual, expected = {}, {}
     for position, token in zip(
         batch.positions_B.tolist(), batch.fields[TOKEN].tolist(), strict=True
     ):
-        found.setdefault(position, []).append(token)
+        actual.setdefault(position, []).append(token)
     for part in store.parts([IN], "train"):
         for position, tokens in enumerate(store.tokens.read_tokens(part.number).T):
-            wanted.setdefault(position, []).extend(tokens.tolist())
-    assert {p: sorted(t) for p, t in found.items()} == {p: sorted(t) for p, t in wanted.items()}
+            expected.setdefault(position, []).extend(tokens.tolist())
+    assert {p: sorted(t) for p, t in actual.items()} == {p: sorted(t) for p, t in expected.items()}
 
 
 def test_each_filter_leaves_out_what_it_names(store: Store) -> None:
@@ -104,28 +104,28 @@ def test_rows_that_are_not_finite_are_left_out_where_they_may_be() -> None:
 @pytest.mark.parametrize("arch", ["batch-topk", "batch-mp"])
 def test_rows_left_out_do_not_change_the_evaluation_of_the_others(arch: Arch) -> None:
     """Also at another K, where the strongest entries of many rows are kept."""
-    one = CoderConfig(
+    coder_config = CoderConfig(
         inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=3, expansion=4
     )
-    coder = Coder(one, 8, 8)
+    coder = Coder(coder_config, 8, 8)
     generator = torch.Generator().manual_seed(0)
     coder.initialise_(torch.zeros(8), torch.zeros(8), generator)
     x_BD = torch.randn(40, 8, generator=generator)
     positions_B = torch.arange(40) % 4
     louder_BD = torch.where((positions_B < 2)[:, None], 100 * x_BD, x_BD)
     filters = Filters(skip_positions=2, norm_limits={})
-    found = [
+    evaluations = [
         evaluate(
-            [(coder, 5, one.codes)],
+            [(coder, 5, coder_config.codes)],
             [Batch(offset=0, positions_B=positions_B, values={("h", "output"): rows_BD})],
             filters,
         )[0]
         for rows_BD in (x_BD, louder_BD)
     ]
-    assert found[0].rows == 20
-    assert 0 < found[0].l0 <= 5
-    assert found[0].fvu_all != found[1].fvu_all
-    assert (found[0].fvu, found[0].l0) == (found[1].fvu, found[1].l0)
+    assert evaluations[0].rows == 20
+    assert 0 < evaluations[0].l0 <= 5
+    assert evaluations[0].fvu_all != evaluations[1].fvu_all
+    assert (evaluations[0].fvu, evaluations[0].l0) == (evaluations[1].fvu, evaluations[1].l0)
 
 
 def test_the_median_is_that_of_the_first_train_part(store: Store) -> None:
@@ -144,9 +144,9 @@ def test_rows_are_scaled_by_those_that_are_taken(
     monkeypatch.setattr(ActsReader, "moments", lambda *of: tuple(1e6 * m for m in moments(*of)))
     run = config(store, normalise=True, skip_positions=3)
     filters = make_filters(run, store, [IN, OUT])
-    for one in run.coders():
-        scale = make_coder_run(one, run, filters, store, torch.device("cpu")).trainer.scale
-        for side, factor in zip(one.sides, scale, strict=True):
+    for coder_config in run.coders():
+        scale = make_coder_run(coder_config, run, filters, store, torch.device("cpu")).trainer.scale
+        for side, factor in zip(coder_config.sides, scale, strict=True):
             batch = all_rows(store, filters, (side,))
             square = batch.values[side][filters.kept(batch, (side,))].double().square().mean()
             assert 0.5 <= factor**2 * square <= 2
@@ -166,15 +166,17 @@ def test_filters_are_kept_beside_a_coder_and_used_in_its_evaluation(
         side = RESIDUAL if folder.name.startswith("layers.0-") else OUT
         assert filters == make_filters(chosen, store, [side])
         assert filters.skip_tokens == tuple(sorted({71, *store.special_ids}))
-        (found,) = evaluate_coder(folder, str(store.storage), [], device="cpu")
-        one = results[folder.name]
-        assert one is not None
-        assert found.rows == one.rows
+        (evaluation,) = evaluate_coder(folder, str(store.storage), [], device="cpu")
+        validation = results[folder.name]
+        assert validation is not None
+        assert evaluation.rows == validation.rows
         # batches of another size, so that sums are rounded elsewhere
-        assert (found.fvu, found.fvu_all) == pytest.approx((one.fvu, one.fvu_all), rel=1e-9)
+        assert (evaluation.fvu, evaluation.fvu_all) == pytest.approx(
+            (validation.fvu, validation.fvu_all), rel=1e-9
+        )
         everything = sum(part.rows for part in store.parts([side], "validation"))
-        assert 0 < found.rows < 0.6 * everything
-        assert found.fvu != found.fvu_all
+        assert 0 < evaluation.rows < 0.6 * everything
+        assert evaluation.fvu != evaluation.fvu_all
 
 
 def test_companions_change_no_filter(store: Store, tmp_path: Path) -> None:

@@ -94,12 +94,12 @@ def make(
 
 def numbers(batch: Batch) -> list[int]:
     """The rows of a batch, after a check that all sides hold the same ones."""
-    found = batch.values[OUT][:, 0] / 10
+    numbers_B = batch.values[OUT][:, 0] / 10
     for side, values in batch.values.items():
-        expected = found[:, None] * 10 + torch.arange(WIDTHS[side])
+        expected = numbers_B[:, None] * 10 + torch.arange(WIDTHS[side])
         torch.testing.assert_close(values, expected, rtol=0, atol=0)
-    torch.testing.assert_close(batch.positions_B, found.long() % 7)
-    return [int(number) for number in found]
+    torch.testing.assert_close(batch.positions_B, numbers_B.long() % 7)
+    return [int(number) for number in numbers_B]
 
 
 def first_numbers(loader, rows, offset=0):
@@ -127,10 +127,10 @@ def test_every_epoch_holds_every_row_once(store, batch_rows, window):
 @given(stores, st.integers(1, 9), st.integers(0, 60))
 def test_a_restart_gives_the_next_batch(store, batch_rows, offset):
     with make(store, batch_rows=batch_rows) as loader:
-        whole = first_numbers(loader, offset + 3 * batch_rows)
+        uninterrupted = first_numbers(loader, offset + 3 * batch_rows)
     with make(store, batch_rows=batch_rows) as loader:
         again = list(islice(loader.batches(offset), 3))
-    assert [number for batch in again for number in numbers(batch)] == whole[offset:]
+    assert [number for batch in again for number in numbers(batch)] == uninterrupted[offset:]
     assert [batch.offset for batch in again] == [offset + i * batch_rows for i in range(3)]
     assert [batch.rows for batch in again] == [batch_rows] * 3
 
@@ -147,18 +147,20 @@ def test_the_order_of_rows_does_not_depend_on_the_batch_size(store, some, others
 def test_shares_of_a_stream_are_it_together(store, batch_rows, window, size, offset):
     sizes = {"batch_rows": batch_rows, "window": max(window, size)}
     with make(store, **sizes) as loader:
-        whole = [numbers(batch) for batch in islice(loader.batches(offset), 9)]
+        undivided = [numbers(batch) for batch in islice(loader.batches(offset), 9)]
     shares = []
     for rank in range(size):
         with make(store, **sizes, share=StreamShare(rank, size)) as loader:
             batches = list(islice(loader.batches(offset), 9))
         assert [batch.offset for batch in batches] == [offset + i * batch_rows for i in range(9)]
         shares.append([numbers(batch) for batch in batches])
-    for together, *apart in zip(whole, *shares, strict=True):
-        assert sorted(number for one in apart for number in one) == sorted(together)
-        for one in apart:
+    for together, *apart in zip(undivided, *shares, strict=True):
+        assert sorted(number for share_numbers in apart for number in share_numbers) == sorted(
+            together
+        )
+        for share_numbers in apart:
             rest = iter(together)
-            assert all(number in rest for number in one)  # in the order of the whole
+            assert all(number in rest for number in share_numbers)  # in the order of the whole
 
 
 @given(stores, st.integers(1, 6), st.integers(1, 4))
@@ -191,8 +193,8 @@ def test_rows_of_a_side_do_not_depend_on_other_sides(store, sides, others, offse
 def test_epochs_and_seeds_differ():
     store = FakeStore((20, 20))
     with make(store, seed=0) as a, make(store, seed=1) as b:
-        one, other = first_numbers(a, 80), first_numbers(b, 80)
-    assert len({tuple(rows) for rows in (one[:40], one[40:], other[:40], other[40:])}) == 4
+        seed_0, seed_1 = first_numbers(a, 80), first_numbers(b, 80)
+    assert len({tuple(rows) for rows in (seed_0[:40], seed_0[40:], seed_1[:40], seed_1[40:])}) == 4
 
 
 @settings(deadline=None, max_examples=40)
@@ -204,9 +206,9 @@ def test_one_pass_is_a_prefix_of_one_order(store, batch_rows, max_rows):
         assert all(batch.rows == batch_rows for batch in batches[:-1])
         return [number for batch in batches for number in numbers(batch)]
 
-    whole = rows(3, None)
-    assert sorted(whole) == list(range(sum(store.sizes)))
-    assert rows(batch_rows, max_rows, seed=5, window=3) == whole[:max_rows]
+    full_pass = rows(3, None)
+    assert sorted(full_pass) == list(range(sum(store.sizes)))
+    assert rows(batch_rows, max_rows, seed=5, window=3) == full_pass[:max_rows]
 
 
 def test_one_pass_reads_little_more_than_it_needs():
@@ -238,7 +240,7 @@ def test_batches_that_are_kept_are_not_overwritten(store, batch_rows, window):
         columns = [batch.values[OUT][:, 1:] for batch in loader.one_pass()]
         again = [numbers(batch) for batch in islice(loader.batches(), 25)]
     assert [numbers(batch) for batch in kept] == again
-    assert all(torch.equal(one[:, 0], one[:, 1] - 1) for one in columns)
+    assert all(torch.equal(columns_BD[:, 0], columns_BD[:, 1] - 1) for columns_BD in columns)
 
 
 def test_a_damaged_chunk_is_reported_as_itself_once_it_is_needed():
@@ -379,15 +381,15 @@ def live_bytes() -> int:
 @given(stores, st.integers(1, 9), st.integers(1, 6), st.sets(st.integers(0, 24)))
 def test_released_batches_change_no_other_batch(store, batch_rows, window, releases):
     with make(store, batch_rows=batch_rows, window=window) as loader:
-        whole = [numbers(batch) for batch in islice(loader.batches(), 25)]
+        expected = [numbers(batch) for batch in islice(loader.batches(), 25)]
         kept = {}
         for index, batch in enumerate(islice(loader.batches(), 25)):
-            assert numbers(batch) == whole[index]
+            assert numbers(batch) == expected[index]
             if index in releases:
                 batch.release()
             else:
                 kept[index] = batch
-        assert all(numbers(batch) == whole[index] for index, batch in kept.items())
+        assert all(numbers(batch) == expected[index] for index, batch in kept.items())
 
 
 def pool_of_bytes():

@@ -32,15 +32,15 @@ def config(store: Path, **changes: object) -> FitConfig:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_store(tmp_path_factory.mktemp("suited"))[0]
 
 
 @pytest.fixture
-def begun(made: Path, tmp_path: Path) -> Path:
+def begun(original: Path, tmp_path: Path) -> Path:
     """A copy of the store whose parts 2 and later have tokens, and no activations yet."""
     path = tmp_path / "store"
-    shutil.copytree(made, path)
+    shutil.copytree(original, path)
     for folder in (path / "marks").iterdir():
         if int(folder.name) >= 2:
             for mark in folder.glob("layers*/*.json"):
@@ -48,13 +48,13 @@ def begun(made: Path, tmp_path: Path) -> Path:
     return path
 
 
-def commit_missing_marks(begun: Path, made: Path) -> None:
+def commit_missing_marks(begun: Path, original: Path) -> None:
     """Commit what is missing, a mark at a time."""
-    for mark in sorted((made / "marks").rglob("*.json")):
-        place = begun / mark.relative_to(made)
-        if not place.exists():
+    for mark in sorted((original / "marks").rglob("*.json")):
+        target = begun / mark.relative_to(original)
+        if not target.exists():
             time.sleep(0.02)
-            shutil.copy(mark, place)
+            shutil.copy(mark, target)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,24 @@ def commit_missing_marks(begun: Path, made: Path) -> None:
          "has no input of layers.0, only its output; collect it with --hookpoints layers.0:input"),
     ],
 )  # fmt: skip
-def test_messages_name_the_remedy(made: Path, changes: dict[str, object], message: str) -> None:
-    chosen = config(made, **changes)
+def test_messages_name_the_remedy(original: Path, changes: dict[str, object], message: str) -> None:
+    chosen = config(original, **changes)
     sides = [(chosen.hookpoints[0], "input" if "transcoder" in chosen.kind else "output")]
     with pytest.raises(ValueError, match=message) as error:
         open_trainable_store(chosen, sides)
     assert "\n" not in str(error.value)
 
 
-def test_windows_must_fit_into_the_memory_of_the_machine(made: Path) -> None:
+def test_windows_must_fit_into_the_memory_of_the_machine(original: Path) -> None:
     needed = 2 * 128 * 16 * 2  # two windows of 128 rows, 16 bfloat16 values each
-    store = open_store(made)
+    store = open_store(original)
     assert store.width(*MLP) == 16
     check_window_memory(store, [MLP], 128, needed)
     with pytest.raises(ValueError, match="use --window-rows 127 or less"):
         check_window_memory(store, [MLP], 128, needed - 1)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with pytest.raises(ValueError, match=f"this machine has {memory}"):
-        open_trainable_store(config(made, window_rows=10**12), [MLP])
+        open_trainable_store(config(original, window_rows=10**12), [MLP])
 
 
 def test_a_store_under_way_is_trained_on_as_far_as_it_is_committed(begun: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_store_without_train_rows_yet_is_refused(begun: Path) -> None:
 
 
 def test_a_side_that_nobody_collects_is_doubted_once(
-    made: Path, monkeypatch: pytest.MonkeyPatch
+    original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
 
@@ -118,57 +118,57 @@ def test_a_side_that_nobody_collects_is_doubted_once(
         ) as warned,
         pytest.raises(KeyboardInterrupt),
     ):
-        await_parts(str(made), [MLP, ("layers.7", "output")])
+        await_parts(str(original), [MLP, ("layers.7", "output")])
     assert len(warned) == 1
 
 
-def test_sides_under_way_are_waited_for_or_refused(begun: Path, made: Path) -> None:
-    shutil.copytree(made / "marks/2/layers.0", begun / "marks/2/layers.0", dirs_exist_ok=True)
+def test_sides_under_way_are_waited_for_or_refused(begun: Path, original: Path) -> None:
+    shutil.copytree(original / "marks/2/layers.0", begun / "marks/2/layers.0", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="wait for a collection that is under way with --follow"):
         open_trainable_store(config(begun), [MLP, ("layers.0", "output")])
 
 
 def test_follow_waits_and_trains_as_on_the_finished_store(
-    begun: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begun: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(suited, "_POLL_SECONDS", 0.01)
-    collector = threading.Thread(target=commit_missing_marks, args=(begun, made))
+    collector = threading.Thread(target=commit_missing_marks, args=(begun, original))
     collector.start()
     followed = fit(config(begun, run=str(tmp_path / "followed"), follow=True))
     collector.join()
-    whole = fit(config(made, run=str(tmp_path / "whole")))
+    expected = fit(config(original, run=str(tmp_path / "whole")))
     clocks = ("train_seconds", "rows_per_second")
-    for one, other in zip(followed, whole, strict=True):
-        assert {**one.to_json(), **dict.fromkeys(clocks)} == {
-            **other.to_json(),
+    for result, expected_result in zip(followed, expected, strict=True):
+        assert {**result.to_json(), **dict.fromkeys(clocks)} == {
+            **expected_result.to_json(),
             **dict.fromkeys(clocks),
         }
     for file in (tmp_path / "whole").glob("coders/*/coder.safetensors"):
-        other = load_file(tmp_path / "followed" / file.relative_to(tmp_path / "whole"))
-        assert all(torch.equal(t, other[name]) for name, t in load_file(file).items())
+        expected_result = load_file(tmp_path / "followed" / file.relative_to(tmp_path / "whole"))
+        assert all(torch.equal(t, expected_result[name]) for name, t in load_file(file).items())
 
 
 def test_follow_waits_for_tokens_and_for_sides_that_are_not_begun(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, seen = tmp_path / "store", []
-    shutil.copytree(made, path)
+    shutil.copytree(original, path)
     shutil.rmtree(path / "marks")
     looks = iter([["0/tokens", "0/rows"], ["0", "1/tokens", "1/rows"], ["."]])
 
     def look(_: float) -> None:
         seen.append(open_store(path).is_planned)
         for name in next(looks):
-            for mark in (made / "marks").rglob("*.json"):
-                place = mark.relative_to(made / "marks")
-                if name == "." or str(place).startswith(name):
-                    (path / "marks" / place).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(mark, path / "marks" / place)
+            for mark in (original / "marks").rglob("*.json"):
+                relative_path = mark.relative_to(original / "marks")
+                if name == "." or str(relative_path).startswith(name):
+                    (path / "marks" / relative_path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(mark, path / "marks" / relative_path)
 
     monkeypatch.setattr(time, "sleep", look)
-    assert await_parts(str(path), [MLP]).part_numbers("tokens") == open_store(made).part_numbers(
-        "tokens"
-    )
+    assert await_parts(str(path), [MLP]).part_numbers("tokens") == open_store(
+        original
+    ).part_numbers("tokens")
     assert seen == [False, False, False]
 
 

@@ -62,9 +62,9 @@ def test_a_window_holds_so_many_chunks_but_for_the_last(shape, key):
 
 @given(shapes, keys)
 def test_the_order_of_chunks_does_not_depend_on_the_window(shape, key):
-    whole, order = make((shape[0], shape[1], 1000), key), make(shape, key)
+    one_window, order = make((shape[0], shape[1], 1000), key), make(shape, key)
     chunks = [c for g in range(order.windows) for c in order.window(g).chunks]
-    assert tuple(chunks) == whole.window(0).chunks
+    assert tuple(chunks) == one_window.window(0).chunks
 
 
 @pytest.mark.parametrize(("window", "chunk_rows"), [(1, 3), (4, 5), (1000, 1)])

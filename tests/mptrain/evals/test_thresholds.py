@@ -97,7 +97,7 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
         folder = tmp_path / "run/coders" / result.coder
         own, fewer, more = evaluate_coder(folder, store, (2, 6))
         assert own.l0 == pytest.approx(result.validation.l0, rel=1e-3)
-        assert [one.k for one in (own, fewer, more)] == [4, 2, 6]
+        assert [evaluation.k for evaluation in (own, fewer, more)] == [4, 2, 6]
         assert abs(fewer.l0_deviation) < NEAR
         assert abs(more.l0_deviation) < NEAR
         # a row's code does not depend on the rows that are coded with it
@@ -120,10 +120,10 @@ def test_thresholds_are_those_of_an_uninterrupted_run(store: str, tmp_path: Path
         )
     fit(batch_config(store, tmp_path / "stopped", 24, optimizer="signsgd"))
     fit(batch_config(store, tmp_path / "observed", 24, optimizer="signsgd", eval_every=5))
-    whole = weights(tmp_path / "whole")
-    assert any(name.endswith("threshold") and tensor > 0 for name, tensor in whole.items())
-    assert equal(whole, weights(tmp_path / "stopped"))
-    assert equal(whole, weights(tmp_path / "observed"))
+    uninterrupted = weights(tmp_path / "whole")
+    assert any(name.endswith("threshold") and tensor > 0 for name, tensor in uninterrupted.items())
+    assert equal(uninterrupted, weights(tmp_path / "stopped"))
+    assert equal(uninterrupted, weights(tmp_path / "observed"))
 
 
 def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path: Path) -> None:
@@ -137,8 +137,8 @@ def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path:
     assert load_coder(folder)[0].batch_threshold.threshold == coder.batch_threshold.threshold
     (evaluation,) = evaluate_coder(folder, store, ())
     assert evaluation.l0_deviation < -NEAR
-    (told,) = l0_warnings(folder, [evaluation])
-    assert "an earlier version followed its threshold" in told
+    (message,) = l0_warnings(folder, [evaluation])
+    assert "an earlier version followed its threshold" in message
 
 
 # --- the parts, against slow references ---
@@ -167,7 +167,9 @@ def test_a_latent_is_in_its_row_up_to_its_strength(
 
 @given(st.lists(st.lists(st.integers(-1, 4), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_first_entries(rows: list[list[int]]) -> None:
-    expected = [[i >= 0 and i not in row[:place] for place, i in enumerate(row)] for row in rows]
+    expected = [
+        [i >= 0 and i not in row[:position] for position, i in enumerate(row)] for row in rows
+    ]
     assert first_entries(torch.tensor(rows)).tolist() == expected
 
 

@@ -124,7 +124,7 @@ def test_nothing_overlaps(tmp_path, panels, lines):
         figure = sweep_figure(experiment.figures[0], all_trained(experiment), {}, "time", CAPTION)
         figure.draw_without_rendering()
     upper, lower = figure.subfigs
-    whole = figure.bbox
+    figure_box = figure.bbox
     texts = [upper.legends[0], lower.texts[0], upper._suptitle]
     texts += [text for ax in figure.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label)]
     artists = [*texts, *(ax.patch for ax in figure.axes)]
@@ -132,8 +132,8 @@ def test_nothing_overlaps(tmp_path, panels, lines):
     for (name, box), (other_name, other_box) in itertools.combinations(boxes.items(), 2):
         assert not box.padded(-1).overlaps(other_box.padded(-1)), (name, other_name)
     for name, box in boxes.items():
-        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1, name
-        assert whole.y0 <= box.y0 <= box.y1 <= whole.y1, name
+        assert figure_box.x0 <= box.x0 <= box.x1 <= figure_box.x1, name
+        assert figure_box.y0 <= box.y0 <= box.y1 <= figure_box.y1, name
     assert figure.get_figwidth() <= 9.0
 
 

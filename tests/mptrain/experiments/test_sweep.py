@@ -47,14 +47,14 @@ def undrawn(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def finished_sweep(tmp_path_factory):
     """A sweep that is done: its folder, and what it gave."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder)
 
 
-def test_every_figure_with_its_tables(whole):
-    folder, result = whole
+def test_every_figure_with_its_tables(finished_sweep):
+    folder, result = finished_sweep
     names = {str(f.relative_to(folder / "run" / "figures")) for f in result.files}
     ends = ("png", "svg")
     pictures = {
@@ -69,8 +69,8 @@ def test_every_figure_with_its_tables(whole):
     assert len(result.verdicts) == 2 * 3 + 2
 
 
-def test_tables_hold_each_point(whole):
-    folder, _ = whole
+def test_tables_hold_each_point(finished_sweep):
+    folder, _ = finished_sweep
     figure_folder = folder / "run" / "figures" / "fvu"
     points = json.loads((figure_folder / "points.json").read_text())
     assert len(points) == 2 * 3 * 2 * 3  # panels, variants, seeds; every second of six steps
@@ -86,8 +86,8 @@ def test_tables_hold_each_point(whole):
     assert len(other) == 2 * 3 * 2 * 3
 
 
-def test_the_caption_says_what_is_shown(whole):
-    folder, _ = whole
+def test_the_caption_says_what_is_shown(finished_sweep):
+    folder, _ = finished_sweep
     page = (folder / "run" / "figures" / "fvu" / "figure.md").read_text()
     for phrase in (
         "tiny on random letters; trained on 384 rows in batches of 64",
@@ -101,8 +101,8 @@ def test_the_caption_says_what_is_shown(whole):
         assert phrase in page
 
 
-def test_a_caption_counts_the_held_out_rows_that_there_are(whole):
-    experiment = tiny_experiment(whole[0], "evaluation.eval_rows=100_000")
+def test_a_caption_counts_the_held_out_rows_that_there_are(finished_sweep):
+    experiment = tiny_experiment(finished_sweep[0], "evaluation.eval_rows=100_000")
     coders = read_trained(find_runs(Path(experiment.header.folder)))
     (figure, *_) = experiment.figures
     experiment = dataclasses.replace(experiment, collect=COLLECTED)
@@ -112,8 +112,8 @@ def test_a_caption_counts_the_held_out_rows_that_there_are(whole):
     assert f"FVU on {rows} held-out rows" in text
 
 
-def test_nothing_is_done_twice(whole):
-    folder, before = whole
+def test_nothing_is_done_twice(finished_sweep):
+    folder, before = finished_sweep
     bits, collecting = weights(folder / "run" / "runs" / "1"), CountedCollection(folder)
     result = run(folder, collecting=collecting)
     assert result == before
@@ -122,16 +122,16 @@ def test_nothing_is_done_twice(whole):
     assert [started.folder.name for started in find_runs(folder / "run")] == ["1"]
 
 
-def test_the_resolved_file_is_beside_the_results(whole):
-    folder, _ = whole
+def test_the_resolved_file_is_beside_the_results(finished_sweep):
+    folder, _ = finished_sweep
     saved = json.loads((folder / "run" / "experiment.json").read_text())
     assert saved["data"]["skip_positions"] == 1
     assert saved["collect"] == COLLECTED
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_parts_then_the_whole_equal_the_whole_at_once(whole, tmp_path):
-    folder, _ = whole
+def test_parts_then_the_whole_equal_the_whole_at_once(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
     collecting = CountedCollection(tmp_path)
     run(tmp_path, only=["fvu/layers.0-*"], collecting=collecting)
     assert collecting.calls == [("layers.0:output",)]
@@ -144,8 +144,8 @@ def test_parts_then_the_whole_equal_the_whole_at_once(whole, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_interrupted_equals_uninterrupted(whole, tmp_path):
-    folder, _ = whole
+def test_interrupted_equals_uninterrupted(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mptrain.experiments.sweep.fit", partial(fit, on_step=interrupt_at(4)))
         with pytest.raises(KeyboardInterrupt):
@@ -177,8 +177,8 @@ def test_coders_of_other_rows_are_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_changes_no_row_and_no_step_may_change(whole, tmp_path):
-    folder, _ = whole
+def test_what_changes_no_row_and_no_step_may_change(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
     free = ("run.max_memory=1_000_000_000", "parallel.read_threads=1")
     free += ("data.cache_dir='/dev/shm/cache'", "data.cache_bytes=1_000_000")
     experiment = tiny_experiment(tmp_path, *free)
@@ -239,8 +239,8 @@ def test_a_store_that_grew_gives_later_runs_the_rows_of_the_first(tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_runs_of_different_rows_are_refused_before_anything_is_done(whole, tmp_path):
-    folder, _ = whole
+def test_runs_of_different_rows_are_refused_before_anything_is_done(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
     for name in ("1", "2", "1-copy"):  # the last is none of the sweep's
         shutil.copytree(folder / "run" / "runs" / "1", tmp_path / "run" / "runs" / name)
     assert [started.folder.name for started in find_runs(tmp_path / "run")] == ["1", "2"]
@@ -264,8 +264,8 @@ def test_other_k_is_checked_before_training(tmp_path):
     assert find_runs(tmp_path / "run") == ()
 
 
-def test_an_fvu_that_is_not_finite_is_kept_and_not_drawn(whole, tmp_path, monkeypatch):
-    folder, _ = whole
+def test_an_fvu_that_is_not_finite_is_kept_and_not_drawn(finished_sweep, tmp_path, monkeypatch):
+    folder, _ = finished_sweep
     shutil.copytree(folder / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "other-k")
     stores = []
@@ -293,8 +293,8 @@ def test_torchruns_processes_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_killed_equals_never_killed(whole, tmp_path):
-    folder, _ = whole
+def test_killed_equals_never_killed(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
     store, log = str(folder / "store"), tmp_path / "log"
     context = multiprocessing.get_context("forkserver")
     # each step of a coder and each line are a moment: in the fourth step, of which two are saved
@@ -341,8 +341,8 @@ def test_a_plan_goes_on_with_what_has_begun(tmp_path):
     assert plan_runs(tmp_path, second, (begun, done)) == ()
 
 
-def test_the_estimate_knows_what_is_left(whole, tmp_path):
-    folder, _ = whole
+def test_the_estimate_knows_what_is_left(finished_sweep, tmp_path):
+    folder, _ = finished_sweep
     before = estimate_sweep(tiny_experiment(tmp_path), (), WIDTHS)
     assert (before.coders, before.coders_left, before.passes) == (14, 14, 1)
     assert before.train_seconds is None

@@ -123,9 +123,9 @@ def test_topk_gradcheck():
 
 def test_topk_microbatch_does_not_matter(monkeypatch: pytest.MonkeyPatch):
     arguments = encoder(2, 11, 3, 7)
-    whole = topk_encode(*arguments, 3)
+    expected = topk_encode(*arguments, 3)
     monkeypatch.setattr(topk_module, "_CPU_ELEMENTS", 3 * 7)
-    for a, b in zip(whole, topk_encode(*arguments, 3), strict=True):
+    for a, b in zip(expected, topk_encode(*arguments, 3), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -172,9 +172,9 @@ def test_prefix_microbatch_does_not_matter(monkeypatch: pytest.MonkeyPatch):
         squares_B = prefix_squares(idx_BK, *leaves)
         return squares_B, *torch.autograd.grad(squares_B.square().sum(), leaves)
 
-    whole = result()
+    expected = result()
     monkeypatch.setattr(prefix_module, "_ELEMENTS", 3 * 4)
-    for a, b in zip(result(), whole, strict=True):
+    for a, b in zip(result(), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 

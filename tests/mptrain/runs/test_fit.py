@@ -62,14 +62,14 @@ def fitted(store: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def test_interrupted_equals_uninterrupted(
     store: str, fitted: Callable[..., Path], tmp_path: Path, optimizer: str, stops_at: int
 ) -> None:
-    whole = fitted(optimizer=optimizer)
+    uninterrupted = fitted(optimizer=optimizer)
     broken = config(store, tmp_path / "broken", optimizer=optimizer)
     with pytest.raises(KeyboardInterrupt):
         fit(broken, on_step=interrupt_at(stops_at))
     fit(broken)
-    assert equal(weights(whole), weights(tmp_path / "broken"))
-    assert lasting(whole) == lasting(tmp_path / "broken")
-    assert equal(state(whole), state(tmp_path / "broken"))
+    assert equal(weights(uninterrupted), weights(tmp_path / "broken"))
+    assert lasting(uninterrupted) == lasting(tmp_path / "broken")
+    assert equal(state(uninterrupted), state(tmp_path / "broken"))
 
 
 @pytest.mark.parametrize("optimizer", typing.get_args(Optimizer))
@@ -86,14 +86,18 @@ def test_watching_changes_no_bit(store: str, tmp_path: Path, optimizer: Any) -> 
 def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
     together = {"hookpoints": ("layers.0", "layers.1.mlp"), "kind": ("sae",), "seed": (0, 1)}
     fit(config(store, tmp_path / "together", **together))
-    found = weights(tmp_path / "together")
+    together_weights = weights(tmp_path / "together")
     alone: dict[str, torch.Tensor] = {}
-    for number, one in enumerate(config(store, tmp_path, **together).coders()):
+    for number, coder in enumerate(config(store, tmp_path, **together).coders()):
         run = tmp_path / str(number)
-        solo = {"hookpoints": (one.sides_name,), "arch": (one.arch,), "seed": (one.seed,)}
+        solo = {
+            "hookpoints": (coder.sides_name,),
+            "arch": (coder.arch,),
+            "seed": (coder.seed,),
+        }
         fit(config(store, run, kind=("sae",), **solo))
         alone |= weights(run)
-    assert equal(found, alone)
+    assert equal(together_weights, alone)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +196,8 @@ def test_a_coder_without_validation_rows_is_saved(
 ) -> None:
     evaluate = validator.evaluate
 
-    def of_no_rows(*given: Any) -> list[Evaluation]:
-        return [dataclasses.replace(e, rows=0, fvu=math.nan, l0=0.0) for e in evaluate(*given)]
+    def of_no_rows(*arguments: Any) -> list[Evaluation]:
+        return [dataclasses.replace(e, rows=0, fvu=math.nan, l0=0.0) for e in evaluate(*arguments)]
 
     monkeypatch.setattr(validator, "evaluate", of_no_rows)
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
@@ -439,8 +443,8 @@ def test_a_coder_is_evaluated_on_its_own_store_only(store: str, tmp_path: Path) 
 
 
 def test_memory_is_in_bytes_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, found = torch.device("cpu"), {}
+    cpu, totals = torch.device("cpu"), {}
     for platform in ("linux", "darwin"):
         monkeypatch.setattr(sys, "platform", platform)
-        found[platform] = peak_memory_bytes(cpu)
-    assert found["linux"] > 512 * found["darwin"]
+        totals[platform] = peak_memory_bytes(cpu)
+    assert totals["linux"] > 512 * totals["darwin"]

@@ -40,9 +40,9 @@ def test_the_saved_coder_is_the_evaluated_one(
     assert any(not torch.equal(t, trained[n.replace("/", "/coder.")]) for n, t in saved.items())
     for result in results:
         folder = tmp_path / "run/coders" / result.coder
-        (found,) = evaluate_coder(folder, Path(store), ())
-        assert found.fvu == pytest.approx(result.validation.fvu, rel=1e-6)
-        assert found.l0 == result.validation.l0
+        (evaluation,) = evaluate_coder(folder, Path(store), ())
+        assert evaluation.fvu == pytest.approx(result.validation.fvu, rel=1e-6)
+        assert evaluation.l0 == result.validation.l0
         norm_M = saved[f"{result['coder']}/W_MD"].double().norm(dim=1)
         torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
 

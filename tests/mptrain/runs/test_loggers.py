@@ -30,8 +30,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def numbers(record: Record) -> dict[str, Any]:
-    found = {n: v for n, v in dataclasses.asdict(record).items() if n not in ("coder", "step")}
-    return {n: v for n, v in found.items() if v is not None}
+    values = {n: v for n, v in dataclasses.asdict(record).items() if n not in ("coder", "step")}
+    return {n: v for n, v in values.items() if v is not None}
 
 
 def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -171,9 +171,9 @@ def test_wandb_gets_each_coder_as_a_run_and_resumes_it(
         fit(settings, on_step=interrupt_at(8))  # after seven train steps; five were saved
     results = fit(settings)
     assert len(wandb.server) == 2
-    assert [one["name"] for one in wandb.asked] == [r.coder for r in results] * 2
+    assert [arguments["name"] for arguments in wandb.asked] == [r.coder for r in results] * 2
     assert wandb.asked[0]["config"]["arch"] == "mp"
-    assert len({one["group"] for one in wandb.asked}) == 1
+    assert len({arguments["group"] for arguments in wandb.asked}) == 1
     assert all(run.finished for run in wandb.runs)
     records = read_records(tmp_path / "run/metrics.jsonl")
     for asked in wandb.asked[:2]:
@@ -201,7 +201,10 @@ def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.Mon
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    coders = [dataclasses.replace(one) for one in config("store", tmp_path, **SMALL_RUN).coders()]
+    coders = [
+        dataclasses.replace(coder_config)
+        for coder_config in config("store", tmp_path, **SMALL_RUN).coders()
+    ]
     following = MetricLoggers(("wandb",), tmp_path, coders)
     for coder in coders:
         following.add(dataclasses.replace(RECORD, coder=coder.name, fvu=math.nan))

@@ -62,10 +62,10 @@ def test_every_line_is_strict_json(folder, items):
 @given(st.lists(records, min_size=1, max_size=4), st.data())
 def test_a_torn_last_line_is_no_record(folder, items, data):
     path = write(folder, items[:-1])
-    whole = len(path.read_bytes())
+    complete_bytes = len(path.read_bytes())
     MetricsFile(path).add(items[-1])
     content = path.read_bytes()
-    path.write_bytes(content[: data.draw(st.integers(whole, len(content) - 1))])
+    path.write_bytes(content[: data.draw(st.integers(complete_bytes, len(content) - 1))])
     assert repr(read_records(path)) == repr(items[:-1])
 
 

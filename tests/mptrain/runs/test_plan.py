@@ -60,10 +60,10 @@ def results_of(run: Path) -> Any:
 @pytest.mark.parametrize("arch", ["mp", "topk", "batch-topk"])
 @pytest.mark.parametrize("kind", ["sae", "skip-transcoder"])
 def test_what_is_held_is_counted(optimizer: Any, arch: Any, kind: Any) -> None:
-    one = dataclasses.replace(BASE, optimizer=optimizer, arch=arch, kind=kind, lr=1e-3)
-    trainer = make_learner(one)
+    coder_config = dataclasses.replace(BASE, optimizer=optimizer, arch=arch, kind=kind, lr=1e-3)
+    trainer = make_learner(coder_config)
     train_(trainer, 0, 1)
-    needs = coder_memory(one, D, D if kind == "sae" else D - 2, 64, CPU)
+    needs = coder_memory(coder_config, D, D if kind == "sae" else D - 2, 64, CPU)
     held = trainer.state_tensors()
     # one number, of a tensor or of an optimizer's clock, is no memory to plan with
     large = [t.numel() * t.element_size() for t in held.values() if t.numel() > 1]
@@ -84,22 +84,24 @@ def test_every_optimizer_is_counted() -> None:
 def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -> None:
     """Planted rows of a size at which the process's own needs do not count."""
     width, rows = 256, 2048
-    one = dataclasses.replace(BASE, k=16, expansion=8, **changes)
-    coder = Coder(one, width, width)
+    coder_config = dataclasses.replace(BASE, k=16, expansion=8, **changes)
+    coder = Coder(coder_config, width, width)
     zero_D = torch.zeros(width)
     coder.initialise_(zero_D, zero_D, torch.Generator().manual_seed(0))
-    trainer = CoderTrainer(coder, make_optimizers(coder, one, 9), float(width), float(width))
+    trainer = CoderTrainer(
+        coder, make_optimizers(coder, coder_config, 9), float(width), float(width)
+    )
     x_BD, y_BE = torch.randn(rows, width), torch.randn(rows, width)
-    y_BE = x_BD if one.kind == "sae" else y_BE
+    y_BE = x_BD if coder_config.kind == "sae" else y_BE
     trainer.step(x_BD, y_BE)
-    if one.dead_rows == 1:
+    if coder_config.dead_rows == 1:
         trainer.usage.rows_since_fired_M.fill_(10)
     free_room()
     peak = peak_bytes(lambda: trainer.step(x_BD, y_BE), CPU)
     if peak is None:
         pytest.skip("this system does not tell a process's peak")
     peak += x_BD.nbytes + (0 if y_BE is x_BD else y_BE.nbytes)  # copies that filters make
-    assert 0.8 * peak < coder_memory(one, width, width, rows, CPU).step_bytes < 5 * peak
+    assert 0.8 * peak < coder_memory(coder_config, width, width, rows, CPU).step_bytes < 5 * peak
 
 
 def needs(name: str, held: int, step: int) -> CoderMemory:
@@ -124,7 +126,7 @@ def test_passes_hold_all_coders_in_order_and_fit(
         return max(pass_bytes(share) for share in shares if share)
 
     coders = [needs(str(n), *size) for n, size in enumerate(sizes)]
-    by_name = {one.name: one for one in coders}
+    by_name = {need.name: need for need in coders}
     if any(held + step > most for held, step in sizes):
         with pytest.raises(ValueError, match="max_memory must hold at least one coder, got"):
             group_into_passes(coders, most, group)
@@ -146,15 +148,19 @@ def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> 
     assert len(plan_fit(split).passes) > 2
     fit(split)
     assert equal(weights(tmp_path / "together"), weights(tmp_path / "split"))
-    found: dict[str, torch.Tensor] = {}
-    for number, one in enumerate(split.coders()[::5]):
-        changes = {"hookpoints": (one.sides_name,), "arch": (one.arch,), "k": (one.k,)}
-        solo = {**MIXED, **changes, "expansion": (one.expansion,)}
+    alone: dict[str, torch.Tensor] = {}
+    for number, coder in enumerate(split.coders()[::5]):
+        changes = {
+            "hookpoints": (coder.sides_name,),
+            "arch": (coder.arch,),
+            "k": (coder.k,),
+        }
+        solo = {**MIXED, **changes, "expansion": (coder.expansion,)}
         fit(config(store, tmp_path / str(number), **solo))
-        found |= weights(tmp_path / str(number))
+        alone |= weights(tmp_path / str(number))
     together = weights(tmp_path / "together")
-    assert found
-    assert all(torch.equal(tensor, together[name]) for name, tensor in found.items())
+    assert alone
+    assert all(torch.equal(tensor, together[name]) for name, tensor in alone.items())
     by_coder = [sorted(lasting(tmp_path / n), key=repr) for n in ("together", "split")]
     assert by_coder[0] == by_coder[1]
     results = [
@@ -169,7 +175,8 @@ def test_passes_continue_where_they_stopped(store: str, tmp_path: Path, stops_at
     """Six steps a pass: within the first, at its end, within the third, at the very end."""
     few: dict[str, Any] = {"kind": ("sae",), "arch": ("mp",), "k": (2, 3, 4), "rows": 64 * 6}
     alone = max(
-        one.held_bytes + one.step_bytes for one in plan_fit(config(store, tmp_path, **few)).coders
+        need.held_bytes + need.step_bytes
+        for need in plan_fit(config(store, tmp_path, **few)).coders
     )
     few |= {"max_memory": alone, "eval_rows": 64, "save_every": 4}
     assert len(plan_fit(config(store, tmp_path, **few)).passes) == 3
@@ -192,9 +199,9 @@ def test_passes_are_those_that_the_run_began_with(
     fit(config(store, tmp_path / "whole", **few))
     make, calls = fit_stage.make_plan, 0
 
-    def one_each(*args: Any) -> RunPlan:
+    def one_coder_each(*args: Any) -> RunPlan:
         plan = make(*args)
-        return dataclasses.replace(plan, passes=[[one.name] for one in plan.coders])
+        return dataclasses.replace(plan, passes=[[need.name] for need in plan.coders])
 
     def interrupted(*_: Any) -> None:
         nonlocal calls
@@ -203,7 +210,7 @@ def test_passes_are_those_that_the_run_began_with(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage, "make_plan", one_each)
+        patch.setattr(fit_stage, "make_plan", one_coder_each)
         with pytest.raises(KeyboardInterrupt):
             fit(config(store, tmp_path / "broken", **few, save_every=1), on_step=interrupted)
     assert len(plan_fit(config(store, tmp_path / "broken", **few)).passes) == 2
@@ -213,36 +220,36 @@ def test_passes_are_those_that_the_run_began_with(
 
 
 def test_bytes_stored_are_those_of_the_files(store: str) -> None:
-    found = open_store(store)
+    opened = open_store(store)
     sides = [("layers.0", "output"), ("layers.1.mlp", "input")]
     for split in ("train", "validation"):
-        numbers = {part.number for part in found.parts(sides, split)}
+        numbers = {part.number for part in opened.parts(sides, split)}
         wanted = sum(
-            (Path(store) / "arrays.zarr" / name / "c" / place).stat().st_size
+            (Path(store) / "arrays.zarr" / name / "c" / target).stat().st_size
             for number in numbers
-            for name, place in (
+            for name, target in (
                 ("acts/layers.0/output", f"{number}/0"),
                 ("acts/layers.1.mlp/input", f"{number}/0"),
                 ("rows/position", str(number)),
             )
         )
-        assert found.stored_bytes(sides, split) == wanted > 0
+        assert opened.stored_bytes(sides, split) == wanted > 0
 
 
 def test_reading_is_planned_by_rows_sides_and_passes(store: str, tmp_path: Path) -> None:
     def read(**changes: Any) -> int:
         return plan_fit(config(store, tmp_path, **{"eval_every": 10**6, **changes})).read_bytes
 
-    found = open_store(store)
+    opened = open_store(store)
     sides = [("layers.0", "output")]
-    rows = sum(part.rows for part in found.parts(sides, "train"))
-    one: dict[str, Any] = {"hookpoints": ("layers.0",), "kind": ("sae",), "batch_rows": rows}
-    held_out = found.stored_bytes(sides, "validation")
-    watched = read(**one, rows=rows, eval_rows=1) - found.stored_bytes(sides, "train")
+    rows = sum(part.rows for part in opened.parts(sides, "train"))
+    one_coder: dict[str, Any] = {"hookpoints": ("layers.0",), "kind": ("sae",), "batch_rows": rows}
+    held_out = opened.stored_bytes(sides, "validation")
+    watched = read(**one_coder, rows=rows, eval_rows=1) - opened.stored_bytes(sides, "train")
     assert held_out <= watched < 1.1 * held_out, "the last validation is of all rows"
-    assert read(**one, rows=2 * rows, eval_rows=1) - read(**one, rows=rows, eval_rows=1) == (
-        found.stored_bytes(sides, "train")
-    )
+    assert read(**one_coder, rows=2 * rows, eval_rows=1) - read(
+        **one_coder, rows=rows, eval_rows=1
+    ) == (opened.stored_bytes(sides, "train"))
     assert read(hookpoints=("layers.0", "layers.1.mlp"), kind=("sae",)) > read(
         hookpoints=("layers.0",), kind=("sae",)
     )
@@ -263,11 +270,11 @@ def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
     assert "layers.0-sae-mp-k3-x2-seed0" in completed.stdout
     plan = json.loads(invoke(*arguments, "--dry-run", "--json").stdout)
     assert plan["passes"] == [["layers.0-sae-mp-k3-x2-seed0", "layers.0-sae-topk-k3-x2-seed0"]]
-    assert [one["parameters"] for one in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
+    assert [need["parameters"] for need in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
     items = ["weights", "optimizer", "train step", "batches"]
     host = ["windows of rows (host)", "positions, tokens and norms (host)"]
     assert list(plan["memory_bytes"]) == items + host
-    assert plan["memory_bytes"]["weights"] == 4 * sum(one["parameters"] for one in plan["needs"])
+    assert plan["memory_bytes"]["weights"] == 4 * sum(need["parameters"] for need in plan["needs"])
     assert not list(tmp_path.iterdir())
 
 
@@ -289,7 +296,7 @@ def test_resume_needs_no_other_option(
     run, moved = tmp_path / "run", tmp_path / "moved"
     arguments = (store, "--run", str(run), "--hookpoints", "layers.0", *FIT, "--lr", "1e-3,2e-3")
     assert invoke(*arguments, "--save-every", "5").exit_code == 0
-    whole = weights(run)
+    expected = weights(run)
     other = ("--run", str(tmp_path / "other"), "--save-every", "5")
     with monkeypatch.context() as patch:
         patch.setattr(fit_stage, "fit", partial(fit, on_step=interrupt_at(8)))
@@ -297,7 +304,7 @@ def test_resume_needs_no_other_option(
     (tmp_path / "other").rename(moved)
     resumed = invoke("--resume", str(moved))
     assert resumed.exit_code == 0, resumed.output
-    assert equal(whole, weights(moved))
+    assert equal(expected, weights(moved))
 
 
 @pytest.mark.parametrize(
@@ -317,9 +324,9 @@ def test_errors_of_resume(
 ) -> None:
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
-    found = invoke(*(str(tmp_path / "run") if o == "RUN" else o for o in options))
-    assert found.exit_code == 2
-    assert message in found.stderr
+    result = invoke(*(str(tmp_path / "run") if o == "RUN" else o for o in options))
+    assert result.exit_code == 2
+    assert message in result.stderr
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
@@ -328,8 +335,8 @@ def test_what_is_given_counts_also_where_it_is_the_default(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def noted(run: str, given: dict[str, Any]) -> None:
-        seen.update(given)
+    def noted(run: str, options: dict[str, Any]) -> None:
+        seen.update(options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runs, "resumed_config", noted)

@@ -36,22 +36,22 @@ def test_each_coder_counts_its_own_rows(store: str, tmp_path: Path) -> None:
     ill, well = fit(config(store, tmp_path / "run", **sae))
     assert (ill.diverged, ill.step, ill.rows_read) == (True, 3, 3 * 64)
     assert (well.diverged, well.step, well.rows_read) == (False, 24, 24 * 64)
-    for one in (ill, well):
-        assert 0.9 * one.rows_read < one.rows_trained < one.rows_read
-        assert one.rows_per_second == one.rows_trained / one.train_seconds
-        last = [r for r in lasting(tmp_path / "run") if r.coder == one.coder][-1]
-        assert (last.rows, last.rows_trained) == (one.rows_read, one.rows_trained)
+    for result in (ill, well):
+        assert 0.9 * result.rows_read < result.rows_trained < result.rows_read
+        assert result.rows_per_second == result.rows_trained / result.train_seconds
+        last = [r for r in lasting(tmp_path / "run") if r.coder == result.coder][-1]
+        assert (last.rows, last.rows_trained) == (result.rows_read, result.rows_trained)
     assert "stopped in train step 3, after" in ill.warnings[0]
     assert not well.warnings
 
 
 def test_a_coder_whose_batches_have_no_rows_says_so(store: str, tmp_path: Path) -> None:
     everything = tuple(map(str, range(258)))
-    (one,) = fit(config(store, tmp_path / "run", kind=("sae",), arch=("mp",), rows=64 * 3,
+    (result,) = fit(config(store, tmp_path / "run", kind=("sae",), arch=("mp",), rows=64 * 3,
                         skip_tokens=everything))  # fmt: skip
-    assert (one.rows_read, one.rows_trained, one.rows_per_second) == (192, 0, 0.0)
-    assert one.validation is None
-    assert [w.partition(";")[0].split(" of ")[0] for w in one.warnings] == [
+    assert (result.rows_read, result.rows_trained, result.rows_per_second) == (192, 0, 0.0)
+    assert result.validation is None
+    assert [w.partition(";")[0].split(" of ")[0] for w in result.warnings] == [
         "no train row passes the filters",
         "no validation row passes the filters",
     ]
@@ -68,9 +68,9 @@ def test_a_side_without_variance_is_named_before_a_run_begins(
         return mean, variance * (hookpoint != "layers.1.mlp" or side != "input")
 
     monkeypatch.setattr(ActsReader, "moments", constant)
-    given = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.1.mlp",
+    arguments = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.1.mlp",
              "--kind", "skip-transcoder", "--rows", "640", "--batch-rows", "64"]  # fmt: skip
-    completed = CliRunner().invoke(mptrain, given)
+    completed = CliRunner().invoke(mptrain, arguments)
     assert completed.exit_code == 2
     assert "error: layers.1.mlp:input has no variance" in completed.stderr
     assert not (tmp_path / "run").exists()
@@ -85,8 +85,8 @@ def test_damage_names_the_commands_that_mend_it(store: str, tmp_path: Path) -> N
     (coder,) = (tmp_path / "run/coders").iterdir()
     again = ["fit", damaged, "--run", str(tmp_path / "other"), "--hookpoints", "layers.1.mlp",
              "--rows", "640", "--batch-rows", "64"]  # fmt: skip
-    for given in (again, ["eval", str(coder), damaged]):
-        completed = CliRunner().invoke(mptrain, given)
+    for arguments in (again, ["eval", str(coder), damaged]):
+        completed = CliRunner().invoke(mptrain, arguments)
         assert completed.exit_code == 1
         last = completed.stderr.splitlines()[-1]
         assert last.startswith("error: ")

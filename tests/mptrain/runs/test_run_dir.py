@@ -148,7 +148,7 @@ def test_no_state_is_kept_without_its_lines(
 
 def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", **SMALL_RUN))
-    whole = weights(tmp_path / "run")
+    expected = weights(tmp_path / "run")
     (folder,) = (tmp_path / "run/state").iterdir()
     for name in ("state.safetensors", "state.json"):
         before = (folder / name).read_bytes()
@@ -163,7 +163,7 @@ def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> 
         (folder / name).write_bytes(before)
     shutil.rmtree(folder.parent)
     fit(config(store, tmp_path / "run", **SMALL_RUN))
-    assert equal(whole, weights(tmp_path / "run"))
+    assert equal(expected, weights(tmp_path / "run"))
 
 
 def test_a_state_of_an_older_version_is_refused(store: str, tmp_path: Path) -> None:

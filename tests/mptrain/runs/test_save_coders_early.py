@@ -41,15 +41,15 @@ def test_coders_of_a_stopped_run(store: str, tmp_path: Path, optimizer: str) -> 
     assert save_coders(str(tmp_path / "run"), {}) == saved
     records = {r.coder: r for r in lasting(tmp_path / "run") if r.step == 10}
     assert len(saved) == 2
-    for one in saved:
-        folder = Path(one.folder)
-        assert folder.name == f"{one.coder}-step10"
+    for coder in saved:
+        folder = Path(coder.folder)
+        assert folder.name == f"{coder.coder}-step10"
         _, trained = load_coder(folder)
         assert (trained["step"], trained["steps"], trained["finished"]) == (10, 24, False)
         assert trained["rows_read"] == 640
         assert 0 < trained["rows_trained"] < 640, "first positions are left out"
         evaluation = evaluate_coder(folder, store, ())[0]
-        assert evaluation.fvu == pytest.approx(records[one.coder].validation_fvu, rel=1e-5)
+        assert evaluation.fvu == pytest.approx(records[coder.coder].validation_fvu, rel=1e-5)
     fit(config(store, tmp_path / "run", **GRID, **changes))
     final = {name: t for name, t in weights(tmp_path / "run").items() if "-step10/" not in name}
     assert equal(final, weights(tmp_path / "whole"))
@@ -61,11 +61,11 @@ def test_coders_of_a_stopped_run(store: str, tmp_path: Path, optimizer: str) -> 
 def test_the_command(store: str, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "moved")
     stopped(store, tmp_path / "run")
-    given = ["save-coders", str(tmp_path / "run"), str(tmp_path / "moved")]
-    completed = CliRunner().invoke(mptrain, given)
+    arguments = ["save-coders", str(tmp_path / "run"), str(tmp_path / "moved")]
+    completed = CliRunner().invoke(mptrain, arguments)
     assert completed.exit_code == 0, completed.output
     assert completed.stdout.count("-step10: after 10 of 24 train steps") == 2
-    shown = json.loads(CliRunner().invoke(mptrain, [*given, "--json"]).stdout)
+    shown = json.loads(CliRunner().invoke(mptrain, [*arguments, "--json"]).stdout)
     evaluated = CliRunner().invoke(mptrain, ["eval", shown[0]["folder"], store])
     assert evaluated.exit_code == 0, evaluated.output
     drawn = CliRunner().invoke(
@@ -73,7 +73,7 @@ def test_the_command(store: str, tmp_path: Path) -> None:
     )
     assert drawn.exit_code == 0, drawn.output
     fit(config(store, tmp_path / "run", **GRID))
-    again = CliRunner().invoke(mptrain, given)
+    again = CliRunner().invoke(mptrain, arguments)
     assert (again.exit_code, "are finished" in again.stdout) == (0, True)
 
 
@@ -82,12 +82,12 @@ def test_finished_passes_are_not_saved_again(
 ) -> None:
     alone = config(store, tmp_path / "run", **GRID)
     names = [coder.name for coder in alone.coders()]
-    bytes_of_one = 12_000_000
+    bytes_per_coder = 12_000_000
     with monkeypatch.context() as patch:
         patch.setattr("mptrain.runs.plan.group_into_passes", lambda *_: [[name] for name in names])
         with pytest.raises(KeyboardInterrupt):
             fit(
-                config(store, tmp_path / "run", **GRID, max_memory=bytes_of_one),
+                config(store, tmp_path / "run", **GRID, max_memory=bytes_per_coder),
                 on_step=interrupt_at(24 + 8),
             )
     (saved,) = save_coders(str(tmp_path / "run"), {})

@@ -64,7 +64,7 @@ def step_of(trainer: CoderTrainer, rows: int, ranks: ProcessGroup) -> dict[str, 
     step_, trainer.optimizers.step_ = trainer.optimizers.step_, lambda: None  # type: ignore[method-assign]
     share = slice(None)
     if ranks.divides_rows:
-        share = slice(*((rows * one + 1) // 2 for one in (ranks.rank, ranks.rank + 1)))
+        share = slice(*((rows * rank + 1) // 2 for rank in (ranks.rank, ranks.rank + 1)))
     result = trainer.step(x_BD[share], y_BE[share])
     named = trainer.coder.named_parameters()
     gradients = {GRADIENT + n: p.grad.clone() for n, p in named if p.grad is not None}
@@ -78,12 +78,12 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     ranks = ProcessGroup(rank=rank, size=2, spread="rows")
-    found = {
+    steps = {
         (config.name, rows): step_of(prepared(config, ranks), rows, ranks)
         for config in CONFIGS
         for rows in (64, 41, 1)
     }
-    torch.save(found, folder / str(rank))
+    torch.save(steps, folder / str(rank))
     dist.destroy_process_group()
 
 
@@ -144,11 +144,11 @@ MetricsFile.flush = flushed
 
 
 def torchrun(
-    store: str, run: Path, *options: str, program: str = MAIN, **changes: Any
+    store: str, run: Path, *more_options: str, program: str = MAIN, **changes: Any
 ) -> subprocess.Popen[str]:
     """`mptrain fit` in two processes, with the config of `fits`."""
     config = fits.config(store, run, **changes)
-    given = {
+    options = {
         "run": config.run,
         "hookpoints": ",".join(config.hookpoints),
         "kind": ",".join(config.kind),
@@ -158,15 +158,15 @@ def torchrun(
         "rows", "batch_rows", "window_rows", "log_every", "eval_every", "save_every", "dead_rows",
         "device",
     ):  # fmt: skip
-        given[name] = str(getattr(config, name))
-    changed = [text for n, value in given.items() for text in (f"--{n.replace('_', '-')}", value)]
+        options[name] = str(getattr(config, name))
+    changed = [text for n, value in options.items() for text in (f"--{n.replace('_', '-')}", value)]
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"),
             # without the two dashes it takes --run for the beginning of an option of its own
             *("--nproc-per-node", "2", "--", sys.executable, "-c"),
             program,
-            *("fit", store, *changed, *options),
+            *("fit", store, *changed, *more_options),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -180,16 +180,18 @@ def test_spread_coders_equal_solo_runs_and_continue_where_one_process_stopped(
     store: str, tmp_path: Path
 ) -> None:
     """Bit for bit, with their metrics and the state of the run."""
-    whole, broken = (fits.config(store, tmp_path / name) for name in ("whole", "broken"))
-    fit(whole)
+    uninterrupted, interrupted = (
+        fits.config(store, tmp_path / name) for name in ("whole", "broken")
+    )
+    fit(uninterrupted)
     with pytest.raises(KeyboardInterrupt):
-        fit(broken, on_step=fits.interrupt_at(8))
+        fit(interrupted, on_step=fits.interrupt_at(8))
     process = torchrun(store, tmp_path / "broken", "--spread", "coders")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert out.count("this table is in") == 1, "only the first process tells"
-    for found in (fits.weights, fits.state):
-        assert fits.equal(found(tmp_path / "whole"), found(tmp_path / "broken"))
+    for read_tensors in (fits.weights, fits.state):
+        assert fits.equal(read_tensors(tmp_path / "whole"), read_tensors(tmp_path / "broken"))
     assert fits.lasting(tmp_path / "whole") == fits.lasting(tmp_path / "broken")
     results = [(tmp_path / n / "results.json").read_text() for n in ("whole", "broken")]
     assert results[0].count('"coder"') == results[1].count('"coder"') == 4
@@ -211,16 +213,16 @@ def test_shared_rows_train_what_one_process_does(store: str, tmp_path: Path) -> 
     assert process.returncode == 0, errors
     records = [read_records(tmp_path / n / "metrics.jsonl") for n in ("alone", "shared")]
     assert len(records[0]) == len(records[1])
-    for one, both in zip(*records, strict=True):
-        assert (one.coder, one.step, one.rows, one.lr) == (
-            both.coder,
-            both.step,
-            both.rows,
-            both.lr,
+    for alone, shared in zip(*records, strict=True):
+        assert (alone.coder, alone.step, alone.rows, alone.lr) == (
+            shared.coder,
+            shared.step,
+            shared.rows,
+            shared.lr,
         )
-        assert both.fvu == pytest.approx(one.fvu, rel=1e-4 if one.step <= 2 else 0.05)
+        assert shared.fvu == pytest.approx(alone.fvu, rel=1e-4 if alone.step <= 2 else 0.05)
         # would be counted twice as fast by ranks that both train on all rows
-        assert both.dead_share == pytest.approx(one.dead_share, abs=0.05)
+        assert shared.dead_share == pytest.approx(alone.dead_share, abs=0.05)
     continued = fit(fits.config(store, tmp_path / "shared"))
     assert not any(result.diverged for result in continued)
 

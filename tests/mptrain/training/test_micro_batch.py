@@ -41,32 +41,32 @@ def gradients(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> dict[str, Te
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_alike(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         largest = float(tensor.abs().max())
         assert largest > 0
-        torch.testing.assert_close(found[name], tensor, atol=2e-5 * largest, rtol=2e-5, msg=name)
+        torch.testing.assert_close(actual[name], tensor, atol=2e-5 * largest, rtol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda config: config.name)
 @pytest.mark.parametrize("size", [32, 7, 64, 100])
 def test_micro_batches_add_up_to_their_batch(config: CoderConfig, size: int):
-    whole, parts = prepared(config), prepared(replace(config, micro_batch_rows=size))
+    undivided, parts = prepared(config), prepared(replace(config, micro_batch_rows=size))
     x_BD, y_BE = rows_of(config, 64, 9)
-    assert_alike(gradients(parts, x_BD, y_BE), gradients(whole, x_BD, y_BE))
-    assert torch.equal(parts.usage.rows_since_fired_M, whole.usage.rows_since_fired_M)
+    assert_alike(gradients(parts, x_BD, y_BE), gradients(undivided, x_BD, y_BE))
+    assert torch.equal(parts.usage.rows_since_fired_M, undivided.usage.rows_since_fired_M)
 
 
 @settings(max_examples=10)
 @given(rows=st.integers(2, 40), size=st.integers(1, 40))
 def test_losses_and_fvu_are_those_of_the_batch(rows: int, size: int):
-    whole, parts = prepared(BASE), prepared(replace(BASE, micro_batch_rows=size))
+    undivided, parts = prepared(BASE), prepared(replace(BASE, micro_batch_rows=size))
     x_BD, y_BE = rows_of(BASE, rows, 9)
-    found, expected = parts.step(x_BD, y_BE), whole.step(x_BD, y_BE)
-    torch.testing.assert_close(found.loss, expected.loss)
-    torch.testing.assert_close(found.fvu, expected.fvu)
-    assert found.l0 == expected.l0
+    actual, expected = parts.step(x_BD, y_BE), undivided.step(x_BD, y_BE)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(actual.fvu, expected.fvu)
+    assert actual.l0 == expected.l0
 
 
 @pytest.mark.parametrize("config", OVER_BATCH, ids=lambda config: config.name)
@@ -75,12 +75,12 @@ def test_batch_coders_select_in_each_micro_batch(config: CoderConfig):
     x_BD, _ = rows_of(config, 64, 9)
     x_BD = x_BD * torch.linspace(0.5, 2, 64)[:, None]
     parts = prepared(replace(config, micro_batch_rows=32))
-    found = gradients(parts, x_BD, x_BD)
+    actual = gradients(parts, x_BD, x_BD)
     halves = [prepared(config), prepared(config)]
     separate = [gradients(h, x, x) for h, x in zip(halves, x_BD.split(32), strict=True)]
-    assert_alike(found, {n: (separate[0][n] + separate[1][n]) / 2 for n in found})
-    whole = gradients(prepared(config), x_BD, x_BD)
-    assert any(not torch.allclose(found[n], whole[n], rtol=1e-3, atol=1e-6) for n in found)
+    assert_alike(actual, {n: (separate[0][n] + separate[1][n]) / 2 for n in actual})
+    undivided = gradients(prepared(config), x_BD, x_BD)
+    assert any(not torch.allclose(actual[n], undivided[n], rtol=1e-3, atol=1e-6) for n in actual)
 
 
 @pytest.mark.parametrize("config", [*OVER_BATCH, *OTHERS], ids=lambda config: config.name)
@@ -91,7 +91,7 @@ def test_a_rehearsal_changes_nothing(config: CoderConfig) -> None:
     for name, tensor in rehearsed.state_tensors().items():
         assert torch.equal(tensor, before[name]), name
     rows = rows_of(config, 64, 9)
-    found, expected = gradients(rehearsed, *rows), gradients(plain, *rows)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    actual, expected = gradients(rehearsed, *rows), gradients(plain, *rows)
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
         assert torch.equal(gradient, expected[name]), name

@@ -130,8 +130,8 @@ def test_adam_moves_vectors_alike_and_muon_equalises_matrices():
 @pytest.mark.parametrize("optimizer", get_args(Optimizer))
 @pytest.mark.parametrize("before", [0, 3])
 def test_continues_bit_for_bit(optimizer: Optimizer, before: int):
-    whole = make_coder(optimizer)
-    train_(whole, make_optimizers(whole, whole.config, 8), 8)
+    uninterrupted = make_coder(optimizer)
+    train_(uninterrupted, make_optimizers(uninterrupted, uninterrupted.config, 8), 8)
 
     first = make_coder(optimizer)
     optimizers = make_optimizers(first, first.config, 8)
@@ -143,7 +143,7 @@ def test_continues_bit_for_bit(optimizer: Optimizer, before: int):
     train_(make_coder(optimizer), resumed, 0)
     resumed.load_state_tensors_(saved)
     train_(second, resumed, 8 - before)
-    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+    for a, b in zip(uninterrupted.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
 
 

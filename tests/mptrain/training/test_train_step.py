@@ -50,13 +50,13 @@ def test_training_reduces_the_loss_and_keeps_unit_norm(config: CoderConfig):
 @pytest.mark.parametrize("config", GRID, ids=lambda config: config.name)
 def test_continues_bit_for_bit(config: CoderConfig):
     config = replace(config, dead_rows=200)
-    whole, first, second = (make_learner(config) for _ in range(3))
-    losses = train_(whole, 0, 12)
+    uninterrupted, first, second = (make_learner(config) for _ in range(3))
+    losses = train_(uninterrupted, 0, 12)
     train_(first, 0, 7)
     second.load_state_tensors_(copied(first))
     assert train_(second, 7, 12) == losses[7:]
     for name, tensor in second.state_tensors().items():
-        assert torch.equal(tensor, whole.state_tensors()[name]), name
+        assert torch.equal(tensor, uninterrupted.state_tensors()[name]), name
 
 
 @pytest.mark.parametrize("arch", ARCHS)

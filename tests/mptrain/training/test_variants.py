@@ -88,8 +88,8 @@ def test_learns_and_keeps_unit_norm(config: CoderConfig):
 @pytest.mark.parametrize("config", VARIANTS, ids=by_name)
 def test_continues_bit_for_bit(config: CoderConfig):
     config = replace(config, dead_rows=200)
-    whole, first, second = (make_learner(config) for _ in range(3))
-    losses = train_(whole, 0, 9)
+    uninterrupted, first, second = (make_learner(config) for _ in range(3))
+    losses = train_(uninterrupted, 0, 9)
     train_(first, 0, 3)
     second.load_state_tensors_({n: t.clone() for n, t in first.state_tensors().items()})
     assert second.coder.encoder.coded_as == first.coder.encoder.coded_as
@@ -107,7 +107,7 @@ def test_gradient_is_the_slope_of_the_loss(config: CoderConfig):
     x_BD, y_BE = (t.double() for t in rows_of(config, 16, 9))
     trained = {name: p for name, p in coder.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(1)
-    way = {
+    direction = {
         name: torch.randn(p.shape, generator=generator, dtype=torch.float64)
         for name, p in trained.items()
     }
@@ -115,11 +115,13 @@ def test_gradient_is_the_slope_of_the_loss(config: CoderConfig):
     def loss_at(step: float) -> Tensor:
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.add_(way[name], alpha=step)
+                parameter.add_(direction[name], alpha=step)
         return loss_of(trainer, x_BD, y_BE)
 
     loss_at(0.0).backward()
-    slope = sum(float((p.grad * way[n]).sum()) for n, p in trained.items() if p.grad is not None)
+    slope = sum(
+        float((p.grad * direction[n]).sum()) for n, p in trained.items() if p.grad is not None
+    )
     eps = 1e-7
     with torch.no_grad():
         rise = float(loss_at(eps) - loss_at(-2 * eps)) / (2 * eps)
@@ -262,7 +264,7 @@ def test_wide_loss_is_that_of_more_steps():
         wide = plain.coder.encode(x_BD, 12)
         variance = plain.objective.total_variance
         more = reconstruction_loss(y_BE, plain.coder.predict(wide, x_BD), variance) / 8
-    losses = [float(one.step(x_BD, y_BE).loss) for one in (trainer, plain)]
+    losses = [float(learner.step(x_BD, y_BE).loss) for learner in (trainer, plain)]
     assert losses[0] - losses[1] == pytest.approx(float(more), rel=1e-4)
 
 
@@ -289,10 +291,10 @@ def test_signed_codes_rows_that_no_atom_points_to():
     config = replace(BASE, expansion=1, auxk_alpha=0.0)
     coders = [make_learner(c).coder for c in (config, replace(config, select="signed"))]
     x_BD = coders[0].b_D - coders[0].encoder.W_MD.sum(0, keepdim=True)
-    found = [coder.encode(x_BD.detach()) for coder in coders]
+    codes = [coder.encode(x_BD.detach()) for coder in coders]
     assert (coders[0].encoder.W_MD.sum(0) @ coders[0].encoder.W_MD.T > 0).all(), "all point away"
-    assert (found[0].idx_BK == -1).all()
-    assert (found[1].val_BK[:, 0] < 0).all()
+    assert (codes[0].idx_BK == -1).all()
+    assert (codes[1].val_BK[:, 0] < 0).all()
 
 
 def test_blocks_give_each_step_its_own_latents():
