@@ -49,7 +49,7 @@ POSITIVE = Rule()
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.select)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-each_baseline = pytest.mark.parametrize("way", baselines(EVERY), ids=lambda baseline: baseline.name)
+each_baseline = pytest.mark.parametrize("baseline", baselines(EVERY), ids=lambda baseline: baseline.name)
 BLOCK_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.in_blocks)
 in_both_forms = pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "matrices"])
 
