@@ -124,7 +124,7 @@ FAULTS = {
     "other shape": lambda write: write(TEXTS[:9], "body"),
     "other dtype": other_type,
 }
-# not wrong there, and why
+# combinations that are no fault, with the reason
 NO_FAULT = {
     ("a.txt", "cut"): "a text has no end mark: a shorter text is a text",
     ("a.txt", "html"): "a corpus of web pages is a corpus",
@@ -149,7 +149,7 @@ def collect(model, dataset, folder, *more):
 
 
 def refusal(model, dataset, folder, *more):
-    """The one line of a refused collection."""
+    """The error line of a refused collection."""
     result = collect(model, dataset, folder, *more)
     assert result.exit_code == 2, result.output
     assert not (folder / "store").exists()
@@ -166,7 +166,10 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, model, name, fault):
     if (name, fault) in NO_FAULT:
         result = collect(model, tmp_path / name, tmp_path)
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        if fault in ("html", "other dtype"):  # read, and too short to fill a sequence
+        if fault in (
+            "html",
+            "other dtype",
+        ):  # the file is read, and is too short to fill a sequence
             assert result.exit_code == 2
             assert "each split must fill a sequence" in errors[0]
         else:
@@ -176,12 +179,12 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, model, name, fault):
         return
     message = refusal(model, tmp_path / name, tmp_path)
     assert name in message
-    assert ";" in message  # and what to do
+    assert ";" in message  # the remedy
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_bad_shard_among_good_ones_is_named(tmp_path, model, name):
-    """The second of three: of a folder, where each is a document, a text cannot be bad."""
+    """The second of three shards. Texts of a folder cannot be bad: each file is a document."""
     (tmp_path / "d").mkdir()
     for shard in "xyz":
         (tmp_path / "d" / f"{shard}{name[name.index('.') :]}").write_bytes(KINDS[name](TEXTS[:50]))
@@ -230,7 +233,7 @@ BAD_VALUES = {
 
 @pytest.mark.parametrize("bad", BAD_VALUES)
 @pytest.mark.parametrize("name", TABLES)
-def test_bad_ids_and_chats_are_told(tmp_path, model, name, bad):
+def test_bad_ids_and_chats_are_named_by_their_line(tmp_path, model, name, bad):
     values, message = BAD_VALUES[bad]
     (tmp_path / name).write_bytes(TABLES[name](values))
     assert message in refusal(model, tmp_path / name, tmp_path)
@@ -246,8 +249,8 @@ def test_a_bad_file_of_ids_or_chats_is_refused(tmp_path, model, name, values, fa
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_file_that_is_not_readable_is_named(tmp_path, model, name, monkeypatch):
-    """Root can read all files, so the system's refusal is played here."""
+def test_an_unreadable_file_is_named(tmp_path, model, name, monkeypatch):
+    """Root can read all files, so the test simulates the system's refusal."""
     (tmp_path / name).write_bytes(KINDS[name](TEXTS[:50]))
     plain = datafile.os.open
 
@@ -269,7 +272,7 @@ def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path, model):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_good_files_are_read(tmp_path, model, name):
-    """Otherwise the tests above would prove nothing."""
+    """Good files of every kind are read, so the tests above fail for the right reason."""
     (tmp_path / name).write_bytes(KINDS[name](TEXTS))
     assert collect(model, tmp_path / name, tmp_path).exit_code == 0
 
@@ -302,12 +305,12 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("bad", BAD_LINES)
-def test_a_bad_line_is_told_by_its_number(tmp_path, model, bad):
+def test_a_bad_line_is_named_by_its_number(tmp_path, model, bad):
     (tmp_path / "a.jsonl").write_bytes(lines_with(BAD_LINES[bad]))
     assert "line 300 of a.jsonl" in refusal(model, tmp_path / "a.jsonl", tmp_path)
 
 
-def test_a_bad_line_of_a_second_shard_is_told_by_its_number_there(tmp_path, model):
+def test_a_bad_line_of_a_second_shard_is_named_by_its_number_in_the_shard(tmp_path, model):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "p-1.jsonl").write_bytes(jsonl(TEXTS))
     (tmp_path / "d" / "p-2.jsonl.gz").write_bytes(gzip.compress(lines_with(b"{\n", 7)))
@@ -350,7 +353,7 @@ def test_a_bad_csv_tells_its_line(tmp_path, model, content, message):
     assert message in refusal(model, tmp_path / "a.csv", tmp_path)
 
 
-def test_rows_of_a_table_are_told(tmp_path, model):
+def test_bad_rows_of_a_table_are_named(tmp_path, model):
     tokens = pa.array([[1, 2], [3, 999], [4]])
     pq.write_table(pa.table({"text": tokens}), tmp_path / "a.parquet")
     message = refusal(model, tmp_path / "a.parquet", tmp_path)
@@ -365,7 +368,7 @@ def test_rows_of_a_table_are_told(tmp_path, model):
 
 
 def test_a_stream_that_is_cut_between_two_batches(tmp_path, model):
-    """Arrow's own reader takes it for a shorter one."""
+    """Arrow's own reader takes a truncated stream for a shorter one."""
     sink, schema = io.BytesIO(), table(TEXTS).schema
     writer = pa.ipc.new_stream(sink, schema)
     writer.write_table(table(TEXTS), max_chunksize=100)

@@ -78,7 +78,7 @@ def save_shards(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 @pytest.fixture
 def copy(originals: Path, tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield lambda kind: Path(shutil.copytree(originals / kind, tmp_path / kind))
-    for path in tmp_path.rglob("*"):  # so that pytest can delete what could not be read
+    for path in tmp_path.rglob("*"):  # so that pytest can delete the unreadable file
         if path.is_file() and not path.is_symlink():
             path.chmod(0o600)
 
@@ -89,7 +89,7 @@ def collect(originals: Path, model: Path, *more: str):
 
 
 def refusal(originals: Path, model: Path, *more: str) -> str:
-    """The one line of a command that refuses a model, and leaves nothing behind."""
+    """The error line of a command that refuses a model and leaves no files."""
     before = sorted(model.parent.rglob("*"))
     result = collect(originals, model, *more)
     assert result.exit_code == 2, (result.output, result.exception)
@@ -171,7 +171,7 @@ def reshaped(path: Path, change: Callable[[torch.Tensor], torch.Tensor], torch_f
 
 
 def relabelled(path: Path) -> None:
-    """The header says another dtype than that of the data."""
+    """Give the header another dtype than the data has."""
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"'))
 
 
@@ -305,7 +305,7 @@ def test_a_model_without_sdpa_is_led_to_eager(originals, tmp_path):
     assert collect(originals, tmp_path / "gemma", "--attention", "eager").exit_code == 0
 
 
-def test_an_old_buffer_that_is_left_over_is_no_fault(originals, copy):
+def test_a_leftover_old_buffer_is_accepted(originals, copy):
     folder = copy("whole")
     weights = load_file(folder / "model.safetensors")
     weights["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -314,7 +314,7 @@ def test_an_old_buffer_that_is_left_over_is_no_fault(originals, copy):
     assert collect(originals, folder).exit_code == 0
 
 
-def test_a_mask_in_whole_numbers_is_no_fault(originals, tmp_path):
+def test_an_integer_mask_is_accepted(originals, tmp_path):
     config = GPTNeoXConfig(
         vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64,
@@ -352,7 +352,7 @@ def test_special_tokens_beyond_the_embedding_may_stay_unused(originals, copy):
 
 @pytest.mark.parametrize("first", ["<image4>", ""])
 def test_a_chat_template_may_not_lead_beyond_the_embedding(originals, copy, first):
-    """Markers that were added to the tokenizer alone."""
+    """Markers of a template that were added to the tokenizer, but not to the embedding."""
     folder = copy("whole")
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<image{i}>" for i in range(5)]})
@@ -373,7 +373,7 @@ def test_a_chat_template_may_not_lead_beyond_the_embedding(originals, copy, firs
 
 
 def test_an_unknown_token_beyond_the_embedding_is_refused(originals, copy):
-    """It is a special token, and a text leads to it."""
+    """The unknown token is a special token that a text can produce."""
     folder = copy("whole")
     words = Tokenizer(WordLevel({"a": 0, "</s>": 1, "<unk>": 262}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -396,7 +396,7 @@ def test_an_unknown_token_beyond_the_embedding_is_refused(originals, copy):
     ],
 )
 @pytest.mark.parametrize("workers", [[], ["--workers", "1"]])
-def test_what_is_wrong_with_options_of_tokens_is_said_before_a_model_is_loaded(
+def test_wrong_token_options_are_refused_before_a_model_is_loaded(
     originals, copy, monkeypatch, change, message, workers
 ):
     def never(*_: object, **__: object) -> None:
@@ -421,14 +421,14 @@ def test_what_is_wrong_with_options_of_tokens_is_said_before_a_model_is_loaded(
 
 
 @pytest.mark.parametrize("name", ["~nosuch/m", "~nosuch/m.gguf", "x" * 300, "x/" * 3000 + "m.gguf"])
-def test_a_path_that_can_be_none_is_one_line(originals, tmp_path, name):
+def test_an_impossible_path_is_refused_in_one_line(originals, tmp_path, name):
     for arguments in (
         [name, str(originals / "corpus.jsonl")],
         [str(originals / "whole"), name if "gguf" not in name else f"{name}.jsonl"],
         [str(originals / "whole"), f"{name},{name}"],
     ):
         result = CliRunner().invoke(app, ["collect", *arguments, str(tmp_path / "s"), *SETTINGS])
-        is_hub = "x" * 300 in arguments  # a name as of the Hub, if a long one
+        is_hub = "x" * 300 in arguments  # a valid though long name of a Hub repository
         assert result.exit_code == 2 or is_hub, (result.output, result.exception)
         assert isinstance(result.exception, SystemExit)
         assert len(result.stderr.splitlines()) == 1
@@ -444,7 +444,7 @@ def test_a_link_to_itself_is_named(originals, copy, name):
     assert f"{name} is a link to itself" in refusal(originals, model)
 
 
-def test_a_type_that_is_unknown_is_no_matter_of_attention(originals):
+def test_an_unknown_model_type_is_not_blamed_on_attention(originals):
     source = find_source(
         CollectConfig(model=str(originals / "whole"), dataset="d", hookpoints=("a",))
     )
@@ -462,7 +462,7 @@ def test_a_type_that_is_unknown_is_no_matter_of_attention(originals):
 
 
 def test_a_file_behind_a_link_has_the_name_of_the_link(tmp_path):
-    """As in the Hub's cache, where the file itself is named by its digest."""
+    """As in the Hub's cache, where digests are the names of files and links have the real names."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "0af3").write_bytes(b"GGUF")
     (tmp_path / "tiny.gguf").symlink_to("blobs/0af3")

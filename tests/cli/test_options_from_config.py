@@ -43,7 +43,7 @@ def collect(inputs: Path, *more: str, model: str = "model", data: str = "corpus.
 
 
 def error_line(result) -> str:
-    """The message of a user's mistake; there must be nothing else."""
+    """The one error line of a user's mistake."""
     assert result.exit_code == 2, result.output
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
@@ -125,7 +125,7 @@ def test_a_folder_that_is_no_store_stays_as_it_is(inputs: Path, tmp_path: Path) 
         (("--validation-every", "1"), "at least 2"),
     ],
 )
-def test_options_that_cannot_be(inputs: Path, options: tuple[str, ...], message: str) -> None:
+def test_invalid_options_are_refused(inputs: Path, options: tuple[str, ...], message: str) -> None:
     arguments = [str(inputs / "model"), str(inputs / "corpus.jsonl"), str(inputs / "new")]
     command = ["collect", *arguments, "--hookpoints", "layers.0", *COLLECT, *options]
     result = CliRunner().invoke(mpcache, command)
@@ -157,7 +157,7 @@ def test_nonfinite_activations_are_counted_reported_and_refused(tmp_path: Path) 
     assert all(r["validation"]["fvu"] < 1.5 for r in json.loads(allowed.stdout))
 
 
-def test_the_whole_way_and_back(inputs: Path, tmp_path: Path) -> None:
+def test_every_command_of_the_readme_runs_in_order(inputs: Path, tmp_path: Path) -> None:
     """collect, info, verify, stats, fit, eval and plot, as in the README."""
     store, run = str(inputs / "store"), tmp_path / "run"
     small_config(inputs)
@@ -227,7 +227,7 @@ def test_bench_measures_both(inputs: Path) -> None:
         (("--hookpoints", "layers.0", "--rows", "10"), "rows must be at least batch_rows"),
     ],
 )
-def test_fits_that_cannot_be(
+def test_invalid_fits_are_refused(
     inputs: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     fit = ["fit", str(inputs / "store"), "--run", str(tmp_path / "run"), *FIT, *options]

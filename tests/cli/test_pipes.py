@@ -25,7 +25,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("mptrain", ["presets"], "stdout"),
     ],
 )
-def test_nobody_reads(store: str, command: str, words: list[str], closed: str) -> None:
+def test_a_closed_pipe_ends_a_command_quietly(
+    store: str, command: str, words: list[str], closed: str
+) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     words = [word.replace("STORE", store) for word in words]
@@ -41,7 +43,7 @@ def test_nobody_reads(store: str, command: str, words: list[str], closed: str) -
 
 
 def test_a_pipe_in_a_shell(store: str) -> None:
-    """The first line arrives, and nothing else is said."""
+    """The first line arrives, and no error is printed."""
     info = f"{sys.executable} -c '{CLI.format('mpcache')}' info {store} --json"
     done = subprocess.run(
         ["bash", "-c", f"{info} | head -n 1"], capture_output=True, text=True, check=True

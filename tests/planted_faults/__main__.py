@@ -53,7 +53,7 @@ def read_faults(words: Sequence[str]) -> list[Fault]:
 
 @contextlib.contextmanager
 def planted(fault: Fault, project: Path) -> Iterator[None]:
-    """The project with the fault; afterwards without it, and with the file's old time.
+    """Plant the fault in the project; at the end restore the file and its time stamp.
 
     Caches of compiled code go by that time.
     """
@@ -88,7 +88,7 @@ def _run(project: Path, tests: Sequence[str]) -> None:
     os.chdir(project)
     sys.path[:0] = paths = [str(project), str(project / "cli")]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for commands that tests start
-    # this program is part of the tests: its copy is imported anew with the rest of them
+    # this program is part of the tests: its copy is imported again with the other tests
     for name in [n for n in sys.modules if n.split(".")[0] == "tests"]:
         del sys.modules[name]
     with Path(project, "pytest.log").open("w") as log:
@@ -116,7 +116,7 @@ def preload() -> None:
 
 
 def verdict(code: int | None) -> str:
-    """What an exit code of pytest says of a planted fault."""
+    """The verdict on a planted fault for an exit code of pytest."""
     if code is None:
         return "found: the tests do not end"
     return {int(pytest.ExitCode.OK): "NOT FOUND", int(pytest.ExitCode.TESTS_FAILED): "found"}.get(
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def _try(fault: Fault, project: Path) -> bool:
-    """Whether the tests find the fault; a line says so."""
+    """Plant one fault, print a line, and return whether the tests catch it."""
     began = time.monotonic()
     with planted(fault, project):
         result = verdict(run_tests(project, fault.tests))

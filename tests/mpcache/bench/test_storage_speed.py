@@ -1,4 +1,4 @@
-"""What `mpcache bench-store` reports: sizes so small that times say nothing, the rest does."""
+"""The report of `mpcache bench-store`, apart from times, which mean nothing at such small sizes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A root finds the right store for a collection, makes it once, and lists what it has."""
+"""A root finds the right store for a collection, creates it once, and lists its stores."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """The same, to change."""
+    """A copy of the original folder that a test may change."""
     return Path(shutil.copytree(original, tmp_path / "place"))
 
 
@@ -67,7 +67,9 @@ def test_complete_already_loads_no_weights(folder: Path, monkeypatch: pytest.Mon
     result = run(folder, "600", "layers.0")
     assert result.exit_code == 0, result.output
     assert "no forward pass was needed" in result.stdout
-    assert run(folder, "300", "layers.*:output", "--json").exit_code == 1  # layers.1 is not there
+    assert (
+        run(folder, "300", "layers.*:output", "--json").exit_code == 1
+    )  # the store lacks layers.1
     assert files_of(only_store(folder)) == before
 
 
@@ -91,7 +93,7 @@ def test_more_rows_and_more_hookpoints_go_into_the_same_store(folder: Path) -> N
     assert marks_of(only_store(folder)) == marks_of(folder / "at_once")
 
 
-def test_another_dtype_is_told_and_convert_does_it(folder: Path) -> None:
+def test_another_dtype_is_refused_and_convert_changes_it(folder: Path) -> None:
     result = run(folder, "600", "layers.0", "--dtype", "float32")
     assert result.exit_code == 2
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -105,7 +107,7 @@ def test_another_dtype_is_told_and_convert_does_it(folder: Path) -> None:
     assert "bfloat16" in run(folder, "900", "layers.0", "--dtype", "float32").stderr
 
 
-def test_codec_and_chunks_are_those_of_the_store_there(folder: Path) -> None:
+def test_codec_and_chunks_of_an_existing_store_are_kept(folder: Path) -> None:
     result = run(folder, "900", "layers.0", "--codec", "zstd")
     assert result.exit_code == 0, result.output
     assert "exists with codec none, which is kept" in result.stderr
@@ -132,7 +134,7 @@ def test_a_renamed_store_is_found_and_links_and_damage_are_not(
     assert find_store(folder / "root", config).storage.path == store
 
 
-def test_a_root_that_is_none(folder: Path) -> None:
+def test_an_invalid_root_is_refused(folder: Path) -> None:
     for wrong, message in (
         (only_store(folder), "is a store"),
         (folder / "corpus.jsonl", "a folder"),
@@ -156,7 +158,7 @@ def test_any_name_gives_one_plain_folder(name: str) -> None:
     assert 0 < len(safe) <= 48
 
 
-def test_list_tells_what_there_is(folder: Path) -> None:
+def test_list_shows_every_store(folder: Path) -> None:
     """Complete, half done and damaged stores; the table and JSON agree."""
     half = folder / "root/half"
     shutil.copytree(only_store(folder), half)
@@ -192,7 +194,7 @@ def test_age_is_never_negative(folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_store_in_a_teams_root_is_the_teams(folder: Path) -> None:
+def test_a_store_in_a_teams_root_is_writable_by_the_team(folder: Path) -> None:
     (folder / "root").chmod(0o2775)
     assert run(folder, "300", "layers.0", "--seed", "1").exit_code == 0
     new = max((folder / "root").iterdir(), key=lambda f: f.stat().st_mtime)

@@ -88,7 +88,9 @@ def test_flags_are_the_assistants_tokens(store: Store, split: str) -> None:
         assert own.tolist() == (store.tokens.read_flags(part).reshape(-1)[order] > 0).tolist()  # type: ignore[union-attr]
 
 
-def test_the_store_says_what_it_is(store: Store, collected: tuple[Path, CollectSummary]) -> None:
+def test_the_store_records_its_chat_template(
+    store: Store, collected: tuple[Path, CollectSummary]
+) -> None:
     assert store.layout.format_version == 2
     assert store.provenance["chat_template"] == TEMPLATES["chatml"]
     identity = store.identity
@@ -132,7 +134,7 @@ def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
         if "marks/2/tokens.json" not in broken:
             assert done.intact
             assert {name: (damaged / name).read_bytes() for name in before} == before
-        else:  # nothing is left that says what was committed
+        else:  # nothing is left that records what was committed
             assert [mark.outcome for mark in done.marks] == ["other bits"]
 
 

@@ -37,12 +37,12 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(original: Path, tmp_path: Path) -> Path:
-    """A store that a test may harm."""
+    """A store that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "store"))
 
 
 def full_values(model, tokens: np.ndarray, batch: int) -> dict[tuple[str, str], torch.Tensor]:
-    """Values at the hookpoints of a whole forward pass, taken by plain hooks, flat over tokens."""
+    """Values at the hookpoints in a full forward pass, taken by plain hooks, flat over tokens."""
     seen: dict[tuple[str, str], list[torch.Tensor]] = {side: [] for side in SIDES}
     modules = dict(model.named_modules())
 
@@ -65,7 +65,7 @@ def full_values(model, tokens: np.ndarray, batch: int) -> dict[tuple[str, str], 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
 def test_rows_are_the_models_own(tmp_path: Path, dtype: str, codec: str) -> None:
-    """Found through rows/sequence and rows/position, bit-equal after the same rounding."""
+    """Rows are found by rows/sequence and rows/position, and bit-equal after the same rounding."""
     path, _ = small_store(tmp_path, dtype=dtype, codec=codec, rows=400)
     model = AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
     group = zarr.open_group(path / "arrays.zarr", mode="r")
@@ -188,8 +188,8 @@ def test_an_interrupted_extension_is_no_damage_and_is_finished(
     assert marks_of(path) == marks_of(tmp_path / "at_once")
 
 
-def test_deleted_marks_are_collected_anew(tmp_path: Path) -> None:
-    """How a damaged part is mended: delete its mark and collect again."""
+def test_parts_with_deleted_marks_are_collected_again(tmp_path: Path) -> None:
+    """A damaged part is repaired by deleting its mark and collecting again."""
     path, _ = small_store(tmp_path)
     before = marks_of(path)
     for part, array in ((1, "layers.0/output"), (2, "tokens"), (5, "rows/position"), (6, "tokens")):
@@ -211,7 +211,7 @@ def test_a_finished_store_is_not_written_again(
     assert small_store(tmp_path)[1].forward_rows == 0
 
 
-def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None:
+def test_overflowing_channels_are_counted(tmp_path: Path) -> None:
     config = small_config(tmp_path, rows=400)
     model = AutoModel.from_pretrained(tmp_path / "model")
     with torch.no_grad():
@@ -224,7 +224,7 @@ def test_a_channel_that_overflows_is_counted_not_a_crash(tmp_path: Path) -> None
     assert verify(tmp_path / "store").intact
 
 
-def test_an_exhausted_dataset_ends_short_and_stays_so(tmp_path: Path) -> None:
+def test_a_store_of_an_exhausted_dataset_stays_short(tmp_path: Path) -> None:
     path, summary = small_store(tmp_path, rows=1_000_000)
     store = open_store(path)
     lasts = [store.mark(p, "tokens") for p in store.part_numbers("tokens")]
@@ -263,7 +263,7 @@ def test_a_fresh_store_is_intact(original: Path) -> None:
 
 @pytest.mark.slow
 def test_any_flipped_byte_fails_verify_by_name(tmp_path: Path) -> None:
-    """Every file, metadata and marks included; one byte drawn anew for each, one of three bits.
+    """Every file, metadata and marks included; one random byte of each, one of three bits.
 
     Two parts of a split and one of the other have every kind of file.
     """
@@ -284,7 +284,7 @@ def test_any_flipped_byte_fails_verify_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["unlink", "truncate", "append"])
-def test_missing_and_resized_objects_are_told_apart(store: Path, harm: str) -> None:
+def test_missing_and_resized_objects_are_distinguished(store: Path, harm: str) -> None:
     file = store / "arrays.zarr/acts/layers.0/output/c/2/0"
     data = file.read_bytes()
     file.unlink()
@@ -325,8 +325,8 @@ def test_unknown_format_version_is_refused_by_name(store: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_golden_store_reads_the_same_for_ever(version: int) -> None:
-    """Made once by `python tests/golden.py`, kept in the repository."""
+def test_a_golden_store_always_reads_the_same(version: int) -> None:
+    """The store was made once by `python -m tests.helpers.golden`, kept in the repository."""
     golden = PROJECT / f"tests/golden/store-v{version}"
     expected = json.loads((PROJECT / f"tests/golden/store-v{version}.json").read_bytes())
     store = open_store(golden)
@@ -337,7 +337,7 @@ def test_a_golden_store_reads_the_same_for_ever(version: int) -> None:
 
 
 def test_a_fit_on_the_golden_store_of_version_1_gives_the_same_bits(tmp_path: Path) -> None:
-    """On a processor of the kind that made the weights; close to them on another."""
+    """On the processor model that trained the weights; on other processors, close weights."""
     file = PROJECT / "tests/golden/fit-v1.safetensors"
     expected = {upgraded(name): weights for name, weights in load_file(file).items()}
     actual = fitted(PROJECT / "tests/golden/store-v1", tmp_path / "run")
@@ -350,7 +350,7 @@ def test_a_fit_on_the_golden_store_of_version_1_gives_the_same_bits(tmp_path: Pa
 
 
 def test_an_older_store_of_a_text_file_names_the_options_too(tmp_path: Path) -> None:
-    """The digest of a lone .txt follows the options: it is no difference of its own."""
+    """The digest of a single .txt depends on the options, so it is not named as a difference."""
     text = tmp_path / "corpus.txt"
     text.write_text("\n\n".join(f"document {i} " + "x" * (i % 40) for i in range(80)))
     old = {"keep_empty_documents": True, "parse_special_tokens": True, "dataset": str(text)}
@@ -367,7 +367,7 @@ def test_an_older_store_names_the_options_that_continue_it(tmp_path: Path) -> No
     old = {"keep_empty_documents": True, "parse_special_tokens": True}
     path, _ = small_store(tmp_path, rows=300, **old)
     content = unseal((path / "store.json").read_bytes(), "store")
-    for name in old:  # its config knew neither option
+    for name in old:  # an old config has neither option
         del content["config"][name]
     (path / "store.json").write_bytes(seal(content))
     with pytest.raises(ValueError, match="with --parse-special-tokens --keep-empty-documents, or"):

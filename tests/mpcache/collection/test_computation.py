@@ -1,4 +1,4 @@
-"""How the model computes: autocast and compiled layers change what they should, and are told."""
+"""Autocast and compiled layers change only what they should, and the store records them."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def test_autocast_keeps_weights_and_computes_lower(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.parametrize("cross", [True, False])
-def test_rows_by_autocast_are_others_and_say_so(tmp_path: Path, cross: bool) -> None:
+def test_rows_by_autocast_differ_and_the_store_records_it(tmp_path: Path, cross: bool) -> None:
     lower: dict[str, object] = {"model_dtype": "bfloat16", "cross_document_attention": cross}
     lower |= {"dtype": "float32", "rows": 192}
     collect(small_config(tmp_path, **lower), tmp_path / "plain")
@@ -68,7 +68,7 @@ def test_rows_by_autocast_are_others_and_say_so(tmp_path: Path, cross: bool) -> 
     assert verify(tmp_path / "autocast").intact
 
 
-def test_the_model_put_back_computes_by_autocast_too(tmp_path: Path) -> None:
+def test_a_repair_computes_by_autocast_too(tmp_path: Path) -> None:
     config = small_config(tmp_path, autocast=True, model_dtype="bfloat16", rows=192)
     AutoModelForCausalLM.from_config(tiny_model().config).save_pretrained(config.model)
     collect(config, tmp_path / "store")
@@ -85,7 +85,7 @@ def test_autocast_needs_a_dtype_to_cast_to(tmp_path: Path) -> None:
         small_config(tmp_path, autocast=True, model_dtype="float32")
 
 
-def test_what_is_off_leaves_the_fingerprint_alone(tmp_path: Path) -> None:
+def test_settings_that_are_off_do_not_change_the_fingerprint(tmp_path: Path) -> None:
     plain = identify(small_config(tmp_path), {}, "sdpa")
     assert not {"autocast", "compile"} & set(plain)
     changed = small_config(tmp_path, compile=True, autocast=True, model_dtype="bfloat16")
@@ -112,7 +112,7 @@ def test_compiles_the_children_of_every_layer(name: str) -> None:
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
-    """Counts what is compiled, and runs it as it is."""
+    """Counts compiled graphs and runs them unchanged."""
     torch._dynamo.reset()
     counter = CompileCounter()
     monkeypatch.setattr(compiled, "BACKEND", counter)
@@ -167,7 +167,9 @@ def test_refuses_hookpoints_inside_of_what_is_compiled(counter: CompileCounter) 
         CompiledLayers(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
 
 
-def test_a_compiled_collection_says_so(tmp_path: Path, counter: CompileCounter) -> None:
+def test_a_compiled_collection_is_recorded_in_the_store(
+    tmp_path: Path, counter: CompileCounter
+) -> None:
     options: dict[str, object] = {"dtype": "float32", "rows": 500}
     collect(small_config(tmp_path, compile=True, **options), tmp_path / "compiled")
     assert counter.frame_count > 0

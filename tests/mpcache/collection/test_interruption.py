@@ -23,13 +23,13 @@ ROWS = {"rows": 1200, "codec": "zstd"}
 
 
 class Killer:
-    """Kills its own process, by SIGKILL, at the n-th of the moments it is put into."""
+    """Kills its own process, by SIGKILL, at the n-th call of the functions that it wraps."""
 
     def __init__(self, moment: int, log: Path) -> None:
         self.left, self.log = moment, log
 
     def reach(self, name: str) -> bool:
-        """Whether this is the moment."""
+        """Whether the process must be killed now."""
         self.left -= 1
         return self.left == 0
 
@@ -47,7 +47,7 @@ class Killer:
         return killed
 
     def within(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Leaves half of the bytes in a temporary file, as a write that is cut does."""
+        """Leave half of the bytes in a temporary file, like an interrupted write."""
 
         def killed(path: Path, pieces: Iterable[bytes]) -> Any:
             if self.reach(name):
@@ -60,7 +60,7 @@ class Killer:
 
 
 def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Path) -> None:
-    """Runs in a process of its own."""
+    """Runs in a separate process."""
     killer = Killer(moment, log)
     folder.write_temporary_file = killer.within("write", folder.write_temporary_file)
     folder.sync_folders = killer.before("sync", folder.sync_folders)

@@ -1,4 +1,4 @@
-"""A job that fails waits again, until it is given up; a job that was not at fault always does."""
+"""A failed job is tried again a few times; a job that lost its worker is always tried again."""
 
 from mpcache.collection.jobs import Job, JobQueue
 

@@ -1,4 +1,4 @@
-"""Parts of another size hold the same rows in the same order, with their tokens, and back."""
+"""Converting to parts of another size, and back, keeps rows, their order and their tokens."""
 
 import shutil
 from pathlib import Path
@@ -37,7 +37,7 @@ def tokens_of(store: Store, split: str) -> tuple[np.ndarray, list[np.ndarray]]:
         tokens.append(store.tokens.read_tokens(part))
         sequence = store.read_part("rows/sequence", part)["rows/sequence"].astype(np.int64)
         position = store.read_part("rows/position", part)["rows/position"]
-        # as the format says: sequences of this very part
+        # the format numbers sequences across parts; these are of this part
         row_tokens.append(tokens[-1][sequence - part * store.layout.part_sequences, position])
     return np.concatenate(tokens), row_tokens
 
@@ -67,7 +67,7 @@ def test_rows_keep_their_order_and_their_tokens(
 
 
 @pytest.mark.parametrize("through", [(2,), (7,), (2, 6), (6, 2), (3, 2)])
-def test_the_way_back_leads_to_the_very_same_store(
+def test_converting_back_gives_the_same_store(
     original: Path, tmp_path: Path, through: tuple[int, ...]
 ) -> None:
     path = original
@@ -93,7 +93,7 @@ def test_with_another_dtype_and_chunks_at_once(original: Path, tmp_path: Path) -
     assert new.provenance["converted_from"]["part_rows"] == 192
 
 
-def test_a_stopped_conversion_goes_on(original: Path, tmp_path: Path) -> None:
+def test_a_stopped_conversion_continues(original: Path, tmp_path: Path) -> None:
     changes = ConvertConfig(part_rows=384)
     convert(original, tmp_path / "whole", changes)
     convert(original, tmp_path / "new", changes)
@@ -103,7 +103,7 @@ def test_a_stopped_conversion_goes_on(original: Path, tmp_path: Path) -> None:
     assert marks_of(tmp_path / "new") == marks_of(tmp_path / "whole")
 
 
-def test_what_cannot_be_cut(original: Path, tmp_path: Path) -> None:
+def test_part_sizes_that_do_not_fit_are_refused(original: Path, tmp_path: Path) -> None:
     for rows in ("96", "288", "200"):
         words = ["convert", str(original), str(tmp_path / "new"), "--part-rows", rows]
         result = CliRunner().invoke(app, words)
@@ -118,8 +118,8 @@ def test_what_cannot_be_cut(original: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_source_that_has_grown_is_converted_into_a_new_place(tmp_path: Path) -> None:
-    """The last part was short, and what is marked never changes."""
+def test_a_source_that_has_grown_needs_a_new_target(tmp_path: Path) -> None:
+    """The last part was short, and a committed part never changes."""
     path, _ = small_store(tmp_path, rows=900)
     changes = ConvertConfig(part_rows=768)
     convert(path, tmp_path / "new", changes)
@@ -136,7 +136,7 @@ def test_nothing_is_collected_into_larger_parts(tmp_path: Path) -> None:
     config = small_config(tmp_path, rows=1500)
     with pytest.raises(ValueError, match="nothing is collected into it"):
         collect(config, tmp_path / "root" / "new")
-    target = find_store(tmp_path / "root", config)  # another store, not that one
+    target = find_store(tmp_path / "root", config)  # the root chooses another store
     assert not Path(str(target.storage)).exists()
 
 

@@ -1,4 +1,4 @@
-"""What a mark vouches for was on the disk before the mark got its name."""
+"""The objects of a mark are on the disk before the mark gets its name."""
 
 import json
 from pathlib import Path

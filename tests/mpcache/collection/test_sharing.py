@@ -1,4 +1,4 @@
-"""Several people, machines and runs in one store: what is marked stays, whoever comes when."""
+"""Several users, machines and runs share one store: a committed part never changes."""
 
 import datetime
 import json
@@ -41,11 +41,11 @@ ARRAY = "acts/layers.0/output"
 
 
 class Killed(BaseException):
-    """What a killed writer sees: it does nothing any more."""
+    """Raised in a killed writer, which then does nothing more."""
 
 
 class Schedule:
-    """Lets one of several writers do its next step on the file system, and looks in between."""
+    """Lets one of several writers do its next file-system step, with checks in between."""
 
     def __init__(self, draw: random.Random, looked_at: Callable[[], None]) -> None:
         self.draw, self.look = draw, looked_at
@@ -74,7 +74,7 @@ class Schedule:
             finally:
                 self.arrived.put((threading.get_ident(), True))
 
-        # daemons: where the law is broken, the rest of them wait for ever
+        # daemons: if the law is broken, the other threads wait for ever
         threads = [threading.Thread(target=body, args=(work,), daemon=True) for work in writers]
         for thread in threads:
             thread.start()
@@ -98,7 +98,7 @@ class Schedule:
 
 @pytest.fixture
 def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
-    """Every step of the writers waits for its turn."""
+    """Schedules: every step of the writers waits for its turn."""
     schedules: list[Schedule] = []
 
     def gated(function: Callable[..., object]) -> Callable[..., object]:
@@ -127,7 +127,7 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Schedule]]:
 def shared(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Storage:
-    """A place of either kind; obstore's store in memory stands for a server."""
+    """A storage of either kind; obstore's in-memory store stands for a server."""
     if request.param == "folder":
         return open_storage(tmp_path / "store")
     memory = MemoryStore()
@@ -136,7 +136,7 @@ def shared(
 
 
 def claim_and_lose(storage: Storage, lost: int) -> None:
-    """A writer dies after its claim, and of what the claim names one object is lost."""
+    """A writer dies after its claim, and one object that the claim names is lost."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(storage), "publish", refused)
         with pytest.raises(AssertionError):
@@ -175,7 +175,7 @@ def test_what_is_marked_is_never_overwritten(
     if lost is not None:
         claim_and_lose(shared, lost)
     scheduled[-1].run([writer(x) for x in values], kills)
-    writer(values[0])()  # whatever was left behind, the next run ends well
+    writer(values[0])()  # whatever was left behind, the next run succeeds
     look()
     stored = shared.read("arrays.zarr/acts/layers.0/output/c/0/0")
     assert stored[:4] in [x.numpy().tobytes()[:4] for x in values]
@@ -190,7 +190,7 @@ def refused(*_: object, **__: object) -> None:
 def test_an_error_after_the_claim_costs_nothing(
     shared: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a claim names stays, and the next run carries it out without writing anything anew."""
+    """The objects of a claim stay, and the next run completes the claim without new writes."""
     publish, calls = type(shared).publish, 0
 
     def failing(*arguments: str) -> bool:
@@ -222,7 +222,7 @@ def test_an_error_before_the_claim_leaves_nothing(
 
 
 def collect_on_unlike_hardware(config: CollectConfig, path: Path, noise: float) -> None:
-    """Runs in a process of its own: a machine whose results differ in their last bits."""
+    """Runs in a separate process: a machine whose results differ in their last bits."""
     capture = producer_module.capture_part
 
     def noisy(*args: object) -> None:
@@ -333,7 +333,7 @@ def usual_umask() -> Iterator[None]:
 def test_stores_are_as_open_to_the_group_as_their_root(
     tmp_path: Path, root: int, folders: int, files: int
 ) -> None:
-    """Of a folder for anyone, such as /tmp, nothing is inherited."""
+    """A store inherits no permissions from a folder for anyone, such as /tmp."""
     folder = tmp_path / "root"
     folder.mkdir()
     folder.chmod(root)
@@ -346,7 +346,7 @@ def test_stores_are_as_open_to_the_group_as_their_root(
 def test_a_link_that_the_server_made_twice_is_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NFS: an answer that is lost is asked for again, and the second try finds the name taken."""
+    """NFS repeats a request whose answer was lost, and the second try finds the name taken."""
     link = os.link
 
     def twice(source: Path, path: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_link_that_the_server_made_twice_is_ours(
 
 
 def test_a_read_only_store_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that reads tries to write; tests run as root would not notice permissions."""
+    """Reading never tries to write. Tests that run as root would not notice permissions."""
     path, _ = small_store(tmp_path, rows=600)
     before = {**files_of(path)}
     copy = Path(shutil.copytree(path, tmp_path / "copy"))

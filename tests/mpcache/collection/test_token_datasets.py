@@ -78,7 +78,7 @@ def test_a_bin_gives_the_same_tokens(folder, tmp_path):
         ("a.jsonl", {"text_column": "ids", "model": "model"}, "model must exist|neither a path"),
     ],
 )
-def test_mistakes_are_told_before_the_weights_are_loaded(
+def test_mistakes_are_refused_before_the_weights_are_loaded(
     folder, tmp_path, monkeypatch, dataset, changes, message
 ):
     monkeypatch.setattr(stage, "load_for_collection", None)

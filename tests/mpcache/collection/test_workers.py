@@ -1,4 +1,4 @@
-"""Several workers, lost or not, and several commands: the store equals that of one process."""
+"""With several workers, lost or not, and several commands, the store equals that of one process."""
 
 import dataclasses
 import errno
@@ -44,7 +44,7 @@ from tests.helpers.stores import files_of, marks_of, small_config, write_corpus
 
 ROWS = {"rows": 2400, "codec": "zstd"}
 
-# Dask's own threads complain of connections that a kill has cut; the store is what is judged
+# Dask's threads warn of connections that a kill has cut; these tests check the store
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -59,7 +59,7 @@ def _workers_start_at_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Client]:
-    """A Dask cluster that somebody else started, and that outlives commands."""
+    """A Dask cluster of another owner, which outlives commands."""
     with (
         start_cluster(2, 2, "mpcache.collection.dask_worker") as local,
         Client(local, set_as_default=False) as client,
@@ -74,7 +74,7 @@ def everywhere(cluster: Client) -> Iterator[CollectParallelConfig]:
 
 
 def count(path: Path) -> int:
-    """Marks of activations."""
+    """The number of marks of activations."""
     return len([file for file in path.glob("marks/*/*/*.json") if file.parent.name != "rows"])
 
 
@@ -164,7 +164,7 @@ def test_a_lost_worker_costs_nothing(tmp_path: Path) -> None:
     assert clean(path)
 
 
-def test_a_killed_command_is_followed_by_another_while_its_workers_go_on(
+def test_a_command_continues_while_workers_of_a_killed_command_still_run(
     tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
     config, path, expected = small_config(tmp_path, **ROWS), tmp_path / "store", tmp_path / "whole"
@@ -202,7 +202,7 @@ def test_chaos(tmp_path: Path) -> None:
             command.kill()
             command.join()
             command = start(collect_with_four, config, path)
-    assert count(path) < 150  # there was something to do to the end
+    assert count(path) < 150  # work was left until the end
     command.join()
     assert command.exitcode == 0
     assert count(path) == 159
@@ -284,7 +284,7 @@ def test_one_command_adds_a_hookpoint_while_another_extends(
 # --- things that go wrong in workers ---
 
 
-def test_full_disk_is_one_message_and_space_lets_it_go_on(
+def test_a_full_disk_is_one_message_and_the_collection_continues_once_there_is_space(
     tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
@@ -300,7 +300,7 @@ def test_full_disk_is_one_message_and_space_lets_it_go_on(
     assert equal(path, tmp_path / "whole")
 
 
-def test_a_part_that_fails_three_times_is_told_and_the_rest_goes_on(
+def test_a_part_that_fails_three_times_is_reported_and_the_rest_is_collected(
     tmp_path: Path, cluster: Client, everywhere: CollectParallelConfig
 ) -> None:
     config, path = small_config(tmp_path, **ROWS), tmp_path / "store"
@@ -336,7 +336,7 @@ def test_workers_that_see_another_folder_are_left_out_until_none_is_left(
     tokenizer = load_tokenizer(config)
     documents = open_documents(config, vocabulary_of(tokenizer))
     with DaskCollector(everywhere, config, open_storage(path), quiet=True) as collector:
-        # workers find this folder where the command finds the store
+        # workers see this folder at the path of the command's store
         collector.spec = dataclasses.replace(collector.spec, address=str(other))
         facts = collector.model_facts()
         collection = Collection(config, path, facts, tokenizer, documents, parallel=everywhere)
@@ -346,7 +346,7 @@ def test_workers_that_see_another_folder_are_left_out_until_none_is_left(
     assert (files_of(other) if other.exists() else {}) == before
 
 
-def test_a_model_that_cannot_be_used_is_told_as_in_one_process(
+def test_an_unusable_model_is_refused_as_in_one_process(
     tmp_path: Path, everywhere: CollectParallelConfig
 ) -> None:
     config = small_config(tmp_path, hookpoints=("layer.1.mpl",))
@@ -408,7 +408,9 @@ def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
         (["--share", "half"], "got 'half'"),
     ],
 )
-def test_useless_options(tmp_path: Path, options: list[str], message: str) -> None:
+def test_invalid_parallel_options_are_refused(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
     arguments = ["collect", "model", "data", str(tmp_path / "store"), "--hookpoints", "layers.0"]
     result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 2, result.output

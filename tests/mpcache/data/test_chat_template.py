@@ -1,4 +1,4 @@
-"""Conversations become the tokens of their template; what the assistant wrote is known."""
+"""Conversations become the tokens of their template, with flags for the assistant's tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -57,7 +57,7 @@ def turns_of(chat: ChatTokens) -> list[str]:
     return [TOKENIZER.decode(turn) for turn in turns]
 
 
-# letters alone: what a template strips is another test's
+# letters alone: another test covers white space that a template strips
 content_ = st.text("abcdé \n.", min_size=1, max_size=9).map(lambda text: f"x{text}x")
 
 
@@ -110,7 +110,7 @@ def test_markers_in_messages_are_text(name: str, data: st.DataObject) -> None:
     assert len(parsed.ids) < len(ids)
 
 
-def test_white_space_that_a_template_strips_is_nobodys() -> None:
+def test_stripped_white_space_belongs_to_no_turn() -> None:
     chat = tokens_of("llama3", chat_of(" hi \n", "\n well \n", "so", " yes"))
     assert turns_of(chat) == ["well<|eot_id|>", "yes<|eot_id|>"]
     assert "26 Jul 2024" in TOKENIZER.decode(chat.ids)
@@ -124,7 +124,7 @@ def test_thinking_is_the_assistants_where_the_template_writes_it() -> None:
     assert turns_of(chat) == ["well<|im_end|>", "<think>\nnew\n</think>\n\nyes<|im_end|>"]
     messages[-1] = {"role": "assistant", "reasoning_content": "new", "content": "yes"}
     assert turns_of(tokens_of("qwen3", messages)) == turns_of(chat)
-    # an empty thought that the template puts in is not what the assistant wrote
+    # an empty thought that the template inserts is not the assistant's
     assert turns_of(tokens_of("qwen3", chat_of("hi", "yes"))) == ["yes<|im_end|>"]
 
 
@@ -163,7 +163,7 @@ def test_a_message_that_the_template_leaves_out_is_refused() -> None:
         (TWICE, chat_of("a", "b"), "cannot be found"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_told_in_one_line(
+def test_unusable_messages_are_refused_in_one_line(
     template: str, messages: list[dict[str, Any]], match: str
 ) -> None:
     with pytest.raises(ValueError, match=match) as caught:
@@ -178,7 +178,7 @@ def test_the_end_token_of_the_template_is_seen() -> None:
     assert not tokens_of("alpaca", chat_of("a", "b </s>")).is_ended
 
 
-def test_a_template_is_found_or_its_lack_is_told(tmp_path) -> None:
+def test_a_template_is_found_or_a_missing_one_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="give --chat-template"):
         load_template(tiny_tokenizer(), None)
     file = tmp_path / "t.jinja"

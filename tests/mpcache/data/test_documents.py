@@ -1,4 +1,4 @@
-"""Every form of a dataset gives its documents once, in an order that only the seed decides."""
+"""Every form of a dataset gives each document once, in an order that only the seed decides."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def texts_of(documents, start=0) -> list[str]:
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_each_document_once_and_from_any_place(tmp_path, write):
+def test_each_document_comes_once_and_from_any_start(tmp_path, write):
     documents = open_(write(tmp_path, TEXTS))
     texts = texts_of(documents)
     assert texts != TEXTS
@@ -98,7 +98,7 @@ def test_digest_is_of_content(tmp_path, write):
     for name, texts in (("one", TEXTS[:9]), ("two", TEXTS[:9]), ("other", TEXTS[1:9])):
         (tmp_path / name).mkdir()
         digests.append(open_(write(tmp_path / name, texts)).digest)
-    # save_to_disk writes a fingerprint of its own: a copy has the same digest, a second save not
+    # save_to_disk writes a new fingerprint: a copy has the same digest, a second save has another
     if write not in (write_arrow, write_splits):
         assert digests[0] == digests[1]
     assert digests[0] != digests[2]
@@ -158,7 +158,7 @@ def hub_order(table, config):
 
 
 @pytest.mark.parametrize("count", [50, 500])
-def test_a_stream_starts_at_any_place(monkeypatch, count):
+def test_a_stream_starts_at_any_document(monkeypatch, count):
     monkeypatch.setattr("mpcache.data.hub_dataset.SHUFFLE_BUFFER", 100)
     table = datasets.Dataset.from_dict({"text": [str(i) for i in range(count)]})
     table = table.to_iterable_dataset(num_shards=3)
@@ -167,7 +167,7 @@ def test_a_stream_starts_at_any_place(monkeypatch, count):
     assert sorted(first, key=int) == [str(i) for i in range(count)]
     assert first == again != other
     assert list(orders[0](33)) == first[33:]
-    assert SHUFFLE_BUFFER == 10_000  # changing it changes the order of stores in the field
+    assert SHUFFLE_BUFFER == 10_000  # changing it would change the order of existing stores
 
 
 def test_an_empty_stream_and_a_wrong_column_are_refused():
@@ -221,7 +221,7 @@ def test_refuses_in_one_line(tmp_path, name, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_wrong_column_or_split_lists_those_there_are(tmp_path):
+def test_a_wrong_column_or_split_lists_the_existing_ones(tmp_path):
     with pytest.raises(ValueError, match="got body; use one of id, text"):
         open_(write_jsonl(tmp_path, TEXTS), text_column="body")
     with pytest.raises(ValueError, match="split must be one of test, train in s, got dev"):
@@ -229,7 +229,7 @@ def test_a_wrong_column_or_split_lists_those_there_are(tmp_path):
 
 
 def test_a_lost_hub_is_no_mistake_of_the_user():
-    """In a process of its own: the Hub client reads HF_HUB_OFFLINE when it is imported."""
+    """In a separate process, since the Hub client reads HF_HUB_OFFLINE on import."""
     code = """
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents

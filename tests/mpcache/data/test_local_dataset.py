@@ -1,4 +1,4 @@
-"""Rows depend on the bytes given and the config, and on nothing else; data as people have it."""
+"""Rows depend on the bytes of the files and on the config alone, for data in common forms."""
 
 import gzip
 import io
@@ -88,7 +88,7 @@ SQUEEZED = {
     ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
 }
 
-# --- what was digested is what was read ---
+# --- the bytes that are digested are the bytes that are read ---
 
 
 def write_at(path: Path, data: bytes, seconds: int = 1_000_000_000) -> Path:
@@ -105,17 +105,17 @@ def test_a_file_replaced_with_the_same_time_is_another(tmp_path, suffix):
     second = open_(write_at(tmp_path / f"x{suffix}", FORMS[suffix](others)))
     assert sorted(values(second)) == others
     assert first.digest != second.digest
-    assert sorted(values(first)) == texts  # still those that were digested
+    assert sorted(values(first)) == texts  # still the digested texts
 
 
-# what JSON and all other forms can hold: any text without half a surrogate pair
+# texts that all forms can hold: any text without half a surrogate pair
 texts_ = st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=20)
 
 
 @settings(max_examples=25)
 @given(texts=texts_, seconds=st.integers(0, 2**31), name=st.sampled_from(["a", "b-10", "c/d"]))
 def test_rows_depend_on_content_alone(texts, seconds, name):
-    """Neither on the path, nor the time, nor the form, nor whether it is compressed."""
+    """Path, time, file format and compression do not change the rows."""
     with tempfile.TemporaryDirectory() as folder:
         directory, seen, digests = Path(folder), [], set()
         for suffix, write in FORMS.items():
@@ -147,7 +147,7 @@ def test_no_cache_is_asked_and_none_is_left(tmp_path, monkeypatch):
 
 
 def changing(monkeypatch, change):
-    """Have `change` happen after the digest and before the reading."""
+    """Call `change` after the digest and before the file is read."""
     plain = datafile.DataFile._digest
 
     def digest(self):
@@ -203,7 +203,7 @@ def test_a_touched_or_renamed_bin_is_no_other(tmp_path):
 
 
 def test_digests_are_those_that_stores_have(tmp_path):
-    """Computed by the version before folders of shards; they must never change."""
+    """Digests that an earlier version computed. They must never change."""
     import hashlib
 
     older = {"parse_special_tokens": True, "keep_empty_documents": True}
@@ -229,7 +229,7 @@ def test_digests_are_those_that_stores_have(tmp_path):
     assert open_(tmp_path / "s").digest == content.hexdigest()
 
 
-def test_the_same_bytes_read_in_another_way_are_another_dataset(tmp_path):
+def test_the_same_bytes_read_differently_are_another_dataset(tmp_path):
     data = jsonl(["a"])
     digests = {open_(write_at(tmp_path / f"x{end}", data)).digest for end in (".jsonl", ".txt")}
     assert len(digests) == 2
@@ -311,7 +311,9 @@ def test_splits_of_a_download(tmp_path):
     with pytest.raises(ValueError, match="split must be one of test, train in d, got validation"):
         open_(tmp_path / "d", split="validation")
     first = tmp_path / "d" / "data" / "train-00000-of-00002.parquet"
-    first.rename(first.with_name("train-00002-of-00002.parquet"))  # some count from 1
+    first.rename(
+        first.with_name("train-00002-of-00002.parquet")
+    )  # some data sets number shards from 1
     assert len(values(open_(tmp_path / "d"))) == 2
     first.with_name("train-00002-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match=r"2 shards, got 1: train-00000-of-00002 is missing"):
@@ -319,7 +321,7 @@ def test_splits_of_a_download(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".bin.zst", ".txt.gz"])
-def test_files_of_every_kind_tell_their_split(tmp_path, suffix):
+def test_the_split_is_read_from_names_of_files(tmp_path, suffix):
     squeeze = SQUEEZED.get(Path(suffix).suffix, bytes)
     for i, split in enumerate(("train", "val")):
         data = np.array([65 + i, 257], "<u2").tobytes() if "bin" in suffix else b"AB"[i : i + 1]
@@ -346,7 +348,7 @@ def test_files_of_every_kind_tell_their_split(tmp_path, suffix):
         (("README.md",), "must hold a document, got none in d"),
     ],
 )
-def test_what_could_be_meant_in_two_ways_is_refused(tmp_path, names, message):
+def test_ambiguous_paths_are_refused(tmp_path, names, message):
     for name in names:
         write_at(tmp_path / "d" / name, jsonl(["a"]))
     with pytest.raises(ValueError, match=message) as error:
@@ -482,7 +484,7 @@ def test_parts_of_text_are_joined_and_calls_have_no_text(tmp_path):
     assert conversation.messages[1]["tool_calls"] == [{"id": 1}]
 
 
-def test_half_a_surrogate_pair_in_a_message_is_told(tmp_path):
+def test_half_a_surrogate_pair_in_a_message_is_refused(tmp_path):
     path = write_at(tmp_path / "a.jsonl", jsonl([[{"role": "user", "content": "\ud800"}]]))
     with pytest.raises(ValueError, match=r"line 1 of a\.jsonl must hold Unicode text"):
         open_(path)
@@ -499,7 +501,7 @@ def test_half_a_surrogate_pair_in_a_message_is_told(tmp_path):
         ("hello", "message 2 in line 1 of a.jsonl must have role and content, got str"),
     ],
 )
-def test_malformed_messages_are_told(tmp_path, message, problem):
+def test_malformed_messages_are_refused(tmp_path, message, problem):
     path = write_at(tmp_path / "a.jsonl", jsonl([[{"role": "user", "content": "a"}, message]]))
     with pytest.raises(ValueError, match=problem):
         open_(path)
@@ -514,8 +516,8 @@ def test_files_of_another_kind_are_refused(tmp_path):
 
 @pytest.mark.parametrize("mask", [None, "ab", [1.0, 1.0], [1, None], 1, [1]])
 @pytest.mark.parametrize("write", [jsonl, json_array, parquet, arrow, "hub"])
-def test_a_mask_that_is_none_is_told(tmp_path, write, mask):
-    """By one rule for all kinds of tables; beside empty ids no mask is needed."""
+def test_a_missing_mask_is_refused(tmp_path, write, mask):
+    """One rule for all kinds of tables; rows without ids need no mask."""
     rows = [{"text": [], "attention_mask": None}, {"text": [1, 2], "attention_mask": mask}]
     with pytest.raises(ValueError, match=r"attention_mask in (row|line|a\.)") as caught:
         read_rows(rows, write, tmp_path)
@@ -635,13 +637,13 @@ def test_a_column_that_is_not_asked_for_is_not_decoded(streaming):
         HubDataset(images, CollectConfig(**{**vars(config), "text_column": "body"}), VOCABULARY)
 
 
-def test_a_row_of_the_hub_is_told():
+def test_a_bad_row_of_the_hub_is_named():
     with pytest.raises(ValueError, match=r"row 1 of id .* from 0 to 259 .* got 300"):
         list(hub_rows([{"text": [1]}, {"text": [300]}], "text").order(0))
 
 
 def test_another_commit_in_the_cache_is_not_taken(tmp_path, monkeypatch):
-    """Without the Hub, `datasets` takes the latest commit that its cache has."""
+    """Offline, `datasets` would take the latest commit in its cache."""
     there, asked = "a" * 40, "b" * 40
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -654,7 +656,7 @@ def test_another_commit_in_the_cache_is_not_taken(tmp_path, monkeypatch):
 
 
 def prepare(folder: Path) -> None:
-    """What `datasets` keeps of a dataset that it downloaded."""
+    """Write the cache entry that `datasets` keeps of a downloaded dataset."""
     folder.mkdir(parents=True)
     table = datasets.Dataset.from_dict({"text": ["old"]})
     file = str(folder / "name-train.arrow")

@@ -1,4 +1,4 @@
-"""Packing loses nothing, repeats nothing, and does not depend on where it starts."""
+"""Packing loses no token, repeats none, and does not depend on its starting point."""
 
 from itertools import islice
 
@@ -41,7 +41,7 @@ def parts_of(texts, config, **cursors) -> list[PartTokens]:
 
 
 def token_stream(texts, split, config) -> list[int]:
-    """The slow reference: documents one by one, tokenised alone."""
+    """The slow reference: each document tokenised alone."""
     stream = []
     for i, text in enumerate(texts):
         is_left_out = not text and not config.keep_empty_documents
@@ -53,7 +53,7 @@ def token_stream(texts, split, config) -> list[int]:
 
 
 texts_ = st.lists(st.text("abcé ", max_size=9), min_size=12, max_size=90)
-# plain values: beartype, which checks configs, draws random numbers, as a strategy may not
+# plain values: beartype checks configs with random numbers, which a strategy may not draw
 changes_ = st.fixed_dictionaries(
     {
         "part_rows": st.sampled_from([4, 8, 20]),
@@ -119,7 +119,7 @@ def same(first: PartTokens, second: PartTokens) -> bool:
     return plain[0] == plain[1]
 
 
-def test_one_part_alone_reads_no_more_than_it_needs():
+def test_one_part_reads_only_the_documents_it_needs():
     texts, read = ["abcdefghijk"] * 600, []
 
     def order(start):
@@ -184,7 +184,7 @@ def test_refuses(tokenizer, changes, message):
         special_tokens_of(tiny_tokenizer(**tokenizer), make_config(**changes))
 
 
-def test_cls_and_sep_serve_where_bos_and_eos_lack():
+def test_cls_and_sep_stand_in_for_missing_bos_and_eos():
     tokenizer = tiny_tokenizer(bos=None, eos=None)
     tokenizer.cls_token, tokenizer.sep_token = "<s>", "</s>"
     specials = special_tokens_of(tokenizer, make_config(bos="document"))
@@ -201,7 +201,7 @@ def test_cls_and_sep_serve_where_bos_and_eos_lack():
         (SpecialTokens(8, "document", 9), [2, 9, 8, 3, 9, 8, 4], [0, 1, 0, 1, 2, 0, 1]),
         (SpecialTokens(8, "document", None), [2, 2, 8, 3, 8, 4, 4], [0, 1, 0, 1, 0, 1, 2]),
         (SpecialTokens(8, "sequence", 9), [8, 1, 9, 3, 9, 4, 4], [0, 1, 2, 0, 1, 0, 1]),
-        # one token is both: the second of a pair begins, and so does the first of a sequence
+        # begin and end are one token: the second of a pair begins, and the first of a sequence
         (SpecialTokens(9, "document", 9), [9, 1, 9, 9, 2, 9, 9], [0, 1, 2, 0, 1, 2, 0]),
         (SpecialTokens(9, "document", 9), [9, 9, 1, 1, 9, 9, 2], [0, 0, 1, 2, 3, 0, 1]),
         (SpecialTokens(9, "sequence", 9), [9, 1, 9, 2, 2, 9, 3], [0, 1, 2, 0, 1, 2, 0]),
@@ -247,5 +247,5 @@ def test_seed_and_part_change_the_rows():
 
 
 def test_the_permutation_never_changes():
-    """A store in the field is extended by it."""
+    """Existing stores are extended with this permutation."""
     assert seeded_permutation(8, "key").tolist() == [6, 0, 7, 5, 3, 2, 1, 4]

@@ -1,4 +1,4 @@
-"""Documents that are run alone, in pieces; and documents without tokens, which are left out."""
+"""Documents that are run alone, in pieces. Documents without tokens are left out."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def parts_of(
 
 
 def pieces_of(texts: Sequence[str], split: str, config: CollectConfig) -> list[list[int]]:
-    """The slow reference: documents one by one, cut into pieces."""
+    """The slow reference: each document cut into pieces."""
     pieces = []
     for i, text in enumerate(texts):
         ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]

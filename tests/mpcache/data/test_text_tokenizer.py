@@ -1,4 +1,4 @@
-"""By default text is text: no special token comes out of a text that mentions its name."""
+"""By default a text that mentions the name of a special token does not become that token."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ def names_of(kind: str) -> list[str]:
 
 
 def special_ids(kind: str) -> set[int]:
-    """All that count as special but the token for what is unknown."""
+    """Ids of all special tokens but the unknown token."""
     tokenizer = tokenizer_of(kind)
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     is_used = model.get("unk_token") is not None or model.get("unk_id") is not None
@@ -105,7 +105,7 @@ def test_the_tokenizer_itself_stays_as_it_was() -> None:
 def test_chats_are_never_cut_or_padded(
     kind: str, policy: type[ParsingTextTokenizer] | type[LiteralTextTokenizer]
 ) -> None:
-    """Whatever `tokenizer.json` says, and whatever was read by the tokenizer before."""
+    """Neither `tokenizer.json` nor an earlier call of the tokenizer makes it cut or pad."""
     chats = ["the cat sat on the mat, the cat sat", "A", "the"]
     tokenizer = KINDS[kind]()
     expected = [encoding.ids for encoding in policy(tokenizer).encode_chats(chats)]

@@ -1,4 +1,4 @@
-"""Token flags are committed, checked, copied and mended with their tokens."""
+"""Token flags are committed, checked, copied and repaired together with their tokens."""
 
 import json
 from dataclasses import replace
@@ -45,7 +45,7 @@ def part_tokens(part: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_store(folder: Path, **identity: object) -> Store:
-    """A store of tokens and rows alone, whose parts end within a sequence."""
+    """A store of tokens and rows, without activations; parts end within a sequence."""
     named = {"seed": 0, "part_rows": 32, **identity}
     content = {
         "format": "mpcache",

@@ -75,7 +75,7 @@ def test_provenance_names_the_source(original: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", [1, 9, 40])
-def test_a_stopped_conversion_goes_on_and_follows_its_source(
+def test_a_stopped_conversion_continues_and_follows_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     path, _ = small_store(tmp_path, rows=600)
@@ -138,7 +138,7 @@ def test_values_that_overflow_are_counted(tmp_path: Path) -> None:
         (("--dtype", "int4"), "takes one of bfloat16, float16, float32"),
     ],
 )
-def test_conversions_that_cannot_be(
+def test_invalid_conversions_are_refused(
     original: Path, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     result = CliRunner().invoke(app, ["convert", str(original), str(tmp_path / "new"), *options])

@@ -1,4 +1,4 @@
-"""Copies are the same store, half a copy is none, and what is removed is a store and all of it."""
+"""A copy is the same store, half a copy is no store, and a removal deletes a complete store."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(original: Path, tmp_path: Path) -> Path:
-    """A store that a test may harm."""
+    """A store that a test may damage."""
     return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
@@ -45,7 +45,9 @@ def test_a_copy_has_every_byte_and_nothing_else(
     original: Path, store: Path, tmp_path: Path
 ) -> None:
     (store / "arrays.zarr/tokens/c/0/0.ab12.partial").write_bytes(b"rest")
-    (store / "marks/2/layers.0/output.json").unlink()  # then its objects are not committed
+    (
+        store / "marks/2/layers.0/output.json"
+    ).unlink()  # without the mark, the objects are not committed
     done = copy(store, tmp_path / "new" / "copy")
     expected = {
         name: data
@@ -58,13 +60,13 @@ def test_a_copy_has_every_byte_and_nothing_else(
     assert verify(tmp_path / "new/copy").findings == ()
     assert done.parts == done.written
     small_config(original)
-    again = copy(original / "store", tmp_path / "new" / "copy")  # has got the part since
+    again = copy(original / "store", tmp_path / "new" / "copy")  # the source has the part by now
     assert again.written == 1
     assert all_files(tmp_path / "new/copy") == all_files(original / "store")
 
 
 @pytest.mark.parametrize("moment", [1, 2, 7, 20, 45])
-def test_a_stopped_copy_is_no_store_and_goes_on(
+def test_a_stopped_copy_is_no_store_and_continues(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     write, calls = folder.write_temporary_file, 0
@@ -103,7 +105,7 @@ def test_a_damaged_source_is_named_and_not_passed_on(
     assert not (tmp_path / "copy" / name).exists()
 
 
-def test_places_that_cannot_be_copied_to(original: Path, store: Path, tmp_path: Path) -> None:
+def test_invalid_targets_of_copies_are_refused(original: Path, store: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     other, _ = small_store(tmp_path / "elsewhere", rows=300)
     (tmp_path / "work").mkdir()

@@ -1,4 +1,4 @@
-"""A repaired store is the one that was collected, bit for bit; or says why it is not."""
+"""A repaired store equals the collected one bit for bit, or the repair reports why not."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ TOKENS, NORMS = "arrays.zarr/tokens/c/2/0", "arrays.zarr/norms/layers.0/output/c
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with short last parts, one of other rows beside it; tests only read them."""
+    """A store with short last parts, beside a store of other rows; tests only read them."""
     folder = tmp_path_factory.mktemp("made")
     small_store(folder, rows=1_000_000)
     (folder / "other").mkdir()
@@ -42,7 +42,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(original: Path, tmp_path: Path) -> Path:
-    """A store that a test may harm."""
+    """A store that a test may damage."""
     shutil.copytree(original / "other/store", tmp_path / "other")
     return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
@@ -71,7 +71,7 @@ def test_all_damage_is_undone(original: Path, store: Path, name: str) -> None:
     assert done.intact
     assert verify(store).intact
     repaired = {n: data for n, data in lasting_content(store).items() if n not in harmless}
-    if name == "mark deleted":  # not damage: collect commits that part anew
+    if name == "mark deleted":  # not damage: collect commits that part again
         assert MARK not in repaired
     else:
         assert repaired == {
@@ -121,7 +121,7 @@ def test_only_what_is_needed_is_loaded(
     assert changed == set(paths)  # nothing else was written
 
 
-def test_another_machine_leaves_all_as_it_is_unless_told(
+def test_another_machine_changes_nothing_without_accept_other_bits(
     original: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip(store / OBJECT, 100)
@@ -153,7 +153,7 @@ def test_another_machine_leaves_all_as_it_is_unless_told(
 def test_a_damaged_mark_is_not_believed_for_other_bits(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without its mark nothing tells what was committed, but the objects themselves."""
+    """Without the mark, only the objects show what was committed."""
     flip(store / MARK, 50)
     before = files_of(store)
     other_bits(monkeypatch)
@@ -174,7 +174,7 @@ def test_a_damaged_mark_with_a_damaged_object_has_the_others_as_witnesses(
 
 
 def test_an_old_mark_of_another_store_is_seen_through(original: Path, store: Path) -> None:
-    """Marks once did not name their store: then all objects speak against the mark."""
+    """Old marks do not name their store; then no object agrees with a foreign mark."""
     content = unseal((store.parent / "other" / MARK).read_bytes(), MARK)
     content.pop("fingerprint")
     (store / MARK).write_bytes(seal(content))
@@ -184,7 +184,7 @@ def test_an_old_mark_of_another_store_is_seen_through(original: Path, store: Pat
     assert lasting_content(store) == lasting_content(original / "store")
 
 
-# --- where things lie now ---
+# --- moved models and stores ---
 
 
 def test_a_model_that_moved(original: Path, store: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_damaged_store_file_cannot_be_mended(store: Path) -> None:
     assert "store.json is damaged" in result.stderr
 
 
-def test_a_link_is_told_and_left(store: Path) -> None:
+def test_a_link_is_reported_and_left(store: Path) -> None:
     HARM["object that is a link"][0](store)
     done = repair(store)
     assert not done.intact
@@ -235,7 +235,7 @@ def test_a_link_is_told_and_left(store: Path) -> None:
     assert (store / OBJECT).is_symlink()
 
 
-def test_leftovers_stay_unless_told(store: Path) -> None:
+def test_leftovers_stay_without_their_option(store: Path) -> None:
     HARM["rest of a write"][0](store)
     assert [f.fault for f in repair(store).left] == ["leftover"]
     assert repair(store, RepairConfig(delete_leftovers=True)).deleted == (f"{OBJECT}.ab.partial",)
@@ -268,7 +268,7 @@ def harm_all_kinds(path: Path) -> None:
 def test_a_converted_store_is_mended(
     wide: Path, tmp_path: Path, changes: ConvertConfig, source: str
 ) -> None:
-    """From the model by the same roundings; from the store it was made from; from a copy."""
+    """Repaired by the model with the same roundings, by the source store, or by a copy."""
     new, kept = tmp_path / "new", tmp_path / "kept"
     convert(wide, new, changes)
     shutil.copytree(new, kept)
@@ -288,7 +288,9 @@ def test_rounded_twice(wide: Path, tmp_path: Path) -> None:
     assert lasting_content(tmp_path / "two") == lasting_content(tmp_path / "kept")
 
 
-def test_sources_that_cannot_be(original: Path, wide: Path, store: Path, tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(
+    original: Path, wide: Path, store: Path, tmp_path: Path
+) -> None:
     flip(store / OBJECT, 100)
     with pytest.raises(ValueError, match="must hold the same rows as"):
         repair(store, RepairConfig(source=str(original / "other/store")))
@@ -311,7 +313,7 @@ def test_sources_that_cannot_be(original: Path, wide: Path, store: Path, tmp_pat
 
 
 class Kill(BaseException):
-    """What stops a repair where it stands."""
+    """Raised to stop a repair at a given moment."""
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +326,7 @@ def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
     least: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accept: bool
 ) -> None:
-    """Before every single change of a file, in turn; then the same command ends well."""
+    """Stopped before every change of a file in turn; then the same command succeeds."""
     path, config = tmp_path / "store", RepairConfig(accept_other_bits=accept)
     shutil.copytree(least, path)
     damage = (OBJECT, NORMS, "marks/1/layers.0/output.json", f"{ACTS}/zarr.json")
@@ -353,7 +355,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
 
     for name in ("write_temporary_file", "create_link", "sync_folders"):
         monkeypatch.setattr(folder_stage, name, stopped(getattr(folder_stage, name)))
-    # where other bits are accepted, all objects of the mark go before the mark does
+    # where other bits are accepted, all objects of the mark are removed before the mark
     parts = {
         f"arrays.zarr/{n}/layers.0/output/c/{p}"
         for n in ("acts", "norms", "moments")
@@ -385,7 +387,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
 
 @pytest.mark.slow
 def test_killed_again_and_again(original: Path, store: Path, tmp_path: Path) -> None:
-    """SIGKILL at seeded moments, half written files among them."""
+    """SIGKILL at seeded moments, also in the middle of a write."""
     from multiprocessing import get_context
 
     draw = random.Random(3)
@@ -403,9 +405,9 @@ def test_killed_again_and_again(original: Path, store: Path, tmp_path: Path) -> 
         assert process.exitcode in (0, -signal.SIGKILL)
         kills += process.exitcode != 0
         now = {f.path for f in verify(store).findings if f.is_damage}
-        assert now < before  # each lives to write something whole
+        assert now < before  # each process completes at least one write
         before = now
-    assert kills >= 4  # of ten writes, none lives for more than two
+    assert kills >= 4  # there are ten writes, and no process lives for more than two
     repaired = {n: d for n, d in lasting_content(store).items() if not n.endswith(".partial")}
     assert repaired == lasting_content(original / "store")
 

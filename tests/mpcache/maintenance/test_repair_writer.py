@@ -1,4 +1,4 @@
-"""What is put back is what was committed, whoever computes it; one loss does not stop the rest."""
+"""A repair restores the committed bytes on any machine; one lost part stops no other."""
 
 import dataclasses
 import shutil
@@ -35,7 +35,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(original: Path, tmp_path: Path) -> Path:
-    """A store that a test may harm."""
+    """A store that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "store"))
 
 
@@ -46,7 +46,7 @@ def all_of(path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def other_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another processor, or an older version: norms and moments differ in their last bits."""
+    """Simulate another processor or version: norms and moments differ in their last bits."""
 
     def measured(x_RW: torch.Tensor) -> RowMeasurements:
         measurements = measure_rows(x_RW)
@@ -69,7 +69,7 @@ def test_where_activations_are_equal_the_part_is_the_same(original: Path, store:
 
 @pytest.mark.usefixtures("other_sums")
 @pytest.mark.parametrize("damaged", [(MOMENTS,), (NORMS,), (MOMENTS, NORMS, OBJECT)])
-def test_damaged_moments_are_computed_anew(
+def test_damaged_moments_are_computed_again(
     original: Path, store: Path, damaged: tuple[str, ...]
 ) -> None:
     for name in damaged:
@@ -111,7 +111,7 @@ def test_a_damaged_mark_of_activations_that_are_computed_alike(original: Path, s
     ],
 )
 def test_a_store_of_older_code_is_mended(tmp_path: Path, codec: Any, name: str) -> None:
-    """From a copy, every byte; from a converted store, all but what is computed from the rows."""
+    """A copy restores every byte; a converted store all but the values computed from rows."""
     damaged, source = tmp_path / "damaged", tmp_path / "source"
     shutil.copytree(STORE_V1, damaged)
     convert(STORE_V1, source, ConvertConfig(codec=codec))
@@ -124,7 +124,7 @@ def test_a_store_of_older_code_is_mended(tmp_path: Path, codec: Any, name: str) 
 
 
 def test_a_damaged_mark_has_that_of_a_copy(tmp_path: Path) -> None:
-    """As far as an object that is there says the same."""
+    """The copy's mark is used where an existing object agrees with it."""
     damaged = Path(shutil.copytree(STORE_V1, tmp_path / "damaged"))
     marks = ("marks/1/tokens.json", "marks/1/layers.0/output.json", "marks/1/rows/position.json")
     for name in marks:
@@ -156,7 +156,7 @@ def test_a_copy_that_is_damaged_too_puts_back_nothing(tmp_path: Path) -> None:
 
 
 def other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokenizer library of today splits otherwise."""
+    """Another version of the tokenizer library splits texts differently."""
     real = recompute_module.iter_parts
 
     def parts(*arguments: Any) -> Any:
@@ -182,7 +182,7 @@ def test_tokens_without_their_mark_have_their_object_as_witness(
     assert (store / TOKENS).read_bytes() != before[TOKENS]
 
 
-# --- what cannot be mended stops nothing else ---
+# --- a part that cannot be repaired stops no other part ---
 
 
 def test_tokens_that_cannot_be_mended_leave_their_part_alone(

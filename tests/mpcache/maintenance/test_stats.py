@@ -1,4 +1,4 @@
-"""Statistics of a store agree with a float64 pass over all its rows, whoever computes them."""
+"""Statistics of a store agree with a float64 pass over all its rows, on any machine."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def all_rows(path: Path, side: tuple[str, str]) -> np.ndarray:
 
 
 def test_moments_of_each_dimension(original: Path, tmp_path: Path) -> None:
-    """In the file that the command writes, to the last few bits."""
+    """The file of the command has these moments to the last few bits."""
     out = tmp_path / "dimensions.safetensors"
     result = CliRunner().invoke(app, ["stats", str(original), "--out", str(out)])
     assert result.exit_code == 0, result.output
@@ -88,7 +88,7 @@ def test_statistics_do_not_depend_on_parallelism(original: Path, parallel: Paral
 
 
 def test_a_mean_far_from_zero_and_rows_that_are_not_finite(original: Path, tmp_path: Path) -> None:
-    """Where sums of squares would lose all digits; parts of unlike sizes; outliers."""
+    """Means for which sums of squares would lose all digits; parts of unlike sizes; outliers."""
     shutil.copytree(original, tmp_path / "store")
     shutil.rmtree(tmp_path / "store/marks")
     shutil.rmtree(tmp_path / "store/arrays.zarr")
@@ -117,7 +117,7 @@ def test_a_mean_far_from_zero_and_rows_that_are_not_finite(original: Path, tmp_p
     assert load_file(tmp_path / "dimensions")["layers.0/output/finite_rows"] == len(finite)
 
 
-def test_damage_is_told_not_averaged(original: Path, tmp_path: Path) -> None:
+def test_damage_is_an_error_and_never_averaged(original: Path, tmp_path: Path) -> None:
     shutil.copytree(original, tmp_path / "store")
     data = (tmp_path / "store" / LAST).read_bytes()
     (tmp_path / "store" / LAST).write_bytes(data[:-9] + b"\0" + data[-8:])

@@ -1,4 +1,4 @@
-"""Each way in which a store can be damaged is told by its name, with what mends it."""
+"""Each kind of damage to a store is reported by its name, with a remedy."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(original: Path, tmp_path: Path) -> Path:
-    """A store that a test may harm."""
+    """A store that a test may damage."""
     return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
@@ -51,7 +51,7 @@ def test_each_damage_has_its_name_and_its_remedy(original: Path, store: Path, na
         assert f"-> {fault}: {REMEDIES[fault]}" in result.stdout  # type: ignore[index]
 
 
-def test_every_fault_has_been_made() -> None:
+def test_every_fault_is_covered() -> None:
     assert {fault for _, faults in HARM.values() for fault in faults.values()} == set(REMEDIES)
 
 
@@ -77,7 +77,7 @@ def test_findings_do_not_depend_on_parallelism(store: Path, parallel: ParallelCo
 
 
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the objects that are looked at from now on."""
+    """A list that collects the names of the objects read from now on."""
     seen: list[str] = []
     look = mark_check.content_fault
 
@@ -89,10 +89,10 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def test_a_stopped_verification_goes_on(
+def test_a_stopped_verification_continues(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is looked at twice, and the verdict is that of a whole run."""
+    """No object is read twice, and the verdict equals that of an uninterrupted run."""
     flip(store / OBJECT, 100)
     expected, journal = verify(store), tmp_path / "journal"
     seen = checked(monkeypatch)
@@ -107,22 +107,22 @@ def test_a_stopped_verification_goes_on(
     with pytest.raises(KeyboardInterrupt):
         verify(store, ParallelConfig(threads=1), journal=journal)
     with journal.open("ab") as file:
-        file.write(b'{"mark": "marks/0/tok')  # as a process that is killed leaves it
+        file.write(b'{"mark": "marks/0/tok')  # as a killed process leaves it
     monkeypatch.setattr(mark_check, "content_fault", look)
     first = set(seen)
     seen.clear()
     verdict = verify(store, ParallelConfig(threads=1), journal=journal)
     assert verdict.earlier > 0
     twice = {name.split("/c/")[1].split("/")[0] for name in first & set(seen)}
-    assert twice <= {"2", "3"}  # what is damaged, and what was stopped
+    assert twice <= {"2", "3"}  # the damaged objects, and the interrupted one
     assert same(verdict, expected)
     seen.clear()
     assert same(verify(store, journal=journal), expected)
-    assert {name.split("/c/")[1] for name in seen} == {"2/0", "2", "2/0/0"}  # what is damaged
+    assert {name.split("/c/")[1] for name in seen} == {"2/0", "2", "2/0/0"}  # the damaged objects
 
 
 def same(verdict: Verdict, expected: Verdict) -> bool:
-    """But for what was looked at earlier."""
+    """Whether two verdicts are equal, apart from the counts of earlier checks."""
     return (verdict.findings, verdict.marks, verdict.objects) == (
         expected.findings,
         expected.marks,
@@ -148,7 +148,7 @@ def test_only_what_was_read_is_counted(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["object deleted", "object cut short", "object grown"])
-def test_the_journal_is_not_asked_what_is_there(store: Path, tmp_path: Path, harm: str) -> None:
+def test_damage_is_found_despite_the_journal(store: Path, tmp_path: Path, harm: str) -> None:
     journal = tmp_path / "journal"
     assert verify(store, journal=journal).intact
     HARM[harm][0](store)
@@ -158,7 +158,7 @@ def test_the_journal_is_not_asked_what_is_there(store: Path, tmp_path: Path, har
     assert verdict.earlier == verdict.marks - 1
 
 
-def test_what_was_found_last_under_a_mark_counts(store: Path, tmp_path: Path) -> None:
+def test_the_last_finding_under_a_mark_counts(store: Path, tmp_path: Path) -> None:
     journal, data = tmp_path / "journal", (store / OBJECT).read_bytes()
     assert verify(store, journal=journal).intact
     (store / OBJECT).unlink()
@@ -168,7 +168,7 @@ def test_what_was_found_last_under_a_mark_counts(store: Path, tmp_path: Path) ->
     assert not verify(store, journal=journal).intact
 
 
-def test_the_journal_of_another_place_or_store_is_refused(
+def test_the_journal_of_another_path_or_store_is_refused(
     original: Path, store: Path, tmp_path: Path
 ) -> None:
     """A copy has the same marks, and its own damage."""
@@ -190,9 +190,7 @@ def test_the_journal_of_another_place_or_store_is_refused(
         verify(store, journal=own)
 
 
-def test_a_mark_that_was_written_anew_is_looked_at_again(
-    original: Path, store: Path, tmp_path: Path
-) -> None:
+def test_a_rewritten_mark_is_checked_again(original: Path, store: Path, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     assert verify(store, journal=journal).earlier == 0
     mark = unseal((store / MARK).read_bytes(), MARK)

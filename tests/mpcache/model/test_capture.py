@@ -1,4 +1,4 @@
-"""Rows of a part are the model's own values in permuted order, however they come to the host."""
+"""Rows of a part are the model's values in permuted order, for every kind of copy to the host."""
 
 import threading
 import time
@@ -55,7 +55,7 @@ def expected(order_R: np.ndarray, dtype: torch.dtype) -> dict[Side, Tensor]:
 
 
 class Late:
-    """Copies that arrive only when they are waited for, as a GPU's may."""
+    """Copies that arrive only on waiting, as copies from a GPU may."""
 
     def __init__(self) -> None:
         self.flying = self.most = 0
@@ -105,7 +105,7 @@ def test_what_the_gpu_does_next_does_not_change_a_copy() -> None:
     for _ in range(8):
         arrivals.append(start(x, torch.float32))
         x.add_(1)
-        torch.full_like(x, -1.0)  # takes memory that was given back too early
+        torch.full_like(x, -1.0)  # would take memory that was released too early
     for step, arrived in enumerate(arrivals):
         assert torch.equal(arrived(), torch.arange(1 << 22) + float(step))
 
@@ -156,7 +156,7 @@ def test_batches_of_pieces_have_each_piece_once(
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=30), fill=st.integers(0, 20))
-def test_places_of_pieces_cover_the_true_tokens(lengths: list[int], fill: int) -> None:
+def test_rows_of_pieces_cover_the_true_tokens(lengths: list[int], fill: int) -> None:
     rows = sum(lengths)
     starts = np.zeros(rows + fill, np.bool_)
     starts[np.cumsum([0, *lengths[:-1]])] = True
@@ -168,7 +168,7 @@ def test_places_of_pieces_cover_the_true_tokens(lengths: list[int], fill: int) -
 # --- writing beside the model ---
 
 
-def test_one_parts_work_is_done_at_a_time_by_several_threads() -> None:
+def test_threads_work_on_one_part_at_a_time() -> None:
     active, most, log = 0, 0, []
     lock, both = threading.Lock(), threading.Barrier(2, timeout=10)
 
@@ -177,7 +177,7 @@ def test_one_parts_work_is_done_at_a_time_by_several_threads() -> None:
         with lock:
             active += 1
             most = max(most, active)
-        both.wait()  # a thread alone would wait here for ever
+        both.wait()  # a single thread would wait here for ever
         with lock:
             active -= 1
             log.append(part)
@@ -189,7 +189,7 @@ def test_one_parts_work_is_done_at_a_time_by_several_threads() -> None:
     assert log == [0, 0, 1, 1, 2, 2], "a part's work waits for that of the part before"
 
 
-def test_work_that_fails_is_told_when_the_rest_is_done() -> None:
+def test_a_failure_is_raised_when_the_other_work_is_done() -> None:
     done = []
 
     def late() -> None:

@@ -1,4 +1,4 @@
-"""What was digested is what was loaded, whatever lies in the same place before or after."""
+"""The digested files are the loaded files, whatever has their paths before or after."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ TIME = 1_700_000_000
 
 
 def replace_with(target: Path, source: Path, in_place: bool = False) -> None:
-    """Other content under the same name, size as it comes, and the same modification time."""
+    """Other content, perhaps of another size, with the same name and modification time."""
     if in_place:
         target.write_bytes(source.read_bytes())
     else:
@@ -70,8 +70,8 @@ def arrays_of(store: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_root_tells_replaced_files_apart(tmp_path, two, name):
-    """Two collections below a root, with other content at the same path and time in between."""
+def test_a_root_distinguishes_replaced_files(tmp_path, two, name):
+    """Between two collections, a file gets other content at the same path and time."""
     config = small_config(tmp_path, model=str(two[0]), rows=400)
     storage = find_store(tmp_path / "root", config).storage
     collect(config, storage)
@@ -130,7 +130,7 @@ def test_a_log_in_the_models_folder_is_no_change(tmp_path, two):
 
 
 def test_a_loaded_model_does_not_follow_its_file(tmp_path, two):
-    """Weights of the dtype of the file are mapped from it, and would change with it."""
+    """Weights in the dtype of their file could be mapped from the file and change with it."""
     model, _ = load_model(small_config(tmp_path, model=str(two[0])))
     digest = model_digest(model)
     file = two[0] / "model.safetensors"
@@ -199,7 +199,7 @@ def test_code_is_part_of_the_digest_whatever_is_cached(tmp_path):
 
 @pytest.mark.slow
 def test_code_in_the_common_cache_is_not_run(tmp_path):
-    """A copy of the code that an earlier process left, and that says something else."""
+    """An earlier process left a different copy of the code in the cache."""
     folder = own_model(tmp_path / "own", "2.0")
     script = f"""
 import sys, pathlib
@@ -226,7 +226,7 @@ else:
     fresh = run("ours")
     run("plain")
     (copy,) = cache.rglob("helper.py")
-    copy.write_text("FACTOR = 9.0\n")  # as long as the original, of the same time: seen as equal
+    copy.write_text("FACTOR = 9.0\n")  # same length and time as the original, so it counts as equal
     os.utime(copy, (TIME, TIME))
     assert run("ours") == fresh
     assert fresh.startswith("factor 2.0")
@@ -265,7 +265,7 @@ def test_the_hubs_cache_is_checked_against_its_names(tmp_path, two):
         with pytest.raises(ValueError, match="is not what the Hub has"):
             files_at(paths).digest()
         paths[name].resolve().write_bytes(content)
-    shutil.copy(paths["config.json"], tmp_path / "config.json")  # no link: nothing names it
+    shutil.copy(paths["config.json"], tmp_path / "config.json")  # no link, so no digest is known
     assert files_at({**paths, "config.json": tmp_path / "config.json"}).digest() is None
 
 
@@ -292,7 +292,7 @@ except ValueError as error:
 
 @pytest.mark.slow
 def test_a_model_of_the_hub_is_what_its_commit_says(tmp_path, two):
-    """Offline, in processes of their own: the Hub's client reads its settings once."""
+    """Offline, in separate processes, since the Hub's client reads its settings once."""
     snapshot = cached_on_hub(tmp_path / "hub", two[0])
     small_config(tmp_path)  # makes the corpus
 

@@ -1,4 +1,4 @@
-"""Documents that are kept apart have the values that each has alone, in every family of models."""
+"""Separated documents have the same values as alone, in every family of models."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def rows_of(
 def rows_alone(
     model: PreTrainedModel, sides: tuple[Side, ...], documents: list[np.ndarray]
 ) -> dict[Side, Tensor]:
-    """A slow reference: each document by itself in a pass of its own, without any of our inputs."""
+    """A slow reference: each document in a separate forward pass, without our inputs."""
     rows: dict[Side, list[Tensor]] = {side: [] for side in sides}
     with Capture(model, sides) as capture:
         for document in documents:
@@ -96,7 +96,7 @@ def distance(x_RW: Tensor, y_RW: Tensor) -> float:
 
 
 def check_rows(family: Family, dtype: torch.dtype, config: CollectConfig) -> None:
-    """Rows are those of each document alone, up to the rounding of the dtype.
+    """Check that rows equal those of each document alone, up to the rounding of the dtype.
 
     float32: a bound far below any effect of another document. bfloat16: as much as the dtype itself
     changes the document alone.
@@ -143,7 +143,7 @@ def test_lone_documents_are_as_alone(family: Family, dtype: torch.dtype) -> None
     check_rows(family, dtype, config)
 
 
-# --- what the trial sees ---
+# --- what the trial detects ---
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -180,7 +180,7 @@ def test_asks_nothing_where_documents_may_mix() -> None:
 
 
 def test_layers_above_the_sides_do_not_matter() -> None:
-    """Rows of the layers below a recurrent one are apart."""
+    """Rows of the layers below a recurrent layer are separate."""
     family = next(family for family in FAMILIES if family.name == "lfm2")
     kinds = {"layer_types": ["full_attention", "conv", "conv"]}
     model = replace(family, settings=family.settings | kinds).model()

@@ -130,7 +130,7 @@ def test_missing_packages_are_named(file, monkeypatch):
         check_gguf(file)
 
 
-def test_other_files_are_told_apart(tmp_path, file):
+def test_paths_that_are_no_gguf_file_are_refused(tmp_path, file):
     (tmp_path / "folder").mkdir()
     inside = file.rename(tmp_path / "folder" / "in.gguf")
     with pytest.raises(ValueError, match=r"name the file itself: .*in\.gguf"):

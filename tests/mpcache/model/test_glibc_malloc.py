@@ -1,4 +1,4 @@
-"""Memory that is freed stays with the process, where the C library is GNU's."""
+"""With glibc, freed memory stays with the process."""
 
 import platform
 import resource
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# page faults of the second time that a block is asked for
+# page faults of the second allocation of a block
 _FAULTS = """
 import os, resource, sys
 os.environ["NUMPY_MADVISE_HUGEPAGE"] = "0"
@@ -32,14 +32,14 @@ def faults(how: str) -> int:
 
 
 def has_huge_pages() -> bool:
-    """Whether the system gives them to all, so that there is hardly a fault."""
+    """Whether the system gives huge pages to all processes, so that page faults are rare."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return setting.exists() and "[always]" in setting.read_text()
 
 
 @pytest.mark.skipif(has_huge_pages(), reason="huge pages hide it")
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its ways")
-def test_a_block_that_is_asked_for_again_is_there() -> None:
+def test_a_block_that_is_allocated_again_causes_no_page_faults() -> None:
     pages = 12_500_000 * 8 // resource.getpagesize()
     assert faults("as it is") > pages / 2
     assert faults("kept") < pages / 100

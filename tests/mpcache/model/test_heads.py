@@ -1,4 +1,4 @@
-"""Which cross-entropy a model gets: shown by changing tokens, and measured as it is defined."""
+"""The kind of cross-entropy of a model, found by changing tokens, and its value."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_decoder_of_berts_kind_is_causal() -> None:
 @pytest.mark.parametrize("at", [1, 17, 33, 49, 63])
 @pytest.mark.parametrize("size", [1.0, 1e-6])
 def test_the_least_leak_is_seen(at: int, size: float) -> None:
-    """A model in which one position sees the next token alone, and hardly."""
+    """One position of the model sees one token ahead, with a tiny weight."""
 
     def logits(inputs) -> Tensor:
         ids_BL = inputs["input_ids"]
@@ -86,7 +86,7 @@ def test_the_least_leak_is_seen(at: int, size: float) -> None:
 
 
 def test_noise_of_kernels_is_no_leak() -> None:
-    """Kernels whose last bits depend on the whole batch, as those of grouped experts may."""
+    """Last bits of kernels that depend on the batch, as with grouped experts, are no leak."""
 
     def noisy(inputs) -> Tensor:
         ids_BL = inputs["input_ids"]
@@ -108,7 +108,7 @@ def test_others_differ_everywhere(ids: list[int]) -> None:
 
 
 def strong(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights that let tokens matter: as initialised, layers hardly differ from the identity."""
+    """Enlarge the weights: freshly initialised layers hardly differ from the identity."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -144,7 +144,7 @@ def test_shares_of_masking() -> None:
     assert not np.isin(shown, [0, 1]).any()
 
 
-# --- the whole way ---
+# --- from collection to cross-entropy ---
 
 
 def save(folder: Path, model: PreTrainedModel, mask: str | None = "[MASK]") -> Path:

@@ -39,7 +39,7 @@ def _no_advice_on_kernels() -> Iterator[None]:
 
 
 def report_of(name: str, folder: Path) -> tuple[HookpointReport, PreTrainedModel]:
-    """What is listed from the config alone, and the model with weights."""
+    """The report from the config alone, and the model with weights."""
     config = FAMILIES[name]()
     config.save_pretrained(folder)
     report = hookpoints(str(folder))

@@ -1,4 +1,4 @@
-"""Captured values are the model's own, and no layer runs in vain."""
+"""Captured values are the model's own, and no layer runs without need."""
 
 import pytest
 import torch
@@ -60,7 +60,10 @@ def test_stops_when_all_is_seen():
     model.layers[2].register_forward_pre_hook(lambda *_: passes.append(2))
     model.layers[1].register_forward_pre_hook(lambda *_: passes.append(1))
     with Capture(model, resolve_sides(["layers.0", "layers.1.mlp:input"], model)) as hooks:
-        assert passes == [1, 2]  # the first tiny pass goes through, to see what runs twice
+        assert passes == [
+            1,
+            2,
+        ]  # the first tiny pass runs completely, to detect modules that run twice
         captured(hooks, {"input_ids": TOKENS})
         assert passes == [1, 2, 1]
 
@@ -74,7 +77,7 @@ def test_leaves_the_model_as_it_was():
 
 
 class InPlace(nn.Module):
-    """A model that goes on in place, runs one module twice and one never."""
+    """A model that changes values in place, runs one module twice and one module never."""
 
     def __init__(self) -> None:
         super().__init__()

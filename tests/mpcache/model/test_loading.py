@@ -1,4 +1,4 @@
-"""Loading is silent and identified."""
+"""Loading is silent, and the model is identified by digests."""
 
 import importlib.metadata
 import os
@@ -89,7 +89,7 @@ def test_refuses_in_one_line(tmp_path, changes, message):
 
 @pytest.mark.parametrize("padding", [0, 1, 5])
 def test_positions_that_start_after_the_padding_token(tmp_path, padding):
-    """RoBERTa and its kin have padding_idx + 1 positions fewer than their table has rows."""
+    """RoBERTa's family has padding_idx + 1 fewer positions than rows in the table."""
     architecture = RobertaConfig(
         vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=64, pad_token_id=padding,
@@ -112,7 +112,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def test_a_lost_hub_is_no_mistake_of_the_user():
-    """In a process of its own: the Hub client reads HF_HUB_OFFLINE when it is imported."""
+    """In a separate process, since the Hub client reads HF_HUB_OFFLINE on import."""
     code = """
 from mpcache.config import CollectConfig
 from mpcache.model.loading import load_model

@@ -1,4 +1,4 @@
-"""With one document a sequence, rows are those of each document alone, whoever reads it."""
+"""With one document a sequence, rows are those of each document alone, for every reader."""
 
 import shutil
 from pathlib import Path
@@ -48,7 +48,7 @@ def pieces_of(store: Store, part: int) -> list[np.ndarray]:
 
 
 def alone(store: Store, folder: Path, part: int, sides: tuple[Side, ...]) -> dict[Side, Tensor]:
-    """A slow reference: each piece in a pass of its own, in the order of tokens."""
+    """A slow reference: each piece in a separate forward pass, in the order of tokens."""
     model, _ = load_model(small_config(folder, hookpoints=("x",), **LONE))
     rows: dict[Side, list[Tensor]] = {side: [] for side in sides}
     with Capture(model, sides) as capture:

@@ -1,4 +1,4 @@
-"""The language model with a coder in it: laws that hold for any coder."""
+"""Laws of a language model with any coder spliced into it."""
 
 import copy
 import itertools

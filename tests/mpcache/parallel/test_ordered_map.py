@@ -17,7 +17,7 @@ from mpcache.parallel.dask_cluster import start_cluster
 from mpcache.parallel.ordered_map import ordered_map
 from tests.helpers.commands import fast_starting_workers
 
-# Dask's own threads complain about connections that a kill has cut
+# Dask's threads warn of connections that a kill has cut
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -1,4 +1,4 @@
-"""Stores on an S3 server: every command, and nothing lost whatever the server and processes do."""
+"""Stores on an S3 server: every command works, and no failure of server or process loses data."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ def command(*words: object, code: int = 0) -> str:
 
 
 def download(storage: Storage, folder: Path) -> Path:
-    """All objects as files, by no code that copies stores."""
+    """Write all objects as files, without the code that copies stores."""
     for name in storage.object_names():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def test_a_store_is_the_same_wherever_it_lies(originals: tuple[Path, str], tmp_p
         assert here == there
 
 
-def test_a_collection_goes_on_below_a_root(
+def test_a_collection_continues_below_a_root(
     originals: tuple[Path, str], s3: str, tmp_path: Path
 ) -> None:
     folder, _ = originals
@@ -117,7 +117,7 @@ def test_a_collection_goes_on_below_a_root(
     path = download(open_storage(more["store"]), tmp_path / "store")
     (path / "store.json").write_bytes(
         (folder / "store/store.json").read_bytes()
-    )  # says what came first
+    )  # the message names the first failure
     assert equal(path, folder / "store")
     (entry,) = json.loads(command("list", f"{s3}/{tmp_path.name}", "--json"))
     assert (entry["rows"], entry["complete"]) == (more["rows"], 1.0)
@@ -125,7 +125,7 @@ def test_a_collection_goes_on_below_a_root(
 
 @contextmanager
 def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator[None]:
-    """The server is gone at that call of one of a bucket's methods."""
+    """Let the server disappear at the given call of a bucket's method."""
     real, calls = getattr(ObjectStorage, method), itertools.count(1)
 
     def stopped(*arguments: object) -> Any:
@@ -139,7 +139,7 @@ def gone_at(monkeypatch: pytest.MonkeyPatch, method: str, call: int) -> Iterator
 
 
 @pytest.mark.slow
-def test_copies_go_both_ways_and_on_after_a_stop(
+def test_copies_work_in_both_directions_and_continue_after_a_stop(
     originals: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, source = originals
@@ -163,7 +163,7 @@ def files_alike(url: str, folder: Path) -> bool:
     return all(storage.read(name) == other.read(name) for name in names)
 
 
-def test_a_removal_that_stops_leaves_no_store_and_goes_on(
+def test_a_stopped_removal_leaves_no_store_and_continues(
     originals: tuple[Path, str], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(originals[0] / "store", url)
@@ -205,7 +205,7 @@ def test_fit_and_eval_read_a_bucket(originals: tuple[Path, str], tmp_path: Path)
 
 
 def harm(url: str) -> dict[str, str]:
-    """Damage a store by a client that is not ours; gives what each damaged object is called."""
+    """Damage a store by a foreign client; return the fault of each damaged object."""
     client, (_, _, bucket_name, prefix) = servers.raw_client(), url.split("/", 3)
 
     def put(name: str, change: Callable[[bytes], bytes]) -> None:
@@ -304,7 +304,7 @@ def arrays_of(path: Path) -> dict[str, bytes]:
 
 
 def equal_parts(path: Path, other: Path) -> bool:
-    """All marks and objects; arrays of a collection span all the rows that it wanted."""
+    """Whether all marks and objects are equal; sizes of arrays may differ."""
     actual, expected = (
         {n: d for n, d in arrays_of(p).items() if "/c/" in n} for p in (path, other)
     )
@@ -329,7 +329,7 @@ def test_processes_take_care_of_a_bucket(
     assert arrays_of(joined) == arrays_of(tmp_path / "here")
 
 
-def test_what_the_user_can_mend_is_one_line(s3: str) -> None:
+def test_mistakes_of_the_user_are_one_line(s3: str) -> None:
     for words, message in (
         (("info", "s3://nobody-has-it/a"), "there is no such bucket"),
         (("list", "s3://nobody-has-it"), "there is no such bucket"),
@@ -355,7 +355,7 @@ def test_nothing_secret_gets_into_a_store(originals: tuple[Path, str]) -> None:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Retries soon, so that tests need not wait."""
+    """Shorten the pauses between retries."""
     monkeypatch.setitem(cloud._RETRIES["backoff"], "init_backoff", 0.02 * cloud._SECONDS)
     monkeypatch.setattr(bucket, "_PAUSE", 0.02)
     cloud.bucket_client.cache_clear()
@@ -364,10 +364,10 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("s3", "hurried")
-def test_a_place_on_a_server_that_fails_a_third_of_the_time(
+def test_storage_on_a_server_that_fails_a_third_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind of call, as if nothing were wrong."""
+    """Every kind of call gives the same result as on a reliable server."""
     monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.33) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
@@ -435,9 +435,7 @@ def test_chaos(s3: str, tmp_path: Path, share: float) -> None:
         process.join()
     assert process.exitcode == 0
     collect(config, expected)
-    assert (
-        so_far < marks(storage) == marks(open_storage(expected))
-    )  # there was something to do to the end
+    assert so_far < marks(storage) == marks(open_storage(expected))  # work was left until the end
     path = download(storage, tmp_path / "store")
     assert equal(path, expected)
     assert clean(path)

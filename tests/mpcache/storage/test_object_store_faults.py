@@ -1,4 +1,4 @@
-"""What a bucket's server, its user or an earlier command get wrong, and what must not follow."""
+"""Faults of a bucket's server, its user or an earlier command must not damage a store."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ IDENTITY = {"seed": 0}
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
-    """obstore's store in memory stands for a server."""
+    """obstore's in-memory store stands for a server."""
     memory = MemoryStore()
     monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
     monkeypatch.setattr(bucket, "_PAUSE", 0.0)
@@ -145,7 +145,7 @@ def test_no_copy_goes_on_with_what_a_removal_left(
 
 
 class InTurn:
-    """A pool of no threads: what is stopped stops there."""
+    """A pool without threads: a stopped call stops the caller at once."""
 
     map = staticmethod(map)
 

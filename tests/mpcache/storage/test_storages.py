@@ -33,7 +33,7 @@ KINDS = ("folder", "s3", "memory")
 def storage(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Storage:
-    """A new place; in memory, obstore's own stand-in for a server that is not Amazon's."""
+    """A new storage; obstore's in-memory store stands for a server that is not Amazon's."""
     if request.param == "folder":
         return open_storage(tmp_path / "place")
     if request.param == "s3":
@@ -55,12 +55,16 @@ OPERATIONS = st.one_of(
 
 @hypothesis.settings(
     max_examples=15,
-    suppress_health_check=list(hypothesis.HealthCheck),  # a place a test is enough, and may be slow
+    suppress_health_check=list(
+        hypothesis.HealthCheck
+    ),  # one storage for each test is enough, and creating it may be slow
 )
 @hypothesis.given(st.lists(OPERATIONS, max_size=12))
-@hypothesis.example([("create", "a", b"0"), ("create_copy", "a", "b/c")])  # the folder is not there
+@hypothesis.example(
+    [("create", "a", b"0"), ("create_copy", "a", "b/c")]
+)  # the folder does not exist
 @hypothesis.example([("write_temporary", "a", b"0"), ("publish", "a", "d/e/f")])
-def test_a_place_is_a_dictionary(
+def test_a_storage_is_a_dictionary(
     storage: Storage, operations: list[tuple[str, str, object]]
 ) -> None:
     for name in list(storage.object_names()):
@@ -91,7 +95,7 @@ def test_a_place_is_a_dictionary(
             expected.pop(name, None)
         elif name in expected:
             linked = storage.create_copy(name, more)
-            # a link that is there already may count as the one that was asked for
+            # an existing link may count as the requested one
             assert linked or more in expected
             assert not linked or expected.setdefault(more, expected[name]) == expected[name]
         else:
@@ -108,7 +112,7 @@ def test_a_place_is_a_dictionary(
     assert set(storage.children()) >= {name.partition("/")[0] for name in expected}
 
 
-def test_what_is_not_there(storage: Storage) -> None:
+def test_missing_objects(storage: Storage) -> None:
     assert not storage.exists()
     assert not storage.exists("a")
     assert storage.size("a") is None
@@ -134,7 +138,7 @@ def test_ranges_are_exact_or_refused(storage: Storage) -> None:
 
 
 def test_much_is_read_in_several_calls(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many buffers there are, and however little the system gives at a time."""
+    """For any number of buffers, and however few bytes the system returns at a time."""
     monkeypatch.setattr(folder, "_CALL", 300)
     monkeypatch.setattr(folder, "_CALL_BUFFERS", 3)
     preadv = os.preadv
@@ -164,7 +168,7 @@ def test_large_objects_go_and_come_in_parts(
     assert read(storage, "large", 9 << 20, 300) == content[9 << 20 :][:300]
 
 
-def test_of_many_at_once_one_creates(storage: Storage) -> None:
+def test_one_of_many_writers_creates(storage: Storage) -> None:
     storage.create("other", b"")
     results: list[bool] = []
     start = threading.Barrier(6)
@@ -228,14 +232,14 @@ def test_nothing_is_left_of_what_is_removed(storage: Storage) -> None:
         ("s3://sha\x1b[31mred/a", "a store must be"),
     ],
 )
-def test_urls_that_lead_astray(url: str, message: str) -> None:
+def test_invalid_urls_are_refused(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         open_storage(url)
     assert "secret" not in str(error.value)
     assert str(error.value).isprintable()
 
 
-def test_a_url_that_became_a_path_is_told() -> None:
+def test_a_url_that_became_a_path_is_refused() -> None:
     with pytest.raises(ValueError, match="give the URL as text") as error:
         open_storage(Path("s3://key:secret@shared/a"))
     assert "secret" not in str(error.value)

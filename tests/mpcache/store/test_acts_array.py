@@ -1,4 +1,4 @@
-"""`store[...]` and `store.rows(...)`: the committed rows, as plain Zarr and the parts have them."""
+"""`store[...]` and `store.rows(...)` give the committed rows, equal to plain Zarr."""
 
 import doctest
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Fewer rows than were wanted are named, with both numbers and the reason, wherever one looks."""
+"""Every command reports too few rows, with both numbers and the reason."""
 
 import json
 from pathlib import Path
@@ -33,9 +33,9 @@ def options(folder: Path, rows: int) -> list[str]:
 
 
 def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) -> None:
-    for wanted in (380, 5000):  # as many parts as there are, and more
+    for wanted in (380, 5000):  # as many parts as the dataset has, and more
         arguments = ["collect", *options(folder, wanted), "--root", str(folder / "root")]
-        for _ in range(2):  # again with everything there
+        for _ in range(2):  # the second time the store is complete
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, result.output
             (entry,) = list_stores(folder / "root")
@@ -43,7 +43,7 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
             assert expected in result.stderr
             assert 0 < entry.rows < 380
     store = str(folder / "root" / entry.store)
-    # an extension is known by the parts that it made room for
+    # the rows wanted by an extension are known in units of parts
     rounded_rows = 27 * 192
     assert rounded_rows >= 5000 > rounded_rows - 192
     facts = store_info(store)
@@ -67,7 +67,7 @@ def test_collect_info_and_list_name_both_numbers_and_the_reason(folder: Path) ->
     )
 
 
-def test_every_share_says_it(folder: Path) -> None:
+def test_every_share_names_missing_rows(folder: Path) -> None:
     config = small_config(folder, rows=5000, hookpoints=("layers.0",))
     summaries = [
         collect(config, folder / "store", CollectParallelConfig(share=f"{number}/2"))
@@ -79,7 +79,7 @@ def test_every_share_says_it(folder: Path) -> None:
     assert [summary.shortfall for summary in summaries] == [shortfall] * 2
 
 
-def test_nothing_is_said_where_all_is_there(folder: Path) -> None:
+def test_a_complete_store_gives_no_warning(folder: Path) -> None:
     write_corpus(folder / "corpus.jsonl", documents=60)
     config = small_config(folder, rows=500)  # rounded up to three parts
     summary = collect(config, folder / "root/store")

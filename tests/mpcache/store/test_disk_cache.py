@@ -52,7 +52,7 @@ def originals(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 @pytest.fixture
 def own(originals: tuple[Path, str], s3: str, tmp_path: Path) -> str:
-    """The URL of a copy that a test may harm."""
+    """The URL of a copy that a test may damage."""
     copy(originals[0], f"{s3}/{tmp_path.name}")
     return f"{s3}/{tmp_path.name}"
 
@@ -61,7 +61,7 @@ def own(originals: tuple[Path, str], s3: str, tmp_path: Path) -> str:
 def asked(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[], list[str]]]:
-    """What was asked of the server about committed objects since last looked: method and path."""
+    """Requests for committed objects since the last call: method and path."""
     log, seen = tmp_path / "requests", 0
 
     def look() -> list[str]:
@@ -78,12 +78,12 @@ def asked(
 
 
 def got(requests: list[str]) -> bool:
-    """Whether bytes were asked for, and not sizes alone."""
+    """Whether any request asked for bytes rather than sizes."""
     return any(line.startswith("GET") for line in requests)
 
 
 def everything(store: Store) -> list[torch.Tensor]:
-    """All that training may read, chunk by chunk, in several threads."""
+    """All arrays that training may read, chunk by chunk, in several threads."""
     places = [(p.number, c) for p in store.parts([SIDE], "train") for c in range(-(-p.rows // 32))]
     reads: list[Callable[..., torch.Tensor]] = [
         partial(store.acts.read_chunk, *SIDE), partial(store.acts.read_norms, *SIDE),
@@ -98,7 +98,7 @@ def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 
 
 def kept(folder: Path) -> dict[str, bytes]:
-    """All files of a cache but its counter, which must count them right."""
+    """All files of a cache but its counter, whose value must be right."""
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
     counted = files.pop("length").stat().st_size
     contents = {name: file.read_bytes() for name, file in files.items()}
@@ -106,7 +106,7 @@ def kept(folder: Path) -> dict[str, bytes]:
     return contents
 
 
-# --- what it spares ---
+# --- requests that the cache saves ---
 
 
 def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
@@ -123,10 +123,12 @@ def test_the_server_is_asked_once_for_what_is_read_in_all_epochs_and_runs(
             batches, epoch = loader.batches(), -(-loader.rows // 64)
             list(islice(batches, 2 * epoch))  # the first may still be read while the second is
             assert got(asked()) == (number == 0)
-            store._objects._ends.cache_clear()  # as if there were more objects than it remembers
+            store._objects._ends.cache_clear()  # as with more objects than it remembers
             list(islice(batches, 2 * epoch))
             assert asked() == []
-    assert all(NAME.fullmatch(name) for name in kept(folder))  # no marks, no metadata, no rests
+    assert all(
+        NAME.fullmatch(name) for name in kept(folder)
+    )  # no requests for marks, metadata or rests
 
 
 def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
@@ -142,7 +144,7 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
         assert got(asked()) == (name == "cold")
         assert equal(weights(tmp_path / name), weights(tmp_path / "plain"))
         assert lasting(tmp_path / name) == lasting(tmp_path / "plain")
-    # what is kept, and where, is of a command
+    # the cache is a setting of a command, not of a run
     fit(config(url, tmp_path / "warm", **settings))
     (coder, *_) = sorted((tmp_path / "warm/coders").iterdir())
     asked()
@@ -153,7 +155,9 @@ def test_runs_are_the_same_bit_for_bit_and_change_between_commands(
     assert json.loads(CliRunner().invoke(app, words).stdout) == there
 
 
-def test_a_plan_says_what_is_read_from_where(originals: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_plan_counts_reads_from_cache_and_server(
+    originals: tuple[Path, str], tmp_path: Path
+) -> None:
     _, url = originals
     settings: dict[str, Any] = {"rows": 64 * 30, **SMALL}
     run = config(url, tmp_path / "run", cache_dir=str(tmp_path / "cache"), **settings)
@@ -181,7 +185,7 @@ def test_a_plan_says_what_is_read_from_where(originals: tuple[Path, str], tmp_pa
     assert f" GB of it from {url}, the rest from {run.cache_dir}; nothing was written" in output
 
 
-def test_the_benchmark_reads_from_a_tier(
+def test_the_benchmark_reads_from_the_cache(
     originals: tuple[Path, str], tmp_path: Path, asked: Callable[[], list[str]]
 ) -> None:
     settings: dict[str, Any] = {"rows": 192, "batch_rows": 64, "window_rows": 64, "repeats": 1}
@@ -193,11 +197,11 @@ def test_the_benchmark_reads_from_a_tier(
     assert not got(asked())
 
 
-# --- what may happen to it ---
+# --- damage to the cache ---
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "zeros", "directory", "gone"])
-def test_damage_is_read_anew_and_mended(
+def test_damaged_cache_entries_are_read_again_and_replaced(
     originals: tuple[Path, str], tmp_path: Path, harm: str
 ) -> None:
     path, url = originals
@@ -242,13 +246,13 @@ def test_damage_in_the_store_is_not_kept(own: str, tmp_path: Path) -> None:
     storage.replace(name, data[:40] + b"?" + data[41:])
     with pytest.raises(DamagedStoreError, match="0/0 is damaged"):
         open_store(own, str(folder)).acts.read_chunk("layers.0", "output", 0, 0)
-    (index,) = kept(folder).values()  # which is whole
+    (index,) = kept(folder).values()  # the index is intact
     assert data.endswith(index)
     storage.replace(name, data)
     assert same(everything(open_store(own, str(folder))), everything(open_store(own)))
 
 
-def test_other_content_in_the_same_place_is_never_mistaken(
+def test_other_content_under_the_same_name_is_never_mistaken(
     originals: tuple[Path, str], own: str, tmp_path: Path
 ) -> None:
     """A part that was rewritten with other bits has another digest in its mark."""
@@ -267,7 +271,7 @@ def test_other_content_in_the_same_place_is_never_mistaken(
 
 
 def filling(content: np.ndarray) -> ReadInto:
-    """Reads as if this were at every offset."""
+    """A read function that gives this content at every offset."""
 
     def read(_: int, buffers: Sequence[np.ndarray]) -> None:
         (buffer,) = buffers
@@ -286,7 +290,7 @@ def taken(read: ReadInto, offset: int, length: int) -> np.ndarray:
 
 
 def warned(store: Store, match: str) -> list[torch.Tensor]:
-    """Everything, with one warning, however many threads and reads there are."""
+    """Read everything twice; there must be exactly one warning."""
     with pytest.warns(RuntimeWarning, match=match) as warnings:
         first, again = everything(store), everything(store)
     assert len(warnings) == 1
@@ -410,10 +414,10 @@ def test_a_team_shares_what_its_folder_is_open_to(
     assert all(path.stat().st_mode & 0o020 for path in (tmp_path / "cache").rglob("*"))
 
 
-# --- what it cannot be ---
+# --- invalid caches ---
 
 
-def test_what_is_no_tier(originals: tuple[Path, str], tmp_path: Path) -> None:
+def test_invalid_caches_are_refused(originals: tuple[Path, str], tmp_path: Path) -> None:
     path, url = originals
     (tmp_path / "file").touch()
 

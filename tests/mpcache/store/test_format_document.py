@@ -1,4 +1,4 @@
-"""docs/format.md is true: its examples read a store, its formulas give what is stored."""
+"""docs/format.md is true: its examples read a store, and its formulas give the stored values."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def example(name: str) -> Any:
-    """A function of the document, run as a reader would paste it."""
+    """A function from the document, executed as written."""
     (source,) = [text for text in EXAMPLES if f"def {name}(" in text]
     assert len(source.strip().splitlines()) <= 30
     names: dict[str, Any] = {}
@@ -102,7 +102,7 @@ def test_the_permutation_is_as_documented(original: Path) -> None:
         assert sequence.tolist() == [part * 12 + t // 16 for t in tokens]
 
 
-def test_seals_digests_and_moments_are_as_told(original: Path) -> None:
+def test_seals_digests_and_moments_are_as_documented(original: Path) -> None:
     store = open_store(original)
     for file in [original / "store.json", *(original / "marks").rglob("*.json")]:
         content = json.loads(file.read_bytes())

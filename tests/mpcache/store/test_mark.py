@@ -1,4 +1,4 @@
-"""What a mark says is parsed whole, and written back byte for byte."""
+"""Every field of a mark is parsed, and written back byte for byte."""
 
 import itertools
 import json

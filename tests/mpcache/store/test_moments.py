@@ -1,4 +1,4 @@
-"""What is recorded of rows is what float64 says of them."""
+"""Recorded statistics of rows agree with float64."""
 
 import numpy as np
 import pytest

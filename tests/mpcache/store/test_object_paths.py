@@ -1,4 +1,4 @@
-"""Objects are encoded here as Zarr itself encodes them, byte for byte, and decoded to the same."""
+"""Our encoding of objects equals Zarr's byte for byte, and so does the decoding."""
 
 import itertools
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ def test_any_changed_byte_is_refused(codec: Codec, chunks: int) -> None:
 
 
 def forged(spec: ArraySpec, *chunks: bytes, spans: list[tuple[int, int]] | None = None) -> bytes:
-    """An object whose checksums are right."""
+    """An object with valid checksums."""
     sealed = [chunk + crc32c(chunk) for chunk in chunks]
     ends = list(itertools.accumulate(map(len, sealed), initial=0))
     spans = spans or list(zip(ends, map(len, sealed), strict=False))

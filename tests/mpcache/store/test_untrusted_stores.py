@@ -1,4 +1,4 @@
-"""A store, or a name, that means harm: refused in one line, and nothing outside is ever touched."""
+"""Malicious stores and names are refused in one line, and no file outside is touched."""
 
 import json
 import os
@@ -53,7 +53,7 @@ sys.addaudithook(audit)
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[Path]:
-    """A folder that nobody may look into, shaped like parts of a store so that links to it fit."""
+    """A folder outside the store, shaped like parts of a store so that links to it fit."""
     folder = tmp_path / "elsewhere" / "outside"
     (folder / "c/0").mkdir(parents=True)
     for name in ("secret", "c/0/0", "output.json", "store.json", "zarr.json"):
@@ -84,7 +84,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(original: Path, tmp_path: Path) -> Path:
-    """A store that a test may harm."""
+    """A store that a test may damage."""
     return Path(shutil.copytree(original / "store", tmp_path / "store"))
 
 
@@ -93,7 +93,7 @@ def command(*words: object):
 
 
 def error_line(result, codes: tuple[int, ...] = (1, 2)) -> str:
-    """A command that was refused: no traceback, and nothing that steers the terminal."""
+    """The error line of a refused command: no traceback and no control characters."""
     assert result.exit_code in codes, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     assert "\x1b[31m" not in result.output
@@ -129,7 +129,9 @@ def all_commands(original: Path, store: Path) -> dict[str, Callable[[], Any]]:
 @pytest.mark.parametrize(
     "name", ["..", "../x", "/etc", "a/b", "a\\b", "layers.\x1b[31m0", "layers..0", "a\nb", ".x"]
 )
-def test_hookpoints_that_lead_astray(original: Path, tmp_path: Path, name: str) -> None:
+def test_hookpoints_that_leave_the_store_are_refused(
+    original: Path, tmp_path: Path, name: str
+) -> None:
     model = (original / "model", original / "corpus.jsonl", tmp_path / "new" / "store")
     assert "hookpoint" in error_line(
         command("collect", *model, "--hookpoints", name, *COLLECT), (2,)
@@ -139,8 +141,8 @@ def test_hookpoints_that_lead_astray(original: Path, tmp_path: Path, name: str) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_modules_of_a_model_that_lead_astray() -> None:
-    """A star matches what is there, and what is there may be called anything."""
+def test_module_names_that_leave_the_store_are_refused() -> None:
+    """A star matches existing modules, which may have any name."""
     model = nn.Module()
     model.add_module("layers", nn.ModuleDict({"a": nn.Identity(), "x/y": nn.Identity()}))
     with pytest.raises(ValueError, match=r"matches the module 'layers.x/y'"):
@@ -148,7 +150,9 @@ def test_modules_of_a_model_that_lead_astray() -> None:
 
 
 @pytest.mark.parametrize("name", ["bad\x1b[31m", "bad\nname"])
-def test_places_that_steer_the_terminal(original: Path, tmp_path: Path, name: str) -> None:
+def test_paths_with_control_characters_do_not_reach_the_terminal(
+    original: Path, tmp_path: Path, name: str
+) -> None:
     model = ("collect", original / "model", original / "corpus.jsonl", "--hookpoints", "layers.0")
     for words in (
         (*model, tmp_path / name, *COLLECT),
@@ -197,7 +201,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def renamed(target: str) -> Callable[[dict[str, Any]], object]:
-    """Lets a mark vouch for another file than its own."""
+    """Let a mark name a file that is not its own."""
 
     def change(mark: dict[str, Any]) -> None:
         name = f"arrays.zarr/{SIDE}/c/2/0"
@@ -256,7 +260,7 @@ def test_a_mark_edited_and_sealed_again_is_refused(
 def test_a_mark_of_other_rows_than_the_positions_is_refused(
     original: Path, store: Path, outside: Path
 ) -> None:
-    """Else what was in memory before would pass for the rows that it lacks."""
+    """Otherwise old memory would be taken for the missing rows."""
     edit(store / MARK, put(rows=1, finite_rows=1))
     with pytest.raises(DamagedStoreError, match=r"part 2 .* differ in rows"):
         open_store(store).parts([("layers.0", "output")], "train")
@@ -334,7 +338,7 @@ def test_array_metadata_edited_by_hand_is_refused(
     with pytest.raises(DamagedStoreError):
         open_store(store).acts.read_chunk("layers.0", "output", 2, 0)
     assert file in {f.path for f in verify(store).findings if f.is_damage}
-    if name not in ("shape", "fewer"):  # which are multiples of a part, and may be grown again
+    if name not in ("shape", "fewer"):  # which are multiples of a part, and may grow again
         assert file in error_line(all_commands(original, store)["copy"](), (1,))
     error_line(all_commands(original, store)["convert"](), (1,))
 
@@ -374,7 +378,7 @@ def test_links_out_of_a_store_are_never_followed(
     results = {what: call() for what, call in all_commands(original, store).items()}
     for result in results.values():
         assert result.exception is None or isinstance(result.exception, SystemExit), result
-    if name not in ("marks/2/layers.0", "arrays.zarr/zarr.json"):  # without marks: not committed
+    if name not in ("marks/2/layers.0", "arrays.zarr/zarr.json"):  # without marks, so not committed
         assert "symbolic link" in results["copy"].stderr + results["collect"].stderr
         assert not is_store(open_storage(store.parent / "copied"))
     if name != "store.json":
@@ -385,10 +389,10 @@ def test_links_out_of_a_store_are_never_followed(
 @pytest.mark.parametrize(
     "name", ["arrays.zarr", "marks", "store.json", "store.json.incoming.partial"]
 )
-def test_a_place_with_a_link_in_it_is_not_written_to(
+def test_a_target_that_holds_a_link_is_not_written_to(
     original: Path, tmp_path: Path, outside: Path, name: str
 ) -> None:
-    """Also where half a copy is there that this one would go on with."""
+    """Also where half a copy exists that the command would continue."""
     for begun in (False, True):
         target = tmp_path / f"place{begun}"
         target.mkdir()
@@ -398,7 +402,7 @@ def test_a_place_with_a_link_in_it_is_not_written_to(
         error_line(command("copy", original / "store", target))
         error_line(command("convert", original / "store", target, "--codec", "lz4"))
         model = (original / "model", original / "corpus.jsonl", target, "--hookpoints", "layers.0")
-        if not name.endswith(".partial"):  # a stale temporary file is in nobody's way
+        if not name.endswith(".partial"):  # a stale temporary file does no harm
             error_line(command("collect", *model, *COLLECT))
         assert (target / name).is_symlink()
 
@@ -419,8 +423,8 @@ def test_a_pipe_does_not_hang(original: Path, store: Path, name: str) -> None:
     assert command("verify", store).exit_code == 1
 
 
-def test_unmentioned_fields_are_nobodys_business(store: Path, original: Path) -> None:
-    """Later writers may say more: a reader passes over what it does not know."""
+def test_unknown_fields_are_ignored(store: Path, original: Path) -> None:
+    """Later writers may add fields; a reader ignores fields that it does not know."""
     edit(store / MARK, put(weather="fine"))
     assert verify(store).findings == ()
     assert small_config(original).rows == 1500
