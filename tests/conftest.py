@@ -6,14 +6,14 @@ import signal
 import hypothesis
 import pytest
 
-# tiny tensors: threads that wait for each other cost many times what they compute
+# with tiny tensors, threads spend far more time waiting than computing
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # a shell starts background jobs with SIGINT ignored, and Python then leaves it so
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# no deadline: a busy machine is no fault; in CI the same examples every time
+# no deadline, since a busy machine is no fault; CI uses the same examples every time
 hypothesis.settings.register_profile("here", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
 # for faults that are known (`make faults`): the first example that fails is enough
@@ -37,7 +37,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def s3():
-    """The URL of a bucket on a server of its own, which lives as long as the tests."""
+    """The URL of a bucket on a server that runs as long as the tests."""
     from tests.helpers.servers import BUCKET, environment, s3_server
 
     with s3_server() as address, environment(address):

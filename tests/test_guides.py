@@ -63,7 +63,7 @@ def all_options() -> set[str]:
 
 @pytest.mark.parametrize(("guide", "line"), command_lines())
 def test_a_command_of_a_guide_parses(guide: str, line: str) -> None:
-    """`...` stands for further options, so that only what is there must be known."""
+    """`...` stands for further options; the options shown must exist."""
     words = [word for word in shlex.split(line) if word not in ("...", "[STORE]")]
     command, rest = subcommand(words), words[2:]
     is_short = "..." in line

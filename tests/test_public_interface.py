@@ -28,7 +28,7 @@ CODE_BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What examples find where they run: model, corpus.jsonl, store, run, and the demo's data."""
+    """The working folder of examples: model, corpus.jsonl, store, run, and the demo's data."""
     folder = tmp_path_factory.mktemp("playground")
     small_store(folder)
     mptrain.fit(config(str(folder / "store"), folder / "run", kind=("sae",), arch=("mp",)))
@@ -38,7 +38,7 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_public_name_is_the_same_thing_everywhere(package) -> None:
-    """It is no submodule too, `dir` shows it, and it is what its module and type checkers have."""
+    """Package, module, `dir` and type checkers agree on it, and no submodule has its name."""
     submodules = {module.name for module in pkgutil.iter_modules(package.__path__)}
     assert not submodules & set(package.__all__)
     assert set(package.__all__) <= set(dir(package))

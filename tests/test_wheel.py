@@ -28,7 +28,7 @@ reveal_type(config.k)
 MISTAKE = (
     "import mptrain\nmptrain.FitConfig(store='store', run='run', hookpoints='layers.0', k=8)\n"
 )
-# other projects' types are not the question, and take minutes
+# types of other projects are not tested here, and take minutes
 SETTINGS = """\
 [mypy]
 [mypy-torch.*,transformers.*,datasets.*,numpy.*,numba.*,zarr.*,tokenizers.*,huggingface_hub.*]
@@ -78,7 +78,7 @@ def test_the_wheel_holds_the_three_packages_and_no_tests(wheel: Path) -> None:
 
 
 def processor_seconds() -> float:
-    """Of all child processes that have ended."""
+    """Processor time of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

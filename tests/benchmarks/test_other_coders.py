@@ -54,7 +54,7 @@ def dense(codes: CodeTensors | None, latents: int) -> Tensor:
 @pytest.mark.parametrize(("D", "M", "k"), [(16, 64, 4), (24, 96, 1), (8, 64, 30)])
 @pytest.mark.parametrize("adapter", [SAELENS, OVERCOMPLETE])
 def test_chooses_the_atoms_of_direct_with_their_values(adapter: Adapter, D: int, M: int, k: int):
-    """Also where atoms come again: 30 steps in 8 dimensions."""
+    """Also where an atom is chosen repeatedly: 30 steps in 8 dimensions."""
     coder, x_BD = our_coder(D, M, k), torch.randn(50, D)
     with torch.no_grad():
         theirs_BM = dense(adapted(adapter, coder).encode(x_BD), M)
@@ -69,7 +69,7 @@ def test_chooses_the_atoms_of_direct_with_their_values(adapter: Adapter, D: int,
     pytest.param(overcomplete_mp, False, marks=needs("overcomplete"), id="overcomplete"),
 ])  # fmt: skip
 def test_its_autograd_gives_our_gradient(adapter: Adapter, biased: bool):
-    """They keep every step; ours walks back. The dictionary's gradient is the same."""
+    """Other tools keep every step, ours undoes the steps; the dictionary's gradient is equal."""
     coder, x_BD = our_coder(16, 64, 6), torch.randn(40, 16)
     other = adapted(adapter, coder)
     assert other.loss is not None
@@ -85,7 +85,7 @@ def test_its_autograd_gives_our_gradient(adapter: Adapter, biased: bool):
 
 @needs("overcomplete")
 def test_overcomplete_goes_on_where_no_score_is_positive():
-    """Its maximum is not cut at zero: without a positive score it takes an atom backwards."""
+    """overcomplete takes an atom with a negative score where no score is positive."""
     coder, x_BD = our_coder(2, 2, 1), torch.tensor([[-1.0, -1.0]])
     with torch.no_grad():
         coder.b_D.zero_()

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of those that models come with, shortened to what matters here."""
+"""Chat templates like those of common models, shortened."""
 
 # ruff: noqa: E501  templates are as long as they are
 

@@ -35,7 +35,7 @@ def conversations(count: int = 40, seed: int = 0) -> list[Conversation]:
 
 @contextmanager
 def dataset_of(chats: list[Conversation]) -> Iterator[None]:
-    """Every command finds these conversations, whatever dataset it is given."""
+    """Let every command read these conversations, whatever dataset it names."""
     provenance = {"dataset": "chats", "dataset_revision": None, "dataset_config": None}
     documents = Documents("0" * 64, provenance, lambda start: iter(chats[start:]), "conversations")
 
@@ -57,6 +57,6 @@ def chat_config(folder: Path, **changes: object) -> CollectConfig:
 
 
 def chat_store(folder: Path, chats: int = 40, **changes: object) -> tuple[Path, CollectSummary]:
-    """A collected store."""
+    """Collect a small store of conversations."""
     with dataset_of(conversations(chats)):
         return folder / "store", collect(chat_config(folder, **changes), folder / "store")

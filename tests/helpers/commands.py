@@ -1,4 +1,4 @@
-"""Collections in processes of their own, and what is judged of their stores."""
+"""Collections in separate processes, and checks of their stores."""
 
 import multiprocessing
 import time
@@ -20,7 +20,7 @@ from tests.helpers.stores import files_of, marks_of
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
-    """A command in a process of its own, which can have children."""
+    """Start a command in a separate process, which may have children."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["mpcache.collection.dask_client", "mpcache.collection.dask_worker"]
@@ -31,7 +31,7 @@ def start(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
 
 
 def equal(path: Path, uninterrupted: Path) -> bool:
-    """Every digest is the same, and all bytes but those of an interrupted write."""
+    """Whether all digests and all bytes are equal, leftovers of interrupted writes aside."""
     finished = {n: data for n, data in files_of(path).items() if not n.endswith(".partial")}
     return marks_of(path) == marks_of(uninterrupted) and finished == files_of(uninterrupted)
 
@@ -54,14 +54,14 @@ def fast_starting_workers() -> dask.config.set:
 
 def collect_with_four(config: CollectConfig, path: str | Path) -> None:
     # a child may use the server that forked it, its documentation says, but starts one of its own:
-    # that would import everything anew for each of these commands
+    # that would import everything again for each of these commands
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running
     with fast_starting_workers():
         collect(config, path, CollectParallelConfig(workers=4))
 
 
 def workers_of(command: BaseProcess) -> list[int]:
-    """Those that the same server forked after it."""
+    """Process ids of the workers: the server forked them after the command."""
     parent = psutil.Process(command.pid)
     pids: list[int] = []
     while not pids:

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for the GPUs that are named, on any machine; a program of its own,
 since Triton decides on its first import whether it compiles or interprets.
 
-`python tests/compile_kernels.py 80 90` prints the largest shared memory of each, as JSON.
+`python tests/helpers/compile_kernels.py 80 90` prints the largest shared memory of each, as JSON.
 """
 
 import json
@@ -21,7 +21,7 @@ from mptrain.pursuit.triton_steps import gram_steps_, shortlist_steps_
 
 
 class NoGpu:
-    """What Triton asks of its driver before it launches."""
+    """The part of a driver that Triton needs before it launches a kernel."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -28,7 +28,7 @@ def swap(first: Path, second: Path) -> None:
 
 
 def in_the_index(store: Path) -> None:
-    """Its length is the last 8 bytes before the checksum of a shard's index."""
+    """Damage the length of a chunk: the last 8 bytes before the checksum of a shard's index."""
     data = (store / OBJECT).read_bytes()
     (length,) = struct.unpack("<Q", data[-12:-4])
     assert 0 < length < len(data)
@@ -36,7 +36,7 @@ def in_the_index(store: Path) -> None:
 
 
 def edited(store: Path) -> None:
-    """By hand, with a new seal."""
+    """A mark edited by hand and sealed again."""
     mark = unseal((store / MARK).read_bytes(), MARK)
     mark["rows"] = 10_000
     (store / MARK).write_bytes(seal(mark))

@@ -1,4 +1,4 @@
-"""What a disk would still have after a power cut."""
+"""A model of a disk: what survives a power cut."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ import pytest
 
 
 class Disk:
-    """Follows which files and which entries of folders were brought to the disk.
+    """Follows which files and which folder entries were synced to the disk.
 
     A file without an fsync may be empty after a power cut. A new name may be gone until its folder
     had an fsync.
@@ -68,7 +68,7 @@ class Disk:
                 self.at_risk = {p for p in self.at_risk if not _is_in(p, status.st_ino)}
 
     def lost(self, path: Path, top: Path) -> set[Path]:
-        """Of a path and the folders above it up to `top`, those that a power cut may take."""
+        """The path and its parent folders up to `top`, as far as a power cut may lose them."""
         steps = {path, *(p for p in path.parents if p != top and p.is_relative_to(top))}
         with self._lock:
             return steps & self.at_risk

@@ -1,4 +1,4 @@
-"""Model families that transformers can build tiny, and how documents are kept apart in each."""
+"""Tiny models of many families, and how each family separates documents."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +54,7 @@ CONV = {"layer_types": ["conv", "full_attention", "conv"]}
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model, and how documents are kept apart in it."""
+    """A tiny model, and how it separates documents."""
 
     name: str
     packed: str
@@ -78,7 +78,7 @@ class Family:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModel.from_config(config, attn_implementation=self.attention)
-            with torch.no_grad():  # as initialised, layers hardly differ from the identity
+            with torch.no_grad():  # freshly initialised layers hardly differ from the identity
                 for name, parameter in model.named_parameters():
                     if parameter.ndim == 2 and name.endswith("weight"):
                         parameter.normal_(0, 0.3)

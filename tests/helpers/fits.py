@@ -1,4 +1,4 @@
-"""Small runs over `stores.small_store`, and what lasts of them."""
+"""Small runs over `stores.small_store`, and the results that a restart must not change."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -71,12 +71,12 @@ def equal(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 
 
 def lasting(run: Path) -> list[Record]:
-    """Records without what depends on the clock and the process."""
+    """Records without the fields that depend on the clock and the process."""
     records = [dataclasses.asdict(r) for r in read_records(run / "metrics.jsonl")]
     return [Record(**{**r, **BLANK}) for r in records]
 
 
 def state(run: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the last state that was kept."""
+    """Tensors of the last saved state."""
     (folder,) = (f for f in (run / "state").iterdir() if f.name.isdecimal())
     return load_file(folder / "state.safetensors")

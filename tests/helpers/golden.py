@@ -1,7 +1,7 @@
-"""Make the golden store of the current format version: `python tests/golden.py`.
+"""Make the golden store of the current format version: `python -m tests.helpers.golden`.
 
-Run once when a version is born, never to make a failing test pass: the point of the golden store is
-that it was written by the code of its time. Version 1 was made so before version 2 was there.
+Run once for each new version, and never to make a failing test pass: the golden store is of use
+because the code of its time wrote it. Version 1 was made so before version 2 existed.
 `fit-v1.safetensors` has the weights that the code of version 1 trained on the store of version 1.
 """
 
@@ -27,7 +27,7 @@ ARRAYS = ("tokens", "rows/position", "acts/layers.0/output")
 
 
 def machine() -> dict[str, str]:
-    """What the last bits of trained weights depend on: torch, and the model of the processor."""
+    """The versions that the last bits of trained weights depend on: torch and processor model."""
     lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     about = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
     keys = ("cpu family", "model", "model name", "stepping", "cache size")

@@ -1,6 +1,6 @@
-"""Training that is killed at a moment: a train step, or a call of a function that writes.
+"""Training that is killed at a given moment: a train step, or a call of a function that writes.
 
-Imports no more than a run needs: it is imported anew in each process that is to be killed.
+Imports no more than a run needs: each process that is to be killed imports this module again.
 """
 
 import os
@@ -43,7 +43,7 @@ class Killer:
         return killed
 
     def in_the_middle(self, kind: str, name: str, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Leaves half of a file."""
+        """Kill the process with half of the file written."""
 
         def killed(tensors: Any, path: Path) -> None:
             save(tensors, path)
@@ -55,7 +55,7 @@ class Killer:
 
 
 def torn(killer: Killer) -> Callable[..., Any]:
-    """Leaves half of a line in metrics.jsonl."""
+    """Kill the process with half of a line written to metrics.jsonl."""
     write = metrics.MetricsFile._write
 
     def killed(self: metrics.MetricsFile, **options: Any) -> None:
@@ -69,7 +69,7 @@ def torn(killer: Killer) -> Callable[..., Any]:
 
 
 def fit_until_killed(settings: FitConfig, kind: str, moment: int, log: Path) -> None:
-    """Runs in a process of its own; moment 0 is never."""
+    """Runs in a separate process; moment 0 never comes."""
     arm(kind, moment, log)
     fit(settings)
 
@@ -84,7 +84,7 @@ def sweep_until_killed(
 
 
 def arm(kind: str, moment: int, log: Path) -> None:
-    """From here on this process trains until that moment."""
+    """Let this process be killed at the given moment."""
     killer = Killer(kind, moment, log)
     CoderTrainer.step = killer.before("train", "train step", CoderTrainer.step)  # type: ignore[method-assign]
     metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]

@@ -58,7 +58,7 @@ def tiny_model(name: str = "llama", seed: int = 0, **sizes: int) -> PreTrainedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModel.from_config(tiny_config(name, **sizes), attn_implementation="sdpa")
-        with torch.no_grad():  # as initialised, layers hardly differ from the identity
+        with torch.no_grad():  # freshly initialised layers hardly differ from the identity
             for parameter in model.parameters():
                 if parameter.ndim == 2:
                     parameter.normal_(0, 0.3)
@@ -76,14 +76,14 @@ def tiny_tokenizer(bos: str | None = "<s>", eos: str | None = "</s>") -> PreTrai
 
 
 def save_tiny(folder: Path, name: str = "llama", seed: int = 0, **sizes: int) -> Path:
-    """A folder that MODEL can name: model and tokenizer."""
+    """Save model and tokenizer to a folder that MODEL can name."""
     tiny_model(name, seed, **sizes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 def captured(capture: Capture, inputs: Mapping[str, torch.Tensor]) -> dict[Side, torch.Tensor]:
-    """Copies of what one pass shows, in the order of the sides."""
+    """Copies of the values that one forward pass captures, in the order of the sides."""
     copies: dict[Side, torch.Tensor] = {}
     capture.run(inputs, lambda side, value: copies.update({side: value.clone()}))
     return {side: copies[side] for side in capture.sides}
@@ -91,7 +91,7 @@ def captured(capture: Capture, inputs: Mapping[str, torch.Tensor]) -> dict[Side,
 
 @contextmanager
 def transformers_log() -> Iterator[list[logging.LogRecord]]:
-    """What transformers says meanwhile: its logger does not propagate, so caplog is blind to it."""
+    """Messages that transformers logs: its logger does not propagate, so caplog misses them."""
     records: list[logging.LogRecord] = []
     handler, logger = logging.Handler(), logging.getLogger("transformers")
     handler.emit = records.append

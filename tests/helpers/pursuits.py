@@ -21,7 +21,7 @@ DIRECT = AtomSearch(
     backend="direct", shortlist_size=10**6, shortlist_refresh=1, score_dtype="float32"
 )
 GRAM = replace(DIRECT, backend="gram")
-ALL_ATOMS = replace(DIRECT, backend="shortlist")  # of all atoms, anew at every step
+ALL_ATOMS = replace(DIRECT, backend="shortlist")  # all atoms, recomputed at every step
 SHORT = replace(ALL_ATOMS, shortlist_size=3, shortlist_refresh=2)
 ONE_ATOM = replace(ALL_ATOMS, shortlist_size=1, shortlist_refresh=3)
 GRAM16, ALL_ATOMS16, SHORT16 = (
@@ -31,7 +31,7 @@ GRAM16, ALL_ATOMS16, SHORT16 = (
 EXACT = (DIRECT, GRAM, ALL_ATOMS, ALL_ATOMS16)
 EVERY = (*EXACT, GRAM16, SHORT, SHORT16, ONE_ATOM)
 
-NOISE = 1e-9  # a value below this is rounding, and so is whether there is one
+NOISE = 1e-9  # values below this are rounding noise, and so is their presence
 
 
 class Layout(NamedTuple):
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     def dictionaries(
         self, generator: torch.Generator, D: int, M: int, k: int, *, unit: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """`W`, `U`; `M` is the size of a block, if there are any."""
+        """`W`, `U`; with blocks, `M` is the size of a block."""
         W_MD = atoms(generator, M * (self.selecting or k), D, unit=unit)
         if self.is_tied:
             return W_MD, W_MD
@@ -67,7 +67,7 @@ LAYOUTS = (
 
 
 class Baseline(NamedTuple):
-    """A search, in compiled kernels or in the steps over whole matrices that other devices take."""
+    """A search, in compiled kernels or in whole-matrix steps as on other devices."""
 
     search: AtomSearch
     is_compiled: bool = True
@@ -88,7 +88,7 @@ BASELINES_IN_BLOCKS = (Baseline(DIRECT), Baseline(replace(DIRECT, backend="auto"
 
 
 def baselines(searches: tuple[AtomSearch, ...], in_blocks: bool = False) -> tuple[Baseline, ...]:
-    """How to run each of the searches; with blocks there is but one."""
+    """Each search in each form that can run it; with blocks, the two that support them."""
     if in_blocks:
         return BASELINES_IN_BLOCKS
     both = [s for s in searches if s.backend != "direct"]
@@ -130,7 +130,7 @@ sizes = st.fixed_dictionaries(
 
 
 def without_noise(idx_BK: Tensor, val_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """The code without values that are rounding."""
+    """The code without values that are rounding noise."""
     is_noise_BK = val_BK.abs() <= NOISE
     order_BK = is_noise_BK.sort(dim=1, stable=True).indices
     idx_BK, val_BK = idx_BK.masked_fill(is_noise_BK, -1), val_BK.masked_fill(is_noise_BK, 0)
@@ -140,7 +140,7 @@ def without_noise(idx_BK: Tensor, val_BK: Tensor) -> tuple[Tensor, Tensor]:
 def assert_same_code(
     actual: tuple[Tensor, ...], expected: tuple[Tensor | np.ndarray, ...], latents: int
 ) -> None:
-    """Equal indices (modulo `latents`), values and residuals, but for rounding."""
+    """Check that indices (modulo `latents`), values and residuals are equal up to rounding."""
     idx_BK, val_BK = without_noise(*actual[:2])
     expected_idx_BK, expected_val_BK = without_noise(*map(torch.as_tensor, expected[:2]))
     used_BK = (idx_BK >= 0) | (expected_idx_BK >= 0)
@@ -151,7 +151,7 @@ def assert_same_code(
 
 
 def assert_well_formed(idx_BK: Tensor, val_BK: Tensor, block: int | None = None) -> None:
-    """Unused entries are -1 and 0, and come last; with blocks, each is of the block of its step."""
+    """Check that unused entries are -1 and 0 and come last; with blocks, step i uses block i."""
     assert idx_BK.dtype == torch.int64
     used_BK = idx_BK >= 0
     assert (idx_BK >= -1).all()

@@ -31,7 +31,7 @@ def pursue(
 ) -> Pursued:
     """Matching pursuit, row by row and atom by atom.
 
-    A step that finds nothing changes nothing; without blocks, all later ones find nothing either.
+    A step that finds no atom changes nothing; without blocks, no later step finds an atom either.
     """
     U_MD = W_MD if U_MD is None else U_MD
     idx_BK, val_BK = np.full((len(x_BD), k), -1), np.zeros((len(x_BD), k))
@@ -58,7 +58,7 @@ def pursue(
 def cut(
     idx_BK: NDArray[np.int64], val_BK: Array, mean_steps: int | None, threshold: float
 ) -> NDArray[np.int64]:
-    """The steps that a batch pursuit keeps; -1 for the others."""
+    """The steps that a batch pursuit keeps; -1 for the other steps."""
     lowest_BK = np.minimum.accumulate(np.abs(val_BK), 1)
     if mean_steps is not None:
         descending = np.sort(lowest_BK, axis=None)[::-1]

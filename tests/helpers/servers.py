@@ -1,4 +1,4 @@
-"""An S3 server on the loopback, and a proxy before it that does harm: processes of their own."""
+"""An S3 server on the loopback interface, and a faulty proxy before it, in separate processes."""
 
 import contextlib
 import http.client
@@ -35,7 +35,7 @@ def s3_server() -> Iterator[str]:
 
 @contextlib.contextmanager
 def environment(address: str) -> Iterator[None]:
-    """Lets this process and those that it starts find a server."""
+    """Environment variables that lead this process and its children to a server."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
             patch.setenv(name, value)
@@ -44,7 +44,7 @@ def environment(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def faulty(address: str, seed: int, share: float, log: str = os.devnull) -> Iterator[str]:
-    """The address of a proxy that lets a share of all requests fail, each in some way.
+    """The address of a proxy that lets a share of all requests fail, in various ways.
 
     It writes a line for each request to a file: method, path and range.
     """
@@ -82,7 +82,7 @@ def _wait(process: "subprocess.Popen[bytes]", port: int) -> None:
 
 
 def raw_client() -> Any:
-    """A client that is not ours, of the server that the environment names."""
+    """A client independent of our code, for the server that the environment names."""
     import boto3
 
     return boto3.client(
@@ -96,7 +96,7 @@ FAULTS = ("500", "503", "slow", "refuse", "swallow", "lose", "cut")
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Hands requests on, and some of them not, or not their answers, or not all of these."""
+    """Forwards requests, but drops some requests, some answers and parts of some answers."""
 
     protocol_version = "HTTP/1.1"
     upstream = ""
@@ -112,7 +112,7 @@ class Proxy(BaseHTTPRequestHandler):
         if fault == "refuse":
             return self._hang_up()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if fault == "swallow":  # the request came, and nobody does it
+        if fault == "swallow":  # the request arrives and is never carried out
             return self._hang_up()
         if fault in ("500", "503"):
             return self._answer(int(fault), [("Content-Type", "application/xml")], b"<Error/>")
@@ -123,7 +123,7 @@ class Proxy(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
-        if fault == "lose":  # it was done, and who asked does not hear of it
+        if fault == "lose":  # the request is carried out, and its answer is dropped
             return self._hang_up()
         kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in _OF_THE_CONNECTION]
         return self._answer(answer.status, kept, data, cut=fault == "cut")

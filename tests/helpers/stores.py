@@ -57,13 +57,13 @@ def small_store(folder: Path, **changes: object) -> tuple[Path, CollectSummary]:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    """All files of a store whose bytes do not depend on host and time: everything but marks."""
+    """Files of a store whose bytes do not depend on host and time: all files but marks."""
     files = {f.relative_to(path).as_posix(): f for f in sorted(path.rglob("*")) if f.is_file()}
     return {name: f.read_bytes() for name, f in files.items() if not name.startswith("marks/")}
 
 
 def marks_of(path: Path) -> dict[str, dict[str, object]]:
-    """All marks without what depends on host, time and who was first."""
+    """All marks without the fields that depend on host, time and the order of writers."""
     marks = {}
     for file in sorted((path / "marks").rglob("*.json")):
         mark = json.loads(file.read_bytes())
@@ -84,7 +84,7 @@ def rows_of(store: Store, side: tuple[str, str], split: str) -> torch.Tensor:
 
 
 def lasting_content(path: Path) -> dict[str, Any]:
-    """All that a store holds, but for who wrote it when."""
+    """All content of a store that does not depend on who wrote it and when."""
     marks = {
         name: {k: v for k, v in mark.items() if k != "replaces"}
         for name, mark in marks_of(path).items()

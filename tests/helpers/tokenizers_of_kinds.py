@@ -11,7 +11,7 @@ ALPHABET = sorted(set("".join(WORDS)) | set("abcdefghijklmnopqrstuvwxyz<|>/[]_�
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """As of GPT-2 and Qwen: the end token stands in the model's vocabulary too."""
+    """As in GPT-2 and Qwen: the end token is in the model's vocabulary too."""
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,7 +32,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def unmerged_words() -> PreTrainedTokenizerFast:
-    """As of Llama 3: a word that the vocabulary holds is taken whole, without merges."""
+    """As in Llama 3: a word in the vocabulary becomes one token, without merges."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     vocab |= {"</s>": 256, "</": 257, "s>": 258, "<s>": 259}
     merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("<", "s>")]
@@ -45,7 +45,7 @@ def unmerged_words() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As of T5: special tokens are pieces of the model, with the best score of all."""
+    """As in T5: special tokens are pieces of the model, with the best score of all."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("<s>", 0.0)]
     pieces += [(c, -5.0 - i / 100) for i, c in enumerate(ALPHABET) if c not in " \n"]
     pieces += [("▁the", -3.0), ("▁c", -4.0), ("at", -3.5)]
@@ -63,7 +63,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """As of BERT; its special tokens are searched in the lower-cased text too."""
+    """As in BERT: special tokens are searched in the lower-cased text too."""
     tokenizer = Tokenizer(kinds.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -84,7 +84,7 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def word_level() -> PreTrainedTokenizerFast:
-    """Whole words, cut at white space: a special token's name is a word."""
+    """Words cut at white space: the name of a special token is a word."""
     words = dict.fromkeys(w for text in WORDS for w in text.split())
     vocab = {w: i for i, w in enumerate(["<unk>", "</s>", *(w for w in words if w != "</s>")])}
     tokenizer = Tokenizer(kinds.WordLevel(vocab, unk_token="<unk>"))

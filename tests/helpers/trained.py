@@ -1,4 +1,4 @@
-"""Coders of an experiment as if they were trained: their curves are made up."""
+"""Coders of an experiment with invented training curves."""
 
 from collections.abc import Sequence
 from pathlib import Path

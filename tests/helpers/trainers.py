@@ -68,7 +68,7 @@ def fvus_of(trainer: CoderTrainer, steps: int = STEPS) -> list[float]:
 
 
 def batch_loss(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> Tensor:
-    """The loss of a train step on these rows, no latent being dead."""
+    """The loss of a train step on these rows, without dead latents."""
     coder = trainer.coder
     code = coder.encode(x_BD)
     dead_M = torch.zeros(coder.latents, dtype=torch.bool)

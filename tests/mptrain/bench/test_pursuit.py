@@ -1,4 +1,4 @@
-"""What `mptrain bench` reports: sizes so small that times say nothing, everything else does."""
+"""The report of `mptrain bench`, apart from times, which mean nothing at such small sizes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What dead latents make of the error, against dense formulas."""
+"""How dead latents predict the error, against dense formulas."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def fitted_code(r: Tensor, W: Tensor, k: int) -> Tensor:
 
 
 def test_a_fit_never_worsens_the_residual_of_an_sae():
-    """Eight dead atoms that are nearly one: their plain sum would be eight times too long."""
+    """Eight dead atoms that are nearly equal: their plain sum would be eight times too long."""
     r_BD, _, W_MD, _, _ = (t.detach() for t in parameters())
     W_MD = W_MD[:1] + 0.01 * W_MD
     W_MD /= W_MD.norm(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Coders of every kind and architecture, and what their predictions are measured by."""
+"""Coders of every kind and architecture, and the measures of their predictions."""
 
 import itertools
 from dataclasses import replace
@@ -35,7 +35,7 @@ def make_coder(kind: Kind, arch: Arch, D: int = 6, E: int = 4, k: int = 3) -> Co
 
 
 def randomised(coder: Coder) -> Coder:
-    """The coder with every parameter moved off its start."""
+    """The coder with every parameter moved away from its start."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in coder.parameters():
@@ -140,7 +140,7 @@ def test_unit_norm(kind: Kind, arch: Arch):
     for name in coder.unit_norm:
         rows = coder.get_parameter(name)
         assert rows.grad is not None
-        # what is left along an atom is the float32 rounding of what was taken away
+        # the remainder along an atom is the float32 rounding of the part removed
         assert ((rows.grad * rows).sum(1).abs() <= 1e-6 * sizes[name]).all()
         with torch.no_grad():
             rows.mul_(3.7)
@@ -210,7 +210,7 @@ def test_groupmax_keeps_the_largest_of_each_group():
 
 @pytest.mark.parametrize("arch", ["topk", "batch-topk", "groupmax"])
 def test_bfloat16_scores_choose_and_values_stay_in_float32(arch: Arch):
-    """Nearly the same latents; those of both have the same values but for rounding."""
+    """Nearly the same latents; latents in both codes have equal values up to rounding."""
     config = CoderConfig(
         inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=8, expansion=64
     )
@@ -247,7 +247,7 @@ def smallest(code: Code) -> Tensor:
 
 
 def test_batch_mp_keeps_k_steps_on_average_and_the_strongest():
-    """As a pursuit of twice as many steps, each row cut at one threshold for all of them."""
+    """Equal to a pursuit of twice as many steps with all rows cut at one threshold."""
     coder, x_BD = randomised(make_coder("sae", "batch-mp")), torch.randn(50, 6)
     x_BD[:25] *= 5
     idx_BK, val_BK, residual_BD = coder.encode(x_BD, over_batch=True)
@@ -258,7 +258,7 @@ def test_batch_mp_keeps_k_steps_on_average_and_the_strongest():
     )
     lowest_BK = np.minimum.accumulate(uncut.val_BK, 1)
     least = np.sort(lowest_BK.flatten())[-150]
-    # a value above the one before it shares that one's fate: more than 150 only where they tie
+    # an entry with a larger value than the entry before is kept with it: more than 150 only in ties
     assert steps_B.sum() == (lowest_BK >= least).sum() >= 50 * 3
     assert (lowest_BK > least).sum() < 50 * 3
     expected_BK = np.where(lowest_BK >= least, uncut.val_BK, 0)

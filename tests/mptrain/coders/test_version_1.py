@@ -1,4 +1,4 @@
-"""Coders in format version 1, as code of that time wrote `tests/golden/coders-v1`."""
+"""Coders in format version 1: `tests/golden/coders-v1`, written by the code of that version."""
 
 import json
 import shutil

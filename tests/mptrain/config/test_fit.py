@@ -1,4 +1,4 @@
-"""Which settings are for which coder of a grid, and what is refused."""
+"""Which settings apply to which coder of a grid, and which are refused."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def config(**changes: Any) -> FitConfig:
 
 
 def test_the_grid_gives_each_coder_what_is_for_it():
-    """Settings that are not for a coder are in neither its config nor its name."""
+    """A setting that does not apply to a coder is in neither its config nor its name."""
     kinds = ("sae", "transcoder")
     names = [c.name for c in config(kind=kinds, detach=True, input_loss=0.5, lr=(1.0,)).coders()]
     assert names == [
@@ -119,7 +119,7 @@ def test_a_name_is_every_field_that_is_not_default():
 
 
 def test_presets_are_variants_of_the_mp_coders():
-    """One coder for each, beside others once."""
+    """One coder for each preset, beside the coders without a preset."""
     names = [coder.name for coder in config(preset=("mp", "paper", "detach")).coders()]
     assert names == [
         "h-sae-mp-k4-x64-seed0",

@@ -1,4 +1,4 @@
-"""What a coder reads and predicts, and its name."""
+"""The sides that a coder reads and predicts, and its name."""
 
 from typing import Any
 

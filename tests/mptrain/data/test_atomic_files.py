@@ -1,4 +1,4 @@
-"""Files and folders are on the disk, whole, when they get their names."""
+"""Files and folders are completely on the disk before they get their names."""
 
 from pathlib import Path
 

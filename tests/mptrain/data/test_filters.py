@@ -1,4 +1,4 @@
-"""Filters leave out the rows they name, and a coder's do not depend on its companions."""
+"""Filters leave out the rows they name, and other coders do not change a coder's filters."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_each_filter_leaves_out_what_it_names(store: Store) -> None:
     assert all(0 < kept.sum() < len(kept) for kept in by_hand.values())
     both = np.logical_and.reduce(list(by_hand.values()))
     np.testing.assert_array_equal(filters.kept(batch, (IN, OUT)).numpy(), both)
-    # an SAE of the output does not care how large its row is on the input
+    # an SAE of the output ignores the norm of a row on the input
     sae = by_hand["position"] & by_hand["token"] & by_hand["output"]
     np.testing.assert_array_equal(filters.kept(batch, (OUT, OUT)).numpy(), sae)
     assert filters.of((OUT, OUT)).norm_limits.keys() == {OUT}
@@ -103,7 +103,7 @@ def test_rows_that_are_not_finite_are_left_out_where_they_may_be() -> None:
 
 @pytest.mark.parametrize("arch", ["batch-topk", "batch-mp"])
 def test_rows_left_out_do_not_change_the_evaluation_of_the_others(arch: Arch) -> None:
-    """Also at another K, where the strongest entries of many rows are kept."""
+    """Also at another K, which keeps the strongest entries of many rows."""
     coder_config = CoderConfig(
         inputs=("h:output",), targets=("h:output",), kind="sae", arch=arch, k=3, expansion=4
     )
@@ -139,7 +139,7 @@ def test_the_median_is_that_of_the_first_train_part(store: Store) -> None:
 def test_rows_are_scaled_by_those_that_are_taken(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The moments are those of all rows: a few that are left out may make them a million times."""
+    """Moments cover all rows, and a few excluded rows may enlarge them a million times."""
     moments = ActsReader.moments
     monkeypatch.setattr(ActsReader, "moments", lambda *of: tuple(1e6 * m for m in moments(*of)))
     run = config(store, normalise=True, skip_positions=3)
@@ -200,7 +200,7 @@ def test_invalid_filters(store: Store, changes: dict[str, object], message: str)
         config(store, **changes)
 
 
-def test_a_store_that_does_not_tell_its_special_tokens_is_refused(store: Store) -> None:
+def test_a_store_without_its_special_tokens_is_refused(store: Store) -> None:
     older = open_store(store.storage)
     del older.provenance["tokenizer"]
     with pytest.raises(ValueError, match="name their ids in skip_tokens instead"):

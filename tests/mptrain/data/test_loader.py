@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class FakeStore(Store):
-    """Rows that spell their number, on two sides; `before_read` may fail or wait."""
+    """Rows that encode their number, on two sides; `before_read` may fail or wait."""
 
     sizes: tuple[int, ...]
     chunk: int = 4
@@ -54,7 +54,7 @@ class FakeStore(Store):
         return WIDTHS[hookpoint, side]
 
     def parts(self, sides, split):
-        # every other number, as validation parts lie between
+        # every other number, as validation parts lie in between
         return tuple(Part(2 * i, rows, split) for i, rows in enumerate(self.sizes))
 
     def _numbers(self, part, chunk):
@@ -93,7 +93,7 @@ def make(
 
 
 def numbers(batch: Batch) -> list[int]:
-    """The rows of a batch, after a check that all sides hold the same ones."""
+    """The rows of a batch, after a check that all sides hold the same rows."""
     numbers_B = batch.values[OUT][:, 0] / 10
     for side, values in batch.values.items():
         expected = numbers_B[:, None] * 10 + torch.arange(WIDTHS[side])
@@ -144,7 +144,7 @@ def test_the_order_of_rows_does_not_depend_on_the_batch_size(store, some, others
 
 @settings(deadline=None, max_examples=40)
 @given(stores, st.integers(1, 9), st.integers(1, 6), st.integers(1, 4), st.integers(0, 40))
-def test_shares_of_a_stream_are_it_together(store, batch_rows, window, size, offset):
+def test_shares_of_a_stream_make_up_the_stream(store, batch_rows, window, size, offset):
     sizes = {"batch_rows": batch_rows, "window": max(window, size)}
     with make(store, **sizes) as loader:
         undivided = [numbers(batch) for batch in islice(loader.batches(offset), 9)]
@@ -160,7 +160,9 @@ def test_shares_of_a_stream_are_it_together(store, batch_rows, window, size, off
         )
         for share_numbers in apart:
             rest = iter(together)
-            assert all(number in rest for number in share_numbers)  # in the order of the whole
+            assert all(
+                number in rest for number in share_numbers
+            )  # in the order of the undivided stream
 
 
 @given(stores, st.integers(1, 6), st.integers(1, 4))
@@ -298,11 +300,11 @@ def test_the_next_window_is_read_while_one_is_consumed():
 
 
 def test_chunks_are_read_concurrently():
-    barrier = threading.Barrier(3, timeout=5)  # breaks unless three reads run at once
+    barrier = threading.Barrier(3, timeout=5)  # the barrier breaks unless three reads run at once
     store = FakeStore((24,), before_read=lambda part, chunk: barrier.wait())
     with make(store, batch_rows=12, window=3, threads=3) as loader:
         assert next(loader.batches()).rows == 12
-        barrier.abort()  # else a read of what nobody asked for waits in vain for two more
+        barrier.abort()  # otherwise a read ahead would wait for two more reads that never come
 
 
 def test_waiting_is_measured():
@@ -349,7 +351,9 @@ def test_an_abandoned_stream_stops_reading():
 def test_memory_stays_within_the_bound(monkeypatch, released):
     store = FakeStore((4096,) * 4, chunk=64)
     window, batch_rows, threads = 8, 128, 3
-    row_bytes = (WIDTHS[IN] + WIDTHS[OUT]) * 4 + 8  # with the position; orders are NumPy's
+    row_bytes = (
+        WIDTHS[IN] + WIDTHS[OUT]
+    ) * 4 + 8  # including the positions; orders are NumPy arrays
     bound = (2 * window * 64 + threads * 64 + 3 * batch_rows) * row_bytes
     bound += 2 * sum(store.sizes)  # positions, which fit 16 bits
     seen: list[int] = []
@@ -360,7 +364,7 @@ def test_memory_stays_within_the_bound(monkeypatch, released):
         seen.append(live_bytes() - outside)
         return leased
 
-    monkeypatch.setattr(BufferPool, "lease", weigh)  # memory peaks where something was just leased
+    monkeypatch.setattr(BufferPool, "lease", weigh)  # memory peaks right after a lease
     with make(store, batch_rows=batch_rows, window=window, threads=threads) as loader:
         batches = islice(loader.batches(), 60)
         for batch in release_after_use(batches) if released else batches:
@@ -370,7 +374,7 @@ def test_memory_stays_within_the_bound(monkeypatch, released):
 
 
 def live_bytes() -> int:
-    """Of all tensors, and of memory that waits to be leased again."""
+    """Bytes of all tensors and of memory that waits to be leased again."""
     items = gc.get_objects()
     storages = [item.untyped_storage() for item in items if type(item) is torch.Tensor]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
@@ -425,7 +429,7 @@ def test_a_pool_drops_memory_that_has_become_too_small():
     assert pool.free_bytes == 2000
 
 
-def test_order_digest_tells_orders_apart():
+def test_the_order_digest_distinguishes_orders():
     def digest(sizes=(8, 8), **options):
         with make(FakeStore(sizes), **options) as loader:
             return loader.order_digest

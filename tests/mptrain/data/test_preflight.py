@@ -1,4 +1,4 @@
-"""Stores that a run cannot use are refused with a remedy; those under way are waited for."""
+"""Stores that a run cannot use are refused with a remedy; unfinished collections are awaited."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def begun(original: Path, tmp_path: Path) -> Path:
 
 
 def commit_missing_marks(begun: Path, original: Path) -> None:
-    """Commit what is missing, a mark at a time."""
+    """Commit the missing marks one by one."""
     for mark in sorted((original / "marks").rglob("*.json")):
         target = begun / mark.relative_to(original)
         if not target.exists():
@@ -100,7 +100,7 @@ def test_a_store_without_train_rows_yet_is_refused(begun: Path) -> None:
         plan_fit(config(begun))
 
 
-def test_a_side_that_nobody_collects_is_doubted_once(
+def test_a_side_that_nobody_collects_is_warned_of_once(
     original: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = 0
@@ -180,6 +180,6 @@ def test_a_dataset_that_ended_early_is_planned_whole(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.integers(0, 40)))
-def test_ranges_tell_which_numbers(numbers: set[int]) -> None:
+def test_ranges_list_their_numbers(numbers: set[int]) -> None:
     assert parse_ranges(format_ranges(numbers)) == numbers
     assert format_ranges({0, 1, 2, 8}) == "0-2, 8"

@@ -1,4 +1,4 @@
-"""The reading order is a permutation, lazy and seekable, and mixes what lies together on disk."""
+"""The reading order is a permutation, lazy and seekable, and mixes rows that are close on disk."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_a_seek_equals_iteration(shape, key, data):
 
 
 @given(shapes, keys)
-def test_a_window_holds_so_many_chunks_but_for_the_last(shape, key):
+def test_every_window_but_the_last_is_full(shape, key):
     order = make(shape, key)
     counts = [len(order.window(g).chunks) for g in range(order.windows)]
     assert set(counts[:-1]) <= {shape[2]}
@@ -88,7 +88,7 @@ def test_the_order_is_frozen():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 13])
-def test_places_are_uniform_over_seeds(n):
+def test_positions_are_uniform_over_seeds(n):
     seeds = 600
     tally = np.zeros((n, n))
     for seed in range(seeds):

@@ -1,4 +1,4 @@
-"""The thresholds of batch- coders: K latents a row, however long and however they were trained."""
+"""Thresholds of batch- coders give K latents a row, for every length and kind of training."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,7 +32,7 @@ NEAR = 0.05  # of K
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Enough held-out rows that an L0 is known to two hundredths."""
+    """Enough held-out rows to measure an L0 within two hundredths."""
     folder = tmp_path_factory.mktemp("thresholds")
     write_corpus(folder / "corpus.jsonl", documents=200)
     return str(small_store(folder, rows=8_000, part_rows=480, hookpoints=("layers.0",))[0])
@@ -111,7 +111,7 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_thresholds_are_those_of_an_uninterrupted_run(store: str, tmp_path: Path) -> None:
-    """Nor do validations on the way, which set thresholds too, change a bit."""
+    """Validations during the run, which set thresholds too, change no bit either."""
     fit(batch_config(store, tmp_path / "whole", 24, optimizer="signsgd"))
     with pytest.raises(KeyboardInterrupt):
         fit(
@@ -127,7 +127,7 @@ def test_thresholds_are_those_of_an_uninterrupted_run(store: str, tmp_path: Path
 
 
 def test_a_coder_of_an_earlier_version_keeps_its_threshold(store: str, tmp_path: Path) -> None:
-    """And its user is told where that is why L0 is far from K."""
+    """The coder keeps its threshold, and a warning names it as the reason if L0 is far from K."""
     (result,) = fit(batch_config(store, tmp_path / "run", 20, arch=("batch-topk",)))
     folder = tmp_path / "run/coders" / result.coder
     coder, trained = load_coder(folder)
@@ -187,10 +187,10 @@ def new_coder(arch: Any) -> Coder:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_k_latents_a_row_on_the_rows_that_decide(arch: Any, monkeypatch: Any) -> None:
-    """The first ones that pass the filters; the tensor that was there stays as it is."""
+    """The first rows that pass the filters decide; the existing tensor is not changed."""
     monkeypatch.setattr(thresholds, "THRESHOLD_ROWS", 70)
     coder, x_ND = new_coder(arch), torch.randn(120, 8)
-    x_ND[::2] *= 100  # rows that the filters leave out would raise it
+    x_ND[::2] *= 100  # rows that the filters leave out would raise the threshold
     positions_N = torch.arange(120) % 2
     batches = [batch_of(x, p) for x, p in zip(x_ND.split(50), positions_N.split(50), strict=True)]
     before = coder.batch_threshold.threshold

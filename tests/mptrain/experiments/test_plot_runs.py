@@ -1,4 +1,4 @@
-"""The figure shows every validation of every coder, and the table beside it says the same."""
+"""The figure shows every validation of every coder, and its table has the same values."""
 
 import csv
 import doctest

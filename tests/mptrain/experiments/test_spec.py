@@ -1,4 +1,4 @@
-"""An experiment file gives the coders that its figures need, or says what is wrong with it."""
+"""An experiment file gives the coders that its figures need, or an error names the fault."""
 
 import dataclasses
 import json
@@ -131,7 +131,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("coder.expansion=0", "expansion must be at least 1, got 0"),
     ],
 )
-def test_errors_name_the_key_and_the_place(tmp_path, change, message):
+def test_errors_name_the_key_and_the_line(tmp_path, change, message):
     with pytest.raises(UsageError, match=message) as error:
         tiny_experiment(tmp_path, change)
     assert "tiny.toml" in str(error.value) or change in str(error.value)

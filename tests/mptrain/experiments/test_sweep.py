@@ -1,4 +1,4 @@
-"""Laws of a sweep: nothing is done twice, an interruption changes no bit, problems are named."""
+"""Laws of a sweep: no work is repeated, an interruption changes no bit, problems are named."""
 
 import csv
 import dataclasses
@@ -42,13 +42,13 @@ def run(folder: Path, *changes: str, only=(), collecting=None):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures take longer than the training; for tests of something else."""
+    """Skip drawing, which takes longer than the training, for tests of other things."""
     monkeypatch.setattr(figure_folder, "save_sweep_figure", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
 def finished_sweep(tmp_path_factory):
-    """A sweep that is done: its folder, and what it gave."""
+    """A finished sweep: its folder and its result."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder)
 
@@ -230,7 +230,7 @@ def test_a_store_that_grew_gives_later_runs_the_rows_of_the_first(tmp_path):
     assert len(grown.calls) == 1
     assert first.parts == second.parts == set(range(8))
     assert first.order_digest == second.order_digest
-    for part in ("marks/7", "marks/8"):  # those of the first run, lost
+    for part in ("marks/7", "marks/8"):  # lose the coders of the first run
         shutil.rmtree(tmp_path / "store" / part)
     wider = "figures.fvu.seeds=[0, 1, 2]"
     with pytest.raises(ValueError, match=r"lacks parts 7, which the coders in .* have trained on"):
@@ -241,7 +241,7 @@ def test_a_store_that_grew_gives_later_runs_the_rows_of_the_first(tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_runs_of_different_rows_are_refused_before_anything_is_done(finished_sweep, tmp_path):
     folder, _ = finished_sweep
-    for name in ("1", "2", "1-copy"):  # the last is none of the sweep's
+    for name in ("1", "2", "1-copy"):  # the last folder is not of the sweep
         shutil.copytree(folder / "run" / "runs" / "1", tmp_path / "run" / "runs" / name)
     assert [started.folder.name for started in find_runs(tmp_path / "run")] == ["1", "2"]
     file = tmp_path / "run" / "runs" / "2" / "config.json"
@@ -297,7 +297,7 @@ def test_killed_equals_never_killed(finished_sweep, tmp_path):
     folder, _ = finished_sweep
     store, log = str(folder / "store"), tmp_path / "log"
     context = multiprocessing.get_context("forkserver")
-    # each step of a coder and each line are a moment: in the fourth step, of which two are saved
+    # each step of a coder and each line is a moment: killed in the fourth step, after two saves
     arguments = (write_experiment(tmp_path), COLLECTED, store, "train", 3 * 28 + 2, log)
     process = context.Process(target=sweep_until_killed, args=arguments)
     process.start()
@@ -327,7 +327,7 @@ def test_a_variant_that_does_nothing_and_a_missing_curve_are_problems(tmp_path):
     assert any(file.name == "time.png" for file in result.files)
 
 
-def test_a_plan_goes_on_with_what_has_begun(tmp_path):
+def test_a_plan_continues_what_has_begun(tmp_path):
     experiment = tiny_experiment(tmp_path)
     (new,) = plan_runs(tmp_path, experiment.coders, ())
     assert (new.folder.name, new.coders) == ("1", experiment.coders)

@@ -1,4 +1,4 @@
-"""The experiment files that come with the software: the original settings, and their twins."""
+"""The experiment files of the repository: original settings, and small twins."""
 
 import dataclasses
 from pathlib import Path
@@ -60,7 +60,7 @@ def experiment(name: str) -> Experiment:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_size_file_starts_on_a_small_model_of_its_architecture(name, tmp_path):
-    """Every hookpoint is found and every coder takes two train steps."""
+    """Every hookpoint exists, and every coder takes two train steps."""
     paths = {
         "collect.model": save_small(name, tmp_path / "model"),
         "collect.dataset": write_corpus(tmp_path / "corpus.jsonl", documents=90),

@@ -1,4 +1,4 @@
-"""A settings file says what it means, or says in which file and line it does not."""
+"""A settings file gives the values of its fields, or an error with file and line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_list_of_whole_numbers(tmp_path: Path, value: str) -> None:
         read(tmp_path, TEXT, f"run.counts={value}")
 
 
-def test_changes_that_are_none(tmp_path: Path) -> None:
+def test_malformed_changes_are_refused(tmp_path: Path) -> None:
     for change in ("run.name", "=3", "run..name=3"):
         with pytest.raises(ValueError, match=r"--set takes table.key=value"):
             read(tmp_path, TEXT, change)

@@ -1,4 +1,4 @@
-"""Verdicts of made-up curves, worked out by hand."""
+"""Verdicts on invented curves, computed by hand."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def coders_of(panel, **curves):
 
 
 def saved(coders, folder):
-    """The same coders with weights, no two of them alike."""
+    """The same coders with weights, all of them different."""
     for number, name in enumerate(coders):
         (folder / "coders" / name).mkdir(parents=True)
         weights = {"W_MD": torch.tensor([1.0, number]), f"only_{number}": torch.zeros(1)}
@@ -75,7 +75,7 @@ def test_diverged_seeds_are_counted_and_left_out(panel, tmp_path):
     coders[lost.name] = trained(lost, [0.6, math.nan], diverged=True)
     _, mp, _ = panel_verdicts(panel, coders)
     assert (mp.seeds, mp.diverged, mp.fvu) == (2, 1, 0.4)
-    assert find_problems([panel], coders) == []  # its curve ends early, but is there
+    assert find_problems([panel], coders) == []  # its curve ends early, but exists
 
 
 def test_a_line_without_a_point_is_a_fault(panel, tmp_path):

@@ -30,7 +30,7 @@ def code(seed: int, B: int, K: int, M: int) -> tuple[Tensor, Tensor]:
 
 
 def dense_rows(idx_BK: Tensor, val_BK: Tensor, rows: int) -> Tensor:
-    """The code by rows of a dictionary that blocks of latents share."""
+    """The dense code over the rows of a dictionary that blocks of latents share."""
     return reference.dense(torch.where(idx_BK < 0, -1, idx_BK % rows), val_BK, rows)
 
 
@@ -65,7 +65,7 @@ def test_decode_takes_an_expanded_gradient():
     torch.testing.assert_close(V_ME.grad[:, 0], reference.dense(idx_BK, val_BK, 5).sum(0))
 
 
-def test_blocks_go_through_a_shared_dictionary_anew():
+def test_each_block_uses_all_rows_of_a_shared_dictionary():
     W_MD = torch.zeros(3, 2)
     assert dictionary_row(torch.tensor([0, 1, 2, 3, 4, 5, 8]), W_MD).tolist() == [
         0,
@@ -80,7 +80,7 @@ def test_blocks_go_through_a_shared_dictionary_anew():
 
 
 @given(st.integers(0, 2**20), st.integers(0, 6), few, st.integers(1, 7))
-def test_strongest_keeps_so_many_on_average(seed: int, B: int, K: int, mean: int):
+def test_strongest_keeps_the_given_mean_number(seed: int, B: int, K: int, mean: int):
     generator = torch.Generator().manual_seed(seed)
     val_BK = torch.randint(9, (B, K), generator=generator).double()
     threshold = strongest(val_BK, mean)

@@ -1,4 +1,4 @@
-"""Rows in threads: each once, and no failure is lost."""
+"""Threads work on each row once, and no failure is lost."""
 
 import threading
 import time
@@ -41,7 +41,7 @@ def test_raises_what_a_piece_raises(bad: int):
 
     with pytest.raises(KeyError, match=str(bad)):
         in_pieces(work, 10, 2)
-    in_pieces(lambda first, end: None, 10, 2)  # and the next call is not spoilt
+    in_pieces(lambda first, end: None, 10, 2)  # and the next call works
 
 
 def test_nothing_is_at_work_once_it_has_failed(threads: int):

@@ -13,7 +13,7 @@ def test_available_goes_by_device() -> None:
     assert not fused.available(torch.device("cpu"))
 
 
-def test_a_gpu_without_triton_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_triton_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     fused._warn_once.cache_clear()

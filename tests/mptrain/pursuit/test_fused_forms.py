@@ -1,4 +1,4 @@
-"""What GPUs take, on a CPU: a whole coder by Triton's interpreter, against the compiled kernels."""
+"""The kernels of GPUs on a CPU: a coder in Triton's interpreter, against the compiled kernels."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def gradients(config: CoderConfig) -> dict[str, Tensor]:
     trainer = make_learner(config)
     x_BD, y_BE = rows_of(config, 9, 1)
     code = trainer.coder.encode(x_BD, over_batch=True)
-    # dead atoms' correlations with a residual can be rounding, and then so is which are chosen
+    # correlations of dead atoms with a residual can be rounding noise, and so can their choice
     dead_M = (torch.arange(3 * D) % 2 == 0) & (config.arch == "topk")
     y_hat_BE = trainer.coder.predict(code, x_BD)
     trainer.objective.loss(code, x_BD, y_BE, y_hat_BE, dead_M).backward()

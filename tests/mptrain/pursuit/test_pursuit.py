@@ -1,4 +1,4 @@
-"""Matching pursuit: against its references, and the laws that it obeys."""
+"""Matching pursuit: against references, and its laws."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,7 +49,9 @@ POSITIVE = Rule()
 
 each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: r.select)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-each_baseline = pytest.mark.parametrize("baseline", baselines(EVERY), ids=lambda baseline: baseline.name)
+each_baseline = pytest.mark.parametrize(
+    "baseline", baselines(EVERY), ids=lambda baseline: baseline.name
+)
 BLOCK_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.in_blocks)
 in_both_forms = pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "matrices"])
 
@@ -122,7 +124,7 @@ AWKWARD = [  # B, D, M, K
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
 @pytest.mark.parametrize("atoms_twice", [False, True], ids=["once", "twice"])
 def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twice: bool):
-    """Of a pursuit on one dictionary of unit norm, of any search."""
+    """Laws of a pursuit on one dictionary of unit norm, for every search."""
     B, D, M, k = shape
     x_BD, W_MD = problem(sum(shape), B, D, M, torch.float32)
     W_MD = torch.cat([W_MD, W_MD]) if atoms_twice else W_MD
@@ -143,8 +145,8 @@ def test_laws_in_float32(rule: Rule, shape: tuple[int, int, int, int], atoms_twi
 
 
 @each_rule
-def test_of_equal_atoms_the_first_is_chosen(rule: Rule):
-    """Of whole numbers all scores are exact, so that an atom's double is its equal."""
+def test_the_first_of_equal_atoms_is_chosen(rule: Rule):
+    """Scores of integers are exact, so that an atom and its copy have equal scores."""
     generator = torch.Generator().manual_seed(0)
     x_BD = torch.randint(-3, 4, (40, 6), generator=generator).double()
     W_MD = torch.randint(-2, 3, (30, 6), generator=generator).double()
@@ -285,7 +287,7 @@ def test_no_rows(baseline: Baseline, rule: Rule):
 def outcome(
     baseline: Baseline, x_BD: Tensor, W_MD: Tensor, U_MD: Tensor, k: int, rule: Rule
 ) -> tuple[Tensor, ...]:
-    """Code, residual and the gradients of some loss."""
+    """Code, residual and gradients of a loss."""
     W_MD = W_MD.clone().requires_grad_()
     U_MD = W_MD if rule.block is None else U_MD.clone().requires_grad_()
     x_BD = x_BD.clone().requires_grad_()
@@ -367,7 +369,7 @@ def test_gram_equals_direct_in_float32():
 def test_shortlist_agrees_with_direct_on_sums_of_atoms(
     dtype: str, atoms_twice: bool, is_compiled: bool
 ):
-    """As far as docs/coders.md says, by default; whether an atom or its double is no difference."""
+    """Agreement as docs/coders.md states, at defaults; an atom and its copy count as equal."""
     generator = torch.Generator().manual_seed(8)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 512, 16)
@@ -388,7 +390,7 @@ def test_shortlist_agrees_with_direct_on_sums_of_atoms(
 
 @in_both_forms
 def test_gram_in_bfloat16_agrees_with_direct_on_sums_of_atoms(is_compiled: bool):
-    """Its scores drift, and yet the best of the few best is mostly the best; values are exact."""
+    """bfloat16 scores drift, but rescoring the best few mostly finds the best; values are exact."""
     generator = torch.Generator().manual_seed(8)
     _, W_MD = problem(4, 1, 256, 2048, torch.float32)
     x_BD = sums_of_atoms(generator, W_MD, 200, 16)
@@ -431,7 +433,7 @@ def test_a_smaller_or_older_shortlist_chooses_otherwise(change: dict[str, int], 
 
 @in_both_forms
 def test_bfloat16_chooses_the_shortlist_only(is_compiled: bool):
-    """Values and residual are of float32 precision, and so is the choice within the list."""
+    """Values, residual and the choice within the shortlist have float32 precision."""
     x_BD, W_MD = problem(5, 100, 16, 100, torch.float32)
 
     def run(search) -> tuple[Tensor, ...]:
@@ -455,7 +457,7 @@ scores = st.lists(awkward_floats, min_size=1, max_size=9) | st.integers(0, 2**20
 
 @given(scores, st.data())
 def test_the_largest_are_the_largest_and_the_first_of_equals(p: list[float], data: st.DataObject):
-    """Also where most are NaN, and where lanes give a bound."""
+    """Also where most scores are NaN, and where lanes give a bound."""
     p_M = np.array(p, np.float32)
     if len(p) > 9 and data.draw(st.booleans()):
         p_M[data.draw(st.integers(0, 3)) :: 4] = np.nan
@@ -498,8 +500,8 @@ def test_first_largest(select: str, p: list[float]):
 
 @pytest.mark.parametrize("select", SELECTS)
 @given(p=scores, seed=st.integers(0, 2**20))
-def test_of_inexact_scores_the_few_best_are_scored_again(select: str, p: list[float], seed: int):
-    """And those equal to the last of them."""
+def test_the_best_of_inexact_scores_are_scored_again(select: str, p: list[float], seed: int):
+    """The best few scores, and those equal to the last of them, are computed again."""
     score_M = np.array(p, np.float32)
     generator = np.random.default_rng(seed)
     W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
@@ -529,12 +531,12 @@ def test_gaps_close_and_the_order_stays(seed: int, B: int, K: int):
 
 
 @in_both_forms
-def test_a_new_shortlist_may_go_on_where_the_last_had_nothing(is_compiled: bool):
-    """What it then finds comes right after what was found before."""
+def test_a_new_shortlist_may_continue_where_the_last_one_was_empty(is_compiled: bool):
+    """New entries come right after the earlier entries."""
     x_BD, W_MD = problem(5, 400, 16, 40)
     few = replace(SHORT, shortlist_size=1, shortlist_refresh=5)
     baseline = Baseline(few, is_compiled)
-    U_MD = 1.5 * W_MD  # an atom that was chosen is left with a negative correlation
+    U_MD = 1.5 * W_MD  # a chosen atom keeps a negative correlation
     idx_BK, val_BK, _ = run_select(baseline, x_BD, W_MD, U_MD, 15, POSITIVE)
     assert_well_formed(idx_BK, val_BK)
     assert ((idx_BK >= 0).sum(1)[2:] == 3).all(), "one from each list"
@@ -563,7 +565,7 @@ def test_auto_is_one_of_the_others(rule: Rule):
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_microbatches_hold_so_many_elements():
+def test_microbatches_hold_the_given_number_of_elements():
     here, there = torch.device("cpu"), torch.device("cuda")
     assert microbatch_rows(1 << 12, here) == 1 << 10
     assert microbatch_rows(1 << 12, there) == 1 << 16
@@ -591,7 +593,7 @@ def test_gradients_equal_autograd(
     detach: bool,
     of: st.DataObject,
 ):
-    """Of the reference, with the choice held fixed; for rows and dictionaries."""
+    """Gradients of rows and dictionaries equal autograd through the reference, choice fixed."""
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), sizes, k)
     search = DIRECT if layout.in_blocks else of.draw(st.sampled_from(EVERY))
     baseline = Baseline(search, is_compiled)
@@ -633,7 +635,7 @@ def checked(
     W_MD: Tensor,
     U_MD: Tensor,
 ) -> bool:
-    """By finite differences along random directions, of the values alone and the residual alone."""
+    """Finite differences along random directions, of the values alone and the residual alone."""
     leaves = tuple(
         t.requires_grad_() for t in ((x_BD, W_MD) if U_MD is W_MD else (x_BD, W_MD, U_MD))
     )
@@ -664,7 +666,7 @@ def test_gradcheck(layout: Layout, select: str, is_compiled: bool):
 
 
 def cuts(idx_BK: Tensor, val_BK: Tensor) -> list[EntryThreshold]:
-    """By a mean number of steps, and by a threshold between two values; neither keeps all."""
+    """Cuts by a mean number of steps, and by a threshold between two values; both drop steps."""
     sizes = val_BK.abs().cummin(1).values.unique()
     between = (sizes[len(sizes) // 2] + sizes[len(sizes) // 2 - 1]) / 2
     return [EntryThreshold(2, torch.zeros(())), EntryThreshold(None, between)]
@@ -691,7 +693,7 @@ def test_cut_gradcheck(layout: Layout, select: str, is_compiled: bool):
 def test_cut_equals_reference(
     layout: Layout, select: str, sizes: dict[str, int], k: int, detach: bool, at: int
 ):
-    """Rows end where it says, and all else is as if they had been pursued so far."""
+    """Each row ends at the reference's step, and equals a pursuit of that length."""
     x_BD, W_MD, U_MD, rule = drawn(layout, Rule(select), sizes, k)
     leaves = tuple(
         t.requires_grad_() for t in ((x_BD, W_MD) if U_MD is W_MD else (x_BD, W_MD, U_MD))

@@ -1,4 +1,4 @@
-"""Gradient pursuit and orthogonal matching pursuit: against references, and what they are for."""
+"""Gradient pursuit and orthogonal matching pursuit: against references, and their benefit."""
 
 import numpy as np
 import pytest
@@ -30,14 +30,14 @@ sizes = {"seed": st.integers(0, 2**20), "B": st.integers(1, 7), "M": st.integers
 def test_equals_reference(
     codes: Refit, chosen: str, seed: int, B: int, D: int, M: int, k: int, tolerance: float
 ):
-    """For omp by magnitude, the reference is orthogonal matching pursuit as in the textbook."""
+    """For omp by magnitude, the reference is textbook orthogonal matching pursuit."""
     x_BD, W_MD = problem(seed, B, D, M)
     idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule(chosen, tolerance), codes)
     code_BM, expected_BD = reference.refitted_pursuit(
         x_BD.numpy(), W_MD.numpy(), k, tolerance, codes, chosen
     )
     np.testing.assert_allclose(reference.dense(idx_BK, val_BK, M), code_BM, atol=1e-7)
-    # as much as values that differ by that much make of unit-norm atoms
+    # the effect of such a difference in values of unit-norm atoms
     np.testing.assert_allclose(residual_BD, expected_BD, atol=1e-7 * min(k, M))
     assert ((idx_BK >= 0) == (val_BK != 0)).all()
     if codes == "gp" and chosen == "positive":
@@ -49,7 +49,7 @@ def test_equals_reference(
 @each_codes
 @each_select
 def test_laws_in_float32(codes: Refit, chosen: str, seed: int, B: int, D: int, M: int, k: int):
-    """Also past the rank, and with every atom twice."""
+    """Also for K above the rank, and with every atom twice."""
     x_BD, W_MD = problem(seed, B, D, M, torch.float32)
     W_MD = torch.cat([W_MD, W_MD]).requires_grad_()
     idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule(chosen), codes)
@@ -119,12 +119,12 @@ def test_omp_leaves_nothing_that_its_atoms_explain(chosen: str):
 @given(seed=st.integers(0, 2**20), B=st.integers(1, 6), D=st.integers(2, 8), data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObject):
-    """It chooses by magnitude."""
+    """scikit-learn chooses by magnitude."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     M = data.draw(st.integers(1, 3 * D), label="M")
     k = data.draw(st.integers(1, min(D, M)), label="k")
     x_BD, W_MD = problem(seed, B + 1, D, M)
-    x_BD = x_BD[torch.arange(B + 1) != 1]  # of a row of zeros it warns
+    x_BD = x_BD[torch.arange(B + 1) != 1]  # scikit-learn warns of a row of zeros
     sklearn_MB = linear_model.orthogonal_mp(W_MD.numpy().T, x_BD.numpy().T, n_nonzero_coefs=k)
     expected_BM = sklearn_MB.reshape(M, B).T
     idx_BK, val_BK, residual_BD = refitted_pursuit(x_BD, W_MD, k, Rule("magnitude"), "omp")
@@ -136,7 +136,7 @@ def test_omp_is_that_of_scikit_learn(seed: int, B: int, D: int, data: st.DataObj
 
 
 def test_omp_finds_what_rows_are_made_of():
-    """Few atoms of a dictionary that is nearly orthogonal, with values of either sign."""
+    """Rows of few atoms of a nearly orthogonal dictionary, with values of either sign."""
     generator = torch.Generator().manual_seed(3)
     W_MD = atoms(generator, 300, 200)
     idx_BK = torch.stack([torch.randperm(300, generator=generator)[:4] for _ in range(30)])
@@ -165,8 +165,8 @@ def test_by_magnitude_directions_of_atoms_do_not_matter(codes: Refit):
 
 @each_codes
 @each_select
-def test_an_atom_may_meet_what_others_left_and_not_the_row(codes: Refit, chosen: str):
-    """Its product with the row is exactly 0, and yet its value is fitted."""
+def test_an_atom_may_correlate_with_the_residual_only(codes: Refit, chosen: str):
+    """The product of the atom with the row is exactly 0, and still its value is fitted."""
     x_BD, W_MD = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [0.0, -1.0]])
     idx_BK, _, residual_BD = refitted_pursuit(x_BD, W_MD, 2, Rule(chosen), codes)
     assert idx_BK.tolist() == [[0, 1]]

@@ -49,7 +49,7 @@ def unit(W_MD: Tensor) -> Tensor:
 
 
 def integers(*shape: int) -> Tensor:
-    """Small ones: their products are exact in every dtype, and many scores are equal."""
+    """Small integers: their products are exact in every dtype, and many scores are equal."""
     return torch.randint(-3, 4, shape, device=DEVICE).float()
 
 
@@ -58,7 +58,7 @@ def key(score: Tensor, sign: Sign) -> Tensor:
 
 
 def code(B: int, K: int, M: int) -> tuple[Tensor, Tensor]:
-    """With repeated latents and unused entries."""
+    """A code with repeated latents and unused entries."""
     idx_BK = torch.randint(-1, M, (B, K), device=DEVICE)
     return idx_BK, randn(B, K).masked_fill(idx_BK < 0, 0)
 
@@ -160,7 +160,7 @@ def plain_steps_(
     stop_norm_B: Tensor,
     sign: Sign,
 ) -> None:
-    """Scores anew at every step, in float64; `candidate` is sorted."""
+    """Computes all scores at every step, in float64; `candidate` is sorted."""
     r_BD, W_MD, U_MD = r_BD.double(), W_MD.double(), U_MD.double()
     for step in range(idx_BR.shape[1]):
         p_BS = (W_MD[candidate_BS] * r_BD[:, None]).sum(2)
@@ -210,7 +210,7 @@ def test_steps_equal_plain_ones(
     expected = torch.full((B, steps), -2, device=DEVICE), randn(B, steps).double()
     listed_BS = candidate_BS.sort(1).values
     plain_steps_(x_BD, listed_BS, W_MD, U_MD, *expected, stop_norm_B.double(), sign)
-    # a best correlation that is rounding, or a norm at the floor, may go either way
+    # a best correlation that is rounding noise, or a norm at the floor, may stop or continue a row
     unsure = (expected[1] != 0) & (expected[1].abs() < 1e-4)
     assume(not unsure.any())
 
@@ -233,13 +233,13 @@ def test_steps_equal_plain_ones(
     close(r_BD, x_BD - taken_BD)
     same_B = (idx_BR == expected[0]).all(1)
     close(val_BR[same_B].double(), expected[1][same_B])
-    if not same_B.all():  # only where two atoms are as good but for rounding
+    if not same_B.all():  # only where two atoms are equal up to rounding
         first = (idx_BR != expected[0]).int().argmax(1)[:, None]
         near = (val_BR.double() - expected[1]).abs().gather(1, first)[:, 0]
         assert (near[~same_B] < 1e-4).all()
 
 
-def test_of_two_equal_candidates_the_lower_number_is_chosen() -> None:
+def test_the_lower_of_two_equal_candidates_is_chosen() -> None:
     W_MD = unit(randn(3, 8)).repeat(4, 1)
     x_BD = randn(6, 8)
     candidate_BS = torch.stack([torch.randperm(12, device=DEVICE) for _ in range(6)])
@@ -277,7 +277,7 @@ def test_many_candidates_are_multiplied_in_tiles() -> None:
         close(actual, expected)
 
 
-# --- the way back
+# --- backward pass
 
 
 def backward_in_torch(
@@ -300,7 +300,7 @@ def backward_in_torch(
     loss = x_BD.new_zeros(())
     for step in range(idx_BK.shape[1]):
         r_BD = x_BD - (taken_BD.detach() if detach else taken_BD)
-        # the value that was kept, with the gradient of the one that is computed
+        # the stored value, with the gradient of the computed value
         a_B = (r_BD * W_MD[atom_BK[:, step]]).sum(1) * used_BK[:, step]
         a_B = a_B + (val_BK[:, step] - a_B).detach()
         taken_BD = taken_BD + a_B[:, None] * U_MD[atom_BK[:, step]]
@@ -343,7 +343,7 @@ def test_reverse_equals_autograd(
         assert torch.equal(old, new), "what is given stays as it is"
 
 
-def test_reverse_equals_the_one_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reverse_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernels in (reverse_module.cpu, reverse_module.cuda):
         monkeypatch.setattr(kernels, "applies", lambda _: False)
     x_BD, W_MD = randn(9, 40), unit(randn(15, 40))
@@ -361,7 +361,7 @@ def test_reverse_equals_the_one_in_torch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_scratch_changes_no_bit(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does a second run, with latents whose entries are summed in pieces."""
+    """A second run changes no bit either, with latents whose entries are summed in pieces."""
     monkeypatch.setattr(sparse_triton, "_PIECE", 8)
     W_MD = unit(randn(5, 100))
     U_MD = W_MD if shared else unit(randn(5, 100))
@@ -420,7 +420,7 @@ def test_wide_targets_and_indices_past_the_rows(D: int) -> None:
 def test_long_segments_are_summed_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_triton, "_PIECE", piece)
     idx_BK, val_BK = code(50, 3, 12)
-    idx_BK[idx_BK % 3 == 0] = 4  # most of all
+    idx_BK[idx_BK % 3 == 0] = 4  # the most frequent latent
     val_BK[idx_BK < 0] = 0
     x_BD = randn(50, 9)
     sums_MD = sparse_triton.latent_sums(idx_BK, val_BK, x_BD, 13)
@@ -449,7 +449,7 @@ def test_no_rows(shared: bool) -> None:
     assert (dW_MD == 0).all()
 
 
-# --- on GPUs that are not here
+# --- GPUs that this machine lacks
 
 
 @pytest.mark.slow

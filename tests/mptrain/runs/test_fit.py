@@ -1,4 +1,4 @@
-"""Laws of a run: stopping, watching and company change no bit of a coder."""
+"""Laws of a run: interruptions, metrics and other coders change no bit of a coder."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def fitted(store: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Gives the folder of a whole run with some settings; tests share it, and only read it."""
+    """A function that gives the folder of a finished run with some settings; tests only read it."""
 
     @functools.cache
     def run_with(**changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What recipes promise of a run: which coder is evaluated and saved, and that it starts alone."""
+"""Promises of recipes: the evaluated coder is the saved one, and a coder starts independently."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def config(store: str, run: Path, **changes: Any) -> FitConfig:
 def test_the_saved_coder_is_the_evaluated_one(
     store: str, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Alone, on rows as they are, and with atoms at unit norm; in training it was another one."""
+    """The saved coder takes unscaled rows and has unit-norm atoms, unlike the coder in training."""
     results = fit(config(store, tmp_path / "run", **changes))
     trained, saved = fits.state(tmp_path / "run"), fits.weights(tmp_path / "run")
     assert any(not torch.equal(t, trained[n.replace("/", "/coder.")]) for n, t in saved.items())

@@ -1,4 +1,4 @@
-"""A run that is killed ten times, often inside a save, ends with the bits of one that is not."""
+"""A run that is killed ten times, often inside a save, ends with the bits of an undisturbed run."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def test_killed_ten_times_equals_never_killed(store: str, tmp_path: Path, optimi
     context, draw = multiprocessing.get_context("forkserver"), random.Random(f"{optimizer} 1")
     context.set_forkserver_preload(["mptrain.runs.fit", "tests.helpers.killers"])
     log, killed = tmp_path / "log", config(store, tmp_path / "killed", **settings)
-    # once nearly done, the last call would end before a late moment: these come first
+    # late moments come first: a nearly finished run would end before them
     moments = [("train", draw.randrange(8, 24)) for _ in range(3)]
     moments += [("save", draw.randrange(1, 30)) for _ in range(4)]
     moments += [("train", draw.randrange(1, 6)), ("save", draw.randrange(1, 4))]

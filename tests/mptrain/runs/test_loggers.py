@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases show what metrics.jsonl says, however often a run stopped."""
+"""TensorBoard and Weights & Biases show the values of metrics.jsonl, also for interrupted runs."""
 
 import dataclasses
 import importlib.util
@@ -128,7 +128,7 @@ def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
 
 
 class FakeRun:
-    """What a run of Weights & Biases does: it refuses steps that it has."""
+    """A run of Weights & Biases refuses steps that it already has."""
 
     kept: dict[str, dict[int, dict[str, float]]]
 
@@ -197,7 +197,7 @@ def test_wandb_that_does_not_start_is_an_error(
 
 
 def test_the_real_wandb_takes_it_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the package is installed: the calls above are those that it knows."""
+    """The installed package accepts the calls of the tests above."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

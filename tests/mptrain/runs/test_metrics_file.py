@@ -46,7 +46,7 @@ def write(folder, items):
 @given(st.lists(records, max_size=4))
 def test_what_is_read_is_what_was_written(folder, items):
     path = write(folder, items)
-    assert repr(read_records(path)) == repr(items)  # repr, as NaN differs from itself
+    assert repr(read_records(path)) == repr(items)  # compare repr, since NaN differs from itself
 
 
 def refuse(constant):

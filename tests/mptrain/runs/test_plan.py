@@ -1,4 +1,4 @@
-"""A run does what its plan says, in as many passes as memory asks for, to the same bits."""
+"""A run follows its plan, and splitting it into passes for memory changes no bit."""
 
 import dataclasses
 import itertools
@@ -65,7 +65,7 @@ def test_what_is_held_is_counted(optimizer: Any, arch: Any, kind: Any) -> None:
     train_(trainer, 0, 1)
     needs = coder_memory(coder_config, D, D if kind == "sae" else D - 2, 64, CPU)
     held = trainer.state_tensors()
-    # one number, of a tensor or of an optimizer's clock, is no memory to plan with
+    # single numbers, such as an optimizer's step count, are not worth planning
     large = [t.numel() * t.element_size() for t in held.values() if t.numel() > 1]
     small = sum(p.numel() * 4 for p in trainer.coder.buffers())
     assert needs.held_bytes == sum(large) + small
@@ -82,7 +82,7 @@ def test_every_optimizer_is_counted() -> None:
     ids=str,
 )
 def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -> None:
-    """Planted rows of a size at which the process's own needs do not count."""
+    """Rows so large that the base memory of the process does not matter."""
     width, rows = 256, 2048
     coder_config = dataclasses.replace(BASE, k=16, expansion=8, **changes)
     coder = Coder(coder_config, width, width)
@@ -100,7 +100,7 @@ def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -
     peak = peak_bytes(lambda: trainer.step(x_BD, y_BE), CPU)
     if peak is None:
         pytest.skip("this system does not tell a process's peak")
-    peak += x_BD.nbytes + (0 if y_BE is x_BD else y_BE.nbytes)  # copies that filters make
+    peak += x_BD.nbytes + (0 if y_BE is x_BD else y_BE.nbytes)  # copies made by filters
     assert 0.8 * peak < coder_memory(coder_config, width, width, rows, CPU).step_bytes < 5 * peak
 
 
@@ -118,7 +118,7 @@ def needs(name: str, held: int, step: int) -> CoderMemory:
 def test_passes_hold_all_coders_in_order_and_fit(
     sizes: list[tuple[int, int]], most: int, processes: int
 ) -> None:
-    """Each process' share of them, where processes share coders."""
+    """With several processes, the share of coders of each process."""
     group = ProcessGroup(size=processes, spread="coders")
 
     def largest(names: Sequence[str]) -> int:
@@ -172,7 +172,7 @@ def test_a_mixed_grid_trains_as_each_coder_alone(store: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("stops_at", [3, 6, 14, 18])
 def test_passes_continue_where_they_stopped(store: str, tmp_path: Path, stops_at: int) -> None:
-    """Six steps a pass: within the first, at its end, within the third, at the very end."""
+    """Six steps a pass: stopped in the first, at its end, in the third, and at the very end."""
     few: dict[str, Any] = {"kind": ("sae",), "arch": ("mp",), "k": (2, 3, 4), "rows": 64 * 6}
     alone = max(
         need.held_bytes + need.step_bytes
@@ -194,7 +194,7 @@ def test_passes_continue_where_they_stopped(store: str, tmp_path: Path, stops_at
 def test_passes_are_those_that_the_run_began_with(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However another version, or another device, would plan them."""
+    """Another version or another device might plan other passes."""
     few: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 6, "eval_rows": 64}
     fit(config(store, tmp_path / "whole", **few))
     make, calls = fit_stage.make_plan, 0
@@ -262,7 +262,7 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(mptrain, ["fit", *arguments])
 
 
-def test_a_dry_run_tells_and_writes_nothing(store: str, tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(store: str, tmp_path: Path) -> None:
     arguments = (store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", *FIT)
     completed = invoke(*arguments, "--dry-run")
     assert completed.exit_code == 0, completed.output
@@ -330,7 +330,7 @@ def test_errors_of_resume(
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_what_is_given_counts_also_where_it_is_the_default(
+def test_options_given_at_their_default_count_as_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: dict[str, Any] = {}

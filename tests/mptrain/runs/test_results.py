@@ -1,4 +1,4 @@
-"""What a run says of its coders: their own rows, and what their user has to know."""
+"""Results and warnings of a run: each coder's own rows, and problems that users must know."""
 
 import shutil
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_each_coder_counts_its_own_rows(store: str, tmp_path: Path) -> None:
-    """Also where it diverged, was resumed since, and others have trained on."""
+    """Also where a coder diverged, and a resumed run trained the other coders further."""
     interrupt = interrupt_at(13)
 
     def on_step(step: int, coder_runs: Sequence[CoderRun]) -> None:
@@ -45,7 +45,7 @@ def test_each_coder_counts_its_own_rows(store: str, tmp_path: Path) -> None:
     assert not well.warnings
 
 
-def test_a_coder_whose_batches_have_no_rows_says_so(store: str, tmp_path: Path) -> None:
+def test_a_coder_without_rows_is_warned_of(store: str, tmp_path: Path) -> None:
     everything = tuple(map(str, range(258)))
     (result,) = fit(config(store, tmp_path / "run", kind=("sae",), arch=("mp",), rows=64 * 3,
                         skip_tokens=everything))  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_side_without_variance_is_named_before_a_run_begins(
     assert not (tmp_path / "run").exists()
 
 
-def test_damage_names_the_commands_that_mend_it(store: str, tmp_path: Path) -> None:
+def test_damage_names_the_commands_that_repair_it(store: str, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "store")
     damaged = str(tmp_path / "store")
     fit(config(damaged, tmp_path / "run", kind=("sae",), arch=("mp",)))

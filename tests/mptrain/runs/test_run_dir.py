@@ -1,4 +1,4 @@
-"""A run survives full disks, damaged files and the state of the process around it."""
+"""A run survives full disks and damaged files, and does not depend on the process's state."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def full(*_: object, **__: object) -> None:
 
 
 def full_from(first: int, last: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The disk is full from the n-th call of a function to another."""
+    """Let the disk be full from the n-th call of a function to a later call."""
     calls = 0
 
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def test_a_full_disk_while_saving_is_a_warning_and_the_next_save_tries_again(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(config(store, tmp_path / "whole", **SMALL_RUN))
-    # saves after 5, 10, 15, 20 and 24 steps, of which the second and the third find no room
+    # saves after 5, 10, 15, 20 and 24 steps; the second and the third find a full disk
     monkeypatch.setattr(checkpoint, "save_file", full_from(2, 3, checkpoint.save_file))
     with pytest.warns(RuntimeWarning, match="after train step") as warned:
         fit(config(store, tmp_path / "full", **SMALL_RUN))
@@ -68,7 +68,7 @@ def test_a_full_disk_while_saving_is_a_warning_and_the_next_save_tries_again(
     assert lasting(tmp_path / "whole") == lasting(tmp_path / "full")
 
 
-def test_after_a_full_disk_the_last_whole_state_continues(
+def test_the_last_complete_state_continues_after_a_full_disk(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(config(store, tmp_path / "whole", **SMALL_RUN))
@@ -93,7 +93,7 @@ def test_the_system_s_error_of_a_tensor_file_is_an_os_error(tmp_path: Path) -> N
 
 
 class Cut:
-    """A file on a disk that takes half of a write, and nothing from then on."""
+    """A file on a disk that takes half of a write and then no more."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.writes = file, 0
@@ -136,7 +136,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(
 def test_no_state_is_kept_without_its_lines(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a killed run would go on after lines that were never written."""
+    """Otherwise a killed run would continue after lines that were never written."""
     monkeypatch.setattr(MetricsFile, "_write", full)
     with (
         pytest.warns(RuntimeWarning, match="No space left"),
@@ -146,7 +146,7 @@ def test_no_state_is_kept_without_its_lines(
     assert not (tmp_path / "run/state").exists()
 
 
-def test_a_damaged_state_is_named_with_a_way_out(store: str, tmp_path: Path) -> None:
+def test_a_damaged_state_is_named_with_a_remedy(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", **SMALL_RUN))
     expected = weights(tmp_path / "run")
     (folder,) = (tmp_path / "run/state").iterdir()
@@ -176,7 +176,7 @@ def test_a_state_of_an_older_version_is_refused(store: str, tmp_path: Path) -> N
         fit(config(store, tmp_path / "run", **SMALL_RUN))
 
 
-def test_a_saved_coder_is_whole_at_every_moment_of_its_replacement(
+def test_a_saved_coder_is_complete_at_every_moment_of_its_replacement(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit(config(store, tmp_path / "run", arch=("mp",), **SMALL_RUN))
@@ -208,7 +208,7 @@ def test_how_often_is_saved_may_change_between_commands(store: str, tmp_path: Pa
     fit(config(store, tmp_path / "run", rows=64, save_every=1, **SMALL_RUN))
 
 
-def test_sigterm_saves_and_says_so(
+def test_sigterm_saves_and_prints_a_message(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def terminate(*_: object) -> None:
@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_line_of_warning(
 
 
 def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
-    """So no state of a random generator has to be kept."""
+    """Therefore no state of a random generator has to be saved."""
     drawn = {**SMALL_RUN, "arch": ("mp",), "rows": 64 * 6}
     for number in range(2):
         random.seed(number)
@@ -261,7 +261,7 @@ def test_differences_are_written_as_on_the_command_line(store: str, tmp_path: Pa
     assert json.loads((tmp_path / "run/config.json").read_text()) == before
 
 
-def test_the_bar_tells_fvu_speed_waiting_and_time_left(
+def test_the_bar_shows_fvu_speed_waiting_and_time_left(
     store: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
@@ -275,7 +275,7 @@ def test_the_bar_tells_fvu_speed_waiting_and_time_left(
 
 
 def test_a_run_of_an_earlier_version_continues(store: str, tmp_path: Path) -> None:
-    """Its config lacks settings that came later, and its state the rows of each coder."""
+    """The old config lacks newer settings, and the old state lacks the rows of each coder."""
     fit(config(store, tmp_path / "whole", **SMALL_RUN))
     with pytest.raises(KeyboardInterrupt):
         fit(config(store, tmp_path / "run", **SMALL_RUN), on_step=interrupt_at(13))

@@ -1,4 +1,4 @@
-"""Coders of a run that was stopped: usable at once, and without any trace in what it ends with."""
+"""Coders of a stopped run are usable at once, and saving them does not change its final result."""
 
 import json
 import shutil
@@ -26,14 +26,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def stopped(store: str, run: Path, **changes: Any) -> None:
-    """A run of 24 train steps that ends in the 13th; its last state is that of the 10th."""
+    """A run of 24 train steps that stops in the 13th; its last saved state is of the 10th."""
     with pytest.raises(KeyboardInterrupt):
         fit(config(store, run, **GRID, **changes), on_step=interrupt_at(13))
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "signsgd"])
 def test_coders_of_a_stopped_run(store: str, tmp_path: Path, optimizer: str) -> None:
-    """They are those that its validation saw, and the run goes on to the bits of another."""
+    """Saved coders are the validated ones; the run continues to the bits of an undisturbed run."""
     changes = {"optimizer": optimizer, "normalise": True}
     fit(config(store, tmp_path / "whole", **GRID, **changes))
     stopped(store, tmp_path / "run", **changes)

@@ -1,4 +1,4 @@
-"""Several processes train as one does: gradients of shared rows, coders that are spread."""
+"""Several processes train the same coders as one: by shared rows, and by spread coders."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ STATE, GRADIENT = "state.", "gradient."
 
 
 def prepared(config: CoderConfig, ranks: ProcessGroup) -> CoderTrainer:
-    """After a few train steps that are the same whatever comes then."""
+    """A coder after a few train steps in one process."""
     plain = make_learner(replace(config, micro_batch_rows=None))
     train_(plain, 0, 4)
     state = {n: t.clone() for n, t in plain.state_tensors().items()}
@@ -59,7 +59,7 @@ def prepared(config: CoderConfig, ranks: ProcessGroup) -> CoderTrainer:
 
 
 def step_of(trainer: CoderTrainer, rows: int, ranks: ProcessGroup) -> dict[str, Tensor]:
-    """Gradients of a step that updates counters only, what it tells, and its state."""
+    """Gradients, metrics and state of a step that updates counters only."""
     x_BD, y_BE = rows_of(trainer.coder.config, rows, 9)
     step_, trainer.optimizers.step_ = trainer.optimizers.step_, lambda: None  # type: ignore[method-assign]
     share = slice(None)
@@ -105,7 +105,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int
 def test_a_step_of_two_ranks_is_that_of_one_with_the_joint_batch(
     config: CoderConfig, rows: int, shared: list[dict[tuple[str, int], Any]]
 ) -> None:
-    """Batch- coders select in each rank, as one process does in each of two micro-batches."""
+    """Batch- coders select within each rank, as one process does within each micro-batch."""
     first, second = (of_rank[config.name, rows] for of_rank in shared)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -116,7 +116,7 @@ def test_a_step_of_two_ranks_is_that_of_one_with_the_joint_batch(
     assert alone.keys() == first.keys()
     for name, tensor in alone.items():
         if name.startswith(STATE) and "rows_since_fired" not in name and "threshold" not in name:
-            continue  # an update may enlarge what rounding left
+            continue  # an update may enlarge rounding differences
         close = max(2e-5 * float(tensor.abs().max()), 1e-9)
         if not tensor.isnan().all():  # the FVU of one row
             torch.testing.assert_close(first[name], tensor, atol=close, rtol=2e-5, msg=name)
@@ -163,7 +163,7 @@ def torchrun(
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"),
-            # without the two dashes it takes --run for the beginning of an option of its own
+            # without the two dashes, torchrun takes --run for an abbreviation of its own option
             *("--nproc-per-node", "2", "--", sys.executable, "-c"),
             program,
             *("fit", store, *changed, *more_options),

@@ -1,4 +1,4 @@
-"""Gradients of micro-batches add up to that of their batch, and what a batch decides stays so."""
+"""Gradients of micro-batches add up to the batch's; choices over a batch become per micro-batch."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ OTHERS = [
 
 
 def prepared(config: CoderConfig) -> CoderTrainer:
-    """After a few train steps that do not depend on micro-batches, so that some latents are dead"""
+    """A coder after a few train steps without micro-batches, so that some latents are dead."""
     trainer, plain = make_learner(config), make_learner(replace(config, micro_batch_rows=None))
     train_(plain, 0, 4)
     trainer.load_state_tensors_({n: t.clone() for n, t in plain.state_tensors().items()})
@@ -34,7 +34,7 @@ def prepared(config: CoderConfig) -> CoderTrainer:
 
 
 def gradients(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> dict[str, Tensor]:
-    """Of one train step that updates nothing but counters."""
+    """Gradients of one train step that updates counters only."""
     trainer.optimizers.step_ = lambda: None  # type: ignore[method-assign]
     trainer.step(x_BD, y_BE)
     named = trainer.coder.named_parameters()
@@ -71,7 +71,7 @@ def test_losses_and_fvu_are_those_of_the_batch(rows: int, size: int):
 
 @pytest.mark.parametrize("config", OVER_BATCH, ids=lambda config: config.name)
 def test_batch_coders_select_in_each_micro_batch(config: CoderConfig):
-    """Then a step is the mean of those of its micro-batches."""
+    """A step is the mean of the steps on its micro-batches."""
     x_BD, _ = rows_of(config, 64, 9)
     x_BD = x_BD * torch.linspace(0.5, 2, 64)[:, None]
     parts = prepared(replace(config, micro_batch_rows=32))

@@ -1,4 +1,4 @@
-"""Rows scaled for training, and the coder that is saved for rows as they are."""
+"""Rows are scaled for training, and the saved coder takes unscaled rows."""
 
 import itertools
 from dataclasses import replace
@@ -36,7 +36,7 @@ CONFIGS += [
 
 
 def scaled_learner(config: CoderConfig) -> CoderTrainer:
-    """On inputs a thousand times as large as its targets."""
+    """A coder in training whose inputs are a thousand times as large as its targets."""
     squares = planted(2000, 0).square().mean()
     scale = scale_of(config, 1e6 * float(squares), float(squares))
     assert scale.input < scale.target / 8 or config.kind == "sae" or scale.input == scale.target
@@ -62,7 +62,7 @@ def batch_of(config: CoderConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_the_saved_coder_gives_the_same_for_rows_as_they_are(config: CoderConfig, tmp_path: Path):
-    """Bit for bit, and once: what is made or read again is not scaled again."""
+    """Bit for bit; a coder that is loaded or built again is not scaled twice."""
     trainer = scaled_learner(config)
     x_BD, _ = batch_of(config, 99)
     inside = replace_weights(trainer)
@@ -82,7 +82,7 @@ def test_the_saved_coder_gives_the_same_for_rows_as_they_are(config: CoderConfig
 
 
 def replace_weights(trainer: CoderTrainer) -> Coder:
-    """The coder that `evaluated` brings back, before that."""
+    """Change the weights that `evaluated` must restore."""
     coder = Coder(trainer.coder.config, D, len(trainer.coder.output_bias_E))
     coder.load_state_dict({**trainer.coder.state_dict(), **trainer.optimizers.averages()})
     return coder

@@ -70,7 +70,7 @@ def test_the_average_is_evaluated_and_the_training_does_not_notice():
 
 @pytest.mark.parametrize("base", [BASE, TRANSCODER, replace(BASE, arch="topk")])
 def test_trains_without_a_falling_learning_rate(base: CoderConfig):
-    """And its average ends better than the point that the last step reached."""
+    """The average point ends with a lower loss than the last point."""
     trainer = make_learner(replace(base, optimizer="signsgd", lr=3e-2))
     losses = train_(trainer, 0, 100)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])

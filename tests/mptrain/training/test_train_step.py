@@ -102,7 +102,7 @@ def test_a_non_finite_loss_shows():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_per_step_loss_is_the_mean_over_coders_of_fewer_steps(kind: Kind):
-    """A pursuit's prefix is the pursuit of a smaller K."""
+    """A prefix of a pursuit is the pursuit with a smaller K."""
     config = replace(BASE, kind=kind, per_step_loss=True)
     trainer = make_learner(config)
     train_(trainer, 0, 5)
@@ -152,7 +152,7 @@ def test_nested_training_puts_what_matters_first():
 
 
 def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
-    """At its start a transcoder's code has no effect, so only this loss moves the dictionary."""
+    """At the start a transcoder's code has no effect, so only this loss moves the dictionary."""
     losses = {}
     for weight in (0.0, 0.5):
         trainer = make_learner(replace(TRANSCODER, input_loss=weight, optimizer="adam"))
@@ -178,7 +178,7 @@ STARTS = range(0, 300, 20)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", ["mp", "topk"])
 def test_auxk_revives_dead_latents(kind: Kind, arch: Arch):
-    """Latents that are silent at first come back with the auxiliary loss, not without."""
+    """Silent latents revive with the auxiliary loss, and not without it."""
     silent = {}
     for alpha in (0.0, BASE.auxk_alpha):
         config = replace(
@@ -193,7 +193,7 @@ def test_auxk_revives_dead_latents(kind: Kind, arch: Arch):
 
 @torch.no_grad()
 def silence_half_(coder: Coder) -> None:
-    """A bias that no row overcomes, or atoms that are nearly one, of which the same one wins."""
+    """Silence latents by a bias that no row overcomes, or by nearly equal atoms."""
     if not coder.config.architecture.is_pursuit:
         coder.encoder.bias_M[::2] = -1.0
     else:
@@ -243,7 +243,7 @@ def silence_half_(coder: Coder) -> None:
     ids=lambda value: value.name if isinstance(value, CoderConfig) else str(value),
 )
 def test_every_field_changes_the_training(base: CoderConfig, change: dict[str, object]):
-    """But the sides, which name data, and `backend`, which must change little but time."""
+    """Exceptions: the sides, which name data, and `backend`, which changes rounding only."""
     a, b = make_learner(base), make_learner(replace(base, **change))
     assert train_(a, 0, 6) != train_(b, 0, 6)
 

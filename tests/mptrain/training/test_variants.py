@@ -1,4 +1,4 @@
-"""Every variant of a coder: that it learns, goes on, has the right gradient, and is another one."""
+"""Every variant learns, continues, has the right gradient, and differs from the others."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -142,7 +142,7 @@ def loss_of(trainer: CoderTrainer, x_BD: Tensor, y_BE: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("config", VARIANTS, ids=by_name)
 def test_prediction_is_that_of_the_code(config: CoderConfig):
-    """`predict` may take a short cut; the code alone, latent by latent, gives the same."""
+    """`predict` may take a short cut, and equals the sum over latents of the code."""
     trainer = make_learner(config)
     train_(trainer, 0, 6)
     coder, (x_BD, _) = trainer.coder, rows_of(config, 30, 9)
@@ -204,7 +204,7 @@ CASES: dict[str, list[tuple[CoderConfig, Any]]] = {
 
 
 def test_every_field_has_a_case():
-    """But the sides, which name data. A new field without a case fails here."""
+    """The sides are exempt: they name data. A new field without a case fails here."""
     names = [field.name for field in fields(CoderSettings)]
     own = {name for name in names if not is_of_encoder(name) and not has_module(name)}
     plain = {field.name for field in fields(CoderConfig)} - {f.name for f in fields(CoderSettings)}
@@ -217,7 +217,7 @@ def has_module(name: str) -> bool:
 
 
 def is_of_encoder(name: str) -> bool:
-    """Whether an option is for architectures without K alone: their encoders' tests have it."""
+    """Whether an option is only for architectures without K; tests of their encoders cover it."""
     return not any(ARCHITECTURES[arch].needs_k for arch in architectures_with(name))
 
 
@@ -232,7 +232,7 @@ def test_every_field_changes_the_training(base: CoderConfig, name: str, value: A
 
 
 def test_schedules():
-    """Beginning as another coder, and K, end where they should."""
+    """The schedules of K and of the starting encoder end at the configured values."""
     config = replace(FROM_TOPK, begin_share=0.3)
     assert [coded_as(config, step, 10) for step in (0, 2, 3, 9)] == ["topk", "topk", "mp", "mp"]
     assert [k_at(DECAY, step, 20) for step in (0, 5, 9, 10, 19)] == [9, 6, 4, 3, 3]
@@ -241,7 +241,7 @@ def test_schedules():
 
 @pytest.mark.parametrize("begin_as", ["topk", "groupmax"])
 def test_begins_as_a_tied_linear_coder(begin_as: str):
-    """The code at first is that of the selecting rows, without biases, and a pursuit in the end."""
+    """The code first comes from a linear encoder without biases, at last from a pursuit."""
     trainer = make_learner(replace(BASE, begin_as=begin_as, begin_share=0.05))
     x_BD, _ = rows_of(BASE, 20, 1)
     with torch.no_grad():
@@ -268,8 +268,8 @@ def test_wide_loss_is_that_of_more_steps():
     assert losses[0] - losses[1] == pytest.approx(float(more), rel=1e-4)
 
 
-def test_codes_can_be_others_at_inference():
-    """Values fitted anew explain more of the same rows; what has no meaning is refused."""
+def test_codes_can_differ_at_inference():
+    """Refitted values explain more of the same rows; meaningless combinations are refused."""
     coder = make_learner(replace(BASE, k=5)).coder
     x_BD, _ = rows_of(BASE, 200, 1)
     with torch.no_grad():
@@ -287,7 +287,7 @@ def test_codes_can_be_others_at_inference():
 
 
 def test_signed_codes_rows_that_no_atom_points_to():
-    """It differs from the default in nothing else, so in few rows of a large dictionary."""
+    """`signed` differs from the default only for rows that no atom points to."""
     config = replace(BASE, expansion=1, auxk_alpha=0.0)
     coders = [make_learner(c).coder for c in (config, replace(config, select="signed"))]
     x_BD = coders[0].b_D - coders[0].encoder.W_MD.sum(0, keepdim=True)

@@ -20,7 +20,7 @@ KINDS: tuple[Kind, ...] = ("sae", "transcoder", "skip-transcoder")
 
 
 def test_pseudo_derivatives_are_those_of_the_paper() -> None:
-    """By hand, latent by latent: eq. 11 and 12, with a rectangle as the kernel."""
+    """A slow reference, latent by latent: eq. 11 and 12, with a rectangle as the kernel."""
     generator = torch.Generator().manual_seed(0)
     z_BM = torch.randn(40, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     theta_M = torch.tensor([0.1, 0.2, 0.3, 0.5, 1.0], dtype=torch.float64, requires_grad=True)
@@ -43,7 +43,7 @@ def test_pseudo_derivatives_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_dense_codes(kind: Kind) -> None:
-    """By float64 autograd, where no pre-activation is near its threshold; thresholds apart."""
+    """Equal to float64 autograd far from thresholds; gradients of thresholds excepted."""
     trainer = make_learner(replace(JUMP, kind=kind, bandwidth=1e-9))
     train_(trainer, 0, 5)
     coder, total = trainer.coder.double(), trainer.objective.total_variance
