@@ -116,7 +116,7 @@ def _with_signature(
 
 
 def _rank(parameter: inspect.Parameter, first: tuple[str, ...]) -> tuple[int, bool]:
-    """The place of an option in help: those in `first`, then required ones, then the others."""
+    """The position of an option in help: those in `first`, then required ones, then the others."""
     index = first.index(parameter.name) if parameter.name in first else len(first)
     return index, parameter.default is not inspect.Parameter.empty
 
@@ -161,7 +161,7 @@ def _option(field: "dataclasses.Field[Any]", hint: Any, text: str, group: str) -
 
 def _parameter(field: "dataclasses.Field[Any]", annotation: Any) -> inspect.Parameter:
     # Typer gets None as the default and the config fills in its own: so options that were given
-    # can be told apart from those that were not, as `LoadConfigFrom` needs.
+    # can be distinguished from those that were not, as `LoadConfigFrom` needs.
     default = inspect.Parameter.empty if field.default is dataclasses.MISSING else None
     return inspect.Parameter(field.name, _KEYWORD, default=default, annotation=annotation)
 

@@ -43,7 +43,7 @@ def print_collection(summary: "CollectSummary") -> None:
 
 
 def format_age(seconds: float | None) -> str:
-    """A time in the largest unit of which there is at least one, such as `3 h`."""
+    """A time in the largest unit that it fills at least once, such as `3 h`."""
     if seconds is None:
         return "-"
     units = (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1))

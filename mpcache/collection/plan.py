@@ -55,7 +55,7 @@ class CollectionPlan:
         )
 
     def uncommitted(self, store: Store, jobs: tuple[Job, ...]) -> tuple[Job, ...]:
-        """Jobs of which a side is still missing."""
+        """Jobs that still miss a side."""
         return tuple(
             job for job in jobs if set(job.sides) & set(self.missing_sides(store, job.part))
         )

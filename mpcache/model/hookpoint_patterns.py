@@ -30,7 +30,7 @@ class Side:
 
     @classmethod
     def parse(cls, text: str) -> "Side":
-        """The side that `str` writes in this way."""
+        """The side with this text form, the inverse of `str`."""
         hookpoint, _, side = text.rpartition(":")
         return cls(hookpoint, "input" if side == "input" else "output")
 

@@ -1,4 +1,4 @@
-"""The commit marks of a store: which parts of which arrays there are, and what each mark says."""
+"""The commit marks of a store: the parts of each array, and what each mark says."""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

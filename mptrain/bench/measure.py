@@ -1,4 +1,4 @@
-"""Seconds and bytes of a call, measured in the same way for every method.
+"""Seconds and bytes of a call, measured alike for every method.
 
 B rows in a batch, M latents, K pursuit steps.
 """

@@ -1,7 +1,7 @@
 """The order in which an epoch reads a split: chunks are shuffled, then rows within windows.
 
-Pure arithmetic on sizes: the same on every machine and with every version of NumPy, of which only
-streams with a stability promise are used (SeedSequence, Philox; see NEP 19).
+Pure arithmetic on sizes: the same on every machine and with every version of NumPy, because it
+uses only streams with a stability promise (SeedSequence, Philox; see NEP 19).
 """
 
 import bisect

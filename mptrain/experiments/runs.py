@@ -93,7 +93,7 @@ def check_same_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     """Check that a resolved experiment has the settings of the runs in a folder.
 
     Figures, variants and coders may change: new coders are trained beside the existing ones. The
-    rows, the way they are read and the steps of evaluations may not: all coders of a panel share
+    rows, their order and the steps of evaluations may not: all coders of a panel share
     them.
 
     Raises:

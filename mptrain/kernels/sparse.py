@@ -62,8 +62,7 @@ def entry_sums(
 def dictionary_row(latent: Int64[Tensor, "*any"], dictionary_MD: Tensor) -> Int64[Tensor, "*any"]:
     """Which row of a dictionary belongs to each latent; some row for -1.
 
-    A dictionary that all blocks of latents share is as long as one block, and each of them goes
-    through it anew.
+    A dictionary that all blocks of latents share is as long as one block; each block uses all rows.
     """
     return latent.clamp_min(0) % len(dictionary_MD)
 

@@ -1,2 +1,2 @@
 """Matching pursuit. `search` chooses a back end, `atoms` finds atoms with it, `select` codes rows,
-`pursue` adds the way back; `refit` is for pursuits that fit all values anew at every step."""
+`pursue` adds the backward pass; `refit` fits all values again at every step."""

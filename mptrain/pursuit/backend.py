@@ -17,7 +17,7 @@ _GPU_ELEMENTS = 1 << 28
 
 @dataclass(frozen=True, kw_only=True)
 class AtomSearch:
-    """How atoms are found; fields as in `CoderConfig`."""
+    """The search for atoms; fields as in `CoderConfig`."""
 
     backend: Backend
     shortlist_size: int

@@ -1,4 +1,4 @@
-"""The way back through a pursuit: it is undone step by step, so that nothing of it was kept.
+"""The backward pass of a pursuit: steps are undone one by one, so none of them has to be kept.
 
 For a step with `r_{t+1} = r_t - a u`, `a = <w, r_t>`, and `g = dL/dr_{t+1}`:
 

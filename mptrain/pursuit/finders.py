@@ -1,4 +1,4 @@
-"""How the next atom is found, step by step on whole matrices: three back ends with one contract.
+"""Search for the next atom, step by step on whole matrices: three back ends with one contract.
 
 A back end sees one micro-batch: `best(r, step)` returns the latent that each row chooses in a
 step; then `subtract_(a)` reports that `a` times these latents' rows was subtracted from the
@@ -15,7 +15,7 @@ from mptrain.pursuit.rule import N_RESCORED, Rule
 
 
 class Direct:
-    """Computes every score anew: `2 D M` operations a row and step. The reference."""
+    """Computes every score at every step: `2 D M` operations a row and step. The reference."""
 
     def __init__(self, W_MD: Tensor, rule: Rule) -> None:
         assert rule.block is None or len(W_MD) % rule.block == 0

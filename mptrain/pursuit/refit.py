@@ -1,4 +1,4 @@
-"""Pursuits that fit the values of all chosen atoms anew at every step: gradient pursuit and
+"""Pursuits that fit the values of all chosen atoms again at every step: gradient pursuit and
 orthogonal matching pursuit.
 
 B rows in a batch, D input width, M latents, K pursuit steps; lower-case b: rows of one micro-batch.
@@ -42,7 +42,7 @@ def refitted_pursuit(
       also stops where its best atom hardly leaves the span of its support, which rounding would
       make singular.
 
-    Scores are computed anew at every step. Entries with value 0 have index -1. Kept for the
+    All scores are computed at every step. Entries with value 0 have index -1. Kept for the
     backward pass: the chosen indices and references to the arguments; it goes through the fit of
     a micro-batch once more.
     """

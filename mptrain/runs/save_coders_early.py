@@ -36,7 +36,7 @@ class SavedCoder(CoderProgress):
 def save_coders(run: str, changes: Mapping[str, Any]) -> list[SavedCoder]:
     """Save the coders of a run's last saved state as RUN/coders/NAME-stepN.
 
-    `changes` are settings that differ from those of the run: the place of its store, the device.
+    `changes` are settings that differ from those of the run: the path of its store, the device.
     Returns an item for each coder; an empty list where all of them are finished.
 
     Raises:

@@ -47,7 +47,7 @@ class PursuitEncoder(Encoder):
 
     @property
     def search(self) -> AtomSearch:
-        """How atoms are found."""
+        """The search for atoms."""
         config = self.config
         return AtomSearch(
             backend=config.backend,

@@ -16,7 +16,7 @@ from mptrain.pursuit.batch_threshold import EntryThreshold
 
 
 class TopKEncoder(Encoder):
-    """`relu((x - b) encoder^T + bias)`, of which the largest are kept (Gao et al. 2024, sec. 2.3).
+    """The largest entries of `relu((x - b) encoder^T + bias)` (Gao et al. 2024, sec. 2.3).
 
     TopK keeps `k` a row, GroupMax the largest of each of `k` groups of neighbouring latents, and
     BatchTopK (Bussmann et al. 2024, arXiv 2412.06410) those above a threshold.
