@@ -45,7 +45,7 @@ class DataSettings:
     group: ClassVar[str] = "Data"
 
     dataset: str
-    "Hugging Face dataset id, or local files, folders and globs, separated by commas"
+    "Hugging Face dataset id, or local files, folders or glob patterns, separated by commas"
     dataset_revision: str = "main"
     "branch, tag or commit of a Hugging Face dataset"
     dataset_config: str | None = None
@@ -53,19 +53,22 @@ class DataSettings:
     split: str = "train"
     "split of the dataset to read"
     text_column: str = "text"
-    "column that holds text, token ids or chat messages; a.b is the field b of the column a"
+    "column with the text, token ids or chat messages; a.b is the field b of the column a"
     streaming: bool = False
-    "stream a Hugging Face dataset instead of downloading it; shuffles within 10,000 documents"
+    (
+        "stream a Hugging Face dataset instead of downloading it; documents are then shuffled "
+        "only within a buffer of 10,000"
+    )
     chat_template: str | None = None
-    "Jinja file with the chat template for chat messages; default: the tokenizer's own template"
+    "path of a Jinja file with the template for chat messages; default: the tokenizer's template"
     keep_empty_documents: bool = False
-    "keep documents without text, which consist of special tokens; by default they are left out"
+    "keep documents without text (they become special tokens alone); default: skip them"
     rows: int = 10_000_000
-    "rows to collect, rounded up to whole parts; one row is one token's activations"
+    "rows to collect, rounded up to whole parts; one row holds the activations of one token"
     validation_every: int = 10
-    "hold out every n-th part, filled from every n-th document, for validation"
+    "hold out 1 of every N parts for validation; it is filled from 1 of every N documents"
     seed: int = 0
-    "seed of the order of documents, and of the order of rows in each part"
+    "random seed for the order of documents and for the order of rows in each part"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +78,29 @@ class SequenceSettings:
     group: ClassVar[str] = "Sequences"
 
     ctx_len: int = 1024
-    "tokens per sequence, at most the model's context length"
+    "tokens per sequence (one input of the model); at most the model's context length"
     one_document_per_sequence: bool = False
-    "run the model on each document alone, cut into pieces of ctx_len tokens; stores no padding"
+    (
+        "run the model on each document alone, in pieces of at most --ctx-len tokens; padding is "
+        "not stored"
+    )
     cross_document_attention: bool = True
-    "let tokens attend to earlier documents in their sequence; no effect on documents run alone"
+    (
+        "let tokens attend to earlier documents in the same sequence; no effect with --one- "
+        "document-per-sequence"
+    )
     bos: Literal["none", "document", "sequence"] = "none"
-    "where to add the tokenizer's BOS or CLS token: before each document or each sequence"
+    (
+        "where to add the tokenizer's BOS (or CLS) token: nowhere, before each document, or "
+        "before each sequence"
+    )
     eos: bool = True
-    "add the tokenizer's EOS or SEP token after each document"
+    "add the tokenizer's EOS (or SEP) token after each document"
     parse_special_tokens: bool = False
-    "turn names such as <|endoftext|> inside a text into special tokens; by default they are text"
+    (
+        "turn names such as <|endoftext|> in a text into special tokens; default: they stay "
+        "ordinary text"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +126,23 @@ class ModelSettings(PretrainedModelSettings):
     hookpoints: tuple[str, ...]
     (
         "modules to collect, such as layers.10 or layers.*.mlp:input; * is any one name between "
-        "dots; :input or :output is one side"
+        "dots; add :input or :output to select one of the two; default: output (MLPs: both)"
     )
     model_dtype: Dtype = "bfloat16"
-    "dtype that the model computes in"
+    "dtype of the model's weights and computation"
     autocast: bool = False
-    "keep the weights in float32; torch.autocast picks the operations that run in model_dtype"
+    "keep the weights in float32; torch.autocast runs the suitable operations in --model-dtype"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     "attention implementation of transformers"
     compile: bool = False
-    "compile the modules of each layer with torch.compile; the first batches take minutes longer"
+    (
+        "compile the modules of each layer with torch.compile; the first batches then take "
+        "minutes longer"
+    )
     batch_sequences: int = 16
-    "sequences per forward pass; fewer need less memory"
+    "sequences per forward pass; a smaller number needs less memory"
     device: str = "auto"
-    "torch device of the model, such as cuda:1; auto is the first GPU, or the CPU without a GPU"
+    "torch device of the model, such as cuda:1; auto: the first GPU, or the CPU if there is no GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,15 +152,21 @@ class StorageSettings:
     group: ClassVar[str] = "Storage"
 
     dtype: Dtype = "bfloat16"
-    "dtype that activations are stored in"
+    "dtype of the stored activations"
     codec: Codec = "none"
-    "lossless compression of stored activations, after a bit shuffle"
+    (
+        "lossless compression of the stored activations; their bits are shuffled first; none: no "
+        "compression"
+    )
     part_rows: int = 65_536
-    "rows per part, the unit of commit and retry; a multiple of ctx_len"
+    "rows per part; each part is written, or retried, as a whole; a multiple of --ctx-len"
     chunk_rows: int = 1024
-    "rows per chunk, the unit of read; divides part_rows"
+    "rows per chunk, the smallest piece that is read; must divide --part-rows"
     write_threads: int | None = None
-    "threads that write; default: 1 per 4 compute threads, from 2 to 8; always 8 for a bucket"
+    (
+        "threads that write; default: 1 per 4 CPU threads of torch, but at least 2 and at most 8; "
+        "8 for a bucket"
+    )
 
 
 # --- commands ---
@@ -211,15 +235,15 @@ class ConvertConfig:
     group: ClassVar[str] = "Storage"
 
     dtype: Dtype | None = None
-    "storage dtype of activations; a narrower dtype rounds to nearest even"
+    "dtype of the stored activations; a narrower dtype rounds to nearest even; default: unchanged"
     codec: Codec | None = None
-    "compression of stored activations"
+    "compression of the stored activations; default: unchanged"
     chunk_rows: int | None = None
-    "rows per chunk; divides part_rows"
+    "rows per chunk; must divide the rows per part; default: unchanged"
     part_rows: int | None = None
-    "rows per part; a multiple of the part_rows that the rows were collected with"
+    "rows per part; a multiple of the --part-rows of the collection; default: unchanged"
     hookpoints: tuple[str, ...] = ()
-    "hookpoints to keep, written as for collect; default: all"
+    "hookpoints to keep, written as for `mpcache collect`; default: all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,21 +260,30 @@ class RepairConfig:
     group: ClassVar[str] = "Run"
 
     model: str | None = None
-    "where the model is now, if it moved: Hugging Face id, local folder, or .gguf file"
+    "new location of the model, if it moved: Hugging Face id, local folder, or .gguf file"
     revision: str | None = None
-    "revision of the Hugging Face model, if its name changed"
+    "new branch, tag or commit of the Hugging Face model, if the old name no longer exists"
     dataset: str | None = None
-    "where the dataset is now, if it moved; only damaged tokens need it"
+    "new location of the dataset, if it moved; needed only if stored tokens are damaged"
     source: str | None = None
-    "copy rows from this store, a copy of the damaged one or its source; then no model runs"
+    (
+        "read the damaged rows from this store, without a model: a copy of the damaged store, or "
+        "the store that it was converted from"
+    )
     device: str = "auto"
-    "torch device of the model; only the device that collected the store is sure to give its bits"
+    (
+        "torch device of the model; other hardware than that of the collection may compute "
+        "different bits"
+    )
     trust_remote_code: bool = False
     "run the Python code that comes with the model; read that code first"
     accept_other_bits: bool = False
-    "commit what this machine computes even if its bits differ from those that were committed"
+    (
+        "write the rows that this machine computes even if they differ from the rows that were "
+        "first stored"
+    )
     delete_leftovers: bool = False
-    "delete leftovers of interrupted writes; use it only while nothing writes to the store"
+    "delete the files of interrupted writes; use it only while no process writes to the store"
 
     def __post_init__(self) -> None:
         if self.source is not None and (self.model or self.dataset):
@@ -268,4 +301,7 @@ class HookpointsConfig(PretrainedModelSettings):
     group: ClassVar[str] = "Model"
 
     attention: Literal["sdpa", "eager"] | None = None
-    "attention implementation; default: sdpa, or eager if the model has no sdpa"
+    (
+        "attention implementation of transformers; default: sdpa, or eager if the model does not "
+        "support sdpa"
+    )

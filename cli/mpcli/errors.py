@@ -64,7 +64,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 _silence()
                 raise typer.Exit(_READER_LEFT) from None
             if error.errno in _PATH_ERRORS and error.filename is not None:
-                _end(f"error: cannot use {error.filename}: {error.strerror}; name another path", 2)
+                _end(f"error: cannot use {error.filename}: {error.strerror}; give another path", 2)
             _end(f"error: {error}", 1)
 
     return run
@@ -88,9 +88,9 @@ def _remedy(error: DamagedStoreError, command: str, store: object) -> str:
     if command in _REPAIRING:
         return ""
     if "store.json" in str(error):  # repair cannot compute it
-        return "; take store.json from a copy of the store"
+        return "; replace store.json by the one of a copy of this store"
     name = store if isinstance(store, str) else "STORE"
-    return f"; mpcache verify {name} lists what is damaged, mpcache repair {name} collects it again"
+    return f"; `mpcache verify {name}` lists all damage, `mpcache repair {name}` restores the data"
 
 
 def _end(message: str, code: int) -> None:

@@ -26,27 +26,27 @@ COMMANDS = {
     ),
     "info": Subcommand(
         "mpcli.mpcache_commands.stores:info",
-        "Show one store: where its rows come from, its hookpoints, rows, bytes and parts.",
+        "Show one store: model and dataset, hookpoints, rows, bytes and parts.",
         ("mpcache info store", "mpcache info s3://bucket/store --json"),
     ),
     "verify": Subcommand(
         "mpcli.mpcache_commands.maintenance:verify",
-        "Check every byte of a store; exit code 1 if committed data is damaged.",
+        "Check every byte of a store; the exit code is 1 if stored data is damaged.",
         ("mpcache verify store", "mpcache verify s3://bucket/store --workers 4 --json"),
     ),
     "repair": Subcommand(
         "mpcli.mpcache_commands.maintenance:repair",
-        "Verify a store and restore what is damaged; exit code 1 if damage is left.",
+        "Verify a store and restore damaged data; the exit code is 1 if damage remains.",
         ("mpcache repair store", "mpcache repair store --source s3://bucket/copy-of-store"),
     ),
     "stats": Subcommand(
         "mpcli.mpcache_commands.maintenance:stats",
-        "Mean, variance, norms, outlier dimensions and non-finite counts of every hookpoint.",
+        "Show mean, variance, norms, outlier dimensions and non-finite counts per hookpoint.",
         ("mpcache stats store", "mpcache stats store --out moments.safetensors --threads 8"),
     ),
     "copy": Subcommand(
         "mpcli.mpcache_commands.maintenance:copy",
-        "Copy a store and check each byte; the same command continues after a stop.",
+        "Copy a store and check each byte; the same command continues after an interruption.",
         ("mpcache copy store s3://bucket/store", "mpcache copy gs://bucket/store store --json"),
     ),
     "convert": Subcommand(
@@ -59,12 +59,12 @@ COMMANDS = {
     ),
     "remove": Subcommand(
         "mpcli.mpcache_commands.stores:remove",
-        "Delete a store for good; ask for confirmation first.",
+        "Delete a store for good; the command asks for confirmation first.",
         ("mpcache remove store", "mpcache remove s3://bucket/store --yes"),
     ),
     "bench": Subcommand(
         "mpcli.mpcache_commands.bench:bench",
-        "Measure the rows per second of a collection, as a share of the bare forward pass.",
+        "Measure the rows per second of a collection, compared with the forward pass alone.",
         (
             "mpcache bench EleutherAI/pythia-160m texts.jsonl --hookpoints layers.6 --rows 100k",
             "mpcache bench model texts.jsonl --hookpoints 'layers.*' --rows 1M --json",

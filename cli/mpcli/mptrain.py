@@ -14,17 +14,17 @@ COMMANDS = {
     ),
     "presets": Subcommand(
         "mpcli.mptrain_commands.fit:presets",
-        "List the variants of fit --preset, and the options that each of them sets.",
+        "List the named variants for `mptrain fit --preset`, with the options that each sets.",
         ("mptrain presets", "mptrain presets --json"),
     ),
     "save-coders": Subcommand(
         "mpcli.mptrain_commands.fit:save_coders",
-        "Save the coders of a run that has not ended, as of its last saved state.",
+        "Save the coders of an unfinished run, as they are in its last saved state.",
         ("mptrain save-coders runs/first", "mptrain save-coders runs/first --device cuda --json"),
     ),
     "eval": Subcommand(
         "mpcli.mptrain_commands.evaluate:evaluate",
-        "Evaluate a coder on a store's validation rows: FVU, L0, dead latents.",
+        "Evaluate a coder on the validation rows of a store: FVU, L0, dead latents.",
         (
             "mptrain eval runs/first/coders/NAME store --k 16,64",
             "mptrain eval runs/first/coders/NAME store --model EleutherAI/pythia-160m --json",
@@ -32,7 +32,7 @@ COMMANDS = {
     ),
     "plot": Subcommand(
         "mpcli.mptrain_commands.experiments:plot",
-        "Draw FVU over training time, with a panel for each hookpoint, kind and k.",
+        "Draw FVU over training time, with one panel for each hookpoint, kind and K.",
         ("mptrain plot runs/first", "mptrain plot runs/first runs/second --out figures/fvu"),
     ),
     "sweep": Subcommand(
@@ -45,12 +45,12 @@ COMMANDS = {
     ),
     "bench": Subcommand(
         "mpcli.mptrain_commands.bench:bench",
-        "Measure time, memory and exactness of the pursuit's back ends on this machine.",
+        "Measure time, memory and exactness of the back ends of matching pursuit on this machine.",
         ("mptrain bench", "mptrain bench --width 2048 --latents 32768 --device cuda --json"),
     ),
     "bench-loader": Subcommand(
         "mpcli.mptrain_commands.bench:bench_loader",
-        "Measure the rows per second that a store gives to training, and how well they are mixed.",
+        "Measure how fast training reads rows from a store, and how well rows are shuffled.",
         ("mptrain bench-loader store", "mptrain bench-loader store --rows 5M --steps 100 --json"),
     ),
 }

@@ -42,7 +42,10 @@ class LoadConfigFrom:
         """Refuse a config that is not loaded and lacks a required field."""
         missing = [spelling for name, spelling in required.items() if name not in given]
         if missing:
-            raise UsageError(f"{', '.join(missing)} must be given, or --{self.name} {self.metavar}")
+            raise UsageError(
+                f"{', '.join(missing)} missing; give {'them' if len(missing) > 1 else 'it'}, "
+                f"or give --{self.name} {self.metavar}"
+            )
 
 
 def from_config(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # their modules import torch, and help must not
 def print_collection(summary: "CollectSummary") -> None:
     """What a collection did, and warnings about what its store lacks."""
     if not summary.forward_rows:
-        typer.echo("the store had everything already: no forward pass was needed")
+        typer.echo("the store already has all requested rows; the model did not run")
     share = "" if summary.share == "1/1" else f", share {summary.share}"
     typer.echo(
         f"{summary.store}{share}: {summary.rows:,} rows in {summary.parts} parts, "
@@ -26,18 +26,23 @@ def print_collection(summary: "CollectSummary") -> None:
         f"{summary.seconds:.0f} s"
     )
     if summary.empty_documents:
-        typer.echo(f"{summary.empty_documents:,} documents without tokens were left out")
+        typer.echo(f"{summary.empty_documents:,} documents without tokens were skipped")
     if summary.shortfall:
         typer.echo(f"warning: {summary.shortfall}", err=True)
     if summary.nonfinite:
         typer.echo(
-            f"warning: {summary.nonfinite:,} values are not finite; see mpcache stats", err=True
+            f"warning: {summary.nonfinite:,} stored values are NaN or infinite; "
+            "`mpcache stats STORE` shows where",
+            err=True,
         )
     for part in summary.missing:
-        typer.echo(f"part {part.part} is missing after {part.times} tries: {part.cause}", err=True)
+        typer.echo(
+            f"part {part.part} was not collected after {part.times} tries: {part.cause}", err=True
+        )
     if summary.missing:
         typer.echo(
-            f"error: {len(summary.missing)} parts are missing; the same command tries them again",
+            f"error: {len(summary.missing)} parts are missing; run the same command again to "
+            "collect them",
             err=True,
         )
 
@@ -60,7 +65,11 @@ def print_copy(verb: str, summary: "CopySummary", json: bool) -> None:
         f"now, {summary.bytes / 1e9:.2f} GB"
     )
     if summary.nonfinite:
-        typer.echo(f"warning: {summary.nonfinite:,} values became infinite", err=True)
+        typer.echo(
+            f"warning: {summary.nonfinite:,} values became infinite: they are too large for the "
+            "new dtype; use --dtype bfloat16 or float32",
+            err=True,
+        )
     return None
 
 

@@ -21,7 +21,11 @@ def locate_store(store: str | None, root: str | None, config: CollectConfig) -> 
         UsageError: neither or both of `store` and `root` are given.
     """
     if (store is None) == (root is None):
-        raise UsageError("either STORE or --root ROOT must be given; a root is a folder of stores")
+        given = "neither" if store is None else "both"
+        raise UsageError(
+            f"give either STORE or --root FOLDER_OF_STORES, got {given}; STORE is one store, "
+            "--root is a folder in which stores are"
+        )
     from mpcache.collection.find_store import StoreLocation, find_store
     from mpcache.storage.base import open_storage
 
@@ -33,5 +37,7 @@ def locate_store(store: str | None, root: str | None, config: CollectConfig) -> 
     kept = [n for n in ("codec", "chunk_rows") if getattr(location.config, n) != getattr(config, n)]
     if kept:
         settings = ", ".join(f"{name} {getattr(location.config, name)}" for name in kept)
-        typer.echo(f"{location.storage} exists with {settings}, which is kept", err=True)
+        typer.echo(
+            f"note: {location.storage} exists with {settings}; it keeps these settings", err=True
+        )
     return location

@@ -40,7 +40,10 @@ def collect_sides(experiment: Experiment, config: CollectConfig, sides: Sequence
     summary = location.summary or collect(location.config, location.storage, quiet=False)
     if summary.missing:
         causes = "; ".join(f"part {part.part}: {part.cause}" for part in summary.missing)
-        raise OSError(f"parts are missing in {summary.store} ({causes}); the same command goes on")
+        raise OSError(
+            f"{len(summary.missing)} parts of {summary.store} could not be collected ({causes}); "
+            "run the same command again to retry them"
+        )
     if summary.shortfall:
         message = f"{summary.store} has {summary.shortfall}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

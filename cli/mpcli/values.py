@@ -19,7 +19,7 @@ def count(text: str) -> int:
     except (ValueError, KeyError):
         value = 0.5
     if not value.is_integer():
-        raise typer.BadParameter(f"takes a whole number such as 4096, 200k or 10M, got {text!r}")
+        raise typer.BadParameter(f"must be a whole number such as 4096, 200k or 10M, got {text!r}")
     return int(value)
 
 
@@ -65,7 +65,7 @@ def _element_parser(element: Any) -> Callable[[str], Any]:
 
 def _choice(text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
-        raise typer.BadParameter(f"takes one of {', '.join(choices)}, got {text!r}")
+        raise typer.BadParameter(f"must be one of {', '.join(choices)}, got {text!r}")
     return text
 
 
@@ -73,7 +73,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"takes a number, got {text!r}") from None
+        raise typer.BadParameter(f"must be a number such as 0.5 or 1e-3, got {text!r}") from None
 
 
 def metavar_of(hint: Any) -> str:

@@ -18,21 +18,21 @@ class StoreBenchConfig:
     group: ClassVar[str] = "Storage"
 
     rows: int = 262_144
-    "rows of random values in an array, rounded up to whole parts"
+    "rows of random values in each measured store, rounded up to whole parts"
     width: int = 384
     "values per row"
     dtype: Dtype = "bfloat16"
-    "dtype of the rows"
+    "dtype of the stored values"
     part_rows: tuple[int, ...] = (65_536,)
-    "rows per part"
+    "rows per part; each listed number is measured"
     chunk_rows: tuple[int, ...] = (1024,)
-    "rows per chunk"
+    "rows per chunk; each listed number is measured"
     codec: tuple[Codec, ...] = ("none",)
-    "compression of chunks"
+    "compression of chunks; each listed codec is measured"
     threads: int = 4
     "threads that write parts and read chunks"
     repeats: int = 3
-    "measured rounds, after one warm-up round"
+    "measured rounds; one more round before them is a warm-up"
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "rows", "width", "threads", "repeats")

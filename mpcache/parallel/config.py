@@ -34,9 +34,9 @@ class WorkersConfig:
     group: ClassVar[str] = "Parallel"
 
     workers: int | None = None
-    "number of worker processes to start on this machine"
+    "worker processes to start on this machine; default: none, the command does the work itself"
     scheduler: str | None = None
-    "address of a Dask scheduler whose workers do the work, such as tcp://host:8786"
+    "address of a running Dask scheduler, such as tcp://host:8786; its workers do the work"
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -69,11 +69,14 @@ class CollectParallelConfig(WorkersConfig):
     group: ClassVar[str] = "Parallel"
 
     workers: int | None = None
-    "number of worker processes to start on this machine: one for each GPU, or they share the cores"
+    "worker processes to start on this machine; each takes one GPU, or all divide the CPU cores"
     scheduler: str | None = None
-    "address of a Dask scheduler whose workers run the model, such as tcp://host:8786"
+    "address of a running Dask scheduler, such as tcp://host:8786; its workers run the model"
     share: str | None = None
-    "collect only share i of n disjoint shares, written i/n, from 1/n to n/n; for array jobs"
+    (
+        "collect only the i-th of n disjoint sets of parts, written i/n; for array jobs: 1/8 to "
+        "8/8 for 8 jobs"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +113,10 @@ class ParallelConfig(WorkersConfig):
     group: ClassVar[str] = "Parallel"
 
     threads: int | None = None
-    "parts processed at the same time in each process; default: its cores, up to 8; memory scales"
+    (
+        "parts processed at the same time in each process; more need more memory; default: number "
+        "of cores, at most 8 (with --workers: 1)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,27 +18,27 @@ class PursuitBenchConfig:
     """
 
     rows: int = 2048
-    "rows coded at once"
+    "rows that are coded at once"
     width: int = 576
-    "width of a row"
+    "values per row"
     latents: int = 9216
-    "atoms of the random dictionary; a multiple of the width"
+    "atoms of the random dictionary; a multiple of --width"
     k: int = 64
-    "pursuit steps"
+    "pursuit steps per row"
     coder: str | None = None
-    "folder of a trained mp coder whose dictionary is used in place of a random one"
+    "folder of a trained mp coder; its dictionary is measured instead of a random one; needs STORE"
     store: str | None = None
-    "store whose held-out rows are used with that coder, in place of random rows"
+    "store whose validation rows are coded by CODER, instead of random rows"
     shortlist_size: int = CoderSettings.shortlist_size
-    "shortlist: best atoms of each row that are scored between two full searches"
+    "shortlist method: best atoms of each row that are searched between two full searches"
     shortlist_refresh: int = CoderSettings.shortlist_refresh
-    "shortlist: pursuit steps from one full search to the next"
+    "shortlist method: pursuit steps from one full search to the next"
     repeats: int = 3
-    "timed rounds over all methods; one more round warms up"
+    "measured rounds over all methods; one more round before them is a warm-up"
     seed: int = 0
-    "seed of atoms and rows"
+    "random seed of the dictionary and the rows"
     device: str = "auto"
-    "torch device; auto takes the first GPU, else the CPU"
+    "torch device; auto: the first GPU, or the CPU if there is no GPU"
 
     def __post_init__(self) -> None:
         check_at_least(self, dict.fromkeys(("rows", "width", "latents", "k", "repeats"), 1))
@@ -63,29 +63,32 @@ class LoaderBenchConfig:
     """
 
     store: str
-    "store to read"
+    "store to read: a folder, or an s3:// or gs:// URL"
     hookpoints: tuple[str, ...] = ()
-    "hookpoints whose outputs are read together; default: the store's first"
+    "hookpoints whose outputs are read together; default: the first hookpoint of the store"
     rows: int = 1_000_000
-    "rows to read, in as many epochs as that takes"
+    "rows to read; if the store has fewer, they are read in several epochs"
     batch_rows: int = RunConfig.batch_rows
-    "rows in a batch"
+    "rows per batch"
     window_rows: int = RunConfig.window_rows
-    "rows per shuffle window"
+    "rows that are shuffled together"
     read_threads: int | None = None
-    "threads that read, in the loader and in the bare loop; default as for fit"
+    "threads that read the store; default: as for `mptrain fit`"
     cache_dir: str | None = None
-    "folder of this machine that keeps what is read: to measure a store from there"
+    (
+        "folder on this machine that keeps the data read from a remote store; measure reads from "
+        "this cache"
+    )
     steps: int = 0
-    "train steps from the store and from memory; 0: do not train"
+    "train steps to measure with rows from the store and with rows from memory; 0: do not train"
     k: int = 16
-    "pursuit steps or active latents per row, of the coders that are trained"
+    "active latents per row (mp: pursuit steps) of the coders that --steps trains"
     expansion: int = 8
-    "latents per dimension, of the coders that are trained"
+    "latents of these coders as a multiple of the input's width"
     repeats: int = 3
-    "timed rounds over all methods; one more round warms up"
+    "measured rounds over all methods; one more round before them is a warm-up"
     device: str = "auto"
-    "torch device of batches and training; auto takes the first GPU, else the CPU"
+    "torch device of batches and training; auto: the first GPU, or the CPU if there is no GPU"
 
     def __post_init__(self) -> None:
         counts = ("rows", "batch_rows", "window_rows", "read_threads", "repeats")

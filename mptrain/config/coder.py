@@ -32,23 +32,29 @@ class CoderConfig(CoderSettings):
     """
 
     inputs: tuple[str, ...]
-    "sides that it reads, as HOOKPOINT:input or HOOKPOINT:output"
+    "what the coder reads, as HOOKPOINT:input or HOOKPOINT:output"
     targets: tuple[str, ...]
-    "sides that it predicts; an sae's are its inputs"
+    "what the coder predicts, as HOOKPOINT:input or HOOKPOINT:output; for an sae the same as inputs"
     kind: Kind
-    "sae: reconstructs its input; transcoder: predicts another side; skip- adds a linear path"
+    (
+        "sae: reconstructs its input; transcoder: predicts another activation; skip-transcoder: "
+        "also has a linear path"
+    )
     arch: Arch
-    "mp, topk; batch-: K a row on average; groupmax: the largest latent of each of K groups"
+    (
+        "architecture; batch-mp, batch-topk: K latents per row on average; groupmax: the largest "
+        "latent of each of K groups"
+    )
     k: int | None = None
-    "pursuit steps (mp) or active latents (topk) per row; None: the architecture has no K"
+    "active latents per row (mp: pursuit steps); None for an architecture without K"
     expansion: int | None = None
-    "latents per dimension of the input"
+    "number of latents as a multiple of the input's width"
     latents: int | None = None
-    "number of latents, in place of expansion"
+    "number of latents; give it instead of expansion"
     seed: int = 0
-    "seed of the initial weights"
+    "random seed of the initial weights"
     lr: float | None = None
-    "peak learning rate; None: by the optimizer's rule"
+    "peak learning rate; None: the default of the optimizer"
 
     def __post_init__(self) -> None:
         checks = (_side_errors, _range_errors, _inapplicable_settings, _combination_errors)

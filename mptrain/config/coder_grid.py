@@ -26,11 +26,14 @@ class HookpointGrid:
     group: ClassVar[str] = "Data"
 
     hookpoints: tuple[str, ...] = ()
-    "hookpoints of the store to train on"
+    "hookpoints of the store to train on; --kind says what each coder reads and predicts there"
     input: tuple[str, ...] = ()
-    "in place of --hookpoints: the side that coders read, such as layers.1.mlp:input"
+    (
+        "what coders read, instead of --hookpoints: HOOKPOINT:input or HOOKPOINT:output; example: "
+        "layers.1.mlp:input"
+    )
     target: tuple[str, ...] = ()
-    "side that transcoders of --input predict, such as layers.1.post_feedforward_layernorm:output"
+    "what transcoders predict from --input; example: layers.1.post_feedforward_layernorm:output"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +43,22 @@ class CoderGrid:
     group: ClassVar[str] = "Coder"
 
     kind: tuple[Kind, ...] = ("sae",)
-    "sae reconstructs a hookpoint's output; transcoder predicts it from the input; skip- adds x S"
+    (
+        "sae: reconstructs a hookpoint's output; transcoder: predicts the output from the input; "
+        "skip-transcoder: also has a linear path"
+    )
     arch: tuple[Arch, ...] = ("mp", "topk")
-    "architectures: mp is matching pursuit; batch- takes K latents per row on average"
+    "architectures; mp: matching pursuit; batch-mp, batch-topk: K latents per row on average"
     k: tuple[int, ...] = (64,)
-    "pursuit steps (mp) or active latents (topk, groupmax) per row"
+    "active latents per row (mp: pursuit steps); no effect on relu, jumprelu, gated"
     expansion: tuple[int, ...] = (64,)
-    "latents per dimension of the input"
+    "number of latents as a multiple of the input's width"
     latents: tuple[int, ...] = ()
-    "numbers of latents, in place of --expansion"
+    "number of latents; give it instead of --expansion"
     seed: tuple[int, ...] = (0,)
-    "seeds of the initial weights; the order of rows has --order-seed"
+    "random seeds of the initial weights; the order of rows has its own --order-seed"
     preset: tuple[str, ...] = ("mp",)
-    "named variants of the mp coders; `mptrain presets` lists them"
+    "named variants of the mp and batch-mp coders; `mptrain presets` lists them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,10 @@ class LearningRateGrid:
     group: ClassVar[str] = "Optimizer"
 
     lr: tuple[float, ...] = ()
-    "peak learning rates; default muon 2e-3; adam 2e-4, signsgd 5e-3, both / sqrt(latents / 2^14)"
+    (
+        "peak learning rates; default: muon 2e-3, adam 2e-4 / s, signsgd 5e-3 / s, with s = "
+        "sqrt(latents / 16384)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,21 +22,36 @@ class OptimizerSettings:
     group: ClassVar[str] = "Optimizer"
 
     optimizer: Optimizer = "muon"
-    "muon: for matrices, with Adam for vectors; adam: for all; signsgd: for all, schedule-free"
+    (
+        "muon: Muon for matrices and Adam for vectors; adam: Adam for all; signsgd: schedule-free "
+        "sign SGD for all"
+    )
     warmup_share: float = 0.02
-    "share of the train steps in which the learning rate rises linearly"
+    "fraction (0 to 1) of the train steps, at the start, in which the learning rate rises linearly"
     schedule: Schedule | None = None
-    "how the learning rate falls to 0; default: linear, but constant for signsgd, which averages"
+    (
+        "how the learning rate falls to 0; default: linear; for signsgd: constant, because it "
+        "averages weights"
+    )
     decay_share: float = 1.0
-    "share of the train steps, at their end, in which the learning rate falls"
+    "fraction (0 to 1) of the train steps, at the end, in which the learning rate falls"
     clip_norm: float | None = None
-    "scale gradients down to this norm, taken over all parameters; default: no clipping"
+    (
+        "scale a coder's gradients down if their norm over all its parameters is larger; default: "
+        "no clipping"
+    )
     micro_batch_rows: int | None = None
-    "rows coded at once; their gradients add up (batch- selects in each); default: the whole batch"
+    (
+        "rows processed at once, to save memory; batch- architectures then select in each piece; "
+        "default: the whole batch"
+    )
     start: Start = "mean"
-    "biases start at the mean of all train rows, or at the geometric median of 16384 filtered ones"
+    (
+        "initial biases: the mean of all train rows, or the geometric median of 16384 train rows "
+        "after filters"
+    )
     normalise: bool = False
-    "train on rows scaled to a mean square of about 1; the saved coder takes unscaled rows"
+    "scale rows to a mean square of about 1 for training; the saved coder takes unscaled rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +61,55 @@ class CodeSettings:
     group: ClassVar[str] = "Coder"
 
     codes: Codes = "mp"
-    "values of an mp code: as steps leave them, or refitted by gradient (gp) or exactly (omp)"
+    (
+        "arch mp only: values of the chosen latents: as set in each step (mp), or refitted in "
+        "each step by gradient (gp) or least squares (omp)"
+    )
     backend: Backend = "auto"
-    "how mp finds atoms: direct, gram (both exact) or shortlist; auto: gram or direct, by size"
+    (
+        "arch mp, batch-mp only: how atoms are found; direct and gram are exact, shortlist is "
+        "approximate; auto: gram or direct, by size"
+    )
     shortlist_size: int = 64
-    "shortlist: best atoms of a row that are searched between two full searches"
+    "--backend shortlist only: best atoms of each row that are searched between two full searches"
     shortlist_refresh: int = 4
-    "shortlist: pursuit steps from one full search to the next"
+    "--backend shortlist only: pursuit steps from one full search to the next"
     score_dtype: ScoreDtype = "float32"
-    "dtype of the products that choose latents; values and gradients are float32"
+    "dtype of the scores by which latents are chosen; values and gradients stay in float32"
     tolerance: float = 0.0
-    "mp: stop a row when its residual norm is at most this share of its first norm"
+    (
+        "arch mp, batch-mp only: stop the pursuit of a row when its residual norm is at most this "
+        "fraction (0 to 1) of its first norm"
+    )
     shrink: float = 0.0
-    "mp: soft threshold; a step's value is lowered by this, and a row stops where none is left"
+    (
+        "arch mp, batch-mp only: soft threshold; each step's value is lowered by this, and a "
+        "pursuit stops when no value stays positive"
+    )
     select: Select = "positive"
-    "mp: largest correlation, if positive; signed: largest, any sign; magnitude: largest absolute"
+    (
+        "arch mp, batch-mp only: a step takes the largest correlation if positive, or the largest "
+        "of any sign (signed), or the largest absolute one (magnitude)"
+    )
     subtract: Subtract = "selecting"
-    "mp: rows to subtract: the selecting ones, a separate dictionary (transcoder), or the decoder's"
+    (
+        "arch mp, batch-mp only: a step subtracts the row that selected (selecting), a row of a "
+        "separate dictionary (separate, transcoders only), or the decoder's row (predicting)"
+    )
     blocks: Blocks = "none"
-    "mp: a block of latents for each step, of the selecting rows, of the decoder's, or of both"
+    (
+        "arch mp only: give each pursuit step its own block of latents, in the selecting "
+        "dictionary, in the decoder (predicting), or in both"
+    )
     free_norm: bool = False
-    "mp: dictionaries of any norm; a step can then enlarge the residual"
+    (
+        "arch mp, batch-mp only: allow dictionary rows of any norm instead of 1; a step can then "
+        "enlarge the residual"
+    )
     bias: bool = True
-    "mp: an input and an output bias"
+    "arch mp, batch-mp only: learn an input bias and an output bias"
     detach: bool = False
-    "mp: no gradient from a pursuit step to the steps before it"
+    "arch mp, batch-mp only: pass no gradient from a pursuit step to earlier steps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +119,36 @@ class LossSettings:
     group: ClassVar[str] = "Loss"
 
     per_step_loss: bool = False
-    "mp: average the loss over all prefixes of the pursuit instead of taking its end"
+    (
+        "arch mp, batch-mp only: average the loss over the predictions after each pursuit step, "
+        "instead of using the last alone"
+    )
     nested: bool = False
-    "average the loss over predictions by the first 1/16, 1/4, 1/2 and all latents (Matryoshka)"
+    "average the loss over predictions from the first 1/16, 1/4, 1/2 and all latents (Matryoshka)"
     multi_topk: bool = False
-    "add 1/8 of the loss with 4 K entries a row"
+    "arch mp, topk only: add 1/8 of the loss of a second code with 4 K latents per row"
     input_loss: float = 0.0
-    "mp transcoder: weight of the input's variance that its pursuit leaves unexplained"
+    (
+        "transcoders of arch mp, batch-mp only: weight of the fraction of the input's variance "
+        "that the pursuit leaves unexplained"
+    )
     sparsity_weight: float = 0.01
-    "weight of the L1 penalty in standard deviations (relu, gated), or of the L0 penalty (jumprelu)"
+    (
+        "weight of the sparsity penalty; relu, gated: L1 in units of the target's standard "
+        "deviation; jumprelu: L0"
+    )
     bandwidth: float = 0.03
-    "jumprelu: pre-activations this near to a threshold move it; also where thresholds start"
+    (
+        "arch jumprelu only: width of the interval around a threshold in which it gets gradients; "
+        "also the initial threshold"
+    )
     auxk_alpha: float = 0.03125
-    "weight of the auxiliary loss that revives dead latents; 0 turns it off"
+    (
+        "weight of the auxiliary loss that revives dead latents; 0: off; no effect on relu, "
+        "jumprelu, gated"
+    )
     dead_rows: int = 1_000_000
-    "a latent that did not fire for this many rows is dead"
+    "a latent counts as dead if it was not active in this many rows in succession"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +158,13 @@ class CurriculumSettings:
     group: ClassVar[str] = "Coder"
 
     begin_as: BeginAs = "mp"
-    "mp: train as topk or groupmax, with the same dictionaries, before the switch to mp"
+    "arch mp only: train as topk or groupmax with the same dictionaries at first, then switch to mp"
     begin_share: float = 0.0
-    "share of the train steps before that switch"
+    "arch mp only: fraction (0 to 1) of the train steps before the switch of --begin-as"
     k_factor: float = 1.0
-    "training starts at this multiple of K"
+    "start training with K multiplied by this factor; needs --k-decay-share"
     k_decay_share: float = 0.0
-    "share of the train steps in which that multiple falls linearly to 1"
+    "fraction (0 to 1) of the train steps in which the factor of --k-factor falls linearly to 1"
 
 
 # fields are listed, also in the names of coders, in the order of these classes from the last one

@@ -38,9 +38,12 @@ class ReadCacheSettings:
     group: ClassVar[str] = "Data"
 
     cache_dir: str | None = None
-    "folder on this machine that keeps what is read from a remote store, for the next reads"
+    (
+        "folder on this machine that keeps the data read from a remote store, so that later reads "
+        "are local"
+    )
     cache_bytes: int | None = None
-    "most bytes in that folder; default: until less than 5 % of its file system is free"
+    "most bytes that --cache-dir may hold; default: grow until 5 % of its file system is free"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,25 +55,37 @@ class DataSettings:
     store: str
     "store to train from: a folder, or an s3:// or gs:// URL"
     rows: int = 10_000_000
-    "rows to train on; more than the store has are further epochs, each in another order"
+    (
+        "rows to train on; if the store has fewer, training continues with more epochs, each in a "
+        "new order"
+    )
     batch_rows: int = 8192
     "rows in each train step"
     skip_positions: int = 1
-    "leave out the rows of the first N positions of each sequence (first tokens are outliers)"
+    "exclude the rows of the first N positions of each sequence (first tokens are outliers)"
     skip_tokens: tuple[str, ...] = ()
-    "leave out the rows of these tokens: token ids, or the word special for all special tokens"
+    (
+        "exclude the rows of these tokens: token ids, or the word special for all special tokens; "
+        "example: 13,special"
+    )
     only_tokens: OnlyTokens = "all"
-    "rows to train on: those of all tokens, or of the tokens that a chat's assistant wrote"
+    "train on the rows of all tokens, or only of tokens that the assistant wrote in a chat"
     max_norm: float | None = None
-    "leave out rows whose norm exceeds this multiple of the median norm, at any side of the coder"
+    (
+        "exclude rows whose norm exceeds this multiple of the median norm, in the coder's input "
+        "or target"
+    )
     order_seed: int = 0
-    "seed of the order of rows"
+    "random seed of the order of rows"
     window_rows: int = 131_072
-    "rows per shuffle window (two are held in memory); changes the row order, as order_seed does"
+    (
+        "rows that are shuffled together; two such windows are in memory; another value changes "
+        "the order of rows"
+    )
     follow: bool = False
-    "train while a collection still runs: wait until it has written all parts that it plans"
+    "train while a collection still writes the store: wait until it has written all planned parts"
     allow_nonfinite: bool = False
-    "accept a store that holds non-finite values; rows with such values are left out"
+    "accept a store with NaN or infinite values; rows with such values are excluded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +97,10 @@ class EvaluationSettings:
     eval_every: int = 100
     "train steps between two evaluations"
     eval_rows: int = 65_536
-    "validation rows of an evaluation for metrics.jsonl; results.json is of all validation rows"
+    (
+        "validation rows per evaluation during training (metrics.jsonl); results.json uses all "
+        "validation rows"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +110,7 @@ class RunSettings:
     group: ClassVar[str] = "Run"
 
     run: str
-    "folder of the run: config, metrics, saved states and coders; created if it is missing"
+    "folder for the config, metrics, saved states and coders of this run; created if it is missing"
     log_every: int = 10
     "train steps between two lines of metrics.jsonl"
     log: tuple[Log, ...] = ()
@@ -100,9 +118,12 @@ class RunSettings:
     save_every: int = 200
     "train steps between two saved states; an interrupted run continues from the last one"
     max_memory: int | None = None
-    "bytes for the coders in each process; a grid that needs more is trained in several passes"
+    (
+        "most bytes for the coders in each process, such as 20GB; a larger grid is trained in "
+        "several passes; default: no limit"
+    )
     device: str = "auto"
-    "torch device, such as cpu or cuda:1; auto takes the first GPU, else the CPU"
+    "torch device, such as cpu or cuda:1; auto: the first GPU, or the CPU if there is no GPU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +133,15 @@ class ParallelSettings:
     group: ClassVar[str] = "Parallel"
 
     read_threads: int | None = None
-    "threads that read; default one for each that computes, from 2 to 4, or 8 for a bucket"
+    (
+        "threads that read the store; default: number of CPU threads of torch, but at least 2 and "
+        "at most 4; 8 for a bucket"
+    )
     spread: Spread | None = None
-    "what the processes of torchrun divide: the rows of each batch, or the coders of the grid"
+    (
+        "only with torchrun: divide the rows of each batch, or the coders of the grid, among the "
+        "processes"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ def test_coders_of_installed_tools_are_measured_beside_ours() -> None:
 def test_an_unknown_tool_is_refused() -> None:
     result = CliRunner().invoke(pursuit.app, [*PURSUIT, "--tools", "saelens"])
     assert result.exit_code == 2
-    assert f"takes one of {', '.join(ADAPTERS)}, got 'saelens'" in result.stderr
+    assert f"must be one of {', '.join(ADAPTERS)}, got 'saelens'" in result.stderr
 
 
 def test_the_loader_is_measured_beside_saelens(tmp_path: Path) -> None:

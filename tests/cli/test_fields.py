@@ -47,7 +47,7 @@ def test_counts_are_written_as_they_are_read(value: int, text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "k", "1.5", "12q", "nan", "1e400"])
 def test_invalid_counts_are_refused(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="takes a whole number"):
+    with pytest.raises(typer.BadParameter, match="must be a whole number"):
         count(text)
 
 

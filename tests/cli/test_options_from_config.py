@@ -120,8 +120,8 @@ def test_a_folder_that_is_no_store_stays_as_it_is(inputs: Path, tmp_path: Path) 
     [
         (("--part-rows", "100", "--ctx-len", "16"), "use 112"),
         (("--chunk-rows", "50"), "chunk_rows must divide part_rows"),
-        (("--rows", "12q"), "takes a whole number such as 4096, 200k or 10M"),
-        (("--dtype", "int4"), "takes one of bfloat16, float16, float32"),
+        (("--rows", "12q"), "must be a whole number such as 4096, 200k or 10M"),
+        (("--dtype", "int4"), "must be one of bfloat16, float16, float32"),
         (("--validation-every", "1"), "at least 2"),
     ],
 )
@@ -205,7 +205,7 @@ def test_ctrl_c_says_how_to_continue(
     monkeypatch.setattr(producer_module, "capture_part", interrupted)
     result = collect(inputs, str(tmp_path / "new"), "--hookpoints", "layers.0")
     assert result.exit_code == 130
-    assert "the same command continues" in result.stderr
+    assert "run the same command again to continue" in result.stderr
     monkeypatch.undo()
     assert collect(inputs, str(tmp_path / "new"), "--hookpoints", "layers.0").exit_code == 0
 
@@ -354,7 +354,7 @@ def test_ctrl_c_says_whether_a_fit_continues_or_starts_again(
         "--hookpoints",
         "layers.0",
     ]
-    for times, message in ((2, "starts from the beginning"), (1, "continues after train step 1")):
+    for times, message in ((2, "run the same command again to start over"), (1, "to continue after train step 1")):
         presses = times
         result = CliRunner().invoke(mptrain, [*fit, *FIT])
         assert result.exit_code == 130

@@ -35,8 +35,8 @@ def test_a_required_option_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("MPCACHE_ROWS", "12q", "environment variable MPCACHE_ROWS: takes a whole number"),
-        ("MPCACHE_DTYPE", "int4", "environment variable MPCACHE_DTYPE: takes one of bfloat16"),
+        ("MPCACHE_ROWS", "12q", "environment variable MPCACHE_ROWS: must be a whole number"),
+        ("MPCACHE_DTYPE", "int4", "environment variable MPCACHE_DTYPE: must be one of bfloat16"),
         ("MPCACHE_ROWS", "0", "got 0 (set by MPCACHE_ROWS in the environment)"),
         ("MPCACHE_CHUNK_ROWS", "50", "(set by MPCACHE_CHUNK_ROWS in the environment)"),
     ],

@@ -15,7 +15,9 @@ from mpcli.tables import print_json, print_table
 @from_config(CollectConfig, arguments=("model", "dataset"))
 def bench(
     config: CollectConfig,
-    repeats: Annotated[int, typer.Option(help="timed pairs of runs; one more pair warms up")] = 5,
+    repeats: Annotated[
+        int, typer.Option(help="measured pairs of runs; one more pair before them is a warm-up")
+    ] = 5,
     json: Json = False,
 ) -> None:
     from mpcache.bench.collect import bench as run
@@ -31,7 +33,7 @@ def bench_store(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="folder for the measured stores; default: the system's temporary folder",
+            help="folder for the stores that are measured; default: the temporary folder",
         ),
     ] = None,
     json: Json = False,

@@ -37,14 +37,14 @@ def collect(
         str | None,
         typer.Option(
             metavar="ROOT",
-            help="in place of STORE: a folder or bucket of stores, in which the store that fits is "
-            "found or created",
+            help="folder of stores (or s3:// or gs:// URL), instead of STORE: the command "
+            "continues the store in it that has the same settings, or creates one",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """The same command continues after an interruption, and adds hookpoints or rows to a store that
-    is there. The exit code is 1 if parts could not be collected.
+    """The same command continues after an interruption, and adds hookpoints or rows to an existing
+    store. The exit code is 1 if parts could not be collected.
     """
     from mpcache.collection.collect import collect as run
 
@@ -53,7 +53,7 @@ def collect(
         summary = location.summary or run(location.config, location.storage, parallel, quiet=False)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            "interrupted; committed parts are kept, and the same command continues after them"
+            "interrupted; finished parts are kept; run the same command again to continue"
         ) from None
     if json:
         print_json(dataclasses.asdict(summary))

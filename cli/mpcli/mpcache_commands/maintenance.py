@@ -18,7 +18,7 @@ JournalPath = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="file that notes what is intact; a later verify with the same file skips that",
+        help="file that records which data is intact; the next verify with it skips that data",
     ),
 ]
 
@@ -51,8 +51,8 @@ def verify(
 def repair(
     config: RepairConfig, parallel: ParallelConfig, store: StoreArgument, json: Json = False
 ) -> None:
-    """The model computes damaged rows again, or they are read from --source. They are written only
-    where they equal what was committed; --accept-other-bits writes them in any case.
+    """The model computes damaged rows again; with --source, they are read from another store. Only
+    rows that equal the rows first stored are written, unless --accept-other-bits is given.
     """
     from mpcache.maintenance.repair import repair as run
 
@@ -70,8 +70,9 @@ def repair(
         typer.echo(f"{printable(store)}: {'intact' if done.intact else 'DAMAGED'}")
     if any(mark.outcome == "other bits" for mark in done.marks):
         typer.echo(
-            "error: this machine computes other bits than were committed; repair on the machine "
-            "that collected the store, name a copy with --source, or give --accept-other-bits",
+            "error: the rows that this machine computes differ in some bits from the rows first "
+            "stored; repair on the machine that collected the store, give a copy of the store "
+            "with --source, or accept the new rows with --accept-other-bits",
             err=True,
         )
     if not done.intact:

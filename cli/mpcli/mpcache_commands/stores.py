@@ -16,7 +16,10 @@ from mpcli.tables import print_json, print_table
 def list_stores(
     *,
     root: Annotated[
-        str, typer.Argument(metavar="ROOT", help="a folder of stores, or an s3:// or gs:// URL")
+        str,
+        typer.Argument(
+            metavar="ROOT", help="folder of stores: a local folder, or an s3:// or gs:// URL"
+        ),
     ],
     json: Json = False,
 ) -> None:
@@ -83,7 +86,9 @@ def info(*, store: StoreArgument, json: Json = False) -> None:
 def remove(
     *,
     store: StoreArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="delete without a question")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="delete without asking for confirmation")
+    ] = False,
 ) -> None:
     from mpcache.maintenance.remove import plan_removal
     from mpcache.maintenance.remove import remove as run
@@ -92,9 +97,10 @@ def remove(
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(
-                f"{store} would be deleted for good, and nobody is here to confirm; give --yes"
+                f"cannot ask for confirmation to delete {store}: the input is not a terminal; "
+                "give --yes to delete the store for good"
             )
         if not typer.confirm(printable(f"delete {removal.description}, {store}, for good?")):
-            raise UsageError(f"{store} was not deleted")
+            raise UsageError(f"{store} was not deleted: the answer was not yes")
     run(removal)
     typer.echo(printable(f"{store} was deleted"))

@@ -22,7 +22,7 @@ class RowOptions:
     group: ClassVar[str] = "Data"
 
     rows: int | None = None
-    "validation rows to evaluate on; default all of the store"
+    "validation rows to evaluate on; default: all validation rows of the store"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,12 @@ class LanguageModelOptions:
     group: ClassVar[str] = "Model"
 
     model: str | None = None
-    "also run the store's model with the coder in it: Hugging Face id, local folder or .gguf file"
+    (
+        "also evaluate the store's language model with the coder in it: Hugging Face id, local "
+        "folder or .gguf file"
+    )
     revision: str = "main"
-    "revision of a Hugging Face model"
+    "branch, tag or commit of a Hugging Face model"
     trust_remote_code: bool = False
     "run the Python code that comes with the model; read that code first"
 
@@ -46,9 +49,12 @@ class VariantOptions:
     group: ClassVar[str] = "Evaluation"
 
     k: tuple[int, ...] = ()
-    "evaluate also with these K"
+    "also evaluate the coder with these K, one more line of the report for each"
     codes: tuple[Codes, ...] = ()
-    "evaluate an mp coder also with values by: mp, gp (gradient pursuit), omp (orthogonal)"
+    (
+        "arch mp only: also evaluate with values by mp (matching pursuit), gp (gradient pursuit) "
+        "or omp (orthogonal)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +62,14 @@ class EvaluateOptions(RowOptions, ReadCacheSettings, LanguageModelOptions, Varia
     """The options of `mptrain eval`."""
 
     device: str = "auto"
-    "torch device of coder and model; auto takes the first GPU, else the CPU"
+    "torch device of coder and model; auto: the first GPU, or the CPU if there is no GPU"
 
 
 @from_config(EvaluateOptions)
 def evaluate(
     options: EvaluateOptions,
     coder: Annotated[
-        Path, typer.Argument(metavar="CODER", help="folder of a coder: RUN/coders/NAME")
+        Path, typer.Argument(metavar="CODER", help="folder of the trained coder: RUN/coders/NAME")
     ],
     store: StoreArgument,
     json: Json = False,

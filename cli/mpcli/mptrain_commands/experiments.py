@@ -21,26 +21,27 @@ Changes = Annotated[
         "--set",
         metavar="TABLE.KEY=VALUE",
         envvar="MPTRAIN_SET",
-        help="change a setting of the file",
+        help="change a setting of FILE; can be repeated; example: --set data.rows=100000",
     ),
 ]
 
 
 def sweep(
     *,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="experiment file in TOML")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="experiment file in TOML format")],
     only: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FIGURE",
-            help="only these figures, or panels FIGURE/HOOKPOINT-KIND-kK; * matches any text",
+            help="only this figure, or panel FIGURE/HOOKPOINT-KIND-kK; * is any text; repeatable",
         ),
     ] = None,
     changes: Changes = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="print what would be done (rows, coders, bytes) and do nothing else"
+            "--dry-run",
+            help="print what the command would do (rows, coders, bytes) and do nothing else",
         ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -68,7 +69,7 @@ def sweep(
                 quiet=False,
             )
     except KeyboardInterrupt as stop:
-        raise type(stop)("interrupted; the same command continues from there") from None
+        raise type(stop)("interrupted; run the same command again to continue") from None
     _print_result(result, experiment.header.folder, json)
     return None
 
@@ -113,10 +114,14 @@ def plot(
     *,
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="folders of runs, each given to fit as --run"),
+        typer.Argument(metavar="RUN", help="folders of runs (the values of `mptrain fit --run`)"),
     ],
     out: Annotated[
-        Path, typer.Option(metavar="PATH", help="path of the figure's files, without their endings")
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="output path without file extension; writes PATH.png, .svg, .csv and .json",
+        ),
     ] = Path("fvu"),
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="title of the figure")] = None,
     json: Json = False,

@@ -52,7 +52,7 @@ def _resume(run: str, given: dict[str, Any]) -> RunConfig:
     load_from=LoadConfigFrom(
         name="resume",
         metavar="RUN",
-        doc="continue the run in this folder with the config that it was started with",
+        doc="folder of an earlier run; continue this run with its own config",
         load=_resume,
     ),
 )
@@ -91,7 +91,7 @@ def fit(
     else:
         _print_results(Path(config.run), results)
     if all(result.diverged for result in results):
-        typer.echo("error: all coders diverged, so none was saved; use a lower --lr", err=True)
+        typer.echo("error: all coders diverged, so no coder was saved; use a lower --lr", err=True)
         raise typer.Exit(1)
     return None
 
@@ -136,19 +136,21 @@ def _how_to_continue(run: Path) -> str:
 
     step = last_step(run)
     if step is None:
-        return "interrupted before a state was saved; the same command starts from the beginning"
+        return "interrupted before a state was saved; run the same command again to start over"
     return (
-        f"interrupted; the same command continues after train step {step}, whose state is in "
-        f"{run}/state; mptrain save-coders {run} saves the coders of that state"
+        f"interrupted; run the same command again to continue after train step {step} (state in "
+        f"{run}/state); `mptrain save-coders {run}` saves the coders as of that step"
     )
 
 
 def save_coders(
     *,
-    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that has not ended")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="folder of a run that is not finished")],
     store: Annotated[
         str | None,
-        typer.Argument(metavar="STORE", help="its store, where that has moved since the run"),
+        typer.Argument(
+            metavar="STORE", help="new location of the run's store, if the store has moved"
+        ),
     ] = None,
     device: Annotated[
         str,
@@ -158,8 +160,8 @@ def save_coders(
     ] = "cpu",
     json: Json = False,
 ) -> None:
-    """They are saved as RUN/coders/NAME-stepN. The run may be running or interrupted; it does not
-    change, and can continue later.
+    """The coders are saved as RUN/coders/NAME-stepN. The run may be running or interrupted. The
+    command does not change the run, which can continue later.
     """
     from mptrain.runs.save_coders_early import save_coders as save
 
@@ -167,7 +169,9 @@ def save_coders(
     saved = save(run, changes)
     for coder in saved:
         if coder.diverged:
-            typer.echo(f"warning: {coder.coder} has diverged and was not saved", err=True)
+            typer.echo(
+                f"warning: {coder.coder} diverged, so it was not saved; use a lower --lr", err=True
+            )
     if json:
         return print_json([dataclasses.asdict(coder) for coder in saved])
     for coder in saved:

@@ -314,7 +314,9 @@ def test_a_part_that_fails_three_times_is_reported_and_the_rest_is_collected(
     options += [f"--scheduler={everywhere.scheduler}"]
     result = CliRunner().invoke(app, ["collect", config.model, config.dataset, str(path), *options])
     assert result.exit_code == 1
-    assert "part 5 is missing after 3 tries: RuntimeError: the part is broken" in result.stderr
+    assert (
+        "part 5 was not collected after 3 tries: RuntimeError: the part is broken" in result.stderr
+    )
     assert "error: 1 parts are missing" in result.stderr
     assert "2,304 rows in 12 parts" in result.stdout
     assert "dashboard: http://" in result.stderr

@@ -135,7 +135,7 @@ def test_values_that_overflow_are_counted(tmp_path: Path) -> None:
         (("--hookpoints", "layers.7"), "it has layers.0:output, layers.1.mlp:input"),
         (("--hookpoints", "layers.0:input"), "hookpoints must be in the store"),
         (("--hookpoints", "../secret"), "names joined by dots"),
-        (("--dtype", "int4"), "takes one of bfloat16, float16, float32"),
+        (("--dtype", "int4"), "must be one of bfloat16, float16, float32"),
     ],
 )
 def test_invalid_conversions_are_refused(

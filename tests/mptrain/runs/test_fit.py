@@ -183,7 +183,7 @@ def test_a_run_without_a_coder_left_ends(
     completed = CliRunner().invoke(mptrain, fitted)
     assert steps == 1
     assert completed.exit_code == 1
-    assert "all coders diverged, so none was saved" in completed.stderr
+    assert "all coders diverged, so no coder was saved" in completed.stderr
     assert not completed.stdout
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [(r["diverged"], r["rows_read"]) for r in results] == [(True, 64)] * 2

@@ -92,6 +92,6 @@ def test_damage_names_the_commands_that_repair_it(store: str, tmp_path: Path) ->
         assert last.startswith("error: ")
         assert "is missing" in last
         assert last.endswith(
-            f"mpcache verify {damaged} lists what is damaged, "
-            f"mpcache repair {damaged} collects it again"
+            f"`mpcache verify {damaged}` lists all damage, "
+            f"`mpcache repair {damaged}` restores the data"
         )

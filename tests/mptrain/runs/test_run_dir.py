@@ -219,7 +219,7 @@ def test_sigterm_saves_and_prints_a_message(
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     result = CliRunner().invoke(mptrain, fitted)
     assert result.exit_code == 143
-    assert "the same command continues after train step 1" in result.stderr
+    assert "run the same command again to continue after train step 1" in result.stderr
 
 
 def test_a_full_disk_is_one_line_of_warning(

@@ -244,7 +244,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
     assert process.returncode != 0
     (state,) = (f.name for f in (tmp_path / "run/state").iterdir())
     assert 0 < int(state) < 2000, errors
-    assert "the same command continues after train step" in errors
+    assert "run the same command again to continue after train step" in errors
 
 
 @pytest.mark.parametrize(
