@@ -145,7 +145,7 @@ def test_nonfinite_activations_are_counted_reported_and_refused(tmp_path: Path) 
     store, run = str(tmp_path / "store"), str(tmp_path / "run")
     collected = collect(tmp_path, store, "--hookpoints", "layers.0")
     assert collected.exit_code == 0
-    assert "not finite" in collected.stderr
+    assert "NaN or infinite" in collected.stderr
     report = json.loads(CliRunner().invoke(mpcache, ["stats", store, "--json"]).stdout)
     assert report[0]["nonfinite"] > 0
     fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", *FIT]
@@ -354,7 +354,10 @@ def test_ctrl_c_says_whether_a_fit_continues_or_starts_again(
         "--hookpoints",
         "layers.0",
     ]
-    for times, message in ((2, "run the same command again to start over"), (1, "to continue after train step 1")):
+    for times, message in (
+        (2, "run the same command again to start over"),
+        (1, "to continue after train step 1"),
+    ):
         presses = times
         result = CliRunner().invoke(mptrain, [*fit, *FIT])
         assert result.exit_code == 130
