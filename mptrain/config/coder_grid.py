@@ -173,6 +173,12 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
                 if not self.hookpoints
                 else "hookpoints and input each say what coders read; give one of them"
             )
+        kinds = ",".join(kind for kind in self.kind if kind != "sae")
+        if self.input and kinds and (self.target or self.input) == self.input:
+            raise UsageError(
+                f"kind {kinds} predicts another side than {','.join(self.input)}; name it with "
+                "--target, or use kind sae"
+            )
 
     def _check_presets(self) -> None:
         for name in self.preset:

@@ -44,6 +44,11 @@ def test_a_transcoder_between_two_hookpoints_is_named_after_both() -> None:
         ({"hookpoints": ("a",), "target": ("a:input",)}, "target a:input needs an input"),
         ({"input": ("a",)}, "a side must be HOOKPOINT:input or HOOKPOINT:output, got 'a'"),
         ({"input": (MLP_IN,), "target": (NORM_OUT,)}, "an sae predicts what it reads"),
+        ({"input": (MLP_IN,), "kind": ("transcoder",)}, "another side .* name it with --target"),
+        (
+            {"input": (MLP_IN,), "target": (MLP_IN,), "kind": ("sae", "skip-transcoder")},
+            f"kind skip-transcoder predicts another side than {MLP_IN}",
+        ),
         (
             {"input": (MLP_IN, "b:input"), "target": (NORM_OUT,), "kind": ("transcoder",)},
             "inputs must name one side, got layers.1.mlp:input,b:input; coders of several sides",
