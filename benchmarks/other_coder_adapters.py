@@ -49,9 +49,7 @@ def overcomplete_mp(W_MD: Tensor, b_D: Tensor, k: int) -> CodingMethod:
     M, D = W_MD.shape
     # its constructor warns about tensors, and copies an array
     dictionary = {"initializer": W_MD.detach().cpu().numpy()}
-    sae = _overcomplete_sae().MpSAE(
-        D, M, k=k, dictionary_params=dictionary, device=str(W_MD.device)
-    )
+    sae = overcomplete_sae().MpSAE(D, M, k=k, dictionary_params=dictionary, device=str(W_MD.device))
     return CodingMethod(
         name=f"overcomplete {version('overcomplete')} mp",
         encode=lambda x_BD: sae.encode(x_BD - b_D)[1],
@@ -116,7 +114,7 @@ def find_methods(
     return methods, absent
 
 
-def _overcomplete_sae() -> ModuleType:
+def overcomplete_sae() -> ModuleType:
     """The SAEs of overcomplete without the rest of the package, which imports torchvision.
 
     PyPI's torchvision does not work beside a torch for CPUs, and then breaks transformers too.

@@ -125,13 +125,13 @@ def _new_storage(root: Storage, config: CollectConfig, fingerprint: str) -> Stor
     dataset = Path(short_name(config.dataset.split(",")[0]))
     while dataset.suffix.lower() in LOCAL_SUFFIXES:
         dataset = dataset.with_suffix("")
-    readable = f"{_safe(short_name(config.model))}-{_safe(dataset.name)}"
+    readable = f"{safe_folder_name(short_name(config.model))}-{safe_folder_name(dataset.name)}"
     short = root.child(f"{readable}-{fingerprint[:_PREFIX_LENGTH]}")
     if is_store(short) and read_store_file(short)["fingerprint"] != fingerprint:
         return root.child(f"{readable}-{fingerprint}")
     return short
 
 
-def _safe(name: str) -> str:
-    """What of a name any file system takes as part of a folder's name."""
+def safe_folder_name(name: str) -> str:
+    """The name with only characters that every file system accepts in a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_NAME_LENGTH].strip("-.") or "unnamed"

@@ -72,7 +72,7 @@ def bucket_client(scheme: Scheme, bucket: str) -> Any:
 
     if scheme == "gs":
         return GCSStore(bucket, client_options=_TIMEOUTS, retry_config=_RETRIES)  # type: ignore[arg-type]  # plain dicts
-    options = {**_TIMEOUTS, "allow_http": True} if _is_local(_endpoint()) else _TIMEOUTS
+    options = {**_TIMEOUTS, "allow_http": True} if is_local_address(_endpoint()) else _TIMEOUTS
     provider = _credentials(bucket)
     return S3Store(
         bucket,
@@ -86,7 +86,7 @@ def _endpoint() -> str:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
 
 
-def _is_local(endpoint: str) -> bool:
+def is_local_address(endpoint: str) -> bool:
     """Whether an address is this machine's own, where plain HTTP is safe."""
     host = urlsplit(endpoint).hostname or ""
     with contextlib.suppress(ValueError):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mptrain.kernels import triton_support as fused
+from mptrain.kernels import triton_support
 
 
 def sparse_decode(
@@ -131,4 +131,4 @@ def row_products(idx_BK: Tensor, V_ME: Tensor, x_BE: Tensor) -> Tensor:
 
 def _is_fused(of_rows: Tensor) -> bool:
     """Whether there are Triton kernels for the device and dtype."""
-    return of_rows.dtype == torch.float32 and fused.available(of_rows.device)
+    return of_rows.dtype == torch.float32 and triton_support.available(of_rows.device)

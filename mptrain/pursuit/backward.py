@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mptrain.kernels.sparse import dictionary_row, entry_sums
-from mptrain.pursuit import numba_backend as cpu
-from mptrain.pursuit import triton_backend as cuda
+from mptrain.pursuit import numba_backend, triton_backend
 
 _ELEMENTS = 1 << 28  # of the [b, K, D] terms of one dictionary's gradient
 
@@ -36,10 +35,10 @@ def pursue_backward(
     is fixed on every device.
     """
     of_batch = (idx_BK, val_BK, dval_BK, residual_BD, dresidual_BD)
-    if cpu.applies(idx_BK):
-        return cpu.pursue_backward(*of_batch, W_MD, U_MD, detach)
-    if cuda.applies(W_MD) and len(W_MD) == len(U_MD):
-        return cuda.pursue_backward(*of_batch, W_MD, U_MD, detach)
+    if numba_backend.applies(idx_BK):
+        return numba_backend.pursue_backward(*of_batch, W_MD, U_MD, detach)
+    if triton_backend.applies(W_MD) and len(W_MD) == len(U_MD):
+        return triton_backend.pursue_backward(*of_batch, W_MD, U_MD, detach)
     dx_BD, dW_MD = dresidual_BD.clone(), torch.zeros_like(W_MD)
     dU_MD = dW_MD if U_MD is W_MD else torch.zeros_like(U_MD)
     rows = max(1, _ELEMENTS // (idx_BK.shape[1] * W_MD.shape[1]))

@@ -11,8 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mptrain.kernels.sparse import dictionary_row
-from mptrain.pursuit import numba_backend as cpu
-from mptrain.pursuit import triton_backend as cuda
+from mptrain.pursuit import numba_backend, triton_backend
 from mptrain.pursuit.backend import AtomSearch, microbatch_rows, resolve_backend
 from mptrain.pursuit.finders import Direct, Gram, Shortlist
 from mptrain.pursuit.rule import Rule
@@ -62,16 +61,19 @@ def _prepare(
     backend = resolve_backend(search, M, steps, rule.block is not None)
     assert rule.block is None or backend == "direct", "only direct knows blocks"
     if backend == "direct":
-        direct = cuda.Direct if rule.has_kernels and cuda.applies(W_MD) else Direct
+        has_triton = rule.has_kernels and triton_backend.applies(W_MD)
+        direct = triton_backend.Direct if has_triton else Direct
         return partial(_by_finder, partial(direct, W_MD, rule), W_MD, U_MD, rule), M
     low = search.score_dtype == "bfloat16"
     scoring_MD = W_MD.bfloat16() if low else W_MD
-    backends = (cpu, cuda) if rule.has_kernels else ()
+    backends = (numba_backend, triton_backend) if rule.has_kernels else ()
     kernels = next((backend for backend in backends if backend.applies(W_MD)), None)
     if backend == "gram":
-        room_MM = cpu.room_for(M, M, scoring_MD.dtype) if kernels is cpu else None
+        room_MM = (
+            numba_backend.room_for(M, M, scoring_MD.dtype) if kernels is numba_backend else None
+        )
         G_MM = torch.mm(U_MD.to(scoring_MD.dtype), scoring_MD.T, out=room_MM)
-        if kernels is None or (kernels is cuda and low):
+        if kernels is None or (kernels is triton_backend and low):
             return partial(_by_finder, partial(Gram, W_MD, G_MM, rule), W_MD, U_MD, rule), M
         return partial(kernels.pursue_by_gram_, G_MM, W_MD, U_MD, rule), M
     size, refresh = min(search.shortlist_size, M), search.shortlist_refresh

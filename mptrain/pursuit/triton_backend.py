@@ -7,7 +7,7 @@ Triton is imported when it is known to be there.
 import torch
 from torch import Tensor
 
-from mptrain.kernels import triton_support as fused
+from mptrain.kernels import triton_support
 from mptrain.kernels.sparse import dictionary_row
 from mptrain.pursuit import finders
 from mptrain.pursuit.rule import Rule
@@ -15,7 +15,7 @@ from mptrain.pursuit.rule import Rule
 
 def applies(dictionary_MD: Tensor) -> bool:
     """Whether these kernels are for the device and dtype of a dictionary."""
-    return dictionary_MD.dtype == torch.float32 and fused.available(dictionary_MD.device)
+    return dictionary_MD.dtype == torch.float32 and triton_support.available(dictionary_MD.device)
 
 
 class Direct(finders.Direct):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import loaders, pursuit
+from benchmarks import compare_coders, compare_loaders
 from benchmarks.other_coder_adapters import ADAPTERS
 from benchmarks.saelens_reader import saelens_reads
 from mptrain.bench.config import LoaderBenchConfig
@@ -21,7 +21,7 @@ PURSUIT = ["--rows", "40", "--width", "8", "--latents", "16", "--k", "3", "--rep
 
 def test_coders_of_installed_tools_are_measured_beside_ours() -> None:
     options = [*PURSUIT, "--tool-rows", "9", "--tools", "sae-lens", "--device", "cpu", "--json"]
-    result = CliRunner().invoke(pursuit.app, options)
+    result = CliRunner().invoke(compare_coders.app, options)
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("loading torch\n")
     report = json.loads(result.stdout)
@@ -35,7 +35,7 @@ def test_coders_of_installed_tools_are_measured_beside_ours() -> None:
 
 
 def test_an_unknown_tool_is_refused() -> None:
-    result = CliRunner().invoke(pursuit.app, [*PURSUIT, "--tools", "saelens"])
+    result = CliRunner().invoke(compare_coders.app, [*PURSUIT, "--tools", "saelens"])
     assert result.exit_code == 2
     assert f"must be one of {', '.join(ADAPTERS)}, got 'saelens'" in result.stderr
 
@@ -43,13 +43,15 @@ def test_an_unknown_tool_is_refused() -> None:
 def test_the_loader_is_measured_beside_saelens(tmp_path: Path) -> None:
     store = str(small_store(tmp_path)[0])
     options = ["--rows", "600", "--batch-rows", "64", "--window-rows", "128", "--repeats", "1"]
-    result = CliRunner().invoke(loaders.app, [store, *options, "--saelens-rows", "320", "--json"])
+    result = CliRunner().invoke(
+        compare_loaders.app, [store, *options, "--saelens-rows", "320", "--json"]
+    )
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert [row["method"] for row in report["readings"]][:2] == ["loader", "bare decode"]
     assert (report["absent"] is None) == (find_spec("sae_lens") is not None)
     several = ["--hookpoints", "layers.0,layers.1.mlp"]
-    refused = CliRunner().invoke(loaders.app, [store, *options, *several])
+    refused = CliRunner().invoke(compare_loaders.app, [store, *options, *several])
     assert refused.exit_code == 2
     assert "hookpoints must be a single one here, got 2" in " ".join(refused.stderr.split())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import other_coder_adapters as other_coders
+from benchmarks import other_coder_adapters
 from benchmarks.other_coder_adapters import find_methods, overcomplete_mp, saelens_mp, sparsify_topk
 from benchmarks.tool_imports import import_quietly
 from mptrain.bench.measure import CodeTensors, CodingMethod, saved_bytes
@@ -193,7 +193,7 @@ def test_overcomplete_is_imported_without_its_vision_models(
     (tmp_path / "overcomplete/sae/__init__.py").write_text("from ..base import here")
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(2):
-        module = other_coders._overcomplete_sae()
+        module = other_coder_adapters.overcomplete_sae()
         assert (module.here, module.__file__) == (1, str(tmp_path / "overcomplete/sae/__init__.py"))
         assert "overcomplete" not in sys.modules
     for name in ("overcomplete.base", "overcomplete.sae"):

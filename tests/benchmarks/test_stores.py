@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import compare_storage as stores
+from benchmarks import compare_storage
 from benchmarks.other_storage import saelens_cache, zarr_arrays
 from mpcache.bench.config import StoreBenchConfig
 from mpcache.bench.storage_speed import store_cases
@@ -35,7 +35,7 @@ def test_zarr_writes_and_reads_the_bytes_of_the_format(tmp_path: Path, dtype: to
 
 def test_zarrs_writes_and_reads_the_same(tmp_path: Path) -> None:
     pytest.importorskip("zarrs")
-    method = zarr_arrays(store_cases(SMALL)[0].spec, 2, stores._ZARRS_PIPELINE)
+    method = zarr_arrays(store_cases(SMALL)[0].spec, 2, compare_storage._ZARRS_PIPELINE)
     assert "zarrs" in method.name
     method.write(tmp_path, torch.randn(512, 8).bfloat16(), 2)
     assert method.read(tmp_path) == 1024
@@ -55,7 +55,7 @@ def test_saelens_reads_what_it_wrote(tmp_path: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     options = ["--rows", "300", "--width", "4", "--part-rows", "128", "--chunk-rows", "32,64"]
     options += ["--repeats", "1", "--folder", str(tmp_path), "--json"]
-    result = CliRunner().invoke(stores.app, options)
+    result = CliRunner().invoke(compare_storage.app, options)
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("loading torch\n")
     report = json.loads(result.stdout)
@@ -66,6 +66,6 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_an_unknown_tool_is_refused() -> None:
-    result = CliRunner().invoke(stores.app, ["--tools", "arrow"])
+    result = CliRunner().invoke(compare_storage.app, ["--tools", "arrow"])
     assert result.exit_code == 2
     assert "got 'arrow'" in result.stderr

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.data import data_file as datafile
+from mpcache.data import data_file
 from mpcli.mpcache import app
 from tests.helpers.models import save_tiny
 
@@ -252,21 +252,21 @@ def test_a_bad_file_of_ids_or_chats_is_refused(tmp_path, model, name, values, fa
 def test_an_unreadable_file_is_named(tmp_path, model, name, monkeypatch):
     """Root can read all files, so the test simulates the system's refusal."""
     (tmp_path / name).write_bytes(KINDS[name](TEXTS[:50]))
-    plain = datafile.os.open
+    plain = data_file.os.open
 
     def refuse(path, *arguments, **options):
         if str(path).endswith(name):
             raise PermissionError(13, "Permission denied", str(path))
         return plain(path, *arguments, **options)
 
-    monkeypatch.setattr(datafile.os, "open", refuse)
+    monkeypatch.setattr(data_file.os, "open", refuse)
     assert f"{name} is not readable" in refusal(model, tmp_path / name, tmp_path)
 
 
 def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path, model):
     (tmp_path / "a.jsonl").mkdir()
     assert "none in a.jsonl" in refusal(model, tmp_path / "a.jsonl", tmp_path)
-    datafile.os.mkfifo(tmp_path / "b.jsonl")
+    data_file.os.mkfifo(tmp_path / "b.jsonl")
     assert "b.jsonl must be a regular file" in refusal(model, tmp_path / "b.jsonl", tmp_path)
 
 

@@ -20,7 +20,7 @@ from mpcli.mpcache import app as mpcache
 from mpcli.mptrain import app as mptrain
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.presets import PRESETS
-from mptrain.runs import fit as fit_stage
+from mptrain.runs import fit as fit_module
 from tests.helpers.models import save_tiny, tiny_tokenizer
 from tests.helpers.stores import small_config, small_store, write_corpus
 
@@ -345,7 +345,7 @@ def test_ctrl_c_says_whether_a_fit_continues_or_starts_again(
         for _ in range(presses):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(fit_stage, "fit", partial(fit_stage.fit, on_step=press))
+    monkeypatch.setattr(fit_module, "fit", partial(fit_module.fit, on_step=press))
     fit = [
         "fit",
         str(inputs / "store"),

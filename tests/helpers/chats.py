@@ -7,7 +7,7 @@ from unittest import mock
 
 import numpy as np
 
-from mpcache.collection import collect as collecting
+from mpcache.collection import collect as collect_module
 from mpcache.collection.collect import collect
 from mpcache.collection.summary import CollectSummary
 from mpcache.config import CollectConfig
@@ -43,7 +43,7 @@ def dataset_of(chats: list[Conversation]) -> Iterator[None]:
         return documents
 
     with (
-        mock.patch.object(collecting, "open_documents", open_chats),
+        mock.patch.object(collect_module, "open_documents", open_chats),
         mock.patch.object(original_collection, "open_documents", open_chats),
     ):
         yield

@@ -15,7 +15,7 @@ from mptrain.config.coder_grid import FitConfig
 from mptrain.data import atomic_files
 from mptrain.experiments.experiment_file import read_experiment
 from mptrain.experiments.sweep import sweep
-from mptrain.runs import metrics_file as metrics
+from mptrain.runs import metrics_file
 from mptrain.runs.fit import fit
 from mptrain.training.train_step import CoderTrainer
 
@@ -56,9 +56,9 @@ class Killer:
 
 def torn(killer: Killer) -> Callable[..., Any]:
     """Kill the process with half of a line written to metrics.jsonl."""
-    write = metrics.MetricsFile._write
+    write = metrics_file.MetricsFile._write
 
-    def killed(self: metrics.MetricsFile, **options: Any) -> None:
+    def killed(self: metrics_file.MetricsFile, **options: Any) -> None:
         if self._pending and killer.reach("train", "half a line"):
             with self.path.open("ab") as file:
                 file.write(self._pending[: len(self._pending) // 2])
@@ -87,7 +87,7 @@ def arm(kind: str, moment: int, log: Path) -> None:
     """Let this process be killed at the given moment."""
     killer = Killer(kind, moment, log)
     CoderTrainer.step = killer.before("train", "train step", CoderTrainer.step)  # type: ignore[method-assign]
-    metrics.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
+    metrics_file.MetricsFile._write = torn(killer)  # type: ignore[method-assign]
     checkpoint.save_file = killer.before("save", "before tensors", checkpoint.save_file)
     checkpoint.save_file = killer.in_the_middle("save", "half of the tensors", checkpoint.save_file)
     atomic_files.sync = killer.before("save", "sync", atomic_files.sync)

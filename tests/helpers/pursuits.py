@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mptrain.pursuit import numba_backend as cpu
+from mptrain.pursuit import numba_backend
 from mptrain.pursuit.backend import AtomSearch
 
 DIRECT = AtomSearch(
@@ -80,7 +80,7 @@ class Baseline(NamedTuple):
 
     @contextmanager
     def forced(self) -> Iterator[None]:
-        with patch.object(cpu, "applies", lambda _: self.is_compiled):
+        with patch.object(numba_backend, "applies", lambda _: self.is_compiled):
             yield
 
 

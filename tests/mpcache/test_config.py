@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from mpcache import config as configs
+from mpcache import config as config_module
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
 from mpcache.store.sealed_json import canonical_json
@@ -27,7 +27,7 @@ def test_every_setting_of_a_collection_has_a_group() -> None:
 
 
 def test_examples_run() -> None:
-    result = doctest.testmod(configs)
+    result = doctest.testmod(config_module)
     assert result.attempted > 0
     assert result.failed == 0
 

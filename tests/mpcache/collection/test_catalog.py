@@ -152,7 +152,7 @@ def test_an_invalid_root_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", "../..", "a/b", "\x1b[31mred", "", ".hidden", "x" * 400])
 def test_any_name_gives_one_plain_folder(name: str) -> None:
-    safe = find_store_module._safe(name)
+    safe = find_store_module.safe_folder_name(name)
     assert Path(safe).name == safe
     assert safe.isascii()
     assert safe.isprintable()

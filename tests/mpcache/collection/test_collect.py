@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from mpcache.collection import store_side as fill
+from mpcache.collection import store_side
 from mpcache.collection.collect import collect
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.stats import stats
 from mpcache.maintenance.verify import verify
-from mpcache.storage import local as folder
+from mpcache.storage import local as local_storage
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import canonical_json, seal, unseal
 from mpcache.store.store_info import store_info
@@ -179,7 +179,7 @@ def test_an_interrupted_extension_is_no_damage_and_is_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fill, "commit_tokens", interrupted)
+        patch.setattr(store_side, "commit_tokens", interrupted)
         with pytest.raises(KeyboardInterrupt):
             small_store(tmp_path)
     assert verify(path).intact
@@ -207,7 +207,7 @@ def test_a_finished_store_is_not_written_again(
     def refused(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(folder, "write_temporary_file", refused)
+    monkeypatch.setattr(local_storage, "write_temporary_file", refused)
     assert small_store(tmp_path)[1].forward_rows == 0
 
 

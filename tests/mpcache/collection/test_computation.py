@@ -12,7 +12,7 @@ from mpcache.collection import commit_threads
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
-from mpcache.model import compile as compiled
+from mpcache.model import compile as compile_module
 from mpcache.model.compile import CompiledLayers, children_of_layers
 from mpcache.model.hookpoint_patterns import resolve_sides
 from mpcache.model.hooks import Capture
@@ -115,7 +115,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     """Counts compiled graphs and runs them unchanged."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    monkeypatch.setattr(compiled, "BACKEND", counter)
+    monkeypatch.setattr(compile_module, "BACKEND", counter)
     return counter
 
 

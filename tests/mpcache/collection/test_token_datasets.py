@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mpcache.collection import collect as stage
+from mpcache.collection import collect as collect_module
 from mpcache.collection.collect import collect
 from mpcache.collection.find_store import find_store
 from mpcache.config import CollectConfig, RepairConfig
@@ -81,7 +81,7 @@ def test_a_bin_gives_the_same_tokens(folder, tmp_path):
 def test_mistakes_are_refused_before_the_weights_are_loaded(
     folder, tmp_path, monkeypatch, dataset, changes, message
 ):
-    monkeypatch.setattr(stage, "load_for_collection", None)
+    monkeypatch.setattr(collect_module, "load_for_collection", None)
     if "model" in changes:
         changes = {"model": str(folder / "nothing")}
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ import pytest
 from distributed.client import Client
 from typer.testing import CliRunner
 
-from mpcache.collection import dask_client, fill
+from mpcache.collection import dask_client, store_side
 from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.collection.dask_client import DaskCollector
@@ -28,7 +28,7 @@ from mpcache.maintenance.verify import verify
 from mpcache.model.loading import load_tokenizer
 from mpcache.parallel.config import CollectParallelConfig, Share
 from mpcache.parallel.dask_cluster import CONNECT_TIMEOUT_KEY, start_cluster
-from mpcache.storage import local as folder
+from mpcache.storage import local as local_storage
 from mpcache.storage.base import open_storage
 from mpcli.mpcache import app
 from tests.helpers.commands import (
@@ -93,7 +93,7 @@ def slow_down(seconds: float) -> None:
 
 
 def fill_disk(after: int) -> None:
-    put, calls = folder.write_temporary_file, 0
+    put, calls = local_storage.write_temporary_file, 0
 
     def full(*arguments: Any) -> Path:
         nonlocal calls
@@ -102,7 +102,7 @@ def fill_disk(after: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
         return put(*arguments)
 
-    folder.write_temporary_file = full
+    local_storage.write_temporary_file = full
 
 
 def break_part(broken_part: int) -> None:
@@ -117,7 +117,7 @@ def break_part(broken_part: int) -> None:
 
 
 _UNPATCHED = (
-    folder.write_temporary_file,
+    local_storage.write_temporary_file,
     producer_module.capture_part,
     producer_module.ActivationProducer.read_part,
 )
@@ -125,7 +125,7 @@ _UNPATCHED = (
 
 def mend() -> None:
     (
-        folder.write_temporary_file,
+        local_storage.write_temporary_file,
         producer_module.capture_part,
         producer_module.ActivationProducer.read_part,
     ) = _UNPATCHED
@@ -382,8 +382,8 @@ def test_other_shares_wait_for_the_tokens_of_the_first(
     def refused(*_: object) -> None:
         assert threading.current_thread() is first
 
-    commit = fill.commit_tokens
-    monkeypatch.setattr(fill, "commit_tokens", lambda *args: (refused(), commit(*args)))
+    commit = store_side.commit_tokens
+    monkeypatch.setattr(store_side, "commit_tokens", lambda *args: (refused(), commit(*args)))
     assert collect(config, path, CollectParallelConfig(share="2/2")).parts == 6
     first.join()
     assert clean(path)

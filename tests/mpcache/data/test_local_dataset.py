@@ -16,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcache.config import CollectConfig
-from mpcache.data import data_file as datafile
-from mpcache.data import hub_dataset as hub
-from mpcache.data import local_dataset as files
+from mpcache.data import data_file, hub_dataset, local_dataset
 from mpcache.data.conversation import Conversation
 from mpcache.data.dataset import open_documents
 from mpcache.data.dataset_files import find_dataset_files
@@ -148,15 +146,15 @@ def test_no_cache_is_asked_and_none_is_left(tmp_path, monkeypatch):
 
 def changing(monkeypatch, change):
     """Call `change` after the digest and before the file is read."""
-    plain = datafile.DataFile._digest
+    plain = data_file.DataFile._digest
 
     def digest(self):
         digest_before = plain(self)
-        monkeypatch.setattr(datafile.DataFile, "_digest", plain)
+        monkeypatch.setattr(data_file.DataFile, "_digest", plain)
         change(self.path)
         return digest_before
 
-    monkeypatch.setattr(datafile.DataFile, "_digest", digest)
+    monkeypatch.setattr(data_file.DataFile, "_digest", digest)
 
 
 @pytest.mark.parametrize("suffix", [*FORMS, ".txt", ".bin"])
@@ -578,7 +576,7 @@ def test_suffixes_in_upper_case(tmp_path):
 def test_more_token_files_than_may_be_open(tmp_path, monkeypatch):
     for i in range(5):
         write_at(tmp_path / "d" / f"{i}.bin", np.array([i, 257], "<u2").tobytes())
-    monkeypatch.setattr(files.resource, "getrlimit", lambda _: (130, 130))
+    monkeypatch.setattr(local_dataset.resource, "getrlimit", lambda _: (130, 130))
     with pytest.raises(ValueError, match=r"d has 5 \.bin files, .* with ulimit -n 133, or join"):
         open_(tmp_path / "d")
     assert len(values(open_(tmp_path / "d" / "[01].bin"))) == 2
@@ -651,8 +649,8 @@ def test_another_commit_in_the_cache_is_not_taken(tmp_path, monkeypatch):
     config = CollectConfig(model="m", dataset="owner/name", hookpoints=("a",))
     message = f"{asked}; the local cache has another version, {there}"
     with pytest.raises(ConnectionError, match=message):
-        hub.load_hub_split(config, asked)
-    assert hub.load_hub_split(config, there)["text"][:] == ["old"]
+        hub_dataset.load_hub_split(config, asked)
+    assert hub_dataset.load_hub_split(config, there)["text"][:] == ["old"]
 
 
 def prepare(folder: Path) -> None:

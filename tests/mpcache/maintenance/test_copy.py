@@ -11,7 +11,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.remove import plan_removal, remove
 from mpcache.maintenance.verify import verify
-from mpcache.storage import local as folder
+from mpcache.storage import local as local_storage
 from mpcache.storage.base import open_storage
 from mpcache.store.store_metadata import is_store
 from mpcli.mpcache import app
@@ -69,7 +69,7 @@ def test_a_copy_has_every_byte_and_nothing_else(
 def test_a_stopped_copy_is_no_store_and_continues(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    write, calls = folder.write_temporary_file, 0
+    write, calls = local_storage.write_temporary_file, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -79,7 +79,7 @@ def test_a_stopped_copy_is_no_store_and_continues(
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "write_temporary_file", stopped)
+        patch.setattr(local_storage, "write_temporary_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             copy(store, tmp_path / "copy")
     assert not is_store(open_storage(tmp_path / "copy"))
@@ -147,7 +147,7 @@ def test_an_interrupted_removal_leaves_no_store_and_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder.shutil, "rmtree", interrupted)
+        patch.setattr(local_storage.shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
             remove(plan_removal(store))
     assert not store.exists()

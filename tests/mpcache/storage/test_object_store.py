@@ -21,7 +21,7 @@ from mpcache.config import CollectConfig
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.verify import verify
 from mpcache.parallel.config import ParallelConfig
-from mpcache.storage import bucket, cloud
+from mpcache.storage import bucket_requests, cloud_connection
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.reader import open_store
@@ -356,11 +356,13 @@ def test_nothing_secret_gets_into_a_store(originals: tuple[Path, str]) -> None:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shorten the pauses between retries."""
-    monkeypatch.setitem(cloud._RETRIES["backoff"], "init_backoff", 0.02 * cloud._SECONDS)
-    monkeypatch.setattr(bucket, "_PAUSE", 0.02)
-    cloud.bucket_client.cache_clear()
+    monkeypatch.setitem(
+        cloud_connection._RETRIES["backoff"], "init_backoff", 0.02 * cloud_connection._SECONDS
+    )
+    monkeypatch.setattr(bucket_requests, "_PAUSE", 0.02)
+    cloud_connection.bucket_client.cache_clear()
     yield
-    cloud.bucket_client.cache_clear()
+    cloud_connection.bucket_client.cache_clear()
 
 
 @pytest.mark.usefixtures("s3", "hurried")
@@ -368,7 +370,7 @@ def test_storage_on_a_server_that_fails_a_third_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kind of call gives the same result as on a reliable server."""
-    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(bucket_requests, "PART_BYTES", 5 << 20)
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.33) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
         storage = open_storage(f"s3://{servers.BUCKET}/{tmp_path.name}")
@@ -401,7 +403,7 @@ def test_a_collection_on_a_server_that_fails_now_and_then(
         url = f"s3://{servers.BUCKET}/{tmp_path.name}"
         assert not collect(config, url).missing
         assert verify(url).findings == ()
-    cloud.bucket_client.cache_clear()
+    cloud_connection.bucket_client.cache_clear()
     monkeypatch.undo()
     assert equal(download(open_storage(url), tmp_path / "store"), tmp_path / "whole")
 

@@ -26,7 +26,7 @@ from mpcache.maintenance.copy import copy
 from mpcache.maintenance.remove import plan_removal, remove
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
-from mpcache.storage import bucket, cloud, object_store
+from mpcache.storage import bucket_requests, cloud_connection, object_store
 from mpcache.storage.base import open_storage
 from mpcache.storage.object_store import ObjectStorage
 from mpcache.store.mark import TokenProgress
@@ -49,12 +49,16 @@ IDENTITY = {"seed": 0}
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[MemoryStore]:
     """obstore's in-memory store stands for a server."""
     memory = MemoryStore()
-    monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
-    monkeypatch.setattr(bucket, "_PAUSE", 0.0)
-    for cached in (bucket._check_bucket, bucket._check_create_only, bucket._announce_wait):
+    monkeypatch.setattr(bucket_requests, "bucket_client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket_requests, "_PAUSE", 0.0)
+    for cached in (
+        bucket_requests._check_bucket,
+        bucket_requests._check_create_only,
+        bucket_requests._announce_wait,
+    ):
         cached.cache_clear()
     yield memory
-    bucket._check_create_only.cache_clear()
+    bucket_requests._check_create_only.cache_clear()
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def store(memory: MemoryStore) -> ObjectStorage:
 def test_a_source_that_breaks_off_is_no_fault_of_the_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bucket, "PART_BYTES", 100)
+    monkeypatch.setattr(bucket_requests, "PART_BYTES", 100)
 
     def pieces() -> Iterator[bytes]:
         yield from [b"x" * 60] * 8
@@ -201,9 +205,9 @@ def test_waiting_is_announced_once(
     def away(*_: object) -> None:
         raise ConnectionError("away")
 
-    monkeypatch.setattr(bucket, "_SOON", 0.0)
-    monkeypatch.setattr(bucket, "_PATIENCE", 0.1)
-    monkeypatch.setattr(bucket, "_PAUSE", 0.01)
+    monkeypatch.setattr(bucket_requests, "_SOON", 0.0)
+    monkeypatch.setattr(bucket_requests, "_PATIENCE", 0.1)
+    monkeypatch.setattr(bucket_requests, "_PAUSE", 0.01)
     for _ in range(2):
         with pytest.raises(ConnectionError, match="away"):
             ObjectStorage("gs://in-memory/store").bucket.request(away, "a")
@@ -217,11 +221,11 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.bind(("127.0.0.1", 0))
         server.listen(50)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setitem(cloud._TIMEOUTS, "read_timeout", cloud._SECONDS)
-        cloud.bucket_client.cache_clear()
+        monkeypatch.setitem(cloud_connection._TIMEOUTS, "read_timeout", cloud_connection._SECONDS)
+        cloud_connection.bucket_client.cache_clear()
         with servers.environment(address):
             yield "s3://shared/store"
-    cloud.bucket_client.cache_clear()
+    cloud_connection.bucket_client.cache_clear()
 
 
 def test_ctrl_c_ends_the_wait_for_a_silent_server(silent: str) -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from obstore import exceptions
 
 from mpcache.errors import DamagedStoreError
-from mpcache.storage import bucket, cloud
-from mpcache.storage import local as folder
+from mpcache.storage import bucket_requests, cloud_connection
+from mpcache.storage import local as local_storage
 from mpcache.storage.base import Storage, open_storage
 
 
@@ -41,9 +41,9 @@ def storage(
     from obstore.store import MemoryStore
 
     memory = MemoryStore()
-    monkeypatch.setattr(bucket, "bucket_client", lambda scheme, name: memory)
-    monkeypatch.setattr(bucket, "_PAUSE", 0.0)
-    bucket._check_bucket.cache_clear()
+    monkeypatch.setattr(bucket_requests, "bucket_client", lambda scheme, name: memory)
+    monkeypatch.setattr(bucket_requests, "_PAUSE", 0.0)
+    bucket_requests._check_bucket.cache_clear()
     return open_storage("gs://in-memory/place")
 
 
@@ -139,8 +139,8 @@ def test_ranges_are_exact_or_refused(storage: Storage) -> None:
 
 def test_much_is_read_in_several_calls(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """For any number of buffers, and however few bytes the system returns at a time."""
-    monkeypatch.setattr(folder, "_CALL", 300)
-    monkeypatch.setattr(folder, "_CALL_BUFFERS", 3)
+    monkeypatch.setattr(local_storage, "_CALL", 300)
+    monkeypatch.setattr(local_storage, "_CALL_BUFFERS", 3)
     preadv = os.preadv
 
     def little(descriptor: int, buffers: list[memoryview], offset: int) -> int:
@@ -159,7 +159,7 @@ def test_much_is_read_in_several_calls(storage: Storage, monkeypatch: pytest.Mon
 def test_large_objects_go_and_come_in_parts(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bucket, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(bucket_requests, "PART_BYTES", 5 << 20)
     content = bytes(range(256)) * (52 << 10)
     pieces = (content[start : start + 700_001] for start in range(0, len(content), 700_001))
     assert storage.publish(storage.write_temporary("large", "key", pieces), "large")
@@ -286,16 +286,16 @@ def test_a_bucket_that_is_not_there(s3: str) -> None:
 
 @pytest.fixture
 def fresh_clients() -> Iterator[None]:
-    cloud.bucket_client.cache_clear()
+    cloud_connection.bucket_client.cache_clear()
     yield
-    cloud.bucket_client.cache_clear()
+    cloud_connection.bucket_client.cache_clear()
 
 
 @pytest.mark.usefixtures("s3", "fresh_clients")
 def test_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setitem(cloud._RETRIES, "max_retries", 1)
-    monkeypatch.setattr(bucket, "_TRIES", 1)
+    monkeypatch.setitem(cloud_connection._RETRIES, "max_retries", 1)
+    monkeypatch.setattr(bucket_requests, "_TRIES", 1)
     with pytest.raises(ConnectionError, match=r"s3://shared/a/store\.json: "):
         open_storage("s3://shared/a").exists("store.json")
 
@@ -323,8 +323,8 @@ def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_http_is_for_this_machine_alone() -> None:
     here = ("http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1")
     there = ("http://example.org", "https://127.0.0.1.example.org", "", "http://10.0.0.1")
-    assert all(map(cloud._is_local, here))
-    assert not any(map(cloud._is_local, there))
+    assert all(map(cloud_connection.is_local_address, here))
+    assert not any(map(cloud_connection.is_local_address, there))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,10 @@ def test_plain_http_is_for_this_machine_alone() -> None:
     ],
 )
 def test_errors_of_servers_in_words(raised: Exception, kind: type[OSError], message: str) -> None:
-    with pytest.raises(kind, match=message) as error, cloud.translate_errors("gs://shared/a"):
+    with (
+        pytest.raises(kind, match=message) as error,
+        cloud_connection.translate_errors("gs://shared/a"),
+    ):
         raise raised
     assert type(error.value) is kind
     assert "gs://shared/a" in str(error.value)

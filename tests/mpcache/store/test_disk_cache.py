@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
-from mpcache.storage import cloud_connection as cloud
+from mpcache.storage import cloud_connection
 from mpcache.storage.base import open_storage
-from mpcache.store import disk_cache as read_cache
+from mpcache.store import disk_cache
 from mpcache.store.reader import Store, open_store
 from mpcache.store.zarr_codec import ReadInto
 from mpcli.mptrain import app
@@ -72,9 +72,9 @@ def asked(
 
     with servers.faulty(os.environ["AWS_ENDPOINT_URL"], 0, 0.0, str(log)) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-        cloud.bucket_client.cache_clear()
+        cloud_connection.bucket_client.cache_clear()
         yield look
-    cloud.bucket_client.cache_clear()
+    cloud_connection.bucket_client.cache_clear()
 
 
 def got(requests: list[str]) -> bool:
@@ -257,9 +257,9 @@ def test_other_content_under_the_same_name_is_never_mistaken(
 ) -> None:
     """A part that was rewritten with other bits has another digest in its mark."""
     folder, store = str(tmp_path / "cache"), open_store(own)
-    cache = read_cache.ReadCache(folder, None, store.storage, store.digest)
-    other = read_cache.ReadCache(folder, None, store.storage, "another store.json")
-    elsewhere = read_cache.ReadCache(folder, None, open_storage(originals[1]), store.digest)
+    cache = disk_cache.ReadCache(folder, None, store.storage, store.digest)
+    other = disk_cache.ReadCache(folder, None, store.storage, "another store.json")
+    elsewhere = disk_cache.ReadCache(folder, None, open_storage(originals[1]), store.digest)
     for number, (some_cache, key) in enumerate(
         [(cache, "a" * 32), (cache, "b" * 32), (other, "a" * 32), (elsewhere, "a" * 32)]
     ):
@@ -333,7 +333,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     def failing(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(read_cache.fcntl, "flock", failing)
+    monkeypatch.setattr(disk_cache.fcntl, "flock", failing)
     actual = warned(open_store(url, str(tmp_path / "cache")), os.strerror(code))
     assert same(actual, everything(open_store(path)))
     assert kept(tmp_path / "cache") == {}
@@ -388,7 +388,7 @@ def test_no_two_take_the_same_room(
     monkeypatch.setattr(os, "fstat", slow)
 
     def keep(number: int) -> None:
-        cache = read_cache.ReadCache(str(tmp_path / "cache"), 1000, storage, "digest")
+        cache = disk_cache.ReadCache(str(tmp_path / "cache"), 1000, storage, "digest")
         content = np.full(30, number, np.uint8)
         cache.read_through(
             f"{number // 3:032x}", filling(content), lambda read: taken(read, number, 30)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mpcache.store.reader import open_store
 from mptrain.config.coder_grid import FitConfig
-from mptrain.data import preflight as suited
+from mptrain.data import preflight
 from mptrain.data.preflight import await_parts, check_window_memory, open_trainable_store
 from mptrain.data.ranges_as_text import format_ranges, parse_ranges
 from mptrain.runs.fit import fit, plan_fit
@@ -131,7 +131,7 @@ def test_sides_under_way_are_waited_for_or_refused(begun: Path, original: Path) 
 def test_follow_waits_and_trains_as_on_the_finished_store(
     begun: Path, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suited, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(preflight, "_POLL_SECONDS", 0.01)
     collector = threading.Thread(target=commit_missing_marks, args=(begun, original))
     collector.start()
     followed = fit(config(begun, run=str(tmp_path / "followed"), follow=True))

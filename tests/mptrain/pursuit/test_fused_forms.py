@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mptrain.config.coder import CoderConfig
-from mptrain.kernels import triton_support as fused
-from mptrain.pursuit import numba_backend as cpu
+from mptrain.kernels import triton_support
+from mptrain.pursuit import numba_backend
 from tests.helpers.trainers import BASE, TRANSCODER, D, make_learner, rows_of
 
 pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernels on a CPU")
@@ -37,8 +37,8 @@ CONFIGS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_a_train_step_is_that_of_a_cpu(config: CoderConfig, monkeypatch: pytest.MonkeyPatch):
     expected = gradients(config)
-    monkeypatch.setattr(fused, "available", lambda _: True)
-    monkeypatch.setattr(cpu, "applies", lambda _: False)
+    monkeypatch.setattr(triton_support, "available", lambda _: True)
+    monkeypatch.setattr(numba_backend, "applies", lambda _: False)
     actual = gradients(config)
     assert actual.keys() == expected.keys()
     for name, tensor in actual.items():

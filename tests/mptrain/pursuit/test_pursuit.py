@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mptrain.config.coder_settings import CoderSettings
-from mptrain.pursuit import backend as search_module
-from mptrain.pursuit import backward as reverse_module
-from mptrain.pursuit import numba_backend as cpu
-from mptrain.pursuit import numba_kernels as cpu_kernels
+from mptrain.pursuit import backend as backend_module
+from mptrain.pursuit import backward as backward_module
+from mptrain.pursuit import numba_backend, numba_kernels
 from mptrain.pursuit.autograd import matching_pursuit
 from mptrain.pursuit.backend import microbatch_rows, resolve_backend
 from mptrain.pursuit.batch_threshold import EntryThreshold
@@ -304,10 +303,10 @@ def test_microbatch_does_not_matter(baseline: Baseline, monkeypatch: pytest.Monk
     if baseline.search == DIRECT:
         problems.append((x_BD, W_MD, W_MD.flip(0), 5, Rule("signed", block=8)))
     expected = [outcome(baseline, *arguments) for arguments in problems]
-    monkeypatch.setattr(search_module, "_CPU_ELEMENTS", 5 * 40)
-    monkeypatch.setattr(reverse_module, "_ELEMENTS", 4 * 5 * 8)
-    monkeypatch.setattr(cpu, "_PIECE", 3)
-    monkeypatch.setattr(cpu, "_COLUMNS", 3)
+    monkeypatch.setattr(backend_module, "_CPU_ELEMENTS", 5 * 40)
+    monkeypatch.setattr(backward_module, "_ELEMENTS", 4 * 5 * 8)
+    monkeypatch.setattr(numba_backend, "_PIECE", 3)
+    monkeypatch.setattr(numba_backend, "_COLUMNS", 3)
     for before, arguments in zip(expected, problems, strict=True):
         for a, b in zip(before, outcome(baseline, *arguments), strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
@@ -464,8 +463,8 @@ def test_the_largest_are_the_largest_and_the_first_of_equals(p: list[float], dat
     size = data.draw(st.integers(1, len(p)))
     listed, keys = np.empty(len(p), np.int64), np.empty(len(p), np.float32)
     more = data.draw(st.integers(1, 4), label="more lanes than listed")
-    lanes = np.empty(cpu_kernels.LANES * (size // cpu_kernels.LANES + more), np.float32)
-    count = cpu_kernels.largest(p_M, size, lanes, keys, listed)
+    lanes = np.empty(numba_kernels.LANES * (size // numba_kernels.LANES + more), np.float32)
+    count = numba_kernels.largest(p_M, size, lanes, keys, listed)
     candidates = [j for j in range(len(p)) if p_M[j] > -np.inf]
     assert listed[:count].tolist() == sorted(sorted(candidates, key=lambda j: -p_M[j])[:size])
     score_C = torch.from_numpy(p_M[candidates])
@@ -480,7 +479,7 @@ def test_nth_largest(p: list[float], data: st.DataObject):
     n = data.draw(st.integers(1, len(values)))
     expected = np.sort(values)[::-1][n - 1]
     before = np.sort(values)
-    assert cpu_kernels.nth_largest_(values, n) == expected
+    assert numba_kernels.nth_largest_(values, n) == expected
     assert np.array_equal(np.sort(values), before), "only reordered"
 
 
@@ -488,8 +487,8 @@ def test_nth_largest(p: list[float], data: st.DataObject):
 @given(p=scores)
 def test_first_largest(select: str, p: list[float]):
     p_M = np.array(p, np.float32)
-    actual = cpu_kernels.first_largest(
-        p_M, np.empty(cpu_kernels.LANES, np.float32), cpu_kernels.MODES[select]
+    actual = numba_kernels.first_largest(
+        p_M, np.empty(numba_kernels.LANES, np.float32), numba_kernels.MODES[select]
     )
     keys = np.abs(p_M) if select == "magnitude" else p_M
     if (keys > -np.inf).any():
@@ -506,8 +505,8 @@ def test_the_best_of_inexact_scores_are_scored_again(select: str, p: list[float]
     generator = np.random.default_rng(seed)
     W_MD = generator.integers(-2, 3, (len(score_M), 2)).astype(np.float32)
     r_D = generator.integers(-2, 3, 2).astype(np.float32)
-    mode, lanes = cpu_kernels.MODES[select], np.empty(cpu_kernels.LANES, np.float32)
-    actual = cpu_kernels.first_of_few(score_M, lanes, N_RESCORED, W_MD, r_D, mode)
+    mode, lanes = numba_kernels.MODES[select], np.empty(numba_kernels.LANES, np.float32)
+    actual = numba_kernels.first_of_few(score_M, lanes, N_RESCORED, W_MD, r_D, mode)
     size = np.abs if select == "magnitude" else np.asarray
     kept = [j for j in range(len(score_M)) if size(score_M)[j] > -np.inf]
     bound = sorted((size(score_M)[j] for j in kept), reverse=True)[:N_RESCORED][-1:]

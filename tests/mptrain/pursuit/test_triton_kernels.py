@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mptrain.kernels import sparse
-from mptrain.pursuit import backward as reverse_module
+from mptrain.pursuit import backward as backward_module
 from tests.helpers.paths import PROJECT
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install mpcache[triton]")
@@ -344,7 +344,7 @@ def test_reverse_equals_autograd(
 
 
 def test_reverse_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kernels in (reverse_module.cpu, reverse_module.cuda):
+    for kernels in (backward_module.cpu, backward_module.cuda):
         monkeypatch.setattr(kernels, "applies", lambda _: False)
     x_BD, W_MD = randn(9, 40), unit(randn(15, 40))
     idx_BK, val_BK = torch.zeros(9, 4, dtype=torch.int64, device=DEVICE), randn(9, 4)
@@ -352,7 +352,7 @@ def test_reverse_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     gram_steps_(x_BD, x_BD @ W_MD.T, W_MD @ W_MD.T, W_MD, W_MD, idx_BK, val_BK, stop_norm_B)
     dval_BK, g_BD = randn(9, 4), randn(9, 40)
     dx_BD, dW_MD, _ = pursue_backward(idx_BK, val_BK, dval_BK, x_BD, g_BD, W_MD, W_MD)
-    torch_dx_BD, torch_dW_MD, _ = reverse_module.pursue_backward(
+    torch_dx_BD, torch_dW_MD, _ = backward_module.pursue_backward(
         idx_BK, val_BK, dval_BK, x_BD, g_BD, W_MD, W_MD, False
     )
     close(dx_BD, torch_dx_BD)

@@ -29,7 +29,7 @@ from mptrain.data.atomic_files import write_json
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
 from mptrain.evals.evaluate import Evaluation, evaluate_coder
-from mptrain.runs import fit as fit_stage
+from mptrain.runs import fit as fit_module
 from mptrain.runs import validator
 from mptrain.runs.fit import fit
 from mptrain.runs.signals import Terminated
@@ -177,7 +177,7 @@ def test_a_run_without_a_coder_left_ends(
         for coder_run in coder_runs:
             spoil(coder_run)
 
-    monkeypatch.setattr(fit_stage, "fit", partial(fit, on_step=spoil_all))
+    monkeypatch.setattr(fit_module, "fit", partial(fit, on_step=spoil_all))
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     completed = CliRunner().invoke(mptrain, fitted)

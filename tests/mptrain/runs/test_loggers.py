@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mptrain.config.run import Log
-from mptrain.runs import loggers as followers
+from mptrain.runs import loggers
 from mptrain.runs.fit import fit
 from mptrain.runs.loggers import MetricLoggers
 from mptrain.runs.metrics_file import Record, read_records
@@ -83,7 +83,7 @@ def test_an_absent_package_is_an_error_before_the_run_begins(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        followers.importlib.util, "find_spec", lambda name: None if name == log else find(name)
+        loggers.importlib.util, "find_spec", lambda name: None if name == log else find(name)
     )
     with pytest.raises(ValueError, match=rf"log {log} needs .* pip install 'mpcache\[{log}\]'"):
         fit(config(store, tmp_path / "run", log=(log,), **SMALL_RUN))
@@ -96,7 +96,7 @@ def test_a_follower_that_fails_ends_no_training(
     def fails(*_: object) -> None:
         raise RuntimeError("connection lost")
 
-    monkeypatch.setattr(followers.TensorBoard, "add", fails)
+    monkeypatch.setattr(loggers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* connection lost"):
         fit(config(store, tmp_path / "run", log=("tensorboard",), **SMALL_RUN))
     assert len(read_records(tmp_path / "run/metrics.jsonl")) == 12
@@ -110,18 +110,18 @@ def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
     def fails(*_: object) -> None:
         raise RuntimeError("connection lost")
 
-    def fails_to_close(self: followers.TensorBoard) -> None:
+    def fails_to_close(self: loggers.TensorBoard) -> None:
         nonlocal closed
         closed += 1
         close(self)
         raise RuntimeError("nobody there")
 
-    close = followers.TensorBoard.close
-    monkeypatch.setattr(followers.TensorBoard, "close", fails_to_close)
+    close = loggers.TensorBoard.close
+    monkeypatch.setattr(loggers.TensorBoard, "close", fails_to_close)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* nobody there"):
         fit(config(store, tmp_path / "run", log=("tensorboard",), **SMALL_RUN))
     assert (tmp_path / "run/results.json").exists()
-    monkeypatch.setattr(followers.TensorBoard, "add", fails)
+    monkeypatch.setattr(loggers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="connection lost"):
         fit(config(store, tmp_path / "other", log=("tensorboard",), **SMALL_RUN))
     assert closed == 2

@@ -22,8 +22,8 @@ from mptrain.bench.measure import peak_bytes
 from mptrain.coders.coder import Coder
 from mptrain.config.coder_settings import Optimizer
 from mptrain.pursuit.numba_backend import free_room
-from mptrain.runs import fit as fit_stage
-from mptrain.runs import run_dir as runs
+from mptrain.runs import fit as fit_module
+from mptrain.runs import run_dir
 from mptrain.runs.fit import fit, plan_fit
 from mptrain.runs.memory import MOMENTS, CoderMemory, coder_memory, group_into_passes, pass_bytes
 from mptrain.runs.plan import RunPlan
@@ -197,7 +197,7 @@ def test_passes_are_those_that_the_run_began_with(
     """Another version or another device might plan other passes."""
     few: dict[str, Any] = {"kind": ("sae",), "rows": 64 * 6, "eval_rows": 64}
     fit(config(store, tmp_path / "whole", **few))
-    make, calls = fit_stage.make_plan, 0
+    make, calls = fit_module.make_plan, 0
 
     def one_coder_each(*args: Any) -> RunPlan:
         plan = make(*args)
@@ -210,7 +210,7 @@ def test_passes_are_those_that_the_run_began_with(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage, "make_plan", one_coder_each)
+        patch.setattr(fit_module, "make_plan", one_coder_each)
         with pytest.raises(KeyboardInterrupt):
             fit(config(store, tmp_path / "broken", **few, save_every=1), on_step=interrupted)
     assert len(plan_fit(config(store, tmp_path / "broken", **few)).passes) == 2
@@ -299,7 +299,7 @@ def test_resume_needs_no_other_option(
     expected = weights(run)
     other = ("--run", str(tmp_path / "other"), "--save-every", "5")
     with monkeypatch.context() as patch:
-        patch.setattr(fit_stage, "fit", partial(fit, on_step=interrupt_at(8)))
+        patch.setattr(fit_module, "fit", partial(fit, on_step=interrupt_at(8)))
         assert invoke(*arguments, *other).exit_code == 130
     (tmp_path / "other").rename(moved)
     resumed = invoke("--resume", str(moved))
@@ -339,7 +339,7 @@ def test_options_given_at_their_default_count_as_given(
         seen.update(options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "resumed_config", noted)
+    monkeypatch.setattr(run_dir, "resumed_config", noted)
     invoke("--resume", "RUN", "--save-every", "200", "--device", "auto", "--no-follow")
     assert seen == {"save_every": 200, "device": "auto", "follow": False}
     assert "[default: 10M]" in " ".join(invoke("--help").stdout.split())
@@ -351,8 +351,8 @@ def test_what_processes_share_is_of_the_command(store: str, tmp_path: Path) -> N
     about = json.loads(file.read_text())
     about["fit"]["spread"] = "rows"
     file.write_text(json.dumps(about))
-    assert runs.resumed_config(str(tmp_path / "run"), {}).spread is None
-    assert runs.resumed_config(str(tmp_path / "run"), {"spread": "coders"}).spread == "coders"
+    assert run_dir.resumed_config(str(tmp_path / "run"), {}).spread is None
+    assert run_dir.resumed_config(str(tmp_path / "run"), {"spread": "coders"}).spread == "coders"
 
 
 def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Path) -> None:

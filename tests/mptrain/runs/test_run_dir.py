@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from mpcache.errors import UsageError
 from mpcli.mptrain import app as mptrain
 from mptrain.coders import checkpoint
-from mptrain.runs import fit as fit_stage
-from mptrain.runs import metrics_file as metrics
+from mptrain.runs import fit as fit_module
+from mptrain.runs import metrics_file
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics_file import MetricsFile, read_records
 from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
@@ -121,7 +121,7 @@ def test_lines_that_a_full_disk_refuses_are_written_later(
     file.add(RECORD)
     with monkeypatch.context() as patch:
         open_ = Path.open
-        patch.setattr(metrics.Path, "open", lambda *args, **more: Cut(open_(*args, **more)))
+        patch.setattr(metrics_file.Path, "open", lambda *args, **more: Cut(open_(*args, **more)))
         with pytest.warns(RuntimeWarning, match=r"metrics\.jsonl cannot be written"):
             file.add(RECORD)
         file.add(RECORD)  # warns once
@@ -214,7 +214,7 @@ def test_sigterm_saves_and_prints_a_message(
     def terminate(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(fit_stage, "fit", partial(fit, on_step=terminate))
+    monkeypatch.setattr(fit_module, "fit", partial(fit, on_step=terminate))
     fitted = ["fit", store, "--run", str(tmp_path / "run"), "--hookpoints", "layers.0", "--k", "3",
               "--expansion", "2", "--rows", "800", "--batch-rows", "64"]  # fmt: skip
     result = CliRunner().invoke(mptrain, fitted)
