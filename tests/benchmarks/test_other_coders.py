@@ -84,7 +84,7 @@ def test_its_autograd_gives_our_gradient(adapter: Adapter, biased: bool):
 
 
 @needs("overcomplete")
-def test_overcomplete_goes_on_where_no_score_is_positive():
+def test_overcomplete_continues_where_no_score_is_positive():
     """overcomplete takes an atom with a negative score where no score is positive."""
     coder, x_BD = our_coder(2, 2, 1), torch.tensor([[-1.0, -1.0]])
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_more_rows_continue_where_the_flags_ended(
     assert more.empty_documents == collected[1].empty_documents
 
 
-def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
+def test_tokens_and_flags_are_repaired_together(damaged: Path) -> None:
     before = {name: (damaged / name).read_bytes() for name in (FLAGS, TOKENS)}
     Path(str(chat_config(damaged.parent).chat_template)).write_text("{{ 'another by now' }}")
     for broken in ((FLAGS,), (TOKENS,), (FLAGS, TOKENS, "marks/2/tokens.json")):
@@ -138,7 +138,7 @@ def test_tokens_and_flags_are_mended_together(damaged: Path) -> None:
             assert [mark.outcome for mark in done.marks] == ["other bits"]
 
 
-def test_flags_are_mended_from_a_copy(
+def test_flags_are_repaired_from_a_copy(
     damaged: Path, collected: tuple[Path, CollectSummary]
 ) -> None:
     before = (damaged / FLAGS).read_bytes()

@@ -75,7 +75,7 @@ def test_batches_leave_out_the_first_token_of_each_piece(store: Store, tmp_path:
         assert ((batch.fields["token"] == 256) == (batch.positions_B == 0)).all()
 
 
-def test_everything_is_mended(folder: Path, tmp_path: Path, store: Store) -> None:
+def test_everything_is_repaired(folder: Path, tmp_path: Path, store: Store) -> None:
     if store.has_assistant:
         pytest.skip("the dataset of chats is known to its own test only")
     shutil.copytree(folder.parent, tmp_path / "all")

@@ -140,7 +140,7 @@ def test_remove_asks_and_leaves_nothing(store: Path, tmp_path: Path) -> None:
     assert command("remove", store, "--yes").exit_code == 2
 
 
-def test_an_interrupted_removal_leaves_no_store_and_goes_on(
+def test_an_interrupted_removal_leaves_no_store_and_continues(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: object) -> None:

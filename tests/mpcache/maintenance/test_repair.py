@@ -219,7 +219,7 @@ def test_another_model_is_refused(original: Path, store: Path, tmp_path: Path) -
         repair(store, RepairConfig(model=str(tmp_path / "model")))
 
 
-def test_a_damaged_store_file_cannot_be_mended(store: Path) -> None:
+def test_a_damaged_store_file_cannot_be_repaired(store: Path) -> None:
     flip(store / "store.json", 300)
     result = CliRunner().invoke(app, ["repair", str(store)])
     assert result.exit_code == 1
@@ -265,7 +265,7 @@ def harm_all_kinds(path: Path) -> None:
 
 @pytest.mark.parametrize("changes", CONVERTED, ids=str)
 @pytest.mark.parametrize("source", ["model", "its source", "a copy"])
-def test_a_converted_store_is_mended(
+def test_a_converted_store_is_repaired(
     wide: Path, tmp_path: Path, changes: ConvertConfig, source: str
 ) -> None:
     """Repaired by the model with the same roundings, by the source store, or by a copy."""

@@ -110,7 +110,7 @@ def test_a_damaged_mark_of_activations_that_are_computed_alike(original: Path, s
         "arrays.zarr/moments/layers.0/output/c/1/0/0",
     ],
 )
-def test_a_store_of_older_code_is_mended(tmp_path: Path, codec: Any, name: str) -> None:
+def test_a_store_of_older_code_is_repaired(tmp_path: Path, codec: Any, name: str) -> None:
     """A copy restores every byte; a converted store all but the values computed from rows."""
     damaged, source = tmp_path / "damaged", tmp_path / "source"
     shutil.copytree(STORE_V1, damaged)
@@ -185,7 +185,7 @@ def test_tokens_without_their_mark_have_their_object_as_witness(
 # --- a part that cannot be repaired stops no other part ---
 
 
-def test_tokens_that_cannot_be_mended_leave_their_part_alone(
+def test_tokens_that_cannot_be_repaired_leave_their_part_alone(
     original: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (store / "marks/0/tokens.json").unlink()

@@ -92,7 +92,7 @@ class InPlace(nn.Module):
         return self.last(y)
 
 
-def test_copies_before_the_model_goes_on_in_place():
+def test_copies_before_the_model_changes_values_in_place():
     model = InPlace().requires_grad_(False)
     got = capture(model, "mlp")
     assert torch.equal(got["mlp:output"], model.mlp(got["mlp:input"]))

@@ -242,7 +242,7 @@ def named(url: str) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["model", "copy"])
-def test_damage_in_a_bucket_is_named_and_mended(
+def test_damage_in_a_bucket_is_named_and_repaired(
     originals: tuple[Path, str], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     folder, source = originals

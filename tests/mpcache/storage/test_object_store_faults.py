@@ -113,7 +113,7 @@ def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: ObjectStorag
 # --- removals ---
 
 
-def test_no_copy_goes_on_with_what_a_removal_left(
+def test_no_copy_continues_with_what_a_removal_left(
     store: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, delete = "gs://in-memory/copy", ObjectStorage.delete
@@ -154,7 +154,7 @@ class InTurn:
     map = staticmethod(map)
 
 
-def test_half_a_copy_is_removed_and_its_removal_goes_on(
+def test_half_a_copy_is_removed_and_its_removal_continues(
     store: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "gs://in-memory/copy"
