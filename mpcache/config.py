@@ -4,8 +4,9 @@ The literal under a field is its documentation and its line in `--help`. A class
 names the heading under which `--help` lists the fields that the class defines.
 """
 
+import types
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from mpcache.errors import UsageError
 
@@ -33,6 +34,32 @@ def check_at_least(config: object, minimum: int, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < minimum:
             raise UsageError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_types(config: object) -> None:
+    """Raise UsageError for the first field whose value is none that its type allows.
+
+    Where a field takes several names, one text alone is refused too: each of its letters would
+    count as a name.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        choices = _choices(hint)
+        if choices and value not in choices:
+            raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        if hint is int and type(value) is not int:
+            raise UsageError(f"{name} must be a whole number, got {value!r}")
+        if get_origin(hint) is tuple and isinstance(value, str):
+            raise UsageError(f"{name} must be a tuple of names, got {value!r}; write ({value!r},)")
+
+
+def _choices(hint: Any) -> tuple[object, ...]:
+    """The values that a type names: of `Literal["a"] | None` "a" and None; else none."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) in (types.UnionType, Union) and any(map(_choices, get_args(hint))):
+        return tuple(c for a in get_args(hint) for c in _choices(a) or (None,))
+    return ()
 
 
 # --- groups of settings ---
@@ -180,7 +207,7 @@ class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettin
     tokens or sequences, as each field says. Raises UsageError where settings contradict each other.
 
     Example:
-        >>> from mpcache.config import CollectConfig
+        >>> from mpcache import CollectConfig
         >>> config = CollectConfig(
         ...     model="EleutherAI/pythia-160m",
         ...     dataset="texts.jsonl",
@@ -193,6 +220,7 @@ class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettin
     """
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.hookpoints:
             raise UsageError("hookpoints is empty; name at least one, for instance layers.10.mlp")
         check_at_least(self, 1, "rows", "ctx_len", "batch_sequences", "part_rows", "chunk_rows")
@@ -244,6 +272,9 @@ class ConvertConfig:
     "rows per part; a multiple of the --part-rows of the collection; default: unchanged"
     hookpoints: tuple[str, ...] = ()
     "hookpoints to keep, written as for `mpcache collect`; default: all"
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,3 +336,6 @@ class HookpointsConfig(PretrainedModelSettings):
         "attention implementation of transformers; default: sdpa, or eager if the model does not "
         "support sdpa"
     )
+
+    def __post_init__(self) -> None:
+        check_types(self)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from mpcache import config as config_module
-from mpcache.config import CollectConfig
+from mpcache.config import CollectConfig, ConvertConfig, HookpointsConfig
 from mpcache.errors import UsageError
 from mpcache.store.sealed_json import canonical_json
 from tests.helpers.paths import GOLDEN
@@ -36,6 +36,10 @@ def test_examples_run() -> None:
     ("changes", "message"),
     [
         ({"hookpoints": ()}, "hookpoints is empty"),
+        ({"hookpoints": "layers.0"}, r"must be a tuple of names, .*; write \('layers.0',\)"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32, got 'int8'"),
+        ({"bos": "documents"}, "bos must be one of none, document, sequence"),
+        ({"rows": 1e6}, r"rows must be a whole number, got 1000000\.0"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"write_threads": 0}, "write_threads must be at least 1, got 0"),
         ({"validation_every": 1}, "validation_every must be at least 2, got 1"),
@@ -50,3 +54,13 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         CollectConfig(**({"model": "m", "dataset": "d", "hookpoints": ("a",)} | changes))  # type: ignore[arg-type]
+
+
+def test_values_of_other_types_are_refused() -> None:
+    with pytest.raises(UsageError, match="codec must be one of none, lz4, zstd, None, got 'gzip'"):
+        ConvertConfig(codec="gzip")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"write \('layers\.0',\)"):
+        ConvertConfig(hookpoints="layers.0")  # type: ignore[arg-type]
+    assert HookpointsConfig(model="m").attention is None
+    with pytest.raises(UsageError, match="attention must be one of sdpa, eager"):
+        HookpointsConfig(model="m", attention="flash")  # type: ignore[arg-type]
