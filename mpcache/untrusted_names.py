@@ -11,7 +11,7 @@ from mpcache.errors import UsageError
 
 LONGEST_NAME = 200  # bytes; below every file system's limit with a temporary file's suffix
 _PART = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
-_SIDES = ("input", "output")
+SIDES = ("input", "output")
 
 
 def printable(text: str) -> str:
@@ -32,7 +32,7 @@ def is_hookpoint(name: str) -> bool:
 def is_acts_array(array: str) -> bool:
     """Whether a name is that of an activations array: `acts/<hookpoint>/<side>`."""
     steps = array.split("/")
-    return len(steps) == 3 and steps[0] == "acts" and is_hookpoint(steps[1]) and steps[2] in _SIDES
+    return len(steps) == 3 and steps[0] == "acts" and is_hookpoint(steps[1]) and steps[2] in SIDES
 
 
 def is_part(text: str) -> bool:

@@ -5,6 +5,7 @@ Shapes: R rows, W width.
 
 import bisect
 import itertools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,13 @@ class ActsArray:
                 rows = range(start, stop, step)
                 return self[rows[-1] : start + 1].flip(0)[::-step] if rows else self._read(0, 0)
             return self._read(start, stop)[::step]
-        row = key + len(self) if key < 0 else key
+        try:
+            row = operator.index(key)
+        except TypeError:
+            raise TypeError(
+                f"rows are indexed by an integer or a slice, got {type(key).__name__}"
+            ) from None
+        row = row + len(self) if row < 0 else row
         if not 0 <= row < len(self):
             raise IndexError(f"row {key} is out of range, {self!r} has {len(self)} rows")
         return self._read(row, row + 1)[0]

@@ -15,6 +15,7 @@ from mpcache.store.moments import Moments, empty_moments, merge_moments
 from mpcache.store.object_paths import acts_array, array_specs, hookpoint_of
 from mpcache.store.part_layout import ZARR_DTYPE
 from mpcache.store.part_reader import PartReader
+from mpcache.untrusted_names import SIDES
 
 
 class ActsReader:
@@ -37,9 +38,7 @@ class ActsReader:
 
     def sides(self, hookpoint: str) -> tuple[str, ...]:
         """Collected sides of a hookpoint: `input`, `output`, or both."""
-        sides = tuple(
-            s for s in ("input", "output") if acts_array(hookpoint, s) in self.index.parts
-        )
+        sides = tuple(s for s in SIDES if acts_array(hookpoint, s) in self.index.parts)
         if not sides:
             raise UsageError(
                 f"{self.index.storage} has no hookpoint {hookpoint!r}; "
@@ -59,8 +58,18 @@ class ActsReader:
 
     def parse_side(self, name: str) -> tuple[str, str]:
         """Hookpoint and side of `HOOKPOINT:SIDE`, or of `HOOKPOINT` with only one side."""
-        hookpoint, _, side = name.partition(":")
+        if not isinstance(name, str):
+            raise UsageError(
+                f"a side must be named as HOOKPOINT:SIDE, got {name!r}; "
+                f"{self.index.storage} has the hookpoints {', '.join(self.hookpoints) or 'none'}"
+            )
+        hookpoint, colon, side = name.partition(":")
         sides = self.sides(hookpoint)
+        if colon and side not in SIDES:
+            raise UsageError(
+                f"a side must be {' or '.join(SIDES)}, got {name!r}; "
+                f"{hookpoint} has {' and '.join(f'{hookpoint}:{side}' for side in sides)}"
+            )
         if not side and len(sides) > 1:
             raise UsageError(
                 f"{hookpoint} has both sides, got {name!r}; "

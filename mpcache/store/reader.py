@@ -48,6 +48,9 @@ class Store(StoreMetadata):
         self.acts = ActsReader(self.reader)
         self.tokens = TokenReader(self, self.reader)
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.storage)!r})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the store again, without a read cache."""
         return _open_same, (self.storage, self.digest)

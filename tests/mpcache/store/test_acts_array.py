@@ -91,10 +91,20 @@ def test_a_side_may_be_left_out_where_there_is_one(tmp_path: Path) -> None:
 def test_unknown_names_are_answered_with_what_there_is(store: Store) -> None:
     with pytest.raises(UsageError, match=r"no hookpoint 'layers\.9'; it has .*layers\.1\.mlp"):
         store["layers.9:output"]
+    for side in ("outputs", ""):
+        with pytest.raises(
+            UsageError, match=r"input or output, got .*; layers\.0 has layers\.0:out"
+        ):
+            store.rows(f"layers.0:{side}")
     with pytest.raises(
-        UsageError, match=r"no outputs of layers\.1\.mlp, only its input and output"
+        UsageError, match=r"no input of layers\.0, only its output; collect it with"
     ):
-        store.rows("layers.1.mlp:outputs")
+        store["layers.0:input"]
+    with pytest.raises(UsageError, match=r"named as HOOKPOINT:SIDE, got 0; .* layers\.1\.mlp"):
+        store[0]  # type: ignore[index]
+    for key in ("a", 1.5, [1, 2]):
+        with pytest.raises(TypeError, match="by an integer or a slice, got"):
+            store[SIDE][key]  # type: ignore[index]
     with pytest.raises(UsageError, match="split must be train or validation, got 'test'"):
         store.rows(SIDE, split="test")  # type: ignore[arg-type]
 
