@@ -43,7 +43,7 @@ class OriginalCollection:
         try:
             documents = open_documents(self.config, vocabulary)
             self._check_same("dataset", documents.digest, "dataset")
-        except (UsageError, OSError) as error:
+        except (ValueError, OSError) as error:  # libraries raise plain ValueErrors
             raise NoDatasetError(str(error)) from error
         return documents
 

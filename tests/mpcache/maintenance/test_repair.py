@@ -206,6 +206,23 @@ def test_a_model_that_moved(original: Path, store: Path, tmp_path: Path) -> None
     assert lasting_content(store) == lasting_content(original / "store")
 
 
+def test_tokens_stay_damaged_where_a_library_cannot_open_the_dataset(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is repaired, whatever kind of error the library raises."""
+    flip(store / TOKENS, 8)
+    flip(store / "marks/1/rows/sequence.json", 8)
+
+    def fail(*_: object) -> None:
+        raise ValueError("BuilderConfig 'x' not found")
+
+    monkeypatch.setattr(original_collection, "open_documents", fail)
+    outcomes = {(m.part, m.array): m for m in repair(store).marks}
+    assert outcomes[1, "rows/sequence"].is_whole
+    assert outcomes[2, "tokens"].outcome == "left"
+    assert "BuilderConfig" in outcomes[2, "tokens"].reason
+
+
 def test_another_model_is_refused(original: Path, store: Path, tmp_path: Path) -> None:
     flip(store / OBJECT, 100)
     model = AutoModel.from_pretrained(original / "model")
