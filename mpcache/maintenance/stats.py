@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from mpcache.parallel.config import ParallelConfig
 from mpcache.parallel.ordered_map import ordered_map
+from mpcache.storage.atomic_files import replace_file
 from mpcache.storage.base import Storage
 from mpcache.store.moments import Moments, empty_moments, merge_moments
 from mpcache.store.object_paths import acts_array, array_specs, hookpoint_of
@@ -106,7 +107,7 @@ def save_dimensions(sides: Iterable[MeasuredSide], path: Path) -> None:
         tensors[f"{name}/mean"] = side.moments.mean_W
         tensors[f"{name}/variance"] = side.moments.variance_W
         tensors[f"{name}/finite_rows"] = torch.tensor(side.moments.rows)
-    save_file(tensors, path)
+    replace_file(path, save(tensors))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mpcache.config import ConvertConfig, RepairConfig
+from mpcache.errors import UsageError
 from mpcache.parallel.config import ParallelConfig
 from mpcache.untrusted_names import printable
 from mpcli.arguments import Json, StoreArgument, TargetArgument
@@ -95,6 +96,8 @@ def stats(
     from mpcache.maintenance.stats import save_dimensions
     from mpcache.maintenance.stats import stats as run
 
+    if out is not None and not out.parent.is_dir():  # known before the work, which takes long
+        raise UsageError(f"--out must be in a folder that exists, got {out}; make {out.parent}")
     sides = run(store, parallel, quiet=json)
     if out is not None:
         save_dimensions(sides, out)

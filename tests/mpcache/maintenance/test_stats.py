@@ -51,6 +51,14 @@ def test_moments_of_each_dimension(original: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(tensors[f"{name}/variance"], rows.var(0), rtol=1e-12)
 
 
+def test_a_folder_that_is_missing_is_said_before_the_work(original: Path, tmp_path: Path) -> None:
+    out = tmp_path / "none" / "dimensions.safetensors"
+    result = CliRunner().invoke(app, ["stats", str(original), "--out", str(out)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: --out must be in a folder that exists, got ")
+    assert "stats:" not in result.stderr
+
+
 def test_numbers_of_each_side(original: Path) -> None:
     for side_report in stats(original):
         statistics = side_report.stats
