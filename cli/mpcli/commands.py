@@ -108,6 +108,10 @@ class GroupedCommand(_LightHelp, TyperCommand):
                 error.param_hint = f"environment variable {variable_of(ctx, name)}"
             raise
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """`STORE`, where Typer writes `{STORE}` for an argument that is required."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         parameters: list[Any] = self.get_params(ctx)
@@ -123,11 +127,12 @@ class GroupedCommand(_LightHelp, TyperCommand):
                 formatter.write_dl(groups[name])
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        prefix = ctx.auto_envvar_prefix
+        parameters: list[Any] = self.get_params(ctx)
+        option = next(p for p in parameters if p.param_type_name == "option")
         formatter.write_paragraph()
         formatter.write_text(
-            f"Each option can also be set by an environment variable, for example --device by "
-            f"{prefix}_DEVICE. The command line takes precedence."
+            f"Each option can also be set by an environment variable, for example {option.opts[0]} "
+            f"by {variable_of(ctx, option.name)}. The command line takes precedence."
         )
         with formatter.section("Examples"):
             for example in (self.epilog or "").splitlines():

@@ -1,5 +1,6 @@
 """`--help` of every command: light, in groups, no wider than the terminal, with examples."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -80,7 +81,11 @@ def test_help_of_a_command_is_grouped_and_ends_with_examples(app: str, command: 
     assert "" in bodies
     summary = APPS[app].COMMANDS[command].summary
     assert summary in " ".join(bodies[""].split())
-    assert f"{app.upper()}_DEVICE" in bodies[groups[-1]]
+    match = re.search(r"example (\S+) by (\S+)\.", " ".join(bodies[groups[-1]].split()))
+    assert match is not None
+    option, variable = match.groups()
+    assert f"  {option}" in "".join(bodies[group] for group in groups)
+    assert variable == f"{app.upper()}_{option[2:].replace('-', '_').upper()}"
 
 
 @pytest.mark.parametrize("width", [80, 120])

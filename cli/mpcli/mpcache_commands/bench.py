@@ -16,7 +16,10 @@ from mpcli.tables import print_json, print_table
 def bench(
     config: CollectConfig,
     repeats: Annotated[
-        int, typer.Option(help="measured pairs of runs; one more pair before them is a warm-up")
+        int,
+        typer.Option(
+            metavar="COUNT", help="measured pairs of runs; one more pair before them is a warm-up"
+        ),
     ] = 5,
     json: Json = False,
 ) -> None:

@@ -20,7 +20,7 @@ from mpcli.tables import print_json
     arguments=("model", "dataset"),
     first={
         "hookpoints": "layers.10,'layers.*.mlp'",
-        "rows": "10M",
+        "rows": "1M",
         "ctx_len": "2048",
         "split": "validation",
         "text_column": "messages",
