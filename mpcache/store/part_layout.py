@@ -40,7 +40,10 @@ class Layout:
         if type(self.token_flags) is not bool:
             raise UsageError(f"token_flags must be true or false, got {self.token_flags!r}")
         if self.part_rows % self.ctx_len or self.part_rows % self.chunk_rows:
-            raise UsageError("part_rows must be a multiple of ctx_len and of chunk_rows")
+            raise UsageError(
+                "part_rows must be a multiple of ctx_len and of chunk_rows, got "
+                f"part_rows={self.part_rows}, ctx_len={self.ctx_len}, chunk_rows={self.chunk_rows}"
+            )
 
     @property
     def part_sequences(self) -> int:
