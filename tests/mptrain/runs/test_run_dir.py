@@ -154,7 +154,7 @@ def test_a_damaged_state_is_named_with_a_remedy(store: str, tmp_path: Path) -> N
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-9])
         with pytest.raises(
-            ValueError, match=r"state/24 is damaged .* delete .*/state, and the run"
+            ValueError, match=r"state/24 is damaged, .* delete .*/state, and the run"
         ):
             fit(config(store, tmp_path / "run", **SMALL_RUN))
         (folder / name).unlink()
