@@ -318,10 +318,14 @@ class RepairConfig:
 
     def __post_init__(self) -> None:
         if self.source is not None and (self.model or self.dataset):
-            raise UsageError("source needs neither model nor dataset; leave them out")
+            raise UsageError(
+                "with --source, the rows are copied and no model runs, got --model or --dataset "
+                "too; remove --source, or remove --model and --dataset"
+            )
         if self.source is not None and self.accept_other_bits:
             raise UsageError(
-                "accept_other_bits is for rows that the model computes again; leave source out"
+                "--accept-other-bits applies only to rows that the model computes again, got "
+                "--source too; remove --source or --accept-other-bits"
             )
 
 

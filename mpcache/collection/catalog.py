@@ -76,7 +76,10 @@ def list_stores(root: str | Path | Storage) -> tuple[StoreEntry, ...]:
     storage = open_storage(root)
     check_root(storage)
     if not storage.exists():
-        raise UsageError(f"a root must be a folder, got {storage}; check the path")
+        raise UsageError(
+            f"a folder of stores must exist, got {storage}; give the path or URL of a folder "
+            "that holds stores"
+        )
     return tuple(_entry(store) for store in open_stores(storage))
 
 
@@ -84,9 +87,11 @@ def check_root(root: Storage) -> None:
     """Raise UsageError if this cannot be a root of stores."""
     check_printable(root)
     if is_store(root):
-        raise UsageError(f"{root} is a store, not a root of stores; name the folder above it")
+        raise UsageError(
+            f"{root} is a store, not a folder of stores; give the folder above the store"
+        )
     if not root.can_be_root():
-        raise UsageError(f"a root must be a folder, got {root}; name another folder")
+        raise UsageError(f"{root} is not a folder; give a folder that holds stores")
 
 
 def open_stores(root: Storage) -> Iterator[Store | UnreadableStore]:

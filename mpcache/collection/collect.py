@@ -131,7 +131,7 @@ def _check_same_tokenizer(tokenizer: Tokenizer, facts: ModelFacts) -> None:
     if tokenizer_digest(tokenizer) != facts.digests.get("tokenizer_digest"):
         raise UsageError(
             "all machines must have the same tokenizer, got another tokenizer on a worker; copy "
-            "the model's folder to that machine and give the same command again"
+            "the model's folder to the worker's machine, then run the same command again"
         )
 
 

@@ -159,8 +159,8 @@ class DaskCollector:
         if future.status == "error":
             return _failure_of_dask(future.exception())
         raise ConnectionError(
-            f"the Dask scheduler {self.client.scheduler.address} was lost; what was committed "
-            "stays; give the same command again to continue"
+            f"the Dask scheduler {self.client.scheduler.address} was lost; the parts in the "
+            "store are kept: run the same command again to continue"
         )
 
     def _stop(self, pending: dict[Future, Job]) -> None:

@@ -204,8 +204,8 @@ def _check_same_store(spec: CollectionSpec, storage: Storage) -> None:
     """A worker must see the store of the collection."""
     if not is_store(storage) or read_store_file(storage)["fingerprint"] != spec.fingerprint:
         raise UsageError(
-            f"{storage} must be one folder that all machines share, got another folder on "
-            f"{socket.gethostname()}; use a path on a shared file system"
+            f"{storage} must be the same folder on all machines, got a different folder on "
+            f"{socket.gethostname()}; give a path on a shared file system"
         )
 
 
@@ -215,8 +215,9 @@ def _check_same_model(storage: Storage, producer: ActivationProducer) -> None:
     computed = {**producer.facts.digests, "attention": producer.facts.attention}
     if different := [name for name in computed if computed[name] != identity.get(name)]:
         raise UsageError(
-            f"all machines must have the same model, got another {', '.join(different)} on "
-            f"{socket.gethostname()}; copy the model to that machine, or name its --revision"
+            f"all machines must have the same model, got a different {', '.join(different)} on "
+            f"{socket.gethostname()}; copy the model to that machine, or give the model's "
+            "version with --revision"
         )
 
 

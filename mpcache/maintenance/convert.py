@@ -105,8 +105,8 @@ def select_sides(patterns: tuple[str, ...], store: Store) -> tuple[Side, ...]:
         matches = {match for name in names for match in named_sides(name, side)} & set(all_sides)
         if not matches or (colon and side not in ("input", "output")):
             raise UsageError(
-                f"hookpoints must be in the store, got {pattern!r}; "
-                f"it has {', '.join(map(str, all_sides)) or 'none'}"
+                f"hookpoints must be in the store, got {pattern!r}; use some of: "
+                f"{', '.join(map(str, all_sides)) or 'none'}"
             )
         chosen |= matches
     return tuple(side for side in all_sides if side in chosen)

@@ -114,8 +114,12 @@ def _checked_pieces(storage: Storage, name: str, record: ObjectRecord) -> Iterat
             size += len(piece)
             yield piece
     except FileNotFoundError:
-        raise DamagedStoreError(f"{storage}/{name} is missing, though it was committed") from None
+        raise DamagedStoreError(
+            f"{storage}/{name} is missing, but the store records it as written; run mpcache "
+            "repair on the store"
+        ) from None
     if (size, digest.hexdigest()) != (record.bytes, record.xxh3_128):
         raise DamagedStoreError(
-            f"{storage}/{name} is damaged: its bytes differ from what was committed"
+            f"{storage}/{name} is damaged: its bytes differ from those that were written; run "
+            "mpcache repair on the store"
         )

@@ -22,7 +22,8 @@ REMOVED = f"{STORE_FILE}.removed.partial"  # was store.json
 def check_not_nested(source: Storage, target: Storage) -> None:
     if source.is_within(target) or target.is_within(source):
         raise UsageError(
-            f"{target} and {source} must not lie in each other; name another path for the new store"
+            f"the new store and its source must not lie one inside the other, got {target} and "
+            f"{source}; give another path for the new store"
         )
 
 
@@ -36,19 +37,20 @@ def begin_store(target: Storage, store_file: bytes, layout: Layout, widths: Iter
     check_object_size(target, layout, widths)
     if is_store(target):
         if target.read(STORE_FILE) != store_file:
-            raise UsageError(f"{target} is another store; name a new or empty folder")
+            raise UsageError(f"{target} already holds another store; give a new or empty folder")
         return
     if target.size(REMOVED) is not None:
         raise UsageError(
-            f"{target} is half removed; finish that with mpcache remove {target}, or name another "
-            "path"
+            f"{target} is a store whose removal was interrupted; run mpcache remove {target} to "
+            "finish the removal, or give another path"
         )
     if target.size(INCOMING) is None:
         check_no_foreign_objects(target)
         target.create(INCOMING, store_file)
     elif target.read(INCOMING) != store_file:
         raise UsageError(
-            f"{target} is half of another copy; finish that copy, remove it, or name another path"
+            f"{target} holds an unfinished copy of another store; finish that copy, remove it "
+            f"with mpcache remove {target}, or give another path"
         )
 
 

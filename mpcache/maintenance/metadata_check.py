@@ -29,7 +29,11 @@ def check_all_metadata(store: Store) -> Iterator[Finding]:
     usual = usual_span(spans)
     for name, span in spans.items():
         if span != usual:
-            yield Finding("metadata", name, f"spans {span} parts, other arrays {usual}")
+            yield Finding(
+                "metadata",
+                name,
+                f"describes {span} parts, but most arrays of the store describe {usual}",
+            )
 
 
 def array_spans(store: Store) -> dict[str, int]:
@@ -69,6 +73,8 @@ def _check_group(storage: Storage, name: str, implied: bytes) -> Iterator[Findin
         yield Finding("linked", name, str(error))
         return
     if stored is None:
-        yield Finding("metadata", name, "group metadata is missing")
+        yield Finding("metadata", name, "metadata of the Zarr group is missing")
     elif stored != implied:
-        yield Finding("metadata", name, "group metadata differs from what Zarr writes")
+        yield Finding(
+            "metadata", name, "metadata of the Zarr group differs from what mpcache writes"
+        )

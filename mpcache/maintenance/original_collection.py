@@ -61,8 +61,8 @@ class OriginalCollection:
     def _check_same(self, name: str, digest: str | None, option: str) -> None:
         if digest != self.store.identity.get(f"{name}_digest"):
             raise UsageError(
-                f"{self.store.storage} was made from another {name} than that of "
-                f"{getattr(self.config, option)}; say with --{option} where the right one is"
+                f"{self.store.storage} was collected with another {name}, got that of "
+                f"{getattr(self.config, option)}; give the original with --{option}"
             )
 
 
@@ -91,5 +91,6 @@ def original_config(
         return CollectConfig(**settings)
     except TypeError as error:
         raise DamagedStoreError(
-            f"{store.storage}: this version does not know its settings: {error}"
+            f"{store.storage} has settings that this version of mpcache does not know ({error}); "
+            "use the version of mpcache that made the store"
         ) from error

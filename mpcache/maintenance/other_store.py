@@ -21,11 +21,14 @@ class OtherStore:
         self.source = open_store(where)
         if self.source.fingerprint != store.fingerprint:
             raise UsageError(
-                f"{where} must hold the same rows as {store.storage}, got others; "
-                "name a copy of it, or the store it was converted from"
+                f"{where} must hold the same rows as {store.storage}, got other rows; give a "
+                f"copy of {store.storage}, or the store from which it was converted"
             )
         if missing := [array for array in arrays if array not in self.source.arrays]:
-            raise UsageError(f"{where} lacks {missing[0]}; name another copy, or none")
+            raise UsageError(
+                f"{where} must hold {missing[0]}, got no such array; give another copy, or "
+                "remove --source so that the model computes the rows again"
+            )
         self.repartition = Repartition(self.source, store.layout, arrays)
 
     def write_part(self, part: int, arrays: Sequence[str], writer: Writer) -> None:

@@ -91,15 +91,17 @@ class PartMap:
     def _check_can_change(self, arrays: Sequence[str]) -> None:
         if self.store.has_lone_documents:
             raise UsageError(
-                "part_rows cannot change if each document was run alone: a part holds whole pieces "
-                "of documents, so that it has fewer rows than part_rows and cannot be joined to "
-                f"the next part; keep part_rows {self.store.part_rows}, or collect with "
-                f"--part-rows {self.layout.part_rows}"
+                "part_rows cannot change in a store that was collected with "
+                "--one-document-per-sequence, because a part holds whole pieces of documents, "
+                "has fewer rows than part_rows and cannot be joined to the next part; keep "
+                f"part_rows {self.store.part_rows}, or collect again with --part-rows "
+                f"{self.layout.part_rows}"
             )
         committed = set(self.store.part_numbers(TOKENS))
         for array in arrays:
             if missing := sorted(committed - set(self.store.part_numbers(array))):
                 raise UsageError(
-                    f"part_rows can change once all parts are collected, {array} lacks part "
-                    f"{missing[0]}; collect it, or leave that hookpoint out"
+                    f"part_rows can change only if all parts are collected, got {array} without "
+                    f"part {missing[0]}; collect that part with mpcache collect, or remove the "
+                    "hookpoint from --hookpoints"
                 )

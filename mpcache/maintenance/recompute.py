@@ -73,7 +73,10 @@ class Recomputation:
         )
         pieces = list(islice(tokenized, self._unit_count(part, writer)))
         if [piece.part for piece in pieces] != list(units[: len(pieces)]) or not pieces:
-            raise DamagedStoreError(f"the dataset has no tokens for part {part}")
+            raise DamagedStoreError(
+                f"the dataset has no tokens for part {part}, but the store has that part; give "
+                "the original dataset with --dataset"
+            )
         tokens_SL = np.concatenate([piece.tokens for piece in pieces])
         flags = [piece.flags for piece in pieces if piece.flags is not None]
         flags_SL = np.concatenate(flags) if flags else None
@@ -100,7 +103,8 @@ class Recomputation:
         except FileNotFoundError:
             name = f"{self.store.storage}/{mark_path(part, TOKENS)}"
             raise DamagedStoreError(
-                f"{name} is missing; its part is not known without it"
+                f"{name} is missing, so the rows of part {part} are unknown; give the dataset "
+                "with --dataset, so that the tokens are repaired first"
             ) from None
 
     def _unit_count(self, part: int, writer: Writer) -> int:

@@ -29,7 +29,7 @@ def plan_removal(store: str | Path | Storage) -> Removal:
     """
     storage = open_storage(store)
     if storage.is_link():
-        raise UsageError(f"{storage} is a symbolic link; name the store itself")
+        raise UsageError(f"{storage} is a symbolic link; give the path of the store itself")
     leftovers = storage.removal_leftovers()
     if not storage.exists() and leftovers:
         return Removal(leftovers, "the rest of an interrupted removal")
@@ -45,7 +45,8 @@ def plan_removal(store: str | Path | Storage) -> Removal:
     foreign = [n for n in storage.children() if n not in own and not is_temporary(n)]
     if foreign:
         raise UsageError(
-            f"{storage} also holds {foreign[0]!r}, which is no part of a store; move it away first"
+            f"{storage} also holds {foreign[0]!r}, which does not belong to a store; move "
+            f"{foreign[0]!r} to another folder first"
         )
     return Removal((storage, *leftovers), description)
 

@@ -153,7 +153,8 @@ class PartRepair:
             self.storage.sync(name)
             if not object_matches(self.storage, name, objects[name]):
                 raise DamagedStoreError(
-                    f"{self.storage}/{name} does not read back as it was written; check the disk"
+                    f"{self.storage}/{name} was written, but a read returns different bytes; "
+                    "check the disk, then repair again"
                 )
 
     def _put_mark(self, mark: Mark) -> None:

@@ -74,8 +74,8 @@ class Repartition:
         """Raise UsageError if a committed new part would have more rows by now."""
         if not self.map.keeps_parts and writer.mark(part, array).rows != self.map.rows(part):
             raise UsageError(
-                f"{writer.storage} ends with a part of fewer rows than its source has by now; "
-                "convert into a new folder"
+                f"the last part of {writer.storage} was converted before the source had all rows "
+                "of that part; convert into a new folder"
             )
 
     def _read_checked(self, part: int, array: str, which: int) -> np.ndarray:
@@ -89,7 +89,7 @@ class Repartition:
         record = mark.objects[spec.object_path(part)]
         if values_digest([values]) != record.values_xxh3_128:
             raise DamagedStoreError(
-                f"{self.store.storage}/{spec.object_path(part)} is damaged: it decodes to other "
-                "values; mpcache repair collects it again"
+                f"{self.store.storage}/{spec.object_path(part)} is damaged: its values differ "
+                f"from those that were collected; run mpcache repair {self.store.storage}"
             )
         return values

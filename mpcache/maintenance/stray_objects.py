@@ -19,13 +19,15 @@ def find_strays(store: Store) -> Iterator[Finding]:
         if names.is_known(name):
             continue
         if store.storage.is_link(name):
-            yield Finding("foreign", name, "a symbolic link; links are never followed")
+            yield Finding("foreign", name, "a symbolic link, which mpcache does not follow")
         elif is_temporary(name):
-            yield Finding("leftover", name, "left by an interrupted write")
+            yield Finding("leftover", name, "a temporary file of an interrupted write")
         elif names.is_expected(name):
-            yield Finding("uncommitted", name, "written, but not committed")
+            yield Finding(
+                "uncommitted", name, "written by a collection that has not finished this part"
+            )
         else:
-            yield Finding("foreign", name, "not part of a store")
+            yield Finding("foreign", name, "does not belong to a store")
 
 
 class _KnownNames:

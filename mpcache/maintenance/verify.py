@@ -124,4 +124,6 @@ def _incomplete_parts(store: Store) -> Iterator[Finding]:
         for other, parts in needed.items():
             for part in sorted(set(store.part_numbers(array)) - parts):
                 name = mark_path(part, other)
-                yield Finding("missing", name, f"{array} has this part", (part, other))
+                yield Finding(
+                    "missing", name, f"{array} has part {part}, but {other} lacks it", (part, other)
+                )

@@ -35,7 +35,9 @@ class Journal:
         lines = list(_read_lines(path)) if path.exists() else []
         heads = [line for line in lines if line.get("journal") == _KIND and "store" in line]
         if heads[:1] != lines[:1] or (not lines and path.exists() and path.stat().st_size):
-            raise UsageError(f"{path} is no journal of mpcache verify; name another file")
+            raise UsageError(
+                f"{path} is not a journal of mpcache verify; give another file with --journal"
+            )
         for other in heads:  # several, if several commands created the file at the same moment
             if other != head:
                 owner = (
@@ -44,8 +46,8 @@ class Journal:
                     else printable(str(other["store"]))
                 )
                 raise UsageError(
-                    f"the journal of {store} must be its own, got {path}, that of {owner}; name "
-                    "another file"
+                    f"{path} is the journal of {owner}, not of {store}; give another file with "
+                    "--journal"
                 )
         if not lines:
             self._append(head)

@@ -40,12 +40,15 @@ class WorkersConfig:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise UsageError(f"workers must be at least 1, got {self.workers}")
+            raise UsageError(f"workers must be at least 1, got {self.workers}; use 1 or more")
         if self.workers is not None and self.scheduler is not None:
-            raise UsageError("workers and scheduler exclude each other; give one of them")
+            raise UsageError(
+                "workers and scheduler cannot be used together; remove --workers or --scheduler"
+            )
         if self.scheduler is not None and not re.fullmatch(r"(\w+://)?[^/\s]+:\d+", self.scheduler):
             raise UsageError(
-                f"scheduler must be an address such as tcp://host:8786, got {self.scheduler!r}"
+                f"scheduler must be an address such as tcp://host:8786, got {self.scheduler!r}; "
+                "give the address of a running Dask scheduler"
             )
 
     @property
@@ -92,8 +95,8 @@ class CollectParallelConfig(WorkersConfig):
             1 <= int(number) <= int(count)
         ):
             raise UsageError(
-                f"share must be i/n from 1/n to n/n, got {self.share!r}; number the jobs of an "
-                "array from 1"
+                f"share must be i/n with i from 1 to n, got {self.share!r}; for job 2 of 8, give "
+                "2/8"
             )
         return Share(int(number), int(count))
 
@@ -121,10 +124,11 @@ class ParallelConfig(WorkersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads must be at least 1, got {self.threads}")
+            raise UsageError(f"threads must be at least 1, got {self.threads}; use 1 or more")
         if self.threads is not None and self.scheduler is not None:
             raise UsageError(
-                "threads and scheduler exclude each other; start its workers with --nthreads"
+                "threads and scheduler cannot be used together; remove --threads, and start the "
+                "Dask workers with --nthreads"
             )
 
     @property

@@ -45,7 +45,10 @@ def connect(
         try:
             client = Client(address, set_as_default=False)
         except (OSError, TimeoutError) as error:
-            raise ConnectionError(f"no Dask scheduler answers at {address}: {error}") from error
+            raise ConnectionError(
+                f"no Dask scheduler answers at {address}: {error}; check that it runs, and that "
+                "this machine can reach it"
+            ) from error
         exits.enter_context(client)
         hint = "" if find_spec("bokeh") else " (its pages need bokeh: pip install bokeh)"
         _print(f"dashboard: {client.dashboard_link}{hint}", quiet)

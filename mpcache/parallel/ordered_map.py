@@ -71,11 +71,11 @@ def _executor(parallel: ParallelConfig, quiet: bool) -> Iterator[tuple[Executor,
             yield client.get_executor(pure=False), concurrency
         except CancelledError:
             raise ConnectionError(
-                "the Dask scheduler was lost; give the same command again to continue"
+                "the Dask scheduler was lost; run the same command again to continue"
             ) from None
         except KilledWorker as error:
             times = error.allowed_failures + 1
             raise OSError(
-                f"the workers of one part died {times} times, perhaps out of memory; use fewer "
-                "threads or workers"
+                f"{times} workers died on the same part, perhaps because the memory was full; "
+                "use fewer --threads or --workers"
             ) from None

@@ -156,5 +156,5 @@ def open_storage(where: str | Path | Storage) -> Storage:
     if not isinstance(where, Path):
         return where
     if where.parts[:1] in (("s3:",), ("gs:",)):
-        raise UsageError("a Path cannot hold a URL; give the URL as text")
+        raise UsageError("a Path cannot hold a URL; give the URL as a str")
     return LocalStorage(where)

@@ -100,7 +100,7 @@ class Bucket:
             answer = obstore.Bytes()
         data = np.frombuffer(memoryview(answer), np.uint8)
         if len(data) != length:
-            raise ValueError(f"it ends before byte {offset + length}")
+            raise ValueError(f"the object ends before byte {offset + length}")
         return data
 
     def read_pieces(self, key: str) -> Iterator[bytes]:
@@ -140,7 +140,10 @@ class Bucket:
                 time.sleep(pause)
             else:
                 return True
-        raise ConnectionError(f"{self}/{key} can be neither created nor read")
+        raise ConnectionError(
+            f"{self}/{key} can be neither written nor read; check your permissions in the "
+            "bucket, then run the same command again"
+        )
 
     def read(self, key: str) -> bytes:
         """The bytes of a small object."""
@@ -266,6 +269,6 @@ def _check_create_only(scheme: Scheme, name: str, prefix: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             bucket.request(obstore.delete, probe)
     raise UsageError(
-        f"the server of {bucket} ignores If-None-Match, so a writer could overwrite the data of "
-        "others; use another server, or a folder"
+        f"the server of {bucket} ignores the HTTP header If-None-Match, so two writers could "
+        "overwrite each other's data; use another server, or a local folder"
     )

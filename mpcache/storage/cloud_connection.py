@@ -49,16 +49,19 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
     prefix = prefix.removesuffix("/")
     if re.search("[@:?]", rest):  # the message does not repeat the URL, which may hold a password
         raise UsageError(
-            "a URL must not hold credentials, nor @, : or ?; set them in the environment"
+            "a URL must not contain credentials or the characters @, : and ? after the scheme; "
+            "set credentials in the environment"
         )
     if scheme not in ("s3", "gs") or not _BUCKET.fullmatch(bucket):
         raise UsageError(
-            f"a store must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got {printable(url)}"
+            "a store must be a path, s3://BUCKET/NAME or gs://BUCKET/NAME, got "
+            f"{printable(url)}; give the store in one of these forms"
         )
     steps = prefix.split("/") if prefix else []
     if not prefix.isprintable() or any(step in ("", ".", "..") for step in steps):
         raise UsageError(
-            f"steps of a URL must be printable, none empty, . or .., got {printable(url)}"
+            "the names between the slashes of a URL must be printable, and none may be empty, . "
+            f"or .., got {printable(url)}; give another URL"
         )
     return ("s3" if scheme == "s3" else "gs"), bucket, prefix
 
@@ -67,7 +70,10 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
 def bucket_client(scheme: Scheme, bucket: str) -> Any:
     """obstore's client of a bucket, one in a process, so that connections are reused."""
     if importlib.util.find_spec("obstore") is None:
-        raise UsageError(f"{scheme}:// needs obstore; pip install 'mpcache[{scheme}]'")
+        raise UsageError(
+            f"{scheme}:// needs the package obstore, which is not installed; pip install "
+            f"'mpcache[{scheme}]'"
+        )
     from obstore.store import GCSStore, S3Store
 
     if scheme == "gs":
@@ -135,10 +141,13 @@ def translate_errors(url: str) -> Iterator[None]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
     except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError):
         raise _unusable(
-            url, "access is denied; look at its permissions and your credentials"
+            url, "access is denied; check the permissions of the bucket and your credentials"
         ) from None
     except exceptions.InvalidPathError as error:
-        raise DamagedStoreError(f"{url} has a name that no store has: {_line(error)}") from None
+        raise DamagedStoreError(
+            f"{url} holds an object whose name no store can have: {_line(error)}; rename or "
+            "remove the object"
+        ) from None
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
         raise
     except exceptions.BaseError as error:

@@ -86,7 +86,10 @@ class LocalStorage:
         if status is None:
             return None
         if not stat.S_ISREG(status.st_mode):
-            raise DamagedStoreError(f"{self.path / name} is not a plain file")
+            raise DamagedStoreError(
+                f"{self.path / name} must be a regular file, got a folder or a special file; "
+                "move it out of the store"
+            )
         return status.st_size
 
     def object_names(self, prefix: str = "") -> Iterator[str]:
@@ -192,7 +195,10 @@ def _status(top: Path, name: str) -> os.stat_result | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         if stat.S_ISLNK(status.st_mode):
-            raise DamagedStoreError(f"{path} is a symbolic link, which a store must not have")
+            raise DamagedStoreError(
+                f"{path} is a symbolic link, which a store must not contain; replace the link by "
+                "the file or folder itself"
+            )
     return status
 
 
@@ -202,7 +208,7 @@ def _fill(descriptor: int, buffers: list[memoryview], offset: int) -> int:
     while missing:
         count = os.preadv(descriptor, buffers, offset)
         if not count:
-            raise ValueError(f"it ends before byte {offset + missing}")
+            raise ValueError(f"the file ends before byte {offset + missing}")
         offset, missing = offset + count, missing - count
         while buffers and count >= len(buffers[0]):
             count -= len(buffers.pop(0))

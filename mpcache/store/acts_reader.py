@@ -41,8 +41,8 @@ class ActsReader:
         sides = tuple(s for s in SIDES if acts_array(hookpoint, s) in self.index.parts)
         if not sides:
             raise UsageError(
-                f"{self.index.storage} has no hookpoint {hookpoint!r}; "
-                f"it has {', '.join(self.hookpoints) or 'none'}"
+                f"{self.index.storage} has no hookpoint {hookpoint!r}; use one of: "
+                f"{', '.join(self.hookpoints) or 'none'}"
             )
         return sides
 
@@ -52,7 +52,7 @@ class ActsReader:
         if side not in sides:
             raise UsageError(
                 f"{self.index.storage} has no {side} of {hookpoint}, only its "
-                f"{' and '.join(sides)}; collect it with --hookpoints {hookpoint}:{side}"
+                f"{' and '.join(sides)}; collect the {side} with --hookpoints {hookpoint}:{side}"
             )
         return acts_array(hookpoint, side)
 
@@ -72,8 +72,8 @@ class ActsReader:
             )
         if not side and len(sides) > 1:
             raise UsageError(
-                f"{hookpoint} has both sides, got {name!r}; "
-                f"write {hookpoint}:input or {hookpoint}:output"
+                f"{hookpoint} has both an input and an output in the store, got {name!r}; write "
+                f"{hookpoint}:input or {hookpoint}:output"
             )
         return hookpoint, side or sides[0]
 

@@ -60,7 +60,9 @@ class Committer:
             ensure_spans(self.storage, self.layout, array, part, values.width)
             if not self._claims.settle(part, array, mark.sealed()):
                 raise DamagedStoreError(
-                    f"part {part} of {array} in {self.storage} cannot be marked"
+                    f"part {part} of {array} in {self.storage} cannot be recorded in the store, "
+                    "because its files disappeared or changed while they were written; run the "
+                    "same command again"
                 )
 
     def adopt(
@@ -81,13 +83,18 @@ class Committer:
                     temporaries.append(self.storage.write_temporary(name, attempt, pieces))
                     if self._is_other(temporaries[-1], theirs.objects[name]):
                         raise DamagedStoreError(
-                            f"{self.storage}/{name} does not read back as its mark says; copy again"
+                            f"{self.storage}/{name} was copied, but a read returns different "
+                            "bytes; check the disk, then copy again"
                         )
                 if not self._claims.settle(part, array, claim):
-                    raise DamagedStoreError(f"{self.storage}/{mark} cannot be made; copy again")
+                    raise DamagedStoreError(
+                        f"{self.storage}/{mark} cannot be written, because files of the part "
+                        "disappeared or changed during the copy; copy again"
+                    )
         if self.storage.read(mark) != claim:
             raise UsageError(
-                f"{self.storage}/{mark} is of other values; name a new or empty folder"
+                f"{self.storage}/{mark} already records other values for part {part} of {array}; "
+                "give a new or empty folder"
             )
         return is_new
 
@@ -126,7 +133,8 @@ class Committer:
         if digest != written.hexdigest() or size is None:
             self.storage.delete(temporary)
             raise DamagedStoreError(
-                f"{self.storage}/{name} does not read back as it was written; check the disk"
+                f"{self.storage}/{name} was written, but a read returns different bytes; check "
+                "the disk, then run the same command again"
             )
         record = ObjectRecord(bytes=size, xxh3_128=digest, values_xxh3_128=values_digest([values]))
         return temporary, record

@@ -64,7 +64,8 @@ class ReadCache:
         """
         if not folder or is_url(folder):
             raise UsageError(
-                f"the cache directory must be a local folder, got {folder!r}; name a folder"
+                f"the cache directory must be a local folder, got {folder!r}; give the path of a "
+                "local folder"
             )
         self.folder = LocalStorage(user_path(folder).absolute())
         self.max_bytes = max_bytes
@@ -162,8 +163,8 @@ class ReadCache:
             is_first, self._is_full = not self._is_full, True
         if is_first:
             warnings.warn(
-                f"the read cache {self.folder} takes no more data ({reason}); what it lacks is "
-                "read from the store each time",
+                f"the read cache {self.folder} stores no more data ({reason}); data that is not in the cache "
+                "is read from the store each time",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -177,7 +178,7 @@ def _check_folder(folder: Path, storage: Storage) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     if isinstance(storage, LocalStorage) and (storage.path.stat().st_dev == existing.stat().st_dev):
         raise UsageError(
-            f"the cache directory {folder} is on the store's own file system, so it would save "
-            "nothing; leave it out, or name a folder on a faster disk or in memory, such as "
-            "/dev/shm/cache"
+            f"the cache directory {folder} is on the same file system as the store, so a cache "
+            "there saves no time; remove the option, or give a folder on a faster disk or in "
+            "memory, such as /dev/shm/cache"
         )

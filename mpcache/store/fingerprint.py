@@ -117,7 +117,7 @@ def check_no_foreign_objects(storage: Storage) -> None:
         not is_temporary(name) for name in storage.object_names()
     )
     if is_foreign and not is_store(storage):  # another process may have made the store just now
-        raise UsageError(f"{storage} exists and is no store; name a new or empty folder")
+        raise UsageError(f"{storage} exists and is not a store; give a new or empty folder")
 
 
 def _check_same(storage: Storage, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -130,16 +130,20 @@ def _check_same(storage: Storage, stored: dict[str, Any], wanted: dict[str, Any]
     if not different:
         return
     differences = "; ".join(
-        f"{key}: {stored.get(key)} there, {wanted[key]} asked" for key in different
+        f"{key}: {stored.get(key)} in the store, {wanted[key]} requested" for key in different
     )
     options = [
         _OLD_OPTIONS.get(key, "") for key in different if stored.get(key) == _OLD_SETTINGS.get(key)
     ]
     can_continue = len(options) == len(different) and all(options)
-    remedy = f"continue it with {' '.join(options)}" if can_continue else "use its settings"
+    remedy = (
+        f"add {' '.join(options)} to continue the store"
+        if can_continue
+        else "use the settings of the store"
+    )
     raise UsageError(
         f"{storage} was made from another model or with other settings ({differences}); "
-        f"{remedy}, or name another store"
+        f"{remedy}, or give another store"
     )
 
 
@@ -164,6 +168,7 @@ def _check_not_rounded(storage: Storage, stored: dict[str, Any]) -> None:
         is_joined or len(set(dtype_history(stored["layout"]["dtype"], stored["provenance"]))) > 1
     ):
         raise UsageError(
-            f"{storage} was converted from {source['store']}, as {source['dtype']}, and nothing is "
-            "collected into it; collect into that store, then give the same convert command again"
+            f"{storage} was converted from {source['store']} (dtype {source['dtype']}), so no "
+            f"rows can be collected into it; collect into {source['store']}, then run the same "
+            "convert command again"
         )

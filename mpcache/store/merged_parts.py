@@ -21,8 +21,8 @@ def unit_rows(identity: Mapping[str, Any], layout: Layout) -> int:
     rows = identity.get("part_rows")
     if type(rows) is not int or rows < 1 or layout.part_rows % rows:
         raise DamagedStoreError(
-            f"store.json is damaged: parts of {layout.part_rows} rows cannot be made of parts "
-            f"of {rows!r}"
+            f"store.json is damaged: parts of {layout.part_rows} rows cannot consist of parts of "
+            f"{rows!r} rows; restore store.json from a copy of the store"
         )
     return rows
 
@@ -37,9 +37,9 @@ class Units:
     def __post_init__(self) -> None:
         if self.layout.part_rows % self.unit_rows:
             raise UsageError(
-                f"part_rows must be a multiple of {self.unit_rows}, the rows that were permuted "
-                f"together with their tokens, got {self.layout.part_rows}; use a multiple, or "
-                "collect again with other part_rows"
+                f"part_rows must be a multiple of {self.unit_rows}, the part_rows of the "
+                f"collection, got {self.layout.part_rows}; use a multiple, or collect again with "
+                f"--part-rows {self.layout.part_rows}"
             )
 
     @property

@@ -44,16 +44,23 @@ class ObjectReader:
         """
         name, size, key = spec.object_path(part), record.bytes, record.xxh3_128
         if part >= self._span(spec):
-            raise DamagedStoreError(f"{self.storage}/{spec.metadata_path} claims too few rows")
+            raise DamagedStoreError(
+                f"{self.storage}/{spec.metadata_path} describes {self._span(spec)} parts, but "
+                f"part {part} is in the store; run mpcache repair on the store"
+            )
         try:
             ends = self._ends(name, spec, size, key)
             return self._through(
                 name, key, lambda read: decode_part(spec, read, ends, start, stop, out)
             )
         except FileNotFoundError:
-            raise DamagedStoreError(f"{self.storage}/{name} is missing") from None
+            raise DamagedStoreError(
+                f"{self.storage}/{name} is missing; run mpcache repair on the store"
+            ) from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
-            raise DamagedStoreError(f"{self.storage}/{name} is damaged: {error}") from error
+            raise DamagedStoreError(
+                f"{self.storage}/{name} is damaged: {error}; run mpcache repair on the store"
+            ) from error
 
     def _read_ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
         self._check_size(name, size)
@@ -67,8 +74,12 @@ class ObjectReader:
     def _compare_size(self, name: str, size: int) -> None:
         stored = self.storage.size(name)
         if stored is None:
-            raise DamagedStoreError(f"{self.storage}/{name} is missing, though it was committed")
+            raise DamagedStoreError(
+                f"{self.storage}/{name} is missing, but the store records it as written; run "
+                "mpcache repair on the store"
+            )
         if stored != size:
             raise DamagedStoreError(
-                f"{self.storage}/{name} has {stored} bytes, committed were {size}"
+                f"{self.storage}/{name} is damaged: it must have {size} bytes, got {stored}; run "
+                "mpcache repair on the store"
             )

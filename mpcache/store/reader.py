@@ -121,7 +121,11 @@ class Store(StoreMetadata):
         rows = [[mark.rows for mark in self.marks(array, numbers)] for array in arrays]
         for number, *counts in zip(numbers, *rows, strict=True):
             if len(set(counts)) > 1:
-                raise DamagedStoreError(f"marks of part {number} in {self.storage} differ in rows")
+                raise DamagedStoreError(
+                    f"the arrays of part {number} in {self.storage} have different numbers of "
+                    f"rows ({', '.join(map(str, sorted(set(counts))))}); run mpcache verify "
+                    f"{self.storage}"
+                )
         return tuple(
             Part(number, count, self.layout.split_of(number))
             for number, count in zip(numbers, rows[0], strict=True)
@@ -210,7 +214,7 @@ def _open_same(storage: Storage, digest: str) -> Store:
     """Open the store that another process has open; raises UsageError where it is another one."""
     if not is_store(storage) or (store := open_store(storage)).digest != digest:
         raise UsageError(
-            f"{storage} must be one folder that all machines share, got another one on "
-            f"{socket.gethostname()}; use a path on a shared file system"
+            f"{storage} must be the same store on all machines, got a different or no store on "
+            f"{socket.gethostname()}; give a path on a shared file system"
         )
     return store

@@ -76,7 +76,8 @@ def read_store_file(storage: Storage) -> dict[str, Any]:
     """Content of `store.json`; raises UsageError for no store and for an unknown format version."""
     if not is_store(storage):
         raise UsageError(
-            f"{storage} is no store: it has no {STORE_FILE}; fill one with mpcache collect"
+            f"{storage} is not a store: it has no {STORE_FILE}; give the path of a store, or "
+            "make a store with mpcache collect"
         )
     return parse_store_file(storage.read(STORE_FILE), f"{storage}/{STORE_FILE}")
 
@@ -95,9 +96,14 @@ def parse_store_file(data: bytes, file: str) -> dict[str, Any]:
         )
         is_valid = is_valid and all(content["provenance"][key][key] for key in ("model", "dataset"))
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedStoreError(f"{file} is damaged: {error}") from error
+        raise DamagedStoreError(
+            f"{file} is damaged: {error}; restore it from a copy of the store"
+        ) from error
     if not is_valid:
-        raise DamagedStoreError(f"{file} is damaged: its fields are inconsistent")
+        raise DamagedStoreError(
+            f"{file} is damaged: its fields contradict each other; restore it from a copy of the "
+            "store"
+        )
     return content
 
 
@@ -109,6 +115,7 @@ def check_format_version(data: bytes, file: str) -> None:
         return  # the seal will tell that the file is damaged
     if version not in FORMAT_VERSIONS or type(version) is not int:
         raise UsageError(
-            f"{file} has format version {version}, this mpcache reads versions "
-            f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the mpcache that made it"
+            f"{file} has format version {version}, but this version of mpcache reads only "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}; use the version of mpcache that made "
+            "the store"
         )

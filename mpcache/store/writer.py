@@ -103,7 +103,9 @@ def check_object_size(storage: Storage, layout: Layout, widths: Iterable[int]) -
     row = max(widths, default=0) * getattr(torch, layout.dtype).itemsize
     if limit is not None and row * layout.part_rows > limit:
         raise UsageError(
-            f"an object in {storage} must be at most {limit / 1e9:.0f} GB, the largest part "
+            f"a part must fit into one object of {limit / 1e9:.0f} GB in {storage}, got "
+            f"{row * layout.part_rows / 1e9:.1f} GB; use a smaller --part-rows, at most "
+            f"{limit // row}"
             f"would be {row * layout.part_rows / 1e9:.1f} GB; "
             f"use smaller part_rows, at most {limit // row}"
         )

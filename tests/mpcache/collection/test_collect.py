@@ -320,7 +320,9 @@ def test_an_unmarked_part_is_not_read(store: Path) -> None:
 def test_unknown_format_version_is_refused_by_name(store: Path) -> None:
     content = unseal((store / "store.json").read_bytes(), "store")
     (store / "store.json").write_bytes(seal({**content, "format_version": 9}))
-    with pytest.raises(ValueError, match="version 9, this mpcache reads versions 1 and 2"):
+    with pytest.raises(
+        ValueError, match="version 9, but this version of mpcache reads only 1 and 2"
+    ):
         open_store(store)
 
 
@@ -355,7 +357,7 @@ def test_an_older_store_of_a_text_file_names_the_options_too(tmp_path: Path) -> 
     text.write_text("\n\n".join(f"document {i} " + "x" * (i % 40) for i in range(80)))
     old = {"keep_empty_documents": True, "parse_special_tokens": True, "dataset": str(text)}
     path, _ = small_store(tmp_path, rows=300, **old)
-    with pytest.raises(ValueError, match="continue it with --parse-special-tokens") as caught:
+    with pytest.raises(ValueError, match="add --parse-special-tokens to continue") as caught:
         collect(small_config(tmp_path, dataset=str(text)), path)
     assert "dataset_digest" not in str(caught.value)
     text.write_text("another\n\n" * 80)

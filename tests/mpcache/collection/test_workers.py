@@ -342,7 +342,7 @@ def test_workers_that_see_another_folder_are_left_out_until_none_is_left(
         collector.spec = dataclasses.replace(collector.spec, address=str(other))
         facts = collector.model_facts()
         collection = Collection(config, path, facts, tokenizer, documents, parallel=everywhere)
-        with pytest.raises(UsageError, match="must be one folder that all machines share"):
+        with pytest.raises(UsageError, match="must be the same folder on all machines"):
             collection.run(collector.collect_parts)
     assert count(path) == 0
     assert (files_of(other) if other.exists() else {}) == before
@@ -405,8 +405,8 @@ def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
         (["--workers", "0"], "workers must be at least 1, got 0"),
         (["--workers", "2", "--scheduler", "tcp://h:1"], "exclude each other"),
         (["--scheduler", "here"], "must be an address such as tcp://host:8786, got 'here'"),
-        (["--share", "0/4"], "share must be i/n from 1/n to n/n, got '0/4'"),
-        (["--share", "5/4"], "number the jobs of an array from 1"),
+        (["--share", "0/4"], "share must be i/n with i from 1 to n, got '0/4'"),
+        (["--share", "5/4"], "for job 2 of 8, give 2/8"),
         (["--share", "half"], "got 'half'"),
     ],
 )

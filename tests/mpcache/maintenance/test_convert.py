@@ -107,7 +107,7 @@ def test_nothing_is_collected_into_rounded_rows(tmp_path: Path) -> None:
     path, _ = small_store(tmp_path, rows=600)
     convert(path, tmp_path / "wide", ConvertConfig(dtype="float32"))
     convert(path, tmp_path / "packed", ConvertConfig(codec="zstd"))
-    with pytest.raises(ValueError, match="nothing is collected into it"):
+    with pytest.raises(ValueError, match="no rows can be collected into it"):
         collect(small_config(tmp_path, rows=900, dtype="float32"), tmp_path / "wide")
     collect(small_config(tmp_path, rows=900, codec="zstd"), tmp_path / "packed")
     assert verify(tmp_path / "packed").findings == ()

@@ -123,7 +123,7 @@ def test_tasks_of_a_lost_worker_run_again(tmp_path: Path, cluster: Client) -> No
     [
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
-        ({"threads": 2, "scheduler": "tcp://h:1"}, "start its workers with --nthreads"),
+        ({"threads": 2, "scheduler": "tcp://h:1"}, "start the Dask workers with --nthreads"),
     ],
 )
 def test_invalid_settings(settings: dict[str, object], message: str) -> None:

@@ -145,13 +145,13 @@ def test_copies_work_in_both_directions_and_continue_after_a_stop(
     folder, source = originals
     with gone_at(monkeypatch, "write_temporary", 20), pytest.raises(ConnectionError):
         copy(folder / "store", url)
-    assert "is no store" in command("info", url, code=2)
+    assert "is not a store" in command("info", url, code=2)
     done = json.loads(command("copy", folder / "store", url, "--json"))
     assert 0 < done["written"] < done["parts"]
     command("copy", url, tmp_path / "back")
     assert equal(tmp_path / "back", folder / "store")
     assert verify(url).findings == verify(tmp_path / "back").findings == ()
-    assert "must not lie in each other" in command("copy", url, f"{url}/below", code=2)
+    assert "must not lie one inside the other" in command("copy", url, f"{url}/below", code=2)
     command("convert", source, f"{url}-float", "--dtype", "float32")
     command("convert", folder / "store", tmp_path / "float", "--dtype", "float32")
     assert files_alike(f"{url}-float", tmp_path / "float")
@@ -182,7 +182,7 @@ def test_a_stopped_removal_leaves_no_store_and_continues(
     with monkeypatch.context() as patch:
         patch.setattr(ObjectStorage, "delete", stopped)
         assert "the server is gone" in command("remove", url, "--yes", code=1)
-    assert "is no store" in command("info", url, code=2)
+    assert "is not a store" in command("info", url, code=2)
     command("remove", url, "--yes")
     assert not open_storage(url).exists()
 
@@ -333,9 +333,9 @@ def test_mistakes_of_the_user_are_one_line(s3: str) -> None:
     for words, message in (
         (("info", "s3://nobody-has-it/a"), "there is no such bucket"),
         (("list", "s3://nobody-has-it"), "there is no such bucket"),
-        (("info", "s3://key:secret@shared/a"), "must not hold credentials"),
-        (("info", f"{s3}/nothing"), "is no store"),
-        (("list", f"{s3}/nothing"), "a root must be"),
+        (("info", "s3://key:secret@shared/a"), "must not contain credentials"),
+        (("info", f"{s3}/nothing"), "is not a store"),
+        (("list", f"{s3}/nothing"), "a folder of stores must exist"),
     ):
         output = command(*words, code=2)
         assert message in output

@@ -105,7 +105,7 @@ def test_a_copy_that_is_not_what_its_mark_says_is_not_marked(store: ObjectStorag
     names = json.loads(mark)["objects"]
     target = Writer(ObjectStorage("gs://in-memory/target"), LAYOUT, digest(IDENTITY))
     sources = {name: [store.read(name)[:-1]] for name in names}
-    with pytest.raises(DamagedStoreError, match="does not read back as its mark says"):
+    with pytest.raises(DamagedStoreError, match="was copied, but a read returns different bytes"):
         target.adopt(0, ARRAY, mark, sources)
     assert list(target.storage.object_names()) == []
 
@@ -140,7 +140,7 @@ def test_no_copy_continues_with_what_a_removal_left(
             not any(n.startswith("marks") for n in left)
             or {n for n in store.object_names() if n.startswith("arrays.zarr")} <= left
         )
-        with pytest.raises(ValueError, match=f"finish that with mpcache remove {url}"):
+        with pytest.raises(ValueError, match=f"run mpcache remove {url} to finish the removal"):
             copy(store, url)
     remove(plan_removal(url))
     assert not storage.exists()
@@ -191,7 +191,7 @@ def test_a_server_that_creates_what_is_there_is_refused(monkeypatch: pytest.Monk
     storage = ObjectStorage("gs://in-memory/store")
     with monkeypatch.context() as patch:
         patch.setattr(obstore, "put", careless)
-        with pytest.raises(ValueError, match="ignores If-None-Match"):
+        with pytest.raises(ValueError, match="ignores the HTTP header If-None-Match"):
             storage.create("a", b"1")
         assert list(storage.object_names()) == []
     assert storage.create("a", b"1")

@@ -51,7 +51,7 @@ def test_a_mark_of_tokens_without_a_field_is_refused(name: str, tmp_path: Path) 
     store = open_store(GOLDEN / "store-v1")
     content = unseal(store.storage.read("marks/0/tokens.json"), "mark")
     del content[name]
-    with pytest.raises(DamagedStoreError, match="fields are inconsistent"):
+    with pytest.raises(DamagedStoreError, match="fields contradict each other"):
         parse_mark(seal(content), 0, TOKENS, store.layout, store.fingerprint, "mark")
 
 

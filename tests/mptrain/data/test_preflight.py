@@ -64,7 +64,8 @@ def commit_missing_marks(begun: Path, original: Path) -> None:
          r"--follow, or use --batch-rows \d+ or less"),
         ({"hookpoints": ("layers.7",)}, "has no hookpoint 'layers.7'; it has layers.0, layers.1"),
         ({"hookpoints": ("layers.0",), "kind": ("transcoder",)},
-         "has no input of layers.0, only its output; collect it with --hookpoints layers.0:input"),
+         "has no input of layers.0, only its output; "
+         "collect the input with --hookpoints layers.0:input"),
     ],
 )  # fmt: skip
 def test_messages_name_the_remedy(original: Path, changes: dict[str, object], message: str) -> None:
