@@ -54,13 +54,17 @@ def load_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
             template = tokenizer.get_chat_template()
         except ValueError as error:
             raise UsageError(
-                "chat messages need a chat template, the tokenizer has none; give --chat-template"
+                "the dataset holds chat messages, but the tokenizer has no chat template; give "
+                "a Jinja file with --chat-template"
             ) from error
     try:
         _compile_jinja_template(template)
     except Exception as error:  # a template is foreign code
         where = file or "the tokenizer's chat template"
-        raise UsageError(f"{where} is not a chat template: {_reason(error)}; repair it") from error
+        raise UsageError(
+            f"{where} is not a valid chat template: {_reason(error)}; correct the template, or "
+            "give another file with --chat-template"
+        ) from error
     return template
 
 
@@ -70,10 +74,11 @@ def _read(file: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(
-            f"chat_template {file} cannot be read: {reason}; check the file"
+            f"chat_template {file} cannot be read: {reason}; give a readable UTF-8 file with "
+            "--chat-template"
         ) from error
     if not template.strip():
-        raise UsageError(f"chat_template {file} is empty; give a Jinja template")
+        raise UsageError(f"chat_template {file} is empty; give a file with a Jinja template")
     return template
 
 
@@ -135,8 +140,8 @@ class ChatTokenizer:
             )
         except Exception as error:  # a template is foreign code
             raise UsageError(
-                f"the chat template rejects these messages: {_reason(error)}; "
-                "change them, or give another --chat-template"
+                f"the chat template rejects these messages: {_reason(error)}; change the "
+                "messages, or give another --chat-template"
             ) from error
         (written,), marks = result
         return written, [(int(start), int(stop)) for spans in marks for start, stop in spans]
@@ -229,7 +234,7 @@ class _Chat:
         for i, message in enumerate(self.messages):
             if message.get("tool_calls") and "tool_calls" not in self.encoder.template:
                 raise UsageError(
-                    f"the chat template does not write tool_calls, got some in message {i + 1}; "
+                    f"the chat template ignores tool_calls, but message {i + 1} has tool_calls; "
                     "give another --chat-template"
                 )
             content = str(message.get("content") or "").strip()
@@ -238,8 +243,9 @@ class _Chat:
             probe = {**message, "content": _PROBE}
             if _PROBE not in self._rendered_with(i, probe):
                 raise UsageError(
-                    f"the chat template leaves out message {i + 1}, of role {message['role']}; "
-                    "leave it out of the data, or give another --chat-template"
+                    f"the chat template ignores message {i + 1}, which has the role "
+                    f"{message['role']}; remove this message from the data, or give another "
+                    "--chat-template"
                 )
 
 

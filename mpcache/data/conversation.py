@@ -26,7 +26,8 @@ def conversation_of(messages: Any, where: object) -> Conversation:
         return Conversation(())
     if not isinstance(messages, list):
         raise UsageError(
-            f"{where} must hold a list of messages, got {type(messages).__name__}; repair it"
+            f"{where} must hold a list of messages, got {type(messages).__name__}; correct the "
+            "row in the data"
         )
     return Conversation(
         tuple(_message(message, f"message {i} in {where}") for i, message in enumerate(messages, 1))
@@ -36,11 +37,15 @@ def conversation_of(messages: Any, where: object) -> Conversation:
 def _message(message: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(message, dict):
         raise UsageError(
-            f"{where} must have role and content, got {type(message).__name__}; repair it"
+            f"{where} must be an object with role and content, got {type(message).__name__}; "
+            "correct the message in the data"
         )
     role, content = ("from", "value") if "from" in message else ("role", "content")
     if not isinstance(message.get(role), str) or not message[role]:
-        raise UsageError(f"{where} must have a text as its {role}, got {message.get(role)!r:.40}")
+        raise UsageError(
+            f"{where} must have a text in the field {role}, got {message.get(role)!r:.40}; "
+            "correct the message in the data"
+        )
     # tables fill missing fields with null: a dataset must mean the same as JSON and as a table
     others = {k: v for k, v in message.items() if k not in (role, content) and v is not None}
     name = message[role]
@@ -56,8 +61,8 @@ def _text(content: Any, field: str, where: str, *, is_optional: bool) -> str:
     if isinstance(content, list) and all(_is_text(part) for part in content):
         return "".join(part["text"] for part in content)
     raise UsageError(
-        f"{where} must have a text as its {field}, got {_type_name(content)}; "
-        "leave the message out, or give it a text"
+        f"{where} must have a text in the field {field}, got {_type_name(content)}; remove the "
+        "message from the data, or write a text into the field"
     )
 
 

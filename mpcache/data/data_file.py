@@ -44,8 +44,8 @@ class DataFile:
             size = self._stamp()[0]
             if not size and not may_be_empty:
                 raise UsageError(
-                    f"dataset must hold a document, got the empty file {name}; "
-                    "remove it, or get it again"
+                    f"a data file must hold a document, got the empty file {name}; remove the "
+                    "file, or download it again"
                 )
             _check_no_pointer(os.pread(self.descriptor, _HEAD_BYTES, 0), name)
             self.digest = self._digest()
@@ -90,8 +90,8 @@ class DataFile:
         before = self.digest  # changed times alone are harmless: the file may have been renamed
         if self._digest() != before:
             raise UsageError(
-                f"{self.name} was changed while it was read; wait until nothing writes to it, "
-                "then give the same command again"
+                f"{self.name} changed while mpcache read it; wait until no program writes to the "
+                "file, then run the same command again"
             )
 
     # --- reading ---
@@ -136,8 +136,8 @@ class DataFile:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # a fault of the disk, not of the content
             raise UsageError(
-                f"{self.name} cannot be read as {kind}: {first_line(error)}; "
-                "it may be cut short or damaged: write it again, or download it again"
+                f"{self.name} cannot be read as {kind}: {first_line(error)}; the file may be cut "
+                "short or damaged: write or download it again"
             ) from error
 
 
@@ -193,28 +193,33 @@ def _open_regular(path: Path, name: str) -> int:
     except FileNotFoundError as error:
         if path.is_symlink():
             raise UsageError(
-                f"{name} is a link to {os.readlink(path)}, which does not exist; "
-                "repair the link, or download the file again"
+                f"{name} is a link to {os.readlink(path)}, which does not exist; correct the "
+                "link, or download the file again"
             ) from error
-        raise UsageError(f"dataset must exist, got {name}; check the path") from error
+        raise UsageError(f"the dataset file {name} does not exist; correct --dataset") from error
     except PermissionError as error:
-        raise UsageError(f"{name} is not readable: {error.strerror}; change its mode") from error
+        raise UsageError(
+            f"{name} cannot be read: {error.strerror}; change the permissions of the file"
+        ) from error
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise UsageError(f"{name} is a link to itself; repair the link") from error
+            raise UsageError(f"{name} is a link to itself; correct the link") from error
         if error.errno == errno.ENAMETOOLONG:
-            raise UsageError(f"{name} is longer than a path may be; check the path") from error
+            raise UsageError(f"{name} is too long for a path; correct --dataset") from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise UsageError(f"{name} must be a regular file; name a file with data")
+        raise UsageError(
+            f"{name} must be a regular file, got a folder or a special file; give a data file"
+        )
     return descriptor
 
 
 def _check_no_pointer(head: bytes, name: str) -> None:
     if is_lfs_pointer(head):
         raise UsageError(
-            f"{name} is a Git LFS pointer, not the data; run git lfs pull where it was cloned"
+            f"{name} is a Git LFS pointer, not the data itself; run git lfs pull in the cloned "
+            "repository"
         )
 
 

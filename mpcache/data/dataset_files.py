@@ -74,7 +74,7 @@ def find_dataset_files(config: CollectConfig) -> DatasetFiles | None:
     if "," in dataset or _GLOB & set(dataset):
         return _of_several(dataset, config)
     if path.name.lower().endswith(LOCAL_SUFFIXES) or looks_like_path(dataset):
-        raise UsageError(f"dataset must exist, got {dataset}; check the path")
+        raise UsageError(f"the dataset {dataset} does not exist; correct --dataset")
     return None
 
 
@@ -89,7 +89,8 @@ def suffix_of(path: Path) -> str:
 def _kind(path: Path) -> FileKind:
     if (suffix := suffix_of(path)) not in KINDS:
         raise UsageError(
-            f"a local dataset is a folder or a file {_FORMATS}, got {path.name}; convert it"
+            f"a local dataset must be a folder or a file that ends in {_FORMATS}, got {path.name}; convert "
+            "the file to one of these formats"
         )
     return KINDS[suffix]
 
@@ -111,8 +112,8 @@ def _of_folder(path: Path, config: CollectConfig) -> DatasetFiles:
         return DatasetFiles(label, "text", files, names, "text folder")
     if not files:
         raise UsageError(
-            f"dataset must hold a document, got none in {label}; a folder holds files {_FORMATS}, "
-            "or is made by save_to_disk"
+            f"a dataset folder must hold files that end in {_FORMATS}, or come from save_to_disk, got {label} "
+            "with neither; give another folder with --dataset"
         )
     kind = _common_kind(files, label)
     files = files_of_split(files, folder, config.split)
@@ -127,7 +128,10 @@ def _of_several(dataset: str, config: CollectConfig) -> DatasetFiles:
     for item in filter(None, map(str.strip, dataset.split(","))):
         files += _of_item(item, config)
     if repeated := [file for file, count in Counter(files).items() if count > 1]:
-        raise UsageError(f"dataset must name each file once, got {repeated[0]} twice")
+        raise UsageError(
+            f"dataset must name each file once, got {repeated[0]} twice; remove one of the two "
+            "names"
+        )
     label = ",".join(Path(item.strip()).name for item in dataset.split(",") if item.strip())
     names = tuple(map(str, files))
     return DatasetFiles(label, _common_kind(files, label), tuple(files), names, "several")
@@ -141,11 +145,14 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
         _kind(path)
         return [path]
     if not _GLOB & set(item):
-        raise UsageError(f"dataset must exist, got {item}; check the path")
+        raise UsageError(f"the dataset {item} does not exist; correct --dataset")
     matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=natural_path_key)
     files = [file for file in matches if not file.is_dir() and is_data(file)]
     if not files:
-        raise UsageError(f"dataset must name a file, got {item}, which matches no file {_FORMATS}")
+        raise UsageError(
+            f"dataset must match a file that ends in {_FORMATS}, got {item}, which matches none; correct the "
+            "pattern"
+        )
     return files
 
 
@@ -176,7 +183,7 @@ def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
 def _refuse_folder(error: OSError) -> None:
     """Raise UsageError for an unreadable folder, which `os.walk` would silently skip."""
     name = Path(error.filename).name
-    raise UsageError(f"{name} is not readable: {error.strerror}; change its mode") from error
+    raise UsageError(f"{name} cannot be read: {error.strerror}; change the permissions") from error
 
 
 def is_data(file: Path) -> bool:
@@ -186,8 +193,8 @@ def is_data(file: Path) -> bool:
         return False
     if file.suffix.lower() in _UNREADABLE or suffix in _UNREADABLE:
         raise UsageError(
-            f"{file.name} is in the dataset's folder but is not {_FORMATS}; "
-            "convert it, or name the files to read, with a glob or with commas"
+            f"{file.name} in the dataset's folder does not end in {_FORMATS}; convert the file, or select "
+            "the files to read with a glob or a list with commas in --dataset"
         )
     return suffix in KINDS
 
@@ -197,14 +204,14 @@ def _common_kind(files: Iterable[Path], label: str) -> FileKind:
     if len(suffixes) > 1:
         raise UsageError(
             f"dataset must hold files of one kind, got {' and '.join(suffixes)} in {label}; "
-            f"name those to read with a glob, such as {label}/*{suffixes[0]}"
+            f"select the files to read with a glob, such as {label}/*{suffixes[0]}"
         )
     plain = {str(file): file.name for file in files if not _compressed([file])}
     for file in _compressed(files):
         if str(file.with_suffix("")) in plain:
             raise UsageError(
-                f"dataset must hold each shard once, got {file.name} beside {file.stem}; "
-                "remove one of them, or name those to read with a glob"
+                f"dataset must hold each file once, got both {file.name} and {file.stem}; remove "
+                "one of the two, or select the files to read with a glob"
             )
     return KINDS[suffixes[0]]
 
@@ -222,9 +229,15 @@ def _split_folder(path: Path, split: str) -> Path:
         return path
     splits = _json_of(path / "dataset_dict.json", "splits")
     if split not in splits:
-        raise UsageError(f"split must be one of {', '.join(splits)} in {path.name}, got {split}")
+        raise UsageError(
+            f"split must be one of {', '.join(splits)} in {path.name}, got {split}; give one of "
+            "these with --split"
+        )
     if not os.path.isdir(path / split):
-        raise UsageError(f"{path.name} must hold the folder {split}; save the dataset again")
+        raise UsageError(
+            f"{path.name} has no folder {split}, although it lists that split; save the dataset "
+            "again with save_to_disk"
+        )
     return path / split
 
 
@@ -235,7 +248,8 @@ def arrow_files(path: Path) -> tuple[Path, ...]:
         return tuple(path / file["filename"] for file in files)
     except (TypeError, KeyError) as error:
         raise UsageError(
-            f"{path.name}/state.json must name files; save the dataset again"
+            f"{path.name}/state.json does not list the data files; save the dataset again with "
+            "save_to_disk"
         ) from error
 
 
@@ -244,8 +258,12 @@ def _json_of(file: Path, key: str) -> list[Any]:
         content = json.loads(file.read_bytes())[key]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
-            f"{file.parent.name}/{file.name} must be JSON with {key}; save the dataset again"
+            f"{file.parent.name}/{file.name} must be JSON with the field {key}; save the dataset "
+            "again with save_to_disk"
         ) from error
     if not isinstance(content, list):
-        raise UsageError(f"{key} in {file.parent.name}/{file.name} must be a list; save it again")
+        raise UsageError(
+            f"{key} in {file.parent.name}/{file.name} must be a list; save the dataset again "
+            "with save_to_disk"
+        )
     return content

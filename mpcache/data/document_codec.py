@@ -76,8 +76,8 @@ def check_mask_type(kind: pa.DataType, name: str) -> None:
         pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
     ):
         raise UsageError(
-            f"{MASK} in {name} must hold lists of 0 and 1, got {kind}; "
-            "write it again as whole numbers, or rename the column"
+            f"the column {MASK} in {name} must hold lists of 0 and 1, got {kind}; write lists of "
+            "whole numbers, or rename the column if it is no attention mask"
         )
 
 
@@ -109,7 +109,7 @@ def encode_record(
         return _text_bytes(json.dumps(messages, default=str, ensure_ascii=False), where)
     raise UsageError(
         f"{where} must hold {_KIND_NAMES[kind]}, as the rows before it do, got "
-        f"{_description(value)}; repair it, or leave it out"
+        f"{_description(value)}; correct the row, or remove it from the data"
     )
 
 
@@ -123,8 +123,8 @@ def _text_bytes(text: str, where: object) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"{where} must hold Unicode text, got half a surrogate pair, "
-            f"{error.object[error.start]!r}; repair it, or leave it out"
+            f"{where} must hold valid Unicode text, got half a surrogate pair, "
+            f"{error.object[error.start]!r}; correct the row, or remove it from the data"
         ) from error
 
 
@@ -140,12 +140,13 @@ def _token_bytes(ids: list[int], mask: Any, vocabulary: Vocabulary, where: objec
 def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
     if not isinstance(mask, list) or not all(isinstance(m, int) for m in mask):
         raise UsageError(
-            f"{MASK} in {where} must be a list of 0 and 1, got {_description(mask)}; "
-            "repair it, or rename the column"
+            f"{MASK} in {where} must be a list of 0 and 1, got {_description(mask)}; correct the "
+            "row, or rename the column if it is no attention mask"
         )
     if len(mask) != count:
         raise UsageError(
-            f"attention_mask in {where} must be as long as the tokens, {count}, got {len(mask)}"
+            f"attention_mask in {where} must have as many values as there are tokens, {count}, "
+            f"got {len(mask)}; correct the row"
         )
     return mask
 
@@ -205,8 +206,8 @@ def token_records(
         if (wrong := np.flatnonzero(mask_lengths != lengths)).size:
             row = int(wrong[0])
             raise UsageError(
-                f"attention_mask in {where(row)} must be as long as the tokens, {lengths[row]}, "
-                f"got {mask_lengths[row]}"
+                f"attention_mask in {where(row)} must have as many values as there are tokens, "
+                f"{lengths[row]}, got {mask_lengths[row]}; correct the row"
             )
         ids = ids[kept != 0]
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept != 0)])
@@ -222,5 +223,5 @@ def _flat(array: pa.Array, where: Where) -> tuple[np.ndarray, np.ndarray]:
     if numbers.null_count:
         first = pc.index(pc.is_null(numbers), True).as_py()
         row = int(np.searchsorted(np.cumsum(lengths), first, side="right"))
-        raise UsageError(f"{where(row)} must hold numbers only, got null; repair it")
+        raise UsageError(f"{where(row)} must hold numbers only, got null; correct the row")
     return numbers.to_numpy(zero_copy_only=False), lengths

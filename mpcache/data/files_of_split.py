@@ -34,20 +34,24 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
     if len(with_split) < len(files):
         without_split = next(file for file in files if not splits[file])
         raise UsageError(
-            f"files in {folder.name} must all name a split or none, got {with_split[0].name} and "
-            f"{without_split.name}; name those to read with a glob, or with commas"
+            f"either all files in {folder.name} must have a split in their names or none, got "
+            f"{with_split[0].name} and {without_split.name}; select the files to read with a "
+            "glob or a list with commas in --dataset"
         )
     wanted = _ALIASES.get(split, split)
     chosen = [file for file in files if splits[file] == wanted]
     if not chosen:
         available = ", ".join(dict.fromkeys(str(splits[file]) for file in files))
-        raise UsageError(f"split must be one of {available} in {folder.name}, got {split}")
+        raise UsageError(
+            f"split must be one of {available} in {folder.name}, got {split}; give one of these "
+            "with --split"
+        )
     groups = dict.fromkeys(_above_split(file.relative_to(folder)) for file in chosen)
     if len(groups) > 1:
         names = ", ".join(group.as_posix() for group in groups)
         raise UsageError(
-            f"{folder.name} holds several datasets, {split} files are in {names}; "
-            "name one of these folders"
+            f"{folder.name} holds several datasets with {split} files, in {names}; give one of "
+            "these folders as --dataset"
         )
     return tuple(chosen)
 
@@ -82,6 +86,6 @@ def check_shards_complete(files: Sequence[Path], folder: Path) -> None:
         if missing := min(candidates, key=len):
             raise UsageError(
                 f"{folder.name} must hold {int(count)} shards, got {len(numbers)}: "
-                f"{name}-{missing[0]:05}-of-{count} is missing; download the rest, or name "
-                "those to read with a glob"
+                f"{name}-{missing[0]:05}-of-{count} is missing; download the missing files, or "
+                "select the files to read with a glob"
             )

@@ -82,9 +82,9 @@ def check_commit(cached: str | None, config: CollectConfig, commit: str) -> None
     """
     if cached != commit:
         raise ConnectionError(
-            f"the Hub cannot be reached for dataset {config.dataset} at {commit}; the local cache "
-            f"has another version, {cached}: check the connection (and HF_HUB_OFFLINE), "
-            "or name that version with --dataset-revision"
+            f"the Hub cannot be reached for dataset {config.dataset} at {commit}; the local "
+            f"cache has another version, {cached}: check the connection and HF_HUB_OFFLINE, or "
+            f"give --dataset-revision {cached}"
         )
 
 
@@ -101,7 +101,9 @@ class HubDataset:
             table = self._with_needed_columns(table, names)
         first_rows = list(islice(table, FETCH_DOCUMENTS))
         if not first_rows:
-            raise UsageError(f"dataset must hold a document, got {config.dataset} with none")
+            raise UsageError(
+                f"the dataset {config.dataset} has no documents; give another --dataset or --split"
+            )
         tree = {**dict.fromkeys(names, ""), **first_rows[0]}
         self.path = column_path(tree, config, config.dataset)
         self.kind: Kind = self._kind_of_rows(first_rows)
@@ -124,7 +126,9 @@ class HubDataset:
         try:
             value = value_at(row, self.path)
         except KeyError as error:
-            raise UsageError(f"{where} has no {error.args[0]}; use another text_column") from error
+            raise UsageError(
+                f"{where} has no column {error.args[0]}; give another column with --text-column"
+            ) from error
         mask = mask_of(row, self.path)
         record = encode_record(value, mask, self.kind, self.vocabulary, where)
         return decode_document(record, self.kind, where)
@@ -155,7 +159,8 @@ class HubDataset:
             except (TypeError, KeyError) as error:
                 raise UsageError(
                     f"text_column must hold text, token ids or chat messages, got {error} in "
-                    f"{self.config.text_column} of {self.config.dataset}; name another"
+                    f"{self.config.text_column} of {self.config.dataset}; give another column "
+                    "with --text-column"
                 ) from error
             if kind:
                 return kind

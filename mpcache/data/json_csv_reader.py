@@ -28,8 +28,8 @@ def read_json(file: DataFile, documents: LocalDocuments) -> None:
         for where, row in rows:
             if not isinstance(row, dict):
                 raise UsageError(
-                    f"{where} must be a JSON object, got {type(row).__name__}; "
-                    "give an object with named fields for each document"
+                    f"{where} must be a JSON object, got {type(row).__name__}; write each "
+                    "document as an object with named fields"
                 )
             path = path or column_path(row, documents.config, file.name)
             _check_no_repeated_field(row, path, where)
@@ -37,8 +37,8 @@ def read_json(file: DataFile, documents: LocalDocuments) -> None:
                 value = value_at(row, path)
             except KeyError as error:
                 raise UsageError(
-                    f"{where} has no {documents.config.text_column}, as the rows before it have; "
-                    "give it that field, or leave it out"
+                    f"{where} has no field {documents.config.text_column}, but the rows before "
+                    "it have; add the field, or remove the row from the data"
                 ) from error
             mask = mask_of(row, path)
             documents.add(value, mask, where)
@@ -53,8 +53,8 @@ def _check_mask_in_all_rows(before: bool | None, now: bool, where: object) -> bo
     """
     if before not in (None, now):
         raise UsageError(
-            f"{where} has {'an' if now else 'no'} {MASK}, unlike the rows before it; "
-            "give it in all rows, or in none"
+            f"{where} has {'an' if now else 'no'} {MASK}, unlike the rows before it; write that "
+            "field in all rows or in none"
         )
     return now
 
@@ -87,11 +87,13 @@ def _check_no_repeated_field(row: Any, path: Path, where: object) -> None:
         if repeated := [
             name for name in names if isinstance(beside, _Object) and name in beside.repeated
         ]:
-            raise UsageError(f"{where} gives {repeated[0]} twice; leave one of them out")
+            raise UsageError(f"{where} has the field {repeated[0]} twice; remove one of the two")
     is_chat = isinstance(row, list) and row and isinstance(row[0], dict)
     for message in row if is_chat else ():
         if isinstance(message, _Object):
-            raise UsageError(f"{where} gives {message.repeated[0]} twice; leave one of them out")
+            raise UsageError(
+                f"{where} has the field {message.repeated[0]} twice; remove one of the two"
+            )
 
 
 def _lines(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any]]:
@@ -111,7 +113,8 @@ def _utf8(data: bytes, where: object) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at {error.start}; convert it, "
+            f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}; "
+            "convert the file, for instance with iconv -f latin1 -t utf-8"
             "for instance with iconv -f latin1 -t utf-8"
         ) from error
 
@@ -157,7 +160,10 @@ def _array(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any
             text.expect(",")
             text.skip_space()
     if text.skip_space():
-        raise UsageError(f"{Row(file.name, text.line)} must be the array's end, got more text")
+        raise UsageError(
+            "the JSON array must be all of the file, got more text after it at "
+            f"{Row(file.name, text.line)}; remove that text"
+        )
 
 
 class _JsonText:
@@ -174,8 +180,8 @@ class _JsonText:
         except UnicodeDecodeError as error:
             near = Row(self.file.name, self.line + self.buffer.count("\n"))
             raise UsageError(
-                f"{near} or one after it is not UTF-8; convert the file, "
-                "for instance with iconv -f latin1 -t utf-8"
+                f"{near} or a line after it is not UTF-8; convert the file, for instance with "
+                "iconv -f latin1 -t utf-8"
             ) from error
         self.buffer += piece
         return bool(piece)
@@ -196,7 +202,7 @@ class _JsonText:
             got = self.buffer[:1] or "the end of the file"
             raise UsageError(
                 f"{Row(self.file.name, self.line)} is not JSON: expected {character}, got {got}; "
-                "it may be cut short: repair it, or download it again"
+                "the file may be cut short: correct the line, or download the file again"
             )
         self.drop(1)
 
@@ -235,12 +241,14 @@ def read_csv(file: DataFile, documents: LocalDocuments) -> None:
                 header = row
                 (name,) = column_path(dict.fromkeys(header, ""), documents.config, file.name)
                 if header.count(name) > 1:
-                    raise UsageError(f"{where} names the column {name} twice; rename one")
+                    raise UsageError(
+                        f"{where} names the column {name} twice; rename one of the two columns"
+                    )
                 index = header.index(name)
             elif len(row) != len(header):
                 raise UsageError(
-                    f"{where} must have {len(header)} fields, got {len(row)}; "
-                    "it may be cut short: repair it, or leave it out"
+                    f"{where} must have {len(header)} fields, as the header has, got {len(row)}; "
+                    "the row may be cut short: correct it, or remove it from the data"
                 )
             else:
                 documents.add_text(row[index], where)
@@ -255,12 +263,13 @@ def _csv_rows(reader: Any, file: DataFile) -> Iterator[tuple[Row, list[str]]]:
             return
         except UnicodeDecodeError as error:
             raise UsageError(
-                f"{where} or one after it is not UTF-8; convert the file, "
-                "for instance with iconv -f latin1 -t utf-8"
+                f"{where} or a line after it is not UTF-8; convert the file, for instance with "
+                "iconv -f latin1 -t utf-8"
             ) from error
         except csv.Error as error:
             raise UsageError(
-                f"{where} is not CSV: {error}; it may be cut short: repair it, or leave it out"
+                f"{where} is not CSV: {error}; the row may be cut short: correct it, or remove "
+                "it from the data"
             ) from error
         if row:
             yield where, row

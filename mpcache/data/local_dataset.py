@@ -44,7 +44,9 @@ def open_local_dataset(
     read = _read_token_files if files.kind == "bin" else _read_documents
     fetch, count, kind, digests = read(files, config, vocabulary)
     if not count:
-        raise UsageError(f"dataset must hold a document, got none in {files.label}")
+        raise UsageError(
+            f"a dataset must hold a document, got none in {files.label}; give another --dataset"
+        )
     return Documents(
         _dataset_digest(files, digests, config),
         {
@@ -77,8 +79,9 @@ def _read_documents(
     documents.finish()
     if len(documents) and not documents.records.size and not vocabulary.has_tokenizer:
         raise UsageError(
-            f"dataset must hold a document with token ids, got {len(documents)} empty ones in "
-            f"{files.label}; name another, or another column with --text-column"
+            f"a dataset must hold a document with token ids, got {len(documents)} empty "
+            f"documents in {files.label}; give another --dataset, or another column with "
+            "--text-column"
         )
     return documents.fetch, len(documents), documents.kind or "text", digests
 
@@ -91,8 +94,8 @@ def _may_be_empty(files: DatasetFiles) -> bool:
 def _check_no_web_page(file: DataFile, kind: str) -> None:
     if is_web_page(file):
         raise UsageError(
-            f"{file.name} is a web page, not {kind}; download the file itself "
-            "(on the Hub its URL has /resolve/, that of its page /blob/)"
+            f"{file.name} is a web page, not {kind}; download the file itself (on the Hub, the "
+            "URL of a file contains /resolve/, not /blob/)"
         )
 
 
@@ -103,9 +106,13 @@ def _read_text(file: DataFile, documents: LocalDocuments, *, in_paragraphs: bool
     try:
         text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"text must be UTF-8, got {file.name}: {error}; convert it") from error
+        raise UsageError(
+            f"text must be UTF-8, got {file.name}: {error}; convert the file to UTF-8"
+        ) from error
     if in_paragraphs and not text.strip():
-        raise UsageError(f"dataset must hold a document, got none in {file.name}; name another")
+        raise UsageError(
+            f"a dataset must hold a document, got none in {file.name}; give another --dataset"
+        )
     for paragraph in re.split(r"\n\s*\n", text.strip()) if in_paragraphs else [text]:
         documents.add_text(paragraph, file.name)
 
@@ -133,8 +140,9 @@ def _check_open_file_limit(count: int, label: str) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit != resource.RLIM_INFINITY and count + _OTHER_FILES > limit:
         raise UsageError(
-            f"{label} has {count} .bin files, too many where {limit} files may be open at once; "
-            f"allow more with ulimit -n {count + _OTHER_FILES}, or join some of the files"
+            f"{label} has {count} .bin files, but only {limit} files may be open at the same "
+            f"time; raise that limit with ulimit -n {count + _OTHER_FILES}, or join some of the "
+            "files"
         )
 
 

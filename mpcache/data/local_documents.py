@@ -79,8 +79,8 @@ class LocalDocuments:
             check_has_tokenizer(kind, self.vocabulary, self.config)
         if kind is not None and kind != self.kind and not isinstance(where, Row):
             raise UsageError(
-                f"all files must hold the same kind of documents, got {kind} in {where} "
-                f"after {self.kind}; name files of one kind"
+                f"all files must hold the same kind of documents, got {kind} in {where} after "
+                f"{self.kind}; select files of one kind in --dataset"
             )
         return self.kind
 
@@ -110,8 +110,8 @@ def check_has_tokenizer(kind: Kind, vocabulary: Vocabulary, config: CollectConfi
     """Raise UsageError for texts or chats and a model without a tokenizer."""
     if kind != "tokens" and not vocabulary.has_tokenizer:
         raise UsageError(
-            f"{config.dataset} holds {kind}, and the model {config.model} has no tokenizer; "
-            "put its tokenizer.json beside the model, or name a column of token ids with "
+            f"{config.dataset} holds {kind}, but the model {config.model} has no tokenizer; put "
+            "its tokenizer.json into the model's folder, or give a column of token ids with "
             "--text-column"
         )
 

@@ -298,9 +298,9 @@ def _pack_all(
         feed.fill(packer)
         if packer.is_empty and packer.cursor == (0, 0):
             raise UsageError(
-                f"each split must fill a sequence of {config.ctx_len} tokens, got no "
-                f"{packer.split} one from {feed.count} documents; use more documents, "
-                "or a smaller ctx_len or validation_every"
+                f"each split must fill at least one sequence of {config.ctx_len} tokens, got no "
+                f"{packer.split} sequence from {feed.count} documents; use more documents, a "
+                "smaller --ctx-len or a smaller --validation-every"
             )
     unfinished = list(packers.values())
     while unfinished:

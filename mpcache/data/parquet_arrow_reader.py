@@ -48,8 +48,8 @@ def _check_stream_end(stream: io.BufferedIOBase, file: DataFile) -> None:
     stream.seek(max(0, size - 8))
     if stream.read() != _STREAM_END:
         raise UsageError(
-            f"{file.name} cannot be read as arrow: it has no end mark; "
-            "it is cut short or damaged: write it again, or download it again"
+            f"{file.name} cannot be read as arrow, because its last bytes are missing; the file "
+            "is cut short or damaged: write or download it again"
         )
 
 
@@ -62,7 +62,7 @@ class _Columns:
             tree = tree_of(schema)
         except KeyError as error:
             raise UsageError(
-                f"{file.name} names the column {error.args[0]} twice; rename one"
+                f"{file.name} has the column {error.args[0]} twice; rename one of the two columns"
             ) from error
         self.path = column_path(tree, documents.config, file.name)
         self.mask: Path | None = None

@@ -27,17 +27,19 @@ def special_tokens_of(tokenizer: Tokenizer, config: CollectConfig) -> SpecialTok
     end = end_token_id(tokenizer)
     if config.bos != "none" and begin is None:
         raise UsageError(
-            f"bos={config.bos} needs a tokenizer with BOS or CLS, got none; use bos=none"
+            f"bos={config.bos} needs a tokenizer with a BOS or CLS token, got none; use --bos none"
         )
     if config.eos and end is None:
-        raise UsageError("eos needs a tokenizer with EOS or SEP, got none; turn eos off")
+        raise UsageError("eos needs a tokenizer with an EOS or SEP token, got none; use --no-eos")
     if config.bos == "sequence" and config.ctx_len == 1:
-        raise UsageError("bos=sequence needs ctx_len of at least 2, got 1; use bos=none")
+        raise UsageError(
+            "bos=sequence needs ctx_len of at least 2, got 1; use --bos none or a larger --ctx-len"
+        )
     needs_no_mark = config.cross_document_attention or config.one_document_per_sequence
     if not (needs_no_mark or config.eos or config.bos == "document"):
         raise UsageError(
-            "without cross_document_attention a token must mark where documents start, "
-            f"got eos=False, bos={config.bos}; turn eos on, or use bos=document"
+            "without --cross-document-attention, a token must mark the start or end of each "
+            f"document, got eos=False, bos={config.bos}; use --eos or --bos document"
         )
     return SpecialTokens(
         begin=None if config.bos == "none" else begin,

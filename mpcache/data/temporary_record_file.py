@@ -75,6 +75,7 @@ def _explain_full_disk() -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"no room for the dataset's documents in {tempfile.gettempdir()}; "
-            "set TMPDIR to a folder with more room",
+            "the disk has no space for the temporary copy of the documents in "
+            f"{tempfile.gettempdir()}; set the environment variable TMPDIR to a folder with more "
+            "space",
         ) from error

@@ -37,8 +37,8 @@ class LiteralTextTokenizer:
         before, after = tokenizer.backend_tokenizer.token_to_id, self.backend.token_to_id
         if any(before(old) != after(new) for old, new in self.names.items()):
             raise UsageError(
-                f"special tokens of {type(tokenizer).__name__} cannot be distinguished from text; "
-                "use --parse-special-tokens"
+                f"special tokens of {type(tokenizer).__name__} cannot be distinguished from the "
+                "same characters in a text; use --parse-special-tokens"
             )
         ids = {before(name) for name in self.names} - {self.unknown, None}
         self.special_ids = np.array(sorted(ids), np.uint32)
@@ -53,7 +53,8 @@ class LiteralTextTokenizer:
         for ids in arrays:
             if np.isin(ids, self.special_ids).any():
                 raise UsageError(
-                    "a text contains the internal name of a special token; change the text"
+                    "a document contains the internal name that mpcache gives to a special "
+                    "token; remove that name from the document"
                 )
         return arrays
 

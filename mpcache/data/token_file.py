@@ -24,11 +24,13 @@ class TokenFile:
         self.file, self.vocabulary = file, vocabulary
         self.dtype = np.promote_types(vocabulary.dtype, np.uint16).newbyteorder("<")
         if is_web_page(file):
-            raise UsageError(f"{file.name} is a web page, not token ids; download it again")
+            raise UsageError(
+                f"{file.name} is a web page, not token ids; download the file itself again"
+            )
         if vocabulary.end is None:
             raise UsageError(
                 f"documents in {file.name} must end with the model's end token, but the model "
-                "names none; give token ids in a column of a table instead"
+                "has no end token; give the token ids in a table, with --text-column"
             )
         self.copy = temporary_file() if file.compression else None
         with file.explained("compressed tokens"):
@@ -81,8 +83,8 @@ class TokenFile:
         bounds = np.concatenate(starts)
         if len(bounds) == 1:
             raise UsageError(
-                f"documents in {self.file.name} must end with token {self.vocabulary.end}, "
-                "got no such token; write the file with it"
+                f"documents in {self.file.name} must end with token {self.vocabulary.end}, got "
+                "no such token; write this token after each document"
             )
         # without an end token the last document ends with the file
         is_whole = bounds[-1] == self.size
@@ -98,7 +100,7 @@ class TokenFile:
         if piece.max() > self.vocabulary.largest_id:
             index = int(np.argmax(piece > self.vocabulary.largest_id))
             raise UsageError(
-                f"tokens must be at most {self.vocabulary.largest_id} for this model, got "
-                f"{piece[index]} at token {start + index} of {self.file.name}; "
-                "tokenise it with the model's own tokenizer"
+                f"token ids must be at most {self.vocabulary.largest_id} for this model, got "
+                f"{piece[index]} at token {start + index} of {self.file.name}; tokenize the data "
+                "with the model's own tokenizer"
             )

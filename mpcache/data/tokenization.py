@@ -42,14 +42,15 @@ def find_chat_template(
     if documents.kind != "conversations":
         if config.chat_template is not None:
             raise UsageError(
-                "chat_template needs chat messages, got a dataset without; leave it out, or "
-                "name the column of messages with --text-column"
+                "--chat-template applies only to chat messages, got a dataset of "
+                f"{documents.kind}; remove --chat-template, or give the column of messages with "
+                "--text-column"
             )
         return None
     if not (config.cross_document_attention or config.one_document_per_sequence):
         raise UsageError(
-            "conversations cannot be separated within a sequence, because they contain end tokens; "
-            "use --one-document-per-sequence"
+            "conversations cannot be kept apart within a sequence, because they contain end "
+            "tokens; use --one-document-per-sequence"
         )
     # opening a dataset of conversations fails without a tokenizer
     assert not isinstance(tokenizer, ConfigTokens)
@@ -140,9 +141,9 @@ class DocumentTokenizer:
         if largest is not None and len(ids) and (worst := int(ids.max())) > largest:
             name = self._text_tokenizer.convert_ids_to_tokens(worst)
             raise UsageError(
-                f"{where} has the token {name!r}, {worst}, and the embedding of "
-                f"{self.config.model} ends at {largest}; resize the model for its tokenizer, "
-                "or use the model's own tokenizer and chat template"
+                f"{where} has the token {name!r} with id {worst}, but the largest id in the "
+                f"embedding of {self.config.model} is {largest}; resize the model's embedding "
+                "for its tokenizer, or use the model's own tokenizer and chat template"
             )
 
     def _stream(self, ids: Stream) -> Stream:

@@ -163,8 +163,8 @@ class ReadCache:
             is_first, self._is_full = not self._is_full, True
         if is_first:
             warnings.warn(
-                f"the read cache {self.folder} stores no more data ({reason}); data that is not in the cache "
-                "is read from the store each time",
+                f"the read cache {self.folder} stores no more data ({reason}); data that is "
+                "not in the cache is read from the store each time",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -248,7 +248,7 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
         ),
         (
             lambda f: [(f / f"tokenizer{end}").unlink() for end in (".json", "_config.json")],
-            "has no tokenizer; put its tokenizer.json beside",
+            "has no tokenizer; put its tokenizer.json into",
         ),
         (
             lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
@@ -369,7 +369,9 @@ def test_a_chat_template_may_not_lead_beyond_the_embedding(originals, copy, firs
     assert result.exit_code == 2, result.output
     assert not (folder.parent / "store").exists()
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert matches(r"row \d+ of chats.jsonl .* has the token '<image4>', 262, .* ends at 259", line)
+    assert matches(
+        r"row \d+ of chats.jsonl .* has the token '<image4>' with id 262, .* is 259", line
+    )
 
 
 def test_an_unknown_token_beyond_the_embedding_is_refused(originals, copy):
@@ -383,16 +385,16 @@ def test_an_unknown_token_beyond_the_embedding_is_refused(originals, copy):
     )
     tokenizer.save_pretrained(folder)
     assert matches(
-        "a text .* has the token '<unk>', 262, .* ends at 259", refusal(originals, folder)
+        "a text .* has the token '<unk>' with id 262, .* is 259", refusal(originals, folder)
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--chat-template", "nosuch.jinja"], "chat_template needs chat messages"),
+        (["--chat-template", "nosuch.jinja"], "--chat-template applies only to chat messages"),
         (["--chat-template", "nosuch.jinja", "--text-column", "m"], "nosuch.jinja cannot be read"),
-        (["--bos", "document"], "bos=document needs a tokenizer with BOS"),
+        (["--bos", "document"], "bos=document needs a tokenizer with a BOS"),
     ],
 )
 @pytest.mark.parametrize("workers", [[], ["--workers", "1"]])

@@ -63,7 +63,7 @@ def test_unknown_hookpoint_lists_near_names(inputs: Path) -> None:
         ("no_model", "corpus.jsonl", "no_model"),
         ("model", "no.jsonl", "must exist"),
         ("model", "empty.jsonl", "empty"),
-        ("model", "one.jsonl", "each split must fill a sequence"),
+        ("model", "one.jsonl", "each split must fill at least one sequence"),
     ],
 )
 def test_missing_or_useless_input(inputs: Path, model: str, data: str, message: str) -> None:

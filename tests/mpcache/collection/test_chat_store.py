@@ -246,6 +246,6 @@ def test_conversations_need_to_be_run_alone_to_be_kept_apart(tmp_path: Path) -> 
 
 def test_a_template_is_for_messages_alone(tmp_path: Path) -> None:
     config = chat_config(tmp_path)
-    with pytest.raises(ValueError, match="chat_template needs chat messages"):
+    with pytest.raises(ValueError, match="--chat-template applies only to chat messages"):
         collect(config, tmp_path / "store")
     assert not (tmp_path / "store").exists()

@@ -206,8 +206,14 @@ def make_damaged(folder):
             r"line 1 of numbers\.jsonl: text_column must .*, got int in text; name",
         ),
         ("latin.txt", r"must be UTF-8, got latin\.txt"),
-        ("a.doc", r"is a folder or a file \.jsonl, .*, got a\.doc; convert it"),
-        ("none", "must hold a document, got none in none; a folder holds files .jsonl"),
+        (
+            "a.doc",
+            r"must be a folder or a file that ends in \.jsonl, .*, got a\.doc; convert the file",
+        ),
+        (
+            "none",
+            "must hold files that end in .jsonl, .*, got none with neither; give another folder",
+        ),
         ("odd.bin", r"must hold uint16 tokens, got 3 bytes in odd\.bin"),
         ("empty.bin", r"must hold a document, got the empty file empty\.bin"),
         ("endless.bin", r"documents in endless\.bin must end with token 257, got no such"),

@@ -75,7 +75,7 @@ def packs(texts, config) -> bool:
 def test_sequences_are_the_documents_of_their_split_in_order(texts, changes):
     config = make_config(**changes)
     if not packs(texts, config):
-        with pytest.raises(ValueError, match="each split must fill a sequence"):
+        with pytest.raises(ValueError, match="each split must fill at least one sequence"):
             parts_of(texts, config)
         return
     parts = parts_of(texts, config)
@@ -173,10 +173,18 @@ def test_too_few_documents_are_counted():
 @pytest.mark.parametrize(
     ("tokenizer", "changes", "message"),
     [
-        ({"bos": None}, {"bos": "document"}, "needs a tokenizer with BOS or CLS, got none; use"),
-        ({"eos": None}, {}, "needs a tokenizer with EOS or SEP, got none; turn eos off"),
+        (
+            {"bos": None},
+            {"bos": "document"},
+            "needs a tokenizer with a BOS or CLS token, got none; use",
+        ),
+        ({"eos": None}, {}, "needs a tokenizer with an EOS or SEP token, got none; use --no-eos"),
         ({}, {"bos": "sequence", "ctx_len": 1}, "needs ctx_len of at least 2"),
-        ({}, {"eos": False, "cross_document_attention": False}, "a token must mark where"),
+        (
+            {},
+            {"eos": False, "cross_document_attention": False},
+            "a token must mark the start or end",
+        ),
     ],
 )
 def test_refuses(tokenizer, changes, message):
