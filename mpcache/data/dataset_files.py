@@ -89,7 +89,8 @@ def suffix_of(path: Path) -> str:
 def _kind(path: Path) -> FileKind:
     if (suffix := suffix_of(path)) not in KINDS:
         raise UsageError(
-            f"a local dataset must be a folder or a file that ends in {_FORMATS}, got {path.name}; convert "
+            f"a local dataset must be a folder or a file that ends in {_FORMATS}, got "
+            f"{path.name}; convert "
             "the file to one of these formats"
         )
     return KINDS[suffix]
@@ -112,7 +113,8 @@ def _of_folder(path: Path, config: CollectConfig) -> DatasetFiles:
         return DatasetFiles(label, "text", files, names, "text folder")
     if not files:
         raise UsageError(
-            f"a dataset folder must hold files that end in {_FORMATS}, or come from save_to_disk, got {label} "
+            f"a dataset folder must hold files that end in {_FORMATS}, or come from "
+            f"save_to_disk, got {label} "
             "with neither; give another folder with --dataset"
         )
     kind = _common_kind(files, label)
@@ -150,7 +152,8 @@ def _of_item(item: str, config: CollectConfig) -> Sequence[Path]:
     files = [file for file in matches if not file.is_dir() and is_data(file)]
     if not files:
         raise UsageError(
-            f"dataset must match a file that ends in {_FORMATS}, got {item}, which matches none; correct the "
+            f"dataset must match a file that ends in {_FORMATS}, got {item}, which matches "
+            "none; correct the "
             "pattern"
         )
     return files
@@ -193,7 +196,8 @@ def is_data(file: Path) -> bool:
         return False
     if file.suffix.lower() in _UNREADABLE or suffix in _UNREADABLE:
         raise UsageError(
-            f"{file.name} in the dataset's folder does not end in {_FORMATS}; convert the file, or select "
+            f"{file.name} in the dataset's folder does not end in {_FORMATS}; convert the "
+            "file, or select "
             "the files to read with a glob or a list with commas in --dataset"
         )
     return suffix in KINDS

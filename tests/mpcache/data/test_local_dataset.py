@@ -340,8 +340,14 @@ def test_the_split_is_read_from_names_of_files(tmp_path, suffix):
             r"a split in their names or none, got train\.jsonl and more\.jsonl",
         ),
         (("x/train.jsonl", "y/train.jsonl"), r"several datasets with train files, in x, y; give"),
-        (("en/train/0.jsonl", "de/train/0.jsonl"), r"several datasets, .* in de, en; give one"),
-        (("a/en/train/x/0.bin", "a/de/train-0.bin"), r"several datasets, .* in a/de, a/en; give"),
+        (
+            ("en/train/0.jsonl", "de/train/0.jsonl"),
+            r"several datasets with train files, .* in de, en; give one",
+        ),
+        (
+            ("a/en/train/x/0.bin", "a/de/train-0.bin"),
+            r"several datasets with train files, .* in a/de, a/en; give",
+        ),
         (
             ("train.bin", "more.bin"),
             r"a split in their names or none, got train\.bin and more\.bin",
