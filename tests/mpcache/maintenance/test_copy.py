@@ -1,4 +1,4 @@
-"""A copy is the same store, half a copy is no store, and a removal deletes a complete store."""
+"""A copy is the same store, half a copy is not a store, and a removal deletes a complete store."""
 
 import os
 import shutil
@@ -115,10 +115,10 @@ def test_invalid_targets_of_copies_are_refused(original: Path, store: Path, tmp_
         copy(store, tmp_path / "half")
     for target, message in (
         (other, "is another store"),
-        (tmp_path / "work", "is no store"),
-        (original / "store", "must not lie in each other"),
-        (original / "store" / "in", "must not lie in each other"),
-        (tmp_path / "half", "half of another copy"),
+        (tmp_path / "work", "is not a store"),
+        (original / "store", "must not lie one inside the other"),
+        (original / "store" / "in", "must not lie one inside the other"),
+        (tmp_path / "half", "an unfinished copy of another store"),
         (tmp_path / "bad\x1b[31m", "must be printable"),
     ):
         source = other if target == tmp_path / "half" else original / "store"
@@ -167,12 +167,12 @@ def test_only_stores_and_half_copies_are_removed(store: Path, tmp_path: Path) ->
     (fake / "store.json").write_text('{"format": "mpcache", "format_version": 1}')
     (store / "notes.txt").write_text("mine")
     for path, message in (
-        (work, "is no store"),
+        (work, "is not a store"),
         (link, "symbolic link"),
         (fake, "damaged"),
         (store, "'notes.txt'"),
-        (tmp_path / "nothing", "is no store"),
-        (tmp_path, "is no store"),
+        (tmp_path / "nothing", "is not a store"),
+        (tmp_path, "is not a store"),
     ):
         result = command("remove", path, "--yes")
         assert result.exit_code in (1, 2)

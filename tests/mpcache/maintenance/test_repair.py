@@ -231,7 +231,8 @@ def test_another_model_is_refused(original: Path, store: Path, tmp_path: Path) -
     shutil.copytree(original / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(
-        ValueError, match=r"was made from another model than that of .*say with --mo"
+        ValueError,
+        match=r"was collected with another model, got that of .*give the original with --mo",
     ):
         repair(store, RepairConfig(model=str(tmp_path / "model")))
 
@@ -313,12 +314,14 @@ def test_invalid_sources_are_refused(
         repair(store, RepairConfig(source=str(original / "other/store")))
     only = ConvertConfig(hookpoints=("layers.1.mlp",))
     convert(original / "store", tmp_path / "some", only)
-    with pytest.raises(ValueError, match=r"lacks acts/layers\.0/output; name another copy"):
+    with pytest.raises(
+        ValueError, match=r"must hold acts/layers\.0/output, got no such array; give another copy"
+    ):
         repair(store, RepairConfig(source=str(tmp_path / "some")))
-    with pytest.raises(ValueError, match="source needs neither model nor dataset"):
+    with pytest.raises(ValueError, match="with --source, the rows are copied"):
         RepairConfig(source="store", model="model")
     with pytest.raises(
-        ValueError, match="accept_other_bits is for rows that the model computes again"
+        ValueError, match="--accept-other-bits applies only to rows that the model computes again"
     ):
         RepairConfig(source="store", accept_other_bits=True)
     shutil.copytree(store, tmp_path / "damaged too")

@@ -177,15 +177,15 @@ def test_the_journal_of_another_path_or_store_is_refused(
     before = journal.read_bytes()
     result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(journal)])
     assert result.exit_code == 2
-    assert f"must be its own, got {journal}, that of {original / 'store'}" in result.stderr
-    assert "name another file" in result.stderr
+    assert f"{journal} is the journal of {original / 'store'}, not of" in result.stderr
+    assert "give another file" in result.stderr
     assert journal.read_bytes() == before
     own = tmp_path / "own"
     assert verify(store, journal=own).intact
     shutil.rmtree(store)
     shutil.copytree(original / "other/store", store)
     with pytest.raises(
-        ValueError, match="that of another store that was there before; name another"
+        ValueError, match="the journal of another store that was there before, not of"
     ):
         verify(store, journal=own)
 
@@ -211,7 +211,7 @@ def test_a_file_that_is_no_journal_is_left_alone(store: Path, tmp_path: Path) ->
     (tmp_path / "notes").write_text("mine")
     result = CliRunner().invoke(app, ["verify", str(store), "--journal", str(tmp_path / "notes")])
     assert result.exit_code == 2
-    assert "is no journal of mpcache verify; name another file" in result.stderr
+    assert "is not a journal of mpcache verify; give another file" in result.stderr
     assert (tmp_path / "notes").read_text() == "mine"
 
 

@@ -225,10 +225,10 @@ def test_nothing_is_left_of_what_is_removed(storage: Storage) -> None:
         ("S3://shared/a", "a store must be"),
         ("https://shared/a", "a store must be"),
         ("file:///etc", "a store must be"),
-        ("s3://shared/a/../b", "steps of a URL"),
-        ("s3://shared//a", "steps of a URL"),
-        ("s3://shared/./a", "steps of a URL"),
-        ("s3://shared/a\x1b[31m", "steps of a URL"),
+        ("s3://shared/a/../b", "names between the slashes of a URL"),
+        ("s3://shared//a", "names between the slashes of a URL"),
+        ("s3://shared/./a", "names between the slashes of a URL"),
+        ("s3://shared/a\x1b[31m", "names between the slashes of a URL"),
         ("s3://sha\x1b[31mred/a", "a store must be"),
     ],
 )
@@ -240,7 +240,7 @@ def test_invalid_urls_are_refused(url: str, message: str) -> None:
 
 
 def test_a_url_that_became_a_path_is_refused() -> None:
-    with pytest.raises(ValueError, match="give the URL as text") as error:
+    with pytest.raises(ValueError, match="give the URL as a str") as error:
         open_storage(Path("s3://key:secret@shared/a"))
     assert "secret" not in str(error.value)
 
@@ -250,7 +250,7 @@ def test_keys_that_no_store_has_are_refused_by_name(s3: str, tmp_path: Path, key
     storage = open_storage(f"{s3}/{tmp_path.name}")
     storage.create("marks/0/tokens.json", b"1")
     put_raw(f"{tmp_path.name}/marks/{key}", b"2")
-    with pytest.raises(DamagedStoreError, match="a name that no store has") as error:
+    with pytest.raises(DamagedStoreError, match="whose name no store can have") as error:
         list(storage.object_names("marks"))
     assert str(error.value).isprintable()
 

@@ -220,7 +220,7 @@ def test_damaged_cache_entries_are_read_again_and_replaced(
             file.write_bytes(torn.get(harm, bytes(len(data))))
     if harm == "directory":
         (folder / next(iter(intact))).mkdir()
-        with pytest.warns(RuntimeWarning, match="takes no more data"):
+        with pytest.warns(RuntimeWarning, match="stores no more data"):
             assert same(everything(open_store(url, str(folder))), wanted)
         return
     if harm == "gone":
@@ -429,7 +429,7 @@ def test_invalid_caches_are_refused(originals: tuple[Path, str], tmp_path: Path)
         (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
         return message
 
-    assert "so it would save nothing" in refused(path, "--cache-dir", str(tmp_path / "cache"))
+    assert "so a cache there saves no time" in refused(path, "--cache-dir", str(tmp_path / "cache"))
     assert "must be a local folder" in refused(url, "--cache-dir", "s3://shared/cache")
     assert "must be a local folder" in refused(url, "--cache-dir", "")
     assert "Not a directory" in refused(url, "--cache-dir", str(tmp_path / "file"))

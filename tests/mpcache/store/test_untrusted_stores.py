@@ -262,7 +262,7 @@ def test_a_mark_of_other_rows_than_the_positions_is_refused(
 ) -> None:
     """Otherwise old memory would be taken for the missing rows."""
     edit(store / MARK, put(rows=1, finite_rows=1))
-    with pytest.raises(DamagedStoreError, match=r"part 2 .* differ in rows"):
+    with pytest.raises(DamagedStoreError, match=r"part 2 .* have different numbers of rows"):
         open_store(store).parts([("layers.0", "output")], "train")
 
 
@@ -419,7 +419,7 @@ def test_a_pipe_does_not_hang(original: Path, store: Path, name: str) -> None:
     (store / name).unlink()
     os.mkfifo(store / name)
     for what in ("copy", "convert"):
-        assert "not a plain file" in error_line(all_commands(original, store)[what](), (1,))
+        assert "must be a regular file" in error_line(all_commands(original, store)[what](), (1,))
     assert command("verify", store).exit_code == 1
 
 
