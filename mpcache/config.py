@@ -222,7 +222,7 @@ class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettin
     def __post_init__(self) -> None:
         check_types(self)
         if not self.hookpoints:
-            raise UsageError("hookpoints is empty; name at least one, for instance layers.10.mlp")
+            raise UsageError("hookpoints is empty; give at least one, for instance layers.10.mlp")
         check_at_least(self, 1, "rows", "ctx_len", "batch_sequences", "part_rows", "chunk_rows")
         if self.part_rows % self.ctx_len:
             raise UsageError(
@@ -232,17 +232,18 @@ class CollectConfig(ModelSettings, DataSettings, SequenceSettings, StorageSettin
         if self.part_rows % self.chunk_rows:
             raise UsageError(
                 f"chunk_rows must divide part_rows, got chunk_rows={self.chunk_rows}, "
-                f"part_rows={self.part_rows}"
+                f"part_rows={self.part_rows}; use a divisor of part_rows"
             )
         check_at_least(self, 1, "write_threads")
         if self.autocast and self.model_dtype == "float32":
             raise UsageError(
-                "autocast must have a model_dtype to cast to, got float32; use bfloat16 or float16"
+                "--autocast needs a model_dtype of bfloat16 or float16, got float32; use "
+                "--model-dtype bfloat16, or remove --autocast"
             )
         if self.compile and self.one_document_per_sequence:
             raise UsageError(
-                "compile needs batches of one shape, but one_document_per_sequence makes batches "
-                "of many shapes; leave compile out"
+                "--compile needs batches of one shape, but --one-document-per-sequence makes "
+                "batches of many shapes; remove one of the two options"
             )
         check_at_least(self, 2, "validation_every")
 

@@ -54,20 +54,22 @@ def hub_error(error: Exception, subject: str, revision: str) -> Exception:
         return any(isinstance(cause, kinds) for cause in chain)
 
     if caused_by(GatedRepoError):
-        return UsageError(f"{subject} is gated; accept its terms on the Hub, then `hf auth login`")
+        return UsageError(
+            f"{subject} is gated; accept its terms on the Hub, then run `hf auth login`"
+        )
     if caused_by(RevisionNotFoundError):
         return UsageError(
-            f"revision must exist in {subject}, got {revision}; look it up on the Hub"
+            f"revision must exist in {subject}, got {revision}; look up the revisions on the Hub"
         )
     if caused_by(RepositoryNotFoundError):
         return UsageError(
-            f"{subject} is neither a path here nor on the Hub; check its name, "
-            "or `hf auth login` if it is private"
+            f"{subject} is neither a local path nor on the Hub; correct its name, or run `hf "
+            "auth login` if it is private"
         )
     if caused_by(ConnectionError, LocalEntryNotFoundError, TimeoutError) or _is_network(chain):
         return ConnectionError(
-            f"the Hub cannot be reached for {subject}, which is not in the local cache; "
-            "check the connection (and HF_HUB_OFFLINE), or give a local path"
+            f"the Hub cannot be reached for {subject}, which is not in the local cache; check "
+            "the network connection and the variable HF_HUB_OFFLINE, or give a local path"
         )
     if isinstance(error, OSError) and error.errno is not None:
         return error

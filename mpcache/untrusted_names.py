@@ -43,7 +43,9 @@ def is_part(text: str) -> bool:
 def check_printable(path: object) -> None:
     """Raise UsageError for the path of a new store or a root that would steer a terminal."""
     if not str(path).isprintable():
-        raise UsageError(f"a path must be printable, got {str(path)!r}; name another path")
+        raise UsageError(
+            f"a path must have only printable characters, got {str(path)!r}; give another path"
+        )
 
 
 def user_path(name: str | Path) -> Path:
@@ -52,6 +54,6 @@ def user_path(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UsageError(
-            f"{name} must begin with a folder, got ~ with no home folder that is known here; "
-            "write the whole path"
+            f"{name} must not start with ~, because the home folder is unknown on this machine; "
+            "give the whole path"
         ) from error

@@ -38,4 +38,4 @@ class StoreBenchConfig:
         check_at_least(self, 1, "rows", "width", "threads", "repeats")
         for name in ("part_rows", "chunk_rows", "codec"):
             if not getattr(self, name):
-                raise UsageError(f"{name} is empty; name at least one")
+                raise UsageError(f"{name} is empty; give at least one value")

@@ -115,11 +115,9 @@ def _checked_pieces(storage: Storage, name: str, record: ObjectRecord) -> Iterat
             yield piece
     except FileNotFoundError:
         raise DamagedStoreError(
-            f"{storage}/{name} is missing, but the store records it as written; run mpcache "
-            "repair on the store"
+            f"{storage}/{name} is missing, but the store records it as written"
         ) from None
     if (size, digest.hexdigest()) != (record.bytes, record.xxh3_128):
         raise DamagedStoreError(
-            f"{storage}/{name} is damaged: its bytes differ from those that were written; run "
-            "mpcache repair on the store"
+            f"{storage}/{name} is damaged: its bytes differ from those that were written"
         )

@@ -16,11 +16,11 @@ REMEDIES: dict[Fault, str] = {
     "flipped": _REPAIR,
     "mark": _REPAIR,
     "metadata": _REPAIR,
-    "settings": "take store.json from a copy of the store: it never changes",
-    "linked": f"move the link away, then {_REPAIR}",
-    "uncommitted": "the mpcache collect command that wrote it writes it again and commits it",
-    "foreign": "move it out of the store",
-    "leftover": f"{_REPAIR} --delete-leftovers, while nothing writes to the store",
+    "settings": "copy store.json from a copy of the store; the file never changes",
+    "linked": f"move the link out of the store, then run {_REPAIR}",
+    "uncommitted": "to complete the part, run its mpcache collect command again",
+    "foreign": "move the object out of the store",
+    "leftover": f"run {_REPAIR} --delete-leftovers while nothing writes to the store",
 }
 
 

@@ -85,10 +85,10 @@ def _size_fault(store: Store, name: str, committed: int) -> tuple[Fault, str] | 
     except DamagedStoreError as error:
         return "linked", str(error)
     if size is None:
-        return "missing", "committed, but not there"
+        return "missing", "recorded by the store, but missing"
     if size != committed:
         fault: Fault = "truncated" if size < committed else "overlong"
-        return fault, f"{size} bytes, committed were {committed}"
+        return fault, f"has {size} bytes, but the store recorded {committed}"
     return None
 
 
@@ -105,7 +105,7 @@ def content_fault(store: Store, part: int, array: str, spec: ArraySpec) -> str |
     except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
         return str(error)
     if values_xxh3 != committed.values_xxh3_128:
-        return "decodes to other values than were committed"
+        return "its values differ from those that were committed"
     return None
 
 

@@ -134,7 +134,7 @@ class PartRepair:
             return "mark rebuilt", "the mark was of other objects than the computed ones"
         committed_by = "an unknown machine" if old is None else old.host
         difference = (
-            f"{socket.gethostname()} computes other bits than were committed by {committed_by}"
+            f"{socket.gethostname()} computes other bits than those that {committed_by} committed"
         )
         return ("rewritten" if self.accept_other_bits else "other bits"), difference
 

@@ -90,6 +90,6 @@ class Repartition:
         if values_digest([values]) != record.values_xxh3_128:
             raise DamagedStoreError(
                 f"{self.store.storage}/{spec.object_path(part)} is damaged: its values differ "
-                f"from those that were collected; run mpcache repair {self.store.storage}"
+                f"from those that were collected"
             )
         return values

@@ -38,7 +38,8 @@ def check_tokenizer_files(source: ModelSource) -> None:
     if (path := files["tokenizer.json"]) is not None:
         if not isinstance(check_json(path).get("model"), dict):
             raise UsageError(
-                f"{path} must hold a tokenizer's model, got none; use the original file"
+                f"{path} must have the field model, which holds the tokenizer, got none; use the "
+                "original file"
             )
         return None
     return _check_without_tokenizer_json(source)
@@ -48,9 +49,9 @@ def _check_without_tokenizer_json(source: ModelSource) -> None:
     pieces = [name for name in _SENTENCEPIECE if source.file(name) is not None]
     if pieces and not any(source.file(name) for name in _VOCABULARIES):
         raise UsageError(
-            f"{source.location} must have tokenizer.json, got {pieces[0]} of SentencePiece alone; "
-            "convert it where the packages sentencepiece and protobuf are: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{source.location} must have tokenizer.json, got only the SentencePiece file "
+            f"{pieces[0]}; where the packages sentencepiece and protobuf are installed, convert "
+            "it with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
 
 
@@ -77,7 +78,7 @@ def check_model_files(source: ModelSource) -> TensorHeaders:
     if not (names := weight_names(source)):
         raise UsageError(
             f"{source.location} must have weights, got neither model.safetensors nor "
-            "pytorch_model.bin; download them too"
+            "pytorch_model.bin; download the weights into this folder"
         )
     headers: TensorHeaders = {}
     for name in names:
@@ -118,8 +119,8 @@ def check_no_mismatched_shapes(source: ModelSource, info: dict[str, Any]) -> Non
         more = f", and {len(different) - 1} more" if different[1:] else ""
         raise UsageError(
             f"the weights of {source.name} must fit its {CONFIG}, got {name} of shape "
-            f"{list(stored)} where {list(wanted)} is wanted{more}; use the config.json of this "
-            "checkpoint"
+            f"{list(stored)} instead of {list(wanted)}{more}; use the config.json that belongs "
+            "to these weights"
         )
 
 
@@ -133,14 +134,14 @@ def check_loaded(
         model.register_module("pooler", None)
     if missing := {key for key in missing if not key.startswith("pooler.")}:
         raise MissingWeightsError(
-            f"the weights of {source.name} must fill {type(model).__name__}, got none for "
-            f"{_first(missing)}; use another checkpoint"
+            f"the weights of {source.name} must be complete for {type(model).__name__}, got none "
+            f"for {_first(missing)}; use another checkpoint"
         )
     if unused := [key for key in info["unexpected_keys"] if _is_of(key, model)]:
         raise UsageError(
             f"the weights of {source.name} must fit its {CONFIG}, got {len(unused)} tensors that "
-            f"{type(model).__name__} does not use: {_first(unused)}; use the config.json of "
-            "this checkpoint"
+            f"{type(model).__name__} does not use: {_first(unused)}; use the config.json that "
+            "belongs to these weights"
         )
     check_floating_point(model, source, tensors)
 
@@ -198,8 +199,8 @@ def check_vocabulary(
     if beyond:
         token, number = max(beyond.items(), key=lambda item: item[1])
         raise UsageError(
-            f"the tokenizer of {config.model} must not have more ids than the model has "
-            f"embeddings, {rows}, got {number} for {token!r}; use the model's own tokenizer"
+            f"every token id of {config.model} must be below {rows}, the size of the model's "
+            f"embedding, got {number} for {token!r}; use the model's own tokenizer"
         )
 
 

@@ -26,8 +26,8 @@ class CompiledLayers:
         modules = children_of_layers(model)
         if not modules:
             raise UsageError(
-                f"a model must have its layers in a list to be compiled, got {type(model).__name__}"
-                "; leave compile out"
+                "--compile needs a model whose layers are in a list, got "
+                f"{type(model).__name__}; remove --compile"
             )
         for side in sides:
             check_outside(side, list(modules))
@@ -69,6 +69,6 @@ def check_outside(side: Side, compiled: Sequence[str]) -> None:
     for name in compiled:
         if side.hookpoint.startswith(f"{name}."):
             raise UsageError(
-                f"a hookpoint must not lie inside {name}, which is compiled as one module, "
-                f"got {side.hookpoint}; leave compile out"
+                f"--compile compiles {name} as one module, so no hookpoint may lie inside it, "
+                f"got {side.hookpoint}; remove --compile"
             )

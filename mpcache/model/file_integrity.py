@@ -40,8 +40,8 @@ def check_present(path: Path) -> None:
         raise UsageError(f"{path} is empty; {DOWNLOAD_AGAIN}")
     if is_lfs_pointer(head):
         raise UsageError(
-            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, "
-            "or download it with `hf download`"
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its "
+            "folder, or download the file with `hf download`"
         )
     if is_markup(head):
         raise UsageError(f"{path} is a web page, not the file itself; {DOWNLOAD_AGAIN}")
@@ -61,11 +61,13 @@ def read_head(path: Path) -> bytes:
     except IsADirectoryError:
         raise UsageError(f"{path} must be a file, got a folder; {DOWNLOAD_AGAIN}") from None
     except PermissionError:
-        raise UsageError(f"{path} must be readable, got no permission; chmod +r it") from None
+        raise UsageError(
+            f"{path} must be readable, got no permission; run chmod +r {path}"
+        ) from None
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise UsageError(f"{path} is longer than a path may be; check the path") from None
+        raise UsageError(f"{path} is too long for a path; correct --model") from None
 
 
 def _is_loop(path: Path) -> bool:
@@ -98,11 +100,14 @@ def check_index(path: Path) -> list[str]:
     if not isinstance(names, dict) or not names or not all(
         isinstance(name, str) and name for name in names.values()
     ):  # fmt: skip
-        raise UsageError(f"{path} must hold a weight_map from tensors to files; {DOWNLOAD_AGAIN}")
+        raise UsageError(
+            f"{path} must hold a weight_map, which maps tensors to files; {DOWNLOAD_AGAIN}"
+        )
     files = sorted(set(names.values()))
     if outside := [name for name in files if Path(name).name != name]:
         raise UsageError(
-            f"{path} must name files of its own folder, got {outside[0]!r}; {DOWNLOAD_AGAIN}"
+            f"{path} must refer only to files in its own folder, got {outside[0]!r}; "
+            f"{DOWNLOAD_AGAIN}"
         )
     return files
 
@@ -119,8 +124,8 @@ def check_safetensors(path: Path) -> TensorHeaders:
     for name, (dtype, shape, (begin, stop)) in tensors.items():
         if dtype in _BITS and (stop - begin) * 8 != _BITS[dtype] * math.prod(shape):
             raise UsageError(
-                f"{path} is damaged: its header gives {name} {stop - begin} bytes for "
-                f"{dtype} values of shape {list(shape)}; {DOWNLOAD_AGAIN}"
+                f"{path} is damaged: its header gives {stop - begin} bytes to {name}, which does "
+                f"not fit {dtype} values of shape {list(shape)}; {DOWNLOAD_AGAIN}"
             )
         end = max(end, stop)
     if size != start + end:
@@ -179,7 +184,7 @@ def check_torch(path: Path) -> TensorHeaders:
     if not head.startswith(b"PK"):
         if not head.startswith(b"\x80"):  # a pickle
             raise UsageError(
-                f"{path} must be weights of PyTorch, got other content; {DOWNLOAD_AGAIN}"
+                f"{path} must hold PyTorch weights, got other content; {DOWNLOAD_AGAIN}"
             )
         return {}
     try:
@@ -189,6 +194,6 @@ def check_torch(path: Path) -> TensorHeaders:
             f"{path} is cut short or damaged: {str(error).splitlines()[0]}; {DOWNLOAD_AGAIN}"
         ) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold weights by name, got other content; {DOWNLOAD_AGAIN}")
+        raise UsageError(f"{path} must map names to tensors, got other content; {DOWNLOAD_AGAIN}")
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     return {str(name): (_NAMES.get(t.dtype, "F32"), tuple(t.shape)) for name, t in tensors.items()}

@@ -55,7 +55,7 @@ class ModelFileSnapshot:
         if changed := self._changed():
             raise UsageError(
                 f"{', '.join(changed[:3])} of {self.source.name} changed while the model was "
-                "loaded; give the same command again"
+                "loaded; run the same command again"
             )
 
     def digest(self) -> str | None:
@@ -88,8 +88,8 @@ class ModelFileSnapshot:
         for path, intact in zip(self.paths.values(), intact_flags, strict=True):
             if intact is False:
                 raise UsageError(
-                    f"{path} is not what the Hub has: its content does not match its digest; "
-                    f"delete {path.resolve()} and give the same command again"
+                    f"{path} is damaged: its checksum differs from that on the Hub; delete "
+                    f"{path.resolve()}, then run the same command again"
                 )
         commits = {commit_of(path) for path in self.paths.values()}
         if None in intact_flags or len(commits) != 1 or None in commits:
@@ -156,8 +156,8 @@ def weight_names(source: ModelSource) -> list[str]:
         missing = [shard for shard in shards if source.file(shard) is None]
         if missing:
             raise UsageError(
-                f"{path} names {len(shards)} files with weights, but {len(missing)} are "
-                f"missing: {', '.join(missing[:3])}; download them too"
+                f"{path} lists {len(shards)} files with weights, but {len(missing)} are missing: "
+                f"{', '.join(missing[:3])}; download the missing files"
             )
         return [name, *shards]
     return []

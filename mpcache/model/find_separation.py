@@ -82,7 +82,7 @@ def find_separation(
     if config.one_document_per_sequence:
         return _first_without_fault(
             model, config, sides, ("alone", "alone with mask", "alone unpadded"), _padded_faults,
-            "run documents in a batch", "leave --one-document-per-sequence out",
+            "keep the documents of a batch apart", "remove --one-document-per-sequence",
         )  # fmt: skip
     if config.cross_document_attention:
         return "none"
@@ -140,9 +140,16 @@ def _packed_faults(trial: SeparationTrial, separation: Separation, ctx_len: int)
         yield from _alone_faults(trial, before, long[1])
         if "position_ids" not in inspect.signature(trial.model.forward).parameters:
             # such as ALiBi, whose rounding grows with the distance to the sequence's end
-            yield Fault(1, lambda: "it counts positions over the whole sequence")
+            yield Fault(
+                1,
+                lambda: (
+                    "the model counts positions over the whole sequence, not within each document"
+                ),
+            )
     except TrialError as error:
-        yield _error_fault("it does not accept such positions or masks", error)
+        yield _error_fault(
+            "the model does not accept the positions or masks that keep documents apart", error
+        )
 
 
 def _padded_faults(trial: SeparationTrial, separation: Separation, ctx_len: int) -> Iterator[Fault]:
@@ -163,7 +170,7 @@ def _padded_faults(trial: SeparationTrial, separation: Separation, ctx_len: int)
             yield from _flow_faults(trial, before, sequences, inputs_of, (LATER,))
             yield from _alone_faults(trial, before, sequences[1][:1])
     except TrialError as error:
-        yield _error_fault("it does not accept a mask of padding", error)
+        yield _error_fault("the model does not accept a mask of padding", error)
 
 
 def _error_fault(reason: str, error: TrialError) -> Fault:
@@ -175,7 +182,9 @@ def _alone_faults(
 ) -> Iterator[Fault]:
     """A fault if documents have different values alone and in the batch's second sequence."""
     if trial.differs_from_alone(documents, values, row=1):
-        yield Fault(1, lambda: "a document's values are not those of the document alone")
+        yield Fault(
+            1, lambda: "the values of a document differ from those of the same document run alone"
+        )
 
 
 def _flow_faults(
@@ -199,7 +208,7 @@ def _flow_faults(
 
 
 def _flow_reason(trial: SeparationTrial, exchange: Any) -> str:
-    return f"{trial.first_module(*exchange)} carries information between them"
+    return f"{trial.first_module(*exchange)} carries information between documents"
 
 
 def _two_sequences(trial: SeparationTrial, lengths: Sequence[int]) -> Sequences:
@@ -221,8 +230,9 @@ def _setting_faults(config: PreTrainedConfig, ctx_len: int) -> Iterator[Fault]:
     settings = config.get_text_config().to_dict()
     reasons = [
         (
-            f"its experts take a limited number of tokens of a batch ({name}={value})",
-            "let documents mix: use --cross-document-attention alone",
+            f"the experts of the model take a limited number of tokens of a batch ({name}={value})",
+            "to let documents mix, use --cross-document-attention and remove "
+            "--one-document-per-sequence",
         )
         for name, value in settings.items()
         if "capacity" in name and value

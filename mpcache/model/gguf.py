@@ -37,7 +37,8 @@ def check_gguf(path: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{path.name} needs the package {' and '.join(missing)}; pip install 'mpcache[gguf]'"
+            f"{path.name} needs the package {' and '.join(missing)}, which is not installed; pip "
+            "install 'mpcache[gguf]'"
         )
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -60,21 +61,26 @@ def check_gguf(path: Path) -> None:
 def _check_header(path: Path, header: "_Header", size: int) -> None:
     if header.version not in _VERSIONS:
         raise UsageError(
-            f"{path} must be GGUF version 2 or 3, got {header.version}; convert it again"
+            f"{path} must be GGUF version 2 or 3, got {header.version}; convert the model again "
+            "with a current llama.cpp"
         )
     if (pieces := int(header.fields.get("split.count", 1))) > 1:
         raise UsageError(
-            f"{path} is one of {pieces} pieces of a model; join them with llama.cpp's "
-            "`llama-gguf-split --merge`, and name the whole file"
+            f"{path} is one of {pieces} pieces of a model; join the pieces with "
+            "`llama-gguf-split --merge` of llama.cpp, and give the joined file"
         )
     if not header.fields.get("general.architecture"):
-        raise UsageError(f"{path} must name its general.architecture, got none; {DOWNLOAD_AGAIN}")
+        raise UsageError(
+            f"{path} must have the field general.architecture, got none; {DOWNLOAD_AGAIN}"
+        )
     if not header.tensors:
-        raise UsageError(f"{path} must hold weights, got a vocabulary alone; use another file")
+        raise UsageError(
+            f"{path} must hold weights, got only a vocabulary; give a .gguf file with weights"
+        )
     wanted = max(header.data_start + tensor.offset + tensor.bytes for tensor in header.tensors)
     if size < wanted:
         raise UsageError(
-            f"{path} is cut short: it has {size:,} bytes, its header says {wanted:,}; "
+            f"{path} is cut short: it has {size:,} bytes, but its header needs {wanted:,}; "
             f"{DOWNLOAD_AGAIN}"
         )
 

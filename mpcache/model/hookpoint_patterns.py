@@ -51,17 +51,19 @@ def _matching_sides(pattern: str, names: list[str], model: nn.Module) -> list[Si
     hookpoint, colon, side = pattern.partition(":")
     segments = pattern_segments(hookpoint)
     if colon and side not in ("input", "output"):
-        raise UsageError(f"a side must be input or output, got {side!r} in {pattern!r}")
+        raise UsageError(
+            f"after the colon of a hookpoint, write input or output, got {side!r} in {pattern!r}"
+        )
     matches = [name for name in names if matches_pattern(segments, name.split("."))]
     if not matches:
         raise UsageError(
-            f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; "
-            f"near: {', '.join(_similar_names(hookpoint, names))}; {LIST_THEM}"
+            f"a hookpoint must be a module of {type(model).__name__}, got {hookpoint}; similar "
+            f"names: {', '.join(_similar_names(hookpoint, names))}; {LIST_THEM}"
         )
     if invalid := [name for name in matches if not is_hookpoint(name)]:
         raise UsageError(
-            f"{pattern} matches the module {invalid[0]!r}, whose name cannot be a folder's; "
-            "name the other modules one by one"
+            f"{pattern} matches the module {invalid[0]!r}, whose name cannot be the name of a "
+            "folder; give the other modules one by one"
         )
     return [matched for name in matches for matched in named_sides(name, side)]
 
@@ -71,10 +73,14 @@ def pattern_segments(hookpoint: str) -> list[str]:
     segments = hookpoint.split(".")
     if not hookpoint.isprintable() or re.search(r"[\s/\\]", hookpoint) or "" in segments:
         raise UsageError(
-            f"a hookpoint must be names joined by dots, got {hookpoint!r}; write layers.10.mlp"
+            "a hookpoint must be names joined by dots, such as layers.10.mlp, got "
+            f"{hookpoint!r}; correct --hookpoints"
         )
     if any("*" in segment and segment != "*" for segment in segments):
-        raise UsageError(f"* must be a whole segment, got {hookpoint!r}; write layers.*.mlp")
+        raise UsageError(
+            f"* must stand alone between dots, such as layers.*.mlp, got {hookpoint!r}; correct "
+            "--hookpoints"
+        )
     return segments
 
 

@@ -106,7 +106,10 @@ def _weightless_model(config: CollectConfig, *, may_use_eager: bool) -> tuple[Pr
             skeleton(config)  # raises the first error, which helps more
             raise
     except ImportError as error:
-        raise UsageError(f"{config.model} needs another library: {first_line(error)}") from error
+        raise UsageError(
+            f"{config.model} needs a library that is not installed: {first_line(error)}; install "
+            "the library"
+        ) from error
     materialize_small_tensors_(model)
     model.train(False).requires_grad_(False)
     return model, config.attention
@@ -124,7 +127,7 @@ def _survey_model(model: PreTrainedModel) -> HookpointSurvey:
                 return HookpointSurvey(model.to(torch.float32), forward.added)  # type: ignore[arg-type]
     except Exception as error:  # what a model raises that lacks an input has no common base
         raise UsageError(
-            f"{type(model).__name__} must run on tokens alone, but it raises "
+            f"{type(model).__name__} must run with only tokens as its input, but it raises "
             f"{type(error).__name__}: {first_line(error)}; use a language model"
         ) from error
     finally:

@@ -58,8 +58,8 @@ def _known_message(error: Exception, source: ModelSource, config: CollectConfig)
     has_code = "auto_map" in source.settings and not config.trust_remote_code
     if "trust_remote_code" in text or (is_unknown and has_code):
         return (
-            f"{source.location} comes with code of its own, which does not run by default; "
-            "read that code, then allow it with --trust-remote-code"
+            f"{source.location} contains its own Python code, which mpcache does not run by "
+            "default; read that code, then allow it with --trust-remote-code"
         )
     if "scaled_dot_product_attention" in text:
         return f"{text.split()[0]} has no SDPA attention; use --attention eager"
@@ -74,12 +74,13 @@ def _known_message(error: Exception, source: ModelSource, config: CollectConfig)
         )
     if "Should have a `model_type` key" in text:
         return (
-            f"{source.location}/{CONFIG} must have a model_type, got none; use a whole checkpoint"
+            f"{source.location}/{CONFIG} must have a model_type, got none; use a complete "
+            "checkpoint"
         )
     if "Couldn't instantiate the backend tokenizer" in text:
         return (
             f"{source.location} must have a tokenizer that can be read, got no tokenizer.json; "
-            "copy the tokenizer's files of the original model into it"
+            "copy the tokenizer files of the original model into this folder"
         )
     if source.gguf and "not supported" in text:
         return (
@@ -106,8 +107,8 @@ def _quantized(source: ModelSource, method: str, error: Exception) -> str:
     packages = _PACKAGES.get(method)
     remedy = f"pip install {packages}" if packages else first_line(error)
     return (
-        f"{source.location} is quantised by {method}, by its {CONFIG}, and needs packages that are "
-        f"not installed; {remedy}, or use an unquantised checkpoint"
+        f"{source.location} is quantised by {method}, according to its {CONFIG}, and needs "
+        f"packages that are not installed; {remedy}, or use an unquantised checkpoint"
     )
 
 

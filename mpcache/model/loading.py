@@ -47,8 +47,8 @@ def available_device(name: str) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
         raise UsageError(
-            f"device must be a torch device of this machine, got {name} "
-            f"({first_line(error)}); use auto"
+            f"device must be a torch device of this machine, got {name} ({first_line(error)}); "
+            "use --device auto"
         ) from error
     return torch.device(name)
 
@@ -76,8 +76,8 @@ def _load_fast_tokenizer(source: ModelSource, config: CollectConfig) -> PreTrain
         )
     if not tokenizer.is_fast:
         raise UsageError(
-            f"the tokenizer must be a fast one, got {type(tokenizer).__name__} in {config.model}; "
-            "convert it to tokenizer.json"
+            f"the tokenizer must be a fast tokenizer, got {type(tokenizer).__name__} in "
+            f"{config.model}; convert it to tokenizer.json"
         )
     return tokenizer
 
@@ -86,7 +86,10 @@ def _config_tokens(source: ModelSource, config: CollectConfig) -> ConfigTokens:
     """The token ids that the model's config names."""
     text = read_architecture(source, config).get_text_config()
     if not isinstance(size := getattr(text, "vocab_size", None), int):
-        raise UsageError(f"the model {config.model} has neither a tokenizer nor a vocab_size")
+        raise UsageError(
+            f"the model {config.model} has neither a tokenizer nor a vocab_size in config.json; "
+            "add tokenizer.json to the model's folder"
+        )
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     return ConfigTokens(size, *(_first_id(getattr(text, name, None), size) for name in names))
 
@@ -139,7 +142,10 @@ def load_weights(
     """The model, and the weights that the checkpoint lacks or has in excess."""
     loader = auto_class_for(architecture, head)
     if loader is None:
-        raise UsageError(f"{architecture.model_type} has no {head} head; use another model")
+        raise UsageError(
+            f"the architecture {architecture.model_type} has no {head} language-model head; use "
+            "another model"
+        )
 
     def load(**options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         model, info = loader.from_pretrained(

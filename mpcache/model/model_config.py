@@ -44,8 +44,8 @@ def prepare_remote_code(config: CollectConfig) -> None:
 def _check_architecture(architecture: PreTrainedConfig, config: CollectConfig) -> None:
     if architecture.is_encoder_decoder:
         raise UsageError(
-            f"a model must be a decoder or an encoder, got the encoder-decoder "
-            f"{architecture.model_type}; use another"
+            "a model must be a decoder or an encoder, got the encoder-decoder "
+            f"{architecture.model_type}; use another model"
         )
     positions = getattr(architecture.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
@@ -56,8 +56,8 @@ def check_positions(positions: int, config: CollectConfig) -> None:
     """Raise UsageError where sequences are longer than the model's number of positions."""
     if positions < config.ctx_len:
         raise UsageError(
-            f"ctx_len must not exceed the model's {positions} positions, got {config.ctx_len}; "
-            f"use {positions}"
+            f"ctx_len must be at most the model's {positions} positions, got {config.ctx_len}; "
+            f"use --ctx-len {positions}"
         )
 
 

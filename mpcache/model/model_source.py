@@ -90,10 +90,13 @@ def find_source(config: CollectConfig) -> ModelSource:
     if os.path.exists(path):
         raise UsageError(
             f"model must be a folder, a .gguf file or a Hub id, got the file {config.model}; "
-            f"name {_suggested_name(path)}"
+            f"give {_suggested_name(path)}"
         )
     if looks_like_path(config.model) or path.suffix.lower() == ".gguf" or os.path.islink(path):
-        raise UsageError(f"model must exist, got {config.model}; check the path")
+        raise UsageError(
+            f"the model {config.model} does not exist; give an existing folder, a .gguf file or "
+            "a Hub id"
+        )
     return _checked(_at_commit(ModelSource(config.model, revision=config.revision)))
 
 
@@ -145,13 +148,14 @@ def _checked(source: ModelSource) -> ModelSource:
     if source.file(ADAPTER) is not None:
         base = check_json(source.file(ADAPTER)).get("base_model_name_or_path", "its base model")
         raise UsageError(
-            f"{source.location} is an adapter (LoRA) for {base}, not a whole model, by its "
-            f"{ADAPTER}; merge both with peft's merge_and_unload(), save_pretrained() the result "
-            "with the tokenizer, and name that folder"
+            f"{source.location} is an adapter (LoRA) for {base}, not a whole model, according to "
+            f"its {ADAPTER}; merge both with peft's merge_and_unload(), save the result and the "
+            "tokenizer with save_pretrained(), and give that folder"
         )
     if source.file(CONFIG) is None:
         raise UsageError(
-            f"a model folder must hold {CONFIG}, got {source.location}; {_other_files(source)}"
+            f"a model folder must hold {CONFIG}, got {source.location} without it; "
+            f"{_other_files(source)}"
         )
     return source
 
@@ -159,5 +163,7 @@ def _checked(source: ModelSource) -> ModelSource:
 def _other_files(source: ModelSource) -> str:
     files = [] if source.folder is None else sorted(source.folder.glob("*.gguf"))
     if files:
-        return f"name the file itself: {files[0]}"
-    return "check the path" if source.folder else "download a .gguf file of it, and name that file"
+        return f"give the file itself: {files[0]}"
+    if source.folder:
+        return "give the folder with the model's files"
+    return "download a .gguf file of this model, and give the path of that file"

@@ -63,12 +63,13 @@ class ValidationExamples:
         longest = max(inputs, key=lambda inputs: inputs["input_ids"].numel(), default=None)
         if longest is None and not self._parts():
             raise UsageError(
-                f"{self.store.storage} has no validation tokens yet; collect more rows"
+                f"{self.store.storage} has no validation tokens yet; collect more rows with "
+                "mpcache collect"
             )
         if longest is None or longest["input_ids"].numel() < 2:
             raise UsageError(
-                f"{self.store.storage} must have a held-out sequence of two tokens or more, "
-                "got none to predict from; collect longer documents, or with a longer ctx_len"
+                f"{self.store.storage} must have a validation sequence of at least two tokens, "
+                "got only shorter ones; collect longer documents, or use a larger --ctx-len"
             )
         return longest
 

@@ -69,8 +69,9 @@ class SplicedModel:
                 break
         else:
             raise UsageError(
-                f"{model} has neither a causal head nor, as a bidirectional model, the weights of "
-                f"a masked head{missing}; cross-entropy needs one, so leave --model out"
+                f"{model} has neither a causal language-model head nor, as a bidirectional "
+                f"model, the weights of a masked language-model head{missing}; cross-entropy "
+                "needs one of these heads: remove --model"
             )
         self.head: Head = head
         masking = _masking(tokenizer, self.config) if head == "masked" else None
@@ -83,8 +84,8 @@ class SplicedModel:
         digest = self.store.identity["model_digest"]
         if model_digest(base) != digest and not _is_part_of_collected(base, self.config, digest):
             raise UsageError(
-                f"{self.store.storage} was made from another model than {self.config.model}; name "
-                f"{self.store.provenance['model']['model']}, "
+                f"{self.store.storage} was collected from another model, got "
+                f"{self.config.model}; give {self.store.provenance['model']['model']}, "
                 f"revision {self.store.config['revision']}"
             )
         separation = find_separation(base, self.config, resolve_sides(self.config.hookpoints, base))
@@ -169,8 +170,8 @@ def _masking(tokenizer: Tokenizer, config: CollectConfig) -> BertMasking:
     mask = None if isinstance(tokenizer, ConfigTokens) else tokenizer.mask_token_id
     if not isinstance(mask, int):
         raise UsageError(
-            f"a bidirectional model must have a mask token, got none in the tokenizer of "
-            f"{config.model}; leave --model out"
+            "a bidirectional model must have a mask token, got none in the tokenizer of "
+            f"{config.model}; remove --model"
         )
     return BertMasking(mask, set(tokenizer.all_special_ids), largest_token_id(tokenizer) + 1)
 
@@ -193,8 +194,8 @@ def splice_hooks(
             kept[:] = [value]
         if not kept:
             raise UsageError(
-                f"the model computes {target} before {source}, so a coder cannot replace it "
-                "while the model runs; leave --model out"
+                f"the model computes {target} before {source}, so a coder cannot replace "
+                f"{target} while the model runs; remove --model"
             )
         return new(kept.pop(), value).to(value.dtype)
 

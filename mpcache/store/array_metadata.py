@@ -20,15 +20,12 @@ def check_metadata(storage: Storage, spec: ArraySpec) -> int:
     except (
         FileNotFoundError, ValueError, KeyError, TypeError, IndexError, RecursionError
     ) as error:  # fmt: skip
-        raise DamagedStoreError(
-            f"{file} is damaged or missing: {error}; run mpcache repair on the store"
-        ) from error
+        raise DamagedStoreError(f"{file} is damaged or missing: {error}") from error
     # spelled again as Zarr spells it: a changed blank would otherwise go unseen
     spellings = {json.dumps(metadata, indent=indent).encode() for indent in (None, 2)}
     if rest or metadata != implied or data not in spellings:
         raise DamagedStoreError(
-            f"{file} is damaged: its content differs from what mpcache writes for this array; "
-            "run mpcache repair on the store"
+            f"{file} is damaged: its content differs from what mpcache writes for this array"
         )
     return int(parts)
 

@@ -133,23 +133,20 @@ def parse_mark(
 
     Raises DamagedStoreError where the mark is damaged, or of another part or store.
     """
-    content = unseal(data, file, "run mpcache repair on the store")
+    content = unseal(data, file)
     named = (content.get("part"), content.get("array"), content.get("split"))
     if named != (part, array, layout.split_of(part)):
         raise DamagedStoreError(
-            f"{file} must describe part {part} of {array}, got another part or array; run "
-            "mpcache repair on the store"
+            f"{file} must describe part {part} of {array}, got another part or array"
         )
     if content.get("fingerprint", fingerprint) != fingerprint:
-        raise DamagedStoreError(f"{file} belongs to another store; run mpcache repair on the store")
+        raise DamagedStoreError(f"{file} belongs to another store")
     try:
         is_valid = _is_consistent(content, part, array, layout)
     except (KeyError, TypeError, AttributeError, OverflowError):
         is_valid = False
     if not is_valid:
-        raise DamagedStoreError(
-            f"{file} is damaged: its fields contradict each other; run mpcache repair on the store"
-        )
+        raise DamagedStoreError(f"{file} is damaged: its fields contradict each other")
     return _from_json(content)
 
 

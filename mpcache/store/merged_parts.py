@@ -22,7 +22,7 @@ def unit_rows(identity: Mapping[str, Any], layout: Layout) -> int:
     if type(rows) is not int or rows < 1 or layout.part_rows % rows:
         raise DamagedStoreError(
             f"store.json is damaged: parts of {layout.part_rows} rows cannot consist of parts of "
-            f"{rows!r} rows; restore store.json from a copy of the store"
+            f"{rows!r} rows"
         )
     return rows
 

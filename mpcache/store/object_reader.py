@@ -46,7 +46,7 @@ class ObjectReader:
         if part >= self._span(spec):
             raise DamagedStoreError(
                 f"{self.storage}/{spec.metadata_path} describes {self._span(spec)} parts, but "
-                f"part {part} is in the store; run mpcache repair on the store"
+                f"part {part} is in the store"
             )
         try:
             ends = self._ends(name, spec, size, key)
@@ -54,13 +54,9 @@ class ObjectReader:
                 name, key, lambda read: decode_part(spec, read, ends, start, stop, out)
             )
         except FileNotFoundError:
-            raise DamagedStoreError(
-                f"{self.storage}/{name} is missing; run mpcache repair on the store"
-            ) from None
+            raise DamagedStoreError(f"{self.storage}/{name} is missing") from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
-            raise DamagedStoreError(
-                f"{self.storage}/{name} is damaged: {error}; run mpcache repair on the store"
-            ) from error
+            raise DamagedStoreError(f"{self.storage}/{name} is damaged: {error}") from error
 
     def _read_ends(self, name: str, spec: ArraySpec, size: int, key: str) -> tuple[int, ...]:
         self._check_size(name, size)
@@ -75,11 +71,9 @@ class ObjectReader:
         stored = self.storage.size(name)
         if stored is None:
             raise DamagedStoreError(
-                f"{self.storage}/{name} is missing, but the store records it as written; run "
-                "mpcache repair on the store"
+                f"{self.storage}/{name} is missing, but the store records it as written"
             )
         if stored != size:
             raise DamagedStoreError(
-                f"{self.storage}/{name} is damaged: it must have {size} bytes, got {stored}; run "
-                "mpcache repair on the store"
+                f"{self.storage}/{name} is damaged: it must have {size} bytes, got {stored}"
             )

@@ -123,8 +123,7 @@ class Store(StoreMetadata):
             if len(set(counts)) > 1:
                 raise DamagedStoreError(
                     f"the arrays of part {number} in {self.storage} have different numbers of "
-                    f"rows ({', '.join(map(str, sorted(set(counts))))}); run mpcache verify "
-                    f"{self.storage}"
+                    f"rows ({', '.join(map(str, sorted(set(counts))))})"
                 )
         return tuple(
             Part(number, count, self.layout.split_of(number))

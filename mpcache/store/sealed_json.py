@@ -7,8 +7,6 @@ from typing import Any
 
 from mpcache.errors import DamagedStoreError
 
-_REMEDY = "restore it from a copy of the store"
-
 
 def canonical_json(content: Mapping[str, Any]) -> bytes:
     """The one spelling of a JSON file in a store."""
@@ -30,7 +28,7 @@ def seal(content: Mapping[str, Any]) -> bytes:
     return canonical_json({**content, "digest": digest(content)})
 
 
-def unseal(data: bytes, name: str, remedy: str = _REMEDY) -> dict[str, Any]:
+def unseal(data: bytes, name: str) -> dict[str, Any]:
     """Content of sealed JSON, without its digest.
 
     Raises DamagedStoreError where the digest differs, or the spelling is not that of `seal`.
@@ -42,7 +40,5 @@ def unseal(data: bytes, name: str, remedy: str = _REMEDY) -> dict[str, Any]:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         is_intact = False
     if not is_intact:
-        raise DamagedStoreError(
-            f"{name} is damaged: its content does not match its own checksum; {remedy}"
-        )
+        raise DamagedStoreError(f"{name} is damaged: its content does not match its own checksum")
     return content

@@ -96,14 +96,9 @@ def parse_store_file(data: bytes, file: str) -> dict[str, Any]:
         )
         is_valid = is_valid and all(content["provenance"][key][key] for key in ("model", "dataset"))
     except (KeyError, TypeError, ValueError) as error:
-        raise DamagedStoreError(
-            f"{file} is damaged: {error}; restore it from a copy of the store"
-        ) from error
+        raise DamagedStoreError(f"{file} is damaged: {error}") from error
     if not is_valid:
-        raise DamagedStoreError(
-            f"{file} is damaged: its fields contradict each other; restore it from a copy of the "
-            "store"
-        )
+        raise DamagedStoreError(f"{file} is damaged: its fields contradict each other")
     return content
 
 

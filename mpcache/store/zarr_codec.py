@@ -48,14 +48,14 @@ def read_chunk_ends(spec: ArraySpec, read: ReadInto, size: int) -> tuple[int, ..
         return 0, size
     begin = size - (_SPAN_BYTES * spec.chunks + _CHECKSUM_BYTES)
     if begin < 0:
-        raise ValueError(f"{size} bytes are too few for the shard index")
+        raise ValueError(f"{size} bytes are too few for the index of the chunks")
     index, checksum = _buffers(size - begin)
     read(begin, (index, checksum))
     _check(index, checksum)
     spans = index.view("<u8").reshape(spec.chunks, 2)
     ends = (0, *itertools.accumulate(spans[:, 1].tolist()))
     if spans[:, 0].tolist() != list(ends[:-1]) or ends[-1] != begin:
-        raise ValueError("the shard index is not contiguous")
+        raise ValueError("the chunks have gaps or overlap")
     return ends
 
 
@@ -142,7 +142,7 @@ def _read_packed(
     for chunk, (data, checksum) in zip(chunks, packed, strict=True):
         _check(data, checksum)
         if _blosc_sizes(data) != (chunk.nbytes, len(data)):
-            raise ValueError("a chunk decodes to another size")
+            raise ValueError("a chunk has the wrong size after decompression")
         numcodecs.Blosc().decode(data, chunk)
 
 
@@ -156,7 +156,7 @@ def _buffers(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(content: np.ndarray, checksum: np.ndarray) -> None:
     if crc32c(content) != checksum.tobytes():
-        raise ValueError("CRC32C mismatch")
+        raise ValueError("a checksum (CRC32C) does not match")
 
 
 def _blosc_sizes(data: np.ndarray) -> tuple[int, int]:

@@ -180,7 +180,7 @@ SHAPES: list[tuple[str, Callable[[Path], object], str]] = [
     (SHARD, lambda p: reshaped(p, lambda x: x[:-1]), r"up_proj.* where \[32, 16\] is wanted"),
     ("pytorch_model.bin", lambda p: reshaped(p, lambda x: x.T, True), r"of shape \[16, 32\] where"),
     (INDEX, lambda p: edited(p, weight_map={"a": "none.safetensors"}), "1 are missing: none.safet"),
-    (INDEX, lambda p: edited(p, weight_map={"a": "../x.safetensors"}), "of its own folder"),
+    (INDEX, lambda p: edited(p, weight_map={"a": "../x.safetensors"}), "files in its own folder"),
     ("config.json", lambda p: edited(p, intermediate_size=40), r"of shape \[.*use the config.json"),
     ("config.json", lambda p: edited(p, num_hidden_layers=1), "does not use: layers.1"),
     ("config.json", lambda p: edited(p, num_hidden_layers=3), "got none for layers.2"),
@@ -206,9 +206,9 @@ DTYPES: list[tuple[str, Callable[[Path], object], str]] = [
     ("config.json", lambda p: edited(p, model_type=3), "must have a model_type, got 3"),
     ("config.json", lambda p: edited(p, model_type="nope"), "'nope', which transformers 5"),
     ("config.json", lambda p: edited(p, quantization_config="x"), "object as its quantization_c"),
-    ("tokenizer.json", lambda p: edited(p, model=3), "must hold a tokenizer's model"),
+    ("tokenizer.json", lambda p: edited(p, model=3), "must have the field model"),
     ("tokenizer.json", lambda p: edited(p, model={"type": "Nope"}), "tokenizer of .* cannot be l"),
-    ("tokenizer.json", lambda p: p.write_text("{}"), "must hold a tokenizer's model"),
+    ("tokenizer.json", lambda p: p.write_text("{}"), "must have the field model"),
 ]  # fmt: skip
 
 
@@ -240,7 +240,10 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "must hold config.json, got .*check the path"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            "must hold config.json, got .*give the folder with the model",
+        ),
         (lambda f: (f / "model.safetensors").unlink(), "must have weights, got neither"),
         (
             lambda f: (f / "tokenizer.json").unlink(),
@@ -252,7 +255,7 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
         ),
         (
             lambda f: (f / "tokenizer.json").rename(f / "tokenizer.model"),
-            "got tokenizer.model of SentencePiece alone; convert it",
+            "got only the SentencePiece file tokenizer.model; ",
         ),
         (
             lambda f: (f / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}'),
@@ -260,7 +263,7 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
         ),
         (
             lambda f: edited(f / "config.json", auto_map={"AutoModel": "m.M"}, model_type="own"),
-            "code of its own.*--trust-remote-code",
+            "its own Python code.*--trust-remote-code",
         ),
         *(
             (
@@ -337,7 +340,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings(originals, copy):
     tokenizer.add_tokens([f"word{i}" for i in range(5)])
     tokenizer.save_pretrained(folder)
     line = refusal(originals, folder)
-    assert matches("must not have more ids than the model has embeddings, 260, got 262", line)
+    assert matches("must be below 260, the size of the model's embedding, got 262", line)
 
 
 def test_special_tokens_beyond_the_embedding_may_stay_unused(originals, copy):

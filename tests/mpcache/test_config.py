@@ -45,8 +45,11 @@ def test_examples_run() -> None:
         ({"validation_every": 1}, "validation_every must be at least 2, got 1"),
         ({"ctx_len": 100}, "part_rows must be a multiple of ctx_len, .*; use 65600"),
         ({"chunk_rows": 1000}, "chunk_rows must divide part_rows"),
-        ({"autocast": True, "model_dtype": "float32"}, "autocast must have a model_dtype"),
-        ({"compile": True, "one_document_per_sequence": True}, "leave compile out"),
+        ({"autocast": True, "model_dtype": "float32"}, "--autocast needs a model_dtype"),
+        (
+            {"compile": True, "one_document_per_sequence": True},
+            "--compile needs batches of one shape",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(

@@ -81,7 +81,9 @@ def test_a_repair_computes_by_autocast_too(tmp_path: Path) -> None:
 
 
 def test_autocast_needs_a_dtype_to_cast_to(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"autocast must .*got float32; use bfloat16 or float16"):
+    with pytest.raises(
+        ValueError, match=r"--autocast needs .*got float32; use --model-dtype bfloat16"
+    ):
         small_config(tmp_path, autocast=True, model_dtype="float32")
 
 
@@ -161,9 +163,11 @@ def test_values_do_not_depend_on_what_else_is_captured(counter: CompileCounter) 
 
 def test_refuses_hookpoints_inside_of_what_is_compiled(counter: CompileCounter) -> None:
     model = tiny_model()
-    with pytest.raises(ValueError, match=r"not lie inside layers.1.mlp, .* leave compile out"):
+    with pytest.raises(
+        ValueError, match=r"compiles layers.1.mlp as one module, .* remove --compile"
+    ):
         CompiledLayers(model, resolve_sides(["layers.1.mlp.up_proj"], model))
-    with pytest.raises(ValueError, match="must have its layers in a list to be compiled"):
+    with pytest.raises(ValueError, match="needs a model whose layers are in a list"):
         CompiledLayers(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
 
 

@@ -262,7 +262,7 @@ def test_the_hubs_cache_is_checked_against_its_names(tmp_path, two):
         content = paths[name].read_bytes()
         paths[name].resolve().write_bytes(content[:-1] + b"\n")
         assert is_intact(paths[name]) is False
-        with pytest.raises(ValueError, match="is not what the Hub has"):
+        with pytest.raises(ValueError, match="its checksum differs from that on the Hub"):
             files_at(paths).digest()
         paths[name].resolve().write_bytes(content)
     shutil.copy(paths["config.json"], tmp_path / "config.json")  # no link, so no digest is known
@@ -307,7 +307,7 @@ def test_a_model_of_the_hub_is_what_its_commit_says(tmp_path, two):
     assert run("first") == f"o/r {commit} commit {commit}\n"
     blob = (snapshot / "model.safetensors").resolve()
     blob.write_bytes((two[1] / "model.safetensors").read_bytes())
-    assert "is not what the Hub has" in run("second")
+    assert "its checksum differs from that on the Hub" in run("second")
     assert not (tmp_path / "second").exists()
     assert "model_digest" in run("first"), "the store that is there was made from other weights"
     blob.write_bytes(blob.read_bytes()[:-9])

@@ -132,7 +132,7 @@ def test_packed_documents_are_as_alone_or_refused(family: Family, dtype: torch.d
         return
     with pytest.raises(ValueError, match=r"use --one-document-per-sequence$") as error:
         find_separation(model, config, family.sides(model))
-    assert f"({family.packed}) carries information between them" in str(error.value)
+    assert f"({family.packed}) carries information between documents" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -187,7 +187,7 @@ def test_layers_above_the_sides_do_not_matter() -> None:
     config = make_config(torch.float32)
     assert find_separation(model, config, resolve_sides(["layers.0"], model)) == "positions"
     with pytest.raises(
-        ValueError, match=r"layers\.1\.conv \(Lfm2ShortConv\) carries information between them"
+        ValueError, match=r"layers\.1\.conv \(Lfm2ShortConv\) carries information between documents"
     ):
         find_separation(model, config, resolve_sides(["layers.1"], model))
 
@@ -216,7 +216,7 @@ def test_a_leak_within_the_rounding_is_seen(
     assert find_separation(model, config, sides) == "positions"
     model.layers[1].mlp = Leak(model.layers[1].mlp, share, distance)
     with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between them"
+        ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between documents"
     ):
         find_separation(model, config, sides)
 
@@ -227,7 +227,7 @@ def test_a_leak_over_a_long_chunk_is_seen() -> None:
     model.layers[1].mlp = Leak(model.layers[1].mlp, 1.0, distance=100)
     model.config.memory_chunk_size = 96
     with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between them"
+        ValueError, match=r"layers\.1\.mlp \(Leak\) carries information between documents"
     ):
         find_separation(model, config, resolve_sides(["layers.*"], model))
 
@@ -241,7 +241,7 @@ def test_a_window_that_a_mask_undoes_is_seen(dtype: torch.dtype) -> None:
         trial = SeparationTrial(model, capture, dtype)
         faults = [*_packed_faults(trial, "causal mask", CTX_LEN)]
         assert [fault.reason() for fault in faults] == [
-            "a document's values are not those of the document alone"
+            "the values of a document differ from those of the same document run alone"
         ]
         assert not [*_packed_faults(trial, "causal mask", WINDOW)], "no document exceeds the window"
 
@@ -274,7 +274,7 @@ class Capacity(nn.Module):
 def test_tokens_that_compete_within_a_batch_are_refused(changes: dict[str, bool]) -> None:
     model = tiny_model()
     model.layers[1].mlp = Capacity(model.layers[1].mlp)
-    with pytest.raises(ValueError, match="values are not those of the document alone"):
+    with pytest.raises(ValueError, match="differ from those of the same document run alone"):
         find_separation(
             model, make_config(torch.float32, **changes), resolve_sides(["layers.*"], model)
         )
@@ -286,7 +286,7 @@ def test_tokens_that_compete_within_a_batch_are_refused(changes: dict[str, bool]
     [
         (
             {"expert_capacity": 64},
-            r"limited number of tokens of a batch \(expert_capacity=64\); let documents mix",
+            r"limited number of tokens of a batch \(expert_capacity=64\); to let documents mix",
         ),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},

@@ -133,12 +133,12 @@ def test_missing_packages_are_named(file, monkeypatch):
 def test_paths_that_are_no_gguf_file_are_refused(tmp_path, file):
     (tmp_path / "folder").mkdir()
     inside = file.rename(tmp_path / "folder" / "in.gguf")
-    with pytest.raises(ValueError, match=r"name the file itself: .*in\.gguf"):
+    with pytest.raises(ValueError, match=r"give the file itself: .*in\.gguf"):
         find_source(config_of(tmp_path, inside.parent))
     other = inside.rename(tmp_path / "in.bin")
     with pytest.raises(ValueError, match=r"with the ending \.gguf"):
         find_source(config_of(tmp_path, other))
-    with pytest.raises(ValueError, match="model must exist, got nowhere"):
+    with pytest.raises(ValueError, match=r"nowhere.* does not exist; give an existing folder"):
         find_source(config_of(tmp_path, "nowhere.gguf"))
 
 

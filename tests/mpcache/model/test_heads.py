@@ -213,10 +213,10 @@ def test_bert_gets_masked_cross_entropy(tmp_path: Path, kind: type[PreTrainedMod
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (t.BertModel(FAMILIES["bert"]()), "has neither a causal head nor"),
+        (t.BertModel(FAMILIES["bert"]()), "has neither a causal language-model head nor"),
         (t.ElectraForPreTraining(t.ElectraConfig(**{
             k: v for k, v in FAMILIES["bert"]().to_dict().items() if k in GROUPED},
-            embedding_size=32)), "has neither a causal head nor"),
+            embedding_size=32)), "has neither a causal language-model head nor"),
     ],
 )  # fmt: skip
 def test_no_head_is_refused(tmp_path: Path, model: PreTrainedModel, message: str) -> None:
@@ -239,7 +239,7 @@ def test_another_pooler_is_another_model(tmp_path: Path) -> None:
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[3] += 1
     save(tmp_path, model)
-    with pytest.raises(ValueError, match="made from another model"):
+    with pytest.raises(ValueError, match="collected from another model"):
         spliced(tmp_path)
 
 

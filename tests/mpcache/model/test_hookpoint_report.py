@@ -200,14 +200,14 @@ def test_models_that_do_not_run_on_text_alone(config: PreTrainedConfig, tmp_path
     done = CliRunner().invoke(app, ["hookpoints", str(tmp_path)])
     assert done.exit_code == 2
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "must be a decoder or an encoder" in message or "must run on tokens alone" in message
+    assert "must be a decoder or an encoder" in message or "must run with only tokens" in message
 
 
 def test_no_such_model(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["hookpoints", str(tmp_path / "none")])
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
-    assert "model must exist" in done.stderr
+    assert "does not exist; give an existing folder" in done.stderr
 
 
 def test_numbers() -> None:

@@ -73,8 +73,8 @@ def test_missing_weights_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "/no/such"}, "model must exist, got /no/such; check the path"),
-        ({"ctx_len": 128, "part_rows": 65536}, "must not exceed the model's 64 positions, got 128"),
+        ({"model": "/no/such"}, "the model /no/such does not exist; give an existing folder"),
+        ({"ctx_len": 128, "part_rows": 65536}, "must be at most the model's 64 positions, got 128"),
         ({"device": "cuda:99"}, "device must be a torch device of this machine, got cuda:99"),
         ({"device": "gpu"}, "device must be a torch device of this machine, got gpu"),
         ({"attention": "flash_attention_2"}, "use --attention sdpa"),
@@ -138,7 +138,7 @@ def hub_says(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (hub_says(RepositoryNotFoundError), ValueError, "m is neither a path here nor on the Hub"),
+        (hub_says(RepositoryNotFoundError), ValueError, "m is neither a local path nor on the Hub"),
         (hub_says(GatedRepoError), ValueError, "m is gated; accept its terms"),
         (hub_says(RevisionNotFoundError), ValueError, "revision must exist in m, got main"),
         (hub_says(RemoteEntryNotFoundError), ValueError, "m cannot be opened: no"),

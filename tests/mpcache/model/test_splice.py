@@ -113,7 +113,7 @@ def test_another_model_is_refused(spliced_model: tuple[Path, SplicedModel], tmp_
         other.model.norm.weight[0] += 1
     other.save_pretrained(tmp_path / "other")
     tiny_tokenizer().save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="made from another model"):
+    with pytest.raises(ValueError, match="collected from another model"):
         SplicedModel(store, str(tmp_path / "other"), "main", "cpu")
 
 

@@ -119,7 +119,7 @@ def test_any_changed_byte_is_refused(codec: Codec, chunks: int) -> None:
     for index in range(len(encoded)):
         changed = bytearray(encoded)
         changed[index] ^= 1 << index % 8
-        with pytest.raises(ValueError, match="CRC32C mismatch"):
+        with pytest.raises(ValueError, match="does not match"):
             decoded(spec, bytes(changed), 0, spec.part_shape[0])
 
 
@@ -136,9 +136,9 @@ def forged(spec: ArraySpec, *chunks: bytes, spans: list[tuple[int, int]] | None 
     ("chunks", "spans", "message"),
     [
         ((b"1234", b"56"), None, "2 bytes, not 4"),
-        ((b"1234", b"5678"), [(0, 8), (0, 8)], "not contiguous"),
-        ((b"1234", b"5678"), [(0, 8), (8, 1 << 40)], "not contiguous"),
-        ((b"1234", b"5678"), [(0, 2**64 - 8), (2**64 - 8, 24)], "not contiguous"),
+        ((b"1234", b"5678"), [(0, 8), (0, 8)], "gaps or overlap"),
+        ((b"1234", b"5678"), [(0, 8), (8, 1 << 40)], "gaps or overlap"),
+        ((b"1234", b"5678"), [(0, 2**64 - 8), (2**64 - 8, 24)], "gaps or overlap"),
     ],
 )
 def test_what_no_writer_makes_is_refused(
@@ -154,7 +154,7 @@ def test_what_no_writer_makes_is_refused(
 def test_a_compressed_chunk_of_another_size_is_refused(chunk: bytes) -> None:
     spec = spec_of((2, 4, 0, 1), "uint8", "lz4")
     data = forged(spec, chunk, chunk)
-    with pytest.raises(ValueError, match="another size"):
+    with pytest.raises(ValueError, match="wrong size after decompression"):
         decoded(spec, data, 0, 8)
 
 
