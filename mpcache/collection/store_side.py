@@ -163,6 +163,9 @@ class Collection:
         while True:
             jobs = self.plan.uncommitted(open_store(self.storage), jobs)
             if not jobs or time.monotonic() > until:
-                cause = f"its commit marks do not appear in {self.storage}; check that all machines share this path"
+                cause = (
+                    f"its commit marks do not appear in {self.storage}; check that all machines "
+                    "share this path"
+                )
                 return tuple(MissingPart(job.part, 1, cause) for job in jobs)
             time.sleep(self.waits.between_looks)
