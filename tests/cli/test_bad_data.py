@@ -339,8 +339,11 @@ def test_a_bad_json_tells_its_line(tmp_path, model, content, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"id,text\n1,a\n2\n", "line 3 of a.csv must have 2 fields, got 1"),
-        (b'id,text\n1,"a\nb"\n2,b,c\n', "line 4 of a.csv must have 2 fields, got 3"),
+        (b"id,text\n1,a\n2\n", "line 3 of a.csv must have 2 fields, as the header has, got 1"),
+        (
+            b'id,text\n1,"a\nb"\n2,b,c\n',
+            "line 4 of a.csv must have 2 fields, as the header has, got 3",
+        ),
         (b'id,text\n1,a\n2,"b\n\n\n', "line 3 of a.csv is not CSV: unexpected end of data"),
         ("id,text\n1,café\n".encode("latin-1"), "line 1 of a.csv or one after it is not UTF-8"),
         (b"text,text\na,b\n", "line 1 of a.csv names the column text twice"),

@@ -221,7 +221,7 @@ def test_bench_measures_both(inputs: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--hookpoints", "layers.7"), "it has layers.0, layers.1.mlp"),
+        (("--hookpoints", "layers.7"), "use one of: layers.0, layers.1.mlp"),
         (("--hookpoints", "layers.0", "--kind", "transcoder"), "has no input of layers.0"),
         (("--hookpoints", "layers.0", "--k", "33"), "k must be at most the number of latents"),
         (("--hookpoints", "layers.0", "--rows", "10"), "rows must be at least batch_rows"),

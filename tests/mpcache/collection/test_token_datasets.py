@@ -73,7 +73,7 @@ def test_a_bin_gives_the_same_tokens(folder, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "changes", "message"),
     [
-        ("text.jsonl", {}, "holds text, and the model .* has no tokenizer"),
+        ("text.jsonl", {}, "holds text, but the model .* has no tokenizer"),
         ("a.jsonl", {"text_column": "body"}, "got body; use one of ids"),
         ("a.jsonl", {"text_column": "ids", "model": "model"}, "model must exist|neither a path"),
     ],

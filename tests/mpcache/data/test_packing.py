@@ -166,7 +166,7 @@ def test_long_documents_raise_no_warning():
 
 
 def test_too_few_documents_are_counted():
-    with pytest.raises(ValueError, match="got no validation one from 1 documents; use more"):
+    with pytest.raises(ValueError, match="got no validation sequence from 1 documents; use more"):
         parts_of(["abcdefgh"], make_config())
 
 

@@ -132,7 +132,7 @@ def test_values_that_overflow_are_counted(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--chunk-rows", "50"), "multiple of ctx_len and of chunk_rows"),
-        (("--hookpoints", "layers.7"), "it has layers.0:output, layers.1.mlp:input"),
+        (("--hookpoints", "layers.7"), "use some of: layers.0:output, layers.1.mlp:input"),
         (("--hookpoints", "layers.0:input"), "hookpoints must be in the store"),
         (("--hookpoints", "../secret"), "names joined by dots"),
         (("--dtype", "int4"), "must be one of bfloat16, float16, float32"),

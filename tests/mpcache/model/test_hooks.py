@@ -135,7 +135,10 @@ def test_resolve_keeps_the_order_of_the_model_and_each_side_once():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("layer.1.mlp", "must be a module of LlamaModel, got layer.1.mlp; near: .*layers.*.mlp"),
+        (
+            "layer.1.mlp",
+            "must be a module of LlamaModel, got layer.1.mlp; similar names: .*layers.*.mlp",
+        ),
         ("layers.30.mlp", r"near: layers\.\*\.mlp.*; `mpcache hookpoints MODEL` lists all"),
         ("model.layers.1", "must be a module of LlamaModel"),
         ("layers.1:residual", "write input or output, got 'residual'"),

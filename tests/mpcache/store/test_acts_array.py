@@ -89,7 +89,7 @@ def test_a_side_may_be_left_out_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_answered_with_what_there_is(store: Store) -> None:
-    with pytest.raises(UsageError, match=r"no hookpoint 'layers\.9'; it has .*layers\.1\.mlp"):
+    with pytest.raises(UsageError, match=r"no hookpoint 'layers\.9'; use one of: .*layers\.1\.mlp"):
         store["layers.9:output"]
     for side in ("outputs", ""):
         with pytest.raises(
