@@ -47,8 +47,8 @@ def column_path(tree: Tree, config: CollectConfig, name: str) -> Path:
             columns = list(dotted_paths(tree))
             more = f" and {len(columns) - _LISTED} more" if len(columns) > _LISTED else ""
             raise UsageError(
-                f"text_column must be a column of {name}, got {wanted}; give one of these with "
-                f"--text-column: {', '.join(columns[:_LISTED])}{more}"
+                f"text_column must be a column of {name}, got {wanted}; "
+                f"use one of {', '.join(columns[:_LISTED])}{more}"
             )
         node = node[step]
     return path

@@ -171,7 +171,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, model, name, fault):
             "other dtype",
         ):  # the file is read, and is too short to fill a sequence
             assert result.exit_code == 2
-            assert "each split must fill a sequence" in errors[0]
+            assert "each split must fill at least one sequence" in errors[0]
         else:
             assert result.exit_code == 0, result.output
         assert len(errors) == (result.exit_code == 2)
@@ -225,9 +225,12 @@ CHAT = [{"role": "user", "content": "abc"}, {"role": "assistant", "content": "de
 BAD_VALUES = {
     "ids beyond": ([[1, 2]] * 20 + [[300]] * 20, "from 0 to 259"),
     "negative ids": ([[1, 2]] * 20 + [[-1]] * 20, "from 0 to 259"),
-    "chats without role": ([CHAT] * 20 + [[{"role": None, "content": "a"}]], "as its role"),
-    "chats without content": ([CHAT] * 20 + [[{"role": "user", "content": None}]], "its content"),
-    "chats without template": ([CHAT] * 20, "give --chat-template"),
+    "chats without role": ([CHAT] * 20 + [[{"role": None, "content": "a"}]], "in the field role"),
+    "chats without content": (
+        [CHAT] * 20 + [[{"role": "user", "content": None}]],
+        "in the field content",
+    ),
+    "chats without template": ([CHAT] * 20, "give a Jinja file with --chat-template"),
 }
 
 
@@ -260,7 +263,7 @@ def test_an_unreadable_file_is_named(tmp_path, model, name, monkeypatch):
         return plain(path, *arguments, **options)
 
     monkeypatch.setattr(data_file.os, "open", refuse)
-    assert f"{name} is not readable" in refusal(model, tmp_path / name, tmp_path)
+    assert f"{name} cannot be read" in refusal(model, tmp_path / name, tmp_path)
 
 
 def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path, model):
@@ -322,7 +325,7 @@ def test_a_bad_line_of_a_second_shard_is_named_by_its_number_in_the_shard(tmp_pa
     [
         ('[{"text": "a"},\n{"text": "b"},\n{"text": ', "line 3 of a.json is not JSON"),
         ('[{"text": "a"}\n{"text": "b"}]', "line 2 of a.json is not JSON: expected ,"),
-        ('[{"text": "a"}] x', "line 1 of a.json must be the array's end"),
+        ('[{"text": "a"}] x', "got more text after it at line 1 of a.json"),
         ('[{"text": "a"},', "line 1 of a.json is not JSON"),
         ('{\n "text": "a"\n}', "line 1 of a.json is not JSON"),
         ('{"data": [{"text": "a"}]}', "got text; use one of data"),
@@ -345,7 +348,7 @@ def test_a_bad_json_tells_its_line(tmp_path, model, content, message):
             "line 4 of a.csv must have 2 fields, as the header has, got 3",
         ),
         (b'id,text\n1,a\n2,"b\n\n\n', "line 3 of a.csv is not CSV: unexpected end of data"),
-        ("id,text\n1,café\n".encode("latin-1"), "line 1 of a.csv or one after it is not UTF-8"),
+        ("id,text\n1,café\n".encode("latin-1"), "line 1 of a.csv or a line after it is not UTF-8"),
         (b"text,text\na,b\n", "line 1 of a.csv names the column text twice"),
         (b"id;text\n1;a\n", "got text; use one of id;text"),
         (b"id,text\n", "must hold a document, got none in a.csv"),
@@ -376,7 +379,7 @@ def test_a_stream_that_is_cut_between_two_batches(tmp_path, model):
     writer = pa.ipc.new_stream(sink, schema)
     writer.write_table(table(TEXTS), max_chunksize=100)
     (tmp_path / "a.arrow").write_bytes(sink.getvalue())
-    assert "a.arrow cannot be read as arrow: it has no end mark" in refusal(
+    assert "a.arrow cannot be read as arrow, because its last bytes are missing" in refusal(
         model, tmp_path / "a.arrow", tmp_path
     )
 

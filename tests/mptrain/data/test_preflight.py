@@ -62,7 +62,8 @@ def commit_missing_marks(begun: Path, original: Path) -> None:
     [
         ({"batch_rows": 2048, "rows": 4096}, r"too few for one batch of 2048; collect more rows, .*"
          r"--follow, or use --batch-rows \d+ or less"),
-        ({"hookpoints": ("layers.7",)}, "has no hookpoint 'layers.7'; it has layers.0, layers.1"),
+        ({"hookpoints": ("layers.7",)}, "has no hookpoint 'layers.7'; "
+         "use one of: layers.0, layers.1"),
         ({"hookpoints": ("layers.0",), "kind": ("transcoder",)},
          "has no input of layers.0, only its output; "
          "collect the input with --hookpoints layers.0:input"),
