@@ -139,7 +139,10 @@ def test_resolve_keeps_the_order_of_the_model_and_each_side_once():
             "layer.1.mlp",
             "must be a module of LlamaModel, got layer.1.mlp; similar names: .*layers.*.mlp",
         ),
-        ("layers.30.mlp", r"near: layers\.\*\.mlp.*; `mpcache hookpoints MODEL` lists all"),
+        (
+            "layers.30.mlp",
+            r"similar names: layers\.\*\.mlp.*; `mpcache hookpoints MODEL` lists all",
+        ),
         ("model.layers.1", "must be a module of LlamaModel"),
         ("layers.1:residual", "write input or output, got 'residual'"),
         ("layers.1*", "must stand alone between dots"),
