@@ -32,11 +32,15 @@ class Layout:
         for name in ("ctx_len", "part_rows", "chunk_rows", "validation_every"):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value < MAX_COUNT:
-                raise UsageError(f"{name} must be a positive integer, got {value!r}")
+                raise UsageError(
+                    f"{name} must be an integer from 1 to {MAX_COUNT - 1}, got {value!r}"
+                )
         choices = {"dtype": tuple(ZARR_DTYPE), "codec": get_args(Codec)}
         for name, allowed in (choices | {"token_dtype": _TOKEN_DTYPES}).items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}")
+                raise UsageError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         if type(self.token_flags) is not bool:
             raise UsageError(f"token_flags must be true or false, got {self.token_flags!r}")
         if self.part_rows % self.ctx_len or self.part_rows % self.chunk_rows:
