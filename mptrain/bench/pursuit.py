@@ -121,7 +121,7 @@ def _trained_coder_and_rows(
     coder, _ = load_coder(folder)
     if not _is_plain_pursuit(coder.config):
         raise UsageError(
-            f"the coder in {folder} is not plain matching pursuit; name a coder trained with "
+            f"the coder in {folder} is not plain matching pursuit; give a coder trained with "
             "--arch mp and without variants"
         )
     source, _ = coder.config.sides

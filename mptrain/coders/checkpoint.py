@@ -76,18 +76,19 @@ def load_coder(folder: str | Path) -> tuple[Coder, dict[str, Any]]:
             tensors = {upgrade_tensor_name(name): tensor for name, tensor in tensors.items()}
         if about["format_version"] != CODER_FORMAT:
             raise UsageError(
-                f"{folder} has coder format {about['format_version']}, this mptrain reads "
-                f"1 and {CODER_FORMAT}; use the mptrain that made it"
+                f"{folder} has coder format version {about['format_version']}, but this mptrain "
+                "reads "
+                f"1 and {CODER_FORMAT}; use the mptrain version that saved the coder"
             )
         (input_width,), (target_width,) = about["input_widths"], about["target_widths"]
         coder = Coder(coder_config_from_json(about["config"]), input_width, target_width)
         coder.load_state_dict(tensors)
         coder.encoder.coded_as = about.get("coded_as", "mp")
     except FileNotFoundError:
-        raise UsageError(f"{folder} holds no coder; name a folder like RUN/coders/NAME") from None
+        raise UsageError(f"{folder} holds no coder; give a folder like RUN/coders/NAME") from None
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise UsageError(
-            f"{folder} holds a damaged coder: {error}; copy it again, or train it again"
+            f"the coder in {folder} is damaged: {error}; copy the folder again, or train again"
         ) from None
     return coder, about["trained"]
 

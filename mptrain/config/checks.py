@@ -24,11 +24,13 @@ def check_cache_limit(cache_dir: str | None, cache_bytes: int | None) -> None:
 def check_nonempty(name: str, values: tuple[object, ...]) -> None:
     """Refuse a list without values."""
     if not values:
-        raise UsageError(f"{name} is empty; name at least one value")
+        raise UsageError(f"{name} is empty; give at least one value")
 
 
 def check_unique(name: str, values: tuple[object, ...]) -> None:
     """Refuse a list that has a value twice."""
     if len(set(values)) < len(values):
         listed = ",".join(map(str, values))
-        raise UsageError(f"{name} must name each value once, got {listed}")
+        raise UsageError(
+            f"{name} must have each value only once, got {listed}; remove the repeated value"
+        )

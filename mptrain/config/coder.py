@@ -131,7 +131,7 @@ def all_sides(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
 def k_error(config: CoderConfig, k: int, latents: int | None) -> str | None:
     """Why such a coder cannot be run with this K; None where it can, as far as `latents` tell."""
     if config.k is None:
-        return f"k has no effect on arch {config.arch}, got k={k}; leave it out"
+        return f"k has no effect on arch {config.arch}, got k={k}; remove --k"
     if k < 1:
         return f"k must be at least 1, got {k}"
     in_blocks = config.blocks != "none"
@@ -171,7 +171,7 @@ def is_compatible(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
 def inapplicable_message(name: str, kinds: str, archs: str) -> str:
     """What to tell of a field that is not for such coders."""
     needed = ",".join(architectures_with(name)) + (" transcoders" if name == "input_loss" else "")
-    return f"{name} has no effect on kind {kinds} with arch {archs}; it is for {needed}"
+    return f"{name} has no effect on kind {kinds} with arch {archs}; it applies to {needed}"
 
 
 def _side_errors(config: CoderConfig) -> Iterator[str]:
@@ -179,7 +179,8 @@ def _side_errors(config: CoderConfig) -> Iterator[str]:
         texts = getattr(config, name)
         if len(texts) != 1:
             yield (
-                f"{name} must name one side, got {','.join(texts) or 'none'}; coders of several "
+                f"{name} must have exactly one HOOKPOINT:input or HOOKPOINT:output, got "
+                f"{','.join(texts) or 'none'}; coders of several "
                 "sides (crosscoders) cannot be trained yet"
             )
         parse_side(texts[0])
@@ -201,12 +202,13 @@ def _range_errors(config: CoderConfig) -> Iterator[str]:
             yield f"{name} must be at least 1, got {value}"
     if config.architecture.needs_k != (config.k is not None):
         yield (
-            f"k has no effect on arch {config.arch}, got k={config.k}; leave it out"
+            f"k has no effect on arch {config.arch}, got k={config.k}; remove k"
             if config.k is not None
-            else f"k is missing, arch {config.arch} needs it; give the latents of a row"
+            else f"k is missing, but arch {config.arch} needs it; set k to the active latents "
+            "per row"
         )
     if (config.expansion is None) == (config.latents is None):
-        yield "expansion and latents each say how many latents there are; give one of them"
+        yield "expansion and latents both set the number of latents; give exactly one of them"
     for name in ("lr", "clip_norm", "bandwidth"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -231,24 +233,32 @@ def _inapplicable_settings(config: CoderConfig) -> Iterator[str]:
             yield inapplicable_message(field.name, config.kind, config.arch)
     for name in _SHORTLIST:
         if config.backend != "shortlist" and _is_set(config, name):
-            yield f"{name} is for backend shortlist, got backend {config.backend}"
+            yield (
+                f"{name} applies to backend shortlist only, got backend {config.backend}; "
+                f"remove {name}"
+            )
     exact = config.architecture.is_pursuit and config.backend not in ("gram", "shortlist")
     if config.score_dtype != "float32" and exact:
-        yield f"score_dtype is for backend gram or shortlist, got backend {config.backend}"
+        yield (
+            f"score_dtype applies to backend gram or shortlist only, got {config.backend}; "
+            "remove it"
+        )
     if config.optimizer == "signsgd" and config.clip_norm is not None:
-        yield "clip_norm has no effect on optimizer signsgd: the size of a gradient does not count"
+        yield (
+            "clip_norm has no effect on optimizer signsgd, which uses only signs; remove clip_norm"
+        )
     if config.decays_by == "constant" and _is_set(config, "decay_share"):
         yield "decay_share has no effect on schedule constant; use schedule linear or cosine"
     if config.start != "mean" and not config.bias:
-        yield f"start {config.start} is for coders with biases; leave out start or no-bias"
+        yield f"start {config.start} needs a coder with biases; remove start or no-bias"
     for name, partner in (("begin_as", "begin_share"), ("k_factor", "k_decay_share")):
         if _is_set(config, name) != _is_set(config, partner):
-            yield f"{name} and {partner} go together; give both, or neither"
+            yield f"{name} and {partner} need each other; give both, or neither"
 
 
 def _combination_errors(config: CoderConfig) -> Iterator[str]:
     if config.kind == "sae" and config.subtract == "separate":
-        yield "subtract separate is for transcoders: an sae subtracts what it predicts"
+        yield "subtract separate applies to transcoders only, got kind sae; remove subtract"
     for names in (("nested", "per_step_loss"), ("multi_topk", "nested", "per_step_loss")):
         if sum(getattr(config, name) for name in names) > 1:
             yield f"{' and '.join(names)} each change the loss; use one of them"
@@ -258,19 +268,21 @@ def _combination_errors(config: CoderConfig) -> Iterator[str]:
         if config.begin_as == "groupmax":
             yield from _conflicts(config, "begin_as groupmax", ("k_factor", "multi_topk"))
         if config.blocks == "predicting":
-            yield "begin_as needs a selecting row for each latent, blocks predicting shares them"
+            yield "begin_as cannot be combined with blocks predicting; remove one of them"
     if config.shrink > 0:
         if config.select != "positive":
-            yield f"shrink is for select positive, got {config.select}; leave one of them out"
+            yield f"shrink needs select positive, got {config.select}; remove one of them"
         yield from _conflicts(config, "shrink", ("codes", "normalise"))
     if config.codes != "mp":
         if config.backend not in ("auto", "direct"):
-            yield f"codes {config.codes} needs backend direct, got {config.backend}"
+            yield (
+                f"codes {config.codes} needs backend direct, got {config.backend}; use backend auto"
+            )
         steps_only = ("subtract", "blocks", "detach", "per_step_loss", "multi_topk")
         yield from _conflicts(config, f"codes {config.codes}", steps_only)
     if config.blocks != "none":
         if config.backend not in ("auto", "direct"):
-            yield f"blocks need backend direct, got {config.backend}: a step has little to search"
+            yield f"blocks needs backend direct, got {config.backend}; use backend auto or direct"
         yield from _conflicts(config, f"blocks {config.blocks}", ("multi_topk", "k_factor"))
         shared = config.kind == "sae" and config.subtract != "predicting"
         if shared and config.blocks != "both":
@@ -283,7 +295,7 @@ def _combination_errors(config: CoderConfig) -> Iterator[str]:
 def _conflicts(config: CoderConfig, setting: str, names: tuple[str, ...]) -> Iterator[str]:
     for name in names:
         if _is_set(config, name):
-            yield f"{name} cannot be combined with {setting}; leave one of them out"
+            yield f"{name} cannot be combined with {setting}; remove one of them"
 
 
 def _is_set(config: CoderConfig, name: str) -> bool:

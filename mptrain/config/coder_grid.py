@@ -103,7 +103,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
             check_unique(name, getattr(self, name))
         if self.latents and self.expansion != FitConfig.expansion:
             raise UsageError(
-                f"latents and expansion each say how many latents there are, got latents="
+                f"latents and expansion both set the number of latents, got latents="
                 f"{','.join(map(str, self.latents))}, expansion="
                 f"{','.join(map(str, self.expansion))}; give one of them"
             )
@@ -169,9 +169,9 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
             raise UsageError(f"target {','.join(self.target)} needs an input; give --input too")
         if bool(self.hookpoints) == bool(self.input):
             raise UsageError(
-                "hookpoints is empty; name at least one value, or a side with --input"
+                "hookpoints is empty; give at least one hookpoint, or use --input"
                 if not self.hookpoints
-                else "hookpoints and input each say what coders read; give one of them"
+                else "hookpoints and input both say what coders read; give only one of them"
             )
         kinds = ",".join(kind for kind in self.kind if kind != "sae")
         if self.input and kinds and (self.target or self.input) == self.input:
@@ -186,12 +186,12 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
                 raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
             for field in PRESETS[name]:
                 if getattr(self, field) != getattr(CoderSettings, field):
-                    raise UsageError(f"preset {name} sets {field}; give one of them, not both")
+                    raise UsageError(f"preset {name} already sets {field}; remove one of them")
             pairs = [pair for pair in self._pairs() if ARCHITECTURES[pair[1]].is_pursuit]
             if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
                 raise UsageError(
-                    f"preset {name} is for none of kind {','.join(self.kind)} with arch "
-                    f"{','.join(self.arch)}; leave it out, or train other coders too"
+                    f"preset {name} does not apply to any of kind {','.join(self.kind)} with arch "
+                    f"{','.join(self.arch)}; remove the preset, or add other coders"
                 )
 
     def _check_names(self) -> None:
@@ -199,8 +199,8 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
         twins = [name for name, count in Counter(names).items() if count > 1]
         if twins:
             raise UsageError(
-                f"each coder needs a name of its own, got {', '.join(twins)} several times; "
-                "numbers in names have 6 digits: give values that differ in them"
+                f"each coder needs a different name, got {', '.join(twins)} several times; "
+                "names show 6 digits of a number: give values that differ in these digits"
             )
 
     def _pairs(self) -> list[tuple[Kind, Arch]]:
@@ -209,7 +209,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
     def _check_all_apply(self) -> None:
         """Refuse what was set and is for none of the coders."""
         if self.k != FitConfig.k and not any(ARCHITECTURES[arch].needs_k for arch in self.arch):
-            raise UsageError(f"k has no effect on arch {','.join(self.arch)}; leave it out")
+            raise UsageError(f"k has no effect on arch {','.join(self.arch)}; remove --k")
         for field in fields(CoderSettings):
             is_set = getattr(self, field.name) != field.default
             if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):

@@ -162,7 +162,9 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
     def _check_filters(self) -> None:
         for token in self.skip_tokens:
             if token != "special" and not token.isdecimal():
-                raise UsageError(f"skip_tokens takes token ids and the word special, got {token!r}")
+                raise UsageError(
+                    f"skip_tokens must be token ids or the word special, got {token!r}"
+                )
         if self.max_norm is not None and not 1 <= self.max_norm < math.inf:
             raise UsageError(
                 f"max_norm must be at least 1 and finite, got {self.max_norm}; it is a multiple "
@@ -186,7 +188,7 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
         if late:
             warnings.append(
                 f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, but "
-                f"the run trains on {self.rows:,}, so no dead latent will be revived; "
+                f"the run trains on {self.rows:,} rows only, so no dead latent will be revived; "
                 f"{_how_to_revive(rows_before_last_step)}"
             )
         return warnings

@@ -37,7 +37,7 @@ def read_json(path: Path, *, remedy: str = "remove this file") -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UsageError(
-            f"{path} is damaged: it is not JSON ({error}); copy it again, or {remedy}"
+            f"{path} is damaged: it is not JSON ({error}); copy the file again, or {remedy}"
         ) from None
 
 
@@ -113,5 +113,5 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _UNWRITABLE:
             raise
         raise UsageError(
-            f"cannot write in {folder}: {error.strerror}; name a folder that you may write to"
+            f"cannot write in {folder}: {error.strerror}; give a folder with write permission"
         ) from None

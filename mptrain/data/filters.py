@@ -131,13 +131,14 @@ def _token_ids(skip_tokens: Sequence[str], store: Store) -> tuple[int, ...]:
     if ids and max(ids) > store.largest_token_id:
         raise UsageError(
             f"skip_tokens must be token ids of {store.storage}, at most {store.largest_token_id}, "
-            f"got {max(ids)}; leave that id out"
+            f"got {max(ids)}; remove that id from --skip-tokens"
         )
     if "special" in skip_tokens:
         if store.special_ids is None:
             raise UsageError(
                 f"{store.storage} does not record which tokens are special, because an earlier "
-                "mpcache made it; name their ids in skip_tokens instead"
+                "mpcache version wrote it; give their token ids to --skip-tokens instead of the "
+                "word special"
             )
         ids |= set(store.special_ids)
     return tuple(sorted(ids))

@@ -193,9 +193,9 @@ def _check_share(share: StreamShare, window: int, chunk_rows: int) -> None:
     """Check that every reader has a chunk of its own in each window."""
     if window < share.size:
         raise UsageError(
-            f"each of {share.size} processes reads chunks of its own, got windows of "
-            f"{window} chunks; use window_rows {share.size * chunk_rows} or, so "
-            "that shares are even, several times more"
+            f"a shuffle window needs at least one chunk for each of {share.size} processes, got "
+            f"{window} chunks of {chunk_rows} rows; use --window-rows {share.size * chunk_rows} "
+            "or a multiple of it"
         )
 
 
@@ -213,8 +213,9 @@ def check_assistant_known(store: Store) -> None:
     """
     if not store.has_assistant:
         raise UsageError(
-            f"{store.storage} does not say which tokens an assistant wrote: it was not made from "
-            "chat messages; use --only-tokens all, or collect a dataset of messages"
+            f"{store.storage} does not record which tokens an assistant wrote, because its "
+            "dataset has "
+            "no chat messages; use --only-tokens all, or collect a dataset of chat messages"
         )
 
 

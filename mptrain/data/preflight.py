@@ -77,8 +77,11 @@ def _endless_wait_warning(store: Store, sides: Sequence[Side]) -> str | None:
     if not (store.is_planned and collected and absent and is_complete):
         return None
     return (
-        f"{store.storage} is complete, with {', '.join(map(':'.join, collected))}, and has nothing "
-        f"of {', '.join(map(':'.join, absent))}; the fit waits until that is collected"
+        f"{store.storage} is complete, but holds only {', '.join(map(':'.join, collected))}; the "
+        "run "
+        f"waits for {', '.join(map(':'.join, absent))}: start mpcache collect with these "
+        "hookpoints, "
+        "or stop the run"
     )
 
 
@@ -98,7 +101,8 @@ def _check_skip_positions(config: RunConfig, store: Store) -> None:
     if config.skip_positions >= store.ctx_len:
         raise UsageError(
             "skip_positions must be less than ctx_len, got "
-            f"skip_positions={config.skip_positions}, ctx_len={store.ctx_len}; use fewer"
+            f"skip_positions={config.skip_positions}, ctx_len={store.ctx_len}; use a smaller "
+            "--skip-positions"
         )
 
 
@@ -112,9 +116,9 @@ def _check_equal_parts(store: Store, sides: Sequence[Side]) -> None:
             for side, parts in by_side.items()
         )
         raise UsageError(
-            f"the sides in {store.storage} have different parts ({details}); "
-            "collect the missing parts, wait for a collection that is under way with --follow, "
-            "or fit the sides in separate runs"
+            f"the hookpoints in {store.storage} have different parts ({details}); "
+            "collect the missing parts, wait for a running collection with --follow, "
+            "or train on these hookpoints in separate runs"
         )
 
 
@@ -123,8 +127,8 @@ def _check_finite(config: RunConfig, store: Store, sides: Sequence[Side]) -> Non
     if bad and not config.allow_nonfinite:
         details = ", ".join(f"{count} in {side}" for side, count in bad.items())
         raise UsageError(
-            f"{config.store} holds non-finite values ({details}); "
-            "collect with another --model-dtype or --dtype, or leave such rows out with "
+            f"{config.store} holds NaN or infinite values ({details}); "
+            "collect with another --model-dtype or --dtype, or exclude the rows with such values: "
             "--allow-nonfinite"
         )
 
@@ -139,7 +143,7 @@ def check_variance(store: Store, sides: Sequence[Side]) -> None:
         if not float(store.acts.moments(*side, "train")[1].sum()) > 0:
             raise UsageError(
                 f"{':'.join(side)} has no variance in {store.storage}: its train rows are equal, "
-                f"or none is finite; leave {side[0]} out, or collect other rows"
+                f"or none is finite; remove {side[0]} from --hookpoints, or collect other rows"
             )
 
 
@@ -149,7 +153,7 @@ def _check_enough_rows(config: RunConfig, store: Store, sides: Sequence[Side]) -
         fewer = f", or use --batch-rows {rows} or less" if rows else ""
         raise UsageError(
             f"{config.store} has {rows} train rows, too few for one batch of {config.batch_rows}; "
-            f"collect more rows, wait for a collection that is under way with --follow{fewer}"
+            f"collect more rows, wait for a running collection with --follow{fewer}"
         )
 
 
@@ -165,8 +169,9 @@ def check_window_memory(
     needed = per_row * max(window_rows, store.chunk_rows)  # a window is a chunk at least
     if needed > memory_bytes:
         raise UsageError(
-            f"two windows of {window_rows} rows on {len(sides)} sides take {needed} bytes, this "
-            f"machine has {memory_bytes}; use --window-rows "
+            f"two shuffle windows of {window_rows} rows from {len(sides)} arrays take {needed} "
+            "bytes, "
+            f"but this machine has {memory_bytes} bytes of memory; use --window-rows "
             f"{max(1, memory_bytes // per_row)} or less, in all runs that are to be compared"
         )
 

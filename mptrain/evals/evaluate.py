@@ -170,14 +170,15 @@ def _refuse_other_rows(coder: Coder, trained: Mapping[str, Any], store: Store) -
     for name, width, side in zip(("input", "target"), own, coder.config.sides, strict=True):
         if width != store.width(*side):
             raise UsageError(
-                f"the coder's {name} has width {width}, {':'.join(side)} of {store.storage} has "
-                f"{store.width(*side)}; evaluate on the store it was trained on"
+                f"the coder's {name} has width {width}, but {':'.join(side)} of {store.storage} "
+                "has "
+                f"width {store.width(*side)}; evaluate on the store that trained the coder"
             )
     if trained["store_fingerprint"] != store.fingerprint:
         raise UsageError(
-            f"{store.storage} has fingerprint {store.fingerprint}, the coder was trained on "
-            f"{trained['store_fingerprint']}; evaluate on the store it was trained on, or one of "
-            "the same fingerprint"
+            f"{store.storage} has fingerprint {store.fingerprint}, but the coder was trained on a "
+            f"store with fingerprint {trained['store_fingerprint']}; give that store or a copy "
+            "of it"
         )
 
 

@@ -137,14 +137,17 @@ def _run_settings(settings: TomlSettings, options: Mapping[str, Any]) -> dict[st
 def _parse_variant(settings: TomlSettings, name: str) -> Variant:
     key = ("variants", name)
     if name in built_in_variants():
-        message = "exists without a table; use another name, or name it in variants of a figure"
+        message = (
+            "is the name of a built-in variant; use another name, or list the built-in one "
+            "in a figure"
+        )
         raise settings.error(key, message)
     hints = {**CODER_OPTIONS, "arch": get_type_hints(CoderConfig)["arch"]}
     hints |= {"label": str | None, "color": str | None}
     changes = {n: v for n, v in settings.values(key, hints).items() if v is not None}
     label, color = changes.pop("label", None), changes.pop("color", None)
     if color is not None and not re.fullmatch("#[0-9a-fA-F]{6}", color):
-        raise settings.error((*key, "color"), f"takes a color such as #7d0a14, got {color!r}")
+        raise settings.error((*key, "color"), f"must be a color such as #7d0a14, got {color!r}")
     if not changes:
         raise settings.error(key, "changes nothing; set arch, or an option of coders")
     return Variant(name, label, color, changes)
@@ -158,7 +161,7 @@ def _parse_figure(
 ) -> FigurePlan:
     key = ("figures", name)
     if not re.fullmatch(r"[\w-][\w.-]*", name):
-        raise settings.error(key, "becomes a folder's name; use letters, digits, - and _")
+        raise settings.error(key, "must be usable as a folder name; use letters, digits, - and _")
     figure = settings.build(key, FigureSettings)
     for variant in figure.variants:
         if variant not in variants:
@@ -203,10 +206,12 @@ def _panel_lines(
                 for seed in figure.seeds
             )
         except UsageError as error:
-            raise UsageError(f"has {variant.name}, but {error}; leave it out") from None
+            raise UsageError(f"has {variant.name}, but {error}; or remove the variant") from None
         twin = variant_of_coder.setdefault(coders[0].name, variant.name)
         if twin != variant.name:
-            raise UsageError(f"has {twin} and {variant.name}, the same coder; leave one out")
+            raise UsageError(
+                f"has {twin} and {variant.name}, which are the same coder; remove one of them"
+            )
         yield VariantCoders(variant, coders)
 
 

@@ -91,7 +91,7 @@ def plot_runs(
     if title is None:
         title = "; ".join(dict.fromkeys(read_manifest(run).source for run in folders))
     if not curves:
-        raise UsageError("there is nothing to plot; name at least one run")
+        raise UsageError("no runs to plot; give the folder of at least one run")
     stem = stem.with_suffix("") if stem.suffix in _ENDINGS else stem
     files = save_figure(runs_figure(curves, title), stem)
     with explain_write_errors(stem.parent):
@@ -108,7 +108,11 @@ def read_curves(run: Path) -> list[ValidationCurve]:
     try:
         records = read_records(run / "metrics.jsonl")
     except FileNotFoundError as error:
-        raise UsageError(f"{run} is no run that has been trained: no {error.filename}") from error
+        raise UsageError(
+            f"the run {run} has not been trained: {error.filename} does not exist; give the "
+            "folder of a "
+            "trained run"
+        ) from error
     return [_read_curve(run, coder, records) for coder in coders]
 
 
@@ -164,7 +168,7 @@ def _read_curve(run: Path, coder: CoderConfig, records: Sequence[Record]) -> Val
     if not own:
         raise UsageError(
             f"{run / 'metrics.jsonl'} has no validation of {coder.name}; "
-            "let the run reach its first one, or use a smaller eval_every"
+            "let the run reach its first validation, or use a smaller --eval-every"
         )
     return ValidationCurve(run, coder, own)
 

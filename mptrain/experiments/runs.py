@@ -106,7 +106,7 @@ def check_same_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     if missing := [table for table in _COMPARED_TABLES if table not in stored]:
         raise UsageError(
             f"{file} was written by another version of mptrain: it has no table [{missing[0]}]; "
-            "name another folder"
+            "set folder to a new folder"
         )
     differences = [
         f"{table}.{name}: {json.dumps(stored[table].get(name))} there, {json.dumps(value)} here"
@@ -116,9 +116,10 @@ def check_same_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise UsageError(
-            f"{folder} has coders with other settings ({'; '.join(differences)}), and all coders "
-            "of a panel share them; use the settings there (--set TABLE.NAME=VALUE), or another "
-            "folder"
+            f"{folder} has coders with different settings ({'; '.join(differences)}), but all "
+            "coders "
+            "of an experiment must share them; use the settings of that folder (--set "
+            "TABLE.NAME=VALUE), or set folder to a new folder"
         )
 
 
@@ -131,8 +132,9 @@ def check_same_rows(runs: Sequence[SweepRun]) -> None:
     if len({run.order_digest for run in runs}) > 1:
         folders = " and ".join(str(run.folder) for run in runs)
         raise UsageError(
-            f"{folders} have trained on different rows, of a store that grew in between, and "
-            "cannot be compared; name another folder"
+            f"the runs {folders} trained on different rows, because the store grew in between, "
+            "so they "
+            "cannot be compared; set folder to a new folder"
         )
 
 

@@ -29,7 +29,10 @@ class ExperimentHeader:
 
     def __post_init__(self) -> None:
         if (self.store is None) == (self.root is None):
-            raise UsageError(f"give store or root, got store={self.store}, root={self.root}")
+            raise UsageError(
+                f"give either store or root (a folder of stores), got store={self.store}, "
+                f"root={self.root}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,7 @@ class Experiment:
         for pattern in patterns:
             if not any(panel.matches([pattern]) for panel in self.panels):
                 known = ", ".join([*(f.name for f in self.figures), *(p.name for p in self.panels)])
-                raise UsageError(f"no figure or panel is called {pattern}; there are: {known}")
+                raise UsageError(f"no figure or panel matches {pattern!r}; use one of: {known}")
         if not patterns:
             return self
         chosen = (

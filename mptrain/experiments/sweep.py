@@ -104,7 +104,9 @@ def sweep(
         KeyboardInterrupt: after an interrupted run has saved its state.
     """
     if is_distributed():
-        raise UsageError("a sweep is one process, got several of torchrun; start it without")
+        raise UsageError(
+            "mptrain sweep runs in one process, got several by torchrun; start it without torchrun"
+        )
     if not isinstance(experiment, Experiment):
         experiment = read_experiment(experiment)
     if collect_settings is not None:
@@ -151,7 +153,9 @@ def run_config(experiment: Experiment, run: SweepRun, store: str) -> ListedConfi
 def _existing_store(experiment: Experiment) -> Collect:
     store = experiment.header.store
     if store is None:
-        raise UsageError("an experiment with a root needs collect; name its store instead")
+        raise UsageError(
+            "an experiment with root needs the argument collect; set store instead of root"
+        )
     return lambda sides: store
 
 
@@ -185,6 +189,7 @@ def _check_store(
         available = common_parts(store, all_sides(run.coders))
         if lost := set(parts or ()) - available:
             raise UsageError(
-                f"{store.storage} lacks parts {format_ranges(lost)}, which the coders in "
-                f"{part.header.folder} have trained on; collect them again, or name another folder"
+                f"{store.storage} lacks parts {format_ranges(lost)}, on which the coders in "
+                f"{part.header.folder} were trained; collect these parts again, or set folder to a "
+                "new folder"
             )

@@ -107,7 +107,7 @@ class TomlSettings:
         for field in fields:
             is_required = field.default is MISSING and field.default_factory is MISSING
             if is_required and field.name not in values:
-                message = f"is missing; it takes {_type_in_words(field_hints[field.name])}"
+                message = f"is missing; set it to {_type_in_words(field_hints[field.name])}"
                 raise self.error((*key, field.name), message)
         try:
             return config_type(**values, **fixed)
@@ -129,19 +129,22 @@ def read_settings(path: Path, changes: Sequence[str] = ()) -> TomlSettings:
 def _layers(path: Path, above: tuple[Path, ...]) -> list[SettingsLayer]:
     """The layer of a file, after those of the files that it extends."""
     if path.resolve() in above:
-        raise UsageError(f"{path} extends itself; take the key {EXTENDS} out of one of its files")
+        raise UsageError(
+            f"{path} extends itself; remove the key {EXTENDS} from it or from a file that it "
+            "extends"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         tables = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {error}; name a TOML file") from None
+        raise UsageError(f"{path} cannot be read: {error}; give a readable TOML file") from None
     layer = SettingsLayer(str(path), tables, "" if path.suffix == ".json" else text)
     base = tables.get(EXTENDS)
     if base is None:
         return [layer]
     if not isinstance(base, str):
         raise UsageError(
-            f"{layer.location((EXTENDS,))}: {EXTENDS} takes a file's name, got {base!r}"
+            f"{layer.location((EXTENDS,))}: {EXTENDS} must be a file name in quotes, got {base!r}"
         )
     return [*_layers(path.parent / base, (*above, path.resolve())), layer]
 
@@ -150,7 +153,7 @@ def _parse_change(text: str) -> SettingsLayer:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UsageError(
-            f"--set takes table.key=value, for instance data.rows=100000, got {text!r}"
+            f"--set must be TABLE.KEY=VALUE, got {text!r}; write for example --set data.rows=100000"
         )
     tables: Any = _toml_value(value)
     for part in reversed(key.split(".")):
@@ -212,7 +215,7 @@ def _converted(value: Any, hint: Any) -> Any:
         converted = _convert(value, option)
         if converted is not MISSING:
             return converted
-    raise TypeError(f"takes {_type_in_words(hint)}, got {value!r}")
+    raise TypeError(f"must be {_type_in_words(hint)}, got {value!r}")
 
 
 def _convert(value: Any, hint: Any) -> Any:

@@ -130,7 +130,8 @@ def _missing(panel: PanelPlan, coders: CodersByName) -> Iterator[str]:
             if coder.name not in coders or not validations(coders[coder.name]):
                 yield (
                     f"{panel.name} has no curve of {line.variant.name}, seed {coder.seed}: the "
-                    "coder diverged before its first validation; leave the variant out, or lower lr"
+                    "coder diverged before its first validation; remove the variant from the "
+                    "figure, or use a lower lr"
                 )
 
 
@@ -148,8 +149,8 @@ def _idle(panel: PanelPlan, coders: CodersByName) -> Iterator[str]:
         ]
         if any(_same_metrics(*pair) or _same_weights(*pair) for pair in pairs):
             yield (
-                f"{panel.name}: {line.variant.name} equals plain MP to the bit, so its settings "
-                "do nothing here; leave the variant out, or change it"
+                f"{panel.name}: {line.variant.name} gives exactly the same results as plain MP, "
+                "so its settings have no effect; remove the variant, or change its settings"
             )
 
 

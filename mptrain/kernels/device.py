@@ -23,6 +23,6 @@ def resolve_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"device must be one of this machine, got {name!r} ({reason}); use auto or cpu"
+            f"device {name!r} is not available on this machine ({reason}); use --device auto or cpu"
         ) from None
     return device

@@ -31,8 +31,8 @@ class Checkpointer:
             save_state(self._pass.run.folder, number, state, tensors)
         except OSError as error:
             warnings.warn(
-                f"the state after train step {step} is not saved ({error.strerror}); the one "
-                "before it is kept, training goes on, and the next save tries again",
+                f"the state after train step {step} is not saved ({error.strerror}); the "
+                "previous state is kept, training continues, and the next save tries again",
                 RuntimeWarning,
                 stacklevel=2,
             )

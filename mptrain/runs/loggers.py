@@ -41,8 +41,9 @@ def check_installed(logs: Iterable[Log]) -> None:
     for log in logs:
         if importlib.util.find_spec(_PACKAGES[log]) is None:
             raise UsageError(
-                f"log {log} needs the package {_PACKAGES[log]}; pip install 'mpcache[{log}]', or "
-                f"leave {log} out"
+                f"--log {log} needs the package {_PACKAGES[log]}; run pip install "
+                f"'mpcache[{log}]', or "
+                f"remove {log} from --log"
             )
 
 
@@ -81,7 +82,7 @@ def _succeeds(log: Log, call: Callable[[], None]) -> bool:
     try:
         call()
     except Exception as error:
-        message = f"{log} failed and gets no more records: {error}; metrics.jsonl has them all"
+        message = f"{log} failed and gets no more metrics: {error}; metrics.jsonl has all metrics"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         return False
     return True
@@ -135,7 +136,8 @@ class WandB:
             }
         except wandb.errors.Error as error:
             raise UsageError(
-                f"Weights & Biases did not start: {error}; use `wandb login`, or WANDB_MODE=offline"
+                f"Weights & Biases did not start: {error}; run `wandb login`, or set "
+                "WANDB_MODE=offline"
             ) from None
         # a resumed run refuses the steps that it already has
         self._first_step = {

@@ -68,7 +68,8 @@ class MetricsFile:
         except OSError as error:
             if not had_pending:
                 warnings.warn(
-                    f"{self.path} cannot be written ({error.strerror}); its lines wait in memory",
+                    f"{self.path} cannot be written ({error.strerror}); its new lines stay in "
+                    "memory until the next try",
                     RuntimeWarning,
                     stacklevel=2,
                 )

@@ -103,9 +103,11 @@ def _warnings(coder_run: CoderRun, step: int, evaluation: Evaluation | None) -> 
         )
         return
     if not coder_run.rows_trained:
-        yield f"no train row passes the filters of {name}; it is saved as it started"
+        yield f"no train row passes the filters of {name}; the coder is saved untrained"
     if evaluation is None:
-        yield f"no validation row passes the filters of {name}; it is saved, not evaluated"
+        yield (
+            f"no validation row passes the filters of {name}; the coder is saved without evaluation"
+        )
     elif warning := l0_warning(coder_run.config, evaluation):
         yield f"{name} {warning}"
 
@@ -119,7 +121,7 @@ def l0_warning(
     if deviation is None or abs(deviation) <= L0_TOLERANCE or ends_early:
         return None
     return (
-        f"has an L0 of {evaluation.l0:.4g} on held-out rows, its K is {evaluation.k} "
+        f"has an L0 of {evaluation.l0:.4g} on validation rows, but its K is {evaluation.k} "
         f"({deviation:+.1%}): {reason or _reason(config)}"
     )
 
@@ -127,7 +129,7 @@ def l0_warning(
 def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
     """Return warnings about the evaluations of a saved coder."""
     if not any(evaluation.rows for evaluation in evaluations):
-        return [f"no held-out row passes the filters of {folder.name}; train with other filters"]
+        return [f"no validation row passes the filters of {folder.name}; train with other filters"]
     content = read_json(folder / "coder.json")
     config = coder_config_from_json(content["config"])
     has_running_threshold = "step" not in content["trained"] and config.architecture.has_threshold
@@ -141,7 +143,7 @@ def l0_warnings(folder: Path, evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _reason(config: CoderConfig) -> str:
     if config.architecture.has_threshold:
-        return "these rows differ from the train rows that its threshold is from"
+        return "its threshold was set on train rows, and these rows differ from them"
     if config.architecture.is_pursuit:
-        return "rows end early, or choose a latent again"
-    return "rows have fewer positive latents"
+        return "some pursuits stop early or choose a latent twice"
+    return "some rows have fewer than K positive latents"

@@ -67,12 +67,14 @@ def read_manifest(run: Path) -> RunManifest:
     try:
         content = read_json(file, remedy="name another run")
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{run} holds no run: there is no {file}; check the path") from None
+        raise UsageError(
+            f"{run} holds no run: {file} does not exist; give the folder of a run"
+        ) from None
     try:
         return RunManifest(**content)
     except TypeError:
         raise UsageError(
-            f"{run} holds no run: {file} is not the config of a run; name another folder"
+            f"{run} holds no run: {file} is not the config of a run; give another folder"
         ) from None
 
 
@@ -129,8 +131,8 @@ def open_run(
             write_json(file, asdict(manifest))
     elif read_manifest(folder).order_digest != order_digest:
         raise UsageError(
-            f"{folder} cannot be continued: the store lacks parts that were there when the run "
-            "began; name another run"
+            f"the run {folder} cannot continue: the store lacks parts that it had when the run "
+            "began; collect these parts again, or start a new run with another --run"
         )
     return RunFolder(folder, manifest.provenance)
 
@@ -147,7 +149,9 @@ def check_same_run(config: RunConfig, fingerprint: str) -> None:
     if (folder / "config.json").exists():
         _check_same_settings(folder, config, fingerprint)
     elif folder.is_file() or (folder.is_dir() and not all(map(is_partial, folder.iterdir()))):
-        raise UsageError(f"{folder} exists and holds no run; name a new or empty folder")
+        raise UsageError(
+            f"{folder} has other files, but no run; give a new or empty folder with --run"
+        )
 
 
 def resumed_config(run: str, changes: Mapping[str, Any]) -> RunConfig:
@@ -161,7 +165,7 @@ def resumed_config(run: str, changes: Mapping[str, Any]) -> RunConfig:
     allowed = CHANGEABLE_FIELDS - {"run"}
     for name in changes.keys() - allowed:
         raise UsageError(
-            f"--resume takes {name} from the run; only these may be given with it: "
+            f"--resume takes {name} from the run; remove this option; only these can be changed: "
             f"{', '.join(sorted(allowed))}"
         )
     stored = read_manifest(Path(run)).fit
@@ -195,8 +199,8 @@ def _check_same_settings(folder: Path, config: RunConfig, fingerprint: str) -> N
     ]
     if differences:
         raise UsageError(
-            f"{folder} is a run with another config ({'; '.join(differences)}); "
-            "use its config, or name another run"
+            f"{folder} is a run with a different config ({'; '.join(differences)}); "
+            "use the config of that run, or give another folder with --run"
         )
 
 

@@ -46,7 +46,8 @@ def save_coders(run: str, changes: Mapping[str, Any]) -> list[SavedCoder]:
     saved = load_state(Path(run))
     if saved is None:
         raise UsageError(
-            f"{run} has no saved state; wait until the run has saved one, or start it again with "
+            f"{run} has no saved state; wait until the run saves a state, or start the run again "
+            "with "
             "a smaller --save-every"
         )
     state, tensors = saved

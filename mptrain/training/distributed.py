@@ -158,8 +158,8 @@ def join_process_group(config: RunConfig) -> Iterator[ProcessGroup]:
     if not is_distributed():
         if config.spread is not None:
             raise UsageError(
-                f"spread {config.spread} needs several processes, got one; start them by "
-                "torchrun --nproc-per-node 2 --no-python -- mptrain fit ..., or leave out spread"
+                f"--spread {config.spread} needs several processes, got one; start them with "
+                "torchrun --nproc-per-node 2 --no-python -- mptrain fit ..., or remove --spread"
             )
         yield SINGLE_PROCESS
         return
@@ -177,18 +177,18 @@ def join_process_group(config: RunConfig) -> Iterator[ProcessGroup]:
 def _check_spread(config: RunConfig, size: int) -> None:
     if config.spread is None:
         raise UsageError(
-            f"torchrun started {size} processes, and they need --spread rows or --spread coders to "
-            "divide the work; give one of them"
+            f"torchrun started {size} processes, but --spread is missing; give --spread rows or "
+            "--spread coders to divide the work"
         )
     coders = len(config.coders())
     if config.spread == "coders" and coders < size:
         raise UsageError(
-            f"spread coders needs at least one coder per process, got {coders} coders for {size} "
-            f"processes; start {coders}, or use spread rows"
+            f"--spread coders needs at least one coder per process, got {coders} coders for {size} "
+            f"processes; start {coders} processes, or use --spread rows"
         )
     if config.device not in ("auto", "cpu", "cuda"):
         raise UsageError(
-            f"device must be auto, cpu or cuda for several processes, got {config.device}; "
+            f"--device must be auto, cpu or cuda for several processes, got {config.device}; "
             "use auto, so that each process takes its own GPU"
         )
 
@@ -200,8 +200,8 @@ def _select_gpu_(config: RunConfig, local: int) -> bool:
     gpus = torch.cuda.device_count()
     if local >= gpus:
         raise UsageError(
-            f"each process needs a GPU of its own, got {gpus} GPUs; start {gpus} processes on "
-            "this machine, or use device cpu"
+            f"each process needs its own GPU, got {gpus} GPUs; start at most {gpus} processes on "
+            "this machine, or use --device cpu"
         )
     torch.cuda.set_device(local)
     return True

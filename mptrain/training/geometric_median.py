@@ -21,7 +21,9 @@ def geometric_median(x_ND: Float[Tensor, "rows width"]) -> Float[Tensor, " width
         UsageError: there are no rows.
     """
     if not len(x_ND):
-        raise UsageError("a median needs rows, and the filters leave none; use start mean")
+        raise UsageError(
+            "start median needs train rows, but the filters exclude all of them; use --start mean"
+        )
     median_D = x_ND.mean(0)
     for _ in range(_MAX_STEPS):
         distance_N: Tensor = torch.linalg.vector_norm(x_ND - median_D, dim=1)

@@ -29,7 +29,10 @@ class Objective:
                 "a target that does not vary cannot be learned"
             )
         if coder.config.input_loss > 0 and not input_variance:
-            raise UsageError("input_loss needs an input that varies; use input_loss 0")
+            raise UsageError(
+                f"input_loss needs an input that varies, got input_variance={input_variance}; "
+                "use --input-loss 0"
+            )
         self.coder, self.config = coder, coder.config
         self.total_variance, self.input_variance = total_variance, input_variance
 

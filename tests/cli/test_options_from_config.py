@@ -267,8 +267,8 @@ def test_fit_stops_on_a_flipped_byte(inputs: Path, tmp_path: Path) -> None:
     [
         (("--hookpoints", ","), "hookpoints is empty"),
         (("--hookpoints", "layers.0", "--k", ","), "k is empty"),
-        (("--hookpoints", "layers.0,layers.0"), "must name each value once"),
-        (("--hookpoints", "layers.0", "--device", "foo"), "use auto or cpu"),
+        (("--hookpoints", "layers.0,layers.0"), "must have each value only once"),
+        (("--hookpoints", "layers.0", "--device", "foo"), "use --device auto or cpu"),
         (("--hookpoints", "layers.0", "--lr", "nan"), "lr must be positive"),
         (("--hookpoints", "layers.0", "--skip-positions", "16"), "skip_positions=16, ctx_len=16"),
     ],
@@ -312,7 +312,7 @@ def test_eval_takes_lists_and_refuses_nothing_to_do(inputs: Path, tmp_path: Path
     for options, message in [
         (("--rows", "0"), "rows must be at least 1, got 0"),
         (("--k", "0"), "k must be at least 1, got 0"),
-        (("--device", "foo"), "use auto or cpu"),
+        (("--device", "foo"), "use --device auto or cpu"),
     ]:
         assert message in error_line(CliRunner().invoke(mptrain, [*evaluate, *options]))
 

@@ -222,9 +222,9 @@ def test_a_coder_is_trained_and_judged_on_the_same_rows(store: Store, tmp_path: 
 def test_a_store_without_the_mask_is_refused_in_one_line(tmp_path: Path) -> None:
     plain = open_store(small_store(tmp_path)[0])
     assert plain.layout.format_version == 1
-    with pytest.raises(ValueError, match="does not say which tokens an assistant wrote"):
+    with pytest.raises(ValueError, match="does not record which tokens an assistant wrote"):
         make_filters(fit_config(plain, tmp_path / "run"), plain, MLP)
-    with pytest.raises(ValueError, match="does not say which tokens an assistant wrote"):
+    with pytest.raises(ValueError, match="does not record which tokens an assistant wrote"):
         Loader(
             plain, MLP, "train", batch_rows=8, seed=0, device=torch.device("cpu"),
             row_fields=(ASSISTANT,),

@@ -40,7 +40,7 @@ def test_learning_rates_and_sizes_are_axes_of_the_grid():
 
 @pytest.mark.parametrize("changes", [{}, {"expansion": 2, "latents": 32}], ids=["neither", "both"])
 def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
-    with pytest.raises(ValueError, match="expansion and latents each say how many"):
+    with pytest.raises(ValueError, match="expansion and latents both set the number"):
         CoderConfig(
             inputs=("h:output",), targets=("h:output",), kind="sae", arch="mp", k=2, **changes
         )
@@ -49,9 +49,12 @@ def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arch": ("topk",), "detach": True}, "detach has no effect .*; it is for mp,batch-mp"),
+        ({"arch": ("topk",), "detach": True}, "detach has no effect .*; it applies to mp,batch-mp"),
         ({"input_loss": 0.1}, "input_loss has no effect on kind sae .* mp,batch-mp transcoders"),
-        ({"shortlist_size": 8}, "shortlist_size is for backend shortlist, got backend auto"),
+        (
+            {"shortlist_size": 8},
+            "shortlist_size applies to backend shortlist only, got backend auto",
+        ),
         ({"codes": "omp", "backend": "gram"}, "codes omp needs backend direct, got gram"),
         ({"codes": "gp", "arch": ("batch-mp",)}, "codes has no effect on .* arch batch-mp"),
         ({"codes": "gp", "detach": True}, "detach cannot be combined with codes gp"),
@@ -61,38 +64,47 @@ def test_a_coder_has_one_number_of_latents(changes: dict[str, Any]):
             "nested and per_step_loss each change the loss; use one",
         ),
         ({"multi_topk": True, "per_step_loss": True}, "each change the loss; use one"),
-        ({"arch": ("groupmax",), "multi_topk": True}, "multi_topk has no effect .* for mp,topk"),
-        ({"score_dtype": "bfloat16"}, "score_dtype is for backend gram or shortlist, got .* auto"),
+        (
+            {"arch": ("groupmax",), "multi_topk": True},
+            "multi_topk has no effect .* applies to mp,topk",
+        ),
+        (
+            {"score_dtype": "bfloat16"},
+            "score_dtype applies to backend gram or shortlist only, got auto",
+        ),
         (
             {"optimizer": "signsgd", "clip_norm": 1.0},
-            "clip_norm has no effect on optimizer signsgd: the size",
+            "clip_norm has no effect on optimizer signsgd, which uses only signs",
         ),
         ({"schedule": "constant", "decay_share": 0.5}, "decay_share has no effect on schedule con"),
         ({"optimizer": "signsgd", "decay_share": 0.5}, "use schedule linear or cosine"),
-        ({"start": "median", "bias": False}, "start median is for coders with biases"),
+        ({"start": "median", "bias": False}, "start median needs a coder with biases"),
         ({"clip_norm": 0.0}, "clip_norm must be positive and finite, got 0.0"),
         ({"micro_batch_rows": 0}, "micro_batch_rows must be at least 1, got 0"),
         ({"decay_share": 1.5}, r"decay_share must be in \[0, 1\], got 1.5"),
-        ({"subtract": "separate"}, "subtract separate is for transcoders"),
-        ({"begin_as": "topk"}, "begin_as and begin_share go together"),
-        ({"begin_share": 0.5}, "begin_as and begin_share go together"),
-        ({"k_factor": 2.0}, "k_factor and k_decay_share go together"),
+        ({"subtract": "separate"}, "subtract separate applies to transcoders"),
+        ({"begin_as": "topk"}, "begin_as and begin_share need each other"),
+        ({"begin_share": 0.5}, "begin_as and begin_share need each other"),
+        ({"k_factor": 2.0}, "k_factor and k_decay_share need each other"),
         ({"begin_as": "topk", "begin_share": 1.0}, r"begin_share must be in \[0, 1\)"),
         (BEGINS | {"per_step_loss": True}, "per_step_loss cannot be combined with begin_as topk"),
         (BEGINS | {"codes": "gp"}, "codes cannot be combined with begin_as topk"),
-        (BEGINS | BLOCKS | {"blocks": "predicting"}, "begin_as needs a selecting row for each"),
-        (BLOCKS | {"backend": "gram"}, "blocks need backend direct, got gram"),
+        (
+            BEGINS | BLOCKS | {"blocks": "predicting"},
+            "begin_as cannot be combined with blocks predicting",
+        ),
+        (BLOCKS | {"backend": "gram"}, "blocks needs backend direct, got gram"),
         ({"blocks": "selecting"}, "blocks selecting needs selecting and predicting rows to be di"),
         ({"codes": "gp", "subtract": "predicting"}, "subtract cannot be combined with codes gp"),
         ({"preset": ("none",)}, "preset must be one of paper, mp, .*, got none"),
-        ({"preset": ("detach",), "detach": True}, "preset detach sets detach; give one of them"),
+        ({"preset": ("detach",), "detach": True}, "preset detach already sets detach; remove one"),
         (
             {"preset": ("detach",), "arch": ("topk",)},
-            "preset detach is for none of kind sae with",
+            "preset detach does not apply to any of kind sae with",
         ),
         (
             {"preset": ("input-loss",)},
-            "preset input-loss is for none of kind sae with",
+            "preset input-loss does not apply to any of kind sae with",
         ),
         (
             {"input_loss": -1.0, "kind": ("transcoder",)},

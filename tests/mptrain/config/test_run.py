@@ -34,7 +34,7 @@ def test_a_list_of_coders_need_be_no_grid() -> None:
     transcoder = dataclasses.replace(sae, inputs=("b:input",), kind="transcoder", detach=True)
     run = {"store": "s", "run": "r"}
     assert ListedConfig(**run, listed=(sae, transcoder)).coders() == (sae, transcoder)
-    with pytest.raises(ValueError, match="listed must name each value once"):
+    with pytest.raises(ValueError, match="listed must have each value only once"):
         ListedConfig(**run, listed=(sae, sae))
     with pytest.raises(ValueError, match="rows must be at least batch_rows"):
         ListedConfig(**run, listed=(sae,), rows=10)

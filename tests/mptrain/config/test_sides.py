@@ -40,7 +40,7 @@ def test_a_transcoder_between_two_hookpoints_is_named_after_both() -> None:
     ("changes", "message"),
     [
         ({}, "hookpoints is empty"),
-        ({"hookpoints": ("a",), "input": ("a:input",)}, "give one of them"),
+        ({"hookpoints": ("a",), "input": ("a:input",)}, "give only one of them"),
         ({"hookpoints": ("a",), "target": ("a:input",)}, "target a:input needs an input"),
         ({"input": ("a",)}, "a side must be HOOKPOINT:input or HOOKPOINT:output, got 'a'"),
         ({"input": (MLP_IN,), "target": (NORM_OUT,)}, "an sae predicts what it reads"),
@@ -51,11 +51,12 @@ def test_a_transcoder_between_two_hookpoints_is_named_after_both() -> None:
         ),
         (
             {"input": (MLP_IN, "b:input"), "target": (NORM_OUT,), "kind": ("transcoder",)},
-            "inputs must name one side, got layers.1.mlp:input,b:input; coders of several sides",
+            "inputs must have exactly one HOOKPOINT:input or HOOKPOINT:output, got "
+            "layers.1.mlp:input,b:input; coders of several sides",
         ),
         (
             {"input": (MLP_IN,), "target": (NORM_OUT, "b:output"), "kind": ("transcoder",)},
-            "targets must name one side",
+            "targets must have exactly one",
         ),
     ],
     ids=str,

@@ -192,7 +192,7 @@ def test_companions_change_no_filter(store: Store, tmp_path: Path) -> None:
     [
         ({"max_norm": 0.5}, "max_norm must be at least 1 and finite, got 0.5"),
         ({"max_norm": math.nan}, "it is a multiple of the median norm"),
-        ({"skip_tokens": ("bos",)}, "skip_tokens takes token ids and the word special, got 'bos'"),
+        ({"skip_tokens": ("bos",)}, "skip_tokens must be token ids or the word special, got 'bos'"),
     ],
 )
 def test_invalid_filters(store: Store, changes: dict[str, object], message: str) -> None:
@@ -203,5 +203,5 @@ def test_invalid_filters(store: Store, changes: dict[str, object], message: str)
 def test_a_store_without_its_special_tokens_is_refused(store: Store) -> None:
     older = open_store(store.storage)
     del older.provenance["tokenizer"]
-    with pytest.raises(ValueError, match="name their ids in skip_tokens instead"):
+    with pytest.raises(ValueError, match="give their token ids to --skip-tokens instead"):
         make_filters(config(older, skip_tokens=("special",)), older, [OUT])

@@ -116,7 +116,7 @@ def test_a_side_that_nobody_collects_is_warned_of_once(
     monkeypatch.setattr(time, "sleep", look)
     with (
         pytest.warns(
-            RuntimeWarning, match="is complete, with layers.0:output, .*layers.7:out"
+            RuntimeWarning, match="is complete, but holds only layers.0:output, .*layers.7:out"
         ) as warned,
         pytest.raises(KeyboardInterrupt),
     ):
@@ -126,7 +126,7 @@ def test_a_side_that_nobody_collects_is_warned_of_once(
 
 def test_sides_under_way_are_waited_for_or_refused(begun: Path, original: Path) -> None:
     shutil.copytree(original / "marks/2/layers.0", begun / "marks/2/layers.0", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="wait for a collection that is under way with --follow"):
+    with pytest.raises(ValueError, match="wait for a running collection with --follow"):
         open_trainable_store(config(begun), [MLP, ("layers.0", "output")])
 
 

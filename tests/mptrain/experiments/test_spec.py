@@ -68,7 +68,9 @@ def test_parts_are_named_by_figure_or_panel(tmp_path):
     names = [panel.name for panel in experiment.only(["*/layers.1.mlp-*"]).panels]
     assert names == ["fvu/layers.1.mlp-sae-k3", "sst/layers.1.mlp-skip-transcoder-k3"]
     assert [figure.name for figure in experiment.only(["sst"]).figures] == ["sst"]
-    with pytest.raises(ValueError, match=r"no figure or panel is called fvu/x; there are: fvu, ss"):
+    with pytest.raises(
+        ValueError, match=r"no figure or panel matches 'fvu/x'; use one of: fvu, ss"
+    ):
         experiment.only(["sst", "fvu/x"])
 
 
@@ -85,7 +87,10 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("root=stores", "the file is invalid: give store or root, got store="),
+        (
+            "root=stores",
+            "the file is invalid: give either store or root ",
+        ),
         ("run=x", "run is a table of options; write folder above the tables"),
         ("run.run=x", "run.run is not set here, but by folder above the tables"),
         ("data.store=x", "data.store is not set here, but by store above the tables"),
@@ -93,7 +98,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("data.batch_rows=1000", "data.rows must be at least batch_rows"),
         ("data.max_norm=0.5", "data.max_norm must be at least 1 and finite, got 0.5"),
         ("evaluation.eval_every=0", "evaluation.eval_every must be at least 1, got 0"),
-        ("run.log=['wandb', 'wandb']", "run.log must name each value once"),
+        ("run.log=['wandb', 'wandb']", "run.log must have each value only once"),
         ("coder.k=3", r"coder.k is not set here, but by k in \[figures.NAME\]"),
         ("coder.arch=mp", r"but by arch in \[variants.NAME\]"),
         ("coder.preset=mp", "but by its name in variants of a figure"),
@@ -109,11 +114,17 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("coders.expansion=3", r"coders.expansion is not set here, but by expansion in \[coder\]"),
         ("figures.fvu.lr=3.0", r"but by lr in \[optimizer\]"),
         ("variants.batch-mp-nested.k=3", r"but by k in \[figures.NAME\]"),
-        ("coder.shortlist_size=8", "fvu.variants has mp, but shortlist_size is for backend short"),
+        (
+            "coder.shortlist_size=8",
+            "fvu.variants has mp, but shortlist_size applies to backend short",
+        ),
         ("figures.fvu.variants=['detatch']", r"variants.detatch is unknown; did you mean detach\?"),
-        ("figures.fvu.variants=['separate']", "has separate, but subtract separate is for transco"),
+        (
+            "figures.fvu.variants=['separate']",
+            "has separate, but subtract separate applies to transco",
+        ),
         ("figures.fvu.variants=[]", "figures.fvu is invalid: variants is empty"),
-        ("figures.fvu.seeds=[1, 1]", "seeds must name each value once"),
+        ("figures.fvu.seeds=[1, 1]", "seeds must have each value only once"),
         ("figures.fvu.k=[0]", "k and other_k must be at least 1, got 0"),
         (
             "figures.fvu.variants=['mp', 'sliced']",
@@ -123,10 +134,10 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
             "variants.batch-mp-nested.latents=4",
             "other_k has 5, which batch-mp-nested cannot use: k",
         ),
-        ("variants.detach.detach=true", "variants.detach exists without a table"),
+        ("variants.detach.detach=true", "variants.detach is the name of a built-in variant"),
         ("variants.new.label=x", "variants.new changes nothing; set arch"),
-        ("variants.batch-mp-nested.color=red", "takes a color such as #7d0a14, got 'red'"),
-        ("figures.a/b.k=[3]", "figures.a/b becomes a folder's name"),
+        ("variants.batch-mp-nested.color=red", "must be a color such as #7d0a14, got 'red'"),
+        ("figures.a/b.k=[3]", "figures.a/b must be usable as a folder name"),
         ("figure.x.k=[3]", r"figure is unknown; did you mean figures\?"),
         ("coder.expansion=0", "expansion must be at least 1, got 0"),
     ],
@@ -166,9 +177,11 @@ def test_the_tables_are_the_groups_of_the_options():
 
 
 def test_variants_that_are_the_same_coder(tmp_path):
-    with pytest.raises(ValueError, match="has mp and twin, the same coder; leave one out"):
+    with pytest.raises(
+        ValueError, match="has mp and twin, which are the same coder; remove one of them"
+    ):
         tiny_experiment(tmp_path, "variants.twin.arch=mp", "figures.fvu.variants=['mp', 'twin']")
-    with pytest.raises(ValueError, match="has mp and detach, the same coder"):
+    with pytest.raises(ValueError, match="has mp and detach, which are the same coder"):
         tiny_experiment(tmp_path, "coder.detach=true")
 
 

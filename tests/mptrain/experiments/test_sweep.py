@@ -233,7 +233,7 @@ def test_a_store_that_grew_gives_later_runs_the_rows_of_the_first(tmp_path):
     for part in ("marks/7", "marks/8"):  # lose the coders of the first run
         shutil.rmtree(tmp_path / "store" / part)
     wider = "figures.fvu.seeds=[0, 1, 2]"
-    with pytest.raises(ValueError, match=r"lacks parts 7, which the coders in .* have trained on"):
+    with pytest.raises(ValueError, match=r"lacks parts 7, on which the coders in .* were trained"):
         run(tmp_path, wider, collecting=lambda _: str(tmp_path / "store"))
     assert len(find_runs(tmp_path / "run")) == 2
 
@@ -247,7 +247,7 @@ def test_runs_of_different_rows_are_refused_before_anything_is_done(finished_swe
     file = tmp_path / "run" / "runs" / "2" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "order_digest": "other"}))
     collecting = CountedCollection(tmp_path)
-    with pytest.raises(ValueError, match="have trained on different rows"):
+    with pytest.raises(ValueError, match="trained on different rows"):
         run(tmp_path, "figures.fvu.seeds=[0, 1, 2]", collecting=collecting)
     assert collecting.calls == []
 
@@ -287,7 +287,9 @@ def test_an_fvu_that_is_not_finite_is_kept_and_not_drawn(finished_sweep, tmp_pat
 def test_torchruns_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     collecting = CountedCollection(tmp_path)
-    with pytest.raises(ValueError, match="a sweep is one process, got several of torchrun"):
+    with pytest.raises(
+        ValueError, match="mptrain sweep runs in one process, got several by torchrun"
+    ):
         run(tmp_path, collecting=collecting)
     assert collecting.calls == []
 
@@ -322,7 +324,7 @@ def test_a_variant_that_does_nothing_and_a_missing_curve_are_problems(tmp_path):
     )
     result = run(tmp_path, *SMALL, *changes, only=["fvu"])
     idle, wild = sorted(result.problems, reverse=True)
-    assert "fvu/layers.0-sae-k3: idle equals plain MP to the bit" in idle
+    assert "fvu/layers.0-sae-k3: idle gives exactly the same results as plain MP" in idle
     assert "has no curve of wild, seed 0" in wild
     assert any(file.name == "time.png" for file in result.files)
 
@@ -401,7 +403,10 @@ def test_the_command_collects_trains_and_draws(tmp_path):
     idle = command(file, "--only", "sst", "--set", "variants.idle.tolerance=1e-30", "--set",
                    "figures.sst.variants=['mp', 'idle']")  # fmt: skip
     assert idle.exit_code == 2
-    assert "error: sst/layers.1.mlp-skip-transcoder-k3: idle equals plain MP" in idle.stderr
+    assert (
+        "error: sst/layers.1.mlp-skip-transcoder-k3: idle gives exactly the same results as "
+        "plain MP" in idle.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -409,8 +414,8 @@ def test_the_command_collects_trains_and_draws(tmp_path):
     [
         (("collect.hookpoints=['layers.0']",), "but by hookpoints in [figures.NAME]"),
         (("collect.ctx_len=17",), "part_rows must be a multiple of ctx_len"),
-        (("collect.model=3",), "collect.model takes text in quotes, got 3"),
-        (("data.rows=1M",), "data.rows takes a whole number such as 10_000_000, got '1M'"),
+        (("collect.model=3",), "collect.model must be text in quotes, got 3"),
+        (("data.rows=1M",), "data.rows must be a whole number such as 10_000_000, got '1M'"),
     ],
 )
 def test_mistakes_of_the_user_take_one_line(tmp_path, changes, message):

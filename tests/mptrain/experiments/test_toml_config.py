@@ -46,11 +46,11 @@ def test_values_are_those_of_the_fields(tmp_path: Path) -> None:
     ("added", "message"),
     [
         ("nmae = 3", r"file.toml, line 5: run.nmae is unknown; did you mean name\? known: name, s"),
-        ("is_on = 1", r"file.toml, line 5: run.is_on takes true or false, got 1"),
-        ("sort = 'c'", r"line 5: run.sort takes one of a, b, got 'c'"),
-        ("share = '1'", r"line 5: run.share takes a number, got '1'"),
+        ("is_on = 1", r"file.toml, line 5: run.is_on must be true or false, got 1"),
+        ("sort = 'c'", r"line 5: run.sort must be one of a, b, got 'c'"),
+        ("share = '1'", r"line 5: run.share must be a number, got '1'"),
         ("share = 2", r"line 2: run is invalid: share must be at most 1, got 2.0"),
-        ("share = true", r"line 5: run.share takes a number, got True"),
+        ("share = true", r"line 5: run.share must be a number, got True"),
         ("[two]\n[run.three]", r"line 6: run.three is unknown"),
     ],
 )
@@ -60,7 +60,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, added: str, messag
 
 
 def test_a_missing_key_is_named_with_what_it_takes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"line 1: run.name is missing; it takes text in quotes"):
+    with pytest.raises(ValueError, match=r"line 1: run.name is missing; set it to text in quotes"):
         read(tmp_path, "[run]")
     with pytest.raises(ValueError, match=r"file.toml: run.name is missing"):
         read(tmp_path, "")
@@ -76,7 +76,7 @@ def test_a_list_of_whole_numbers(tmp_path: Path, value: str) -> None:
 
 def test_malformed_changes_are_refused(tmp_path: Path) -> None:
     for change in ("run.name", "=3", "run..name=3"):
-        with pytest.raises(ValueError, match=r"--set takes table.key=value"):
+        with pytest.raises(ValueError, match=r"--set must be TABLE.KEY=VALUE"):
             read(tmp_path, TEXT, change)
 
 
@@ -89,9 +89,11 @@ def test_a_file_over_another(tmp_path: Path) -> None:
     assert "base.toml, line 5: run.share is" in str(settings.error(("run", "share"), "is"))
     with pytest.raises(ValueError, match="extends itself"):
         read(tmp_path, 'extends = "below/../file.toml"')
-    with pytest.raises(ValueError, match="line 1: extends takes a file's name, got 3"):
+    with pytest.raises(ValueError, match="line 1: extends must be a file name in quotes, got 3"):
         read(tmp_path, "extends = 3")
-    with pytest.raises(ValueError, match=r"nrun.toml cannot be read: .*; name a TOML file"):
+    with pytest.raises(
+        ValueError, match=r"nrun.toml cannot be read: .*; give a readable TOML file"
+    ):
         read(tmp_path, 'extends = "nrun.toml"')
     with pytest.raises(ValueError, match=r"file.toml cannot be read: .*line 1"):
         read(tmp_path, "a = = 3")

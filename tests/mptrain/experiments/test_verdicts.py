@@ -94,7 +94,7 @@ def test_equal_metrics_are_a_fault_one_bit_is_none(panel, tmp_path):
     curves = {"topk": [([0.5], 1.0)] * 2, "mp": [([0.4], 1.0)] * 2, "nested": [([0.4], 2.0)] * 2}
     coders = saved(coders_of(panel, **curves), tmp_path)
     (problem,) = find_problems([panel], coders)
-    assert "nested equals plain MP to the bit" in problem
+    assert "nested gives exactly the same results as plain MP" in problem
     for coder in panel.lines[2].coders:
         trained_coder = coders[coder.name]
         changed = dataclasses.replace(trained_coder.records[0], fvu=math.nextafter(0.4, 1))
@@ -110,5 +110,5 @@ def test_equal_weights_are_a_fault(panel, tmp_path):
     more = {"separate": torch.ones(1)}  # of its own
     save_file(weights | more, tmp_path / "coders" / nested / "coder.safetensors")
     assert [problem.partition(" to the bit")[0] for problem in find_problems([panel], coders)] == [
-        "fvu/layers.0-sae-k3: nested equals plain MP"
+        "fvu/layers.0-sae-k3: nested gives exactly the same results as plain MP"
     ]

@@ -82,7 +82,7 @@ def test_learns_and_changes_the_training() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"select": "signed"}, "shrink is for select positive, got signed"),
+        ({"select": "signed"}, "shrink needs select positive, got signed"),
         ({"codes": "gp"}, "codes cannot be combined with shrink"),
         ({"normalise": True}, "normalise cannot be combined with shrink"),
         ({"shrink": -1.0}, "shrink must be at least 0 and finite"),

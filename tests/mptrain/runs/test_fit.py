@@ -351,12 +351,12 @@ def test_a_final_fvu_that_is_no_number_is_a_divergence(
         ({"k": ()}, "k is empty"),
         ({"expansion": ()}, "expansion is empty"),
         ({"seed": ()}, "seed is empty"),
-        ({"lr": (1.0, 1.0)}, "lr must name each value once, got 1.0,1.0"),
+        ({"lr": (1.0, 1.0)}, "lr must have each value only once, got 1.0,1.0"),
         ({"latents": (32,)}, "got latents=32, expansion=2; give one of them"),
         ({"latents": (0,), "expansion": (64,)}, "latents must be at least 1, got 0"),
-        ({"lr": (0.1234567, 0.1234568)}, "a name of its own, got .*lr0.123457.* several times"),
-        ({"k": (16, 16)}, "k must name each value once, got 16,16"),
-        ({"hookpoints": ("a", "b", "a")}, "hookpoints must name each value once, got a,b,a"),
+        ({"lr": (0.1234567, 0.1234568)}, "a different name, got .*lr0.123457.* several times"),
+        ({"k": (16, 16)}, "k must have each value only once, got 16,16"),
+        ({"hookpoints": ("a", "b", "a")}, "hookpoints must have each value only once, got a,b,a"),
     ],
     ids=str,
 )
@@ -369,9 +369,9 @@ def test_invalid_configs(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"skip_positions": 16}, "skip_positions=16, ctx_len=16"),
-        ({"device": "foo"}, "device must be one of this machine, got 'foo'"),
-        ({"device": "cuda:99"}, "use auto or cpu"),
-        ({"device": "meta"}, "use auto or cpu"),
+        ({"device": "foo"}, "device 'foo' is not available on this machine"),
+        ({"device": "cuda:99"}, "use --device auto or cpu"),
+        ({"device": "meta"}, "use --device auto or cpu"),
     ],
     ids=str,
 )
@@ -413,7 +413,7 @@ def test_a_run_whose_parts_are_gone_is_refused(tmp_path: Path) -> None:
     store = str(small_store(tmp_path, rows=1500)[0])
     fit(config(store, tmp_path / "run", rows=64))
     shutil.rmtree(Path(store) / "marks" / "4")
-    with pytest.raises(ValueError, match="lacks parts that were there when the run") as error:
+    with pytest.raises(ValueError, match="lacks parts that it had when the run") as error:
         fit(config(store, tmp_path / "run", rows=64))
     assert "order_digest" not in str(error.value)
     with pytest.raises(ValueError, match=r"lr: none there, 0\.5 asked"):
@@ -424,7 +424,7 @@ def test_a_coder_is_evaluated_on_its_own_store_only(store: str, tmp_path: Path) 
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",), arch=("mp",)))
     (folder,) = (tmp_path / "run" / "coders").iterdir()
     other = small_store(tmp_path, seed=5)[0]
-    with pytest.raises(ValueError, match="or one of the same fingerprint"):
+    with pytest.raises(ValueError, match="give that store or a copy of it"):
         evaluate_coder(folder, other, [])
     about = json.loads((folder / "coder.json").read_text())
     tensors = load_file(folder / "coder.safetensors")

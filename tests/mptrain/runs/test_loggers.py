@@ -192,7 +192,9 @@ def test_wandb_that_does_not_start_is_an_error(
         raise ConnectionError("api_key not configured")
 
     monkeypatch.setattr(wandb, "init", refuses)
-    with pytest.raises(ValueError, match="api_key not configured; use `wandb login`, or WANDB_"):
+    with pytest.raises(
+        ValueError, match="api_key not configured; run `wandb login`, or set WANDB_"
+    ):
         fit(config(store, tmp_path / "run", log=("wandb",), **SMALL_RUN))
 
 

@@ -310,7 +310,10 @@ def test_resume_needs_no_other_option(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resume", "RUN", "--k", "4"), "from the run; only these may be given with it"),
+        (
+            ("--resume", "RUN", "--k", "4"),
+            "from the run; remove this option; only these can be changed",
+        ),
         (("--resume", "RUN", "--k", "64"), "--resume takes k from the run"),
         (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
         (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
@@ -358,7 +361,7 @@ def test_what_processes_share_is_of_the_command(store: str, tmp_path: Path) -> N
 def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter").touch()
-    with pytest.raises(ValueError, match="exists and holds no run"):
+    with pytest.raises(ValueError, match="has other files, but no run"):
         plan_fit(config(store, tmp_path / "full"))
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
     with pytest.raises(ValueError, match=r"another config .*rows: 64 there, 128 asked"):

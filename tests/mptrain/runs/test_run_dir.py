@@ -60,7 +60,7 @@ def test_a_full_disk_while_saving_is_a_warning_and_the_next_save_tries_again(
     monkeypatch.setattr(checkpoint, "save_file", full_from(2, 3, checkpoint.save_file))
     with pytest.warns(RuntimeWarning, match="after train step") as warned:
         fit(config(store, tmp_path / "full", **SMALL_RUN))
-    wanted = "the state after train step {} is not saved (No space left on device); the one before "
+    wanted = "the state after train step {} is not saved (No space left on device); the previous "
     for warning, step in zip(warned, (10, 15), strict=True):
         assert str(warning.message).startswith(wanted.format(step))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "full"))
@@ -75,7 +75,7 @@ def test_the_last_complete_state_continues_after_a_full_disk(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_from(2, 99, checkpoint.save_file))
         with (
-            pytest.warns(RuntimeWarning, match="the one before it is kept"),
+            pytest.warns(RuntimeWarning, match="the previous state is kept"),
             pytest.raises(OSError, match="No space left on device"),
         ):
             fit(config(store, tmp_path / "full", **SMALL_RUN))

@@ -250,9 +250,22 @@ def test_a_signal_stops_all_ranks_after_the_same_step(
 @pytest.mark.parametrize(
     ("changes", "processes", "message"),
     [
-        ({"spread": "rows"}, None, "spread rows needs several processes, got one; start them by t"),
-        ({}, 2, "torchrun started 2 processes, and they need --spread rows or --spread coders"),
-        ({"spread": "coders"}, 5, "got 4 coders for 5 processes; start 4, or use spread rows"),
+        (
+            {"spread": "rows"},
+            None,
+            "spread rows needs several processes, got one; start them with t",
+        ),
+        (
+            {},
+            2,
+            "torchrun started 2 processes, but --spread is missing; give --spread rows or "
+            "--spread coders",
+        ),
+        (
+            {"spread": "coders"},
+            5,
+            "got 4 coders for 5 processes; start 4 processes, or use --spread rows",
+        ),
         ({"spread": "rows", "device": "cuda:1"}, 2, "device must be auto, cpu or cuda for several"),
     ],
     ids=str,
