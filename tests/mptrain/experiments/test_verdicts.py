@@ -109,6 +109,6 @@ def test_equal_weights_are_a_fault(panel, tmp_path):
     weights = {"W_MD": load_file(tmp_path / "coders" / mp / "coder.safetensors")["W_MD"]}
     more = {"separate": torch.ones(1)}  # of its own
     save_file(weights | more, tmp_path / "coders" / nested / "coder.safetensors")
-    assert [problem.partition(" to the bit")[0] for problem in find_problems([panel], coders)] == [
+    assert [problem.partition(", so its")[0] for problem in find_problems([panel], coders)] == [
         "fvu/layers.0-sae-k3: nested gives exactly the same results as plain MP"
     ]
