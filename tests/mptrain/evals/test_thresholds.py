@@ -15,10 +15,11 @@ from mptrain.coders.checkpoint import load_coder, save_coder
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.sides import hookpoint_sides
-from mptrain.data.filters import Filters
-from mptrain.data.loader import Batch
+from mptrain.data.batches import release_after_use
+from mptrain.data.filters import Filters, filters_from_json
+from mptrain.data.loader import Batch, Loader, open_store
 from mptrain.evals import thresholds
-from mptrain.evals.evaluate import evaluate_coder
+from mptrain.evals.evaluate import calibrate_thresholds_, evaluate, evaluate_coder
 from mptrain.evals.thresholds import coder_at_k, first_entries, latent_strengths, set_thresholds_
 from mptrain.runs.fit import fit
 from mptrain.runs.results import l0_warnings
@@ -107,6 +108,21 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
         assert torch.equal(together.idx_BK[:7] < 0, apart.idx_BK < 0)
         assert (apart.idx_BK < 0).any()
         assert (apart.idx_BK >= 0).any()
+
+
+def test_a_threshold_of_another_k_comes_from_train_rows(store: str, tmp_path: Path) -> None:
+    """Held-out rows, which would flatter the coder, decide nothing."""
+    (result,) = fit(batch_config(store, tmp_path / "run", steps=20, arch=("batch-topk",)))
+    folder = tmp_path / "run/coders" / result.coder
+    coder, trained = load_coder(folder)
+    filters, other = filters_from_json(trained), coder_at_k(coder, 2)
+    read = {"batch_rows": 8192, "seed": 0, "device": torch.device("cpu")}
+    with Loader(open_store(store), SIDES[:1], "train", **read) as loader:
+        calibrate_thresholds_([other], loader, filters)
+    with Loader(open_store(store), SIDES[:1], "validation", **read) as loader:
+        batches = release_after_use(loader.one_pass())
+        (expected,) = evaluate([(other, 2, other.config.codes)], batches, filters)
+    assert evaluate_coder(folder, store, (2,))[1].l0 == expected.l0
 
 
 @pytest.mark.slow
