@@ -55,6 +55,20 @@ def test_a_mark_of_tokens_without_a_field_is_refused(name: str, tmp_path: Path) 
         parse_mark(seal(content), 0, TOKENS, store.layout, store.fingerprint, "mark")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("part", 1), ("array", "rows/position"), ("split", "validation")]
+)
+def test_a_mark_that_names_another_part_is_refused(name: str, value: object) -> None:
+    """Even where its objects are those of the part: a split decides which rows train."""
+    store = open_store(GOLDEN / "store-v1")
+    content = unseal(store.storage.read("marks/0/tokens.json"), "mark")
+    assert content[name] != value
+    with pytest.raises(DamagedStoreError, match="mark is the mark of another part"):
+        parse_mark(
+            seal({**content, name: value}), 0, TOKENS, store.layout, store.fingerprint, "mark"
+        )
+
+
 def test_fields_that_are_none_are_not_written() -> None:
     record = ObjectRecord(bytes=1, xxh3_128="0" * 32, values_xxh3_128="1" * 32)
     mark = Mark(

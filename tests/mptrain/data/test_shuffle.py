@@ -78,6 +78,17 @@ def test_seed_and_epoch_decide(window, chunk_rows):
     assert len({tuple(rows) for rows in different}) == len(different)
 
 
+def test_seed_and_epoch_decide_the_order_of_chunks():
+    """Not only the order of rows within windows."""
+    orders = [
+        epoch_order([20, 20], 2, seed=seed, epoch=epoch, window=20).window(0).chunks
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len(set(orders)) == len(orders)
+    assert len({frozenset(chunks) for chunks in orders}) == 1
+
+
 FROZEN = [(1, 1), (1, 0), (1, 2), (0, 2), (0, 1), (0, 0), (0, 3), (0, 4)]
 
 

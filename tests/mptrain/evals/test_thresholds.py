@@ -15,7 +15,6 @@ from mptrain.coders.checkpoint import load_coder, save_coder
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.sides import hookpoint_sides
-from mptrain.data.batches import release_after_use
 from mptrain.data.filters import Filters, filters_from_json
 from mptrain.data.loader import Batch, Loader, open_store
 from mptrain.evals import thresholds
@@ -112,17 +111,22 @@ def test_another_k_has_a_threshold_of_its_own(store: str, tmp_path: Path) -> Non
 
 def test_a_threshold_of_another_k_comes_from_train_rows(store: str, tmp_path: Path) -> None:
     """Held-out rows, which would flatter the coder, decide nothing."""
-    (result,) = fit(batch_config(store, tmp_path / "run", steps=20, arch=("batch-topk",)))
-    folder = tmp_path / "run/coders" / result.coder
-    coder, trained = load_coder(folder)
+    data, cpu = open_store(store), torch.device("cpu")
+    settings: Mapping[str, Any] = {"kind": "sae", "arch": "batch-topk", "k": 4, "expansion": 4}
+    width = data.width(*SIDES[0])
+    coder = Coder(CoderConfig(**hookpoint_sides("layers.0", "sae"), **settings), width, width)
+    coder.initialise_(torch.zeros(width), torch.zeros(width), torch.Generator().manual_seed(1))
+    coder.batch_threshold.threshold = torch.tensor(1.0)
+    trained = {"skip_positions": 0, "allow_nonfinite": False}
+    save_coder(tmp_path / "coder", coder, {**trained, "store_fingerprint": data.fingerprint})
     filters, other = filters_from_json(trained), coder_at_k(coder, 2)
-    read = {"batch_rows": 8192, "seed": 0, "device": torch.device("cpu")}
-    with Loader(open_store(store), SIDES[:1], "train", **read) as loader:
+    read: Mapping[str, Any] = {"batch_rows": 8192, "seed": 0, "device": cpu}
+    with Loader(data, SIDES[:1], "train", **read) as loader:
         calibrate_thresholds_([other], loader, filters)
-    with Loader(open_store(store), SIDES[:1], "validation", **read) as loader:
-        batches = release_after_use(loader.one_pass())
-        (expected,) = evaluate([(other, 2, other.config.codes)], batches, filters)
-    assert evaluate_coder(folder, store, (2,))[1].l0 == expected.l0
+    with Loader(data, SIDES[:1], "validation", **read) as loader:
+        (expected,) = evaluate([(other, 2, other.config.codes)], loader.one_pass(), filters)
+    (_, found) = evaluate_coder(tmp_path / "coder", store, (2,), device="cpu")
+    assert found.l0 == expected.l0
 
 
 @pytest.mark.slow
