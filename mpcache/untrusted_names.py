@@ -43,9 +43,7 @@ def is_part(text: str) -> bool:
 def check_printable(path: object) -> None:
     """Raise UsageError for the path of a new store or a root that would steer a terminal."""
     if not str(path).isprintable():
-        raise UsageError(
-            f"a path must have only printable characters, got {str(path)!r}; give another path"
-        )
+        raise UsageError(f"a path must be printable, got {str(path)!r}; give another path")
 
 
 def user_path(name: str | Path) -> Path:

@@ -114,7 +114,7 @@ def test_invalid_targets_of_copies_are_refused(original: Path, store: Path, tmp_
     with pytest.raises(DamagedStoreError):
         copy(store, tmp_path / "half")
     for target, message in (
-        (other, "is another store"),
+        (other, "already holds another store"),
         (tmp_path / "work", "is not a store"),
         (original / "store", "must not lie one inside the other"),
         (original / "store" / "in", "must not lie one inside the other"),
