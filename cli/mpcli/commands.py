@@ -12,7 +12,11 @@ from typer.core import TyperCommand, TyperGroup
 from mpcache.version import __version__
 from mpcli.errors import guarded
 from mpcli.groups import DEFAULT_GROUP, GROUPS, ON
-from mpcli.options_from_environment import is_from_environment, variable_of
+from mpcli.options_from_environment import (
+    NEVER_FROM_ENVIRONMENT,
+    is_from_environment,
+    variable_of,
+)
 
 _WIDEST = 120  # columns of help; longer lines are hard to read
 _PLAIN: dict[str, Any] = {
@@ -89,7 +93,11 @@ def _load(name: str, subcommand: Subcommand, prefix: str) -> Any:
         epilog="\n".join(subcommand.examples),
         context_settings={"max_content_width": _WIDEST, "auto_envvar_prefix": prefix},
     )(guarded(run))
-    return typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
+    for parameter in command.params:
+        if parameter.name in NEVER_FROM_ENVIRONMENT:
+            parameter.allow_from_autoenv = False
+    return command
 
 
 class GroupedCommand(_LightHelp, TyperCommand):
@@ -128,11 +136,15 @@ class GroupedCommand(_LightHelp, TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         parameters: list[Any] = self.get_params(ctx)
-        option = next(p for p in parameters if p.param_type_name == "option")
+        option = next(
+            p
+            for p in parameters
+            if p.param_type_name == "option" and p.name not in NEVER_FROM_ENVIRONMENT
+        )
         formatter.write_paragraph()
         formatter.write_text(
-            f"Each option can also be set by an environment variable, for example {option.opts[0]} "
-            f"by {variable_of(ctx, option.name)}. The command line takes precedence."
+            f"Options can also be set by environment variables, for example {option.opts[0]} by "
+            f"{variable_of(ctx, option.name)}. The command line takes precedence."
         )
         with formatter.section("Examples"):
             for example in (self.epilog or "").splitlines():

@@ -5,6 +5,9 @@ from collections.abc import Iterable
 
 import typer
 
+# a variable that was left in a shell must not delete or replace anything unasked
+NEVER_FROM_ENVIRONMENT = frozenset({"yes", "delete_leftovers", "accept_other_bits"})
+
 
 def variable_of(ctx: typer.Context, name: str) -> str:
     """The environment variable of a parameter."""

@@ -57,3 +57,18 @@ def test_variables_of_one_program_are_not_those_of_the_other() -> None:
     done = CliRunner().invoke(mptrain, fit, env={"MPCACHE_ROWS": "12q", "MPTRAIN_ROWS": "13q"})
     assert "MPTRAIN_ROWS" in done.stderr
     assert "12q" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "name"),
+    [
+        ("remove", ["store"], "yes"),
+        ("repair", ["store"], "delete_leftovers"),
+        ("repair", ["store"], "accept_other_bits"),
+    ],
+)
+def test_what_deletes_or_replaces_is_never_taken_from_the_environment(
+    command: str, words: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"MPCACHE_{name.upper()}", "1")
+    assert not parse("mpcache", command, words)[name]
