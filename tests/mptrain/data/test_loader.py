@@ -283,7 +283,9 @@ def test_threads_by_default(monkeypatch, computing, concurrency, threads):
 
 
 def test_a_window_has_a_chunk_for_each_share():
-    with pytest.raises(ValueError, match=r"3 processes .* 2 chunks of .*; use --window-rows 12 or"):
+    with pytest.raises(
+        ValueError, match=r"each of 3 processes, got 2 chunks of 4 rows; use --window-rows 12 or"
+    ):
         make(FakeStore((8,)), window=2, share=StreamShare(0, 3))
 
 

@@ -89,7 +89,7 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
     [
         (
             "root=stores",
-            "the file is invalid: give either store or root ",
+            r"the file is invalid: give either store or root \(a folder of stores\), got store=",
         ),
         ("run=x", "run is a table of options; write folder above the tables"),
         ("run.run=x", "run.run is not set here, but by folder above the tables"),
