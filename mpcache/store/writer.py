@@ -106,6 +106,4 @@ def check_object_size(storage: Storage, layout: Layout, widths: Iterable[int]) -
             f"a part must fit into one object of {limit / 1e9:.0f} GB in {storage}, got "
             f"{row * layout.part_rows / 1e9:.1f} GB; use a smaller --part-rows, at most "
             f"{limit // row}"
-            f"would be {row * layout.part_rows / 1e9:.1f} GB; "
-            f"use smaller part_rows, at most {limit // row}"
         )

@@ -70,16 +70,15 @@ def load_coder(folder: str | Path) -> tuple[Coder, dict[str, Any]]:
     folder = Path(folder)
     try:
         about = read_json(folder / "coder.json", remedy="train the coder again")
+        if about["format_version"] not in (1, CODER_FORMAT):
+            raise UsageError(
+                f"{folder} has coder format version {about['format_version']}, but this mptrain "
+                f"reads 1 and {CODER_FORMAT}; use the mptrain version that saved the coder"
+            )
         tensors = load_file(folder / "coder.safetensors")
         if about["format_version"] == 1:
             about = upgrade_description(about)
             tensors = {upgrade_tensor_name(name): tensor for name, tensor in tensors.items()}
-        if about["format_version"] != CODER_FORMAT:
-            raise UsageError(
-                f"{folder} has coder format version {about['format_version']}, but this mptrain "
-                "reads "
-                f"1 and {CODER_FORMAT}; use the mptrain version that saved the coder"
-            )
         (input_width,), (target_width,) = about["input_widths"], about["target_widths"]
         coder = Coder(coder_config_from_json(about["config"]), input_width, target_width)
         coder.load_state_dict(tensors)

@@ -17,7 +17,6 @@ class Code(NamedTuple):
     "`[B, K]` values; negative ones come from select signed and magnitude, and from omp"
     residual_BD: Tensor | None = None
     "`[B, D]` part of the input that a pursuit leaves; None for other encoders"
-
     penalised_BM: Tensor | None = None
     "`[B, M]` what the sparsity loss of an encoder adds up, with gradients"
 

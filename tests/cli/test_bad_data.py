@@ -268,7 +268,7 @@ def test_an_unreadable_file_is_named(tmp_path, model, name, monkeypatch):
 
 def test_a_folder_or_a_pipe_in_place_of_a_file(tmp_path, model):
     (tmp_path / "a.jsonl").mkdir()
-    assert "none in a.jsonl" in refusal(model, tmp_path / "a.jsonl", tmp_path)
+    assert "got a.jsonl with neither" in refusal(model, tmp_path / "a.jsonl", tmp_path)
     data_file.os.mkfifo(tmp_path / "b.jsonl")
     assert "b.jsonl must be a regular file" in refusal(model, tmp_path / "b.jsonl", tmp_path)
 
@@ -349,7 +349,7 @@ def test_a_bad_json_tells_its_line(tmp_path, model, content, message):
         ),
         (b'id,text\n1,a\n2,"b\n\n\n', "line 3 of a.csv is not CSV: unexpected end of data"),
         ("id,text\n1,café\n".encode("latin-1"), "line 1 of a.csv or a line after it is not UTF-8"),
-        (b"text,text\na,b\n", "line 1 of a.csv names the column text twice"),
+        (b"text,text\na,b\n", "line 1 of a.csv has the column text twice"),
         (b"id;text\n1;a\n", "got text; use one of id;text"),
         (b"id,text\n", "must hold a document, got none in a.csv"),
     ],
@@ -370,7 +370,7 @@ def test_bad_rows_of_a_table_are_named(tmp_path, model):
     assert "message 1 in row 1 of b.parquet" in refusal(model, tmp_path / "b.parquet", tmp_path)
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"])
     pq.write_table(twice, tmp_path / "c.parquet")
-    assert "names the column text twice" in refusal(model, tmp_path / "c.parquet", tmp_path)
+    assert "has the column text twice" in refusal(model, tmp_path / "c.parquet", tmp_path)
 
 
 def test_a_stream_that_is_cut_between_two_batches(tmp_path, model):

@@ -177,8 +177,8 @@ def relabelled(path: Path) -> None:
 
 SHAPES: list[tuple[str, Callable[[Path], object], str]] = [
     ("model.safetensors", lambda p: reshaped(p, lambda x: x[:-1]), r"up_proj.* of shape \[31, 16"),
-    (SHARD, lambda p: reshaped(p, lambda x: x[:-1]), r"up_proj.* where \[32, 16\] is wanted"),
-    ("pytorch_model.bin", lambda p: reshaped(p, lambda x: x.T, True), r"of shape \[16, 32\] where"),
+    (SHARD, lambda p: reshaped(p, lambda x: x[:-1]), r"up_proj.* instead of \[32, 16\]"),
+    ("pytorch_model.bin", lambda p: reshaped(p, lambda x: x.T, True), r"of shape \[16, 32\] instead of"),
     (INDEX, lambda p: edited(p, weight_map={"a": "none.safetensors"}), "1 are missing: none.safet"),
     (INDEX, lambda p: edited(p, weight_map={"a": "../x.safetensors"}), "files in its own folder"),
     ("config.json", lambda p: edited(p, intermediate_size=40), r"of shape \[.*use the config.json"),
@@ -247,7 +247,7 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
         (lambda f: (f / "model.safetensors").unlink(), "must have weights, got neither"),
         (
             lambda f: (f / "tokenizer.json").unlink(),
-            "holds text, and .* has no tokenizer; put its",
+            "holds text, but .* has no tokenizer; put its",
         ),
         (
             lambda f: [(f / f"tokenizer{end}").unlink() for end in (".json", "_config.json")],

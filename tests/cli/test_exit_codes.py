@@ -25,7 +25,7 @@ def os_error(number: int) -> OSError:
         (os_error(errno.EACCES), 2, "error: cannot use /some/path: Permission denied"),
         (os_error(errno.ENOSPC), 1, "No space left on device"),
         (ConnectionError("the server is gone"), 1, "error: the server is gone"),
-        (DamagedStoreError("part 3 is damaged"), 1, "mpcache repair STORE collects it again"),
+        (DamagedStoreError("part 3 is damaged"), 1, "mpcache repair STORE` restores the data"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Terminated("ended by SIGTERM"), 143, "ended by SIGTERM"),
         (UsageError("a\x1b[31mb"), 2, "error: a\\x1b[31mb"),
@@ -68,6 +68,7 @@ CAUGHT_INSIDE = {
     "mpcache/model/file_integrity.py",
     "mpcache/storage/bucket_requests.py",
     "mpcache/storage/local.py",
+    "mpcache/store/store_metadata.py",
     "mpcache/store/description.py",
     "mpcache/store/zarr_codec.py",
 }

@@ -61,7 +61,7 @@ def test_unknown_hookpoint_lists_near_names(inputs: Path) -> None:
     ("model", "data", "message"),
     [
         ("no_model", "corpus.jsonl", "no_model"),
-        ("model", "no.jsonl", "must exist"),
+        ("model", "no.jsonl", "does not exist"),
         ("model", "empty.jsonl", "empty"),
         ("model", "one.jsonl", "each split must fill at least one sequence"),
     ],
@@ -83,7 +83,7 @@ def test_a_store_of_another_model_or_of_other_settings_is_refused(inputs: Path) 
     other = collect(inputs, store, "--hookpoints", "layers.0", model="other_model")
     assert "model_digest" in error_line(other)
     settings = collect(inputs, store, "--hookpoints", "layers.0", "--seed", "7")
-    assert "seed: 0 there, 7 asked" in error_line(settings)
+    assert "seed: 0 in the store, 7 requested" in error_line(settings)
     dtype = collect(inputs, store, "--hookpoints", "layers.0", "--batch-sequences", "5",
                     "--dtype", "float16")  # fmt: skip
     assert "dtype: bfloat16 there, float16 asked" in error_line(dtype)
@@ -110,9 +110,11 @@ def test_a_folder_that_cannot_be_written(inputs: Path) -> None:
 
 def test_a_folder_that_is_no_store_stays_as_it_is(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert "no store" in error_line(collect(inputs, str(tmp_path), "--hookpoints", "layers.0"))
+    assert "is not a store" in error_line(
+        collect(inputs, str(tmp_path), "--hookpoints", "layers.0")
+    )
     assert [f.name for f in tmp_path.iterdir()] == ["thesis.tex"]
-    assert "no store" in error_line(CliRunner().invoke(mpcache, ["info", str(tmp_path)]))
+    assert "is not a store" in error_line(CliRunner().invoke(mpcache, ["info", str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_nonfinite_activations_are_counted_reported_and_refused(tmp_path: Path) 
     assert report[0]["nonfinite"] > 0
     fit = ["fit", store, "--run", run, "--hookpoints", "layers.0", *FIT]
     message = error_line(CliRunner().invoke(mptrain, fit))
-    assert "non-finite" in message
+    assert "NaN or infinite" in message
     assert "--allow-nonfinite" in message
     allowed = CliRunner().invoke(mptrain, [*fit, "--allow-nonfinite", "--json"])
     assert allowed.exit_code == 0, allowed.output

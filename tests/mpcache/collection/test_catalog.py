@@ -97,7 +97,7 @@ def test_another_dtype_is_refused_and_convert_changes_it(folder: Path) -> None:
     result = run(folder, "600", "layers.0", "--dtype", "float32")
     assert result.exit_code == 2
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "holds these rows as bfloat16, got float32" in message
+    assert "holds these rows as bfloat16, got --dtype float32" in message
     command = message.partition("mpcache ")[2].split()[:5]
     assert command[0] == "convert"
     assert CliRunner().invoke(app, command).exit_code == 0

@@ -357,7 +357,9 @@ def test_an_older_store_of_a_text_file_names_the_options_too(tmp_path: Path) -> 
     text.write_text("\n\n".join(f"document {i} " + "x" * (i % 40) for i in range(80)))
     old = {"keep_empty_documents": True, "parse_special_tokens": True, "dataset": str(text)}
     path, _ = small_store(tmp_path, rows=300, **old)
-    with pytest.raises(ValueError, match="add --parse-special-tokens to continue") as caught:
+    with pytest.raises(
+        ValueError, match="add --parse-special-tokens --keep-empty-documents to continue"
+    ) as caught:
         collect(small_config(tmp_path, dataset=str(text)), path)
     assert "dataset_digest" not in str(caught.value)
     text.write_text("another\n\n" * 80)
@@ -372,7 +374,10 @@ def test_an_older_store_names_the_options_that_continue_it(tmp_path: Path) -> No
     for name in old:  # an old config has neither option
         del content["config"][name]
     (path / "store.json").write_bytes(seal(content))
-    with pytest.raises(ValueError, match="with --parse-special-tokens --keep-empty-documents, or"):
+    with pytest.raises(
+        ValueError,
+        match="add --parse-special-tokens --keep-empty-documents to continue the store, or",
+    ):
         collect(small_config(tmp_path), path)
     assert collect(small_config(tmp_path, rows=600, **old), path).empty_documents is None
     (path / "arrays.zarr/tokens/c/0/0").unlink()

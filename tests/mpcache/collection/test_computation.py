@@ -61,7 +61,7 @@ def test_rows_by_autocast_differ_and_the_store_records_it(tmp_path: Path, cross:
     collect(small_config(tmp_path, **lower), tmp_path / "plain")
     collect(small_config(tmp_path, autocast=True, **lower), tmp_path / "autocast")
     assert not torch.equal(rows(tmp_path / "plain"), rows(tmp_path / "autocast"))
-    with pytest.raises(ValueError, match="autocast: False there, True asked"):
+    with pytest.raises(ValueError, match="autocast: False in the store, True requested"):
         collect(small_config(tmp_path, autocast=True, **lower), tmp_path / "plain")
     with pytest.raises(ValueError, match="autocast: True there, False asked"):
         collect(small_config(tmp_path, **lower), tmp_path / "autocast")
@@ -183,7 +183,7 @@ def test_a_compiled_collection_is_recorded_in_the_store(
     torch.testing.assert_close(rows(tmp_path / "compiled"), rows(tmp_path / "plain"))
     identity = read_store_file(open_storage(tmp_path / "compiled"))["identity"]
     assert identity["compile"] is True
-    with pytest.raises(ValueError, match="compile: True there, False asked"):
+    with pytest.raises(ValueError, match="compile: True in the store, False requested"):
         collect(small_config(tmp_path, **options), tmp_path / "compiled")
 
 

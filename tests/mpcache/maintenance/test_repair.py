@@ -131,7 +131,7 @@ def test_another_machine_changes_nothing_without_accept_other_bits(
     assert result.exit_code == 1
     assert "other bits" in result.stdout
     assert "computes other bits than those that" in result.stdout
-    assert "or give --accept-other-bits" in result.stderr
+    assert "or accept the new rows with --accept-other-bits" in result.stderr
     assert (files_of(store), marks_of(store)) == before
     result = CliRunner().invoke(app, ["repair", str(store), "--device=cpu", "--accept-other-bits"])
     assert result.exit_code == 0, result.output

@@ -201,14 +201,14 @@ def test_tokens_that_cannot_be_repaired_leave_their_part_alone(
     assert (store / OBJECT).read_bytes() == (original / OBJECT).read_bytes()
 
 
-@pytest.mark.parametrize("cause", ["must exist", "was made from another dataset than"])
+@pytest.mark.parametrize("cause", ["does not exist", "was collected with another dataset"])
 def test_a_dataset_that_is_gone_stops_what_needs_it_alone(
     original: Path, store: Path, tmp_path: Path, cause: str
 ) -> None:
     for name in ("arrays.zarr/tokens/c/0/0", OBJECT):
         flip(store / name, 9)
     dataset = tmp_path / "corpus.jsonl"
-    if cause != "must exist":
+    if cause != "does not exist":
         dataset.write_text('{"text": "another"}\n' * 50)
     done = repair(store, RepairConfig(dataset=str(dataset)))
     assert [(mark.array, mark.outcome) for mark in done.marks] == [

@@ -66,7 +66,9 @@ def test_missing_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(
         config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     )
-    with pytest.raises(ValueError, match=r"must fill LlamaModel, got none for layers\.2"):
+    with pytest.raises(
+        ValueError, match=r"must be complete for LlamaModel, got none for layers\.2"
+    ):
         load_model(make_config(tmp_path))
 
 

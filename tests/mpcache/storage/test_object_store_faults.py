@@ -251,7 +251,7 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
     large = dataclasses.replace(LAYOUT, part_rows=1 << 20)
     check_object_size(store, large, [1192])
     check_object_size(open_storage(tmp_path), large, [1 << 20])
-    message = r"at most 5 GB, .* would be 5\.0 GB; use smaller part_rows, at most 1047778"
+    message = r"one object of 5 GB in .*, got 5\.0 GB; use a smaller --part-rows, at most 1047778$"
     with pytest.raises(ValueError, match=message):
         check_object_size(store, large, [64, 1193])
     monkeypatch.setattr(ObjectStorage, "max_object_bytes", 8 * 3 * 4 - 1)

@@ -97,7 +97,7 @@ def test_unknown_names_are_answered_with_what_there_is(store: Store) -> None:
         ):
             store.rows(f"layers.0:{side}")
     with pytest.raises(
-        UsageError, match=r"no input of layers\.0, only its output; collect it with"
+        UsageError, match=r"no input of layers\.0, only its output; collect the input with"
     ):
         store["layers.0:input"]
     with pytest.raises(UsageError, match=r"named as HOOKPOINT:SIDE, got 0; .* layers\.1\.mlp"):

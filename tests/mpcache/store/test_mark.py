@@ -63,7 +63,9 @@ def test_a_mark_that_names_another_part_is_refused(name: str, value: object) -> 
     store = open_store(GOLDEN / "store-v1")
     content = unseal(store.storage.read("marks/0/tokens.json"), "mark")
     assert content[name] != value
-    with pytest.raises(DamagedStoreError, match="mark is the mark of another part"):
+    with pytest.raises(
+        DamagedStoreError, match="mark must describe part 0 of tokens, got another part or array"
+    ):
         parse_mark(
             seal({**content, name: value}), 0, TOKENS, store.layout, store.fingerprint, "mark"
         )

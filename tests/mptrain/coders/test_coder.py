@@ -250,7 +250,7 @@ def test_batch_mp_keeps_k_steps_on_average_and_the_strongest():
     """Equal to a pursuit of twice as many steps with all rows cut at one threshold."""
     coder, x_BD = randomised(make_coder("sae", "batch-mp")), torch.randn(50, 6)
     x_BD[:25] *= 5
-    idx_BK, val_BK, residual_BD = coder.encode(x_BD, over_batch=True)
+    idx_BK, val_BK, residual_BD, _ = coder.encode(x_BD, over_batch=True)
     steps_B = (idx_BK >= 0).sum(1)
     assert steps_B[:25].sum() > 2 * steps_B[25:].sum(), "rows with larger values get more"
     uncut = reference.pursue(

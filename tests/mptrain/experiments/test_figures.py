@@ -149,7 +149,9 @@ def test_the_same_figure_is_the_same_bytes(tmp_path):
 
 def test_every_architecture_has_a_look(tmp_path):
     variants = list(typing.get_args(Arch))
-    experiment = tiny_experiment(tmp_path, f"figures.fvu.variants={variants}")
+    experiment = tiny_experiment(
+        tmp_path, f"figures.fvu.variants={variants}", "figures.fvu.other_k=[]"
+    )
     assert len({style.label for style in plan_styles(experiment.figures[0]).values()}) == len(
         variants
     )

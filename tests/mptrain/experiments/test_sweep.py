@@ -171,7 +171,9 @@ def test_a_variant_added_later_is_trained_alone(tmp_path):
 @pytest.mark.usefixtures("undrawn")
 def test_coders_of_other_rows_are_refused(tmp_path):
     run(tmp_path, *SMALL, only=["fvu"])
-    with pytest.raises(ValueError, match=r"with other settings \(data.rows: 384 there, 448 here"):
+    with pytest.raises(
+        ValueError, match=r"with different settings \(data.rows: 384 there, 448 here"
+    ):
         run(tmp_path, *SMALL, "data.rows=448")
     run(tmp_path, *SMALL, "run.save_every=1", only=["fvu"])  # the interval of saves may change
 
@@ -188,7 +190,7 @@ def test_what_changes_no_row_and_no_step_may_change(finished_sweep, tmp_path):
     check_same_settings(tmp_path / "run", experiment.resolved({"write_threads": 3}))
     for name, value in (("run.log_every", 7), ("evaluation.eval_every", 5)):
         other = tiny_experiment(tmp_path, f"{name}={value}").resolved(COLLECTED)
-        with pytest.raises(ValueError, match=rf"coders with other settings \({name}: "):
+        with pytest.raises(ValueError, match=rf"coders with different settings \({name}: "):
             check_same_settings(tmp_path / "run", other)
 
 

@@ -254,7 +254,7 @@ def test_damaged_and_foreign_coders_are_refused(store: str, tmp_path: Path) -> N
         load_coder(folder)
     about = json.loads((folder / "coder.json").read_text())
     (folder / "coder.json").write_text(json.dumps({**about, "format_version": 3}))
-    with pytest.raises(ValueError, match="coder format 3"):
+    with pytest.raises(ValueError, match="coder format version 3"):
         load_coder(folder)
 
 
@@ -432,7 +432,7 @@ def test_a_coder_is_evaluated_on_its_own_store_only(store: str, tmp_path: Path) 
         options = {"rows": 0, "other_k": []} if name == "rows" else {"other_k": [0]}
         with pytest.raises(ValueError, match=wanted):
             evaluate_coder(folder, Path(store), **options)
-    about["input_width"] = about["target_width"] = 8
+    about["input_widths"] = about["target_widths"] = [8]
     (folder / "coder.json").write_text(json.dumps(about))
     narrow = {n: t[:16, :8] if t.ndim == 2 else t[:8] for n, t in tensors.items()}
     checkpoint.save_file(

@@ -270,11 +270,11 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(store: str, tmp_path: Path
     assert "layers.0-sae-mp-k3-x2-seed0" in completed.stdout
     plan = json.loads(invoke(*arguments, "--dry-run", "--json").stdout)
     assert plan["passes"] == [["layers.0-sae-mp-k3-x2-seed0", "layers.0-sae-topk-k3-x2-seed0"]]
-    assert [need["parameters"] for need in plan["needs"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
+    assert [need["parameters"] for need in plan["coders"]] == [16 * 32 + 16, 2 * 16 * 32 + 32 + 16]
     items = ["weights", "optimizer", "train step", "batches"]
     host = ["windows of rows (host)", "positions, tokens and norms (host)"]
     assert list(plan["memory_bytes"]) == items + host
-    assert plan["memory_bytes"]["weights"] == 4 * sum(need["parameters"] for need in plan["needs"])
+    assert plan["memory_bytes"]["weights"] == 4 * sum(need["parameters"] for need in plan["coders"])
     assert not list(tmp_path.iterdir())
 
 
@@ -364,7 +364,7 @@ def test_a_plan_of_a_folder_with_another_run_is_refused(store: str, tmp_path: Pa
     with pytest.raises(ValueError, match="has other files, but no run"):
         plan_fit(config(store, tmp_path / "full"))
     fit(config(store, tmp_path / "run", rows=64, kind=("sae",)))
-    with pytest.raises(ValueError, match=r"another config .*rows: 64 there, 128 asked"):
+    with pytest.raises(ValueError, match=r"a different config .*rows: 64 there, 128 asked"):
         plan_fit(config(store, tmp_path / "run", rows=128, kind=("sae",)))
 
 

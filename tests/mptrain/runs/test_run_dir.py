@@ -249,7 +249,7 @@ def test_randomness_comes_from_seeds_alone(store: str, tmp_path: Path) -> None:
 def test_differences_are_written_as_on_the_command_line(store: str, tmp_path: Path) -> None:
     fit(config(store, tmp_path / "run", rows=64, **SMALL_RUN))
     before = json.loads((tmp_path / "run/config.json").read_text())
-    with pytest.raises(ValueError, match="another config") as error:
+    with pytest.raises(ValueError, match="a different config") as error:
         fit(config(store, tmp_path / "run", rows=128, k=(2, 3), lr=(0.1,), **SMALL_RUN))
     message = str(error.value)
     for difference in (

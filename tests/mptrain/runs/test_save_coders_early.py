@@ -104,7 +104,7 @@ def test_errors_of_save_coders(store: str, tmp_path: Path) -> None:
         save_coders(str(tmp_path / "early"), {})
     stopped(store, tmp_path / "run")
     other = small_store(tmp_path, seed=1)[0]
-    with pytest.raises(ValueError, match="another config"):
+    with pytest.raises(ValueError, match="a different config"):
         save_coders(str(tmp_path / "run"), {"store": str(other)})
 
 

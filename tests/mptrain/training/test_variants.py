@@ -278,7 +278,9 @@ def test_codes_can_differ_at_inference():
             for codes in ("mp", "gp", "omp")
         ]
     assert left[0] > left[1] > left[2]
-    with pytest.raises(ValueError, match="codes gp apply only to arch mp, got arch topk"):
+    with pytest.raises(
+        ValueError, match="codes gp apply only to arch mp, got a coder of arch topk"
+    ):
         make_learner(TOPK).coder.encode(x_BD, codes="gp")
     trained_otherwise = replace(BASE, detach=True, backend="gram", multi_topk=True)
     assert make_learner(trained_otherwise).coder.encode(x_BD, codes="omp").residual_BD is not None
