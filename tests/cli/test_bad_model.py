@@ -178,7 +178,11 @@ def relabelled(path: Path) -> None:
 SHAPES: list[tuple[str, Callable[[Path], object], str]] = [
     ("model.safetensors", lambda p: reshaped(p, lambda x: x[:-1]), r"up_proj.* of shape \[31, 16"),
     (SHARD, lambda p: reshaped(p, lambda x: x[:-1]), r"up_proj.* instead of \[32, 16\]"),
-    ("pytorch_model.bin", lambda p: reshaped(p, lambda x: x.T, True), r"of shape \[16, 32\] instead of"),
+    (
+        "pytorch_model.bin",
+        lambda p: reshaped(p, lambda x: x.T, True),
+        r"of shape \[16, 32\] instead of",
+    ),
     (INDEX, lambda p: edited(p, weight_map={"a": "none.safetensors"}), "1 are missing: none.safet"),
     (INDEX, lambda p: edited(p, weight_map={"a": "../x.safetensors"}), "files in its own folder"),
     ("config.json", lambda p: edited(p, intermediate_size=40), r"of shape \[.*use the config.json"),

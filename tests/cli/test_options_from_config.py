@@ -86,7 +86,7 @@ def test_a_store_of_another_model_or_of_other_settings_is_refused(inputs: Path) 
     assert "seed: 0 in the store, 7 requested" in error_line(settings)
     dtype = collect(inputs, store, "--hookpoints", "layers.0", "--batch-sequences", "5",
                     "--dtype", "float16")  # fmt: skip
-    assert "dtype: bfloat16 there, float16 asked" in error_line(dtype)
+    assert "dtype: bfloat16 in the store, float16 requested" in error_line(dtype)
     assert {f: f.read_bytes() for f in (inputs / "store").rglob("*") if f.is_file()} == before
 
 

@@ -63,7 +63,7 @@ def test_rows_by_autocast_differ_and_the_store_records_it(tmp_path: Path, cross:
     assert not torch.equal(rows(tmp_path / "plain"), rows(tmp_path / "autocast"))
     with pytest.raises(ValueError, match="autocast: False in the store, True requested"):
         collect(small_config(tmp_path, autocast=True, **lower), tmp_path / "plain")
-    with pytest.raises(ValueError, match="autocast: True there, False asked"):
+    with pytest.raises(ValueError, match="autocast: True in the store, False requested"):
         collect(small_config(tmp_path, **lower), tmp_path / "autocast")
     assert verify(tmp_path / "autocast").intact
 

@@ -403,7 +403,7 @@ def test_every_part_is_in_one_share(parts: int, shares: int) -> None:
     ("options", "message"),
     [
         (["--workers", "0"], "workers must be at least 1, got 0"),
-        (["--workers", "2", "--scheduler", "tcp://h:1"], "exclude each other"),
+        (["--workers", "2", "--scheduler", "tcp://h:1"], "cannot be used together"),
         (["--scheduler", "here"], "must be an address such as tcp://host:8786, got 'here'"),
         (["--share", "0/4"], "share must be i/n with i from 1 to n, got '0/4'"),
         (["--share", "5/4"], "for job 2 of 8, give 2/8"),

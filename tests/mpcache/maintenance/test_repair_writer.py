@@ -148,7 +148,7 @@ def test_a_copy_that_is_damaged_too_puts_back_nothing(tmp_path: Path) -> None:
     source = shutil.copytree(damaged, tmp_path / "source")
     before = all_of(damaged)
     (mark,) = repair(damaged, RepairConfig(source=str(source))).marks
-    assert (mark.outcome, "differ from what was committed" in mark.reason) == ("left", True)
+    assert (mark.outcome, "differ from those that were written" in mark.reason) == ("left", True)
     assert all_of(damaged) == before
 
 

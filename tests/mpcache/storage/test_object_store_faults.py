@@ -261,7 +261,7 @@ def test_parts_that_no_server_copies_are_refused_before_anything_is_written(
         lambda: convert(store, target, ConvertConfig(codec="lz4")),
         lambda: collect(small_config(tmp_path), target),
     ):
-        with pytest.raises(ValueError, match="use smaller part_rows"):
+        with pytest.raises(ValueError, match="use a smaller --part-rows"):
             write()
         assert not open_storage(target).exists()
     assert convert(store, target, ConvertConfig(dtype="float16")).parts == 4

@@ -438,7 +438,7 @@ def test_a_coder_is_evaluated_on_its_own_store_only(store: str, tmp_path: Path) 
     checkpoint.save_file(
         {n: t.contiguous() for n, t in narrow.items()}, folder / "coder.safetensors"
     )
-    with pytest.raises(ValueError, match=r"input has width 8, layers\.1\.mlp:output of"):
+    with pytest.raises(ValueError, match=r"input has width 8, but layers\.1\.mlp:output of"):
         evaluate_coder(folder, Path(store), [])
 
 

@@ -43,7 +43,7 @@ def test_the_saved_coder_is_the_evaluated_one(
         (evaluation,) = evaluate_coder(folder, Path(store), ())
         assert evaluation.fvu == pytest.approx(result.validation.fvu, rel=1e-6)
         assert evaluation.l0 == result.validation.l0
-        norm_M = saved[f"{result.coder}/W_MD"].double().norm(dim=1)
+        norm_M = saved[f"{result.coder}/encoder.W_MD"].double().norm(dim=1)
         torch.testing.assert_close(norm_M, torch.ones_like(norm_M), atol=3e-7, rtol=0)
 
 
