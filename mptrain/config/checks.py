@@ -1,4 +1,4 @@
-"""Checks that several configs share; each raises ValueError with field, value and remedy."""
+"""Checks that several configs share; each raises UsageError with field, value and remedy."""
 
 from collections.abc import Mapping
 

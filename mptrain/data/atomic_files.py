@@ -31,7 +31,7 @@ def read_json(path: Path, *, remedy: str = "remove this file") -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        ValueError: the file is not JSON; the message ends with the remedy.
+        UsageError: the file is not JSON; the message ends with the remedy.
     """
     try:
         return json.loads(path.read_bytes())
@@ -106,7 +106,7 @@ def json_safe(value: str | float | int | None) -> str | float | int | None:
 
 @contextmanager
 def explain_write_errors(folder: Path) -> Iterator[None]:
-    """Raise ValueError in place of an OSError which says that a folder cannot be written."""
+    """Raise UsageError in place of an OSError which says that a folder cannot be written."""
     try:
         yield
     except OSError as error:

@@ -1,2 +1,2 @@
-"""Matching pursuit. `search` chooses a back end, `atoms` finds atoms with it, `select` codes rows,
-`pursue` adds the backward pass; `refit` fits all values again at every step."""
+"""Matching pursuit. `backend` chooses a back end, `finders` find atoms with it, `forward` codes
+rows, `autograd` adds the backward pass; `refit` fits all values again at every step."""

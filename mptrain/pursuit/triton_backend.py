@@ -56,7 +56,7 @@ def pursue_by_shortlist_(
     idx_bK: Tensor,
     val_bK: Tensor,
 ) -> None:
-    """As `cpu.pursue_by_shortlist_`, but that of each group of latents only the best is listed."""
+    """As `numba_backend` does, but of each group of latents only the best is listed."""
     from mptrain.pursuit.triton_search import best_candidates
     from mptrain.pursuit.triton_steps import shortlist_steps_
 

@@ -1,4 +1,4 @@
-"""The backward pass of a pursuit by Triton kernels: what `pursue` does in torch.
+"""The backward pass of a pursuit by Triton kernels: what `backward` does in torch.
 
 B rows in a batch, D input width, M latents, K pursuit steps, C columns of the input width at once.
 

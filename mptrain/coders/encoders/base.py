@@ -89,6 +89,19 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
 
+class LinearEncoder(Encoder):
+    """The parameters of an encoder that starts from `(x - b) encoder^T + bias`."""
+
+    def __init__(self, config: CoderConfig, input_width: int) -> None:
+        super().__init__(config, input_width)
+        self.encoder_MD = zeros(self.latents, input_width)
+        self.bias_M = zeros(self.latents)
+
+    @property
+    def dictionary_MD(self) -> Tensor:
+        return self.encoder_MD
+
+
 def zeros(*shape: int, trained: bool = True) -> nn.Parameter:
     """A parameter that is still to be initialised, or loaded."""
     return nn.Parameter(torch.zeros(shape), requires_grad=trained)

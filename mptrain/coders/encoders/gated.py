@@ -6,7 +6,7 @@ B rows in a batch, D input width, E target width, M latents, K code entries a ro
 from torch import Tensor
 
 from mptrain.coders.code import Code
-from mptrain.coders.encoders.base import Encoder, LossTerms, zeros
+from mptrain.coders.encoders.base import LinearEncoder, LossTerms, zeros
 from mptrain.coders.encoders.relu import l1_penalty, sparse_code
 from mptrain.coders.fvu import reconstruction_loss
 from mptrain.config.coder import CoderConfig
@@ -14,7 +14,7 @@ from mptrain.config.coder_settings import Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 
-class GatedEncoder(Encoder):
+class GatedEncoder(LinearEncoder):
     """`H(gate) relu(value)`: one linear map decides which latents are active, another their values.
 
     `gate = (x - b) encoder^T + gate_bias`, and `value = exp(log_scale) (x - b) encoder^T + bias`
@@ -27,14 +27,8 @@ class GatedEncoder(Encoder):
 
     def __init__(self, config: CoderConfig, input_width: int) -> None:
         super().__init__(config, input_width)
-        self.encoder_MD = zeros(self.latents, input_width)
         self.gate_bias_M = zeros(self.latents)
         self.log_scale_M = zeros(self.latents)
-        self.bias_M = zeros(self.latents)
-
-    @property
-    def dictionary_MD(self) -> Tensor:
-        return self.encoder_MD
 
     def encode(
         self,

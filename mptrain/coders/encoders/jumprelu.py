@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mptrain.coders.code import Code
-from mptrain.coders.encoders.base import Encoder, LossTerms, zeros
+from mptrain.coders.encoders.base import LinearEncoder, LossTerms, zeros
 from mptrain.coders.encoders.relu import sparse_code
 from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_settings import Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 
-class JumpReluEncoder(Encoder):
+class JumpReluEncoder(LinearEncoder):
     """`z H(z - theta)` of `z = (x - b) encoder^T + bias`, with a learned threshold per latent.
 
     The penalty is the number of latents of a row. Thresholds learn by a straight-through estimator:
@@ -28,13 +28,7 @@ class JumpReluEncoder(Encoder):
 
     def __init__(self, config: CoderConfig, input_width: int) -> None:
         super().__init__(config, input_width)
-        self.encoder_MD = zeros(self.latents, input_width)
-        self.bias_M = zeros(self.latents)
         self.threshold_M = zeros(self.latents)
-
-    @property
-    def dictionary_MD(self) -> Tensor:
-        return self.encoder_MD
 
     def initialise_(self) -> None:
         self.threshold_M.fill_(self.config.bandwidth)

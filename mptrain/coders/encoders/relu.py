@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from mptrain.coders.code import Code
-from mptrain.coders.encoders.base import Encoder, LossTerms, zeros
-from mptrain.config.coder import CoderConfig
+from mptrain.coders.encoders.base import LinearEncoder, LossTerms
 from mptrain.config.coder_settings import Codes
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 
-class ReluEncoder(Encoder):
+class ReluEncoder(LinearEncoder):
     """`relu((x - b) encoder^T + bias)`, all positive latents of a row (Bricken et al. 2023).
 
     The penalty is `sum_m val_m ||v_m||` (Conerly et al. 2024, Circuits Updates of April): weighted
@@ -21,15 +20,6 @@ class ReluEncoder(Encoder):
     """
 
     has_sparsity_loss = True
-
-    def __init__(self, config: CoderConfig, input_width: int) -> None:
-        super().__init__(config, input_width)
-        self.encoder_MD = zeros(self.latents, input_width)
-        self.bias_M = zeros(self.latents)
-
-    @property
-    def dictionary_MD(self) -> Tensor:
-        return self.encoder_MD
 
     def encode(
         self,

@@ -7,29 +7,19 @@ from torch import Tensor
 
 from mptrain.coders.auxk import error_by_encoder
 from mptrain.coders.code import Code
-from mptrain.coders.encoders.base import Encoder, zeros
+from mptrain.coders.encoders.base import LinearEncoder
 from mptrain.coders.topk_code import topk_encode
-from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_settings import Codes
 from mptrain.kernels.sparse import strongest
 from mptrain.pursuit.batch_threshold import EntryThreshold
 
 
-class TopKEncoder(Encoder):
+class TopKEncoder(LinearEncoder):
     """The largest entries of `relu((x - b) encoder^T + bias)` (Gao et al. 2024, sec. 2.3).
 
     TopK keeps `k` a row, GroupMax the largest of each of `k` groups of neighbouring latents, and
     BatchTopK (Bussmann et al. 2024, arXiv 2412.06410) those above a threshold.
     """
-
-    def __init__(self, config: CoderConfig, input_width: int) -> None:
-        super().__init__(config, input_width)
-        self.encoder_MD = zeros(self.latents, input_width)
-        self.bias_M = zeros(self.latents)
-
-    @property
-    def dictionary_MD(self) -> Tensor:
-        return self.encoder_MD
 
     def encode(
         self,
