@@ -88,8 +88,9 @@ def share_with_group(path: Path) -> None:
 def sync_folders(folder: Path, top: Path) -> None:
     """Force the entries of a folder, and of the folders between it and `top`, to the disk."""
     sync_folder(folder)
-    if folder != top:
-        sync_folders(folder.parent, top)
+    while folder != top:
+        folder = folder.parent
+        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

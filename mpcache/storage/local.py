@@ -19,14 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mpcache.errors import DamagedStoreError
-from mpcache.storage.atomic_files import (
-    create_link,
-    make_folders,
-    replace_file,
-    sync_folder,
-    sync_folders,
-    write_temporary_file,
-)
+from mpcache.storage import atomic_files
 from mpcache.storage.temporary_names import is_temporary, temporary_name
 from mpcache.untrusted_names import user_path
 
@@ -119,26 +112,26 @@ class LocalStorage:
         path = self.checked_path(name)
         if path.exists():  # saves a write, and works on read-only media; the link decides
             return False
-        make_folders(path.parent)
-        temporary = write_temporary_file(path, [data])
+        atomic_files.make_folders(path.parent)
+        temporary = atomic_files.write_temporary_file(path, [data])
         try:
-            return create_link(temporary, path)
+            return atomic_files.create_link(temporary, path)
         finally:
             temporary.unlink()
 
     def replace(self, name: str, data: bytes) -> None:
-        replace_file(self.checked_path(name), data)
+        atomic_files.replace_file(self.checked_path(name), data)
 
     def write_temporary(self, name: str, key: str, pieces: Iterable[bytes]) -> str:
         path, temporary = self.checked_path(name), temporary_name(name, key)
-        make_folders(path.parent)
+        atomic_files.make_folders(path.parent)
         # another process that copies the same may be writing under the same key
-        write_temporary_file(path, pieces).replace(self.checked_path(temporary))
+        atomic_files.write_temporary_file(path, pieces).replace(self.checked_path(temporary))
         return temporary
 
     def publish(self, temporary: str, name: str) -> bool:
         path = self.checked_path(name)
-        make_folders(path.parent)
+        atomic_files.make_folders(path.parent)
         try:
             self.checked_path(temporary).replace(path)
         except FileNotFoundError:
@@ -147,8 +140,8 @@ class LocalStorage:
 
     def create_copy(self, source: str, name: str) -> bool:
         path = self.checked_path(name)
-        make_folders(path.parent)
-        return create_link(self.checked_path(source), path)
+        atomic_files.make_folders(path.parent)
+        return atomic_files.create_link(self.checked_path(source), path)
 
     def delete(self, name: str) -> None:
         self.checked_path(name).unlink(missing_ok=True)
@@ -156,7 +149,7 @@ class LocalStorage:
     def sync(self, name: str, top: str = "") -> None:
         folder = (self.path / name).parent
         if folder.is_dir():
-            sync_folders(folder, self.path / top)
+            atomic_files.sync_folders(folder, self.path / top)
 
     def removal_leftovers(self) -> "tuple[LocalStorage, ...]":
         pattern = re.compile(_REMOVED.format(re.escape(self.path.name)))
@@ -170,7 +163,7 @@ class LocalStorage:
         if not re.fullmatch(_REMOVED.format(".+"), removed.name):
             removed = removed.with_name(f".{removed.name}.{uuid.uuid4().hex}.removed")
             self.path.rename(removed)
-            sync_folder(removed.parent)
+            atomic_files.sync_folder(removed.parent)
         (removed / head).unlink(missing_ok=True)
         shutil.rmtree(removed)
 

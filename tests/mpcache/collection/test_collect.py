@@ -19,7 +19,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.stats import stats
 from mpcache.maintenance.verify import verify
-from mpcache.storage import local as local_storage
+from mpcache.storage import atomic_files
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import canonical_json, seal, unseal
 from mpcache.store.store_info import store_info
@@ -207,7 +207,7 @@ def test_a_finished_store_is_not_written_again(
     def refused(*_: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(local_storage, "write_temporary_file", refused)
+    monkeypatch.setattr(atomic_files, "write_temporary_file", refused)
     assert small_store(tmp_path)[1].forward_rows == 0
 
 

@@ -15,7 +15,7 @@ from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
-from mpcache.storage import local as local_storage
+from mpcache.storage import atomic_files
 from mpcache.store import commit
 from tests.helpers.stores import files_of, marks_of, small_config
 
@@ -62,8 +62,8 @@ class Killer:
 def collect_until_killed(config: CollectConfig, path: Path, moment: int, log: Path) -> None:
     """Runs in a separate process."""
     killer = Killer(moment, log)
-    local_storage.write_temporary_file = killer.within("write", local_storage.write_temporary_file)
-    local_storage.sync_folders = killer.before("sync", local_storage.sync_folders)
+    atomic_files.write_temporary_file = killer.within("write", atomic_files.write_temporary_file)
+    atomic_files.sync_folders = killer.before("sync", atomic_files.sync_folders)
     commit.values_digest = killer.before("digest after the read back", commit.values_digest)
     producer_module.capture_part = killer.before("forward pass", producer_module.capture_part)
     collect(config, path)
@@ -126,7 +126,7 @@ def test_full_disk_keeps_what_was_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
     config = small_config(tmp_path, **ROWS)
-    put, calls = local_storage.write_temporary_file, 0
+    put, calls = atomic_files.write_temporary_file, 0
 
     def full(*args: Any) -> Path:
         nonlocal calls
@@ -136,7 +136,7 @@ def test_full_disk_keeps_what_was_committed(
         return put(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local_storage, "write_temporary_file", full)
+        patch.setattr(atomic_files, "write_temporary_file", full)
         with pytest.raises(OSError, match="No space left"):
             collect(config, tmp_path / "store")
     assert verify(tmp_path / "store").intact

@@ -21,8 +21,7 @@ from mpcache.collection import producer as producer_module
 from mpcache.collection.collect import collect
 from mpcache.config import CollectConfig
 from mpcache.maintenance.verify import verify
-from mpcache.storage import bucket_requests
-from mpcache.storage import local as local_storage
+from mpcache.storage import atomic_files, bucket_requests
 from mpcache.storage.base import Storage, open_storage
 from mpcache.storage.local import LocalStorage
 from mpcache.storage.object_store import ObjectStorage
@@ -373,7 +372,7 @@ def test_a_read_only_store_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     for name in ("link", "rename", "replace", "mkdir", "unlink", "chmod", "fsync"):
         monkeypatch.setattr(os, name, refused)
-    monkeypatch.setattr(local_storage, "write_temporary_file", refused)
+    monkeypatch.setattr(atomic_files, "write_temporary_file", refused)
     store = open_store(copy)
     assert verify(copy).findings == ()
     assert len(store.acts.read_chunk("layers.0", "output", 0, 0)) == 32

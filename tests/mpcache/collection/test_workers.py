@@ -28,7 +28,7 @@ from mpcache.maintenance.verify import verify
 from mpcache.model.loading import load_tokenizer
 from mpcache.parallel.config import CollectParallelConfig, Share
 from mpcache.parallel.dask_cluster import CONNECT_TIMEOUT_KEY, start_cluster
-from mpcache.storage import local as local_storage
+from mpcache.storage import atomic_files
 from mpcache.storage.base import open_storage
 from mpcli.mpcache import app
 from tests.helpers.commands import (
@@ -93,7 +93,7 @@ def slow_down(seconds: float) -> None:
 
 
 def fill_disk(after: int) -> None:
-    put, calls = local_storage.write_temporary_file, 0
+    put, calls = atomic_files.write_temporary_file, 0
 
     def full(*arguments: Any) -> Path:
         nonlocal calls
@@ -102,7 +102,7 @@ def fill_disk(after: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
         return put(*arguments)
 
-    local_storage.write_temporary_file = full
+    atomic_files.write_temporary_file = full
 
 
 def break_part(broken_part: int) -> None:
@@ -117,7 +117,7 @@ def break_part(broken_part: int) -> None:
 
 
 _UNPATCHED = (
-    local_storage.write_temporary_file,
+    atomic_files.write_temporary_file,
     producer_module.capture_part,
     producer_module.ActivationProducer.read_part,
 )
@@ -125,7 +125,7 @@ _UNPATCHED = (
 
 def mend() -> None:
     (
-        local_storage.write_temporary_file,
+        atomic_files.write_temporary_file,
         producer_module.capture_part,
         producer_module.ActivationProducer.read_part,
     ) = _UNPATCHED

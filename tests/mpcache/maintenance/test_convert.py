@@ -10,7 +10,7 @@ from mpcache.collection.collect import collect
 from mpcache.config import ConvertConfig
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
-from mpcache.storage import local as local_storage
+from mpcache.storage import atomic_files
 from mpcache.storage.base import open_storage
 from mpcache.store.reader import open_store
 from mpcache.store.store_metadata import is_store
@@ -79,7 +79,7 @@ def test_a_stopped_conversion_continues_and_follows_its_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     path, _ = small_store(tmp_path, rows=600)
-    write, calls = local_storage.write_temporary_file, 0
+    write, calls = atomic_files.write_temporary_file, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -90,7 +90,7 @@ def test_a_stopped_conversion_continues_and_follows_its_source(
 
     changes = ConvertConfig(codec="lz4", chunk_rows=64)
     with monkeypatch.context() as patch:
-        patch.setattr(local_storage, "write_temporary_file", stopped)
+        patch.setattr(atomic_files, "write_temporary_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             convert(path, tmp_path / "new", changes)
     assert not is_store(open_storage(tmp_path / "new"))

@@ -11,6 +11,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.copy import copy
 from mpcache.maintenance.remove import plan_removal, remove
 from mpcache.maintenance.verify import verify
+from mpcache.storage import atomic_files
 from mpcache.storage import local as local_storage
 from mpcache.storage.base import open_storage
 from mpcache.store.store_metadata import is_store
@@ -69,7 +70,7 @@ def test_a_copy_has_every_byte_and_nothing_else(
 def test_a_stopped_copy_is_no_store_and_continues(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
-    write, calls = local_storage.write_temporary_file, 0
+    write, calls = atomic_files.write_temporary_file, 0
 
     def stopped(*args) -> Path:
         nonlocal calls
@@ -79,7 +80,7 @@ def test_a_stopped_copy_is_no_store_and_continues(
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local_storage, "write_temporary_file", stopped)
+        patch.setattr(atomic_files, "write_temporary_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             copy(store, tmp_path / "copy")
     assert not is_store(open_storage(tmp_path / "copy"))

@@ -20,7 +20,7 @@ from mpcache.maintenance import original_collection
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.repair import repair
 from mpcache.maintenance.verify import verify
-from mpcache.storage import local as local_storage
+from mpcache.storage import atomic_files
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import seal, unseal
 from mpcli.mpcache import app
@@ -373,8 +373,8 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
 
         return call
 
-    for name in ("write_temporary_file", "create_link", "sync_folders"):
-        monkeypatch.setattr(local_storage, name, stopped(getattr(local_storage, name)))
+    for name in ("write_temporary_file", "create_link", "sync_folder"):
+        monkeypatch.setattr(atomic_files, name, stopped(getattr(atomic_files, name)))
     # where other bits are accepted, all objects of the mark are removed before the mark
     parts = {
         f"arrays.zarr/{n}/layers.0/output/c/{p}"
@@ -433,7 +433,7 @@ def test_killed_again_and_again(original: Path, store: Path, tmp_path: Path) -> 
 
 
 def repair_until_killed(store: Path, moment: int) -> None:
-    write, left = local_storage.write_temporary_file, moment
+    write, left = atomic_files.write_temporary_file, moment
 
     def killed(path: Path, pieces: Iterable[bytes]) -> Path:
         nonlocal left
@@ -444,5 +444,5 @@ def repair_until_killed(store: Path, moment: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, pieces)
 
-    local_storage.write_temporary_file = killed
+    atomic_files.write_temporary_file = killed
     repair(store)
