@@ -349,7 +349,7 @@ def test_a_bad_json_tells_its_line(tmp_path, model, content, message):
         ),
         (b'id,text\n1,a\n2,"b\n\n\n', "line 3 of a.csv is not CSV: unexpected end of data"),
         ("id,text\n1,café\n".encode("latin-1"), "line 1 of a.csv or a line after it is not UTF-8"),
-        (b"text,text\na,b\n", "line 1 of a.csv has the column text twice"),
+        (b"text,text\na,b\n", "line 1 of a.csv names the column text twice"),
         (b"id;text\n1;a\n", "got text; use one of id;text"),
         (b"id,text\n", "must hold a document, got none in a.csv"),
     ],

@@ -42,13 +42,13 @@ def compile_all(B: int, D: int, M: int, K: int, S: int) -> None:
     stop_norm_B, G_MM = torch.zeros(B), torch.zeros(M, M)
     for dictionary_MD in (W_MD, W_MD.bfloat16()):
         best_atoms(x_BD, dictionary_MD)
-        best_atoms(x_BD, dictionary_MD, "magnitude", idx_BK)
+        best_atoms(x_BD, dictionary_MD, "magnitude")
         candidate_BS = best_candidates(x_BD, dictionary_MD, S)
     best_atoms(x_BD, W_MD, precision="ieee")
     candidate_BS = torch.zeros_like(candidate_BS)
     code = idx_BK, val_BK, stop_norm_B
     shortlist_steps_(x_BD, candidate_BS, W_MD, W_MD, *code)
-    shortlist_steps_(x_BD, candidate_BS, W_MD, U_MD, *code, "magnitude", idx_BK, True)
+    shortlist_steps_(x_BD, candidate_BS, W_MD, U_MD, *code, "magnitude")
     shortlist_steps_(x_BD, candidate_BS, W_MD, U_MD, *code, "signed", G_MM=G_MM)
     gram_steps_(x_BD, torch.zeros(B, M), G_MM, W_MD, W_MD, *code)
     pursue_backward(idx_BK, val_BK, val_BK, x_BD, x_BD, W_MD, W_MD)
