@@ -191,8 +191,8 @@ class StorageSettings:
     "rows per chunk, the smallest piece that is read; must divide --part-rows"
     write_threads: int | None = None
     (
-        "threads that write; default: 1 per 4 CPU threads of torch, but at least 2 and at most 8; "
-        "8 for a bucket"
+        "threads that write the store; default: 8 for a bucket, otherwise a quarter of torch's CPU "
+        "threads, but at least 2 and at most 8"
     )
 
 

@@ -43,8 +43,7 @@ class LoadConfigFrom:
         missing = [spelling for name, spelling in required.items() if name not in given]
         if missing:
             raise UsageError(
-                f"{', '.join(missing)} missing; give {'them' if len(missing) > 1 else 'it'}, "
-                f"or give --{self.name} {self.metavar}"
+                f"{' and '.join(missing)} must be given, unless --{self.name} {self.metavar} is"
             )
 
 

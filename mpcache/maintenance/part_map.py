@@ -101,7 +101,7 @@ class PartMap:
         for array in arrays:
             if missing := sorted(committed - set(self.store.part_numbers(array))):
                 raise UsageError(
-                    f"part_rows can change only if all parts are collected, got {array} without "
-                    f"part {missing[0]}; collect that part with mpcache collect, or remove the "
+                    f"part {missing[0]} of {array} is not collected, and part_rows can change "
+                    "only when all parts are; run mpcache collect to its end, or remove the "
                     "hookpoint from --hookpoints"
                 )

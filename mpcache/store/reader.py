@@ -132,21 +132,13 @@ class Store(StoreMetadata):
 
     def stored_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
         """Bytes of a split's rows on these sides, and of their positions, as they are stored."""
-        return sum(record.bytes for record in self._records(sides, split))
+        return sum(record.bytes for record in _records(self, sides, split))
 
     def cached_bytes(self, sides: Sequence[tuple[str, str]], split: Split) -> int:
         """Of those bytes, the ones that the read cache has."""
         if self.read_cache is None:
             return 0
-        return sum(self.read_cache.size(r.xxh3_128) for r in self._records(sides, split))
-
-    def _records(self, sides: Sequence[tuple[str, str]], split: Split) -> Iterator[ObjectRecord]:
-        arrays = {POSITION, *(self.acts.array(*side) for side in sides)}
-        for part in self.parts(sides, split):
-            for array in arrays:
-                mark = self.mark(part.number, array)
-                spec = array_specs(array, self.layout, mark.width)[0]
-                yield mark.objects[spec.object_path(part.number)]
+        return sum(self.read_cache.size(r.xxh3_128) for r in _records(self, sides, split))
 
     # --- rows ---
 
@@ -217,3 +209,15 @@ def _open_same(storage: Storage, digest: str) -> Store:
             f"{socket.gethostname()}; give a path on a shared file system"
         )
     return store
+
+
+def _records(
+    store: Store, sides: Sequence[tuple[str, str]], split: Split
+) -> Iterator[ObjectRecord]:
+    """Records of the objects that hold a split's rows on these sides, and of their positions."""
+    arrays = {POSITION, *(store.acts.array(*side) for side in sides)}
+    for part in store.parts(sides, split):
+        for array in arrays:
+            mark = store.mark(part.number, array)
+            spec = array_specs(array, store.layout, mark.width)[0]
+            yield mark.objects[spec.object_path(part.number)]

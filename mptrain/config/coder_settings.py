@@ -93,8 +93,9 @@ class CodeSettings:
     )
     subtract: Subtract = "selecting"
     (
-        "arch mp, batch-mp only: a step subtracts the row that selected (selecting), a row of a "
-        "separate dictionary (separate, transcoders only), or the decoder's row (predicting)"
+        "arch mp, batch-mp only: what a pursuit step subtracts from the residual: the latent's "
+        "encoder row (selecting), its decoder row (predicting), or its row of a third, learned "
+        "dictionary (separate; transcoders only)"
     )
     blocks: Blocks = "none"
     (
@@ -162,9 +163,9 @@ class CurriculumSettings:
     begin_share: float = 0.0
     "arch mp only: fraction (0 to 1) of the train steps before the switch of --begin-as"
     k_factor: float = 1.0
-    "start training with K multiplied by this factor; needs --k-decay-share"
+    "at the start of training, use this many times K; needs --k-decay-share"
     k_decay_share: float = 0.0
-    "fraction (0 to 1) of the train steps in which the factor of --k-factor falls linearly to 1"
+    "fraction (0 to 1) of the train steps over which K falls linearly from --k-factor x K to K"
 
 
 # fields are listed, also in the names of coders, in the order of these classes from the last one

@@ -169,10 +169,10 @@ def check_window_memory(
     needed = per_row * max(window_rows, store.chunk_rows)  # a window is a chunk at least
     if needed > memory_bytes:
         raise UsageError(
-            f"two shuffle windows of {window_rows} rows from {len(sides)} arrays take {needed} "
-            "bytes, "
-            f"but this machine has {memory_bytes} bytes of memory; use --window-rows "
-            f"{max(1, memory_bytes // per_row)} or less, in all runs that are to be compared"
+            f"--window-rows {window_rows} needs {needed / 1e9:.3g} GB of memory (two windows of "
+            f"{len(sides)} arrays), but this machine has {memory_bytes / 1e9:.3g} GB; use "
+            f"--window-rows {max(1, memory_bytes // per_row)} or less, the same in all runs that "
+            "you compare"
         )
 
 

@@ -167,8 +167,8 @@ def _read_curve(run: Path, coder: CoderConfig, records: Sequence[Record]) -> Val
     own = tuple(r for r in records if r.coder == coder.name and r.validation_fvu is not None)
     if not own:
         raise UsageError(
-            f"{run / 'metrics.jsonl'} has no validation of {coder.name}; "
-            "let the run reach its first validation, or use a smaller --eval-every"
+            f"{coder.name} of {run} has no validation to draw yet; wait until the run has "
+            "validated it once, or train it with a smaller --eval-every"
         )
     return ValidationCurve(run, coder, own)
 

@@ -198,7 +198,7 @@ def _steps_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """All steps of one row, whose residual and scores stay in registers."""
+    """All steps of one row in one kernel, so that its residual and scores stay in registers."""
     row = tl.program_id(0).to(tl.int64)
     position, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     within_S, within_D = position < S, d < D

@@ -341,6 +341,24 @@ def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_store(tmp_path_factory.mktemp("least"), rows=500, hookpoints=("layers.0",))[0]
 
 
+class KillBeforeChange:
+    """Kills before the given change of a file, counted from 1; never where it is 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.changes_until = 0
+        for name in ("write_temporary_file", "create_link", "sync_folder"):
+            monkeypatch.setattr(atomic_files, name, self._counted(getattr(atomic_files, name)))
+
+    def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.changes_until -= 1
+            if self.changes_until == 0:
+                raise Kill
+            return function(*arguments)
+
+        return call
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accept", [False, True])
 def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
@@ -361,20 +379,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
         "load_for_collection",
         functools.cache(original_collection.load_for_collection),
     )
-    left = 0
-
-    def stopped(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise Kill
-            return function(*arguments)
-
-        return call
-
-    for name in ("write_temporary_file", "create_link", "sync_folder"):
-        monkeypatch.setattr(atomic_files, name, stopped(getattr(atomic_files, name)))
+    kill = KillBeforeChange(monkeypatch)
     # where other bits are accepted, all objects of the mark are removed before the mark
     parts = {
         f"arrays.zarr/{n}/layers.0/output/c/{p}"
@@ -386,7 +391,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(tmp_path / "damaged", path)
         moments += 1
-        left = moments
+        kill.changes_until = moments
         try:
             done = repair(path, config)
         except Kill:
@@ -394,7 +399,7 @@ def test_stopped_at_any_moment_a_part_is_as_it_was_or_whole(
             more = {name for name in now - before if accept}
             assert now <= before | more
             assert all(any(name.startswith(part) for part in parts) for name in more)
-            left = 0
+            kill.changes_until = 0
             assert repair(path, config).intact
         assert {f.fault for f in verify(path).findings} <= {"leftover"}
         if not accept:

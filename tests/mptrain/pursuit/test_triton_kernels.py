@@ -231,11 +231,16 @@ def test_steps_equal_plain_ones(
     assert ((idx_BR == -1) == (val_BR == 0)).all()
     taken_BD = (val_BR[:, :, None] * U_MD[idx_BR.clamp_min(0)]).sum(1)
     close(r_BD, x_BD - taken_BD)
-    same_B = (idx_BR == expected[0]).all(1)
-    close(val_BR[same_B].double(), expected[1][same_B])
-    if not same_B.all():  # only where two atoms are equal up to rounding
-        first = (idx_BR != expected[0]).int().argmax(1)[:, None]
-        near = (val_BR.double() - expected[1]).abs().gather(1, first)[:, 0]
+    check_code(idx_BR, val_BR, *expected)
+
+
+def check_code(idx_BR: Tensor, val_BR: Tensor, plain_idx_BR: Tensor, plain_val_BR: Tensor) -> None:
+    """The same atoms with close values, except where two atoms are equal up to rounding."""
+    same_B = (idx_BR == plain_idx_BR).all(1)
+    close(val_BR[same_B].double(), plain_val_BR[same_B])
+    if not same_B.all():
+        first = (idx_BR != plain_idx_BR).int().argmax(1)[:, None]
+        near = (val_BR.double() - plain_val_BR).abs().gather(1, first)[:, 0]
         assert (near[~same_B] < 1e-4).all()
 
 

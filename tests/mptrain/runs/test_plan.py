@@ -318,7 +318,7 @@ def test_resume_needs_no_other_option(
         (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
         (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
         (("--resume", "nowhere"), "nowhere holds no run"),
-        ((), "STORE, --run missing; give them, or give --resume RUN"),
+        ((), "STORE and --run must be given, unless --resume RUN is"),
     ],
     ids=str,
 )
