@@ -66,15 +66,14 @@ lint: install
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint
+test: lint tests
+
+tests: install
 	$(PYTEST) -m 'not slow'
 
 # Whole commands that are killed, servers that fail, memory: some minutes more.
 slow: install
 	$(PYTEST) -m slow
-
-tests: install
-	$(PYTEST)
 
 shapes: install
 	$(PYTEST) -m 'not slow' -k 'not held_out' $(CHECK_SHAPES) $(SHAPES:%=tests/%)
