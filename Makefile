@@ -12,7 +12,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist wor
 CHECK_SHAPES := --jaxtyping-packages=mpcache,mptrain,beartype.beartype
 DATA := chat_template documents packing packing_lone_documents text_tokenizer token_flags
 SHAPES := $(DATA:%=mpcache/data/test_%.py) mpcache/collection/test_chat_store.py \
-          mpcache/collection/test_token_datasets.py mpcache/model/test_capture.py \
+          mpcache/collection/test_token_datasets.py mpcache/model/test_capture_part.py \
           mpcache/model/test_find_separation.py::test_both_kinds_of_attention \
           mpcache/model/test_lone_documents.py mpcache/model/test_splice.py mptrain/coders \
           mptrain/data/test_filters.py mptrain/evals mptrain/kernels mptrain/pursuit/test_refit.py \

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from mpcache.version import __version__
 from mpcli.errors import guarded
-from mpcli.groups import DEFAULT_GROUP, GROUPS, ON
+from mpcli.option_groups import DEFAULT_GROUP, GROUPS, ON
 from mpcli.options_from_environment import (
     NEVER_FROM_ENVIRONMENT,
     is_from_environment,

@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 
-from mpcli.groups import DEFAULT_GROUP
+from mpcli.option_groups import DEFAULT_GROUP
 
 
 def field_docs(config_type: type) -> dict[str, str]:

@@ -15,7 +15,7 @@ import typer
 
 from mpcache.errors import UsageError
 from mpcli.field_docs import field_docs, field_groups
-from mpcli.groups import FIRST_GROUP, ON
+from mpcli.option_groups import FIRST_GROUP, ON
 from mpcli.options_from_environment import with_variables
 from mpcli.values import is_list, metavar_of, parser_of, shown, spelled
 

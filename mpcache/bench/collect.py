@@ -20,7 +20,7 @@ from mpcache.collection.store_side import Collection
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents
 from mpcache.data.tokenization import find_chat_template
-from mpcache.model.forward_batches import part_input
+from mpcache.model.cut_batches import part_input
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.model_config import load_vocabulary
 from mpcache.store.object_paths import TOKENS

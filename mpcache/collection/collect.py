@@ -24,8 +24,8 @@ from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.tokenization import find_chat_template
 from mpcache.data.vocabulary import Tokenizer
 from mpcache.errors import UsageError
+from mpcache.model.cut_batches import part_input
 from mpcache.model.file_snapshot import ModelFileSnapshot
-from mpcache.model.forward_batches import part_input
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.loading import load_tokenizer
 from mpcache.model.model_config import load_vocabulary

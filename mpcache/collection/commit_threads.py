@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpcache.collection.plan import side_array
+from mpcache.collection.wanted_parts import side_array
 from mpcache.config import CollectConfig
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.storage.base import Storage

@@ -29,17 +29,17 @@ from mpcache.collection.dask_messages import (
     describe_failure,
 )
 from mpcache.collection.jobs import Job
-from mpcache.collection.plan import side_array
 from mpcache.collection.producer import (
     ActivationProducer,
     LoadedModel,
     ModelFacts,
     load_for_collection,
 )
+from mpcache.collection.wanted_parts import side_array
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError
+from mpcache.model.cut_batches import part_input
 from mpcache.model.file_snapshot import ModelFileSnapshot
-from mpcache.model.forward_batches import part_input
 from mpcache.model.model_source import find_source
 from mpcache.storage.base import Storage, open_storage
 from mpcache.store.object_paths import mark_path

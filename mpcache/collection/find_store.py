@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mpcache.collection.catalog import check_root, open_stores
-from mpcache.collection.plan import CollectionPlan
 from mpcache.collection.summary import CollectSummary, summarize
+from mpcache.collection.wanted_parts import CollectionPlan
 from mpcache.config import CollectConfig
 from mpcache.data.dataset import open_documents
 from mpcache.data.dataset_files import LOCAL_SUFFIXES

@@ -21,11 +21,11 @@ from mpcache.config import CollectConfig
 from mpcache.data.permutation import row_permutation
 from mpcache.data.special_tokens import special_tokens_of
 from mpcache.data.vocabulary import Tokenizer, token_dtype
-from mpcache.model.capture import capture_part
+from mpcache.model.capture_part import capture_part
 from mpcache.model.compile import CompiledLayers
+from mpcache.model.cut_batches import ForwardBatches, PartInput
 from mpcache.model.file_snapshot import ModelFileSnapshot
 from mpcache.model.find_separation import find_separation
-from mpcache.model.forward_batches import ForwardBatches, PartInput
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture, widths
 from mpcache.model.host_transfer import HostTransfer

@@ -14,12 +14,12 @@ from typing import Any
 from tqdm import tqdm
 
 from mpcache.collection.jobs import Job, MissingPart
-from mpcache.collection.plan import CollectionPlan, side_array
 from mpcache.collection.producer import ModelFacts
 from mpcache.collection.progress import Progress
 from mpcache.collection.resize_arrays import equalize_spans, grow_arrays
 from mpcache.collection.summary import CollectSummary, summarize
 from mpcache.collection.token_stage import commit_tokens, missing_cursors, missing_parts
+from mpcache.collection.wanted_parts import CollectionPlan, side_array
 from mpcache.config import CollectConfig
 from mpcache.data.documents import Documents
 from mpcache.data.packing import FIRST_PARTS

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mpcache.collection.jobs import MissingPart
-from mpcache.collection.plan import CollectionPlan
+from mpcache.collection.wanted_parts import CollectionPlan
 from mpcache.store.collection_extent import extent_of
 from mpcache.store.object_paths import TOKENS
 from mpcache.store.reader import Store

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpcache.config import CollectConfig
-from mpcache.data.data_file import COMPRESSIONS
+from mpcache.data.digested_file import COMPRESSIONS
 from mpcache.data.files_of_split import check_shards_complete, files_of_split
 from mpcache.errors import UsageError
 from mpcache.hub_errors import looks_like_path

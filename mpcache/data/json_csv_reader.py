@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
-from mpcache.data.data_file import DataFile
+from mpcache.data.digested_file import DataFile
 from mpcache.data.local_documents import LocalDocuments, Row
 from mpcache.data.text_column import MASK, NO_MASK, Path, column_path, mask_of, value_at
 from mpcache.errors import UsageError

@@ -16,14 +16,14 @@ from itertools import accumulate
 import numpy as np
 
 from mpcache.config import CollectConfig
-from mpcache.data.data_file import DataFile, is_web_page
+from mpcache.data.bin_documents import TokenFile
 from mpcache.data.dataset_files import DatasetFiles, FileKind
+from mpcache.data.digested_file import DataFile, is_web_page
 from mpcache.data.document_codec import Document, Kind
 from mpcache.data.documents import Documents, Fetch, permuted_documents
 from mpcache.data.json_csv_reader import read_csv, read_json
 from mpcache.data.local_documents import LocalDocuments
 from mpcache.data.parquet_arrow_reader import read_arrow, read_parquet
-from mpcache.data.token_file import TokenFile
 from mpcache.data.vocabulary import Indices, Vocabulary
 from mpcache.errors import UsageError
 

@@ -24,7 +24,7 @@ from mpcache.data.tokenization import FLAG_SHIFT, DocumentTokenizer, Stream
 from mpcache.data.vocabulary import Tokenizer, token_dtype
 from mpcache.errors import UsageError
 from mpcache.store.mark import TokenProgress
-from mpcache.store.missing_tokens import next_part
+from mpcache.store.next_token_parts import next_part
 from mpcache.store.object_paths import STARTS_DOCUMENT
 
 BATCH_DOCUMENTS = 64  # documents tokenised in one call; the fast tokenizer spreads them over cores

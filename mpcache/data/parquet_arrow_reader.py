@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpcache.data.data_file import DataFile
+from mpcache.data.digested_file import DataFile
 from mpcache.data.document_codec import check_mask_type
 from mpcache.data.local_documents import LocalDocuments, row_positions
 from mpcache.data.text_column import Path, array_at, column_path, mask_path, tree_of, value_at

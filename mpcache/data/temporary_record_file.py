@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 from jaxtyping import Int64
 
-from mpcache.data.data_file import temporary_file
+from mpcache.data.digested_file import temporary_file
 
 
 class TemporaryRecordFile:

@@ -1,6 +1,6 @@
 """Which rows of a store make up the parts of another part size.
 
-A part is one unit or several consecutive units of its split; see `mpcache.store.merged_parts`.
+A part is one unit or several consecutive units of its split; see `mpcache.store.units_of_part`.
 Nothing here reads arrays.
 """
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from mpcache.errors import UsageError
 from mpcache.store.mark import TokenProgress
-from mpcache.store.merged_parts import Units, join_progress, split_progress, unit_rows
 from mpcache.store.object_paths import TOKENS
 from mpcache.store.part_layout import Layout
 from mpcache.store.reader import Store
+from mpcache.store.units_of_part import Units, join_progress, split_progress, unit_rows
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpcache.collection.plan import side_array
+from mpcache.collection.wanted_parts import side_array
 from mpcache.config import RepairConfig
 from mpcache.data.packing import Cursor, iter_parts
 from mpcache.data.permutation import row_permutation
 from mpcache.errors import DamagedStoreError
 from mpcache.maintenance.original_collection import OriginalCollection, original_config
-from mpcache.model.forward_batches import PartInput, part_input
+from mpcache.model.cut_batches import PartInput, part_input
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.store.fingerprint import dtype_history
 from mpcache.store.mark import Mark
-from mpcache.store.merged_parts import Units, join_progress, unit_rows
 from mpcache.store.object_paths import POSITION, SEQUENCE, TOKENS, hookpoint_of, mark_path
 from mpcache.store.reader import Store, open_store
+from mpcache.store.units_of_part import Units, join_progress, unit_rows
 from mpcache.store.writer import Writer
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mpcache.data.data_file import is_lfs_pointer, is_markup
+from mpcache.data.digested_file import is_lfs_pointer, is_markup
 from mpcache.errors import UsageError
 
 DOWNLOAD_AGAIN = "download it again, for instance with `hf download`"

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from mpcache.config import CollectConfig
 from mpcache.errors import UsageError, first_line
-from mpcache.model.hookpoint_groups import HookpointGroup, group_modules
+from mpcache.model.alike_hookpoints import HookpointGroup, group_modules
 from mpcache.model.hookpoint_roles import HookpointRole, roles
 from mpcache.model.hookpoint_survey import HookpointSurvey
 from mpcache.model.meta_forward import MetaForward, materialize_small_tensors_

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpcache.data.document_boundaries import document_starts
 from mpcache.errors import UsageError
 from mpcache.model.bert_masking import BertMasking
-from mpcache.model.forward_batches import ForwardBatches, part_input, piece_tokens
+from mpcache.model.cut_batches import ForwardBatches, part_input, piece_tokens
 from mpcache.model.inputs import PACKED_SEPARATIONS, ModelInputs, piece_inputs
 from mpcache.store.object_paths import BY_ASSISTANT
 from mpcache.store.reader import Store

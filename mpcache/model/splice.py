@@ -21,8 +21,8 @@ from mpcache.errors import UsageError
 from mpcache.model.bert_masking import BertMasking
 from mpcache.model.causality import is_causal
 from mpcache.model.checkpoint_validation import MissingWeightsError
+from mpcache.model.cut_batches import ForwardBatches
 from mpcache.model.find_separation import find_separation
-from mpcache.model.forward_batches import ForwardBatches
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import input_of, output_of
 from mpcache.model.inputs import ModelInputs

@@ -45,7 +45,7 @@ class TokenProgress:
     empty_documents: int | None = None
     "documents without tokens that were left out since the part before; None: they are kept"
     cursors: Sequence[Cursor] | None = None
-    "where each unit starts, in a part of several units (mpcache.store.merged_parts)"
+    "where each unit starts, in a part of several units (mpcache.store.units_of_part)"
     empty_documents_of_units: Sequence[int] | None = None
 
 

@@ -10,7 +10,7 @@ from mpcache.errors import DamagedStoreError
 from mpcache.natural_sort import natural_key
 from mpcache.storage.base import Storage
 from mpcache.store.mark import Mark, TokenProgress, parse_mark
-from mpcache.store.missing_tokens import first_missing_parts
+from mpcache.store.next_token_parts import first_missing_parts
 from mpcache.store.object_paths import MARKS, POSITION, SEQUENCE, TOKENS, mark_path, parse_mark_path
 from mpcache.store.part_layout import Layout
 

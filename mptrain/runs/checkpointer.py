@@ -3,9 +3,9 @@
 import warnings
 
 from mptrain.runs.metrics_sink import MetricsSink
+from mptrain.runs.pass_context import TrainingPass
 from mptrain.runs.saved_state import load_state, save_state
 from mptrain.runs.state import gather_state, restore_state_
-from mptrain.runs.training_pass import TrainingPass
 
 
 class Checkpointer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mptrain.config.sides import Side
 from mptrain.data.batches import Batch
-from mptrain.runs.training_pass import TrainingPass
+from mptrain.runs.pass_context import TrainingPass
 from mptrain.training.setup import CoderRun
 from mptrain.training.step_result import StepResult
 

@@ -5,8 +5,8 @@ from mptrain.coders.coder import Coder
 from mptrain.data.atomic_files import write_json
 from mptrain.evals.evaluate import Evaluation
 from mptrain.runs.metrics_sink import MetricsSink
+from mptrain.runs.pass_context import TrainingPass
 from mptrain.runs.results import CoderResult, final_result
-from mptrain.runs.training_pass import TrainingPass
 from mptrain.runs.validator import Validator
 from mptrain.training.setup import CoderRun
 

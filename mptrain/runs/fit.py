@@ -16,13 +16,13 @@ from mptrain.data.loader import Store
 from mptrain.data.preflight import check_variance, open_trainable_store
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.loggers import check_installed
+from mptrain.runs.pass_context import TrainingPass
 from mptrain.runs.plan import RunPlan, make_plan
 from mptrain.runs.results import CoderResult
 from mptrain.runs.run_dir import check_same_run, open_run, recorded_parts
 from mptrain.runs.saved_state import load_progress
 from mptrain.runs.state import RunProgress
 from mptrain.runs.train_loop import OnStep, TrainLoop
-from mptrain.runs.training_pass import TrainingPass
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
 from mptrain.training.setup import make_coder_run, make_loader
 

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from mptrain.runs.loggers import MetricLoggers
 from mptrain.runs.metrics_file import MetricsFile, Record, rewind
-from mptrain.runs.training_pass import TrainingPass
+from mptrain.runs.pass_context import TrainingPass
 
 
 class MetricsSink:

@@ -13,10 +13,10 @@ from mptrain.runs.checkpointer import Checkpointer
 from mptrain.runs.coder_steps import CoderSteps
 from mptrain.runs.finish import finish_pass
 from mptrain.runs.metrics_sink import MetricsSink
+from mptrain.runs.pass_context import TrainingPass
 from mptrain.runs.results import CoderResult
 from mptrain.runs.signals import deferred_interrupts
 from mptrain.runs.step_records import make_record, progress_summary
-from mptrain.runs.training_pass import TrainingPass
 from mptrain.runs.validator import Validator
 from mptrain.training.setup import CoderRun
 from mptrain.training.step_result import StepResult

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mptrain.coders.coder import Coder
 from mptrain.data.batches import release_after_use
 from mptrain.evals.evaluate import Evaluation, calibrate_thresholds_, evaluate
-from mptrain.runs.training_pass import TrainingPass
+from mptrain.runs.pass_context import TrainingPass
 
 
 class Validator:

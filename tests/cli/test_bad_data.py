@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from mpcache.data import data_file
+from mpcache.data import digested_file as data_file
 from mpcli.mpcache import app
 from tests.helpers.models import save_tiny
 

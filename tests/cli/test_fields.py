@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from mpcli.field_docs import field_docs, field_groups
-from mpcli.groups import DEFAULT_GROUP
+from mpcli.option_groups import DEFAULT_GROUP
 from mpcli.values import count, option, shown
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from mpcli import mpcache, mptrain
-from mpcli.groups import GROUPS
+from mpcli.option_groups import GROUPS
 
 APPS = {"mpcache": mpcache, "mptrain": mptrain}
 COMMANDS = [(name, command) for name, app in APPS.items() for command in app.COMMANDS]

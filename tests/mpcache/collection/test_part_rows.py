@@ -15,9 +15,9 @@ from mpcache.collection.find_store import find_store
 from mpcache.config import ConvertConfig, split_of
 from mpcache.maintenance.convert import convert
 from mpcache.maintenance.verify import verify
-from mpcache.store.merged_parts import Units
 from mpcache.store.part_layout import Layout
 from mpcache.store.reader import Store, open_store
+from mpcache.store.units_of_part import Units
 from mpcli.mpcache import app
 from tests.helpers.stores import SIDES, files_of, marks_of, rows_of, small_config, small_store
 

@@ -19,7 +19,7 @@ from mpcache.data.packing import (
 )
 from mpcache.data.permutation import row_permutation, seeded_permutation
 from mpcache.data.special_tokens import special_tokens_of
-from mpcache.store.missing_tokens import next_part
+from mpcache.store.next_token_parts import next_part
 from tests.helpers.models import tiny_tokenizer, transformers_log
 
 TOKENIZER = tiny_tokenizer()

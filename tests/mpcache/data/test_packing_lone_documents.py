@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mpcache.config import CollectConfig, split_of
 from mpcache.data.documents import Documents
 from mpcache.data.packing import FIRST_PARTS, Cursor, PartTokens, iter_parts
-from mpcache.store.missing_tokens import next_part
+from mpcache.store.next_token_parts import next_part
 from tests.helpers.models import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -13,9 +13,9 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel
 from mpcache.collection.producer import empty_rows
 from mpcache.config import CollectConfig
 from mpcache.data.special_tokens import SpecialTokens
-from mpcache.model.capture import capture_part
+from mpcache.model.capture_part import capture_part
+from mpcache.model.cut_batches import ForwardBatches
 from mpcache.model.find_separation import _packed_faults, find_separation
-from mpcache.model.forward_batches import ForwardBatches
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture
 from mpcache.model.inputs import model_inputs

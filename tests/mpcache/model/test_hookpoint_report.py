@@ -22,7 +22,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from mpcache.model import hookpoint_report
-from mpcache.model.hookpoint_groups import numbers_in_names
+from mpcache.model.alike_hookpoints import numbers_in_names
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hookpoint_report import HookpointReport, hookpoints
 from mpcache.model.hooks import Capture, widths

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from mpcache.errors import DamagedStoreError
 from mpcache.store.mark import Mark, ObjectRecord, RowStatistics, TokenProgress, parse_mark
-from mpcache.store.merged_parts import join_progress, split_progress
 from mpcache.store.object_paths import TOKENS, parse_mark_path
 from mpcache.store.reader import open_store
 from mpcache.store.sealed_json import digest, seal, unseal
+from mpcache.store.units_of_part import join_progress, split_progress
 from tests.helpers.paths import GOLDEN
 
 COUNTS = st.integers(0, 1 << 40)

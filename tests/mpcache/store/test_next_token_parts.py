@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcache.config import split_of
-from mpcache.store.missing_tokens import first_missing_parts, next_part
+from mpcache.store.next_token_parts import first_missing_parts, next_part
 
 
 @given(part=st.integers(0, 500), every=st.integers(2, 9))

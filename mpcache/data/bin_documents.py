@@ -6,7 +6,7 @@ The end token closes each document.
 import numpy as np
 from jaxtyping import Int64
 
-from mpcache.data.data_file import DataFile, is_web_page, temporary_file
+from mpcache.data.digested_file import DataFile, is_web_page, temporary_file
 from mpcache.data.temporary_record_file import read_exactly
 from mpcache.data.vocabulary import Indices, Tokens, Vocabulary
 from mpcache.errors import UsageError

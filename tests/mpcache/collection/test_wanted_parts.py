@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mpcache.collection.collect import collect
-from mpcache.collection.plan import CollectionPlan
+from mpcache.collection.wanted_parts import CollectionPlan
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.parallel.config import Share
 from mpcache.store.reader import Store, open_store

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from mpcache.model.forward_batches import Batch
+from mpcache.model.cut_batches import Batch
 from mpcache.model.hookpoint_patterns import Side
 from mpcache.model.hooks import Capture
 

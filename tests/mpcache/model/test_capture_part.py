@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mpcache.collection.commit_threads import PartCommitter, lower_priority
 from mpcache.collection.producer import empty_rows
-from mpcache.model.capture import Copy, capture_part, scatter_
-from mpcache.model.forward_batches import Batch, piece_batches, piece_tokens
+from mpcache.model.capture_part import Copy, capture_part, scatter_
+from mpcache.model.cut_batches import Batch, piece_batches, piece_tokens
 from mpcache.model.hookpoint_patterns import Side, resolve_sides
 from mpcache.model.hooks import Capture
 from mpcache.model.host_transfer import HostTransfer
