@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers see of the names below
     from mptrain.experiments.sweep import sweep as sweep
     from mptrain.runs.fit import fit as fit
     from mptrain.runs.metrics_file import read_records as read_records
+    from mptrain.tuning.tune import tune as tune
 
 _MODULES = {
     "Code": "mptrain.coders.code",
@@ -36,6 +37,7 @@ _MODULES = {
     "read_records": "mptrain.runs.metrics_file",
     "save_coder": "mptrain.coders.checkpoint",
     "sweep": "mptrain.experiments.sweep",
+    "tune": "mptrain.tuning.tune",
 }
 __all__ = list(_MODULES)
 

@@ -1,0 +1,227 @@
+"""Best learning rates of many coders, from which the default rate is fitted.
+
+`python -m benchmarks.learning_rates STORE --work FOLDER --out docs/data/learning_rates.csv` finds
+the best rate of each setting below that the table does not have yet, and adds a row for every rate
+that was tried. Stop it or kill it: the same command goes on.
+"""
+
+import csv
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpcache.store.reader import open_store
+from mptrain.config.architectures import Arch
+from mptrain.config.coder_grid import FitConfig
+from mptrain.config.coder_settings import Optimizer
+from mptrain.config.sides import Kind
+from mptrain.tuning.tune import TunedSetting, tune
+
+ARCHS: tuple[Arch, ...] = ("mp", "topk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A setting whose best learning rate is searched; one search trains all its architectures."""
+
+    hookpoint: str = "layers.3"
+    kind: Kind = "sae"
+    optimizer: Optimizer = "muon"
+    latents: int = 2048
+    k: int = 16
+    batch_rows: int = 1024
+    steps: int = 250
+    seed: int = 0
+    nested: bool = False
+    archs: tuple[Arch, ...] = ARCHS
+
+    @property
+    def name(self) -> str:
+        """A folder name that tells settings apart."""
+        return "-".join(str(getattr(self, f.name)) for f in fields(self) if f.name != "archs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateRow:
+    """A row of the table: one coder at one rate."""
+
+    store: str
+    hookpoint: str
+    kind: str
+    arch: str
+    nested: bool
+    optimizer: str
+    width: int
+    "of the input"
+    latents: int
+    k: int
+    "without effect on relu, jumprelu and gated"
+    batch_rows: int
+    steps: int
+    seed: int
+    lr: float
+    fvu: float
+    "on the half of the held-out rows that chooses"
+    report_fvu: float
+    "on the other half"
+    l0: float
+    dead_share: float
+    train_seconds: float
+
+
+def settings() -> Iterator[Setting]:
+    """The design: each factor alone around one base, then pairs, from important to less so."""
+    base = Setting()
+    yield base
+    for steps in (1000, 4000):
+        yield replace(base, steps=steps)
+    for latents in (1024, 8192):
+        yield replace(base, latents=latents)
+    for k in (8, 64):
+        yield replace(base, k=k)
+    for batch_rows in (256, 4096):
+        yield replace(base, batch_rows=batch_rows)
+    mlp = replace(base, hookpoint="layers.3.mlp")
+    for kind in ("skip-transcoder", "transcoder", "sae"):
+        yield replace(mlp, kind=kind)
+    yield replace(mlp, kind="skip-transcoder", steps=1000)
+    for optimizer in ("adam", "signsgd"):
+        for steps in (250, 1000):
+            yield replace(base, optimizer=optimizer, steps=steps)
+        yield replace(base, optimizer=optimizer, latents=8192)
+        yield replace(base, optimizer=optimizer, k=64)
+    others: tuple[Arch, ...] = ("batch-topk", "batch-mp", "jumprelu", "gated", "relu")
+    for steps in (250, 1000):
+        yield replace(base, archs=others, steps=steps)
+        yield replace(base, nested=True, archs=("batch-topk",), steps=steps)
+    yield replace(base, archs=others, optimizer="adam")
+    yield replace(base, hookpoint="layers.5")
+    yield replace(base, hookpoint="layers.5", steps=1000)
+    yield replace(base, latents=8192, k=64, steps=1000)
+    yield replace(base, seed=1)
+    yield replace(base, seed=2)
+    yield replace(base, steps=16_000)
+
+
+def read_rows(table: Path) -> list[dict[str, str]]:
+    """Rows of the table, as text; none where there is no table yet."""
+    if not table.exists():
+        return []
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def missing_archs(setting: Setting, store: str, rows: Sequence[dict[str, str]]) -> tuple[Arch, ...]:
+    """The architectures of a setting that the table does not have."""
+    shared = {"store": store, **_shared(setting)}
+    known = {
+        row["arch"]
+        for row in rows
+        if all(row[name] == str(value) for name, value in shared.items())
+    }
+    return tuple(arch for arch in setting.archs if arch not in known)
+
+
+def fit_config(setting: Setting, store: Path, run: Path) -> FitConfig:
+    """The run that trains a setting."""
+    rows = setting.steps * setting.batch_rows
+    return FitConfig(
+        store=str(store),
+        run=str(run),
+        hookpoints=(setting.hookpoint,),
+        kind=(setting.kind,),
+        arch=setting.archs,
+        k=(setting.k,),
+        latents=(setting.latents,),
+        optimizer=setting.optimizer,
+        nested=setting.nested,
+        seed=(setting.seed,),
+        rows=rows,
+        batch_rows=setting.batch_rows,
+        eval_every=setting.steps,
+        eval_rows=1024,
+    )
+
+
+def table_rows(setting: Setting, store: str, width: int, tuned: TunedSetting) -> list[RateRow]:
+    """A row for each rate that was tried."""
+    shared = _shared(setting)
+    return [
+        RateRow(
+            **shared,
+            store=store,
+            arch=tuned.coder.arch,
+            width=width,
+            lr=trial.value,
+            fvu=trial.choice_fvu,
+            report_fvu=trial.report_fvu,
+            l0=trial.l0,
+            dead_share=trial.dead_share,
+            train_seconds=round(trial.train_seconds, 2),
+        )
+        for trial in tuned.trials
+    ]
+
+
+def _shared(setting: Setting) -> dict[str, Any]:
+    """What all architectures of a setting have in common."""
+    return {name: value for name, value in asdict(setting).items() if name != "archs"}
+
+
+def search(setting: Setting, store: Path, work: Path, table: Path) -> None:
+    """Find the best rates of a setting, and add them to the table."""
+    archs = missing_archs(setting, store.name, read_rows(table))
+    if not archs:
+        return
+    run = work / setting.name
+    started = time.monotonic()
+    found = tune(fit_config(replace(setting, archs=archs), store, run))
+    rows = [
+        row
+        for tuned in found
+        for row in table_rows(setting, store.name, _width(store, tuned), tuned)
+    ]
+    append_rows(table, rows)
+    shutil.rmtree(run)
+    best = ", ".join(f"{t.coder.arch} {t.best.value:g}: {t.best.report_fvu:.4f}" for t in found)
+    typer.echo(f"{setting.name}: {best} ({time.monotonic() - started:.0f} s)")
+
+
+def _width(store: Path, tuned: TunedSetting) -> int:
+    return open_store(store).width(*tuned.coder.input)
+
+
+def append_rows(table: Path, rows: Sequence[RateRow]) -> None:
+    """Write the table with these rows added, whole or not at all."""
+    old = read_rows(table)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    partial = table.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(RateRow)])
+        writer.writeheader()
+        writer.writerows([*old, *map(asdict, rows)])
+    partial.replace(table)
+
+
+def main(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="store to train on")],
+    work: Annotated[Path, typer.Option(help="folder for runs; a finished run is deleted")],
+    out: Annotated[Path, typer.Option(help="table to extend, a CSV file")],
+    hours: Annotated[float, typer.Option(help="begin no search after this time")] = math.inf,
+) -> None:
+    """Find the best learning rates of all settings that the table does not have."""
+    started = time.monotonic()
+    for setting in settings():
+        if time.monotonic() - started > 3600 * hours:
+            break
+        search(setting, store, work, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
