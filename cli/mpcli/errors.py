@@ -84,11 +84,15 @@ def _show(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def _remedy(error: DamagedStoreError, command: str, store: object) -> str:
-    """The commands that repair a store; nothing if one of these commands found the damage."""
-    if command in _REPAIRING:
+    """The commands that repair a store; nothing where the message ends with its own remedy, or
+    where one of these commands found the damage.
+    """
+    if "; " in str(error):
         return ""
     if "store.json" in str(error):  # repair cannot compute it
         return "; replace store.json by the one of a copy of this store"
+    if command in _REPAIRING:
+        return ""
     name = store if isinstance(store, str) else "STORE"
     return f"; `mpcache verify {name}` lists all damage, `mpcache repair {name}` restores the data"
 

@@ -26,6 +26,12 @@ def os_error(number: int) -> OSError:
         (os_error(errno.ENOSPC), 1, "No space left on device"),
         (ConnectionError("the server is gone"), 1, "error: the server is gone"),
         (DamagedStoreError("part 3 is damaged"), 1, "mpcache repair STORE` restores the data"),
+        (
+            DamagedStoreError("s/store.json is damaged"),
+            1,
+            "store.json is damaged; replace store.json by the one of a copy of this store\n",
+        ),
+        (DamagedStoreError("s is damaged; copy again"), 1, "error: s is damaged; copy again\n"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (Terminated("ended by SIGTERM"), 143, "ended by SIGTERM"),
         (UsageError("a\x1b[31mb"), 2, "error: a\\x1b[31mb"),
