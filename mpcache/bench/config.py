@@ -24,11 +24,11 @@ class StoreBenchConfig:
     dtype: Dtype = "bfloat16"
     "dtype of the stored values"
     part_rows: tuple[int, ...] = (65_536,)
-    "rows per part; each listed number is measured"
+    "rows per part; of several numbers, separated by commas, each is measured"
     chunk_rows: tuple[int, ...] = (1024,)
-    "rows per chunk; each listed number is measured"
+    "rows per chunk; of several numbers, separated by commas, each is measured"
     codec: tuple[Codec, ...] = ("none",)
-    "compression of chunks; each listed codec is measured"
+    "compression of chunks; of several codecs, separated by commas, each is measured"
     threads: int = 4
     "threads that write parts and read chunks"
     repeats: int = 3

@@ -72,14 +72,14 @@ class CollectParallelConfig(WorkersConfig):
     group: ClassVar[str] = "Parallel"
 
     workers: int | None = None
-    "worker processes to start on this machine; each takes one GPU, or all divide the CPU cores"
+    (
+        "worker processes to start on this machine; each takes one GPU; without GPUs, or with "
+        "--device cpu, they divide the CPU cores"
+    )
     scheduler: str | None = None
     "address of a running Dask scheduler, such as tcp://host:8786; its workers run the model"
     share: str | None = None
-    (
-        "collect only the i-th of n disjoint sets of parts, written i/n; for array jobs: 1/8 to "
-        "8/8 for 8 jobs"
-    )
+    ("i/n: collect only the i-th of n disjoint sets of parts; for 8 array jobs, give 1/8 to 8/8")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,8 +117,8 @@ class ParallelConfig(WorkersConfig):
 
     threads: int | None = None
     (
-        "parts processed at the same time in each process; more need more memory; default: number "
-        "of cores, at most 8 (with --workers: 1)"
+        "parts processed at the same time in each process; a larger number needs more memory; "
+        "default: number of cores, at most 8 (with --workers: 1)"
     )
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class PursuitBenchConfig:
     width: int = 576
     "values per row"
     latents: int = 9216
-    "atoms of the random dictionary; a multiple of --width"
+    "latents of the random dictionary; a multiple of --width"
     k: int = 64
     "pursuit steps per row"
     coder: str | None = None
@@ -30,7 +30,10 @@ class PursuitBenchConfig:
     store: str | None = None
     "store whose validation rows are coded by CODER, instead of random rows"
     shortlist_size: int = CoderSettings.shortlist_size
-    "shortlist method: best atoms of each row that are searched between two full searches"
+    (
+        "shortlist method: number of best latents of each row; between two full searches, only "
+        "these are searched"
+    )
     shortlist_refresh: int = CoderSettings.shortlist_refresh
     "shortlist method: pursuit steps from one full search to the next"
     repeats: int = 3
@@ -76,15 +79,18 @@ class LoaderBenchConfig:
     "threads that read the store; default: as for `mptrain fit`"
     cache_dir: str | None = None
     (
-        "folder on this machine that keeps the data read from a remote store; measure reads from "
-        "this cache"
+        "folder on this machine that keeps the data read from a remote store; the measured reads "
+        "then come from this folder"
     )
     steps: int = 0
-    "train steps to measure with rows from the store and with rows from memory; 0: do not train"
+    (
+        "number of train steps to measure, once with rows from the store and once with rows from "
+        "memory; 0: do not train"
+    )
     k: int = 16
     "active latents per row (mp: pursuit steps) of the coders that --steps trains"
     expansion: int = 8
-    "latents of these coders as a multiple of the input's width"
+    "latents of the coders that --steps trains, as a multiple of the input's width"
     repeats: int = 3
     "measured rounds over all methods; one more round before them is a warm-up"
     device: str = "auto"

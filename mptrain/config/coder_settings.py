@@ -30,25 +30,25 @@ class OptimizerSettings:
     "fraction (0 to 1) of the train steps, at the start, in which the learning rate rises linearly"
     schedule: Schedule | None = None
     (
-        "how the learning rate falls to 0; default: linear; for signsgd: constant, because it "
-        "averages weights"
+        "how the learning rate changes after the warm-up; default: linear (to 0); for signsgd: "
+        "constant, because signsgd averages the weights"
     )
     decay_share: float = 1.0
     "fraction (0 to 1) of the train steps, at the end, in which the learning rate falls"
     clip_norm: float | None = None
     (
-        "scale a coder's gradients down if their norm over all its parameters is larger; default: "
-        "no clipping"
+        "scale a coder's gradients down if their norm over all its parameters exceeds this value; "
+        "default: no clipping"
     )
     micro_batch_rows: int | None = None
     (
-        "rows processed at once, to save memory; batch- architectures then select in each piece; "
-        "default: the whole batch"
+        "rows processed at once, to save memory; batch-mp and batch-topk then choose latents "
+        "within each micro-batch; default: the whole batch"
     )
     start: Start = "mean"
     (
         "initial biases: the mean of all train rows, or the geometric median of 16384 train rows "
-        "after filters"
+        "that no filter (such as --skip-positions) excludes"
     )
     normalise: bool = False
     "scale rows to a mean square of about 1 for training; the saved coder takes unscaled rows"
@@ -67,19 +67,22 @@ class CodeSettings:
     )
     backend: Backend = "auto"
     (
-        "arch mp, batch-mp only: how atoms are found; direct and gram are exact, shortlist is "
-        "approximate; auto: gram or direct, by size"
+        "arch mp, batch-mp only: how the latent of each step is found; direct and gram are exact, "
+        "shortlist is approximate; auto: gram or direct, by the size of coder and batch"
     )
     shortlist_size: int = 64
-    "--backend shortlist only: best atoms of each row that are searched between two full searches"
+    (
+        "--backend shortlist only: number of best latents of each row; between two full searches, "
+        "only these are searched"
+    )
     shortlist_refresh: int = 4
     "--backend shortlist only: pursuit steps from one full search to the next"
     score_dtype: ScoreDtype = "float32"
     "dtype of the scores by which latents are chosen; values and gradients stay in float32"
     tolerance: float = 0.0
     (
-        "arch mp, batch-mp only: stop the pursuit of a row when its residual norm is at most this "
-        "fraction (0 to 1) of its first norm"
+        "arch mp, batch-mp only: stop the pursuit of a row when the norm of its residual is at "
+        "most this fraction (0 to 1) of the initial norm"
     )
     shrink: float = 0.0
     (
@@ -88,8 +91,9 @@ class CodeSettings:
     )
     select: Select = "positive"
     (
-        "arch mp, batch-mp only: a step takes the largest correlation if positive, or the largest "
-        "of any sign (signed), or the largest absolute one (magnitude)"
+        "arch mp, batch-mp only: correlation that a step takes; positive: the largest, if it is "
+        "positive; signed: the largest, even if it is negative; magnitude: the largest absolute "
+        "value"
     )
     subtract: Subtract = "selecting"
     (
@@ -99,8 +103,8 @@ class CodeSettings:
     )
     blocks: Blocks = "none"
     (
-        "arch mp only: give each pursuit step its own block of latents, in the selecting "
-        "dictionary, in the decoder (predicting), or in both"
+        "arch mp only: give each pursuit step its own block of latents; selecting: in the "
+        "encoder; predicting: in the decoder; both: in both"
     )
     free_norm: bool = False
     (
@@ -122,16 +126,16 @@ class LossSettings:
     per_step_loss: bool = False
     (
         "arch mp, batch-mp only: average the loss over the predictions after each pursuit step, "
-        "instead of using the last alone"
+        "instead of taking only the loss of the last prediction"
     )
     nested: bool = False
     "average the loss over predictions from the first 1/16, 1/4, 1/2 and all latents (Matryoshka)"
     multi_topk: bool = False
-    "arch mp, topk only: add 1/8 of the loss of a second code with 4 K latents per row"
+    "arch mp, topk only: add 1/8 of the loss of a second code with 4 x K latents per row"
     input_loss: float = 0.0
     (
-        "transcoders of arch mp, batch-mp only: weight of the fraction of the input's variance "
-        "that the pursuit leaves unexplained"
+        "transcoders of arch mp, batch-mp only: weight of an additional loss, the fraction of "
+        "the input's variance that the pursuit leaves unexplained"
     )
     sparsity_weight: float = 0.01
     (
@@ -140,8 +144,8 @@ class LossSettings:
     )
     bandwidth: float = 0.03
     (
-        "arch jumprelu only: width of the interval around a threshold in which it gets gradients; "
-        "also the initial threshold"
+        "arch jumprelu only: a threshold gets gradients from values in an interval of this width "
+        "around it; also the initial threshold"
     )
     auxk_alpha: float = 0.03125
     (
@@ -159,11 +163,14 @@ class CurriculumSettings:
     group: ClassVar[str] = "Coder"
 
     begin_as: BeginAs = "mp"
-    "arch mp only: train as topk or groupmax with the same dictionaries at first, then switch to mp"
+    (
+        "arch mp only: train at first as topk or groupmax (the largest latent of each of K groups) "
+        "with the same dictionaries, then switch to mp; mp: no switch"
+    )
     begin_share: float = 0.0
     "arch mp only: fraction (0 to 1) of the train steps before the switch of --begin-as"
     k_factor: float = 1.0
-    "at the start of training, use this many times K; needs --k-decay-share"
+    "start the training with K multiplied by this number; needs --k-decay-share"
     k_decay_share: float = 0.0
     "fraction (0 to 1) of the train steps over which K falls linearly from --k-factor x K to K"
 

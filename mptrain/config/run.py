@@ -43,7 +43,10 @@ class ReadCacheSettings:
         "are local"
     )
     cache_bytes: int | None = None
-    "most bytes that --cache-dir may hold; default: grow until 5 % of its file system is free"
+    (
+        "maximum number of bytes in --cache-dir; default: the cache grows until only 5 % of its "
+        "file system is free"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +75,8 @@ class DataSettings:
     "train on the rows of all tokens, or only of tokens that the assistant wrote in a chat"
     max_norm: float | None = None
     (
-        "exclude rows whose norm exceeds this multiple of the median norm, in the coder's input "
-        "or target"
+        "exclude rows whose norm, in the coder's input or target, exceeds this multiple of the "
+        "median norm"
     )
     order_seed: int = 0
     "random seed of the order of rows"
@@ -83,7 +86,10 @@ class DataSettings:
         "the order of rows"
     )
     follow: bool = False
-    "train while a collection still writes the store: wait until it has written all planned parts"
+    (
+        "accept a store that a collection still writes: wait until it has written all planned "
+        "parts, then train"
+    )
     allow_nonfinite: bool = False
     "accept a store with NaN or infinite values; rows with such values are excluded"
 
@@ -119,7 +125,7 @@ class RunSettings:
     "train steps between two saved states; an interrupted run continues from the last one"
     max_memory: int | None = None
     (
-        "most bytes for the coders in each process, such as 20GB; a larger grid is trained in "
+        "maximum bytes for the coders in each process, such as 20GB; a larger grid is trained in "
         "several passes; default: no limit"
     )
     device: str = "auto"
@@ -155,7 +161,7 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
         if self.rows < self.batch_rows:
             raise UsageError(
                 f"rows must be at least batch_rows, got rows={self.rows}, "
-                f"batch_rows={self.batch_rows}; use more --rows, or fewer --batch-rows"
+                f"batch_rows={self.batch_rows}; use a larger --rows, or a smaller --batch-rows"
             )
         check_cache_limit(self.cache_dir, self.cache_bytes)
 

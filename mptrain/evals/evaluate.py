@@ -96,7 +96,7 @@ def evaluate_coder(
         other_codes: evaluate an mp coder also with values by these codes.
         parts: numbers of the store's parts to read, all if None.
         cache_dir: local folder that keeps what is read from a remote store.
-        cache_bytes: most bytes in `cache_dir`.
+        cache_bytes: maximum number of bytes in `cache_dir`.
 
     Returns:
         An evaluation for the coder's own K and codes, then one for each other K and codes.

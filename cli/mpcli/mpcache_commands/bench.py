@@ -18,7 +18,9 @@ def bench(
     repeats: Annotated[
         int,
         typer.Option(
-            metavar="COUNT", help="measured pairs of runs; one more pair before them is a warm-up"
+            metavar="COUNT",
+            help="measured pairs of runs (the model alone, and a collection); one more pair before "
+            "them is a warm-up",
         ),
     ] = 5,
     json: Json = False,
@@ -36,7 +38,7 @@ def bench_store(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="folder for the stores that are measured; default: the temporary folder",
+            help="folder for the stores that are measured; default: the system's temporary folder",
         ),
     ] = None,
     json: Json = False,

@@ -37,8 +37,9 @@ def collect(
         str | None,
         typer.Option(
             metavar="ROOT",
-            help="folder of stores (or s3:// or gs:// URL), instead of STORE: the command "
-            "continues the store in it that has the same settings, or creates one",
+            help="folder of stores (or s3:// or gs:// URL), instead of STORE; the command "
+            "continues the store with the same settings in this folder, or creates a new one "
+            "there",
         ),
     ] = None,
     json: Json = False,

@@ -19,7 +19,8 @@ JournalPath = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="file that records which data is intact; the next verify with it skips that data",
+        help="file that records which data is intact; a later verify with the same file skips the "
+        "data recorded there",
     ),
 ]
 

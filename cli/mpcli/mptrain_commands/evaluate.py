@@ -49,11 +49,11 @@ class VariantOptions:
     group: ClassVar[str] = "Evaluation"
 
     k: tuple[int, ...] = ()
-    "also evaluate the coder with these K, one more line of the report for each"
+    "also evaluate the coder with each of these values of K; each adds a line to the report"
     codes: tuple[Codes, ...] = ()
     (
-        "arch mp only: also evaluate with values by mp (matching pursuit), gp (gradient pursuit) "
-        "or omp (orthogonal)"
+        "arch mp only: also evaluate with latent values from mp (matching pursuit), gp (gradient "
+        "pursuit) or omp (orthogonal matching pursuit)"
     )
 
 

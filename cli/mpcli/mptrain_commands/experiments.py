@@ -33,7 +33,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="FIGURE",
-            help="only this figure, or panel FIGURE/HOOKPOINT-KIND-kK; * is any text; repeatable",
+            help="run only this figure, or this panel, written FIGURE/HOOKPOINT-KIND-kK, such as "
+            "main/layers.10-sae-k64; * is any text; can be repeated",
         ),
     ] = None,
     changes: Changes = None,

@@ -52,7 +52,7 @@ def _resume(run: str, given: dict[str, Any]) -> RunConfig:
     load_from=LoadConfigFrom(
         name="resume",
         metavar="RUN",
-        doc="folder of an earlier run; continue this run with its own config",
+        doc="folder of an earlier run; continue that run with its own config",
         load=_resume,
     ),
 )
@@ -155,7 +155,9 @@ def save_coders(
     device: Annotated[
         str,
         typer.Option(
-            metavar="TEXT", help="torch device that computes thresholds, such as cpu or cuda:1"
+            metavar="TEXT",
+            help="torch device that computes the thresholds of batch-mp and batch-topk coders, "
+            "such as cpu or cuda:1",
         ),
     ] = "cpu",
     json: Json = False,
