@@ -42,9 +42,7 @@ class LoadConfigFrom:
         """Refuse a config that is not loaded and lacks a required field."""
         missing = [spelling for name, spelling in required.items() if name not in given]
         if missing:
-            raise UsageError(
-                f"{' and '.join(missing)} must be given, unless --{self.name} {self.metavar} is"
-            )
+            raise UsageError(f"give {' and '.join(missing)}, or give --{self.name} {self.metavar}")
 
 
 def from_config(

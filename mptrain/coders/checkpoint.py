@@ -72,8 +72,9 @@ def load_coder(folder: str | Path) -> tuple[Coder, dict[str, Any]]:
         about = read_json(folder / "coder.json", remedy="train the coder again")
         if about["format_version"] not in (1, CODER_FORMAT):
             raise UsageError(
-                f"{folder} has coder format version {about['format_version']}, but this mptrain "
-                f"reads 1 and {CODER_FORMAT}; use the mptrain version that saved the coder"
+                f"{folder} has coder format version {about['format_version']}, but this "
+                f"version of mptrain reads only 1 and {CODER_FORMAT}; use the version that saved "
+                "the coder"
             )
         tensors = load_file(folder / "coder.safetensors")
         if about["format_version"] == 1:

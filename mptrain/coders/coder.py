@@ -189,7 +189,7 @@ def check_codes(coder: Coder, codes: Codes) -> Codes:
     if codes != config.codes:
         if not config.architecture.is_pursuit:
             raise UsageError(
-                f"codes {codes} apply only to arch mp, got a coder of arch {config.arch}; "
+                f"codes={codes} applies only to arch=mp, got a coder with arch={config.arch}; "
                 "remove --codes"
             )
         training_only = {name: getattr(CoderConfig, name) for name in _NOT_FOR_REFIT}
@@ -225,10 +225,10 @@ def _check_widths(config: CoderConfig, input_width: int, target_width: int) -> N
     widths = f"input_width={input_width}, target_width={target_width}"
     if config.kind == "sae":
         raise UsageError(
-            f"an sae needs input and target of the same width, got {widths}; use kind transcoder"
+            f"kind=sae needs input and target of the same width, got {widths}; use kind=transcoder"
         )
     if config.subtract == "predicting":
         raise UsageError(
-            "subtract predicting needs input and target of the same width, got "
-            f"{widths}; use subtract selecting"
+            "subtract=predicting needs input and target of the same width, got "
+            f"{widths}; use subtract=selecting"
         )

@@ -14,11 +14,12 @@ def check_at_least(config: object, minima: Mapping[str, int]) -> None:
 
 def check_cache_limit(cache_dir: str | None, cache_bytes: int | None) -> None:
     """Raise UsageError for cache_bytes without cache_dir, or below 1."""
-    if cache_bytes is not None and (cache_dir is None or cache_bytes < 1):
-        raise UsageError(
-            f"cache_bytes must be at least 1 and needs cache_dir, got cache_bytes={cache_bytes}, "
-            f"cache_dir={cache_dir}; set cache_dir too"
-        )
+    if cache_bytes is None:
+        return
+    if cache_bytes < 1:
+        raise UsageError(f"cache_bytes must be at least 1, got {cache_bytes}")
+    if cache_dir is None:
+        raise UsageError("cache_bytes needs cache_dir, got none; give both, or remove cache_bytes")
 
 
 def check_nonempty(name: str, values: tuple[object, ...]) -> None:

@@ -131,7 +131,7 @@ def all_sides(configs: Iterable[CoderConfig]) -> tuple[Side, ...]:
 def k_error(config: CoderConfig, k: int, latents: int | None) -> str | None:
     """Why such a coder cannot be run with this K; None where it can, as far as `latents` tell."""
     if config.k is None:
-        return f"k has no effect on arch {config.arch}, got k={k}; remove --k"
+        return f"k has no effect on arch={config.arch}, got k={k}; remove --k"
     if k < 1:
         return f"k must be at least 1, got {k}"
     in_blocks = config.blocks != "none"
@@ -171,7 +171,7 @@ def is_compatible(changes: Mapping[str, Any], kind: Kind, arch: Arch) -> bool:
 def inapplicable_message(name: str, kinds: str, archs: str) -> str:
     """What to tell of a field that is not for such coders."""
     needed = ",".join(architectures_with(name)) + (" transcoders" if name == "input_loss" else "")
-    return f"{name} has no effect on kind {kinds} with arch {archs}; it applies to {needed}"
+    return f"{name} has no effect on kind={kinds} with arch={archs}; it applies to {needed}"
 
 
 def _side_errors(config: CoderConfig) -> Iterator[str]:
@@ -186,8 +186,8 @@ def _side_errors(config: CoderConfig) -> Iterator[str]:
         parse_side(texts[0])
     if config.kind == "sae" and config.inputs != config.targets:
         yield (
-            f"an sae predicts what it reads, got input {config.inputs[0]}, target "
-            f"{config.targets[0]}; use kind transcoder"
+            f"kind=sae predicts what it reads, got inputs={config.inputs[0]}, "
+            f"targets={config.targets[0]}; use kind=transcoder"
         )
 
 
@@ -202,9 +202,9 @@ def _range_errors(config: CoderConfig) -> Iterator[str]:
             yield f"{name} must be at least 1, got {value}"
     if config.architecture.needs_k != (config.k is not None):
         yield (
-            f"k has no effect on arch {config.arch}, got k={config.k}; remove k"
+            f"k has no effect on arch={config.arch}, got k={config.k}; remove k"
             if config.k is not None
-            else f"k is missing, but arch {config.arch} needs it; set k to the active latents "
+            else f"arch={config.arch} needs k, got none; set k to the number of active latents "
             "per row"
         )
     if (config.expansion is None) == (config.latents is None):
@@ -234,23 +234,26 @@ def _inapplicable_settings(config: CoderConfig) -> Iterator[str]:
     for name in _SHORTLIST:
         if config.backend != "shortlist" and _is_set(config, name):
             yield (
-                f"{name} applies to backend shortlist only, got backend {config.backend}; "
-                f"remove {name}"
+                f"{name} applies only to backend=shortlist, got backend={config.backend}; remove "
+                f"{name}"
             )
     exact = config.architecture.is_pursuit and config.backend not in ("gram", "shortlist")
     if config.score_dtype != "float32" and exact:
         yield (
-            f"score_dtype applies to backend gram or shortlist only, got {config.backend}; "
-            "remove it"
+            "score_dtype applies only to backend=gram and backend=shortlist, got "
+            f"backend={config.backend}; remove score_dtype"
         )
     if config.optimizer == "signsgd" and config.clip_norm is not None:
         yield (
-            "clip_norm has no effect on optimizer signsgd, which uses only signs; remove clip_norm"
+            "clip_norm has no effect on optimizer=signsgd, which uses only signs; remove clip_norm"
         )
     if config.decays_by == "constant" and _is_set(config, "decay_share"):
-        yield "decay_share has no effect on schedule constant; use schedule linear or cosine"
+        yield (
+            "decay_share has no effect on schedule=constant; use schedule=linear or "
+            "schedule=cosine, or remove decay_share"
+        )
     if config.start != "mean" and not config.bias:
-        yield f"start {config.start} needs a coder with biases; remove start or no-bias"
+        yield f"start={config.start} needs a coder with biases, got bias=False; remove one of them"
     for name, partner in (("begin_as", "begin_share"), ("k_factor", "k_decay_share")):
         if _is_set(config, name) != _is_set(config, partner):
             yield f"{name} and {partner} need each other; give both, or neither"
@@ -258,37 +261,41 @@ def _inapplicable_settings(config: CoderConfig) -> Iterator[str]:
 
 def _combination_errors(config: CoderConfig) -> Iterator[str]:
     if config.kind == "sae" and config.subtract == "separate":
-        yield "subtract separate applies to transcoders only, got kind sae; remove subtract"
+        yield "subtract=separate applies only to transcoders, got kind=sae; remove subtract"
     for names in (("nested", "per_step_loss"), ("multi_topk", "nested", "per_step_loss")):
         if sum(getattr(config, name) for name in names) > 1:
-            yield f"{' and '.join(names)} each change the loss; use one of them"
+            yield f"{' and '.join(names)} each change the loss; use only one of them"
     if config.begin_as != "mp":
         of_pursuits = ("per_step_loss", "codes", "input_loss")
-        yield from _conflicts(config, f"begin_as {config.begin_as}", of_pursuits)
+        yield from _conflicts(config, f"begin_as={config.begin_as}", of_pursuits)
         if config.begin_as == "groupmax":
-            yield from _conflicts(config, "begin_as groupmax", ("k_factor", "multi_topk"))
+            yield from _conflicts(config, "begin_as=groupmax", ("k_factor", "multi_topk"))
         if config.blocks == "predicting":
-            yield "begin_as cannot be combined with blocks predicting; remove one of them"
+            yield "begin_as cannot be combined with blocks=predicting; remove one of them"
     if config.shrink > 0:
         if config.select != "positive":
-            yield f"shrink needs select positive, got {config.select}; remove one of them"
+            yield f"shrink needs select=positive, got select={config.select}; remove one of them"
         yield from _conflicts(config, "shrink", ("codes", "normalise"))
     if config.codes != "mp":
         if config.backend not in ("auto", "direct"):
             yield (
-                f"codes {config.codes} needs backend direct, got {config.backend}; use backend auto"
+                f"codes={config.codes} needs backend=direct, got backend={config.backend}; use "
+                "backend=auto"
             )
         steps_only = ("subtract", "blocks", "detach", "per_step_loss", "multi_topk")
-        yield from _conflicts(config, f"codes {config.codes}", steps_only)
+        yield from _conflicts(config, f"codes={config.codes}", steps_only)
     if config.blocks != "none":
         if config.backend not in ("auto", "direct"):
-            yield f"blocks needs backend direct, got {config.backend}; use backend auto or direct"
-        yield from _conflicts(config, f"blocks {config.blocks}", ("multi_topk", "k_factor"))
+            yield (
+                f"blocks={config.blocks} needs backend=direct, got backend={config.backend}; use "
+                "backend=auto or backend=direct"
+            )
+        yield from _conflicts(config, f"blocks={config.blocks}", ("multi_topk", "k_factor"))
         shared = config.kind == "sae" and config.subtract != "predicting"
         if shared and config.blocks != "both":
             yield (
-                f"blocks {config.blocks} needs selecting and predicting rows to be different ones; "
-                "use blocks both, subtract predicting, or a transcoder"
+                f"blocks={config.blocks} needs different rows in encoder and decoder, but an sae "
+                "has the same rows in both; use blocks=both, subtract=predicting, or a transcoder"
             )
 
 

@@ -166,7 +166,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
 
     def _check_sides(self) -> None:
         if self.target and not self.input:
-            raise UsageError(f"target {','.join(self.target)} needs an input; give --input too")
+            raise UsageError(f"target={','.join(self.target)} needs an input; give --input too")
         if bool(self.hookpoints) == bool(self.input):
             raise UsageError(
                 "hookpoints is empty; give at least one hookpoint, or use --input"
@@ -176,8 +176,8 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
         kinds = ",".join(kind for kind in self.kind if kind != "sae")
         if self.input and kinds and (self.target or self.input) == self.input:
             raise UsageError(
-                f"kind {kinds} predicts another side than {','.join(self.input)}; name it with "
-                "--target, or use kind sae"
+                f"kind={kinds} predicts a side other than {','.join(self.input)}; name that other "
+                "side with --target, or use kind=sae"
             )
 
     def _check_presets(self) -> None:
@@ -186,12 +186,13 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
                 raise UsageError(f"preset must be one of {', '.join(PRESETS)}, got {name}")
             for field in PRESETS[name]:
                 if getattr(self, field) != getattr(CoderSettings, field):
-                    raise UsageError(f"preset {name} already sets {field}; remove one of them")
+                    raise UsageError(f"preset={name} already sets {field}; remove one of them")
             pairs = [pair for pair in self._pairs() if ARCHITECTURES[pair[1]].is_pursuit]
             if name != "mp" and not any(is_compatible(PRESETS[name], *pair) for pair in pairs):
                 raise UsageError(
-                    f"preset {name} does not apply to any of kind {','.join(self.kind)} with arch "
-                    f"{','.join(self.arch)}; remove the preset, or add other coders"
+                    f"preset={name} applies to no coder of kind={','.join(self.kind)} with "
+                    f"arch={','.join(self.arch)}; remove the preset, or add a kind or an arch to "
+                    "which it applies"
                 )
 
     def _check_names(self) -> None:
@@ -199,8 +200,9 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
         twins = [name for name, count in Counter(names).items() if count > 1]
         if twins:
             raise UsageError(
-                f"each coder needs a different name, got {', '.join(twins)} several times; "
-                "names show 6 digits of a number: give values that differ in these digits"
+                f"each coder needs a different name, got {', '.join(twins)} several times, "
+                "because names show only 6 digits of each setting; give values that differ in "
+                "these digits"
             )
 
     def _pairs(self) -> list[tuple[Kind, Arch]]:
@@ -209,7 +211,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
     def _check_all_apply(self) -> None:
         """Refuse what was set and is for none of the coders."""
         if self.k != FitConfig.k and not any(ARCHITECTURES[arch].needs_k for arch in self.arch):
-            raise UsageError(f"k has no effect on arch {','.join(self.arch)}; remove --k")
+            raise UsageError(f"k has no effect on arch={','.join(self.arch)}; remove --k")
         for field in fields(CoderSettings):
             is_set = getattr(self, field.name) != field.default
             if is_set and not any(applies_to(field.name, *pair) for pair in self._pairs()):

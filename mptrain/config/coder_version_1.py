@@ -29,8 +29,8 @@ def upgrade_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     for name, off in _REMOVED_OPTIONS.items():
         if kept.pop(name, off) != off:
             raise UsageError(
-                f"the coder was trained with {name}, which this mptrain does not have; "
-                "use the mptrain that made it"
+                f"the coder was trained with {name}, which this version of mptrain does not "
+                "have; use the version that trained the coder"
             )
     return {**hookpoint_sides(kept.pop("hookpoint"), kept["kind"]), **kept}
 

@@ -22,7 +22,7 @@ def parse_side(text: str) -> Side:
     if not hookpoint or side not in ("input", "output"):
         raise UsageError(
             f"a side must be HOOKPOINT:input or HOOKPOINT:output, got {text!r}; "
-            "write layers.10:output"
+            "write it as in layers.10:output"
         )
     return hookpoint, side
 

@@ -27,7 +27,7 @@ def is_partial(path: Path) -> bool:
     return path.name.endswith(_PARTIAL)
 
 
-def read_json(path: Path, *, remedy: str = "remove this file") -> Any:
+def read_json(path: Path, *, remedy: str = "delete this file") -> Any:
     """Return the content of a JSON file.
 
     Raises:
@@ -113,5 +113,6 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _UNWRITABLE:
             raise
         raise UsageError(
-            f"cannot write in {folder}: {error.strerror}; give a folder with write permission"
+            f"cannot write in {folder}: {error.strerror}; make this folder writable, or give "
+            "another folder"
         ) from None

@@ -38,7 +38,10 @@ def epoch_order(
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")
     if sum(part_sizes) < 1:
-        raise UsageError(f"there are no rows to order: {len(part_sizes)} parts, all empty")
+        raise UsageError(
+            f"there are no rows to order, got {len(part_sizes)} parts without rows; give parts "
+            "that have rows"
+        )
     return EpochOrder(part_sizes, chunk_rows, (seed, epoch), window)
 
 

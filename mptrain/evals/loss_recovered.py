@@ -73,7 +73,8 @@ def measure_loss_recovered(
     if not tokens:
         raise UsageError(
             "the held-out sequences must have a token to predict, got none: they are too short, "
-            "or hold special tokens alone; collect with a longer ctx_len, or other documents"
+            "or hold only special tokens; collect with a larger --ctx-len, or collect other "
+            "documents"
         )
     clean, spliced, zero, kl = (sums / tokens).tolist()
     return LossRecovered(

@@ -206,7 +206,9 @@ def _panel_lines(
                 for seed in figure.seeds
             )
         except UsageError as error:
-            raise UsageError(f"has {variant.name}, but {error}; or remove the variant") from None
+            raise UsageError(
+                f"has {variant.name}, but {error} (or remove {variant.name} from the variants)"
+            ) from None
         twin = variant_of_coder.setdefault(coders[0].name, variant.name)
         if twin != variant.name:
             raise UsageError(

@@ -18,6 +18,8 @@ from mptrain.experiments.option_tables import RUN_OPTIONS, TABLE_OF_OPTION
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import CHANGEABLE_FIELDS, read_manifest, recorded_coders
 
+NEW_FOLDER = "another path to the key folder of the experiment file"
+"what a remedy asks for where the results in a folder do not fit an experiment"
 # may differ between the commands of a sweep
 _CHANGEABLE = {*CHANGEABLE_FIELDS, "write_threads", "trust_remote_code"}
 _COMPARED_TABLES = ("collect", *dict.fromkeys(TABLE_OF_OPTION[name] for name in RUN_OPTIONS))
@@ -102,11 +104,11 @@ def check_same_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     file = resolved_file(folder)
     if not file.exists():
         return
-    stored = read_json(file, remedy="name another folder")
+    stored = read_json(file, remedy=f"give {NEW_FOLDER}")
     if missing := [table for table in _COMPARED_TABLES if table not in stored]:
         raise UsageError(
             f"{file} was written by another version of mptrain: it has no table [{missing[0]}]; "
-            "set folder to a new folder"
+            f"give {NEW_FOLDER}"
         )
     differences = [
         f"{table}.{name}: {json.dumps(stored[table].get(name))} there, {json.dumps(value)} here"
@@ -117,9 +119,8 @@ def check_same_settings(folder: Path, resolved: Mapping[str, Any]) -> None:
     if differences:
         raise UsageError(
             f"{folder} has coders with different settings ({'; '.join(differences)}), but all "
-            "coders "
-            "of an experiment must share them; use the settings of that folder (--set "
-            "TABLE.NAME=VALUE), or set folder to a new folder"
+            "coders of an experiment must share them; use the settings of that folder (--set "
+            f"TABLE.KEY=VALUE), or give {NEW_FOLDER}"
         )
 
 
@@ -133,8 +134,7 @@ def check_same_rows(runs: Sequence[SweepRun]) -> None:
         folders = " and ".join(str(run.folder) for run in runs)
         raise UsageError(
             f"the runs {folders} trained on different rows, because the store grew in between, "
-            "so they "
-            "cannot be compared; set folder to a new folder"
+            f"so they cannot be compared; give {NEW_FOLDER}"
         )
 
 

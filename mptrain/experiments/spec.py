@@ -58,9 +58,10 @@ class FigureSettings:
         for name in ("hookpoints", "k", "variants", "seeds"):
             check_nonempty(name, getattr(self, name))
             check_unique(name, getattr(self, name))
-        for number in (*self.k, *self.other_k):
-            if number < 1:
-                raise UsageError(f"k and other_k must be at least 1, got {number}")
+        for name in ("k", "other_k"):
+            for number in getattr(self, name):
+                if number < 1:
+                    raise UsageError(f"{name} must be at least 1, got {number}")
 
 
 @dataclass(frozen=True)

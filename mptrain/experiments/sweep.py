@@ -19,6 +19,7 @@ from mptrain.experiments.figure_folder import write_figure_folder
 from mptrain.experiments.other_k import evaluate_other_k
 from mptrain.experiments.run_hardware import log_hardware
 from mptrain.experiments.runs import (
+    NEW_FOLDER,
     SweepRun,
     check_same_rows,
     check_same_settings,
@@ -154,7 +155,8 @@ def _existing_store(experiment: Experiment) -> Collect:
     store = experiment.header.store
     if store is None:
         raise UsageError(
-            "an experiment with root needs the argument collect; set store instead of root"
+            "an experiment file with the key root needs the argument collect of sweep(), got none; "
+            "give collect, or write the key store instead of root"
         )
     return lambda sides: store
 
@@ -190,6 +192,6 @@ def _check_store(
         if lost := set(parts or ()) - available:
             raise UsageError(
                 f"{store.storage} lacks parts {format_ranges(lost)}, on which the coders in "
-                f"{part.header.folder} were trained; collect these parts again, or set folder to a "
-                "new folder"
+                f"{part.header.folder} were trained; collect these parts again, or give "
+                f"{NEW_FOLDER}"
             )

@@ -27,6 +27,6 @@ def available(device: torch.device) -> bool:
 def _warn_once() -> None:
     warnings.warn(
         "Triton is not installed: matching pursuit falls back to plain torch, which is slower on a "
-        "GPU; pip install triton, in the version that your torch asks for",
+        "GPU; run pip install triton, in the version that your torch asks for",
         stacklevel=3,
     )

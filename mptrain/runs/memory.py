@@ -95,7 +95,8 @@ def group_into_passes(
                 f"max_memory must hold at least one coder, got {max_bytes} bytes, but {coder.name} "
                 f"needs {pass_bytes([coder])}: {coder.weights_bytes} for weights, "
                 f"{coder.optimizer_bytes} for the optimizer, {coder.step_bytes} for a train step "
-                "(estimated); use fewer latents, --batch-rows or --micro-batch-rows, or more memory"
+                "(estimated); use a larger --max-memory, fewer latents, or a smaller --batch-rows "
+                "or --micro-batch-rows"
             )
         if passes and (max_bytes is None or _fits([*passes[-1], coder], max_bytes, processes)):
             passes[-1].append(coder)

@@ -140,4 +140,7 @@ def _parse(line: bytes, location: str) -> Record:
         return Record(**values)
     except (ValueError, TypeError, AttributeError) as error:
         wanted = ", ".join(field.name for field in fields(Record))
-        raise UsageError(f"{location} is not a record of {wanted}: {error}") from error
+        raise UsageError(
+            f"{location} is damaged, or of another version: it must have the fields {wanted} "
+            f"({error}); copy the file again, or use the version of mptrain that wrote it"
+        ) from error

@@ -65,7 +65,7 @@ def read_manifest(run: Path) -> RunManifest:
     """
     file = run / "config.json"
     try:
-        content = read_json(file, remedy="name another run")
+        content = read_json(file, remedy="give another run")
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{run} holds no run: {file} does not exist; give the folder of a run"
@@ -89,7 +89,8 @@ def recorded_coders(run: Path) -> tuple[CoderConfig, ...]:
         return tuple(coder_config_from_json(entry) for entry in entries)
     except TypeError as error:
         raise UsageError(
-            f"{run} has settings that are unknown here ({error}); use the mptrain that began it"
+            f"{run} has settings that this version of mptrain does not know ({error}); use the "
+            "version that began the run"
         ) from None
 
 
@@ -165,8 +166,8 @@ def resumed_config(run: str, changes: Mapping[str, Any]) -> RunConfig:
     allowed = CHANGEABLE_FIELDS - {"run"}
     for name in changes.keys() - allowed:
         raise UsageError(
-            f"--resume takes {name} from the run; remove this option; only these can be changed: "
-            f"{', '.join(sorted(allowed))}"
+            f"{name} cannot be given with --resume, which takes it from the run; remove {name}; "
+            f"only these can be changed: {', '.join(sorted(allowed))}"
         )
     stored = read_manifest(Path(run)).fit
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
@@ -178,7 +179,8 @@ def resumed_config(run: str, changes: Mapping[str, Any]) -> RunConfig:
         return ListedConfig(listed=listed, **{**values, **new_values})
     except TypeError as error:
         raise UsageError(
-            f"{run} has settings that are unknown here ({error}); use the mptrain that began it"
+            f"{run} has settings that this version of mptrain does not know ({error}); use the "
+            "version that began the run"
         ) from None
 
 

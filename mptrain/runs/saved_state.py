@@ -78,7 +78,7 @@ def last_step(run: Path) -> int | None:
 
 
 def _load_summary(folder: Path) -> RunState:
-    remedy = f"delete {folder.parent}: the run starts from its beginning"
+    remedy = f"delete {folder.parent} to start the run from its beginning"
     return RunState.from_json(read_json(folder / "state.json", remedy=remedy))
 
 
@@ -88,6 +88,6 @@ def _damage_explained(folder: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UsageError(
-            f"{folder} is damaged, or of another version ({error}); delete {folder.parent}, and "
-            "the run starts from its beginning"
+            f"{folder} is damaged, or of another version ({error}); use the version of mptrain "
+            f"that wrote it, or delete {folder.parent} to start the run from its beginning"
         ) from None

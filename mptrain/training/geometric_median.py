@@ -22,7 +22,8 @@ def geometric_median(x_ND: Float[Tensor, "rows width"]) -> Float[Tensor, " width
     """
     if not len(x_ND):
         raise UsageError(
-            "start median needs train rows, but the filters exclude all of them; use --start mean"
+            "start=median needs train rows, but the filters exclude all rows that were read for "
+            "it; loosen the filters (such as --skip-tokens or --max-norm), or use start=mean"
         )
     median_D = x_ND.mean(0)
     for _ in range(_MAX_STEPS):

@@ -114,8 +114,8 @@ class Optimizers:
             name, _, key = full_name.rpartition(".")
             if name not in self._parameters:
                 raise UsageError(
-                    f"optimizer state is of another coder: it holds {full_name}, "
-                    f"the coder has {', '.join(self._parameters)}"
+                    f"the optimizer state belongs to another coder: it holds {full_name}, but this "
+                    f"coder has only {', '.join(self._parameters)}; load the state of this coder"
                 )
             parameter = self._parameters[name]
             tensor = tensors[full_name].to(parameter.device, copy=True)

@@ -124,7 +124,7 @@ def test_refuses_more_entries_than_latents_and_an_sae_of_two_widths():
     )
     with pytest.raises(ValueError, match=r"got k=9, latents=8; use a smaller k"):
         Coder(config, 4, 4)
-    with pytest.raises(ValueError, match="input_width=8, target_width=4; use kind transcoder"):
+    with pytest.raises(ValueError, match="input_width=8, target_width=4; use kind=transcoder"):
         Coder(config, 8, 4)
 
 

@@ -42,7 +42,10 @@ def test_covers_encoders_thresholds_and_both_dictionaries() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ban_chosen": True}, "trained with ban_chosen, which this mptrain does not have"),
+        (
+            {"ban_chosen": True},
+            "trained with ban_chosen, which this version of mptrain does not have",
+        ),
         ({"atom_dropout": 0.5}, "trained with atom_dropout"),
     ],
     ids=str,

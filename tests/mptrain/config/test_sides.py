@@ -41,13 +41,16 @@ def test_a_transcoder_between_two_hookpoints_is_named_after_both() -> None:
     [
         ({}, "hookpoints is empty"),
         ({"hookpoints": ("a",), "input": ("a:input",)}, "give only one of them"),
-        ({"hookpoints": ("a",), "target": ("a:input",)}, "target a:input needs an input"),
+        ({"hookpoints": ("a",), "target": ("a:input",)}, "target=a:input needs an input"),
         ({"input": ("a",)}, "a side must be HOOKPOINT:input or HOOKPOINT:output, got 'a'"),
-        ({"input": (MLP_IN,), "target": (NORM_OUT,)}, "an sae predicts what it reads"),
-        ({"input": (MLP_IN,), "kind": ("transcoder",)}, "another side .* name it with --target"),
+        ({"input": (MLP_IN,), "target": (NORM_OUT,)}, "kind=sae predicts what it reads"),
+        (
+            {"input": (MLP_IN,), "kind": ("transcoder",)},
+            "a side other than .* name that other side with --target",
+        ),
         (
             {"input": (MLP_IN,), "target": (MLP_IN,), "kind": ("sae", "skip-transcoder")},
-            f"kind skip-transcoder predicts another side than {MLP_IN}",
+            f"kind=skip-transcoder predicts a side other than {MLP_IN}",
         ),
         (
             {"input": (MLP_IN, "b:input"), "target": (NORM_OUT,), "kind": ("transcoder",)},

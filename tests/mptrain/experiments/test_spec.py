@@ -116,16 +116,16 @@ def test_the_resolved_file_is_the_same_experiment(tmp_path):
         ("variants.batch-mp-nested.k=3", r"but by k in \[figures.NAME\]"),
         (
             "coder.shortlist_size=8",
-            "fvu.variants has mp, but shortlist_size applies to backend short",
+            "fvu.variants has mp, but shortlist_size applies only to backend=short",
         ),
         ("figures.fvu.variants=['detatch']", r"variants.detatch is unknown; did you mean detach\?"),
         (
             "figures.fvu.variants=['separate']",
-            "has separate, but subtract separate applies to transco",
+            "has separate, but subtract=separate applies only to transco",
         ),
         ("figures.fvu.variants=[]", "figures.fvu is invalid: variants is empty"),
         ("figures.fvu.seeds=[1, 1]", "seeds must have each value only once"),
-        ("figures.fvu.k=[0]", "k and other_k must be at least 1, got 0"),
+        ("figures.fvu.k=[0]", "k must be at least 1, got 0"),
         (
             "figures.fvu.variants=['mp', 'sliced']",
             "figures.fvu.other_k has 5, which sliced cannot use: k mu",

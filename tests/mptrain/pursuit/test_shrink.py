@@ -82,11 +82,11 @@ def test_learns_and_changes_the_training() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"select": "signed"}, "shrink needs select positive, got signed"),
+        ({"select": "signed"}, "shrink needs select=positive, got select=signed"),
         ({"codes": "gp"}, "codes cannot be combined with shrink"),
         ({"normalise": True}, "normalise cannot be combined with shrink"),
         ({"shrink": -1.0}, "shrink must be at least 0 and finite"),
-        ({"arch": "topk"}, "shrink has no effect on kind sae with arch topk"),
+        ({"arch": "topk"}, "shrink has no effect on kind=sae with arch=topk"),
     ],
     ids=str,
 )

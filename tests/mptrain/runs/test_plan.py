@@ -312,13 +312,13 @@ def test_resume_needs_no_other_option(
     [
         (
             ("--resume", "RUN", "--k", "4"),
-            "from the run; remove this option; only these can be changed",
+            "from the run; remove k; only these can be changed",
         ),
-        (("--resume", "RUN", "--k", "64"), "--resume takes k from the run"),
-        (("--resume", "RUN", "--rows", "10M"), "--resume takes rows from the run"),
-        (("--resume", "RUN", "--run", "other"), "--resume takes run from the run"),
+        (("--resume", "RUN", "--k", "64"), "k cannot be given with --resume"),
+        (("--resume", "RUN", "--rows", "10M"), "rows cannot be given with --resume"),
+        (("--resume", "RUN", "--run", "other"), "run cannot be given with --resume"),
         (("--resume", "nowhere"), "nowhere holds no run"),
-        ((), "STORE and --run must be given, unless --resume RUN is"),
+        ((), "give STORE and --run, or give --resume RUN"),
     ],
     ids=str,
 )

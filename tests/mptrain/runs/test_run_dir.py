@@ -154,7 +154,7 @@ def test_a_damaged_state_is_named_with_a_remedy(store: str, tmp_path: Path) -> N
         before = (folder / name).read_bytes()
         (folder / name).write_bytes(before[:-9])
         with pytest.raises(
-            ValueError, match=r"state/24 is damaged, .* delete .*/state, and the run"
+            ValueError, match=r"state/24 is damaged, .* or delete .*/state to start the run"
         ):
             fit(config(store, tmp_path / "run", **SMALL_RUN))
         (folder / name).unlink()
@@ -172,7 +172,9 @@ def test_a_state_of_an_older_version_is_refused(store: str, tmp_path: Path) -> N
     values = json.loads(file.read_text())
     assert values.pop("format_version") == 2
     file.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match=r"version \(its format version is 1, not 2\); delete"):
+    with pytest.raises(
+        UsageError, match=r"version \(its format version is 1, not 2\); use the version"
+    ):
         fit(config(store, tmp_path / "run", **SMALL_RUN))
 
 
@@ -314,4 +316,4 @@ def test_settings_of_a_newer_version_are_named(store: str, tmp_path: Path) -> No
     done = CliRunner().invoke(mptrain, ["save-coders", str(tmp_path / "run")])
     assert done.exit_code == 2
     assert "novelty" in done.stderr
-    assert "use the mptrain that began it" in done.stderr
+    assert "use the version that began the run" in done.stderr

@@ -32,5 +32,5 @@ def test_rows_that_are_all_the_same():
 
 
 def test_no_rows():
-    with pytest.raises(ValueError, match="the filters exclude all of them; use --start mean"):
+    with pytest.raises(ValueError, match="the filters exclude all rows"):
         geometric_median(torch.zeros(0, 3))

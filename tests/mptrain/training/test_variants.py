@@ -279,12 +279,12 @@ def test_codes_can_differ_at_inference():
         ]
     assert left[0] > left[1] > left[2]
     with pytest.raises(
-        ValueError, match="codes gp apply only to arch mp, got a coder of arch topk"
+        ValueError, match="codes=gp applies only to arch=mp, got a coder with arch=topk"
     ):
         make_learner(TOPK).coder.encode(x_BD, codes="gp")
     trained_otherwise = replace(BASE, detach=True, backend="gram", multi_topk=True)
     assert make_learner(trained_otherwise).coder.encode(x_BD, codes="omp").residual_BD is not None
-    with pytest.raises(ValueError, match="subtract cannot be combined with codes omp"):
+    with pytest.raises(ValueError, match="subtract cannot be combined with codes=omp"):
         make_learner(PREDICTING).coder.encode(x_BD, codes="omp")
 
 

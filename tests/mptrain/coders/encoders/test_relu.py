@@ -76,11 +76,11 @@ def test_entries_are_the_positive_activations() -> None:
 
 
 def test_k_is_refused() -> None:
-    with pytest.raises(ValueError, match="k has no effect on arch relu, got k=3; remove k"):
+    with pytest.raises(ValueError, match="k has no effect on arch=relu, got k=3; remove k"):
         replace(RELU, k=3)
-    with pytest.raises(ValueError, match="k is missing, but arch mp needs it"):
+    with pytest.raises(ValueError, match="arch=mp needs k, got none"):
         replace(BASE, k=None)
-    with pytest.raises(ValueError, match="auxk_alpha has no effect on kind sae with arch relu"):
+    with pytest.raises(ValueError, match="auxk_alpha has no effect on kind=sae with arch=relu"):
         replace(RELU, auxk_alpha=0.1)
     with pytest.raises(ValueError, match=r"sparsity_weight has no effect .* it applies to relu"):
         replace(BASE, sparsity_weight=0.1)
