@@ -89,11 +89,11 @@ class DataSettings:
     chat_template: str | None = None
     "path of a Jinja file with the template for chat messages; default: the tokenizer's template"
     keep_empty_documents: bool = False
-    "keep documents without text (they become special tokens alone); default: skip them"
+    "keep documents without text (each becomes special tokens only); default: skip them"
     rows: int = 10_000_000
     "rows to collect, rounded up to whole parts; one row holds the activations of one token"
     validation_every: int = 10
-    "hold out 1 of every N parts for validation; it is filled from 1 of every N documents"
+    "hold out 1 of every N documents for validation; they fill 1 of every N parts"
     seed: int = 0
     "random seed for the order of documents and for the order of rows in each part"
 
@@ -113,8 +113,8 @@ class SequenceSettings:
     )
     cross_document_attention: bool = True
     (
-        "let tokens attend to earlier documents in the same sequence; no effect with --one- "
-        "document-per-sequence"
+        "let tokens attend to earlier documents in the same sequence; no effect with "
+        "--one-document-per-sequence"
     )
     bos: Literal["none", "document", "sequence"] = "none"
     (
@@ -153,7 +153,8 @@ class ModelSettings(PretrainedModelSettings):
     hookpoints: tuple[str, ...]
     (
         "modules to collect, such as layers.10 or layers.*.mlp:input; * is any one name between "
-        "dots; add :input or :output to select one of the two; default: output (MLPs: both)"
+        "dots; add :input or :output to collect only that side; without it: the output (MLPs: "
+        "both sides)"
     )
     model_dtype: Dtype = "bfloat16"
     "dtype of the model's weights and computation"
@@ -182,7 +183,7 @@ class StorageSettings:
     "dtype of the stored activations"
     codec: Codec = "none"
     (
-        "lossless compression of the stored activations; their bits are shuffled first; none: no "
+        "lossless compression of the stored activations, after a lossless bit shuffle; none: no "
         "compression"
     )
     part_rows: int = 65_536
@@ -299,13 +300,13 @@ class RepairConfig:
     "new location of the dataset, if it moved; needed only if stored tokens are damaged"
     source: str | None = None
     (
-        "read the damaged rows from this store, without a model: a copy of the damaged store, or "
-        "the store that it was converted from"
+        "take the rows to repair from this store, without a model: a copy of STORE, or the store "
+        "from which STORE was converted"
     )
     device: str = "auto"
     (
-        "torch device of the model; other hardware than that of the collection may compute "
-        "different bits"
+        "torch device of the model; hardware different from that of the collection may "
+        "compute different bits"
     )
     trust_remote_code: bool = False
     "run the Python code that comes with the model; read that code first"
@@ -320,13 +321,13 @@ class RepairConfig:
     def __post_init__(self) -> None:
         if self.source is not None and (self.model or self.dataset):
             raise UsageError(
-                "with --source, the rows are copied and no model runs, got --model or --dataset "
-                "too; remove --source, or remove --model and --dataset"
+                "--source copies the rows without a model, so --model and --dataset have no use; "
+                "remove --source, or remove --model and --dataset"
             )
         if self.source is not None and self.accept_other_bits:
             raise UsageError(
-                "--accept-other-bits applies only to rows that the model computes again, got "
-                "--source too; remove --source or --accept-other-bits"
+                "--accept-other-bits applies only to rows that a model computes, but --source "
+                "copies the rows; remove --source or --accept-other-bits"
             )
 
 

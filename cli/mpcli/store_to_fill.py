@@ -24,7 +24,7 @@ def locate_store(store: str | None, root: str | None, config: CollectConfig) -> 
         given = "neither" if store is None else "both"
         raise UsageError(
             f"give either STORE or --root FOLDER_OF_STORES, got {given}; STORE is one store, "
-            "--root is a folder in which stores are"
+            "--root is a folder that holds stores"
         )
     from mpcache.collection.find_store import StoreLocation, find_store
     from mpcache.storage.base import open_storage
@@ -36,7 +36,7 @@ def locate_store(store: str | None, root: str | None, config: CollectConfig) -> 
     location = find_store(root, config)
     kept = [n for n in ("codec", "chunk_rows") if getattr(location.config, n) != getattr(config, n)]
     if kept:
-        settings = ", ".join(f"{name} {getattr(location.config, name)}" for name in kept)
+        settings = ", ".join(f"{name}={getattr(location.config, name)}" for name in kept)
         typer.echo(
             f"note: {location.storage} exists with {settings}; it keeps these settings", err=True
         )

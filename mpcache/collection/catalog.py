@@ -77,7 +77,7 @@ def list_stores(root: str | Path | Storage) -> tuple[StoreEntry, ...]:
     check_root(storage)
     if not storage.exists():
         raise UsageError(
-            f"a folder of stores must exist, got {storage}; give the path or URL of a folder "
+            f"the folder of stores {storage} does not exist; give the path or URL of a folder "
             "that holds stores"
         )
     return tuple(_entry(store) for store in open_stores(storage))

@@ -6,6 +6,7 @@ process or in the workers of a Dask cluster.
 
 import dataclasses
 import functools
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,8 +131,9 @@ def _check_same_tokenizer(tokenizer: Tokenizer, facts: ModelFacts) -> None:
     """Tokens are written by this process, and the store names the tokenizer of the workers."""
     if tokenizer_digest(tokenizer) != facts.digests.get("tokenizer_digest"):
         raise UsageError(
-            "all machines must have the same tokenizer, got another tokenizer on a worker; copy "
-            "the model's folder to the worker's machine, then run the same command again"
+            "all machines must have the same tokenizer, got one on the workers and another one on "
+            f"{socket.gethostname()}, where this command runs; copy the same model folder to all "
+            "machines, then run the same command again"
         )
 
 

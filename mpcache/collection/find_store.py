@@ -109,8 +109,8 @@ def _with_dtype(same: Sequence[Store], config: CollectConfig) -> Store:
     if not stores:
         other = max(same, key=_committed_parts)
         raise UsageError(
-            f"{other.storage} holds these rows as {other.layout.dtype}, got --dtype "
-            f"{config.dtype}; to convert the rows, run mpcache convert {other.storage} "
+            f"{other.storage} already holds these rows, with dtype {other.layout.dtype} instead of "
+            f"{config.dtype}; convert them: run mpcache convert {other.storage} "
             f"{other.storage}-{config.dtype} --dtype {config.dtype}"
         )
     return max(stores, key=_committed_parts)

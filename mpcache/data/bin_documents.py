@@ -25,7 +25,8 @@ class TokenFile:
         self.dtype = np.promote_types(vocabulary.dtype, np.uint16).newbyteorder("<")
         if is_web_page(file):
             raise UsageError(
-                f"{file.name} is a web page, not token ids; download the file itself again"
+                f"{file.name} is a web page, not token ids; download the file itself instead of "
+                "the page"
             )
         if vocabulary.end is None:
             raise UsageError(

@@ -186,7 +186,10 @@ def _text_files(folder: Path, data: Sequence[Path]) -> tuple[Path, ...]:
 def _refuse_folder(error: OSError) -> None:
     """Raise UsageError for an unreadable folder, which `os.walk` would silently skip."""
     name = Path(error.filename).name
-    raise UsageError(f"{name} cannot be read: {error.strerror}; change the permissions") from error
+    raise UsageError(
+        f"the folder {name} cannot be read: {error.strerror}; make it readable, or select the "
+        "files to read with a glob or a list with commas in --dataset"
+    ) from error
 
 
 def is_data(file: Path) -> bool:

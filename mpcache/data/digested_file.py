@@ -199,7 +199,8 @@ def _open_regular(path: Path, name: str) -> int:
         raise UsageError(f"the dataset file {name} does not exist; correct --dataset") from error
     except PermissionError as error:
         raise UsageError(
-            f"{name} cannot be read: {error.strerror}; change the permissions of the file"
+            f"{name} cannot be read: {error.strerror}; make the file readable, or give another "
+            "file with --dataset"
         ) from error
     except OSError as error:
         if error.errno == errno.ELOOP:

@@ -76,8 +76,8 @@ def check_mask_type(kind: pa.DataType, name: str) -> None:
         pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)
     ):
         raise UsageError(
-            f"the column {MASK} in {name} must hold lists of 0 and 1, got {kind}; write lists of "
-            "whole numbers, or rename the column if it is no attention mask"
+            f"the column {MASK} in {name} must hold lists of 0 and 1, got {kind}; write such "
+            "lists, or rename the column if it is not an attention mask"
         )
 
 
@@ -141,7 +141,7 @@ def _checked_mask(mask: Any, count: int, where: object) -> list[Any]:
     if not isinstance(mask, list) or not all(isinstance(m, int) for m in mask):
         raise UsageError(
             f"{MASK} in {where} must be a list of 0 and 1, got {_description(mask)}; correct the "
-            "row, or rename the column if it is no attention mask"
+            "row, or rename the column if it is not an attention mask"
         )
     if len(mask) != count:
         raise UsageError(

@@ -34,9 +34,9 @@ def files_of_split(files: Sequence[Path], folder: Path, split: str) -> tuple[Pat
     if len(with_split) < len(files):
         without_split = next(file for file in files if not splits[file])
         raise UsageError(
-            f"either all files in {folder.name} must have a split in their names or none, got "
-            f"{with_split[0].name} and {without_split.name}; select the files to read with a "
-            "glob or a list with commas in --dataset"
+            f"all files in {folder.name} or none must have a split in their names, got "
+            f"{with_split[0].name} (with a split) and {without_split.name} (without); select the "
+            "files to read with a glob or a list with commas in --dataset"
         )
     wanted = _ALIASES.get(split, split)
     chosen = [file for file in files if splits[file] == wanted]

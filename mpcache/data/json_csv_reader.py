@@ -115,7 +115,6 @@ def _utf8(data: bytes, where: object) -> str:
         raise UsageError(
             f"{where} is not UTF-8: byte 0x{data[error.start]:02x} at position {error.start}; "
             "convert the file, for instance with iconv -f latin1 -t utf-8"
-            "for instance with iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -135,7 +134,10 @@ def _not_json(where: object, error: BaseException) -> str:
         if isinstance(error, json.JSONDecodeError)
         else str(error).splitlines()[0]
     )
-    return f"{where} is not JSON: {why}; it may be cut short: repair it, or leave it out"
+    return (
+        f"{where} is not JSON: {why}; the row may be cut short: correct it, or remove it from the "
+        "data"
+    )
 
 
 def _begins_array(file: DataFile) -> bool:
@@ -161,7 +163,7 @@ def _array(stream: io.BufferedIOBase, file: DataFile) -> Iterator[tuple[Row, Any
             text.skip_space()
     if text.skip_space():
         raise UsageError(
-            "the JSON array must be all of the file, got more text after it at "
+            "the file must end after the JSON array, got more text at "
             f"{Row(file.name, text.line)}; remove that text"
         )
 

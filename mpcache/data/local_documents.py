@@ -79,15 +79,16 @@ class LocalDocuments:
             check_has_tokenizer(kind, self.vocabulary, self.config)
         if kind is not None and kind != self.kind and not isinstance(where, Row):
             raise UsageError(
-                f"all files must hold the same kind of documents, got {kind} in {where} after "
-                f"{self.kind}; select files of one kind in --dataset"
+                f"all files must hold the same kind of documents, got {kind} in {where}, but "
+                f"{self.kind} in the files before it; select files of one kind in --dataset"
             )
         return self.kind
 
     def _unusable_column(self, error: TypeError, where: object) -> UsageError:
         return UsageError(
             f"{where}: text_column must hold text, token ids or chat messages, got {error} in "
-            f"{self.config.text_column}; name another"
+            f"{self.config.text_column}; give another column with "
+            "--text-column"
         )
 
     def finish(self) -> None:

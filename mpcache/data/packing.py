@@ -297,10 +297,12 @@ def _pack_all(
     for packer in packers.values():  # an empty split must raise before the first part is yielded
         feed.fill(packer)
         if packer.is_empty and packer.cursor == (0, 0):
+            is_validation = packer.split == "validation"
+            fewer = ", a smaller --validation-every" if is_validation else ""
             raise UsageError(
                 f"each split must fill at least one sequence of {config.ctx_len} tokens, got no "
-                f"{packer.split} sequence from {feed.count} documents; use more documents, a "
-                "smaller --ctx-len or a smaller --validation-every"
+                f"{packer.split} sequence from {feed.count} documents; use more documents{fewer} "
+                "or a smaller --ctx-len"
             )
     unfinished = list(packers.values())
     while unfinished:

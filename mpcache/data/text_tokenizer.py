@@ -51,10 +51,11 @@ class LiteralTextTokenizer:
         batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         arrays = [np.array(encoding.ids, np.uint32) for encoding in batch]
         for ids in arrays:
-            if np.isin(ids, self.special_ids).any():
+            if (special := ids[np.isin(ids, self.special_ids)]).size:
+                name = self.backend.id_to_token(int(special[0]))
                 raise UsageError(
-                    "a document contains the internal name that mpcache gives to a special "
-                    "token; remove that name from the document"
+                    f"a document contains {name}, a name that mpcache uses internally for a "
+                    "special token; remove this name from the document"
                 )
         return arrays
 

@@ -22,8 +22,8 @@ REMOVED = f"{STORE_FILE}.removed.partial"  # was store.json
 def check_not_nested(source: Storage, target: Storage) -> None:
     if source.is_within(target) or target.is_within(source):
         raise UsageError(
-            f"the new store and its source must not lie one inside the other, got {target} and "
-            f"{source}; give another path for the new store"
+            "the new store and its source must be separate folders, neither inside the other, got "
+            f"{target} and {source}; give another path for the new store"
         )
 
 

@@ -61,7 +61,7 @@ class OriginalCollection:
     def _check_same(self, name: str, digest: str | None, option: str) -> None:
         if digest != self.store.identity.get(f"{name}_digest"):
             raise UsageError(
-                f"{self.store.storage} was collected with another {name}, got that of "
+                f"{self.store.storage} was collected with another {name} than that of "
                 f"{getattr(self.config, option)}; give the original with --{option}"
             )
 

@@ -92,16 +92,15 @@ class PartMap:
         if self.store.has_lone_documents:
             raise UsageError(
                 "part_rows cannot change in a store that was collected with "
-                "--one-document-per-sequence, because a part holds whole pieces of documents, "
-                "has fewer rows than part_rows and cannot be joined to the next part; keep "
-                f"part_rows {self.store.part_rows}, or collect again with --part-rows "
+                "--one-document-per-sequence, because its parts cannot be joined; keep "
+                f"part_rows={self.store.part_rows}, or collect again with --part-rows "
                 f"{self.layout.part_rows}"
             )
         committed = set(self.store.part_numbers(TOKENS))
         for array in arrays:
             if missing := sorted(committed - set(self.store.part_numbers(array))):
                 raise UsageError(
-                    f"part {missing[0]} of {array} is not collected, and part_rows can change "
-                    "only when all parts are; run mpcache collect to its end, or remove the "
-                    "hookpoint from --hookpoints"
+                    f"part {missing[0]} of {array} is not collected yet, but part_rows can change "
+                    "only after all parts are collected; run mpcache collect to its end, or remove "
+                    "the hookpoint from --hookpoints"
                 )

@@ -37,7 +37,7 @@ def check_gguf(path: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{path.name} needs the package {' and '.join(missing)}, which is not installed; pip "
+            f"{path.name} needs packages that are not installed: {', '.join(missing)}; run pip "
             "install 'mpcache[gguf]'"
         )
     with path.open("rb") as file:

@@ -70,7 +70,7 @@ def _known_message(error: Exception, source: ModelSource, config: CollectConfig)
     if is_unknown:
         return (
             f"{source.location}/{CONFIG} has the model_type {is_unknown[1]!r}, which transformers "
-            f"{version('transformers')} does not know; pip install --upgrade transformers"
+            f"{version('transformers')} does not know; run pip install --upgrade transformers"
         )
     if "Should have a `model_type` key" in text:
         return (
@@ -84,7 +84,7 @@ def _known_message(error: Exception, source: ModelSource, config: CollectConfig)
         )
     if source.gguf and "not supported" in text:
         return (
-            f"{source.name}: {first_line(error)}; use its safetensors checkpoint, or "
+            f"{source.name}: {first_line(error)}; use its safetensors checkpoint, or run "
             "pip install --upgrade transformers"
         )
     if isinstance(error, ImportError):
@@ -105,7 +105,7 @@ def quantization(source: ModelSource) -> str | None:
 
 def _quantized(source: ModelSource, method: str, error: Exception) -> str:
     packages = _PACKAGES.get(method)
-    remedy = f"pip install {packages}" if packages else first_line(error)
+    remedy = f"run pip install {packages}" if packages else first_line(error)
     return (
         f"{source.location} is quantised by {method}, according to its {CONFIG}, and needs "
         f"packages that are not installed; {remedy}, or use an unquantised checkpoint"

@@ -69,9 +69,9 @@ class SplicedModel:
                 break
         else:
             raise UsageError(
-                f"{model} has neither a causal language-model head nor, as a bidirectional "
-                f"model, the weights of a masked language-model head{missing}; cross-entropy "
-                "needs one of these heads: remove --model"
+                "cross-entropy needs a causal language-model head, or in a bidirectional model the "
+                f"weights of a masked language-model head, got neither in {model}{missing}; remove "
+                "--model"
             )
         self.head: Head = head
         masking = _masking(tokenizer, self.config) if head == "masked" else None
@@ -84,9 +84,10 @@ class SplicedModel:
         digest = self.store.identity["model_digest"]
         if model_digest(base) != digest and not _is_part_of_collected(base, self.config, digest):
             raise UsageError(
-                f"{self.store.storage} was collected from another model, got "
-                f"{self.config.model}; give {self.store.provenance['model']['model']}, "
-                f"revision {self.store.config['revision']}"
+                f"{self.store.storage} was collected from another model than "
+                f"{self.config.model}; give --model "
+                f"{self.store.provenance['model']['model']} --revision "
+                f"{self.store.config['revision']}"
             )
         separation = find_separation(base, self.config, resolve_sides(self.config.hookpoints, base))
         specials = special_tokens_of(tokenizer, self.config)

@@ -60,8 +60,8 @@ def split_url(url: str) -> tuple[Scheme, str, str]:
     steps = prefix.split("/") if prefix else []
     if not prefix.isprintable() or any(step in ("", ".", "..") for step in steps):
         raise UsageError(
-            "the names between the slashes of a URL must be printable, and none may be empty, . "
-            f"or .., got {printable(url)}; give another URL"
+            "the names between the slashes of a URL must be printable, and none may be empty, '.' "
+            f"or '..', got {printable(url)}; give another URL"
         )
     return ("s3" if scheme == "s3" else "gs"), bucket, prefix
 
@@ -71,7 +71,7 @@ def bucket_client(scheme: Scheme, bucket: str) -> Any:
     """obstore's client of a bucket, one in a process, so that connections are reused."""
     if importlib.util.find_spec("obstore") is None:
         raise UsageError(
-            f"{scheme}:// needs the package obstore, which is not installed; pip install "
+            f"{scheme}:// needs the package obstore, which is not installed; run pip install "
             f"'mpcache[{scheme}]'"
         )
     from obstore.store import GCSStore, S3Store
@@ -145,8 +145,8 @@ def translate_errors(url: str) -> Iterator[None]:
         ) from None
     except exceptions.InvalidPathError as error:
         raise DamagedStoreError(
-            f"{url} holds an object whose name no store can have: {_line(error)}; rename or "
-            "remove the object"
+            f"{url} holds an object with a name that is not valid in a store: {_line(error)}; "
+            "rename or remove the object"
         ) from None
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
         raise

@@ -179,6 +179,6 @@ def _check_folder(folder: Path, storage: Storage) -> None:
     if isinstance(storage, LocalStorage) and (storage.path.stat().st_dev == existing.stat().st_dev):
         raise UsageError(
             f"the cache directory {folder} is on the same file system as the store, so a cache "
-            "there saves no time; remove the option, or give a folder on a faster disk or in "
+            "there saves no time; remove --cache-dir, or give a folder on a faster disk or in "
             "memory, such as /dev/shm/cache"
         )

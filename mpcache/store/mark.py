@@ -137,10 +137,11 @@ def parse_mark(
     named = (content.get("part"), content.get("array"), content.get("split"))
     if named != (part, array, layout.split_of(part)):
         raise DamagedStoreError(
-            f"{file} must describe part {part} of {array}, got another part or array"
+            f"{file} is damaged: it must describe part {part} of {array}, but describes another "
+            "part or array"
         )
     if content.get("fingerprint", fingerprint) != fingerprint:
-        raise DamagedStoreError(f"{file} belongs to another store")
+        raise DamagedStoreError(f"{file} is damaged: it belongs to another store")
     try:
         is_valid = _is_consistent(content, part, array, layout)
     except (KeyError, TypeError, AttributeError, OverflowError):

@@ -45,8 +45,8 @@ class ObjectReader:
         name, size, key = spec.object_path(part), record.bytes, record.xxh3_128
         if part >= self._span(spec):
             raise DamagedStoreError(
-                f"{self.storage}/{spec.metadata_path} describes {self._span(spec)} parts, but "
-                f"part {part} is in the store"
+                f"{self.storage}/{spec.metadata_path} is damaged: it has room for only "
+                f"{self._span(spec)} parts, but the store also holds part {part}"
             )
         try:
             ends = self._ends(name, spec, size, key)
@@ -54,7 +54,9 @@ class ObjectReader:
                 name, key, lambda read: decode_part(spec, read, ends, start, stop, out)
             )
         except FileNotFoundError:
-            raise DamagedStoreError(f"{self.storage}/{name} is missing") from None
+            raise DamagedStoreError(
+                f"{self.storage}/{name} is missing, but the store records it as written"
+            ) from None
         except (ValueError, RuntimeError) as error:  # RuntimeError is Blosc's
             raise DamagedStoreError(f"{self.storage}/{name} is damaged: {error}") from error
 

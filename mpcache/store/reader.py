@@ -122,8 +122,8 @@ class Store(StoreMetadata):
         for number, *counts in zip(numbers, *rows, strict=True):
             if len(set(counts)) > 1:
                 raise DamagedStoreError(
-                    f"the arrays of part {number} in {self.storage} have different numbers of "
-                    f"rows ({', '.join(map(str, sorted(set(counts))))})"
+                    f"part {number} of {self.storage} is damaged: its arrays have different "
+                    f"numbers of rows ({', '.join(map(str, sorted(set(counts))))})"
                 )
         return tuple(
             Part(number, count, self.layout.split_of(number))
@@ -205,7 +205,7 @@ def _open_same(storage: Storage, digest: str) -> Store:
     """Open the store that another process has open; raises UsageError where it is another one."""
     if not is_store(storage) or (store := open_store(storage)).digest != digest:
         raise UsageError(
-            f"{storage} must be the same store on all machines, got a different or no store on "
+            f"{storage} must be the same store on all machines, got another store or none on "
             f"{socket.gethostname()}; give a path on a shared file system"
         )
     return store

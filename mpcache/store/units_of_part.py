@@ -21,8 +21,8 @@ def unit_rows(identity: Mapping[str, Any], layout: Layout) -> int:
     rows = identity.get("part_rows")
     if type(rows) is not int or rows < 1 or layout.part_rows % rows:
         raise DamagedStoreError(
-            f"store.json is damaged: parts of {layout.part_rows} rows cannot consist of parts of "
-            f"{rows!r} rows"
+            "store.json is damaged: part_rows must be a multiple of the part_rows of the "
+            f"collection, got {layout.part_rows} and {rows!r}"
         )
     return rows
 

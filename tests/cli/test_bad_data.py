@@ -310,7 +310,9 @@ BAD_LINES = {
 @pytest.mark.parametrize("bad", BAD_LINES)
 def test_a_bad_line_is_named_by_its_number(tmp_path, model, bad):
     (tmp_path / "a.jsonl").write_bytes(lines_with(BAD_LINES[bad]))
-    assert "line 300 of a.jsonl" in refusal(model, tmp_path / "a.jsonl", tmp_path)
+    message = refusal(model, tmp_path / "a.jsonl", tmp_path)
+    assert "line 300 of a.jsonl" in message
+    assert message.count("iconv") == (bad == "latin-1")
 
 
 def test_a_bad_line_of_a_second_shard_is_named_by_its_number_in_the_shard(tmp_path, model):
@@ -325,7 +327,7 @@ def test_a_bad_line_of_a_second_shard_is_named_by_its_number_in_the_shard(tmp_pa
     [
         ('[{"text": "a"},\n{"text": "b"},\n{"text": ', "line 3 of a.json is not JSON"),
         ('[{"text": "a"}\n{"text": "b"}]', "line 2 of a.json is not JSON: expected ,"),
-        ('[{"text": "a"}] x', "got more text after it at line 1 of a.json"),
+        ('[{"text": "a"}] x', "got more text at line 1 of a.json"),
         ('[{"text": "a"},', "line 1 of a.json is not JSON"),
         ('{\n "text": "a"\n}', "line 1 of a.json is not JSON"),
         ('{"data": [{"text": "a"}]}', "got text; use one of data"),

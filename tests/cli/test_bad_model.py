@@ -272,8 +272,8 @@ def test_another_floating_point_dtype_is_cast(originals, copy, file, dtype):
         *(
             (
                 lambda f, q=quantised: edited(f / "config.json", quantization_config=q),
-                f"is quantised by {quantised['quant_method']}.*; pip install {package}, or use an "
-                "unquantised checkpoint",
+                f"is quantised by {quantised['quant_method']}.*; run pip install {package}, or "
+                "use an unquantised checkpoint",
             )
             for quantised, package in (
                 ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptqmodel optimum"),

@@ -105,7 +105,7 @@ def _print_estimate(estimate: dict[str, Any], json: bool) -> None:
         f"{estimate['coders_bytes'] / 1e9:,.2f} GB\n"
         f"passes    {estimate['passes']}\n"
         f"memory    {estimate['memory_bytes'] / 1e9:,.2f} GB for the coders of a pass\n"
-        f"time      {time}, of train steps alone\n"
+        f"time      {time}, for the train steps only\n"
         "dry run: nothing was written"
     )
     return None

@@ -97,7 +97,7 @@ def test_another_dtype_is_refused_and_convert_changes_it(folder: Path) -> None:
     result = run(folder, "600", "layers.0", "--dtype", "float32")
     assert result.exit_code == 2
     (message,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "holds these rows as bfloat16, got --dtype float32" in message
+    assert "holds these rows, with dtype bfloat16 instead of float32" in message
     command = message.partition("mpcache ")[2].split()[:5]
     assert command[0] == "convert"
     assert CliRunner().invoke(app, command).exit_code == 0
@@ -110,7 +110,7 @@ def test_another_dtype_is_refused_and_convert_changes_it(folder: Path) -> None:
 def test_codec_and_chunks_of_an_existing_store_are_kept(folder: Path) -> None:
     result = run(folder, "900", "layers.0", "--codec", "zstd")
     assert result.exit_code == 0, result.output
-    assert "exists with codec none; it keeps these settings" in result.stderr
+    assert "exists with codec=none; it keeps these settings" in result.stderr
     assert verify(only_store(folder)).findings == ()
 
 

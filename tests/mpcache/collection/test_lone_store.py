@@ -108,7 +108,7 @@ def test_copies_and_conversions_keep_pieces(folder: Path, store: Store, tmp_path
         for part in store.part_numbers("tokens"):
             assert np.array_equal(other.tokens.read_flags(part), store.tokens.read_flags(part))  # type: ignore[arg-type]
             assert torch.equal(other.tokens.read_positions(part), store.tokens.read_positions(part))
-    with pytest.raises(ValueError, match="a part holds whole pieces of documents"):
+    with pytest.raises(ValueError, match="its parts cannot be joined; keep part_rows="):
         convert(folder, tmp_path / "joined", ConvertConfig(part_rows=384))
     assert not (tmp_path / "joined").exists()
 

@@ -200,10 +200,10 @@ def make_damaged(folder):
     [
         ("missing.jsonl", r"dataset .*missing\.jsonl does not exist"),
         ("empty.jsonl", r"must hold a document, got the empty file empty\.jsonl"),
-        ("broken.jsonl", r"line 2 of broken\.jsonl is not JSON: .*cut short: repair it"),
+        ("broken.jsonl", r"line 2 of broken\.jsonl is not JSON: .*cut short: correct it"),
         (
             "numbers.jsonl",
-            r"line 1 of numbers\.jsonl: text_column must .*, got int in text; name",
+            r"line 1 of numbers\.jsonl: text_column must .*, got int in text; give",
         ),
         ("latin.txt", r"must be UTF-8, got latin\.txt"),
         (

@@ -337,7 +337,7 @@ def test_the_split_is_read_from_names_of_files(tmp_path, suffix):
         (("a.jsonl", "b.jsonl.bz2"), r"b\.jsonl\.bz2 in the dataset's folder does not end in"),
         (
             ("train.jsonl", "more.jsonl"),
-            r"a split in their names or none, got train\.jsonl and more\.jsonl",
+            r"got train\.jsonl \(with a split\) and more\.jsonl \(without\)",
         ),
         (("x/train.jsonl", "y/train.jsonl"), r"several datasets with train files, in x, y; give"),
         (
@@ -350,7 +350,7 @@ def test_the_split_is_read_from_names_of_files(tmp_path, suffix):
         ),
         (
             ("train.bin", "more.bin"),
-            r"a split in their names or none, got train\.bin and more\.bin",
+            r"got train\.bin \(with a split\) and more\.bin \(without\)",
         ),
         (("a-00001-of-00002.bin",), r"2 shards, got 1: a-00000-of-00002 is missing"),
         (("a-00002-of-00003.jsonl", "a-00003-of-00003.jsonl"), "a-00001-of-00003 is missing"),
@@ -525,7 +525,9 @@ def test_malformed_messages_are_refused(tmp_path, message, problem):
 def test_files_of_another_kind_are_refused(tmp_path):
     write_at(tmp_path / "d" / "1.parquet", parquet(["a"]))
     write_at(tmp_path / "d" / "2.parquet", parquet([[1]]))
-    with pytest.raises(ValueError, match=r"got tokens in d/2\.parquet after text"):
+    with pytest.raises(
+        ValueError, match=r"got tokens in d/2\.parquet, but text in the files before it"
+    ):
         open_(tmp_path / "d")
 
 

@@ -117,8 +117,8 @@ def test_invalid_targets_of_copies_are_refused(original: Path, store: Path, tmp_
     for target, message in (
         (other, "already holds another store"),
         (tmp_path / "work", "is not a store"),
-        (original / "store", "must not lie one inside the other"),
-        (original / "store" / "in", "must not lie one inside the other"),
+        (original / "store", "must be separate folders, neither inside the other"),
+        (original / "store" / "in", "must be separate folders, neither inside the other"),
         (tmp_path / "half", "an unfinished copy of another store"),
         (tmp_path / "bad\x1b[31m", "must be printable"),
     ):

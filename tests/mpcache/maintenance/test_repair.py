@@ -232,7 +232,7 @@ def test_another_model_is_refused(original: Path, store: Path, tmp_path: Path) -
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(
         ValueError,
-        match=r"was collected with another model, got that of .*give the original with --mo",
+        match=r"was collected with another model than that of .*give the original with --mo",
     ):
         repair(store, RepairConfig(model=str(tmp_path / "model")))
 
@@ -318,10 +318,10 @@ def test_invalid_sources_are_refused(
         ValueError, match=r"must hold acts/layers\.0/output, got no such array; give another copy"
     ):
         repair(store, RepairConfig(source=str(tmp_path / "some")))
-    with pytest.raises(ValueError, match="with --source, the rows are copied"):
+    with pytest.raises(ValueError, match="--source copies the rows without a model"):
         RepairConfig(source="store", model="model")
     with pytest.raises(
-        ValueError, match="--accept-other-bits applies only to rows that the model computes again"
+        ValueError, match="--accept-other-bits applies only to rows that a model computes"
     ):
         RepairConfig(source="store", accept_other_bits=True)
     shutil.copytree(store, tmp_path / "damaged too")

@@ -213,10 +213,10 @@ def test_bert_gets_masked_cross_entropy(tmp_path: Path, kind: type[PreTrainedMod
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (t.BertModel(FAMILIES["bert"]()), "has neither a causal language-model head nor"),
+        (t.BertModel(FAMILIES["bert"]()), "of a masked language-model head, got neither in"),
         (t.ElectraForPreTraining(t.ElectraConfig(**{
             k: v for k, v in FAMILIES["bert"]().to_dict().items() if k in GROUPED},
-            embedding_size=32)), "has neither a causal language-model head nor"),
+            embedding_size=32)), "of a masked language-model head, got neither in"),
     ],
 )  # fmt: skip
 def test_no_head_is_refused(tmp_path: Path, model: PreTrainedModel, message: str) -> None:

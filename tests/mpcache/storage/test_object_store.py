@@ -151,7 +151,9 @@ def test_copies_work_in_both_directions_and_continue_after_a_stop(
     command("copy", url, tmp_path / "back")
     assert equal(tmp_path / "back", folder / "store")
     assert verify(url).findings == verify(tmp_path / "back").findings == ()
-    assert "must not lie one inside the other" in command("copy", url, f"{url}/below", code=2)
+    assert "must be separate folders, neither inside the other" in command(
+        "copy", url, f"{url}/below", code=2
+    )
     command("convert", source, f"{url}-float", "--dtype", "float32")
     command("convert", folder / "store", tmp_path / "float", "--dtype", "float32")
     assert files_alike(f"{url}-float", tmp_path / "float")
@@ -335,7 +337,7 @@ def test_mistakes_of_the_user_are_one_line(s3: str) -> None:
         (("list", "s3://nobody-has-it"), "there is no such bucket"),
         (("info", "s3://key:secret@shared/a"), "must not contain credentials"),
         (("info", f"{s3}/nothing"), "is not a store"),
-        (("list", f"{s3}/nothing"), "a folder of stores must exist"),
+        (("list", f"{s3}/nothing"), "/nothing does not exist"),
     ):
         output = command(*words, code=2)
         assert message in output

@@ -434,7 +434,7 @@ def test_invalid_caches_are_refused(originals: tuple[Path, str], tmp_path: Path)
     assert "must be a local folder" in refused(url, "--cache-dir", "")
     assert "Not a directory" in refused(url, "--cache-dir", str(tmp_path / "file"))
     assert "Not a directory" in refused(url, "--cache-dir", str(tmp_path / "file/below"))
-    assert "set cache_dir too" in refused(url, "--cache-bytes", "1GB")
+    assert "cache_bytes needs cache_dir" in refused(url, "--cache-bytes", "1GB")
     words = ("--cache-dir", str(tmp_path / "cache"), "--cache-bytes", "0")
     assert "cache_bytes must be at least 1" in refused(url, *words)
     if os.geteuid():

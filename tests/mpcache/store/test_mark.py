@@ -64,7 +64,8 @@ def test_a_mark_that_names_another_part_is_refused(name: str, value: object) -> 
     content = unseal(store.storage.read("marks/0/tokens.json"), "mark")
     assert content[name] != value
     with pytest.raises(
-        DamagedStoreError, match="mark must describe part 0 of tokens, got another part or array"
+        DamagedStoreError,
+        match="mark is damaged: it must describe part 0 of tokens, but describes another",
     ):
         parse_mark(
             seal({**content, name: value}), 0, TOKENS, store.layout, store.fingerprint, "mark"
