@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpcache.config import CollectConfig
-from mpcache.data import data_file, hub_dataset, local_dataset
+from mpcache.data import digested_file, hub_dataset, local_dataset
 from mpcache.data.conversation import Conversation
 from mpcache.data.dataset import open_documents
 from mpcache.data.dataset_files import find_dataset_files
@@ -146,15 +146,15 @@ def test_no_cache_is_asked_and_none_is_left(tmp_path, monkeypatch):
 
 def changing(monkeypatch, change):
     """Call `change` after the digest and before the file is read."""
-    plain = data_file.DataFile._digest
+    plain = digested_file.DataFile._digest
 
     def digest(self):
         digest_before = plain(self)
-        monkeypatch.setattr(data_file.DataFile, "_digest", plain)
+        monkeypatch.setattr(digested_file.DataFile, "_digest", plain)
         change(self.path)
         return digest_before
 
-    monkeypatch.setattr(data_file.DataFile, "_digest", digest)
+    monkeypatch.setattr(digested_file.DataFile, "_digest", digest)
 
 
 @pytest.mark.parametrize("suffix", [*FORMS, ".txt", ".bin"])
