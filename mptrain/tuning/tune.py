@@ -58,6 +58,8 @@ class Trial:
 class TunedSetting:
     """The search of one setting of one coder."""
 
+    name: str
+    "the coder's name without a learning rate"
     coder: CoderConfig
     "the coder at the best value"
     setting: str
@@ -67,16 +69,31 @@ class TunedSetting:
     at_edge: bool
     "whether the best value is the lowest or highest that was trained"
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the search as plain values."""
+        trials = [
+            {name: json_safe(value) for name, value in asdict(trial).items()}
+            for trial in self.trials
+        ]
+        return {
+            "name": self.name,
+            "setting": self.setting,
+            "coder": self.coder.name,
+            "best": self.best.value,
+            "at_edge": self.at_edge,
+            "trials": trials,
+        }
+
 
 def tune(
     config: FitConfig, settings: tuple[str, ...] = ("lr",), *, quiet: bool = True
 ) -> list[TunedSetting]:
     """Find the best values of some settings for each coder of a grid, one setting after the other.
 
-    The first pass over the store trains each coder at the default of the first setting, at half
-    and at twice that value (a quarter and four times for `auxk_alpha`). While the best value is at
-    an edge, another pass trains two values beyond it. Later settings are searched at the best
-    values of the earlier ones.
+    The first pass over the store trains each coder at its own value of the first setting (given
+    or default), at half and at twice that value (a quarter and four times for `auxk_alpha`). While
+    the best value is at an edge, another pass trains two values beyond it. Later settings are
+    searched at the best values of the earlier ones.
 
     Example:
         >>> from mptrain import FitConfig, tune
@@ -89,7 +106,7 @@ def tune(
         True
 
     Args:
-        config: coders and rows, as for `fit`; the tuned settings must have their defaults.
+        config: coders and rows, as for `fit`.
         settings: names in `FACTORS`.
         quiet: whether to show no progress bars on stderr.
 
@@ -97,12 +114,12 @@ def tune(
         For each coder of the grid, a search for each setting that applies to it.
 
     Raises:
-        UsageError: a setting cannot be tuned or is given too, or the store has fewer than two
-            held-out parts.
+        UsageError: a setting cannot be tuned, several rates are given, or the store has fewer than
+            two held-out parts.
     """
     _check(config, settings)
     store = open_store(config.store, config.cache_dir, config.cache_bytes)
-    coders = {coder.name: coder for coder in config.coders()}
+    coders = {replace(coder, lr=None).name: coder for coder in config.coders()}
     halves = _halves(store, list(coders.values()))
     tuned: list[TunedSetting] = []
     for setting in settings:
@@ -121,7 +138,7 @@ def tune(
         results = [search.result() for search in searches]
         coders.update({s.name: r.coder for s, r in zip(searches, results, strict=True)})
         tuned += results
-    write_json(Path(config.run) / "tuning.json", [_to_json(result) for result in tuned])
+    write_json(Path(config.run) / "tuning.json", [search.to_json() for search in tuned])
     return tuned
 
 
@@ -164,6 +181,7 @@ class _Search:
                 f"{self._value(max(fvus)):g}; check the rows of the store with mpcache stats"
             )
         return TunedSetting(
+            name=self.name,
             coder=self._coder_at(best),
             setting=self.setting,
             trials=tuple(self._trials[position] for position in sorted(self._trials)),
@@ -246,7 +264,7 @@ def _outcome(
 
 def _start(setting: str, coder: CoderConfig, config: FitConfig, store: Store) -> float:
     """The value that a coder has without tuning."""
-    if setting == "lr":
+    if setting == "lr" and coder.lr is None:
         return peak_lr(coder, coder.latents_of(store.width(*coder.input)))
     return float(getattr(coder, setting))
 
@@ -267,9 +285,10 @@ def _check(config: FitConfig, settings: tuple[str, ...]) -> None:
     for setting in settings:
         if setting not in FACTORS:
             raise UsageError(f"tune must be one of {', '.join(FACTORS)}, got {setting}")
-        if getattr(config, setting) != getattr(FitConfig, setting):
+        if setting == "lr" and len(config.lr) > 1:
+            rates = ",".join(f"{rate:g}" for rate in config.lr)
             raise UsageError(
-                f"tune={setting} finds {setting}, got {setting} too; remove one of them"
+                f"tune=lr starts from one lr, got {rates}; give one of them, or remove tune"
             )
         if not any(_takes(coder, setting) for coder in config.coders()):
             raise UsageError(
@@ -279,16 +298,3 @@ def _check(config: FitConfig, settings: tuple[str, ...]) -> None:
 
 def _takes(coder: CoderConfig, setting: str) -> bool:
     return setting == "lr" or applies_to(setting, coder.kind, coder.arch)
-
-
-def _to_json(tuned: TunedSetting) -> dict[str, Any]:
-    trials = [
-        {name: json_safe(value) for name, value in asdict(trial).items()} for trial in tuned.trials
-    ]
-    return {
-        "coder": tuned.coder.name,
-        "setting": tuned.setting,
-        "best": tuned.best.value,
-        "at_edge": tuned.at_edge,
-        "trials": trials,
-    }

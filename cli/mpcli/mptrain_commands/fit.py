@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpcache.errors import UsageError
 from mpcli.arguments import Json
 from mpcli.errors import warnings_in_words
 from mpcli.options_from_config import LoadConfigFrom, from_config
@@ -27,6 +28,7 @@ _RESULT_COLUMNS = (
     "rows_per_second",
     "train_seconds",
 )
+_TRIAL_COLUMNS = ("value", "choice_fvu", "report_fvu", "l0", "dead_share", "round", "best")
 _CODER_COLUMNS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
 
 
@@ -66,11 +68,26 @@ def fit(
             help="print the plan of the run (coders, memory, passes) and do nothing else",
         ),
     ] = False,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            "--tune",
+            metavar="SETTING,...",
+            rich_help_panel="Optimizer",
+            help=(
+                "train each coder at several values of lr, auxk-alpha, sparsity-weight or "
+                "bandwidth, until the best value has a worse one on each side; several settings "
+                "are tuned one after the other; example: --tune lr,auxk-alpha"
+            ),
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     from mptrain.runs.fit import fit as run
     from mptrain.training.distributed import is_first_process
 
+    if tune is not None:
+        return _tune(config, tune, dry_run, json)
     if not is_first_process():
         if not dry_run:
             run(config)
@@ -93,6 +110,45 @@ def fit(
     if all(result.diverged for result in results):
         typer.echo("error: all coders diverged, so no coder was saved; use a lower --lr", err=True)
         raise typer.Exit(1)
+    return None
+
+
+def _tune(config: RunConfig, settings: str, dry_run: bool, json: bool) -> None:
+    from mptrain.tuning.tune import tune
+
+    if dry_run or not isinstance(config, FitConfig):
+        other = "--dry-run" if dry_run else "--resume with a list of coders"
+        raise UsageError(f"--tune cannot be combined with {other}; remove one of them")
+    for warning in config.warnings():
+        typer.echo(f"warning: {warning}", err=True)
+    names = tuple(name.strip().replace("-", "_") for name in settings.split(","))
+    try:
+        with warnings_in_words():
+            tuned = tune(config, names, quiet=False)
+    except KeyboardInterrupt as stop:
+        message = "interrupted; run the same command again to continue the search"
+        raise type(stop)(message) from None
+    if json:
+        return print_json([search.to_json() for search in tuned])
+    for search in tuned:
+        typer.echo(f"{search.setting} of {search.name}:")
+        rows = [
+            {**dataclasses.asdict(trial), "best": "best" if trial == search.best else ""}
+            for trial in search.trials
+        ]
+        print_table(_TRIAL_COLUMNS, rows)
+        if search.at_edge:
+            typer.echo(
+                f"warning: the best {search.setting} of {search.name} is at the edge of what was "
+                "tried; a value beyond it may be better",
+                err=True,
+            )
+    passes = len({(trial.setting, trial.round) for s in tuned for trial in s.trials})
+    typer.echo(f"{passes} passes over the store; all values are in {config.run}/tuning.json")
+    for folder in dict.fromkeys(
+        search.best.folder for search in {s.name: s for s in tuned}.values()
+    ):
+        typer.echo(f"best coder: {folder}")
     return None
 
 

@@ -128,7 +128,7 @@ def test_interrupted_equals_uninterrupted(
         (("k",), {}, "tune must be one of lr, auxk_alpha, sparsity_weight, bandwidth, got k"),
         ((), {}, "tune is empty"),
         (("lr", "lr"), {}, "tune must have each value only once"),
-        (("lr",), {"lr": (0.1, 0.2)}, "tune=lr finds lr, got lr too"),
+        (("lr",), {"lr": (0.1, 0.2)}, "tune=lr starts from one lr, got 0.1,0.2"),
         (("sparsity_weight",), {}, "sparsity_weight has no effect on kind sae with arch mp,topk"),
     ],
 )
