@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcache.store.reader import open_store
 from mptrain.config.architectures import Arch
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.coder_settings import Optimizer
 from mptrain.config.sides import Kind
+from mptrain.data.loader import open_store
 from mptrain.tuning.tune import TunedSetting, tune
 
 ARCHS: tuple[Arch, ...] = ("mp", "topk")

@@ -64,6 +64,8 @@ class DrawnLine:
     y: tuple[float, ...]
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    circled: int | None = None
+    "index of a point that is circled"
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,9 @@ def _draw_panel(ax: Axes, panel: DrawnPanel, x_axis: XAxis) -> None:
         marker = "." if len(x) < _FEW_POINTS or x_axis.is_log2 else ""
         order = 2 + line.style.width
         ax.plot(x, line.y, marker=marker, zorder=order, **line.style.line2d_options())
+        if line.circled is not None:
+            at = x[line.circled], line.y[line.circled]
+            ax.plot(*at, "o", color=line.style.color, fillstyle="none", markersize=9)
         if line.low:
             ax.fill_between(x, line.low, line.high, color=line.style.color, alpha=0.2, linewidth=0)
     ax.set_title(panel.title)

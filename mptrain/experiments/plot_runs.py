@@ -45,7 +45,7 @@ class ValidationCurve:
 
     @property
     def panel(self) -> PanelKey:
-        return (self.coder.sides_name, self.coder.kind, self.coder.k)
+        return panel_of(self.coder)
 
     @property
     def diverged(self) -> bool:
@@ -56,6 +56,11 @@ class ValidationCurve:
         """(train seconds, FVU) of the finite validations."""
         pairs = [(r.train_seconds, float(r.validation_fvu or 0)) for r in self.records]
         return [(seconds, fvu) for seconds, fvu in pairs if math.isfinite(fvu)]
+
+
+def panel_of(coder: CoderConfig) -> PanelKey:
+    """The panel that a coder is drawn in."""
+    return (coder.sides_name, coder.kind, coder.k)
 
 
 def plot_runs(
@@ -92,10 +97,15 @@ def plot_runs(
         title = "; ".join(dict.fromkeys(read_manifest(run).source for run in folders))
     if not curves:
         raise UsageError("no runs to plot; give the folder of at least one run")
+    return write_figure(runs_figure(curves, title), _table_rows(curves), stem)
+
+
+def write_figure(figure: Figure, rows: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
+    """Write a figure as png and svg, and its table as csv and json; gives the four paths."""
     stem = stem.with_suffix("") if stem.suffix in _ENDINGS else stem
-    files = save_figure(runs_figure(curves, title), stem)
+    files = save_figure(figure, stem)
     with explain_write_errors(stem.parent):
-        return [*files, *write_table(_table_rows(curves), stem)]
+        return [*files, *write_table(rows, stem)]
 
 
 def read_curves(run: Path) -> list[ValidationCurve]:
@@ -116,17 +126,17 @@ def read_curves(run: Path) -> list[ValidationCurve]:
     return [_read_curve(run, coder, records) for coder in coders]
 
 
-def line_styles(curves: Sequence[ValidationCurve]) -> dict[str, LineStyle]:
+def line_styles(coders: Sequence[CoderConfig]) -> dict[str, LineStyle]:
     """The style of each coder by its name; the legend names the settings that set it apart."""
     differing = [
         field
         for field in fields(CoderConfig)
         if field.name not in _SHOWN_SETTINGS
-        and len({getattr(curve.coder, field.name) for curve in curves}) > 1
+        and len({getattr(coder, field.name) for coder in coders}) > 1
     ]
     styles: dict[str, LineStyle] = {}
     dashes: dict[str, str] = {}
-    for coder in (curve.coder for curve in curves):
+    for coder in coders:
         values = [(field, getattr(coder, field.name)) for field in differing]
         settings = "".join(
             f", {_setting(field.name, value)}" for field, value in values if value != field.default
@@ -146,8 +156,8 @@ def _setting(name: str, value: object) -> str:
 
 def runs_figure(curves: Sequence[ValidationCurve], title: str | None) -> Figure:
     """The figure; panels of the same kind and k stand together."""
-    keys = sorted({curve.panel for curve in curves}, key=_panel_order)
-    styles = line_styles(curves)
+    keys = sorted({curve.panel for curve in curves}, key=panel_order)
+    styles = line_styles([curve.coder for curve in curves])
     by_panel = [[curve for curve in curves if curve.panel == key] for key in keys]
     longest = max(record.train_seconds for curve in curves for record in curve.records)
     return draw_panels(
@@ -210,7 +220,7 @@ def _fvu_range(curves: Sequence[ValidationCurve]) -> tuple[float, float]:
     return min(fvus, default=0.0), max(fvus, default=0.0)
 
 
-def _panel_order(panel: PanelKey) -> tuple[str, int, str, list[int]]:
+def panel_order(panel: PanelKey) -> tuple[str, int, str, list[int]]:
     """Kind, k, then the layers of each module: layers.2, layers.10, layers.2.mlp, layers.10.mlp."""
     hookpoint, kind, k = panel
     numbers = re.findall(r"\d+", hookpoint)

@@ -78,7 +78,7 @@ class TunedSetting:
         return {
             "name": self.name,
             "setting": self.setting,
-            "coder": self.coder.name,
+            "coder": asdict(self.coder),
             "best": self.best.value,
             "at_edge": self.at_edge,
             "trials": trials,

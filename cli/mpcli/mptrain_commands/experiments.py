@@ -125,18 +125,36 @@ def plot(
         ),
     ] = Path("fvu"),
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="title of the figure")] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SETTING",
+            help=(
+                "draw FVU over this setting (lr, auxk-alpha, sparsity-weight, bandwidth) instead "
+                "of train time, for runs with --tune or with several values of --lr"
+            ),
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     from mptrain.experiments.plot_runs import plot_runs, read_curves
+    from mptrain.experiments.plot_tuning import plot_tuning
 
-    files = [str(file) for file in plot_runs(runs, out, title=title)]
-    if json:
-        print_json({"files": files})
-    else:
-        typer.echo("\n".join(files))
+    if over is not None:
+        return _print_files(plot_tuning(runs, over.replace("-", "_"), out, title=title), json)
+    _print_files(plot_runs(runs, out, title=title), json)
     for curve in (curve for run in runs for curve in read_curves(run)):
         if curve.diverged:
             rows = f"{curve.records[-1].rows:,}"
             typer.echo(
                 f"warning: {curve.coder.name} in {curve.run} diverged after {rows} rows", err=True
             )
+    return None
+
+
+def _print_files(paths: list[Path], json: bool) -> None:
+    files = [str(path) for path in paths]
+    if json:
+        print_json({"files": files})
+    else:
+        typer.echo("\n".join(files))

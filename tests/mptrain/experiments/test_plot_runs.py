@@ -155,7 +155,7 @@ def test_seeds_are_thin_lines_of_one_look(tmp_path):
 
 def test_the_legend_names_what_else_differs(tmp_path):
     coders = [coder(arch=arch, expansion=x) for arch in ("mp", "topk") for x in (2, 4)]
-    styles = line_styles(read_curves(make_run(tmp_path / "run", coders)))
+    styles = line_styles(coders)
     assert {style.label for style in styles.values()} == {
         f"{arch}, expansion {x}"
         for arch in ("matching pursuit (MP)", "plain (TopK)")
