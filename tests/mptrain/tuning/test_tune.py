@@ -22,7 +22,7 @@ SETTINGS = ("lr", "auxk_alpha")
 
 
 def small(store: str, run: Path, **changes: Any) -> FitConfig:
-    return config(store, run, **{"kind": ("sae",), "rows": 64 * 8, "lr": (), **changes})
+    return config(store, run, **{"kind": ("sae",), "rows": 64 * 8, "lr": (0.1,), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_interrupted_equals_uninterrupted(
         ((), {}, "tune is empty"),
         (("lr", "lr"), {}, "tune must have each value only once"),
         (("lr",), {"lr": (0.1, 0.2)}, "tune=lr starts from one lr, got 0.1,0.2"),
-        (("sparsity_weight",), {}, "sparsity_weight has no effect on kind sae with arch mp,topk"),
+        (("sparsity_weight",), {}, "sparsity_weight has no effect on kind=sae with arch=mp,topk"),
     ],
 )
 def test_a_search_that_makes_no_sense_is_refused(
