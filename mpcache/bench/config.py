@@ -24,11 +24,11 @@ class StoreBenchConfig:
     dtype: Dtype = "bfloat16"
     "dtype of the stored values"
     part_rows: tuple[int, ...] = (65_536,)
-    "rows per part; of several numbers, separated by commas, each is measured"
+    "rows per part; give several numbers, separated by commas, to measure each of them"
     chunk_rows: tuple[int, ...] = (1024,)
-    "rows per chunk; of several numbers, separated by commas, each is measured"
+    "rows per chunk; give several numbers, separated by commas, to measure each of them"
     codec: tuple[Codec, ...] = ("none",)
-    "compression of chunks; of several codecs, separated by commas, each is measured"
+    "compression of chunks; give several codecs, separated by commas, to measure each of them"
     threads: int = 4
     "threads that write parts and read chunks"
     repeats: int = 3

@@ -103,8 +103,8 @@ class Recomputation:
         except FileNotFoundError:
             name = f"{self.store.storage}/{mark_path(part, TOKENS)}"
             raise DamagedStoreError(
-                f"{name} is missing, so the rows of part {part} are unknown; give the dataset "
-                "with --dataset, so that the tokens are repaired first"
+                f"{name} is missing, so it is unknown which rows part {part} has; give the "
+                "dataset with --dataset: repair then restores the tokens before the rows"
             ) from None
 
     def _unit_count(self, part: int, writer: Writer) -> int:

@@ -38,8 +38,8 @@ def check_tokenizer_files(source: ModelSource) -> None:
     if (path := files["tokenizer.json"]) is not None:
         if not isinstance(check_json(path).get("model"), dict):
             raise UsageError(
-                f"{path} must have the field model, which holds the tokenizer, got none; use the "
-                "original file"
+                f"{path} holds no tokenizer, because the field 'model' is missing; use the file "
+                "that came with the model"
             )
         return None
     return _check_without_tokenizer_json(source)

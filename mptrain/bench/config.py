@@ -88,9 +88,9 @@ class LoaderBenchConfig:
         "memory; 0: do not train"
     )
     k: int = 16
-    "active latents per row (mp: pursuit steps) of the coders that --steps trains"
+    "only with --steps above 0: active latents per row of the coders that are trained"
     expansion: int = 8
-    "latents of the coders that --steps trains, as a multiple of the input's width"
+    "only with --steps above 0: latents of these coders, as a multiple of the input's width"
     repeats: int = 3
     "measured rounds over all methods; one more round before them is a warm-up"
     device: str = "auto"

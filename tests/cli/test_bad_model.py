@@ -210,9 +210,9 @@ DTYPES: list[tuple[str, Callable[[Path], object], str]] = [
     ("config.json", lambda p: edited(p, model_type=3), "must have a model_type, got 3"),
     ("config.json", lambda p: edited(p, model_type="nope"), "'nope', which transformers 5"),
     ("config.json", lambda p: edited(p, quantization_config="x"), "object as its quantization_c"),
-    ("tokenizer.json", lambda p: edited(p, model=3), "must have the field model"),
+    ("tokenizer.json", lambda p: edited(p, model=3), "holds no tokenizer, because the field"),
     ("tokenizer.json", lambda p: edited(p, model={"type": "Nope"}), "tokenizer of .* cannot be l"),
-    ("tokenizer.json", lambda p: p.write_text("{}"), "must have the field model"),
+    ("tokenizer.json", lambda p: p.write_text("{}"), "holds no tokenizer, because the field"),
 ]  # fmt: skip
 
 

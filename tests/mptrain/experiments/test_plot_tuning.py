@@ -63,7 +63,7 @@ def test_what_cannot_be_drawn_is_refused(store: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no run"):
         plot_tuning([run], "lr", tmp_path / "lr")
     fit(config(store, run, **SMALL))
-    with pytest.raises(UsageError, match="no coder of .* has two values of lr; give a run of"):
+    with pytest.raises(UsageError, match=r"no coder of .* has two values of lr; give a run of"):
         plot_tuning([run], "lr", tmp_path / "lr")
     with pytest.raises(UsageError, match="over must be one of lr, auxk_alpha"):
         plot_tuning([run], "k", tmp_path / "lr")
