@@ -79,30 +79,29 @@ def settings() -> Iterator[Setting]:
     """The design: each factor alone around one base, then pairs, from important to less so."""
     base = Setting()
     yield base
-    for steps in (1000, 4000):
-        yield replace(base, steps=steps)
+    yield replace(base, steps=1000)
     for latents in (1024, 8192):
         yield replace(base, latents=latents)
     for k in (8, 64):
         yield replace(base, k=k)
-    for batch_rows in (256, 4096):
-        yield replace(base, batch_rows=batch_rows)
+    yield replace(base, batch_rows=256)
     mlp = replace(base, hookpoint="layers.3.mlp")
     for kind in ("skip-transcoder", "transcoder", "sae"):
         yield replace(mlp, kind=kind)
+    yield replace(base, optimizer="adam")
+    yield replace(base, archs=("batch-topk", "batch-mp"))
+    yield replace(base, nested=True, archs=("batch-topk",))
+    yield replace(base, optimizer="signsgd")
+    yield replace(base, batch_rows=4096)
     yield replace(mlp, kind="skip-transcoder", steps=1000)
+    yield replace(base, optimizer="adam", steps=1000)
+    yield replace(base, hookpoint="layers.5")
+    yield replace(base, steps=4000)
+    yield replace(base, optimizer="signsgd", steps=1000)
     for optimizer in ("adam", "signsgd"):
-        for steps in (250, 1000):
-            yield replace(base, optimizer=optimizer, steps=steps)
         yield replace(base, optimizer=optimizer, latents=8192)
         yield replace(base, optimizer=optimizer, k=64)
-    others: tuple[Arch, ...] = ("batch-topk", "batch-mp", "jumprelu", "gated", "relu")
-    for steps in (250, 1000):
-        yield replace(base, archs=others, steps=steps)
-        yield replace(base, nested=True, archs=("batch-topk",), steps=steps)
-    yield replace(base, archs=others, optimizer="adam")
-    yield replace(base, hookpoint="layers.5")
-    yield replace(base, hookpoint="layers.5", steps=1000)
+    yield replace(base, archs=("batch-topk", "batch-mp"), steps=1000)
     yield replace(base, latents=8192, k=64, steps=1000)
     yield replace(base, seed=1)
     yield replace(base, seed=2)

@@ -93,8 +93,8 @@ class Committer:
                     )
         if self.storage.read(mark) != claim:
             raise UsageError(
-                f"{self.storage}/{mark} already records other values for part {part} of {array}; "
-                "give a new or empty folder"
+                f"{self.storage} already has part {part} of {array}, with values that differ "
+                f"from those that are copied (by {mark}); copy to a new or empty folder"
             )
         return is_new
 

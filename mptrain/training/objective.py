@@ -25,8 +25,8 @@ class Objective:
         """`input_variance`: for a coder with an input loss, the input's total variance."""
         if not total_variance > 0:
             raise UsageError(
-                f"total_variance must be positive, got {total_variance}; "
-                "a target that does not vary cannot be learned"
+                f"total_variance must be positive, got {total_variance}: a target that does not "
+                "vary cannot be learned; use another target"
             )
         if coder.config.input_loss > 0 and not input_variance:
             raise UsageError(

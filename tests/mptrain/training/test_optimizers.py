@@ -162,7 +162,7 @@ def test_loading_copies():
 def test_refuses_the_state_of_another_coder():
     coder = make_coder()
     optimizers = make_optimizers(coder, coder.config, 8)
-    with pytest.raises(ValueError, match=r"holds encoder_MD.exp_avg, the coder has b_D"):
+    with pytest.raises(ValueError, match=r"holds encoder_MD.exp_avg, but this coder has only b_D"):
         optimizers.load_state_tensors_(
             {"steps_done": torch.tensor(1), "encoder_MD.exp_avg": torch.zeros(1)}
         )
