@@ -9,6 +9,7 @@ import csv
 import math
 import shutil
 import time
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,10 +34,10 @@ class Setting:
     hookpoint: str = "layers.3"
     kind: Kind = "sae"
     optimizer: Optimizer = "muon"
-    latents: int = 2048
+    latents: int = 1024
     k: int = 16
-    batch_rows: int = 1024
-    steps: int = 250
+    batch_rows: int = 256
+    steps: int = 500
     seed: int = 0
     nested: bool = False
     archs: tuple[Arch, ...] = ARCHS
@@ -76,36 +77,40 @@ class RateRow:
 
 
 def settings() -> Iterator[Setting]:
-    """The design: each factor alone around one base, then pairs, from important to less so."""
-    base = Setting()
-    yield base
-    yield replace(base, steps=1000)
-    for latents in (1024, 8192):
-        yield replace(base, latents=latents)
-    for k in (8, 64):
-        yield replace(base, k=k)
-    yield replace(base, batch_rows=256)
+    """The design: each factor alone around one base, from important to less so.
+
+    The base is small, so that a factor of 4 on either side of it is still quick.
+    """
+    base, both = Setting(), typing.cast(tuple[Optimizer, ...], ("muon", "adam"))
     mlp = replace(base, hookpoint="layers.3.mlp")
-    for kind in ("skip-transcoder", "transcoder", "sae"):
-        yield replace(mlp, kind=kind)
+    yield base
     yield replace(base, optimizer="adam")
-    yield replace(base, archs=("batch-topk", "batch-mp"))
-    yield replace(base, nested=True, archs=("batch-topk",))
-    yield replace(base, optimizer="signsgd")
-    yield replace(base, batch_rows=4096)
-    yield replace(mlp, kind="skip-transcoder", steps=1000)
-    yield replace(base, optimizer="adam", steps=1000)
-    yield replace(base, hookpoint="layers.5")
-    yield replace(base, steps=4000)
-    yield replace(base, optimizer="signsgd", steps=1000)
-    for optimizer in ("adam", "signsgd"):
-        yield replace(base, optimizer=optimizer, latents=8192)
-        yield replace(base, optimizer=optimizer, k=64)
-    yield replace(base, archs=("batch-topk", "batch-mp"), steps=1000)
-    yield replace(base, latents=8192, k=64, steps=1000)
-    yield replace(base, seed=1)
-    yield replace(base, seed=2)
-    yield replace(base, steps=16_000)
+    for optimizer in both:
+        own = replace(base, optimizer=optimizer)
+        for steps in (125, 2000):
+            yield replace(own, steps=steps)
+        for latents in (512, 4096):
+            yield replace(own, latents=latents)
+        for k in (4, 64):
+            yield replace(own, k=k)
+        for batch_rows in (64, 1024):
+            yield replace(own, batch_rows=batch_rows)
+        for kind in ("skip-transcoder", "transcoder"):
+            yield replace(mlp, optimizer=optimizer, kind=kind)
+    for optimizer in both:
+        own = replace(base, optimizer=optimizer)
+        yield replace(own, archs=("batch-topk", "batch-mp"))
+        yield replace(own, nested=True, archs=("batch-topk",))
+        yield replace(mlp, optimizer=optimizer)
+        yield replace(own, hookpoint="layers.5")
+    for steps in (125, 500, 2000):
+        yield replace(base, optimizer="signsgd", steps=steps)
+    for optimizer in both:
+        own = replace(base, optimizer=optimizer)
+        for seed in (1, 2):
+            yield replace(own, seed=seed)
+        yield replace(own, steps=8000)
+        yield replace(own, latents=4096, k=64, batch_rows=1024, steps=1000)
 
 
 def read_rows(table: Path) -> list[dict[str, str]]:

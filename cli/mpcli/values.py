@@ -42,10 +42,13 @@ def is_list(hint: Any) -> bool:
 
 def element_of(hint: Any) -> Any:
     """The type of one value: of `tuple[int, ...]` int, of `float | None` float."""
-    origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
+    if _is_union(hint):
         return next(a for a in typing.get_args(hint) if a is not type(None))
-    return typing.get_args(hint)[0] if origin is tuple else hint
+    return typing.get_args(hint)[0] if is_list(hint) else hint
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
 def parser_of(hint: Any) -> Callable[[str], Any]:
@@ -57,6 +60,10 @@ def parser_of(hint: Any) -> Callable[[str], Any]:
 
 
 def _element_parser(element: Any) -> Callable[[str], Any]:
+    if _is_union(element):  # a word, or a number
+        number, word = typing.get_args(element)
+        parse, words = _element_parser(number), typing.get_args(word)
+        return lambda text: text if text in words else parse(text)
     if typing.get_origin(element) is Literal:
         return lambda text: _choice(text, typing.get_args(element))
     parsers: dict[Any, Callable[[str], Any]] = {int: count, float: _number, str: str}
@@ -79,11 +86,15 @@ def _number(text: str) -> float:
 def metavar_of(hint: Any) -> str:
     """How help writes the values of an option: COUNT, TEXT,... or the choices."""
     element = element_of(hint)
-    if typing.get_origin(element) is Literal:
-        name = "|".join(typing.get_args(element))
-    else:
-        name = {int: "COUNT", float: "NUMBER", str: "TEXT"}[element]
+    kinds = typing.get_args(element) if _is_union(element) else (element,)
+    name = "|".join(map(_metavar_of_kind, kinds))
     return f"{name},..." if is_list(hint) else name
+
+
+def _metavar_of_kind(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
+    return {int: "COUNT", float: "NUMBER", str: "TEXT"}[kind]
 
 
 def shown(value: Any) -> str:

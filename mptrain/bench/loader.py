@@ -26,7 +26,7 @@ from mptrain.data.filters import make_filters
 from mptrain.data.loader import Batch, Loader, Store, open_store
 from mptrain.data.window_plans import endless_plans
 from mptrain.kernels.device import resolve_device
-from mptrain.training.setup import make_coder_run
+from mptrain.training.setup import learning_rates, make_coder_run
 
 _MIXING_BATCH_ROWS = 4096
 _MIXING_BATCHES = 100
@@ -243,7 +243,11 @@ def _measure_training(
     )  # fmt: skip
     coders, device = run.coders(), resolve_device(config.device)
     filters = make_filters(run, store, all_sides(coders))
-    coder_runs = [make_coder_run(coder, run, filters, store, device) for coder in coders]
+    rates = learning_rates(run, store)
+    coder_runs = [
+        make_coder_run(coder, run, filters, store, device, rates[coder.name].value)
+        for coder in coders
+    ]
     waited: deque[float] = deque(maxlen=config.repeats)
 
     def train(batches: Iterator[Batch]) -> None:

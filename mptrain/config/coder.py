@@ -54,7 +54,7 @@ class CoderConfig(CoderSettings):
     seed: int = 0
     "random seed of the initial weights"
     lr: float | None = None
-    "peak learning rate; None: the default of the optimizer"
+    "peak learning rate; None: by the rule of `mptrain.training.learning_rate`"
 
     def __post_init__(self) -> None:
         checks = (_side_errors, _range_errors, _inapplicable_settings, _combination_errors)

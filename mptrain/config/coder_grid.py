@@ -4,7 +4,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mpcache.errors import UsageError
 from mptrain.config.architectures import ARCHITECTURES, Arch
@@ -15,8 +15,8 @@ from mptrain.config.presets import PRESETS
 from mptrain.config.run import RunConfig
 from mptrain.config.sides import CoderSides, Kind, hookpoint_sides
 
-_LISTS = ("kind", "arch", "k", "expansion", "seed", "preset")
-_MAY_BE_EMPTY = ("hookpoints", "input", "target", "latents", "lr")
+_LISTS = ("kind", "arch", "k", "expansion", "lr", "seed", "preset")
+_MAY_BE_EMPTY = ("hookpoints", "input", "target", "latents")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,10 @@ class LearningRateGrid:
 
     group: ClassVar[str] = "Optimizer"
 
-    lr: tuple[float, ...] = ()
+    lr: tuple[float | Literal["auto"], ...] = ("auto",)
     (
-        "peak learning rates; default: muon 2e-3, adam 2e-4 / s, signsgd 5e-3 / s, with s = "
-        "sqrt(latents / 16384)"
+        "peak learning rates; auto: by a rule for the architecture, the optimizer, the sizes of "
+        "the coder and the length of the run; the rate is printed at the start"
     )
 
 
@@ -119,7 +119,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
             self.kind,
             self.k,
             self._sizes,
-            self.lr or (None,),
+            self.lr,
             self.seed,
             self.arch,
         )
@@ -129,7 +129,7 @@ class FitConfig(HookpointGrid, CoderGrid, LearningRateGrid, CoderSettings, RunCo
                 kind=kind,
                 arch=arch,
                 k=k if ARCHITECTURES[arch].needs_k else None,
-                lr=lr,
+                lr=None if lr == "auto" else lr,
                 seed=seed,
                 **size,
                 **{**self._recipe(kind, arch), **changes},

@@ -119,10 +119,18 @@ def _shown_coders(plan: FigurePlan, coders: CodersByName) -> Iterator[tuple[Row,
 def _training(shown: Sequence[TrainedCoder]) -> str:
     latents = sorted({coder.latents for coder in shown if coder.latents is not None})
     optimizers = dict.fromkeys(coder.config.optimizer for coder in shown)
-    lrs = dict.fromkeys(coder.config.lr for coder in shown)
-    rates = ["default lr" if lr is None else f"lr {lr:g}" for lr in lrs]
     counts = " or ".join(f"{count:,}" for count in latents) or "unknown"
-    return f"{counts} latents, {' or '.join(optimizers)}, {' or '.join(rates)}"
+    return f"{counts} latents, {' or '.join(optimizers)}, {_rates(shown)}"
+
+
+def _rates(shown: Sequence[TrainedCoder]) -> str:
+    """The peak learning rates, and whether they are those of the rule."""
+    rates = {rate for coder in shown if (rate := coder.peak_lr or coder.config.lr) is not None}
+    if not rates:
+        return "default lr"
+    low, high = min(rates), max(rates)
+    text = f"lr {low:g}" if low == high else f"lr {low:g} to {high:g}"
+    return f"{text} by rule" if any(coder.config.lr is None for coder in shown) else text
 
 
 def _seeds(plan: FigurePlan) -> str:

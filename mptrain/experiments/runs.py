@@ -51,6 +51,8 @@ class TrainedCoder:
     "the coder's row of results.json; None before the run has finished"
     parts: frozenset[int] = frozenset()
     "parts of the store that the run reads"
+    peak_lr: float | None = None
+    "peak learning rate; None for a run of an old version"
 
     @property
     def path(self) -> Path:
@@ -191,9 +193,15 @@ def _read_coders(run: SweepRun) -> list[TrainedCoder]:
     for record in read_records(metrics) if metrics.exists() else []:
         by_name[record.coder].append(record)
     results = {row["coder"]: row for row in _results(run.folder)}
+    rates = read_manifest(run.folder).learning_rates or {}
     return [
         TrainedCoder(
-            coder, run.folder, tuple(by_name[coder.name]), results.get(coder.name), run.parts
+            coder,
+            run.folder,
+            tuple(by_name[coder.name]),
+            results.get(coder.name),
+            run.parts,
+            rates.get(coder.name, {}).get("value"),
         )
         for coder in run.coders
     ]

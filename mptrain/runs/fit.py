@@ -1,7 +1,7 @@
 """Train a grid of coders in one pass over a store, or in several passes where memory is short."""
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ from mptrain.runs.loggers import check_installed
 from mptrain.runs.pass_context import TrainingPass
 from mptrain.runs.plan import RunPlan, make_plan
 from mptrain.runs.results import CoderResult
-from mptrain.runs.run_dir import check_same_run, open_run, recorded_parts
+from mptrain.runs.run_dir import check_same_run, open_run, recorded_learning_rates, recorded_parts
 from mptrain.runs.saved_state import load_progress
 from mptrain.runs.state import RunProgress
 from mptrain.runs.train_loop import OnStep, TrainLoop
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
-from mptrain.training.setup import make_coder_run, make_loader
+from mptrain.training.learning_rate import GIVEN, LearningRate
+from mptrain.training.setup import learning_rates, make_coder_run, make_loader
 
 
 def fit(
@@ -89,11 +90,16 @@ def _fit(
         rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
         tqdm.write(f"{rows} train rows in {store.storage}", file=sys.stderr)
     check_variance(store, all_sides(config.coders()))
+    rates = recorded_learning_rates(config) or learning_rates(config, store)
+    if not quiet:
+        _print_rates(rates)
     progress = saved or RunProgress(passes=plan.passes)
     first_pass = progress.pass_index
     while progress.pass_index < len(progress.passes):
         with ExitStack() as stack:
-            training_pass = _open_pass(config, processes, store, progress, device, quiet, stack)
+            training_pass = _open_pass(
+                config, processes, store, rates, progress, device, quiet, stack
+            )
             if processes.is_first and progress.pass_index == first_pass:
                 processes.barrier()
             results = TrainLoop(training_pass, on_step).run()
@@ -105,6 +111,7 @@ def _open_pass(
     config: RunConfig,
     processes: ProcessGroup,
     store: Store,
+    rates: Mapping[str, LearningRate],
     progress: RunProgress,
     device: torch.device,
     quiet: bool,
@@ -117,7 +124,8 @@ def _open_pass(
     sides = all_sides(own_coders or coders)
     filters = make_filters(config, store, sides)
     coder_runs = [
-        make_coder_run(coder, config, filters, store, device, processes) for coder in own_coders
+        make_coder_run(coder, config, filters, store, device, rates[coder.name].value, processes)
+        for coder in own_coders
     ]
     open_loader = partial(make_loader, config, store, filters=filters, device=device)
     train = stack.enter_context(open_loader(sides, "train", share=processes.share))
@@ -129,7 +137,7 @@ def _open_pass(
     return TrainingPass(
         config=config,
         processes=processes,
-        run=open_run(config, store.source, store.fingerprint, train.order_digest, parts),
+        run=open_run(config, store.source, store.fingerprint, train.order_digest, parts, rates),
         progress=progress,
         coder_runs=coder_runs,
         filters=filters,
@@ -140,13 +148,18 @@ def _open_pass(
     )
 
 
+def _print_rates(rates: Mapping[str, LearningRate]) -> None:
+    """Print each rate of the rule once, with its reason."""
+    for rate in dict.fromkeys(rates.values()):
+        if rate.reason != GIVEN:
+            tqdm.write(f"lr {rate.value:.2g}: {rate.reason}", file=sys.stderr)
+
+
 def plan_fit(config: RunConfig) -> RunPlan:
     """Return what `fit` would do. Writes nothing, and raises the errors that `fit` would raise."""
     saved = load_progress(Path(config.run), [coder.name for coder in config.coders()])
     device = resolve_device(config.device)
-    store, plan = _plan(config, device, SINGLE_PROCESS, None, saved, quiet=True)
-    check_same_run(config, store.fingerprint)
-    return plan
+    return _plan(config, device, SINGLE_PROCESS, None, saved, quiet=True)[1]
 
 
 def _plan(
@@ -163,4 +176,5 @@ def _plan(
     store = open_trainable_store(
         config, all_sides(config.coders()), parts if recorded is None else recorded, quiet=quiet
     )
+    check_same_run(config, store.fingerprint)
     return store, make_plan(config, store, device, processes, saved.passes if saved else None)

@@ -13,6 +13,7 @@ from mptrain.config.coder_json import coder_config_from_json
 from mptrain.config.run import ListedConfig, RunConfig
 from mptrain.data.atomic_files import explain_write_errors, is_partial, read_json, write_json
 from mptrain.data.ranges_as_text import format_ranges, parse_ranges
+from mptrain.training.learning_rate import LearningRate
 
 # Settings that may differ between the commands of one run: where it lies, what it is computed on,
 # when it is saved, how rows are fetched, and what fits into memory (a continued run keeps the
@@ -38,6 +39,8 @@ class RunManifest:
     "of the order of the train rows"
     parts: str | None = None
     'numbers of the store\'s parts that the run reads, as "0-3, 5"; None: a run of an old version'
+    learning_rates: Mapping[str, Mapping[str, Any]] | None = None
+    "peak learning rate of each coder, with its reason; None: a run of an old version"
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -106,12 +109,30 @@ def recorded_parts(config: RunConfig) -> set[int] | None:
     return None if parts is None else parse_ranges(parts)
 
 
+def recorded_learning_rates(config: RunConfig) -> dict[str, LearningRate] | None:
+    """Return the peak learning rates that a run began with, by coder; None for a new run.
+
+    A continued run keeps its rates, also where another version has another rule.
+    """
+    run = Path(config.run)
+    if not (run / "config.json").exists():
+        return None
+    rates = read_manifest(run).learning_rates
+    return None if rates is None else {name: LearningRate(**rate) for name, rate in rates.items()}
+
+
 def open_run(
-    config: RunConfig, source: str, fingerprint: str, order_digest: str, parts: Collection[int]
+    config: RunConfig,
+    source: str,
+    fingerprint: str,
+    order_digest: str,
+    parts: Collection[int],
+    rates: Mapping[str, LearningRate],
 ) -> RunFolder:
     """Make the folder of a new run, or check that a run there has the same config and rows.
 
-    `parts` are the numbers of the store's parts that the run reads, also when the store grows.
+    `parts` are the numbers of the store's parts that the run reads, also when the store grows;
+    `rates` are the peak learning rates of its coders.
 
     Raises:
         UsageError: the folder holds another run or other files, or cannot be written.
@@ -125,6 +146,7 @@ def open_run(
         store_fingerprint=fingerprint,
         order_digest=order_digest,
         parts=format_ranges(parts),
+        learning_rates={name: asdict(rate) for name, rate in rates.items()},
     )
     file = folder / "config.json"
     if not file.exists():

@@ -19,10 +19,22 @@ from mptrain.data.preflight import open_trainable_store
 from mptrain.evals.evaluate import calibrate_thresholds_
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.results import CoderProgress, coder_progress
-from mptrain.runs.run_dir import check_same_run, read_manifest, recorded_parts, resumed_config
+from mptrain.runs.run_dir import (
+    check_same_run,
+    read_manifest,
+    recorded_learning_rates,
+    recorded_parts,
+    resumed_config,
+)
 from mptrain.runs.saved_state import load_state
 from mptrain.runs.state import restore_state_
-from mptrain.training.setup import CoderRun, make_coder_run, make_loader, train_steps
+from mptrain.training.setup import (
+    CoderRun,
+    learning_rates,
+    make_coder_run,
+    make_loader,
+    train_steps,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +72,11 @@ def save_coders(run: str, changes: Mapping[str, Any]) -> list[SavedCoder]:
     store = open_trainable_store(config, sides, recorded_parts(config))
     check_same_run(config, store.fingerprint)
     filters, device = make_filters(config, store, sides), resolve_device(config.device)
-    coder_runs = [make_coder_run(coder, config, filters, store, device) for coder in coders]
+    rates = recorded_learning_rates(config) or learning_rates(config, store)
+    coder_runs = [
+        make_coder_run(coder, config, filters, store, device, rates[coder.name].value)
+        for coder in coders
+    ]
     restore_state_(state, tensors, coder_runs)
     return _save(config, coder_runs, store, filters)
 

@@ -1,6 +1,5 @@
 """Optimizers of one coder, with their schedule and their state as named tensors."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -15,19 +14,8 @@ from mptrain.training.schedules import lr_factor
 _COUNTER = "steps_done"
 
 
-def peak_lr(config: CoderConfig, latents: int) -> float:
-    """The config's `lr`, or the rules of sparsify: 2e-3 (muon), `2e-4 / sqrt(M / 2^14)` (adam),
-    `5e-3 / sqrt(M / 2^14)` (signsgd).
-    """
-    if config.lr is not None:
-        return config.lr
-    if config.optimizer == "muon":
-        return 2e-3
-    return (2e-4 if config.optimizer == "adam" else 5e-3) / math.sqrt(latents / 2**14)
-
-
-def make_optimizers(coder: Coder, config: CoderConfig, steps: int) -> "Optimizers":
-    """Return the optimizers of a coder for `steps` train steps.
+def make_optimizers(coder: Coder, config: CoderConfig, steps: int, lr: float) -> "Optimizers":
+    """Return the optimizers of a coder for `steps` train steps with a peak learning rate.
 
     adam: Adam on all parameters. muon: Muon (Jordan 2024; RMS matched to AdamW, Liu et al. 2025,
     arXiv 2502.16982, sec. 2.2; weight decay 0.1) on matrices, Adam on vectors. Muon's
@@ -36,17 +24,16 @@ def make_optimizers(coder: Coder, config: CoderConfig, steps: int) -> "Optimizer
     signsgd: schedule-free SignSGD on all parameters; the coder then holds the points at which
     gradients are taken, and `Optimizers.averages` are the weights to evaluate and save.
     """
-    lr = peak_lr(config, coder.latents)
     trained = [p for p in coder.parameters() if p.requires_grad]
     if config.optimizer == "signsgd":
-        return Optimizers(coder, [_signsgd(coder, lr)], config, steps)
+        return Optimizers(coder, [_signsgd(coder, lr)], config, steps, lr)
     if config.optimizer == "adam":
-        return Optimizers(coder, [_adam(trained, lr)], config, steps)
+        return Optimizers(coder, [_adam(trained, lr)], config, steps, lr)
     matrices = [p for p in trained if p.ndim == 2]
     vectors = [p for p in trained if p.ndim == 1]
     muon = torch.optim.Muon(matrices, lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adam = [_adam(vectors, lr)] if vectors else []
-    return Optimizers(coder, [muon, *adam], config, steps)
+    return Optimizers(coder, [muon, *adam], config, steps, lr)
 
 
 class Optimizers:
@@ -58,9 +45,10 @@ class Optimizers:
         optimizers: list[torch.optim.Optimizer],
         config: CoderConfig,
         steps: int,
+        peak_lr: float,
     ) -> None:
         self.steps_done = 0
-        self._peak_lr = peak_lr(config, coder.latents)
+        self._peak_lr = peak_lr
         self.steps = steps
         self._config = config
         self._optimizers = optimizers

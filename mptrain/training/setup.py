@@ -18,6 +18,7 @@ from mptrain.data.loader import Loader, Split, Store
 from mptrain.data.window_plans import WHOLE_STREAM, StreamShare
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.geometric_median import geometric_median
+from mptrain.training.learning_rate import LearningRate, learning_rate
 from mptrain.training.normalization import IDENTITY, scale_of
 from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
@@ -55,15 +56,28 @@ def train_steps(config: RunConfig) -> int:
     return config.rows // config.batch_rows
 
 
+def learning_rates(run: RunConfig, store: Store) -> dict[str, LearningRate]:
+    """Return the peak learning rate of each coder of a run, by name."""
+    return {
+        coder.name: learning_rate(
+            coder, store.width(*coder.input), run.batch_rows, train_steps(run)
+        )
+        for coder in run.coders()
+    }
+
+
 def make_coder_run(
     config: CoderConfig,
     run: RunConfig,
     filters: Filters,
     store: Store,
     device: torch.device,
+    lr: float,
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> CoderRun:
     """Return a coder at its start: biases in the middle of the train rows, atoms drawn by its seed.
+
+    `lr` is its peak learning rate.
 
     Means and variances (losses are divided by variances) are those of the store: of all finite
     train rows, before filters. Medians and scales are of a sample of filtered rows, because a few
@@ -86,7 +100,7 @@ def make_coder_run(
         torch.Generator().manual_seed(config.seed),
     )
     coder.to(device)
-    optimizers = make_optimizers(coder, config, train_steps(run))
+    optimizers = make_optimizers(coder, config, train_steps(run), lr)
     variances = float(variance_E.sum()), float(variance_D.sum())
     return CoderRun(
         config=config, trainer=CoderTrainer(coder, optimizers, *variances, scale, processes)

@@ -24,7 +24,8 @@ from mptrain.evals.evaluate import evaluate_coder
 from mptrain.runs.fit import fit
 from mptrain.runs.results import CoderResult
 from mptrain.runs.run_dir import check_same_run
-from mptrain.training.optimizers import peak_lr
+from mptrain.training.learning_rate import learning_rate
+from mptrain.training.setup import train_steps
 from mptrain.tuning.bracket import best_position, is_at_edge, next_positions, value_at
 
 FACTORS = {"lr": 2.0, "auxk_alpha": 4.0, "sparsity_weight": 2.0, "bandwidth": 2.0}
@@ -264,8 +265,9 @@ def _outcome(
 
 def _start(setting: str, coder: CoderConfig, config: FitConfig, store: Store) -> float:
     """The value that a coder has without tuning."""
-    if setting == "lr" and coder.lr is None:
-        return peak_lr(coder, coder.latents_of(store.width(*coder.input)))
+    if setting == "lr":
+        width, steps = store.width(*coder.input), train_steps(config)
+        return learning_rate(coder, width, config.batch_rows, steps).value
     return float(getattr(coder, setting))
 
 
@@ -286,7 +288,7 @@ def _check(config: FitConfig, settings: tuple[str, ...]) -> None:
         if setting not in FACTORS:
             raise UsageError(f"tune must be one of {', '.join(FACTORS)}, got {setting}")
         if setting == "lr" and len(config.lr) > 1:
-            rates = ",".join(f"{rate:g}" for rate in config.lr)
+            rates = ",".join(map(str, config.lr))
             raise UsageError(
                 f"tune=lr starts from one lr, got {rates}; give one of them, or remove tune"
             )

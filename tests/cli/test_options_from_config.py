@@ -248,7 +248,7 @@ def test_fit_refuses_another_config_in_the_same_run(inputs: Path, tmp_path: Path
     ]
     assert CliRunner().invoke(mptrain, [*fit, *FIT]).exit_code == 0
     message = error_line(CliRunner().invoke(mptrain, [*fit, *FIT, "--lr", "0.5"]))
-    assert "lr: none there, 0.5 asked" in message
+    assert "lr: auto there, 0.5 asked" in message
 
 
 def test_fit_stops_on_a_flipped_byte(inputs: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.training.geometric_median import geometric_median
 from mptrain.training.normalization import scale_of
-from mptrain.training.optimizers import make_optimizers
+from mptrain.training.optimizers import Optimizers, make_optimizers
 from mptrain.training.train_step import CoderTrainer
 
 D, STEPS = 12, 100
@@ -39,6 +39,11 @@ def rows_of(config: CoderConfig, rows: int, seed: int) -> tuple[Tensor, Tensor]:
     return both[:, :D], both[:, -D:] if config.subtract == "predicting" else both[:, D:]
 
 
+def optimizers_of(coder: Coder, config: CoderConfig, steps: int) -> Optimizers:
+    """The optimizers of a coder with the rate of its config, or 2e-3."""
+    return make_optimizers(coder, config, steps, config.lr or 2e-3)
+
+
 def make_learner(config: CoderConfig, steps: int = STEPS) -> CoderTrainer:
     x_BD, y_BE = rows_of(config, 2000, 0)
     coder = Coder(config, D, y_BE.shape[1])
@@ -47,7 +52,7 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> CoderTrainer:
     start = geometric_median if config.start == "median" else lambda rows: rows.mean(0)
     coder.initialise_(scale.input * start(x_BD), scale.target * start(y_BE), generator)
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    return CoderTrainer(coder, make_optimizers(coder, config, steps), *variances, scale)
+    return CoderTrainer(coder, optimizers_of(coder, config, steps), *variances, scale)
 
 
 def train_(trainer: CoderTrainer, first: int, last: int) -> list[float]:

@@ -101,16 +101,19 @@ def fit(
             results = run(config, quiet=False)
     except KeyboardInterrupt as stop:
         raise type(stop)(_how_to_continue(Path(config.run))) from None
-    return _report(Path(config.run), results, json)
+    return _report(config, results, json)
 
 
-def _report(run: Path, results: "list[CoderResult]", json: bool) -> None:
-    for warning in (warning for result in results for warning in result.warnings):
+def _report(config: RunConfig, results: "list[CoderResult]", json: bool) -> None:
+    from mptrain.tuning.given_rates import edge_warnings
+
+    of_results = (warning for result in results for warning in result.warnings)
+    for warning in (*of_results, *edge_warnings(config.coders(), results)):
         typer.echo(f"warning: {warning}", err=True)
     if json:
         print_json([result.to_json() for result in results])
     else:
-        _print_results(run, results)
+        _print_results(Path(config.run), results)
     if all(result.diverged for result in results):
         typer.echo("error: all coders diverged, so no coder was saved; use a lower --lr", err=True)
         raise typer.Exit(1)

@@ -145,7 +145,9 @@ def test_rows_are_scaled_by_those_that_are_taken(
     run = config(store, normalise=True, skip_positions=3)
     filters = make_filters(run, store, [IN, OUT])
     for coder_config in run.coders():
-        scale = make_coder_run(coder_config, run, filters, store, torch.device("cpu")).trainer.scale
+        scale = make_coder_run(
+            coder_config, run, filters, store, torch.device("cpu"), 0.01
+        ).trainer.scale
         for side, factor in zip(coder_config.sides, scale, strict=True):
             batch = all_rows(store, filters, (side,))
             square = batch.values[side][filters.kept(batch, (side,))].double().square().mean()

@@ -416,7 +416,7 @@ def test_a_run_whose_parts_are_gone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks parts that it had when the run") as error:
         fit(config(store, tmp_path / "run", rows=64))
     assert "order_digest" not in str(error.value)
-    with pytest.raises(ValueError, match=r"lr: none there, 0\.5 asked"):
+    with pytest.raises(ValueError, match=r"lr: auto there, 0\.5 asked"):
         fit(config(store, tmp_path / "run", rows=64, lr=(0.5,)))
 
 

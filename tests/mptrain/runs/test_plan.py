@@ -29,11 +29,10 @@ from mptrain.runs.memory import MOMENTS, CoderMemory, coder_memory, group_into_p
 from mptrain.runs.plan import RunPlan
 from mptrain.runs.state import RunProgress
 from mptrain.training.distributed import ProcessGroup
-from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers.fits import config, equal, interrupt_at, lasting, state, weights
 from tests.helpers.stores import small_store
-from tests.helpers.trainers import BASE, D, make_learner, train_
+from tests.helpers.trainers import BASE, D, make_learner, optimizers_of, train_
 
 CPU = torch.device("cpu")
 MIXED = {
@@ -88,9 +87,7 @@ def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -
     coder = Coder(coder_config, width, width)
     zero_D = torch.zeros(width)
     coder.initialise_(zero_D, zero_D, torch.Generator().manual_seed(0))
-    trainer = CoderTrainer(
-        coder, make_optimizers(coder, coder_config, 9), float(width), float(width)
-    )
+    trainer = CoderTrainer(coder, optimizers_of(coder, coder_config, 9), float(width), float(width))
     x_BD, y_BE = torch.randn(rows, width), torch.randn(rows, width)
     y_BE = x_BD if coder_config.kind == "sae" else y_BE
     trainer.step(x_BD, y_BE)

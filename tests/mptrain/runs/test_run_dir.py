@@ -256,7 +256,7 @@ def test_differences_are_written_as_on_the_command_line(store: str, tmp_path: Pa
     message = str(error.value)
     for difference in (
         "k: 3 there, 2,3 asked",
-        "lr: none there, 0.1 asked",
+        "lr: auto there, 0.1 asked",
         "rows: 64 there, 128 ",
     ):
         assert difference in message

@@ -20,11 +20,10 @@ from mptrain.config.coder import CoderConfig
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics_file import read_records
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
-from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers import fits
 from tests.helpers.stores import small_store
-from tests.helpers.trainers import BASE, TRANSCODER, make_learner, rows_of, train_
+from tests.helpers.trainers import BASE, TRANSCODER, make_learner, optimizers_of, rows_of, train_
 
 CONFIGS = [
     BASE,
@@ -48,7 +47,7 @@ def prepared(config: CoderConfig, ranks: ProcessGroup) -> CoderTrainer:
     scale = plain.scale
     trainer = CoderTrainer(
         coder,
-        make_optimizers(coder, config, 100),
+        optimizers_of(coder, config, 100),
         objective.total_variance / scale.target**2,
         None if objective.input_variance is None else objective.input_variance / scale.input**2,
         scale,

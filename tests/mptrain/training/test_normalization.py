@@ -13,9 +13,8 @@ from mptrain.coders.checkpoint import load_coder, save_coder
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.training.normalization import scale_of
-from mptrain.training.optimizers import make_optimizers
 from mptrain.training.train_step import CoderTrainer
-from tests.helpers.trainers import BASE, D, planted, rows_of
+from tests.helpers.trainers import BASE, D, optimizers_of, planted, rows_of
 
 NORMAL = replace(BASE, normalise=True)
 CONFIGS = [
@@ -48,7 +47,7 @@ def scaled_learner(config: CoderConfig) -> CoderTrainer:
     means = scale.input * x_BD.mean(0), scale.target * y_BE.mean(0)
     coder.initialise_(*means, torch.Generator().manual_seed(0))
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    trainer = CoderTrainer(coder, make_optimizers(coder, config, 30), *variances, scale)
+    trainer = CoderTrainer(coder, optimizers_of(coder, config, 30), *variances, scale)
     for step in range(10):
         x_BD, y_BE = batch_of(config, step)
         trainer.step(x_BD, y_BE)
@@ -98,7 +97,7 @@ def test_losses_are_shares_of_the_variance_at_any_scale():
             scale.input * x_BD.mean(0), x_BD.mean(0), torch.Generator().manual_seed(0)
         )
         variance = float(x_BD.var(0).sum())
-        trainer = CoderTrainer(coder, make_optimizers(coder, config, 30), variance, scale=scale)
+        trainer = CoderTrainer(coder, optimizers_of(coder, config, 30), variance, scale=scale)
         result = trainer.step(x_BD, x_BD)
         losses.append((float(result.loss), float(result.fvu)))
     assert losses[0] == losses[1]

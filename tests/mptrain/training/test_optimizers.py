@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_settings import Optimizer, Schedule
-from mptrain.training.optimizers import Optimizers, lr_factor, make_optimizers, peak_lr
+from mptrain.training.optimizers import Optimizers, lr_factor
+from tests.helpers.trainers import optimizers_of
 
 
 def make_coder(
@@ -81,7 +82,7 @@ def test_large_gradients_are_scaled_down_to_the_clip_norm():
     )
     moments = {}
     for coder in (free, loose, tight):
-        optimizers = make_optimizers(coder, coder.config, 8)
+        optimizers = optimizers_of(coder, coder.config, 8)
         train_(coder, optimizers, 1)
         moments[coder.config.clip_norm] = {
             name: tensor
@@ -95,17 +96,10 @@ def test_large_gradients_are_scaled_down_to_the_clip_norm():
         torch.testing.assert_close(moments[0.5][name], moment * (0.5 / norm))
 
 
-def test_default_learning_rates():
-    assert peak_lr(make_coder("muon").config, 1 << 16) == 2e-3
-    assert peak_lr(make_coder("adam").config, 1 << 16) == pytest.approx(1e-4)
-    assert peak_lr(make_coder("signsgd").config, 1 << 12) == pytest.approx(1e-2)
-    assert peak_lr(make_coder("adam", lr=0.5).config, 1 << 16) == 0.5
-
-
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_learning_rate_follows_the_schedule(optimizer: Optimizer):
     coder = make_coder(optimizer, lr=0.1)
-    optimizers = make_optimizers(coder, coder.config, 8)
+    optimizers = optimizers_of(coder, coder.config, 8)
     seen = []
     for _ in range(8):
         seen.append(optimizers.lr)
@@ -116,7 +110,7 @@ def test_learning_rate_follows_the_schedule(optimizer: Optimizer):
 def test_adam_moves_vectors_alike_and_muon_equalises_matrices():
     adam, muon = make_coder("adam", lr=1e-3), make_coder("muon", lr=1e-3)
     for coder in (adam, muon):
-        train_(coder, make_optimizers(coder, coder.config, 1), 1)
+        train_(coder, optimizers_of(coder, coder.config, 1), 1)
     torch.testing.assert_close(adam.b_D, muon.b_D)
     assert adam.decoder.V_ME is not None
     assert muon.decoder.V_ME is not None
@@ -131,15 +125,15 @@ def test_adam_moves_vectors_alike_and_muon_equalises_matrices():
 @pytest.mark.parametrize("before", [0, 3])
 def test_continues_bit_for_bit(optimizer: Optimizer, before: int):
     uninterrupted = make_coder(optimizer)
-    train_(uninterrupted, make_optimizers(uninterrupted, uninterrupted.config, 8), 8)
+    train_(uninterrupted, optimizers_of(uninterrupted, uninterrupted.config, 8), 8)
 
     first = make_coder(optimizer)
-    optimizers = make_optimizers(first, first.config, 8)
+    optimizers = optimizers_of(first, first.config, 8)
     train_(first, optimizers, before)
     saved = {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
     second = make_coder(optimizer)
     second.load_state_dict(first.state_dict())
-    resumed = make_optimizers(second, second.config, 8)
+    resumed = optimizers_of(second, second.config, 8)
     train_(make_coder(optimizer), resumed, 0)
     resumed.load_state_tensors_(saved)
     train_(second, resumed, 8 - before)
@@ -149,7 +143,7 @@ def test_continues_bit_for_bit(optimizer: Optimizer, before: int):
 
 def test_loading_copies():
     coder = make_coder("adam")
-    optimizers = make_optimizers(coder, coder.config, 8)
+    optimizers = optimizers_of(coder, coder.config, 8)
     train_(coder, optimizers, 2)
     saved = {name: tensor.clone() for name, tensor in optimizers.state_tensors().items()}
     kept = {name: tensor.clone() for name, tensor in saved.items()}
@@ -161,7 +155,7 @@ def test_loading_copies():
 
 def test_refuses_the_state_of_another_coder():
     coder = make_coder()
-    optimizers = make_optimizers(coder, coder.config, 8)
+    optimizers = optimizers_of(coder, coder.config, 8)
     with pytest.raises(ValueError, match=r"holds encoder_MD.exp_avg, but this coder has only b_D"):
         optimizers.load_state_tensors_(
             {"steps_done": torch.tensor(1), "encoder_MD.exp_avg": torch.zeros(1)}

@@ -1,0 +1,91 @@
+"""The peak learning rate of a coder: as given, or by a law that was fitted to searches.
+
+docs/learning-rates.md has the searches, the fit and what the law costs on other settings.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mptrain.config.architectures import ARCHITECTURES, Arch
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Optimizer
+
+REFERENCE = {"width": 256, "latents": 1024, "k": 16, "batch_rows": 256, "steps": 500}
+"the setting at which a law has its constants"
+GIVEN = "given"
+"reason of a rate that the config has"
+
+
+@dataclass(frozen=True)
+class Law:
+    """`lr = constant * sqrt(256 / width) * product of (x / reference) ** exponent`."""
+
+    constants: Mapping[Arch, float]
+    latents: float
+    "exponent; the others too"
+    k_pursuit: float
+    k_linear: float
+    "of K, for encoders that are no pursuit"
+    batch_rows: float
+    steps: float
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A peak learning rate, and where it comes from."""
+
+    value: float
+    reason: str
+
+
+def learning_rate(
+    config: CoderConfig, input_width: int, batch_rows: int, steps: int
+) -> LearningRate:
+    """Return the config's own rate, or the rate of the law.
+
+    The rows of a dictionary have unit norm, and an optimizer moves each of their elements by about
+    the rate: for the same angle, a rate must be smaller in proportion to `1 / sqrt(width)`.
+
+    Args:
+        config: the coder.
+        input_width: dimensions of its input.
+        batch_rows: rows in a train step.
+        steps: train steps of the run.
+    """
+    if config.lr is not None:
+        return LearningRate(config.lr, GIVEN)
+    law = LAWS[config.optimizer]
+    latents = config.latents_of(input_width)
+    sizes = {"latents": latents, "batch_rows": batch_rows, "steps": steps}
+    value = law.constants[config.arch] * math.sqrt(REFERENCE["width"] / input_width)
+    for name, size in sizes.items():
+        value *= (size / REFERENCE[name]) ** getattr(law, name)
+    if config.k is not None:
+        exponent = law.k_pursuit if config.architecture.is_pursuit else law.k_linear
+        value *= (config.k / REFERENCE["k"]) ** exponent
+    label = ARCHITECTURES[config.arch].label
+    k = "" if config.k is None else f"K {config.k}, "
+    reason = (
+        f"rule for {label}, {config.kind}, {config.optimizer}, {latents:,} latents, {k}"
+        f"{batch_rows:,} rows a step, {steps:,} steps"
+    )
+    return LearningRate(float(f"{value:.2g}"), reason)
+
+
+def _constants(pursuit: float, linear: float) -> dict[Arch, float]:
+    """Constants that were fitted to mp and topk; other encoders of a family take the same."""
+    return {
+        name: pursuit if architecture.is_pursuit else linear
+        for name, architecture in ARCHITECTURES.items()
+    }
+
+
+LAWS: dict[Optimizer, Law] = {
+    # fitted
+    "muon": Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
+    # constants of two searches, exponents of muon
+    "adam": Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
+    # the rule of sparsify, 5e-3 / sqrt(latents / 2^14)
+    "signsgd": Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
+}

@@ -1,0 +1,85 @@
+"""The default rate is the law fitted to the table of searches, and a run keeps its rate."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.learning_rate_law import FACTORS, fit_laws, read_optima
+from mptrain.config.coder import CoderConfig
+from mptrain.config.coder_settings import Optimizer
+from mptrain.runs.fit import fit
+from mptrain.training import learning_rate as module
+from mptrain.training.learning_rate import LAWS, learning_rate
+from tests.helpers.fits import config, interrupt_at, weights
+from tests.helpers.paths import PROJECT
+from tests.helpers.stores import small_store
+
+TABLE = PROJECT / "docs" / "data" / "learning_rates.csv"
+SIDE = ("layers.3:output",)
+CODER = CoderConfig(inputs=SIDE, targets=SIDE, kind="sae", arch="topk", k=16, latents=2048)
+
+
+def test_the_constants_are_those_of_the_fit() -> None:
+    law, code = fit_laws(read_optima(TABLE))["muon"], LAWS["muon"]
+    for name in FACTORS:
+        assert getattr(code, name) == pytest.approx(law.exponents[name], abs=0.006)
+    assert law.constants.keys() == {"mp", "topk"}
+    for arch, constant in law.constants.items():
+        assert code.constants[arch] == pytest.approx(constant, rel=0.01)
+
+
+def test_the_law_costs_little_on_every_search_of_the_fit() -> None:
+    optima = [o for o in read_optima(TABLE) if o.setting["optimizer"] == "muon"]
+    law = fit_laws(optima)["muon"]
+    assert len(optima) >= 16
+    assert max(optimum.cost(law.log_lr(optimum)) for optimum in optima) < 0.03
+
+
+@pytest.mark.parametrize("optimizer", list(LAWS))
+def test_the_rate_is_a_product_of_powers(optimizer: Optimizer) -> None:
+    law = LAWS[optimizer]
+
+    def rate(width: int = 256, rows: int = 1024, steps: int = 1000, **changes: object) -> float:
+        settings = {"optimizer": optimizer, **changes}
+        coder = CoderConfig(**{**vars(CODER), **settings})
+        return learning_rate(coder, width, rows, steps).value
+
+    close = {"rel": 0.06}  # two digits of each rate
+    assert rate(steps=8000) / rate() == pytest.approx(8**law.steps, **close)
+    assert rate(rows=4096) / rate() == pytest.approx(4**law.batch_rows, **close)
+    assert rate(latents=16384) / rate() == pytest.approx(8**law.latents, **close)
+    assert rate(k=64) / rate() == pytest.approx(4**law.k_linear, **close)
+    assert rate(k=64, arch="mp") / rate(arch="mp") == pytest.approx(4**law.k_pursuit, **close)
+    assert rate(width=1024) / rate() == pytest.approx(1 / 2, **close)
+
+
+def test_a_given_rate_is_kept() -> None:
+    coder = CoderConfig(**{**vars(CODER), "lr": 0.0123456})
+    assert learning_rate(coder, 256, 1024, 100) == module.LearningRate(0.0123456, "given")
+
+
+def test_the_reason_names_what_the_rule_depends_on() -> None:
+    reason = learning_rate(CODER, 256, 1024, 250).reason
+    assert reason == (
+        "rule for plain (TopK), sae, muon, 2,048 latents, K 16, 1,024 rows a step, 250 steps"
+    )
+
+
+def test_a_continued_run_keeps_its_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a later version has another rule."""
+    store = str(small_store(tmp_path)[0])
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    fit(config(store, whole), quiet=False)
+    manifest = json.loads((whole / "config.json").read_text())
+    printed = capsys.readouterr().err
+    assert len(manifest["learning_rates"]) == 4
+    for rate in manifest["learning_rates"].values():
+        assert f"lr {rate['value']:.2g}: {rate['reason']}" in printed
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(store, stopped), on_step=interrupt_at(12))
+    monkeypatch.setattr(module, "LAWS", {})
+    fit(config(store, stopped))
+    assert all((weights(stopped)[n] == tensor).all() for n, tensor in weights(whole).items())
