@@ -24,7 +24,7 @@ from mptrain.experiments.drawing import (
 )
 from mptrain.experiments.plot_runs import line_styles, panel_of, panel_order, write_figure
 from mptrain.runs.results import CoderResult
-from mptrain.runs.run_dir import read_manifest, recorded_coders
+from mptrain.runs.run_dir import recorded_coders
 from mptrain.tuning.tune import FACTORS
 
 
@@ -37,7 +37,12 @@ class TriedValue:
     "the coder without the setting"
     value: float
     fvu: float
-    "on validation rows that did not choose the value; infinite if the coder diverged"
+    (
+        "on validation rows, of a search on those that did not choose the value; infinite if the "
+        "coder diverged"
+    )
+    is_best: bool
+    "whether the search chose the value, or no other value of the run has a lower FVU"
 
 
 def plot_tuning(
@@ -71,6 +76,8 @@ def plot_tuning(
             f"no coder of {', '.join(map(str, runs))} has two values of {setting}; give a run of "
             f"mptrain fit --tune {setting.replace('_', '-')}"
         )
+    if not any(math.isfinite(value.fvu) for value in values):
+        raise UsageError(f"all coders of {', '.join(map(str, runs))} diverged; use lower values")
     rows = [
         {
             "run": value.run,
@@ -99,18 +106,20 @@ def read_values(run: Path, setting: str) -> Iterator[TriedValue]:
                 coder = coder_config_from_json(search["coder"])
                 for trial in search["trials"]:
                     fvu = float(trial["report_fvu"])
-                    yield _tried(run, coder, setting, trial["value"], fvu)
+                    value = trial["value"]
+                    yield _tried(run, coder, setting, value, fvu, value == search["best"])
         return
-    if not (run / "results.json").exists():
-        read_manifest(run)  # names what is no run at all
+    coders, file = recorded_coders(run), run / "results.json"
+    results = map(CoderResult.from_json, read_json(file) if file.exists() else [])
+    fvus = {r.coder: r.validation.fvu if r.validation else math.inf for r in results}
+    if not {coder.name for coder in coders} <= fvus.keys():
         raise UsageError(f"the run {run} is not finished; run its command again to continue it")
-    results = map(CoderResult.from_json, read_json(run / "results.json"))
-    by_name = {result.coder: result for result in results}
-    for coder in recorded_coders(run):
-        value, result = getattr(coder, setting), by_name[coder.name]
-        if value is not None:
-            fvu = result.validation.fvu if result.validation else math.inf
-            yield _tried(run, coder, setting, value, fvu)
+    default: dict[str, Any] = {setting: getattr(CoderConfig, setting)}
+    for coder in coders:
+        twins = [fvus[c.name] for c in coders if replace(c, **default) == replace(coder, **default)]
+        if getattr(coder, setting) is not None:
+            fvu = fvus[coder.name]
+            yield _tried(run, coder, setting, getattr(coder, setting), fvu, fvu == min(twins))
 
 
 def tuning_figure(lines: Sequence[Sequence[TriedValue]], setting: str, title: str | None) -> Figure:
@@ -142,9 +151,13 @@ def tuning_figure(lines: Sequence[Sequence[TriedValue]], setting: str, title: st
 _AXIS_LABELS = {"lr": "peak learning rate"}
 
 
-def _tried(run: Path, coder: CoderConfig, setting: str, value: float, fvu: float) -> TriedValue:
+def _tried(
+    run: Path, coder: CoderConfig, setting: str, value: float, fvu: float, is_best: bool
+) -> TriedValue:
     default: dict[str, Any] = {setting: getattr(CoderConfig, setting)}
-    return TriedValue(run=str(run), coder=replace(coder, **default), value=value, fvu=fvu)
+    return TriedValue(
+        run=str(run), coder=replace(coder, **default), value=value, fvu=fvu, is_best=is_best
+    )
 
 
 def _lines_of(values: Sequence[TriedValue]) -> list[list[TriedValue]]:
@@ -159,10 +172,9 @@ def _lines_of(values: Sequence[TriedValue]) -> list[list[TriedValue]]:
 
 def _drawn(line: Sequence[TriedValue], style: LineStyle) -> DrawnLine:
     finite = [value for value in line if math.isfinite(value.fvu)]
-    fvus = [value.fvu for value in finite]
     return DrawnLine(
         style,
         x=tuple(value.value for value in finite),
-        y=tuple(fvus),
-        circled=fvus.index(min(fvus)) if fvus else None,
+        y=tuple(value.fvu for value in finite),
+        circled=next((i for i, value in enumerate(finite) if value.is_best), None),
     )

@@ -113,11 +113,19 @@ def recorded_learning_rates(config: RunConfig) -> dict[str, LearningRate] | None
     """Return the peak learning rates that a run began with, by coder; None for a new run.
 
     A continued run keeps its rates, also where another version has another rule.
+
+    Raises:
+        UsageError: the run was begun by a version that did not record its rates.
     """
     run = Path(config.run)
     if not (run / "config.json").exists():
         return None
     rates = read_manifest(run).learning_rates
+    if rates is None and any(coder.lr is None for coder in config.coders()):
+        raise UsageError(
+            f"{run} was begun by a version of mptrain with another default lr; start a new run "
+            "with another --run"
+        )
     return None if rates is None else {name: LearningRate(**rate) for name, rate in rates.items()}
 
 

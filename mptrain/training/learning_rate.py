@@ -86,6 +86,6 @@ LAWS: dict[Optimizer, Law] = {
     "muon": Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
     # constants of two searches, exponents of muon
     "adam": Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
-    # the rule of sparsify, 5e-3 / sqrt(latents / 2^14)
+    # the rule of sparsify, 5e-3 / sqrt(latents / 2^14), which has no factor for the width
     "signsgd": Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
 }

@@ -19,11 +19,14 @@ from mptrain.config.coder import CoderConfig, all_sides, applies_to, inapplicabl
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.run import ListedConfig, RunConfig
 from mptrain.data.atomic_files import NONFINITE, json_safe, read_json, write_json
-from mptrain.data.loader import Store, open_store
+from mptrain.data.loader import Store
+from mptrain.data.preflight import common_parts, open_trainable_store
+from mptrain.data.ranges_as_text import format_ranges, parse_ranges
 from mptrain.evals.evaluate import evaluate_coder
 from mptrain.runs.fit import fit
 from mptrain.runs.results import CoderResult
 from mptrain.runs.run_dir import check_same_run
+from mptrain.training.distributed import is_distributed
 from mptrain.training.learning_rate import learning_rate
 from mptrain.training.setup import train_steps
 from mptrain.tuning.bracket import best_position, is_at_edge, next_positions, value_at
@@ -115,11 +118,11 @@ def tune(
         For each coder of the grid, a search for each setting that applies to it.
 
     Raises:
-        UsageError: a setting cannot be tuned, several rates are given, or the store has fewer than
-            two held-out parts.
+        UsageError: a setting cannot be tuned, several rates are given, the store has fewer than
+            two held-out parts, or torchrun started several processes.
     """
     _check(config, settings)
-    store = open_store(config.store, config.cache_dir, config.cache_bytes)
+    store = _open_same_parts(config, quiet)
     coders = {replace(coder, lr=None).name: coder for coder in config.coders()}
     halves = _halves(store, list(coders.values()))
     tuned: list[TunedSetting] = []
@@ -132,10 +135,10 @@ def tune(
         number = 0
         while wanted := [coder for search in searches for coder in search.wanted()]:
             number += 1
-            run = replace_run(config, Path(config.run) / "tuning" / f"{setting}-{number}", wanted)
-            trials = _train_round(run, store, halves, quiet)
+            run = round_config(config, Path(config.run) / "tuning" / f"{setting}-{number}", wanted)
+            outcomes = _train_round(run, store, halves, quiet)
             for search in searches:
-                search.add_(trials, number)
+                search.add_(outcomes, number)
         results = [search.result() for search in searches]
         coders.update({s.name: r.coder for s, r in zip(searches, results, strict=True)})
         tuned += results
@@ -143,7 +146,7 @@ def tune(
     return tuned
 
 
-def replace_run(config: RunConfig, folder: Path, coders: Sequence[CoderConfig]) -> ListedConfig:
+def round_config(config: RunConfig, folder: Path, coders: Sequence[CoderConfig]) -> ListedConfig:
     """A run of these coders in another folder, with the other settings of a run."""
     settings = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
     return ListedConfig(**{**settings, "run": str(folder)}, listed=tuple(coders))
@@ -161,7 +164,7 @@ class _Search:
         """The coders to train in the next round; none where the search is over."""
         return [self._coder_at(position) for position in next_positions(self._fvus())]
 
-    def add_(self, trials: Mapping[str, "_Outcome"], number: int) -> None:
+    def add_(self, outcomes: Mapping[str, "_Outcome"], number: int) -> None:
         """Add a round's outcomes, by the name of the coder."""
         for position in next_positions(self._fvus()):
             coder = self._coder_at(position)
@@ -170,7 +173,7 @@ class _Search:
                 value=getattr(coder, self.setting),
                 position=position,
                 round=number,
-                **asdict(trials[coder.name]),
+                **asdict(outcomes[coder.name]),
             )
 
     def result(self) -> TunedSetting:
@@ -225,7 +228,8 @@ def _train_round(
     known = read_json(file) if file.exists() else {}
     check_same_run(run, store.fingerprint)
     is_finished = {coder.name for coder in run.listed} <= known.keys()
-    for result in () if is_finished else fit(run, quiet=quiet):
+    parts = common_parts(store, all_sides(run.listed))
+    for result in () if is_finished else fit(run, quiet=quiet, parts=parts):
         if result.coder not in known:
             outcome = asdict(_outcome(run, result, halves))
             known[result.coder] = {field: json_safe(value) for field, value in outcome.items()}
@@ -245,11 +249,23 @@ def _outcome(
     run: ListedConfig, result: CoderResult, halves: tuple[Sequence[int], Sequence[int]]
 ) -> _Outcome:
     folder = Path(run.run) / "coders" / result.coder
-    if result.diverged or result.validation is None:
+    if result.diverged:
         fvus = [math.inf, math.inf]
+    elif result.validation is None:
+        raise UsageError(
+            f"no validation row passes the filters of {result.coder}, so no value can be chosen; "
+            "use other filters"
+        )
     else:
         fvus = [
-            evaluate_coder(folder, run.store, parts=parts, device=run.device)[0].fvu
+            evaluate_coder(
+                folder,
+                run.store,
+                parts=parts,
+                device=run.device,
+                cache_dir=run.cache_dir,
+                cache_bytes=run.cache_bytes,
+            )[0].fvu
             for parts in halves
         ]
     return _Outcome(
@@ -271,6 +287,23 @@ def _start(setting: str, coder: CoderConfig, config: FitConfig, store: Store) ->
     return float(getattr(coder, setting))
 
 
+def _open_same_parts(config: FitConfig, quiet: bool) -> Store:
+    """Open the store with the parts that the search began with, also if it has grown since."""
+    file = Path(config.run) / "tuning" / "parts.json"
+    began_with = parse_ranges(read_json(file)) if file.exists() else None
+    store = open_trainable_store(config, all_sides(config.coders()), began_with, quiet=quiet)
+    parts = common_parts(store, all_sides(config.coders()))
+    if began_with is not None and parts != began_with:
+        raise UsageError(
+            f"{store.storage} lacks parts {format_ranges(began_with - parts)}, with which the "
+            "search began; collect these parts again, or give a new folder with --run"
+        )
+    if began_with is None:
+        _halves(store, config.coders())
+        write_json(file, format_ranges(parts))
+    return store
+
+
 def _halves(store: Store, coders: Sequence[CoderConfig]) -> tuple[Sequence[int], Sequence[int]]:
     numbers = [part.number for part in store.parts(all_sides(coders), "validation")]
     if len(numbers) < 2:
@@ -282,15 +315,26 @@ def _halves(store: Store, coders: Sequence[CoderConfig]) -> tuple[Sequence[int],
 
 
 def _check(config: FitConfig, settings: tuple[str, ...]) -> None:
+    if is_distributed():
+        raise UsageError(
+            "tune runs in one process, but torchrun started several; start mptrain without torchrun"
+        )
+    if (Path(config.run) / "config.json").exists():
+        raise UsageError(
+            f"{config.run} holds a run that is no search; give a new or empty folder with --run"
+        )
+    if len(config.lr) > 1:
+        rates = ",".join(map(str, config.lr))
+        raise UsageError(f"tune starts from one lr, got {rates}; give one of them, or remove tune")
     check_nonempty("tune", settings)
     check_unique("tune", settings)
     for setting in settings:
         if setting not in FACTORS:
             raise UsageError(f"tune must be one of {', '.join(FACTORS)}, got {setting}")
-        if setting == "lr" and len(config.lr) > 1:
-            rates = ",".join(map(str, config.lr))
+        if setting != "lr" and not getattr(config, setting) > 0:
             raise UsageError(
-                f"tune=lr starts from one lr, got {rates}; give one of them, or remove tune"
+                f"tune={setting} needs a start above 0, got {setting}={getattr(config, setting)}; "
+                "give another start, or remove it"
             )
         if not any(_takes(coder, setting) for coder in config.coders()):
             raise UsageError(

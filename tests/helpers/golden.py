@@ -49,6 +49,9 @@ def sums(store: Store) -> dict[str, int]:
     }
 
 
+_LR = 2e-3  # the default of version 1
+
+
 def fitted(store: Path, run: Path) -> dict[str, Tensor]:
     """The weights of two small coders, trained by one thread."""
     threads = torch.get_num_threads()
@@ -56,14 +59,15 @@ def fitted(store: Path, run: Path) -> dict[str, Tensor]:
     config = FitConfig(
         store=str(store), run=str(run), hookpoints=("layers.0",), kind=("sae",),
         arch=("mp", "topk"), k=(2,), expansion=(2,), rows=256, batch_rows=32, window_rows=64,
-        eval_rows=32, save_every=10**6, device="cpu",
+        eval_rows=32, save_every=10**6, device="cpu", lr=(_LR,),
     )  # fmt: skip
     try:
         fit(config)
     finally:
         torch.set_num_threads(threads)
     files = sorted((run / "coders").glob("*/coder.safetensors"))
-    return {f"{f.parent.name}/{name}": w for f in files for name, w in load_file(f).items()}
+    named = {file.parent.name.removesuffix(f"-lr{_LR:g}"): file for file in files}
+    return {f"{coder}/{name}": w for coder, f in named.items() for name, w in load_file(f).items()}
 
 
 def main() -> None:

@@ -43,6 +43,13 @@ def test_every_tried_value_is_a_row_of_the_table(
     ]
 
 
+def test_the_value_that_the_search_chose_is_marked(
+    tuned: tuple[Path, list[TunedSetting]],
+) -> None:
+    best = [value.value for value in read_values(tuned[0], "lr") if value.is_best]
+    assert best == [search.best.value for search in tuned[1]]
+
+
 def test_a_list_given_by_hand_is_drawn_too(store: str, tmp_path: Path) -> None:
     """A coder that diverged is in the table and not in the figure."""
     run = tmp_path / "run"
@@ -54,6 +61,7 @@ def test_a_list_given_by_hand_is_drawn_too(store: str, tmp_path: Path) -> None:
     ] * 3
     assert results[2].diverged
     assert [value.fvu for value in values[:2]] == [r.validation.fvu for r in results[:2]]  # type: ignore[union-attr]
+    assert [value.is_best for value in values].count(True) == 1
     files = plot_tuning([run], "lr", tmp_path / "lr")
     assert json.loads(files[3].read_text())[2]["fvu"] == "inf"
 
@@ -67,6 +75,9 @@ def test_what_cannot_be_drawn_is_refused(store: str, tmp_path: Path) -> None:
         plot_tuning([run], "lr", tmp_path / "lr")
     with pytest.raises(UsageError, match="over must be one of lr, auxk_alpha"):
         plot_tuning([run], "k", tmp_path / "lr")
+    (run / "results.json").write_text("[]")
+    with pytest.raises(UsageError, match="is not finished"):
+        plot_tuning([run], "lr", tmp_path / "lr")
 
 
 def test_the_commands_search_and_draw(store: str, tmp_path: Path) -> None:

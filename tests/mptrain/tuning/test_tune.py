@@ -12,6 +12,7 @@ from mptrain.config.coder_grid import FitConfig
 from mptrain.config.run import ListedConfig
 from mptrain.data.loader import open_store
 from mptrain.evals.evaluate import evaluate_coder
+from mptrain.runs.fit import fit
 from mptrain.runs.results import CoderResult
 from mptrain.tuning import tune as tune_module
 from mptrain.tuning.tune import TunedSetting, tune
@@ -94,15 +95,15 @@ def test_interrupted_equals_uninterrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Interrupted in each round, once within its training and once before its evaluation."""
-    run, fit = tmp_path / "run", tune_module.fit
+    run, real_fit = tmp_path / "run", tune_module.fit
     starts: dict[str, int] = {}
 
-    def fit_that_is_interrupted(round_config: ListedConfig, *, quiet: bool) -> list[CoderResult]:
+    def fit_that_is_interrupted(round_config: ListedConfig, **options: Any) -> list[CoderResult]:
         name = round_config.run
         starts[name] = starts.get(name, 0) + 1
         if starts[name] == 1:
-            fit(round_config, on_step=interrupt_at(7))
-        results = fit(round_config)
+            real_fit(round_config, **options, on_step=interrupt_at(7))
+        results = real_fit(round_config, **options)
         if starts[name] == 2:
             raise KeyboardInterrupt
         return results
@@ -128,7 +129,9 @@ def test_interrupted_equals_uninterrupted(
         (("k",), {}, "tune must be one of lr, auxk_alpha, sparsity_weight, bandwidth, got k"),
         ((), {}, "tune is empty"),
         (("lr", "lr"), {}, "tune must have each value only once"),
-        (("lr",), {"lr": (0.1, 0.2)}, "tune=lr starts from one lr, got 0.1,0.2"),
+        (("lr",), {"lr": (0.1, 0.2)}, "tune starts from one lr, got 0.1,0.2"),
+        (("auxk_alpha",), {"lr": (0.1, 0.2)}, "tune starts from one lr, got 0.1,0.2"),
+        (("auxk_alpha",), {"auxk_alpha": 0.0}, "tune=auxk_alpha needs a start above 0"),
         (("sparsity_weight",), {}, "sparsity_weight has no effect on kind=sae with arch=mp,topk"),
     ],
 )
@@ -148,3 +151,36 @@ def test_one_held_out_part_is_too_few(tmp_path: Path) -> None:
     store, _ = small_store(tmp_path, rows=700)
     with pytest.raises(UsageError, match="at least 2 validation parts"):
         tune(small(str(store), tmp_path / "run"))
+
+
+def test_several_processes_are_refused(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    with pytest.raises(UsageError, match="tune runs in one process"):
+        tune(small(store, tmp_path / "run"))
+
+
+def test_a_run_is_not_searched_again(store: str, tmp_path: Path) -> None:
+    fit(small(store, tmp_path / "run"))
+    with pytest.raises(UsageError, match="holds a run that is no search"):
+        tune(small(store, tmp_path / "run"))
+
+
+def test_a_store_that_grows_gives_a_search_the_rows_that_it_began_with(tmp_path: Path) -> None:
+    path = str(small_store(tmp_path)[0])
+    grown, once = tmp_path / "grown", tmp_path / "once"
+    tune(small(path, once, arch=("topk",)))
+    real_fit = tune_module.fit
+
+    def fit_and_stop(round_config: ListedConfig, **options: Any) -> list[CoderResult]:
+        real_fit(round_config, **options)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_module, "fit", fit_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            tune(small(path, grown, arch=("topk",)))
+    small_store(tmp_path, rows=3000)
+    tune(small(path, grown, arch=("topk",)))
+    assert without_times(grown) == without_times(once)
