@@ -5,20 +5,20 @@ prints the constants of `mptrain.training.learning_rate`, how far the law is fro
 what that costs in FVU, and draws the figure.
 """
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import typer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from mptrain.config.architectures import ARCHITECTURES
+from benchmarks.learning_rates import read_rows
+from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.training.learning_rate import REFERENCE
 
 FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps")
@@ -36,18 +36,16 @@ class Optimum:
     "natural logarithm of the best rate"
     curvature: float
     "second derivative of ln FVU by ln rate at the best rate"
-    fvu: float
-    "at the best rate, on the half of the held-out rows that chooses"
 
     @property
-    def group(self) -> str:
-        """Coders that share a constant: the architecture."""
-        return self.setting["arch"]
+    def arch(self) -> Arch:
+        """The architecture, whose coders share a constant."""
+        return cast(Arch, self.setting["arch"])
 
     def features(self) -> list[float]:
         """Logarithms of what the law depends on, relative to the reference."""
         logs = {name: math.log(float(self.setting[name]) / REFERENCE[name]) for name in _COLUMNS}
-        is_pursuit = ARCHITECTURES[self.setting["arch"]].is_pursuit  # type: ignore[index]
+        is_pursuit = ARCHITECTURES[self.arch].is_pursuit
         logs |= {"k_pursuit": logs["k"] * is_pursuit, "k_linear": logs["k"] * (not is_pursuit)}
         return [logs[name] for name in FACTORS]
 
@@ -65,11 +63,10 @@ def read_optima(table: Path) -> list[Optimum]:
     """The optimum of each coder of the table; none where the best rate is at an edge."""
     coders: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     names = ("store", "hookpoint", "kind", "arch", "nested", "optimizer", *_COLUMNS, "seed")
-    with table.open(newline="") as file:
-        for row in csv.DictReader(file):
-            coders[tuple(row[name] for name in names)].append(row)
-    found = (optimum_of(rows) for rows in coders.values())
-    return [optimum for optimum in found if optimum is not None]
+    for row in read_rows(table):
+        coders[tuple(row[name] for name in names)].append(row)
+    optima = (optimum_of(rows) for rows in coders.values())
+    return [optimum for optimum in optima if optimum is not None]
 
 
 def optimum_of(rows: Sequence[Mapping[str, str]]) -> Optimum | None:
@@ -79,22 +76,19 @@ def optimum_of(rows: Sequence[Mapping[str, str]]) -> Optimum | None:
     if best in (0, len(points) - 1) or not math.isfinite(points[best + 1][1]):
         return None
     x, y = zip(*points[best - 1 : best + 2], strict=True)
-    a, b, c = np.polyfit(x, y, 2)
-    at = -b / (2 * a)
-    return Optimum(
-        setting=rows[0], log_lr=at, curvature=2 * a, fvu=math.exp(a * at**2 + b * at + c)
-    )
+    a, b, _ = np.polyfit(x, y, 2)
+    return Optimum(setting=rows[0], log_lr=-b / (2 * a), curvature=2 * a)
 
 
 @dataclass(frozen=True)
 class Law:
-    """`lr = constant[group] * product of factor ** exponent`, all relative to the reference."""
+    """`lr = constant[arch] * product of factor ** exponent`, all relative to the reference."""
 
     exponents: Mapping[str, float]
-    constants: Mapping[str, float]
+    constants: Mapping[Arch, float]
 
     def log_lr(self, optimum: Optimum) -> float:
-        value = math.log(self.constants[optimum.group])
+        value = math.log(self.constants[optimum.arch])
         value += sum(
             self.exponents[name] * x for name, x in zip(FACTORS, optimum.features(), strict=True)
         )
@@ -102,10 +96,10 @@ class Law:
 
 
 def fit_law(optima: Sequence[Optimum]) -> Law:
-    """Least squares in logarithms: exponents shared by all groups, a constant for each group."""
-    groups = sorted({optimum.group for optimum in optima})
+    """Least squares in logarithms: exponents shared by all architectures, a constant for each."""
+    archs = sorted({optimum.arch for optimum in optima})
     rows = [
-        [*optimum.features(), *(float(optimum.group == group) for group in groups)]
+        [*optimum.features(), *(float(optimum.arch == arch) for arch in archs)]
         for optimum in optima
     ]
     solution, *_ = np.linalg.lstsq(
@@ -113,8 +107,7 @@ def fit_law(optima: Sequence[Optimum]) -> Law:
     )
     exponents = dict(zip(FACTORS, map(float, solution), strict=False))
     constants = {
-        group: math.exp(value)
-        for group, value in zip(groups, solution[len(FACTORS) :], strict=True)
+        arch: math.exp(value) for arch, value in zip(archs, solution[len(FACTORS) :], strict=True)
     }
     return Law(exponents, constants)
 
@@ -133,8 +126,8 @@ def draw(optima: Sequence[Optimum], law: Law, path: Path) -> None:
     figure = Figure((4.6, 4.2), layout="constrained")
     ax = figure.subplots()
     for arch in law.constants:
-        own = [optimum for optimum in optima if optimum.group == arch]
-        architecture = ARCHITECTURES[arch]  # type: ignore[index]
+        own = [optimum for optimum in optima if optimum.arch == arch]
+        architecture = ARCHITECTURES[arch]
         x, y = (
             [math.exp(v) for v in values]
             for values in (map(law.log_lr, own), (optimum.log_lr for optimum in own))
@@ -159,7 +152,8 @@ def main(
 ) -> None:
     """Fit the law for each optimizer, and print its constants and its errors."""
     optima = read_optima(table)
-    for optimizer, law in fit_laws(optima).items():
+    laws = fit_laws(optima)
+    for optimizer, law in laws.items():
         exponents = ", ".join(f"{name} {value:.3f}" for name, value in law.exponents.items())
         typer.echo(f"{optimizer}: exponents {exponents}")
         for arch, value in law.constants.items():
@@ -168,7 +162,7 @@ def main(
             if optimum.setting["optimizer"] == optimizer:
                 typer.echo("  " + _compared(optimum, law))
     own = [optimum for optimum in optima if optimum.setting["optimizer"] == "muon"]
-    draw(own, fit_law(own), figure)
+    draw(own, laws["muon"], figure)
 
 
 def _compared(optimum: Optimum, law: Law) -> str:

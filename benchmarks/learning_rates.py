@@ -185,15 +185,15 @@ def search(setting: Setting, store: Path, work: Path, table: Path) -> None:
         return
     run = work / setting.name
     started = time.monotonic()
-    found = tune(fit_config(replace(setting, archs=archs), store, run))
+    searches = tune(fit_config(replace(setting, archs=archs), store, run))
     rows = [
         row
-        for tuned in found
+        for tuned in searches
         for row in table_rows(setting, store.name, _width(store, tuned), tuned)
     ]
     append_rows(table, rows)
     shutil.rmtree(run)
-    best = ", ".join(f"{t.coder.arch} {t.best.value:g}: {t.best.report_fvu:.4f}" for t in found)
+    best = ", ".join(f"{t.coder.arch} {t.best.value:g}: {t.best.report_fvu:.4f}" for t in searches)
     typer.echo(f"{setting.name}: {best} ({time.monotonic() - started:.0f} s)")
 
 
