@@ -183,14 +183,21 @@ def _read_curve(run: Path, coder: CoderConfig, records: Sequence[Record]) -> Val
     return ValidationCurve(run, coder, own)
 
 
+def coder_columns(run: Path | str, coder: CoderConfig) -> dict[str, Any]:
+    """What a line of a table says of the coder: its run, its hookpoint and its settings."""
+    return {
+        "run": str(run),
+        "hookpoint": coder.sides_name,
+        **asdict(coder),
+        "inputs": ",".join(coder.inputs),
+        "targets": ",".join(coder.targets),
+    }
+
+
 def _table_rows(curves: Sequence[ValidationCurve]) -> list[dict[str, Any]]:
     return [
         {
-            "run": str(curve.run),
-            "hookpoint": curve.coder.sides_name,
-            **asdict(curve.coder),
-            "inputs": ",".join(curve.coder.inputs),
-            "targets": ",".join(curve.coder.targets),
+            **coder_columns(curve.run, curve.coder),
             **{name: json_safe(value) for name, value in asdict(record).items()},
         }
         for curve in curves

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,13 @@ from mptrain.experiments.drawing import (
     needs_log_axis,
     panel_title,
 )
-from mptrain.experiments.plot_runs import line_styles, panel_of, panel_order, write_figure
+from mptrain.experiments.plot_runs import (
+    coder_columns,
+    line_styles,
+    panel_of,
+    panel_order,
+    write_figure,
+)
 from mptrain.runs.results import CoderResult
 from mptrain.runs.run_dir import recorded_coders
 from mptrain.tuning.tune import FACTORS
@@ -80,11 +86,7 @@ def plot_tuning(
         raise UsageError(f"all coders of {', '.join(map(str, runs))} diverged; use lower values")
     rows = [
         {
-            "run": value.run,
-            "hookpoint": value.coder.sides_name,
-            **asdict(value.coder),
-            "inputs": ",".join(value.coder.inputs),
-            "targets": ",".join(value.coder.targets),
+            **coder_columns(value.run, value.coder),
             setting: value.value,
             "fvu": json_safe(value.fvu),
         }

@@ -60,7 +60,8 @@ def test_a_list_given_by_hand_is_drawn_too(store: str, tmp_path: Path) -> None:
         "layers.1.mlp-sae-topk-k3-x2-seed0-dead-rows200"
     ] * 3
     assert results[2].diverged
-    assert [value.fvu for value in values[:2]] == [r.validation.fvu for r in results[:2]]  # type: ignore[union-attr]
+    evaluations = [result.validation for result in results if result.validation is not None]
+    assert [value.fvu for value in values[:2]] == [evaluation.fvu for evaluation in evaluations]
     assert [value.is_best for value in values].count(True) == 1
     files = plot_tuning([run], "lr", tmp_path / "lr")
     assert json.loads(files[3].read_text())[2]["fvu"] == "inf"
