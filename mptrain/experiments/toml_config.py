@@ -17,6 +17,7 @@ from mpcache.errors import UsageError
 _Config = TypeVar("_Config")
 Key = tuple[str, ...]
 EXTENDS = "extends"
+AUTO = "auto"
 _HEADER = re.compile(r"\s*\[([^\[\]]+)\]")
 _ENTRY = re.compile(r"\s*([\w.\"'-]+)\s*=")
 
@@ -209,8 +210,13 @@ def unknown_name_message(name: str, known: Sequence[str]) -> str:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """The value in the type; lists become tuples, whole numbers floats. TypeError: another type."""
+    """The value in the type; lists become tuples, whole numbers floats. TypeError: another type.
+
+    TOML has no null: where the type has None, "auto" is None, which leaves the choice to mptrain.
+    """
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value == AUTO and _has_auto(options):
+        return None
     for option in options:
         converted = _convert(value, option)
         if converted is not MISSING:
@@ -232,16 +238,22 @@ def _convert(value: Any, hint: Any) -> Any:
     return value if type(value) is hint else MISSING
 
 
+def _has_auto(options: Sequence[Any]) -> bool:
+    return type(None) in options and str not in options
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
 def _type_in_words(hint: Any) -> str:
     if _is_union(hint):
-        return " or ".join(_type_in_words(h) for h in typing.get_args(hint) if h is not type(None))
+        options = typing.get_args(hint)
+        words = [_type_in_words(option) for option in options if option is not type(None)]
+        return " or ".join([*words, f'"{AUTO}"'] if _has_auto(options) else words)
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if typing.get_origin(hint) is tuple:
         return f"a list, each item {_type_in_words(typing.get_args(hint)[0])}"
-    words = {str: "text in quotes", int: "a whole number such as 10_000_000", float: "a number"}
-    return words.get(hint, "true or false")
+    words_of = {str: "text in quotes", int: "a whole number such as 10_000_000", float: "a number"}
+    return words_of.get(hint, "true or false")

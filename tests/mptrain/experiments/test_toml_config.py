@@ -42,15 +42,20 @@ def test_values_are_those_of_the_fields(tmp_path: Path) -> None:
     assert isinstance(config.share, float)
 
 
+def test_auto_leaves_a_choice_also_above_a_file_with_a_value(tmp_path: Path) -> None:
+    assert read(tmp_path, TEXT + "share = 0.5", "run.share=auto") == read(tmp_path)
+    assert read(tmp_path, TEXT, "run.name=auto").name == "auto"
+
+
 @pytest.mark.parametrize(
     ("added", "message"),
     [
         ("nmae = 3", r"file.toml, line 5: run.nmae is unknown; did you mean name\? known: name, s"),
         ("is_on = 1", r"file.toml, line 5: run.is_on must be true or false, got 1"),
         ("sort = 'c'", r"line 5: run.sort must be one of a, b, got 'c'"),
-        ("share = '1'", r"line 5: run.share must be a number, got '1'"),
+        ("share = '1'", "line 5: run.share must be a number or \"auto\", got '1'"),
         ("share = 2", r"line 2: run is invalid: share must be at most 1, got 2.0"),
-        ("share = true", r"line 5: run.share must be a number, got True"),
+        ("share = true", r'line 5: run.share must be a number or "auto", got True'),
         ("[two]\n[run.three]", r"line 6: run.three is unknown"),
     ],
 )
