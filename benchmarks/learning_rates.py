@@ -9,7 +9,6 @@ import csv
 import math
 import shutil
 import time
-import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ class Setting:
 
     hookpoint: str = "layers.3"
     kind: Kind = "sae"
-    optimizer: Optimizer = "muon"
+    optimizer: Optimizer = "adam"
     latents: int = 1024
     k: int = 16
     batch_rows: int = 256
@@ -81,36 +80,33 @@ def settings() -> Iterator[Setting]:
 
     The base is small, so that a factor of 4 on either side of it is still quick.
     """
-    base, both = Setting(), typing.cast(tuple[Optimizer, ...], ("muon", "adam"))
-    mlp = replace(base, hookpoint="layers.3.mlp")
-    yield base
-    yield replace(base, optimizer="adam")
-    for optimizer in both:
-        own = replace(base, optimizer=optimizer)
-        for steps in (125, 2000):
-            yield replace(own, steps=steps)
-        for latents in (512, 4096):
-            yield replace(own, latents=latents)
-        for k in (4, 64):
-            yield replace(own, k=k)
-        for batch_rows in (64, 1024):
-            yield replace(own, batch_rows=batch_rows)
-        for kind in ("skip-transcoder", "transcoder"):
-            yield replace(mlp, optimizer=optimizer, kind=kind)
-    for optimizer in both:
-        own = replace(base, optimizer=optimizer)
-        yield replace(own, archs=("batch-topk", "batch-mp"))
-        yield replace(own, nested=True, archs=("batch-topk",))
-        yield replace(mlp, optimizer=optimizer)
-        yield replace(own, hookpoint="layers.5")
+    base = Setting()
+    skip = replace(base, hookpoint="layers.3.mlp", kind="skip-transcoder", optimizer="muon")
+    changes: list[dict[str, Any]] = [
+        *({"steps": steps} for steps in (125, 2000)),
+        *({"latents": latents} for latents in (512, 4096)),
+        *({"k": k} for k in (4, 64)),
+        *({"batch_rows": batch_rows} for batch_rows in (64, 1024)),
+    ]
+    for own in (base, skip):
+        yield own
+        for change in changes:
+            yield replace(own, **change)
+    yield replace(base, archs=("batch-topk", "batch-mp"))
+    yield replace(base, nested=True, archs=("batch-topk",))
+    yield replace(skip, kind="transcoder")
+    yield replace(base, hookpoint="layers.5")
+    yield replace(base, hookpoint="layers.3.mlp")
+    yield replace(base, optimizer="muon")
+    yield replace(skip, optimizer="adam")
     for steps in (125, 500, 2000):
         yield replace(base, optimizer="signsgd", steps=steps)
-    for optimizer in both:
-        own = replace(base, optimizer=optimizer)
-        for seed in (1, 2):
-            yield replace(own, seed=seed)
-        yield replace(own, steps=8000)
-        yield replace(own, latents=4096, k=64, batch_rows=1024, steps=1000)
+    for seed in (1, 2):
+        yield replace(base, seed=seed)
+    for steps in (125, 2000):
+        yield replace(base, steps=steps, archs=("batch-topk", "batch-mp"))
+    yield replace(base, batch_rows=64, steps=8000)
+    yield replace(base, optimizer="adam", latents=4096, k=64, batch_rows=1024, steps=1000)
 
 
 def read_rows(table: Path) -> list[dict[str, str]]:

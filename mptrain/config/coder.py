@@ -8,9 +8,17 @@ from typing import Any
 
 from mpcache.errors import UsageError
 from mptrain.config.architectures import ARCHITECTURES, Arch, Architecture, architectures_with
-from mptrain.config.coder_settings import CoderSettings, Schedule
+from mptrain.config.coder_settings import CoderSettings, Optimizer, Schedule
 from mptrain.config.sides import Kind, Side, parse_side, sides_name
 
+DEFAULT_SCHEDULES: Mapping[Optimizer, Schedule] = {
+    "adam": "linear",
+    "muon": "linear",
+    "signsgd": "constant",
+}
+DEFAULT_WARMUP_SHARES: Mapping[Optimizer, float] = {"adam": 0.1, "muon": 0.02, "signsgd": 0.02}
+DEFAULT_DEAD_SHARE = 1 / 64
+"of the rows of a run"
 _SHORTLIST = ("shortlist_size", "shortlist_refresh")
 
 
@@ -87,10 +95,24 @@ class CoderConfig(CoderSettings):
         return ARCHITECTURES[self.arch]
 
     @property
-    def decays_by(self) -> Schedule:
+    def resolved_optimizer(self) -> Optimizer:
+        """The optimizer, or what None of it stands for."""
+        return self.optimizer or ("adam" if self.kind == "sae" else "muon")
+
+    @property
+    def resolved_schedule(self) -> Schedule:
         """The schedule, or what None of it stands for."""
-        default: Schedule = "constant" if self.optimizer == "signsgd" else "linear"
-        return self.schedule or default
+        return self.schedule or DEFAULT_SCHEDULES[self.resolved_optimizer]
+
+    @property
+    def resolved_warmup_share(self) -> float:
+        """The share of the warm-up, or what None of it stands for."""
+        share = self.warmup_share
+        return DEFAULT_WARMUP_SHARES[self.resolved_optimizer] if share is None else share
+
+    def resolved_dead_rows(self, run_rows: int) -> int:
+        """The rows after which a latent counts as dead, in a run of `run_rows` rows."""
+        return self.dead_rows or max(1, round(DEFAULT_DEAD_SHARE * run_rows))
 
     @property
     def name(self) -> str:
@@ -220,8 +242,9 @@ def _range_errors(config: CoderConfig) -> Iterator[str]:
         if not 0 <= getattr(config, name) < 1:
             yield f"{name} must be in [0, 1), got {getattr(config, name)}"
     for name in ("warmup_share", "decay_share", "k_decay_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            yield f"{name} must be in [0, 1], got {getattr(config, name)}"
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            yield f"{name} must be in [0, 1], got {value}"
     if not 1 <= config.k_factor < math.inf:
         yield f"k_factor must be at least 1 and finite, got {config.k_factor}"
 
@@ -243,11 +266,11 @@ def _inapplicable_settings(config: CoderConfig) -> Iterator[str]:
             "score_dtype applies only to backend=gram and backend=shortlist, got "
             f"backend={config.backend}; remove score_dtype"
         )
-    if config.optimizer == "signsgd" and config.clip_norm is not None:
+    if config.resolved_optimizer == "signsgd" and config.clip_norm is not None:
         yield (
             "clip_norm has no effect on optimizer=signsgd, which uses only signs; remove clip_norm"
         )
-    if config.decays_by == "constant" and _is_set(config, "decay_share"):
+    if config.resolved_schedule == "constant" and _is_set(config, "decay_share"):
         yield (
             "decay_share has no effect on schedule=constant; use schedule=linear or "
             "schedule=cosine, or remove decay_share"

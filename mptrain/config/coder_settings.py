@@ -21,13 +21,16 @@ class OptimizerSettings:
 
     group: ClassVar[str] = "Optimizer"
 
-    optimizer: Optimizer = "muon"
+    optimizer: Optimizer | None = None
     (
-        "muon: Muon for matrices and Adam for vectors; adam: Adam for all; signsgd: schedule-free "
-        "sign SGD for all"
+        "adam: Adam for all; muon: Muon for matrices and Adam for vectors; signsgd: schedule-free "
+        "sign SGD for all; default: adam for saes, muon for transcoders"
     )
-    warmup_share: float = 0.02
-    "fraction (0 to 1) of the train steps, at the start, in which the learning rate rises linearly"
+    warmup_share: float | None = None
+    (
+        "fraction (0 to 1) of the train steps, at the start, in which the learning rate rises "
+        "linearly; default: 0.1 for adam, 0.02 for muon and signsgd"
+    )
     schedule: Schedule | None = None
     (
         "how the learning rate changes after the warm-up; default: linear (to 0); for signsgd: "
@@ -147,13 +150,16 @@ class LossSettings:
         "arch jumprelu only: a threshold gets gradients from values in an interval of this width "
         "around it; also the initial threshold"
     )
-    auxk_alpha: float = 0.03125
+    auxk_alpha: float = 0.125
     (
         "weight of the auxiliary loss that revives dead latents; 0: off; no effect on relu, "
         "jumprelu, gated"
     )
-    dead_rows: int = 1_000_000
-    "a latent counts as dead if it was not active in this many rows in succession"
+    dead_rows: int | None = None
+    (
+        "a latent counts as dead if it was not active in this many rows in succession; default: "
+        "1/64 of the rows of the run"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

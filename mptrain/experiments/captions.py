@@ -118,7 +118,7 @@ def _shown_coders(plan: FigurePlan, coders: CodersByName) -> Iterator[tuple[Row,
 
 def _training(shown: Sequence[TrainedCoder]) -> str:
     latents = sorted({coder.latents for coder in shown if coder.latents is not None})
-    optimizers = dict.fromkeys(coder.config.optimizer for coder in shown)
+    optimizers = dict.fromkeys(coder.config.resolved_optimizer for coder in shown)
     counts = " or ".join(f"{count:,}" for count in latents) or "unknown"
     return f"{counts} latents, {' or '.join(optimizers)}, {_rates(shown)}"
 

@@ -58,7 +58,7 @@ def coder_memory(
     with torch.device("meta"):  # shapes alone, no memory
         coder = Coder(config, input_width, target_width)
     trained = [p for p in coder.parameters() if p.requires_grad]
-    matrix, vector = MOMENTS[config.optimizer]
+    matrix, vector = MOMENTS[config.resolved_optimizer]
     moments = sum(p.numel() * (matrix if p.ndim == 2 else vector) for p in trained)
     tensors = [*coder.parameters(), *coder.buffers()]
     return CoderMemory(
@@ -163,4 +163,4 @@ def _refit(coder: Coder, D: int, device: torch.device) -> int:
 def _update(coder: Coder) -> int:
     """Muon works on one matrix at a time: the update, and three copies in bfloat16."""
     matrices = [p.numel() for p in coder.parameters() if p.requires_grad and p.ndim == 2]
-    return 10 * max(matrices, default=0) if coder.config.optimizer == "muon" else 0
+    return 10 * max(matrices, default=0) if coder.config.resolved_optimizer == "muon" else 0

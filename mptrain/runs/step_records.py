@@ -36,7 +36,7 @@ def make_record(
         fvu=math.nan if result is None else float(result.fvu),
         validation_fvu=math.nan if coder_run.diverged else validation_fvu,
         l0=math.nan if result is None else float(result.l0),
-        dead_share=float(coder_run.trainer.usage.dead_share(coder_run.config.dead_rows)),
+        dead_share=float(coder_run.trainer.usage.dead_share(coder_run.trainer.dead_rows)),
         lr=coder_run.lr,
         rows_per_second=coder_run.rows_per_second,
         peak_memory_bytes=peak_memory_bytes(coder_run.trainer.coder.b_D.device),

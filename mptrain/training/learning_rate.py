@@ -55,7 +55,7 @@ def learning_rate(
     """
     if config.lr is not None:
         return LearningRate(config.lr, GIVEN)
-    law = LAWS[config.optimizer]
+    law = LAWS[config.resolved_optimizer]
     latents = config.latents_of(input_width)
     sizes = {"latents": latents, "batch_rows": batch_rows, "steps": steps}
     value = law.constants[config.arch] * math.sqrt(REFERENCE["width"] / input_width)
@@ -67,7 +67,7 @@ def learning_rate(
     label = ARCHITECTURES[config.arch].label
     k = "" if config.k is None else f"K {config.k}, "
     reason = (
-        f"rule for {label}, {config.kind}, {config.optimizer}, {latents:,} latents, {k}"
+        f"rule for {label}, {config.kind}, {config.resolved_optimizer}, {latents:,} latents, {k}"
         f"{batch_rows:,} rows a step, {steps:,} steps"
     )
     return LearningRate(float(f"{value:.2g}"), reason)

@@ -25,9 +25,9 @@ def make_optimizers(coder: Coder, config: CoderConfig, steps: int, lr: float) ->
     gradients are taken, and `Optimizers.averages` are the weights to evaluate and save.
     """
     trained = [p for p in coder.parameters() if p.requires_grad]
-    if config.optimizer == "signsgd":
+    if config.resolved_optimizer == "signsgd":
         return Optimizers(coder, [_signsgd(coder, lr)], config, steps, lr)
-    if config.optimizer == "adam":
+    if config.resolved_optimizer == "adam":
         return Optimizers(coder, [_adam(trained, lr)], config, steps, lr)
     matrices = [p for p in trained if p.ndim == 2]
     vectors = [p for p in trained if p.ndim == 1]
@@ -58,7 +58,7 @@ class Optimizers:
     def lr(self) -> float:
         """Learning rate of the next train step."""
         config = self._config
-        plan = (config.warmup_share, config.decays_by, config.decay_share)
+        plan = (config.resolved_warmup_share, config.resolved_schedule, config.decay_share)
         return self._peak_lr * lr_factor(self.steps_done, self.steps, *plan)
 
     def step_(self) -> None:

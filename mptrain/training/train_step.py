@@ -32,11 +32,17 @@ class CoderTrainer:
         input_variance: float | None = None,
         scale: Scale = IDENTITY,
         processes: ProcessGroup = SINGLE_PROCESS,
+        *,
+        dead_rows: int,
     ) -> None:
-        """Variances are those of `Objective`, of unscaled rows; the coder is for scaled rows."""
+        """Variances are those of `Objective`, of unscaled rows; the coder is for scaled rows.
+
+        A latent that has not fired in `dead_rows` rows is dead.
+        """
         self.coder = coder
         self.optimizers = optimizers
         self.scale = scale
+        self.dead_rows = dead_rows
         self._processes = processes
         total_variance *= scale.target**2
         if input_variance is not None:
@@ -59,7 +65,7 @@ class CoderTrainer:
         """
         x_BD, y_BE = self.scale.applied(x_BD, y_BE)
         rows = self._processes.sum(len(x_BD))
-        dead_M = self.usage.dead_M(self.coder.config.dead_rows)
+        dead_M = self.usage.dead_M(self.dead_rows)
         statistics = BatchStatistics(y_BE, rows, self._processes)
         for x_bD, y_bE in self._micro_batches(x_BD, y_BE):
             loss, y_hat_bE, code = self._add_gradient_(x_bD, y_bE, dead_M, len(x_bD) / rows)
@@ -75,7 +81,7 @@ class CoderTrainer:
     def compile_kernels(self, x_BD: Tensor, y_BE: Tensor) -> None:
         """Compute a step's gradients and drop them, because kernels compile at their first use."""
         x_BD, y_BE = self.scale.applied(x_BD, y_BE)
-        dead_M = self.usage.dead_M(self.coder.config.dead_rows)
+        dead_M = self.usage.dead_M(self.dead_rows)
         for x_bD, y_bE in self._micro_batches(x_BD, y_BE):
             self._add_gradient_(x_bD, y_bE, dead_M, 1.0)
         for parameter in self.coder.parameters():

@@ -17,7 +17,15 @@ from mptrain.training.train_step import CoderTrainer
 
 D, STEPS = 12, 100
 BASE = CoderConfig(
-    inputs=("h:output",), targets=("h:output",), kind="sae", arch="mp", k=3, expansion=3, lr=5e-2
+    inputs=("h:output",),
+    targets=("h:output",),
+    kind="sae",
+    arch="mp",
+    k=3,
+    expansion=3,
+    lr=5e-2,
+    optimizer="muon",
+    dead_rows=1_000_000,
 )
 TRANSCODER = replace(BASE, kind="transcoder")
 
@@ -52,7 +60,11 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> CoderTrainer:
     start = geometric_median if config.start == "median" else lambda rows: rows.mean(0)
     coder.initialise_(scale.input * start(x_BD), scale.target * start(y_BE), generator)
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    return CoderTrainer(coder, optimizers_of(coder, config, steps), *variances, scale)
+    optimizers, dead_rows = (
+        optimizers_of(coder, config, steps),
+        config.resolved_dead_rows(64 * steps),
+    )
+    return CoderTrainer(coder, optimizers, *variances, scale, dead_rows=dead_rows)
 
 
 def train_(trainer: CoderTrainer, first: int, last: int) -> list[float]:

@@ -52,6 +52,7 @@ def prepared(config: CoderConfig, ranks: ProcessGroup) -> CoderTrainer:
         None if objective.input_variance is None else objective.input_variance / scale.input**2,
         scale,
         ranks,
+        dead_rows=plain.dead_rows,
     )
     trainer.load_state_tensors_(state)
     return trainer

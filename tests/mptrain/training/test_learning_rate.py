@@ -62,7 +62,7 @@ def test_a_given_rate_is_kept() -> None:
 def test_the_reason_names_what_the_rule_depends_on() -> None:
     reason = learning_rate(CODER, 256, 1024, 250).reason
     assert reason == (
-        "rule for plain (TopK), sae, muon, 2,048 latents, K 16, 1,024 rows a step, 250 steps"
+        "rule for plain (TopK), sae, adam, 2,048 latents, K 16, 1,024 rows a step, 250 steps"
     )
 
 

@@ -47,7 +47,8 @@ def scaled_learner(config: CoderConfig) -> CoderTrainer:
     means = scale.input * x_BD.mean(0), scale.target * y_BE.mean(0)
     coder.initialise_(*means, torch.Generator().manual_seed(0))
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
-    trainer = CoderTrainer(coder, optimizers_of(coder, config, 30), *variances, scale)
+    optimizers = optimizers_of(coder, config, 30)
+    trainer = CoderTrainer(coder, optimizers, *variances, scale, dead_rows=10**6)
     for step in range(10):
         x_BD, y_BE = batch_of(config, step)
         trainer.step(x_BD, y_BE)
@@ -97,7 +98,9 @@ def test_losses_are_shares_of_the_variance_at_any_scale():
             scale.input * x_BD.mean(0), x_BD.mean(0), torch.Generator().manual_seed(0)
         )
         variance = float(x_BD.var(0).sum())
-        trainer = CoderTrainer(coder, optimizers_of(coder, config, 30), variance, scale=scale)
+        trainer = CoderTrainer(
+            coder, optimizers_of(coder, config, 30), variance, scale=scale, dead_rows=10**6
+        )
         result = trainer.step(x_BD, x_BD)
         losses.append((float(result.loss), float(result.fvu)))
     assert losses[0] == losses[1]

@@ -169,7 +169,7 @@ def test_input_loss_trains_the_pursuit_of_a_transcoder_whose_decoder_is_zero():
 def test_refuses_a_target_that_does_not_vary():
     trainer = make_learner(BASE)
     with pytest.raises(ValueError, match="total_variance must be positive, got 0"):
-        CoderTrainer(trainer.coder, trainer.optimizers, 0.0)
+        CoderTrainer(trainer.coder, trainer.optimizers, 0.0, dead_rows=1)
 
 
 STARTS = range(0, 300, 20)
