@@ -196,7 +196,8 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
         if late:
             warnings.append(
                 f"latents of {late[0].name} count as dead after "
-                f"{late[0].resolved_dead_rows(self.rows):,} rows, but the run trains on {self.rows:,} rows only, so no dead latent will be revived; "
+                f"{late[0].resolved_dead_rows(self.rows):,} rows, but the run trains on "
+                f"{self.rows:,} rows only, so no dead latent will be revived; "
                 f"{_how_to_revive(rows_before_last_step)}"
             )
         return warnings
