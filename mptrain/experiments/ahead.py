@@ -24,7 +24,7 @@ def ahead_from(curve: Curve, other: Curve) -> float | None:
     with what the faster one had in the end.
 
     Returns:
-        0 if the curve is below from its first validation on; None if it is not below in the end.
+        0 if the curve is below from its first validation on; None if there is no such validation.
     """
     start, end = curve[0][0], curve[-1][0]
     compared = {x for x, _ in (*curve, *other) if x >= start}
