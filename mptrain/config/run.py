@@ -102,8 +102,8 @@ class EvaluationSettings:
 
     eval_every: int = 100
     (
-        "train steps between two evaluations; a run has at least three in its last fifth, by which "
-        "it says whether FVU was still falling"
+        "train steps between two evaluations; up to five more evaluations show whether FVU is "
+        "still falling"
     )
     eval_rows: int = 65_536
     (

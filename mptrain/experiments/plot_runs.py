@@ -57,8 +57,8 @@ class ValidationCurve:
 
     @property
     def convergence(self) -> Convergence | None:
-        """How FVU fell over the last fifth of the rows so far."""
-        return convergence_of(self.records)
+        """How FVU fell, as far as the coder is trained."""
+        return convergence_of(self.records, self.coder.optimizer)
 
     @property
     def finite_records(self) -> list[Record]:
@@ -254,7 +254,7 @@ def _table_rows(curves: Sequence[ValidationCurve]) -> list[dict[str, Any]]:
 
 def _convergence_columns(convergence: Convergence | None) -> dict[str, Any]:
     """The end of a curve, the same in each of its rows."""
-    names = ("slope", "gain_of_doubling", "still_falling")
+    names = ("slope", "middle_slope", "gain_of_doubling", "still_falling")
     return {name: None if convergence is None else getattr(convergence, name) for name in names}
 
 

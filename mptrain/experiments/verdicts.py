@@ -33,7 +33,10 @@ class SeedFigures:
     slope: float | None
     "exponent of validation FVU over rows in the last fifth of the rows, mean over the seeds"
     gain_of_doubling: float | None
-    "share by which twice the rows would lower FVU, extrapolated by the slope; mean over the seeds"
+    (
+        "share by which twice the rows would lower FVU, extrapolated from the middle of the run; "
+        "mean over the seeds"
+    )
     seeds_still_falling: int | None
     "seeds with a gain over 1 %; None: no seed has a slope"
 

@@ -121,7 +121,7 @@ def test_a_caption_says_which_finished_coders_were_still_falling(tmp_path):
     first = next(iter(coders))
     coders[first] = dataclasses.replace(coders[first], result=None)
     text = caption(experiment, figure, coders, ["two cores"], "rows")
-    assert "Still falling: 11 of 11 coders; twice the rows would lower FVU by" in text
+    assert "Still falling: 11 of 11 coders; twice the rows would lower FVU by about" in text
     assert "MP stays below TopK: at equal rows" in text
 
 
