@@ -248,7 +248,7 @@ def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path):
     path, _ = small_store(tmp_path)
     for eval_every in (2, 9):  # 9: it has no validation before
         run = tmp_path / str(eval_every)
-        settings = {"hookpoints": ("layers.0",), "k": (3,), "expansion": (2,), "rows": 640}
+        settings = {"hookpoints": ("layers.0",), "k": (3,), "expansion": (2,), "rows": 576}
         settings |= {"batch_rows": 64, "eval_every": eval_every, "device": "cpu"}
         results = fit(FitConfig(store=str(path), run=str(run), **settings), on_step=spoil_mp)
         assert [result.diverged for result in results] == [True, False]
