@@ -101,7 +101,10 @@ class EvaluationSettings:
     group: ClassVar[str] = "Evaluation"
 
     eval_every: int = 100
-    "train steps between two evaluations"
+    (
+        "train steps between two evaluations; up to five more evaluations show whether FVU is "
+        "still falling"
+    )
     eval_rows: int = 65_536
     (
         "validation rows per evaluation during training (metrics.jsonl); results.json uses all "

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from mptrain.data.atomic_files import json_safe
+from mptrain.experiments.ahead import describe_lead
 from mptrain.experiments.figures import FvuByK, XQuantity
 from mptrain.experiments.runs import TrainedCoder
 from mptrain.experiments.spec import Experiment, FigurePlan
 from mptrain.experiments.tables import Row
-from mptrain.experiments.verdicts import CodersByName, Verdict
+from mptrain.experiments.verdicts import CodersByName, Verdict, panel_verdicts, plain_line
+from mptrain.runs.convergence import describe_convergence
 
 
 def caption(
@@ -26,7 +28,8 @@ def caption(
         f"trained on {run['rows']:,} rows in batches of {run['batch_rows']:,}"
     )
     evaluation = _evaluation(x_quantity, run["eval_rows"], shown, hardware)
-    return ". ".join([subject, _training(shown), _seeds(plan), *evaluation])
+    ends = _ends(plan, shown, coders)
+    return ". ".join([subject, _training(shown), _seeds(plan), *evaluation, *ends])
 
 
 def point_rows(plan: FigurePlan, coders: CodersByName) -> list[Row]:
@@ -58,8 +61,9 @@ def page(plan: FigurePlan, pictures: Sequence[tuple[str, str]], verdicts: Sequen
 def _verdict_table(verdicts: Sequence[Verdict]) -> str:
     head = (
         "| panel | variant | FVU | lowest to highest | L0 | dead | train s "
-        "| FVU at plain coder's train s | passes below plain coder after |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
+        "| FVU with twice the rows | FVU at plain coder's train s | passes below plain coder after "
+        "| stays below it from: share of rows | share of train time |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(_verdict_line(verdict) for verdict in verdicts)
 
@@ -75,8 +79,11 @@ def _verdict_line(verdict: Verdict) -> str:
         _number(verdict.l0, ".1f"),
         _number(verdict.dead_share, ".3f"),
         _number(verdict.train_seconds, ".1f"),
+        _gain(verdict),
         _number(verdict.fvu_at_plain_seconds, ".4f"),
         passing_time(verdict),
+        _share(verdict.ahead_from_rows_share, verdict.seeds_ahead_by_rows, verdict),
+        _share(verdict.ahead_from_seconds_share, verdict.seeds_ahead_by_seconds, verdict),
     ]
     return f"| {' | '.join(cells)} |\n"
 
@@ -87,12 +94,29 @@ def passing_time(verdict: Verdict) -> str:
         return "-"
     if verdict.below_plain_after_seconds is None:
         return "never"
-    seeds = (
-        ""
-        if verdict.seeds_below_plain == verdict.seeds
-        else f" ({verdict.seeds_below_plain} seeds)"
+    return (
+        f"{verdict.below_plain_after_seconds:.1f} s{_of_seeds(verdict.seeds_below_plain, verdict)}"
     )
-    return f"{verdict.below_plain_after_seconds:.1f} s{seeds}"
+
+
+def _share(share: float | None, seeds: int | None, verdict: Verdict) -> str:
+    """The share of the training from which a line stays below the plain coder, in words."""
+    if seeds is None:
+        return "-"
+    if share is None:
+        return "never"
+    return (f"{share:.0%}" if share else "the start") + _of_seeds(seeds, verdict)
+
+
+def _of_seeds(seeds: int, verdict: Verdict) -> str:
+    return "" if seeds == verdict.seeds else f" ({seeds} of {verdict.seeds} seeds)"
+
+
+def _gain(verdict: Verdict) -> str:
+    """The change of FVU that is extrapolated for twice the rows."""
+    if verdict.gain_of_doubling is None:
+        return "-"
+    return f"{-100 * verdict.gain_of_doubling:+.1f} %"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -138,6 +162,25 @@ def _seeds(plan: FigurePlan) -> str:
     if len(seeds) == 1:
         return f"One seed ({seeds[0]})"
     return f"{len(seeds)} seeds: line their mean, band from lowest to highest"
+
+
+def _ends(plan: FigurePlan, shown: Sequence[TrainedCoder], coders: CodersByName) -> Iterator[str]:
+    """Whether the coders were still falling, and from which share on MP is ahead of TopK."""
+    finished = [coder for coder in shown if coder.validation is not None]
+    if text := describe_convergence([coder.convergence for coder in finished]):
+        yield text
+    verdicts = [
+        verdict
+        for panel in plan.panels
+        if (line := plain_line(panel, "mp")) is not None
+        for verdict in panel_verdicts(panel, coders)
+        if verdict.variant == line.variant.name
+    ]
+    if mp := [verdict for verdict in verdicts if verdict.seeds_ahead_by_rows is not None]:
+        yield describe_lead(
+            [verdict.ahead_from_rows_share for verdict in mp],
+            [verdict.ahead_from_seconds_share for verdict in mp],
+        )
 
 
 def _evaluation(

@@ -21,8 +21,9 @@ from mptrain.experiments.drawing import (
     save_figure,
     time_axis,
 )
+from mptrain.experiments.runs import validations
 from mptrain.experiments.spec import FigurePlan, PanelPlan, Variant, VariantCoders
-from mptrain.experiments.verdicts import CodersByName, validations
+from mptrain.experiments.verdicts import CodersByName
 
 XQuantity = Literal["time", "rows", "other-k"]
 FvuByK = Mapping[str, Mapping[int, float]]  # FVU at each evaluated K, by the coder's name

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
 from mptrain.data.atomic_files import explain_write_errors, json_safe
+from mptrain.experiments.ahead import Curve, ahead_from, describe_lead
 from mptrain.experiments.drawing import (
     DASHES,
     DrawnLine,
@@ -23,7 +24,9 @@ from mptrain.experiments.drawing import (
     save_figure,
     time_axis,
 )
+from mptrain.experiments.plain_comparison import mean, rows_curve, seconds_curve
 from mptrain.experiments.tables import write_table
+from mptrain.runs.convergence import Convergence, convergence_of, describe_convergence
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import read_manifest, recorded_coders
 
@@ -52,10 +55,19 @@ class ValidationCurve:
         """Whether the last validation is not finite; the curve is drawn up to there."""
         return not math.isfinite(float(self.records[-1].validation_fvu or 0))
 
-    def finite_points(self) -> list[tuple[float, float]]:
+    @property
+    def convergence(self) -> Convergence | None:
+        """How FVU fell, as far as the coder is trained."""
+        return convergence_of(self.records, self.coder.optimizer)
+
+    @property
+    def finite_records(self) -> list[Record]:
+        """The finite validations."""
+        return [r for r in self.records if math.isfinite(float(r.validation_fvu or 0))]
+
+    def finite_points(self) -> Curve:
         """(train seconds, FVU) of the finite validations."""
-        pairs = [(r.train_seconds, float(r.validation_fvu or 0)) for r in self.records]
-        return [(seconds, fvu) for seconds, fvu in pairs if math.isfinite(fvu)]
+        return seconds_curve(self.finite_records)
 
 
 def panel_of(coder: CoderConfig) -> PanelKey:
@@ -170,6 +182,39 @@ def runs_figure(curves: Sequence[ValidationCurve], title: str | None) -> Figure:
         title=title,
         y_label="FVU on validation rows",
         is_log_y=any(needs_log_axis(*_fvu_range(panel_curves)) for panel_curves in by_panel),
+        caption=caption(by_panel),
+    )
+
+
+def caption(panels: Sequence[Sequence[ValidationCurve]]) -> str:
+    """Whether the coders were still falling, and from which share on MP is ahead of TopK."""
+    convergences = [curve.convergence for panel in panels for curve in panel]
+    leads = [lead for panel in panels if (lead := _lead(panel)) is not None]
+    sentences = [describe_convergence(convergences)]
+    if leads:
+        sentences += [describe_lead([rows for rows, _ in leads], [time for _, time in leads])]
+    return "".join(f"{sentence}. " for sentence in sentences if sentence).rstrip()
+
+
+def _lead(curves: Sequence[ValidationCurve]) -> tuple[float | None, float | None] | None:
+    """The shares of rows and of train time from which MP stays below TopK in a panel.
+
+    Both are means over seeds. None where a seed has several curves of an architecture: which of
+    them to compare would be a guess.
+    """
+    by_key = {(curve.coder.arch, curve.coder.seed): curve.finite_records for curve in curves}
+    pairs = [
+        (records, other)
+        for (arch, seed), records in by_key.items()
+        if arch == "mp" and records and (other := by_key.get(("topk", seed)))
+    ]
+    if len(by_key) < len(curves) or not pairs:
+        return None
+    by_rows = [ahead_from(rows_curve(mp), rows_curve(topk)) for mp, topk in pairs]
+    by_seconds = [ahead_from(seconds_curve(mp), seconds_curve(topk)) for mp, topk in pairs]
+    return (
+        mean([share for share in by_rows if share is not None]),
+        mean([share for share in by_seconds if share is not None]),
     )
 
 
@@ -199,10 +244,18 @@ def _table_rows(curves: Sequence[ValidationCurve]) -> list[dict[str, Any]]:
         {
             **coder_columns(curve.run, curve.coder),
             **{name: json_safe(value) for name, value in asdict(record).items()},
+            **ends,
         }
         for curve in curves
+        for ends in [_convergence_columns(curve.convergence)]
         for record in curve.records
     ]
+
+
+def _convergence_columns(convergence: Convergence | None) -> dict[str, Any]:
+    """The end of a curve, the same in each of its rows."""
+    names = ("slope", "middle_slope", "gain_of_doubling", "still_falling")
+    return {name: None if convergence is None else getattr(convergence, name) for name in names}
 
 
 def _drawn_lines(

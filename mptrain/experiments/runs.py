@@ -4,6 +4,7 @@ All runs have the settings of the sweep, and read the same rows.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from mptrain.config.coder_version_1 import upgrade_description
 from mptrain.data.atomic_files import read_json
 from mptrain.data.ranges_as_text import parse_ranges
 from mptrain.experiments.option_tables import RUN_OPTIONS, TABLE_OF_OPTION
+from mptrain.runs.convergence import Convergence, convergence_of
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import CHANGEABLE_FIELDS, read_manifest, recorded_coders
 
@@ -69,6 +71,11 @@ class TrainedCoder:
         if description["format_version"] == 1:
             description = upgrade_description(description)
         return self.config.latents_of(description["input_widths"][0])
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """How its FVU fell in the end, as far as it is trained; from the records of any version."""
+        return convergence_of(self.records, self.config.optimizer)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -162,6 +169,15 @@ def plan_runs(
 def read_trained(runs: Sequence[SweepRun]) -> dict[str, TrainedCoder]:
     """The coders of all runs, by name."""
     return {coder.config.name: coder for run in runs for coder in _read_coders(run)}
+
+
+def validations(trained: TrainedCoder) -> list[Record]:
+    """The records with a finite validation FVU."""
+    return [
+        record
+        for record in trained.records
+        if record.validation_fvu is not None and math.isfinite(record.validation_fvu)
+    ]
 
 
 def _runs_folder(folder: Path) -> Path:

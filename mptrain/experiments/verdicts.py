@@ -1,21 +1,20 @@
 """The verdict on each line of a panel, and problems of an experiment's coders."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from mptrain.experiments.runs import TrainedCoder
+from mptrain.experiments.plain_comparison import PlainComparison, compare_with_plain, mean
+from mptrain.experiments.runs import TrainedCoder, validations
 from mptrain.experiments.spec import PanelPlan, VariantCoders
-from mptrain.runs.metrics_file import Record
 
 CodersByName = Mapping[str, TrainedCoder]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class SeedFigures:
     """One line of a panel, over its seeds. FVU is that of all held-out rows after training."""
 
     panel: str
@@ -31,19 +30,27 @@ class Verdict:
     dead_share: float | None
     train_seconds: float | None
     "mean over the seeds"
-    fvu_at_plain_seconds: float | None
-    "mean validation FVU at the train time that the plain coder of the panel took in all"
-    seeds_below_plain: int | None
-    "seeds whose validation FVU passes below the last one of the plain coder (its mean over seeds)"
-    below_plain_after_seconds: float | None
-    "mean train time of those seeds up to that point; None: no seed passes below"
+    slope: float | None
+    "exponent of validation FVU over rows in the last fifth of the rows, mean over the seeds"
+    gain_of_doubling: float | None
+    (
+        "share by which twice the rows would lower FVU, extrapolated from the middle of the run; "
+        "mean over the seeds"
+    )
+    seeds_still_falling: int | None
+    "seeds with a gain over 1 %; None: no seed has a slope"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict(PlainComparison, SeedFigures):  # the fields of the last base come first
+    """One line of a panel, alone and beside the plain coder of the panel."""
 
 
 def panel_verdicts(panel: PanelPlan, coders: CodersByName) -> list[Verdict]:
     """A verdict for each line of a panel, in the order of the lines."""
     plain = plain_line(panel, "topk")
-    target = None if plain is None else _end(_seeds(plain, coders))
-    return [_verdict(panel, line, _seeds(line, coders), target) for line in panel.lines]
+    plain_seeds = [] if plain is None else _seeds(plain, coders)
+    return [_verdict(panel, line, _seeds(line, coders), plain_seeds) for line in panel.lines]
 
 
 def find_problems(panels: Sequence[PanelPlan], coders: CodersByName) -> list[str]:
@@ -58,11 +65,6 @@ def plain_line(panel: PanelPlan, arch: str) -> VariantCoders | None:
     return next((ln for ln in panel.lines if ln.variant.is_plain and ln.variant.arch == arch), None)
 
 
-def validations(trained: TrainedCoder) -> list[Record]:
-    """The records with a finite validation FVU."""
-    return [r for r in trained.records if _is_finite(r.validation_fvu)]
-
-
 def _seeds(line: VariantCoders, coders: CodersByName) -> list[TrainedCoder]:
     return [coders[coder.name] for coder in line.coders if coder.name in coders]
 
@@ -71,57 +73,35 @@ def _verdict(
     panel: PanelPlan,
     line: VariantCoders,
     seeds: Sequence[TrainedCoder],
-    target: tuple[float, float] | None,
+    plain_seeds: Sequence[TrainedCoder],
 ) -> Verdict:
+    is_compared = not (line.variant.is_plain and line.variant.arch == "topk")
+    comparison = compare_with_plain(seeds, plain_seeds) if is_compared else PlainComparison()
+    return Verdict(**asdict(_seed_figures(panel, line, seeds)), **asdict(comparison))
+
+
+def _seed_figures(
+    panel: PanelPlan, line: VariantCoders, seeds: Sequence[TrainedCoder]
+) -> SeedFigures:
     ends = [coder.validation for coder in seeds if coder.validation is not None]
     fvus = [end["fvu"] for end in ends]
-    curves = [curve for coder in seeds if (curve := validations(coder))]
     finished = [coder for coder in seeds if coder.validation is not None]
-    seconds, fvu = target or (math.nan, math.nan)
-    crossings = [_first_below(curve, fvu) for curve in curves]
-    passed = [crossing for crossing in crossings if crossing is not None]
-    is_compared = target is not None and not (line.variant.is_plain and line.variant.arch == "topk")
-    return Verdict(
+    convergences = [c for coder in finished if (c := coder.convergence) is not None]
+    return SeedFigures(
         panel=panel.name,
         variant=line.variant.name,
         seeds=len(seeds),
         diverged=sum(c.result is not None and c.result["diverged"] for c in seeds),
-        fvu=_mean(fvus),
+        fvu=mean(fvus),
         fvu_low=min(fvus, default=None),
         fvu_high=max(fvus, default=None),
-        l0=_mean([end["l0"] for end in ends]),
-        dead_share=_mean([end["dead_share"] for end in ends]),
-        train_seconds=_mean([coder.records[-1].train_seconds for coder in finished]),
-        fvu_at_plain_seconds=(
-            _mean([_at(curve, seconds) for curve in curves]) if is_compared else None
-        ),
-        seeds_below_plain=len(passed) if is_compared else None,
-        below_plain_after_seconds=_mean(passed) if is_compared else None,
+        l0=mean([end["l0"] for end in ends]),
+        dead_share=mean([end["dead_share"] for end in ends]),
+        train_seconds=mean([coder.records[-1].train_seconds for coder in finished]),
+        slope=mean([c.slope for c in convergences]),
+        gain_of_doubling=mean([c.gain_of_doubling for c in convergences]),
+        seeds_still_falling=sum(c.still_falling for c in convergences) if convergences else None,
     )
-
-
-def _end(seeds: Sequence[TrainedCoder]) -> tuple[float, float] | None:
-    """Train seconds and FVU of the last validations, mean over the seeds."""
-    ends = [curve[-1] for coder in seeds if (curve := validations(coder))]
-    if not ends:
-        return None
-    fvus = [float(end.validation_fvu or 0) for end in ends]
-    return sum(end.train_seconds for end in ends) / len(ends), sum(fvus) / len(fvus)
-
-
-def _first_below(curve: Sequence[Record], fvu: float) -> float | None:
-    return next((r.train_seconds for r in curve if float(r.validation_fvu or 0) < fvu), None)
-
-
-def _at(curve: Sequence[Record], seconds: float) -> float:
-    """FVU at a train time: linear between two validations, constant outside."""
-    points = [(r.train_seconds, float(r.validation_fvu or 0)) for r in curve]
-    before = [p for p in points if p[0] <= seconds]
-    after = [p for p in points if p[0] > seconds]
-    if not before or not after:
-        return after[0][1] if after else before[-1][1]
-    (x, y), (x_after, y_after) = before[-1], after[0]
-    return y + (y_after - y) * (seconds - x) / (x_after - x)
 
 
 def _missing(panel: PanelPlan, coders: CodersByName) -> Iterator[str]:
@@ -172,11 +152,3 @@ def _same_weights(coder: TrainedCoder, other: TrainedCoder) -> bool:
 
 def _weights(trained: TrainedCoder) -> Path:
     return trained.path / "coder.safetensors"
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)

@@ -106,7 +106,7 @@ def read_records(path: str | Path) -> list[Record]:
         >>> from mptrain import read_records
         >>> records = read_records("run/metrics.jsonl")
         >>> [record.step for record in records if record.validation_fvu is not None]
-        [8, 16, 24]
+        [5, 8, 9, 14, 16, 20, 22, 24]
 
     Args:
         path: the file `RUN/metrics.jsonl`.

@@ -9,6 +9,7 @@ from mptrain.config.coder import CoderConfig, all_sides
 from mptrain.config.run import RunConfig
 from mptrain.config.sides import Side
 from mptrain.data.loader import Split, Store, row_bytes
+from mptrain.runs.convergence import validation_steps
 from mptrain.runs.memory import CoderMemory, coder_memory, group_into_passes, pass_bytes
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
 from mptrain.training.setup import train_steps
@@ -118,7 +119,8 @@ def _pass_read_bytes(coders: Sequence[CoderConfig], config: RunConfig, store: St
     sides = all_sides(coders)
     steps = train_steps(config)
     train, validation = _stored(store, sides, "train"), _stored(store, sides, "validation")
-    evaluated_rows = min(config.eval_rows, validation.rows) * -(-steps // config.eval_every)
+    validations = len(validation_steps(steps, config.eval_every))
+    evaluated_rows = min(config.eval_rows, validation.rows) * validations
     train_bytes = train.bytes_per_row * steps * config.batch_rows
     return round(train_bytes + validation.bytes_per_row * (evaluated_rows + validation.rows))
 

@@ -9,6 +9,7 @@ from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_json import coder_config_from_json
 from mptrain.data.atomic_files import read_json
 from mptrain.evals.evaluate import Evaluation
+from mptrain.runs.convergence import Convergence
 from mptrain.training.setup import CoderRun
 
 L0_TOLERANCE = 0.05  # of K
@@ -49,6 +50,8 @@ class CoderResult(CoderProgress):
     "on all held-out rows; None: it diverged, or its filters keep no held-out row"
     warnings: Sequence[str]
     "what its user should know"
+    convergence: Convergence | None = None
+    "how its FVU fell in the end; None: it diverged, had too few validations, or is of an old run"
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as plain values."""
@@ -59,11 +62,17 @@ class CoderResult(CoderProgress):
         """Return the result that `to_json` wrote."""
         validation = values["validation"]
         evaluation = None if validation is None else Evaluation(**validation)
-        return cls(**{**values, "validation": evaluation})
+        stored = values.get("convergence")  # results of earlier versions have none
+        convergence = None if stored is None else Convergence(**stored)
+        return cls(**{**values, "validation": evaluation, "convergence": convergence})
 
 
 def final_result(
-    coder_run: CoderRun, steps: int, batch_rows: int, evaluation: Evaluation | None
+    coder_run: CoderRun,
+    steps: int,
+    batch_rows: int,
+    evaluation: Evaluation | None,
+    convergence: Convergence | None,
 ) -> CoderResult:
     """Return the result of a coder; `evaluation` is on all held-out rows."""
     progress = coder_progress(coder_run, steps, batch_rows)
@@ -71,6 +80,7 @@ def final_result(
         **_values(progress),
         validation=evaluation,
         warnings=tuple(_warnings(coder_run, progress.step, evaluation)),
+        convergence=None if coder_run.diverged else convergence,
     )
 
 

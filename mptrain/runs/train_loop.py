@@ -11,6 +11,7 @@ from mptrain.data.loader import Batch
 from mptrain.evals.evaluate import Evaluation
 from mptrain.runs.checkpointer import Checkpointer
 from mptrain.runs.coder_steps import CoderSteps
+from mptrain.runs.convergence import validation_steps
 from mptrain.runs.finish import finish_pass
 from mptrain.runs.metrics_sink import MetricsSink
 from mptrain.runs.pass_context import TrainingPass
@@ -34,6 +35,8 @@ class TrainLoop:
         self._sink = MetricsSink(training_pass)
         self._validator = Validator(training_pass)
         self._checkpointer = Checkpointer(training_pass, self._sink)
+        config = training_pass.config
+        self._validation_steps = frozenset(validation_steps(training_pass.steps, config.eval_every))
         self._waited_before = training_pass.progress.wait_seconds
 
     def run(self) -> list[CoderResult]:
@@ -92,7 +95,7 @@ class TrainLoop:
         results = self._coder_steps.step_(batch)
         bar.update(config.batch_rows)
         evaluations: Sequence[Evaluation | None] = [None] * len(results)
-        is_evaluated = step % config.eval_every == 0 or step == self._pass.steps
+        is_evaluated = step in self._validation_steps
         if is_evaluated:
             evaluations = self._validator.evaluate(self._validator.snapshots(), config.eval_rows)
         is_due = is_evaluated or step % config.log_every == 0

@@ -37,7 +37,7 @@ def trained(
 ) -> TrainedCoder:
     """A coder with a validation after each train step; a step took `seconds`."""
     records = [record(config.name, n, fvu, n * seconds) for n, fvu in enumerate(fvus, 1)]
-    validation = {"fvu": fvus[-1], "l0": 3.0, "dead_share": 0.0} if fvus else None
+    validation = {"fvu": fvus[-1], "l0": 3.0, "dead_share": 0.0, "rows": 256} if fvus else None
     result = {"validation": None if diverged else validation, "diverged": diverged}
     return TrainedCoder(config, folder, tuple(records), result)
 

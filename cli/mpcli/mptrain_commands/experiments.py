@@ -15,6 +15,9 @@ from mpcli.tables import print_json, print_table
 if TYPE_CHECKING:  # torch is imported when the command runs
     from mptrain.experiments.sweep import SweepResult
 
+_ONLY_IN_FILES = ("slope", "seeds_ahead_by_rows", "seeds_ahead_by_seconds")
+"fields of a verdict that the table on the terminal leaves out"
+
 Changes = Annotated[
     list[str] | None,
     typer.Option(
@@ -82,7 +85,7 @@ def _print_result(result: "SweepResult", folder: str, json: bool) -> None:
     if json:
         print_json({"verdicts": rows, "files": list(map(str, result.files))})
     else:
-        print_table(tuple(rows[0]), rows)
+        print_table([name for name in rows[0] if name not in _ONLY_IN_FILES], rows)
         typer.echo(f"figures, tables and captions are in {folder}/figures")
     if result.problems:
         raise UsageError("; ".join(result.problems))

@@ -27,6 +27,7 @@ _RESULT_COLUMNS = (
     "rows_trained",
     "rows_per_second",
     "train_seconds",
+    "gain_of_doubling",
 )
 _TRIAL_COLUMNS = ("value", "choice_fvu", "report_fvu", "l0", "dead_share", "round", "best")
 _CODER_COLUMNS = ("name", "latents", "parameters", "weights_bytes", "optimizer_bytes", "step_bytes")
@@ -159,11 +160,18 @@ def _tune(config: RunConfig, settings: str, dry_run: bool, json: bool) -> None:
 
 
 def _print_results(run: Path, results: "list[CoderResult]") -> None:
+    from mptrain.runs.convergence import describe_convergence
+
     trained = [result.to_json() for result in results if not result.diverged]
     if trained:
         unevaluated = dict.fromkeys(_RESULT_COLUMNS)
-        rows = [{**unevaluated, **row, **(row["validation"] or {})} for row in trained]
+        rows = [
+            {**unevaluated, **row, **(row["validation"] or {}), **(row["convergence"] or {})}
+            for row in trained
+        ]
         print_table(_RESULT_COLUMNS, rows)
+        if text := describe_convergence([r.convergence for r in results if not r.diverged]):
+            typer.echo(text)
         typer.echo(f"the coders are in {run}/coders, and this table is in {run}/results.json")
 
 

@@ -13,9 +13,16 @@ from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.sides import hookpoint_sides
 from mptrain.experiments import plot_runs as plot_module
-from mptrain.experiments.plot_runs import line_styles, plot_runs, read_curves, runs_figure
+from mptrain.experiments.plot_runs import (
+    caption,
+    line_styles,
+    plot_runs,
+    read_curves,
+    runs_figure,
+)
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics_file import MetricsFile, Record
+from mptrain.training.learning_rate import LAWS
 from tests.helpers.fits import spoil
 from tests.helpers.stores import small_store
 
@@ -105,6 +112,34 @@ def test_the_table_holds_each_validation_with_its_settings(tmp_path):
             for row in rows
         ]
         assert list(csv.DictReader(file)) == spelled
+
+
+def test_the_end_of_each_curve_is_in_the_table_and_in_the_caption(tmp_path):
+    power = [None, *(step**-0.5 for step in range(1, 21))]
+    runs = [
+        make_run(tmp_path / "mp", PAIR[:1], fvus=[fvu and 0.9 * fvu for fvu in power], seconds=2.0),
+        make_run(tmp_path / "topk", PAIR[1:], fvus=power),
+    ]
+    *_, json_path = plot_runs(runs, tmp_path / "figure")
+    rows = json.loads(json_path.read_text())
+    assert {row["still_falling"] for row in rows} == {True}
+    gain = 1 - 2 ** (-0.5 * (1 + LAWS["muon"].steps))
+    assert [row["gain_of_doubling"] for row in rows] == pytest.approx([gain] * len(rows))
+    text = caption([[curve for run in runs for curve in read_curves(run)]])
+    assert text.startswith(
+        "Still falling: 2 of 2 coders; twice the rows would lower FVU by about 17 %"
+    )
+    # by time, MP is below TopK's last FVU from .9 * n ** -.5 < 20 ** -.5 on: step 17 of 20
+    assert text.endswith(
+        "MP stays below TopK: at equal rows from the start; at equal train time from 85 % of its "
+        "train time on."
+    )
+
+
+def test_a_lead_is_not_guessed(tmp_path):
+    """Two TopK coders of one seed: either could be the one to compare MP with."""
+    run = make_run(tmp_path / "run", [*PAIR, coder(arch="topk", expansion=4)])
+    assert "MP stays below" not in caption([read_curves(run)])
 
 
 def test_lines_are_the_validations_over_train_time(tmp_path):
@@ -213,7 +248,7 @@ def test_what_fit_writes_of_a_diverged_coder_is_drawn_and_named(tmp_path):
     path, _ = small_store(tmp_path)
     for eval_every in (2, 9):  # 9: it has no validation before
         run = tmp_path / str(eval_every)
-        settings = {"hookpoints": ("layers.0",), "k": (3,), "expansion": (2,), "rows": 640}
+        settings = {"hookpoints": ("layers.0",), "k": (3,), "expansion": (2,), "rows": 576}
         settings |= {"batch_rows": 64, "eval_every": eval_every, "device": "cpu"}
         results = fit(FitConfig(store=str(path), run=str(run), **settings), on_step=spoil_mp)
         assert [result.diverged for result in results] == [True, False]

@@ -26,6 +26,7 @@ from tests.helpers.experiments import TEXT, CountedCollection, tiny_experiment, 
 from tests.helpers.fits import equal, interrupt_at, lasting, weights
 from tests.helpers.killers import sweep_until_killed
 from tests.helpers.stores import small_config, write_corpus
+from tests.helpers.trained import all_trained
 
 COLLECTED = {"model": "tiny", "dataset": "random letters"}
 SMALL = ("figures.fvu.hookpoints=['layers.0']", "figures.fvu.seeds=[0]")
@@ -96,6 +97,7 @@ def test_the_caption_says_what_is_shown(finished_sweep):
         "FVU on 256 held-out rows",
         "Train time is that of the coder's own train steps; waiting for data took",
         "Hardware: two cores",
+        "MP stays below TopK: at equal rows",
         "| layers.0-sae-k3 | batch-mp-nested |",
     ):
         assert phrase in page
@@ -110,6 +112,17 @@ def test_a_caption_counts_the_held_out_rows_that_there_are(finished_sweep):
     rows = next(iter(coders.values())).validation["rows"]
     assert 256 < rows < 1000
     assert f"FVU on {rows} held-out rows" in text
+
+
+def test_a_caption_says_which_finished_coders_were_still_falling(tmp_path):
+    experiment = tiny_experiment(tmp_path)
+    experiment = dataclasses.replace(experiment, collect=COLLECTED)
+    (figure, *_), coders = experiment.figures, all_trained(experiment)
+    first = next(iter(coders))
+    coders[first] = dataclasses.replace(coders[first], result=None)
+    text = caption(experiment, figure, coders, ["two cores"], "rows")
+    assert "Still falling: 11 of 11 coders; twice the rows would lower FVU by about" in text
+    assert "MP stays below TopK: at equal rows" in text
 
 
 def test_nothing_is_done_twice(finished_sweep):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mptrain.experiments.verdicts import find_problems, panel_verdicts
+from mptrain.training.learning_rate import LAWS
 from tests.helpers.experiments import tiny_experiment
 from tests.helpers.trained import trained
 
@@ -66,6 +67,38 @@ def test_fvu_at_the_plain_coders_time_lies_between_validations(panel):
     assert mp.fvu_at_plain_seconds == pytest.approx((0.7 + 0.5) / 2)
     assert nested.fvu_at_plain_seconds == pytest.approx(0.9)
     assert (nested.seeds_below_plain, nested.below_plain_after_seconds) == (0, None)
+
+
+def test_a_verdict_says_from_which_share_on_a_line_is_ahead(panel):
+    """Each seed beside the plain coder of its seed; the mean is of the seeds that get ahead."""
+    coders = coders_of(
+        panel,
+        topk=(([0.8, 0.6, 0.5, 0.4], 1.0), ([0.7, 0.6, 0.5, 0.3], 1.0)),
+        mp=(([0.9, 0.5, 0.4, 0.3], 2.0), ([0.6, 0.5, 0.4, 0.2], 2.0)),  # from 1/2, from the start
+        nested=(([0.9, 0.7, 0.6, 0.5], 1.0), ([0.9, 0.8, 0.4, 0.2], 1.0)),  # never, from 3/4
+    )
+    topk, mp, nested = panel_verdicts(panel, coders)
+    assert (topk.seeds_ahead_by_rows, topk.ahead_from_rows_share) == (None, None)
+    assert (mp.seeds_ahead_by_rows, mp.ahead_from_rows_share) == (2, 0.25)
+    # after 4 s TopK has its last FVU: seed 0 passes below .4 after 8 s, seed 1 below .3 too
+    assert (mp.seeds_ahead_by_seconds, mp.ahead_from_seconds_share) == (2, 1.0)
+    assert (nested.seeds_ahead_by_rows, nested.ahead_from_rows_share) == (1, 0.75)
+    assert (nested.seeds_ahead_by_seconds, nested.ahead_from_seconds_share) == (1, 0.75)
+
+
+def test_a_verdict_has_the_mean_slope_of_its_seeds(panel):
+    power, flat = [step**-0.5 for step in range(1, 21)], [0.5] * 20
+    coders = coders_of(
+        panel,
+        topk=((power, 1.0), (flat, 1.0)),
+        mp=((flat, 1.0), (flat, 1.0)),
+        nested=((power[:5], 1.0), (power[:5], 1.0)),  # too few validations
+    )
+    topk, mp, nested = panel_verdicts(panel, coders)
+    assert topk.slope == pytest.approx(-0.25)
+    assert topk.gain_of_doubling == pytest.approx((1 - 2 ** (-0.5 * (1 + LAWS["muon"].steps))) / 2)
+    assert [verdict.seeds_still_falling for verdict in (topk, mp, nested)] == [1, 0, None]
+    assert (nested.slope, nested.gain_of_doubling) == (None, None)
 
 
 def test_diverged_seeds_are_counted_and_left_out(panel, tmp_path):

@@ -74,7 +74,8 @@ def test_following_changes_no_bit_and_may_begin_later(store: str, tmp_path: Path
     assert equal(weights(tmp_path / "alone"), weights(tmp_path / "followed"))
     results = fit(config(store, tmp_path / "alone", log=("tensorboard",), **SMALL_RUN))
     curves = shown(tmp_path / "alone/tensorboard" / results[0].coder)
-    assert [step for step, _ in curves["fvu"]] == [2, 4, 6, 8, 10, 12]
+    # every second step is logged; steps 3, 5, 7, 10 and 11 are validated for the slopes
+    assert [step for step, _ in curves["fvu"]] == [2, 3, 4, 5, 6, 7, 8, 10, 11, 12]
 
 
 @pytest.mark.parametrize("log", ["tensorboard", "wandb"])
@@ -99,7 +100,7 @@ def test_a_follower_that_fails_ends_no_training(
     monkeypatch.setattr(loggers.TensorBoard, "add", fails)
     with pytest.warns(RuntimeWarning, match="tensorboard failed .* connection lost"):
         fit(config(store, tmp_path / "run", log=("tensorboard",), **SMALL_RUN))
-    assert len(read_records(tmp_path / "run/metrics.jsonl")) == 12
+    assert len(read_records(tmp_path / "run/metrics.jsonl")) == 2 * 10  # two coders
 
 
 def test_a_follower_that_fails_is_closed_and_may_fail_in_it(
