@@ -50,9 +50,11 @@ class StoredTrainings:
     def __init__(self, store: Path, table: Path) -> None:
         self._path, self._table = store, table
         self._store = open_store(store)
+        # rows of one store, and as many of them, whatever its folder is called
+        self._name = f"{self._store.fingerprint[:12]} {len(self._store.planned_parts)} parts"
 
     def rows(self) -> list[TrainingRow]:
-        return [row for row in read_table(self._table) if row.store == self._path.name]
+        return [row for row in read_table(self._table) if row.store == self._name]
 
     def start_rate(self, setting: Setting) -> float:
         return start_rate(setting, self._width(setting))
@@ -88,7 +90,7 @@ class StoredTrainings:
         return TrainingRow(
             **vars(resolved),
             **vars(held_out),
-            store=self._path.name,
+            store=self._name,
             version=version(_PACKAGES.get(setting.tool, setting.tool)),
             rate="default" if is_default else "searched",
             train_seconds=0.0 if coder is None else round(coder.train_seconds, 2),
