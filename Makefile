@@ -2,6 +2,7 @@
 # `make -j2 lint reproduce-smoke` and then `make tests shapes` is what CI runs.
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .venv-peers
 PIP := $(BIN)/pip install -q
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 DEMO := demo
@@ -19,8 +20,11 @@ SHAPES := $(DATA:%=mpcache/data/test_%.py) mpcache/collection/test_chat_store.py
           mptrain/training/test_micro_batch.py mptrain/training/test_normalization.py
 RESIDUAL := layers.3,layers.5
 MLP := layers.3.mlp,layers.5.mlp
-COLLECT := $(BIN)/mpcache collect data/model data/corpus/train.parquet $(DEMO)/store \
+COLLECT := mpcache collect data/model data/corpus/train.parquet $(DEMO)/store \
     --hookpoints $(RESIDUAL),$(MLP) --rows 320k --ctx-len 256 --part-rows 16384 --batch-sequences 16
+COLLECT_ALL := mpcache collect data/model data/corpus/train.parquet $(DEMO)/all \
+    --hookpoints layers.3,layers.5,layers.3.mlp --rows 1400k --ctx-len 256 --part-rows 16384 \
+    --batch-sequences 16 --validation-every 43
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
        --eval-rows 8192 --dead-rows 50k --save-every 50
 
@@ -29,7 +33,7 @@ TWINS := smollm2-demo llama-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 data.rows=1024 data.batch_rows=128 evaluation.eval_every=4 \
          evaluation.eval_rows=512 coder.expansion=2 loss.dead_rows=512
 
-.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes faults format peers clean
+.PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes faults format peers peer-trainers clean
 install: .venv/installed
 
 # Without a GPU torch comes first and pinned, so that pip can take a CPU build where it is set up to
@@ -42,7 +46,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(COLLECT)
+	$(BIN)/$(COLLECT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sae --hookpoints $(RESIDUAL),$(MLP) --kind sae $(FIT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sst --hookpoints $(MLP) --kind skip-transcoder $(FIT)
 	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
@@ -87,12 +91,30 @@ format: install
 	$(BIN)/ruff format -q .
 	$(BIN)/ruff check -q --fix .
 
-# Comparisons with other tools; docs/benchmarks.md says how to install them. Absent tools are named.
-peers: install
-	$(COLLECT)
-	$(BIN)/python -m benchmarks.compare_storage
-	$(BIN)/python -m benchmarks.compare_loaders $(DEMO)/store --hookpoints layers.3
-	$(BIN)/python -m benchmarks.compare_coders
+# Other tools are installed beside our package, in an environment of their own.
+$(PEERS)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	command -v nvidia-smi >/dev/null || $(PEERS)/bin/pip install -q $(TORCH)
+	$(PEERS)/bin/pip install -q -c constraints.txt -e '.[peers]'
+	$(PEERS)/bin/pip install -q -c constraints.txt --no-deps overcomplete
+	touch $@
+
+# Comparisons with other tools; docs/benchmarks.md explains them.
+peers: $(PEERS)/installed
+	$(PEERS)/bin/$(COLLECT)
+	$(PEERS)/bin/python -m benchmarks.compare_storage
+	$(PEERS)/bin/python -m benchmarks.compare_loaders $(DEMO)/store --hookpoints layers.3
+	$(PEERS)/bin/python -m benchmarks.compare_coders
+
+# Trainers of other tools: hours. Stop or kill it: the same command goes on. `ONLY=sae-lens,topk`
+# trains a part. Trainings that docs/data/trainers.csv has are not repeated.
+peer-trainers: $(PEERS)/installed
+	$(PEERS)/bin/$(COLLECT_ALL)
+	for stage in search seeds long; do \
+	    OMP_NUM_THREADS=1 $(PEERS)/bin/python -m benchmarks.compare_trainers train \
+	        $(DEMO)/all --stage $$stage --only '$(ONLY)' || exit; \
+	done
+	$(PEERS)/bin/python -m benchmarks.compare_trainers table
 
 clean:
-	rm -rf .venv $(DEMO) reproduce reproduce-smoke
+	rm -rf .venv $(PEERS) $(DEMO) reproduce reproduce-smoke

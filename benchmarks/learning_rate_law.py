@@ -17,7 +17,7 @@ import typer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.learning_rates import read_rows
+from benchmarks.csv_table import read_rows
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.training.learning_rate import REFERENCE
 

@@ -5,7 +5,6 @@ the best rate of each setting below that the table does not have yet, and adds a
 that was tried. Stop it or kill it: the same command goes on.
 """
 
-import csv
 import math
 import shutil
 import time
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.csv_table import append_rows, read_rows
 from mptrain.config.architectures import Arch
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.coder_settings import Optimizer
@@ -109,14 +109,6 @@ def settings() -> Iterator[Setting]:
     yield replace(base, optimizer="adam", latents=4096, k=64, batch_rows=1024, steps=1000)
 
 
-def read_rows(table: Path) -> list[dict[str, str]]:
-    """Rows of the table, as text; none where there is no table yet."""
-    if not table.exists():
-        return []
-    with table.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def missing_archs(setting: Setting, store: str, rows: Sequence[dict[str, str]]) -> tuple[Arch, ...]:
     """The architectures of a setting that the table does not have."""
     shared = {"store": store, **_shared(setting)}
@@ -195,18 +187,6 @@ def search(setting: Setting, store: Path, work: Path, table: Path) -> None:
 
 def _width(store: Path, tuned: TunedSetting) -> int:
     return open_store(store).width(*tuned.coder.input)
-
-
-def append_rows(table: Path, rows: Sequence[RateRow]) -> None:
-    """Write the table with these rows added, whole or not at all."""
-    old = read_rows(table)
-    table.parent.mkdir(parents=True, exist_ok=True)
-    partial = table.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(RateRow)])
-        writer.writeheader()
-        writer.writerows([*old, *map(asdict, rows)])
-    partial.replace(table)
 
 
 def main(

@@ -1,6 +1,7 @@
 """Imports of other tools, which print and warn as they like, and the progress line of a command."""
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,18 @@ def without_noise() -> Iterator[None]:
     """Standard output is for our report, and a warning of another tool is no error of ours."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def without_output() -> Iterator[None]:
+    """No warnings, messages and progress bars of another tool; its errors are raised."""
+    with (
+        without_noise(),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         yield
 
 
