@@ -32,7 +32,7 @@ def start_rate(setting: Setting, width: int) -> float:
 
 def scaled_rate(lr: float, old: Setting, new: Setting) -> float:
     """A rate for another length and batch, by the exponents of our law, in three digits."""
-    law = LAWS["muon"]
+    law = LAWS[_coder_config(old).resolved_optimizer]
     steps = (new.steps / old.steps) ** law.steps
     rows = (new.batch_rows / old.batch_rows) ** law.batch_rows
     return float(f"{lr * steps * rows:.3g}")

@@ -33,12 +33,12 @@ class Setting:
     arch: TrainedArch
     kind: Kind = "sae"
     hookpoint: str = "layers.3"
-    latents: int = 2048
+    latents: int = 1024
     k: int = 16
     "latents of a row; of jumprelu, the L0 that its penalty is set for"
     normalise: bool = False
     "scale rows to a mean square of about 1, by the tool's own option for that"
-    batch_rows: int = 1024
+    batch_rows: int = 256
     steps: int = 1000
     seed: int = 0
     lr: float | None = None
@@ -91,14 +91,13 @@ def chosen(settings: Sequence[Setting], words: Sequence[str]) -> list[Setting]:
 def in_long_run(setting: Setting) -> Setting:
     """The setting in a run of a usual length, 12 000 steps, of fewer rows each.
 
-    These are 3 072 000 rows, more than two passes over the 1.4 M rows of the demo's store.
+    These are 1 344 000 rows, one pass over the train rows of the demo's store.
     """
-    return replace(setting, steps=12_000, batch_rows=256, seed=0)
+    return replace(setting, steps=12_000, batch_rows=112, seed=0)
 
 
 def fit_config(setting: Setting, store: str | Path, run: str | Path) -> FitConfig:
     """A run of ours of the setting; the rows and the filters of all tools are those of this run."""
-    rows = setting.steps * setting.batch_rows
     return FitConfig(
         store=str(store),
         run=str(run),
@@ -111,16 +110,10 @@ def fit_config(setting: Setting, store: str | Path, run: str | Path) -> FitConfi
         lr=("auto" if setting.lr is None else setting.lr,),
         nested=setting.arch == "matryoshka",
         normalise=setting.normalise,
-        rows=rows,
+        rows=setting.steps * setting.batch_rows,
         batch_rows=setting.batch_rows,
         eval_every=setting.steps,
         eval_rows=1024,
         device="cpu",
-        **_latent_options(setting, rows),
+        sparsity_weight=setting.sparsity or DEFAULT_SPARSITY["mptrain"],
     )
-
-
-def _latent_options(setting: Setting, rows: int) -> dict[str, Any]:
-    if setting.arch == "jumprelu":
-        return {"sparsity_weight": setting.sparsity or DEFAULT_SPARSITY["mptrain"]}
-    return {"dead_rows": min(FitConfig.dead_rows, rows // 5)}

@@ -58,7 +58,7 @@ class ValidationCurve:
     @property
     def convergence(self) -> Convergence | None:
         """How FVU fell, as far as the coder is trained."""
-        return convergence_of(self.records, self.coder.optimizer)
+        return convergence_of(self.records, self.coder.resolved_optimizer)
 
     @property
     def finite_records(self) -> list[Record]:

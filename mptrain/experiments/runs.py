@@ -75,7 +75,7 @@ class TrainedCoder:
     @property
     def convergence(self) -> Convergence | None:
         """How its FVU fell in the end, as far as it is trained; from the records of any version."""
-        return convergence_of(self.records, self.config.optimizer)
+        return convergence_of(self.records, self.config.resolved_optimizer)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -68,7 +68,7 @@ def _save(
     elif evaluation is not None and not evaluation.is_finite:
         coder_run.diverged, evaluation = True, None  # in its last update
     config = training_pass.config
-    convergence = convergence_of(records, coder_run.config.optimizer)
+    convergence = convergence_of(records, coder_run.config.resolved_optimizer)
     result = final_result(
         coder_run, training_pass.steps, config.batch_rows, evaluation, convergence
     )

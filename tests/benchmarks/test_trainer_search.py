@@ -19,6 +19,7 @@ from benchmarks.trainer_search import (
 from benchmarks.trainer_settings import Setting, chosen, coders, fit_config
 from benchmarks.trainer_table import TrainingRow, read_table
 from mpcache.errors import UsageError
+from mptrain.training.learning_rate import LAWS
 
 TOPK = Setting(tool="sae-lens", arch="topk")
 JUMPRELU = Setting(tool="sae-lens", arch="jumprelu")
@@ -68,7 +69,7 @@ def test_each_coder_is_compared_with_ours() -> None:
     }
     for setting in settings:
         (coder,) = fit_config(setting, "store", "run").coders()
-        assert (coder.kind, coder.latents) == (setting.kind, 2048)
+        assert (coder.kind, coder.latents) == (setting.kind, 1024)
         assert coder.nested == (setting.arch == "matryoshka")
 
 
@@ -112,8 +113,10 @@ def test_seeds_and_long_runs_take_the_best_rate() -> None:
     rows = with_all_seeds(best, trainings)
     assert [(r.seed, r.lr) for r in rows] == [(0, 0.008), (1, 0.008), (2, 0.008)]
     default, scaled = in_long_runs(best, trainings)
-    assert (default.lr, default.steps, default.batch_rows) == (3e-4, 12_000, 256)
-    assert scaled.lr == scaled_rate(0.008, best, default) == pytest.approx(0.008 * 0.2194, rel=0.01)
+    assert (default.lr, default.steps, default.batch_rows) == (3e-4, 12_000, 112)
+    law = LAWS["adam"]
+    factor = 12**law.steps * (112 / 256) ** law.batch_rows
+    assert scaled.lr == scaled_rate(0.008, best, default) == pytest.approx(0.008 * factor, rel=0.01)
 
 
 @pytest.mark.parametrize("start", [1.0, 0.002, 400.0])
@@ -175,15 +178,15 @@ def test_report() -> None:
         row(replace(TOPK, lr=0.008), 0.3),
         row(replace(JUMPRELU, lr=3e-4, sparsity=1.0), 0.01, 900, rate="default"),
         row(replace(JUMPRELU, lr=3e-4, sparsity=9.0), 0.4, 18, rate="default"),
-        row(replace(TOPK, steps=12_000, batch_rows=256, lr=3e-4), 0.15, rate="default"),
+        row(replace(TOPK, steps=12_000, batch_rows=112, lr=3e-4), 0.15, rate="default"),
     ]
     short, long = markdown(rows).split("\n\n`")
     lines = short.splitlines()
-    assert lines[0].startswith("`layers.3`, sae, 2048 latents, K = 16, 1,000 steps of 1,024 rows")
+    assert lines[0].startswith("`layers.3`, sae, 1024 latents, K = 16, 1,000 steps of 256 rows")
     assert lines[4:] == [
         "| jumprelu | sae-lens 1.2 | 0.0003 | 0.4100 | 18.0 ! | 0.25 "
         "| 0.0003 | 0.4100 | 18.0 ! | 0.25 | 1 | 4 |",
         "| topk | sae-lens 1.2 | 0.0003 | 0.5100 | 16.0 | 0.25 "
         "| 0.004 | 0.2200 ± 0.0141 | 16.0 | 0.25 | 2 | 4 |",
     ]
-    assert "12,000 steps of 256 rows" in long
+    assert "12,000 steps of 112 rows" in long
