@@ -26,12 +26,12 @@ COLLECT_ALL := mpcache collect data/model data/corpus/train.parquet $(DEMO)/all 
     --hookpoints layers.3,layers.5,layers.3.mlp --rows 1400k --ctx-len 256 --part-rows 16384 \
     --batch-sequences 16 --validation-every 43
 FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-every 25 \
-       --eval-rows 8192 --dead-rows 50k --save-every 50
+       --eval-rows 8192 --save-every 50
 
 # `make reproduce SET='coder.expansion=32 data.rows=8_000_000'` changes what the files say.
 TWINS := smollm2-demo llama-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 data.rows=1024 data.batch_rows=128 evaluation.eval_every=4 \
-         evaluation.eval_rows=512 coder.expansion=2 loss.dead_rows=512
+         evaluation.eval_rows=512 coder.expansion=2
 
 .PHONY: install demo reproduce reproduce-smoke lint test slow tests shapes faults format peers peer-trainers clean
 install: .venv/installed
@@ -50,7 +50,7 @@ demo: install
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sae --hookpoints $(RESIDUAL),$(MLP) --kind sae $(FIT)
 	$(BIN)/mptrain fit $(DEMO)/store --run $(DEMO)/sst --hookpoints $(MLP) --kind skip-transcoder $(FIT)
 	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
-	    --title 'demo language model: 2048 latents, 256 000 rows, Muon'
+	    --title 'demo language model: 2048 latents, 256 000 rows'
 
 # The twins of the original experiments. Stop or kill it: the same command goes on.
 reproduce: install
