@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from benchmarks.trainer_settings import Setting, fit_config
 from mptrain.config.coder import CoderConfig
-from mptrain.training.learning_rate import LAWS, learning_rate
+from mptrain.training.learning_rate import law_of, learning_rate
 
 
 def default_rate(setting: Setting, width: int) -> float:
@@ -32,7 +32,7 @@ def start_rate(setting: Setting, width: int) -> float:
 
 def scaled_rate(lr: float, old: Setting, new: Setting) -> float:
     """A rate for another length and batch, by the exponents of our law, in three digits."""
-    law = LAWS[_coder_config(old).resolved_optimizer]
+    law = law_of(_coder_config(old))
     steps = (new.steps / old.steps) ** law.steps
     rows = (new.batch_rows / old.batch_rows) ** law.batch_rows
     return float(f"{lr * steps * rows:.3g}")

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mptrain.config.coder_settings import Optimizer
 from mptrain.runs.metrics_file import Record
-from mptrain.training.learning_rate import LAWS
 
 MIN_VALIDATIONS = 3
 "for a slope"
@@ -48,8 +46,10 @@ class Convergence:
     "whether `gain_of_doubling` is over 1 %"
 
 
-def convergence_of(records: Iterable[Record], optimizer: Optimizer) -> Convergence | None:
+def convergence_of(records: Iterable[Record], rate_exponent: float) -> Convergence | None:
     """Return how a coder's FVU fell, from all its records in their order.
+
+    The default learning rate is in proportion to `steps ** rate_exponent`: see `Law.steps`.
 
     All validations that have records are on the same `eval_rows` held-out rows; the final
     evaluation, which has no record, is on other rows and is left out.
@@ -69,7 +69,7 @@ def convergence_of(records: Iterable[Record], optimizer: Optimizer) -> Convergen
         return None
     middle_slope = _slope(middle)
     # with the lower rate of a longer run, twice the rows move weights by less than twice as much
-    gain = 1 - 2 ** (middle_slope * (1 + LAWS[optimizer].steps))
+    gain = 1 - 2 ** (middle_slope * (1 + rate_exponent))
     return Convergence(
         slope=_slope(end),
         middle_slope=middle_slope,

@@ -6,15 +6,22 @@ docs/learning-rates.md has the searches, the fit and what the law costs on other
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
 from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_settings import Optimizer
+from mptrain.config.sides import Kind
 
 REFERENCE = {"width": 256, "latents": 1024, "k": 16, "batch_rows": 256, "steps": 500}
 "the setting at which a law has its constants"
 GIVEN = "given"
 "reason of a rate that the config has"
+
+
+Family = Literal["sae", "transcoder"]
+"the kinds of coders that share a law; skip transcoders are transcoders"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,16 @@ class LearningRate:
     reason: str
 
 
+def law_of(config: CoderConfig) -> Law:
+    """Return the law of the rate of such coders."""
+    return LAWS[config.resolved_optimizer, family_of(config.kind)]
+
+
+def family_of(kind: Kind) -> Family:
+    """Return which coders share the law of this kind."""
+    return "sae" if kind == "sae" else "transcoder"
+
+
 def learning_rate(
     config: CoderConfig, input_width: int, batch_rows: int, steps: int
 ) -> LearningRate:
@@ -55,7 +72,7 @@ def learning_rate(
     """
     if config.lr is not None:
         return LearningRate(config.lr, GIVEN)
-    law = LAWS[config.resolved_optimizer]
+    law = law_of(config)
     latents = config.latents_of(input_width)
     sizes = {"latents": latents, "batch_rows": batch_rows, "steps": steps}
     value = law.constants[config.arch] * math.sqrt(REFERENCE["width"] / input_width)
@@ -73,19 +90,23 @@ def learning_rate(
     return LearningRate(float(f"{value:.2g}"), reason)
 
 
-def _constants(pursuit: float, linear: float) -> dict[Arch, float]:
-    """Constants that were fitted to mp and topk; other encoders of a family take the same."""
-    return {
-        name: pursuit if architecture.is_pursuit else linear
+def _constants(
+    mp: float, topk: float, others: Mapping[Arch, float] = MappingProxyType({})
+) -> dict[Arch, float]:
+    """The constant of each architecture; those without their own take that of mp or of topk."""
+    constants = {
+        name: mp if architecture.is_pursuit else topk
         for name, architecture in ARCHITECTURES.items()
     }
+    return {**constants, **others}
 
 
-LAWS: dict[Optimizer, Law] = {
-    # fitted
-    "muon": Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
-    # constants of two searches, exponents of muon
-    "adam": Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
+LAWS: dict[tuple[Optimizer, Family], Law] = {
+    ("adam", "sae"): Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
+    ("muon", "transcoder"): Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
+    ("muon", "sae"): Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
+    ("adam", "transcoder"): Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
     # the rule of sparsify, 5e-3 / sqrt(latents / 2^14), which has no factor for the width
-    "signsgd": Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
+    ("signsgd", "sae"): Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
+    ("signsgd", "transcoder"): Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
 }

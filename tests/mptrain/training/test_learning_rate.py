@@ -10,7 +10,7 @@ from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_settings import Optimizer
 from mptrain.runs.fit import fit
 from mptrain.training import learning_rate as module
-from mptrain.training.learning_rate import LAWS, learning_rate
+from mptrain.training.learning_rate import LAWS, Family, learning_rate
 from tests.helpers.fits import config, interrupt_at, weights
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import small_store
@@ -36,12 +36,12 @@ def test_the_law_costs_little_on_every_search_of_the_fit() -> None:
     assert max(optimum.cost(law.log_lr(optimum)) for optimum in optima) < 0.03
 
 
-@pytest.mark.parametrize("optimizer", list(LAWS))
-def test_the_rate_is_a_product_of_powers(optimizer: Optimizer) -> None:
-    law = LAWS[optimizer]
+@pytest.mark.parametrize(("optimizer", "family"), list(LAWS))
+def test_the_rate_is_a_product_of_powers(optimizer: Optimizer, family: Family) -> None:
+    law = LAWS[optimizer, family]
 
     def rate(width: int = 256, rows: int = 1024, steps: int = 1000, **changes: object) -> float:
-        settings = {"optimizer": optimizer, **changes}
+        settings = {"optimizer": optimizer, "kind": family, **changes}
         coder = CoderConfig(**{**vars(CODER), **settings})
         return learning_rate(coder, width, rows, steps).value
 
