@@ -1,4 +1,4 @@
-"""The law of the best learning rate, fitted to the table of `benchmarks.learning_rates`.
+"""Laws of the best learning rate, fitted to the table of `benchmarks.learning_rates`.
 
 `python -m benchmarks.learning_rate_law docs/data/learning_rates.csv --figure FILE.png`
 prints the constants of `mptrain.training.learning_rate`, how far the law is from each optimum, and
@@ -7,23 +7,38 @@ what that costs in FVU, and draws the figure.
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
 import numpy as np
 import typer
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.csv_table import read_rows
 from mptrain.config.architectures import ARCHITECTURES, Arch
-from mptrain.training.learning_rate import REFERENCE
+from mptrain.config.sides import Kind
+from mptrain.training.learning_rate import REFERENCE, family_of
 
-FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps")
-"what the law is a power of; K has another exponent for pursuits than for linear encoders"
-_SPARSIFY_MUON = 2e-3
+FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip")
+(
+    "what the law is a power of; K has another exponent for pursuits than for linear encoders; "
+    "without_skip is e for transcoders without a skip and 1 for others"
+)
+PUBLISHED: Mapping[str, Sequence[tuple[str, Callable[[float], float], str]]] = {
+    "adam": (
+        ("2e-4 / sqrt(latents / 2^14)", lambda latents: 2e-4 * (latents / 2**14) ** -0.5, "x"),
+        ("SAELens: 3e-4", lambda _: 3e-4, "+"),
+    ),
+    "muon": (("sparsify: 2e-3", lambda _: 2e-3, "x"),),
+    "signsgd": (
+        ("5e-3 / sqrt(latents / 2^14)", lambda latents: 5e-3 * (latents / 2**14) ** -0.5, "x"),
+    ),
+}
+"rules in the number of latents: name, rule, marker"
 _COLUMNS = ("latents", "k", "batch_rows", "steps")
 
 
@@ -42,11 +57,30 @@ class Optimum:
         """The architecture, whose coders share a constant."""
         return cast(Arch, self.setting["arch"])
 
+    @property
+    def group(self) -> tuple[str, str]:
+        """Optimizer and family, which share a law."""
+        return self.setting["optimizer"], family_of(cast(Kind, self.setting["kind"]))
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether it is Matryoshka, whose loss is another."""
+        return self.setting["nested"] == "True"
+
+    @property
+    def description(self) -> str:
+        """The setting in a line."""
+        names = ("arch", "kind", "optimizer", "store", "hookpoint")
+        words = [*(self.setting[name] for name in names), *(["nested"] * self.is_nested)]
+        sizes = [f"{name} {self.setting[name]}" for name in (*_COLUMNS, "seed")]
+        return " ".join([*words, *sizes])
+
     def features(self) -> list[float]:
         """Logarithms of what the law depends on, relative to the reference."""
         logs = {name: math.log(float(self.setting[name]) / REFERENCE[name]) for name in _COLUMNS}
         is_pursuit = ARCHITECTURES[self.arch].is_pursuit
         logs |= {"k_pursuit": logs["k"] * is_pursuit, "k_linear": logs["k"] * (not is_pursuit)}
+        logs["without_skip"] = float(self.setting["kind"] == "transcoder")
         return [logs[name] for name in FACTORS]
 
     @property
@@ -96,15 +130,18 @@ class Law:
 
 
 def fit_law(optima: Sequence[Optimum]) -> Law:
-    """Least squares in logarithms: exponents shared by all architectures, a constant for each."""
+    """Least squares in logarithms, weighted by curvature: the law of the least mean cost.
+
+    Exponents are shared by all architectures, and each has a constant.
+    """
     archs = sorted({optimum.arch for optimum in optima})
     rows = [
         [*optimum.features(), *(float(optimum.arch == arch) for arch in archs)]
         for optimum in optima
     ]
-    solution, *_ = np.linalg.lstsq(
-        np.array(rows), np.array([optimum.scaled for optimum in optima]), rcond=None
-    )
+    weights = np.sqrt([optimum.curvature for optimum in optima])
+    rates = np.array([optimum.scaled for optimum in optima])
+    solution, *_ = np.linalg.lstsq(weights[:, None] * np.array(rows), weights * rates, rcond=None)
     exponents = dict(zip(FACTORS, map(float, solution), strict=False))
     constants = {
         arch: math.exp(value) for arch, value in zip(archs, solution[len(FACTORS) :], strict=True)
@@ -112,66 +149,81 @@ def fit_law(optima: Sequence[Optimum]) -> Law:
     return Law(exponents, constants)
 
 
-def fit_laws(optima: Sequence[Optimum]) -> dict[str, Law]:
-    """A law for each optimizer."""
-    optimizers = sorted({optimum.setting["optimizer"] for optimum in optima})
-    return {
-        name: fit_law([optimum for optimum in optima if optimum.setting["optimizer"] == name])
-        for name in optimizers
+def fit_laws(optima: Sequence[Optimum]) -> dict[tuple[str, str], Law]:
+    """A law for each optimizer and family of coders that has searches of every factor."""
+    groups: dict[tuple[str, str], list[Optimum]] = defaultdict(list)
+    for optimum in optima:
+        groups[optimum.group].append(optimum)
+    laws = {
+        group: fit_law([optimum for optimum in own if not optimum.is_nested])
+        for group, own in groups.items()
+        if all(len({o.setting[name] for o in own}) > 1 for name in _COLUMNS)
     }
+    return dict(sorted(laws.items()))
 
 
-def draw(optima: Sequence[Optimum], law: Law, path: Path) -> None:
-    """Draw each best rate over the rate of the law, and the fixed rate of sparsify."""
-    figure = Figure((4.6, 4.2), layout="constrained")
-    ax = figure.subplots()
+def draw(optima: Sequence[Optimum], laws: Mapping[tuple[str, str], Law], path: Path) -> None:
+    """Draw each best rate over the rate of the law, and the rates of published rules."""
+    figure = Figure((4.4 * len(laws), 4.2), layout="constrained")
+    for ax, (group, law) in zip(
+        figure.subplots(1, len(laws), squeeze=False)[0], laws.items(), strict=True
+    ):
+        _draw_group(ax, group, [o for o in optima if o.group == group], law)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_group(ax: Axes, group: tuple[str, str], optima: Sequence[Optimum], law: Law) -> None:
     for arch in law.constants:
         own = [optimum for optimum in optima if optimum.arch == arch]
+        x = [math.exp(law.log_lr(optimum)) for optimum in own]
+        y = [math.exp(optimum.log_lr) for optimum in own]
         architecture = ARCHITECTURES[arch]
-        x, y = (
-            [math.exp(v) for v in values]
-            for values in (map(law.log_lr, own), (optimum.log_lr for optimum in own))
-        )
         ax.loglog(x, y, "o", color=architecture.color, label=architecture.label, markersize=5)
     ends = [math.exp(edge(map(law.log_lr, optima))) for edge in (min, max)]
-    ax.loglog(ends, ends, color="#444444", linewidth=0.8, label="law")
-    ax.axhline(_SPARSIFY_MUON, color="#9a9a9a", linestyle="--", label="sparsify, for all: 2e-3")
+    ax.loglog(ends, ends, color="#444444", linewidth=0.8, label="rule")
+    by_law = [math.exp(law.log_lr(optimum)) for optimum in optima]
+    for name, rule, marker in PUBLISHED[group[0]]:
+        rates = [rule(float(optimum.setting["latents"])) for optimum in optima]
+        ax.loglog(by_law, rates, marker, color="#9a9a9a", label=name, markersize=5)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("peak learning rate by the law")
+    ax.set_title(f"{group[0]}, {group[1]}", fontsize=9)
+    ax.set_xlabel("peak learning rate by the rule")
     ax.set_ylabel("best peak learning rate")
-    ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    ax.legend(frameon=False, fontsize=7)
 
 
 def main(
     table: Annotated[Path, typer.Argument(metavar="TABLE", help="table of tried rates (CSV)")],
     figure: Annotated[Path, typer.Option(help="figure to write (PNG)")],
+    check: Annotated[Path | None, typer.Option(help="table of settings outside the fit")] = None,
 ) -> None:
-    """Fit the law for each optimizer, and print its constants and its errors."""
+    """Fit the laws, and print their constants and their errors."""
     optima = read_optima(table)
     laws = fit_laws(optima)
-    for optimizer, law in laws.items():
+    for group, law in laws.items():
         exponents = ", ".join(f"{name} {value:.3f}" for name, value in law.exponents.items())
-        typer.echo(f"{optimizer}: exponents {exponents}")
+        typer.echo(f"{' '.join(group)}: exponents {exponents}")
         for arch, value in law.constants.items():
             typer.echo(f"  {arch:12s} {value:.4g}")
-        for optimum in optima:
-            if optimum.setting["optimizer"] == optimizer:
-                typer.echo("  " + _compared(optimum, law))
-    own = [optimum for optimum in optima if optimum.setting["optimizer"] == "muon"]
-    draw(own, laws["muon"], figure)
+    for optimum in optima:
+        if optimum.group in laws and optimum.arch in laws[optimum.group].constants:
+            typer.echo(_compared(optimum, laws[optimum.group]))
+        else:
+            rate = math.exp(optimum.log_lr)
+            typer.echo(f"{optimum.description}: best {rate:.4g}")
+    draw(optima, laws, figure)
+    for optimum in read_optima(check) if check else ():
+        typer.echo(f"outside the fit: {_compared(optimum, laws[optimum.group])}")
 
 
 def _compared(optimum: Optimum, law: Law) -> str:
     """One optimum beside the law, and what the law costs there."""
     by_law = law.log_lr(optimum)
-    sizes = " ".join(f"{name} {optimum.setting[name]}" for name in _COLUMNS)
-    where = f"{optimum.setting['arch']} {optimum.setting['kind']} {optimum.setting['hookpoint']}"
     rates = f"best {math.exp(optimum.log_lr):.4g}, law {math.exp(by_law):.4g}"
-    return f"{where:40s} {sizes:50s} {rates}, FVU +{optimum.cost(by_law):.1%}"
+    return f"{optimum.description}: {rates}, FVU +{optimum.cost(by_law):.1%}"
 
 
 if __name__ == "__main__":

@@ -109,6 +109,26 @@ def settings() -> Iterator[Setting]:
     yield replace(base, optimizer="adam", latents=4096, k=64, batch_rows=1024, steps=1000)
 
 
+def checks(store: str) -> Iterator[Setting]:
+    """Settings outside the fit, on the demo's store or on the store of another model."""
+    archs: tuple[Arch, ...] = ("mp", "topk", "batch-topk")
+    base = Setting(archs=archs)
+    skip = replace(base, kind="skip-transcoder", optimizer="muon")
+    if store == "demo":
+        skip = replace(skip, hookpoint="layers.3.mlp", archs=ARCHS)
+        yield replace(base, k=8)
+        yield replace(base, latents=2048, k=64, batch_rows=512, steps=250)
+        yield replace(skip, k=8, steps=250)
+        yield replace(base, latents=8192, steps=250, archs=ARCHS)
+        yield replace(base, batch_rows=64, steps=8000, archs=ARCHS)
+        yield replace(skip, latents=8192, steps=250)
+        yield replace(skip, batch_rows=64, steps=8000)
+    else:
+        layer = {"smollm2": "layers.15", "gemma": "layers.9"}[store]
+        yield replace(base, hookpoint=layer, steps=250)
+        yield replace(skip, hookpoint=f"{layer}.mlp", steps=250, archs=ARCHS)
+
+
 def missing_archs(setting: Setting, store: str, rows: Sequence[dict[str, str]]) -> tuple[Arch, ...]:
     """The architectures of a setting that the table does not have."""
     shared = {"store": store, **_shared(setting)}
@@ -193,11 +213,14 @@ def main(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="store to train on")],
     work: Annotated[Path, typer.Option(help="folder for runs; a finished run is deleted")],
     out: Annotated[Path, typer.Option(help="table to extend, a CSV file")],
+    check: Annotated[
+        bool, typer.Option("--check", help="search settings outside the fit instead")
+    ] = False,
     hours: Annotated[float, typer.Option(help="begin no search after this time")] = math.inf,
 ) -> None:
     """Find the best learning rates of all settings that the table does not have."""
     started = time.monotonic()
-    for setting in settings():
+    for setting in checks(store.name) if check else settings():
         if time.monotonic() - started > 3600 * hours:
             break
         search(setting, store, work, out)

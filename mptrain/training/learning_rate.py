@@ -26,7 +26,10 @@ Family = Literal["sae", "transcoder"]
 
 @dataclass(frozen=True)
 class Law:
-    """`lr = constant * sqrt(256 / width) * product of (x / reference) ** exponent`."""
+    """`lr = constant * sqrt(256 / width) * product of (x / reference) ** exponent`.
+
+    For transcoders without a skip, it is also times `exp(without_skip)`.
+    """
 
     constants: Mapping[Arch, float]
     latents: float
@@ -36,6 +39,8 @@ class Law:
     "of K, for encoders that are no pursuit"
     batch_rows: float
     steps: float
+    without_skip: float = 0.0
+    "logarithm of a factor for transcoders without a skip"
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ def learning_rate(
     if config.k is not None:
         exponent = law.k_pursuit if config.architecture.is_pursuit else law.k_linear
         value *= (config.k / REFERENCE["k"]) ** exponent
+    if config.kind == "transcoder":
+        value *= math.exp(law.without_skip)
     label = ARCHITECTURES[config.arch].label
     k = "" if config.k is None else f"K {config.k}, "
     reason = (
