@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from benchmarks.trainer_settings import Setting, fit_config
 from mptrain.config.coder import CoderConfig
-from mptrain.training.learning_rate import law_of, learning_rate
+from mptrain.training.learning_rate import learning_rate, rule_of
 
 
 def default_rate(setting: Setting, width: int) -> float:
@@ -22,7 +22,7 @@ def default_rate(setting: Setting, width: int) -> float:
 def start_rate(setting: Setting, width: int) -> float:
     """Where a search begins.
 
-    SAELens' rate for long runs is far too low here, so its search begins at our law for Adam.
+    SAELens' rate for long runs is far too low here, so its search begins at our rule for Adam.
     """
     if setting.tool != "sae-lens":
         return default_rate(setting, width)
@@ -31,10 +31,10 @@ def start_rate(setting: Setting, width: int) -> float:
 
 
 def scaled_rate(lr: float, old: Setting, new: Setting) -> float:
-    """A rate for another length and batch, by the exponents of our law, in three digits."""
-    law = law_of(_coder_config(old))
-    steps = (new.steps / old.steps) ** law.steps
-    rows = (new.batch_rows / old.batch_rows) ** law.batch_rows
+    """A rate for another length and batch, by the exponents of our rule, in three digits."""
+    rule = rule_of(_coder_config(old))
+    steps = (new.steps / old.steps) ** rule.steps
+    rows = (new.batch_rows / old.batch_rows) ** rule.batch_rows
     return float(f"{lr * steps * rows:.3g}")
 
 

@@ -54,7 +54,7 @@ def with_all_seeds(best: TrainingRow, trainings: Trainings) -> list[TrainingRow]
 
 
 def in_long_runs(best: TrainingRow, trainings: Trainings) -> list[TrainingRow]:
-    """The coder in long runs: at the tool's default, and at its best rate scaled by our law."""
+    """The coder in long runs: at the tool's default, and at its best rate scaled by our rule."""
     setting = in_long_run(best.setting)
     assert best.lr is not None
     scaled = replace(setting, lr=scaled_rate(best.lr, best, setting))

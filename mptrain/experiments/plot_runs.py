@@ -29,7 +29,7 @@ from mptrain.experiments.tables import write_table
 from mptrain.runs.convergence import Convergence, convergence_of, describe_convergence
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import read_manifest, recorded_coders
-from mptrain.training.learning_rate import law_of
+from mptrain.training.learning_rate import rule_of
 
 PanelKey = tuple[str, str, int | None]  # hookpoint, kind, k
 
@@ -59,7 +59,7 @@ class ValidationCurve:
     @property
     def convergence(self) -> Convergence | None:
         """How FVU fell, as far as the coder is trained."""
-        return convergence_of(self.records, law_of(self.coder).steps)
+        return convergence_of(self.records, rule_of(self.coder).steps)
 
     @property
     def finite_records(self) -> list[Record]:

@@ -19,7 +19,7 @@ from mptrain.experiments.option_tables import RUN_OPTIONS, TABLE_OF_OPTION
 from mptrain.runs.convergence import Convergence, convergence_of
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.run_dir import CHANGEABLE_FIELDS, read_manifest, recorded_coders
-from mptrain.training.learning_rate import law_of
+from mptrain.training.learning_rate import rule_of
 
 NEW_FOLDER = "another path to the key folder of the experiment file"
 "what a remedy asks for where the results in a folder do not fit an experiment"
@@ -76,7 +76,7 @@ class TrainedCoder:
     @property
     def convergence(self) -> Convergence | None:
         """How its FVU fell in the end, as far as it is trained; from the records of any version."""
-        return convergence_of(self.records, law_of(self.config).steps)
+        return convergence_of(self.records, rule_of(self.config).steps)
 
     @property
     def warnings(self) -> tuple[str, ...]:

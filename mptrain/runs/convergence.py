@@ -1,6 +1,6 @@
 """Whether a coder was still improving at the end of its training.
 
-Within a stretch of a run, held-out FVU over rows is close to a power law. Its slope at the end is
+Within a stretch of a run, held-out FVU over rows is close to a power@@rule. Its slope at the end is
 no measure of what more rows would gain: while the learning rate falls to 0, FVU falls too, and a
 run of twice the length does not gain that fall a second time. So the gain is extrapolated from the
 middle of the run. docs/training.md compares it with runs of twice the length.
@@ -49,7 +49,7 @@ class Convergence:
 def convergence_of(records: Iterable[Record], rate_exponent: float) -> Convergence | None:
     """Return how a coder's FVU fell, from all its records in their order.
 
-    The default learning rate is in proportion to `steps ** rate_exponent`: see `Law.steps`.
+    The default learning rate is in proportion to `steps ** rate_exponent`: see `RateRule.steps`.
 
     All validations that have records are on the same `eval_rows` held-out rows; the final
     evaluation, which has no record, is on other rows and is left out.

@@ -12,7 +12,7 @@ from mptrain.runs.metrics_sink import MetricsSink
 from mptrain.runs.pass_context import TrainingPass
 from mptrain.runs.results import CoderResult, final_result
 from mptrain.runs.validator import Validator
-from mptrain.training.learning_rate import law_of
+from mptrain.training.learning_rate import rule_of
 from mptrain.training.setup import CoderRun
 
 
@@ -69,7 +69,7 @@ def _save(
     elif evaluation is not None and not evaluation.is_finite:
         coder_run.diverged, evaluation = True, None  # in its last update
     config = training_pass.config
-    convergence = convergence_of(records, law_of(coder_run.config).steps)
+    convergence = convergence_of(records, rule_of(coder_run.config).steps)
     result = final_result(
         coder_run, training_pass.steps, config.batch_rows, evaluation, convergence
     )

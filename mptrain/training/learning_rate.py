@@ -1,6 +1,6 @@
-"""The peak learning rate of a coder: as given, or by a law that was fitted to searches.
+"""The peak learning rate of a coder: as given, or by a rule that was fitted to searches.
 
-docs/learning-rates.md has the searches, the fit and what the law costs on other settings.
+docs/learning-rates.md has the searches, the fit and what the rule costs on other settings.
 """
 
 import math
@@ -15,17 +15,17 @@ from mptrain.config.coder_settings import Optimizer
 from mptrain.config.sides import Kind
 
 REFERENCE = {"width": 256, "latents": 1024, "k": 16, "batch_rows": 256, "steps": 500}
-"the setting at which a law has its constants"
+"the setting at which a rule has its constants"
 GIVEN = "given"
 "reason of a rate that the config has"
 
 
 Family = Literal["sae", "transcoder"]
-"the kinds of coders that share a law; skip transcoders are transcoders"
+"the kinds of coders that share a rule; skip transcoders are transcoders"
 
 
 @dataclass(frozen=True)
-class Law:
+class RateRule:
     """`lr = constant * sqrt(256 / width) * product of (x / reference) ** exponent`.
 
     For transcoders without a skip, it is also times `exp(without_skip)`.
@@ -51,20 +51,20 @@ class LearningRate:
     reason: str
 
 
-def law_of(config: CoderConfig) -> Law:
-    """Return the law of the rate of such coders."""
-    return LAWS[config.resolved_optimizer, family_of(config.kind)]
+def rule_of(config: CoderConfig) -> RateRule:
+    """Return the rule of the rate of such coders."""
+    return RULES[config.resolved_optimizer, family_of(config.kind)]
 
 
 def family_of(kind: Kind) -> Family:
-    """Return which coders share the law of this kind."""
+    """Return which coders share the rule of this kind."""
     return "sae" if kind == "sae" else "transcoder"
 
 
 def learning_rate(
     config: CoderConfig, input_width: int, batch_rows: int, steps: int
 ) -> LearningRate:
-    """Return the config's own rate, or the rate of the law.
+    """Return the config's own rate, or the rate of the rule.
 
     The rows of a dictionary have unit norm, and an optimizer moves each of their elements by about
     the rate: for the same angle, a rate must be smaller in proportion to `1 / sqrt(width)`.
@@ -77,17 +77,17 @@ def learning_rate(
     """
     if config.lr is not None:
         return LearningRate(config.lr, GIVEN)
-    law = law_of(config)
+    rule = rule_of(config)
     latents = config.latents_of(input_width)
     sizes = {"latents": latents, "batch_rows": batch_rows, "steps": steps}
-    value = law.constants[config.arch] * math.sqrt(REFERENCE["width"] / input_width)
+    value = rule.constants[config.arch] * math.sqrt(REFERENCE["width"] / input_width)
     for name, size in sizes.items():
-        value *= (size / REFERENCE[name]) ** getattr(law, name)
+        value *= (size / REFERENCE[name]) ** getattr(rule, name)
     if config.k is not None:
-        exponent = law.k_pursuit if config.architecture.is_pursuit else law.k_linear
+        exponent = rule.k_pursuit if config.architecture.is_pursuit else rule.k_linear
         value *= (config.k / REFERENCE["k"]) ** exponent
     if config.kind == "transcoder":
-        value *= math.exp(law.without_skip)
+        value *= math.exp(rule.without_skip)
     label = ARCHITECTURES[config.arch].label
     k = "" if config.k is None else f"K {config.k}, "
     reason = (
@@ -108,12 +108,16 @@ def _constants(
     return {**constants, **others}
 
 
-LAWS: dict[tuple[Optimizer, Family], Law] = {
-    ("adam", "sae"): Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
-    ("muon", "transcoder"): Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
-    ("muon", "sae"): Law(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
-    ("adam", "transcoder"): Law(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
+RULES: dict[tuple[Optimizer, Family], RateRule] = {
+    ("adam", "sae"): RateRule(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
+    ("muon", "transcoder"): RateRule(
+        _constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467
+    ),
+    ("muon", "sae"): RateRule(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
+    ("adam", "transcoder"): RateRule(
+        _constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467
+    ),
     # the rule of sparsify, 5e-3 / sqrt(latents / 2^14), which has no factor for the width
-    ("signsgd", "sae"): Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
-    ("signsgd", "transcoder"): Law(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
+    ("signsgd", "sae"): RateRule(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
+    ("signsgd", "transcoder"): RateRule(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
 }

@@ -19,7 +19,7 @@ from benchmarks.trainer_search import (
 from benchmarks.trainer_settings import Setting, chosen, coders, fit_config
 from benchmarks.trainer_table import TrainingRow, read_table
 from mpcache.errors import UsageError
-from mptrain.training.learning_rate import LAWS
+from mptrain.training.learning_rate import RULES
 
 TOPK = Setting(tool="sae-lens", arch="topk")
 JUMPRELU = Setting(tool="sae-lens", arch="jumprelu")
@@ -114,8 +114,8 @@ def test_seeds_and_long_runs_take_the_best_rate() -> None:
     assert [(r.seed, r.lr) for r in rows] == [(0, 0.008), (1, 0.008), (2, 0.008)]
     default, scaled = in_long_runs(best, trainings)
     assert (default.lr, default.steps, default.batch_rows) == (3e-4, 12_000, 112)
-    law = LAWS["adam", "sae"]
-    factor = 12**law.steps * (112 / 256) ** law.batch_rows
+    rule = RULES["adam", "sae"]
+    factor = 12**rule.steps * (112 / 256) ** rule.batch_rows
     assert scaled.lr == scaled_rate(0.008, best, default) == pytest.approx(0.008 * factor, rel=0.01)
 
 

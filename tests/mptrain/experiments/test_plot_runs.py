@@ -22,7 +22,7 @@ from mptrain.experiments.plot_runs import (
 )
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics_file import MetricsFile, Record
-from mptrain.training.learning_rate import law_of
+from mptrain.training.learning_rate import rule_of
 from tests.helpers.fits import spoil
 from tests.helpers.stores import small_store
 
@@ -123,7 +123,7 @@ def test_the_end_of_each_curve_is_in_the_table_and_in_the_caption(tmp_path):
     *_, json_path = plot_runs(runs, tmp_path / "figure")
     rows = json.loads(json_path.read_text())
     assert {row["still_falling"] for row in rows} == {True}
-    gain = 1 - 2 ** (-0.5 * (1 + law_of(PAIR[0]).steps))
+    gain = 1 - 2 ** (-0.5 * (1 + rule_of(PAIR[0]).steps))
     assert [row["gain_of_doubling"] for row in rows] == pytest.approx([gain] * len(rows))
     text = caption([[curve for run in runs for curve in read_curves(run)]])
     assert text.startswith(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mptrain.experiments.verdicts import find_problems, panel_verdicts
-from mptrain.training.learning_rate import law_of
+from mptrain.training.learning_rate import rule_of
 from tests.helpers.experiments import tiny_experiment
 from tests.helpers.trained import trained
 
@@ -97,7 +97,7 @@ def test_a_verdict_has_the_mean_slope_of_its_seeds(panel):
     topk, mp, nested = panel_verdicts(panel, coders)
     assert topk.slope == pytest.approx(-0.25)
     assert topk.gain_of_doubling == pytest.approx(
-        (1 - 2 ** (-0.5 * (1 + law_of(panel.lines[0].coders[0]).steps))) / 2
+        (1 - 2 ** (-0.5 * (1 + rule_of(panel.lines[0].coders[0]).steps))) / 2
     )
     assert [verdict.seeds_still_falling for verdict in (topk, mp, nested)] == [1, 0, None]
     assert (nested.slope, nested.gain_of_doubling) == (None, None)

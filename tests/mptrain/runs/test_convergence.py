@@ -21,7 +21,7 @@ from mptrain.runs.convergence import (
 from mptrain.runs.fit import fit
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.results import CoderResult
-from mptrain.training.learning_rate import law_of
+from mptrain.training.learning_rate import rule_of
 from tests.helpers.fits import config, interrupt_at, spoil
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store
@@ -53,7 +53,7 @@ def known(convergence: Convergence | None) -> Convergence:
 def test_a_power_law_gives_its_exponent(
     scale: float, exponent: float, every: int, validations: int
 ) -> None:
-    """signsgd has the same rate for every length: its gain is that of the power law itself."""
+    """signsgd has the same rate for every length: its gain is that of the power@@rule itself."""
     rows = range(every, every * validations + 1, every)
     convergence = known(convergence_of(power_law(scale, exponent, rows), 0.0))
     assert (convergence.slope, convergence.middle_slope) == pytest.approx(
@@ -187,7 +187,7 @@ def test_results_have_the_slope_of_the_curve_also_after_an_interruption(
     stored = json.loads((tmp_path / "whole/results.json").read_text())
     for result, entry in zip(whole, stored, strict=True):
         own = [line for line in lines if line.coder == result.coder]
-        exponent = law_of(coders[result.coder]).steps
+        exponent = rule_of(coders[result.coder]).steps
         assert known(result.convergence) == known(convergence_of(own, exponent))
         assert entry["convergence"] == dataclasses.asdict(known(result.convergence))
         assert CoderResult.from_json(entry) == CoderResult.from_json(result.to_json())

@@ -1,4 +1,4 @@
-"""The default rate is the law fitted to the table of searches, and a run keeps its rate."""
+"""The default rate is the rule fitted to the table of searches, and a run keeps its rate."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import cast
 
 import pytest
 
-from benchmarks.learning_rate_law import FACTORS, fit_laws, read_optima
+from benchmarks.learning_rate_rule import FACTORS, fit_rules, read_optima
 from mptrain.config.coder import CoderConfig
 from mptrain.config.coder_settings import Optimizer
 from mptrain.runs.fit import fit
 from mptrain.training import learning_rate as module
-from mptrain.training.learning_rate import LAWS, Family, learning_rate
+from mptrain.training.learning_rate import RULES, Family, learning_rate
 from tests.helpers.fits import config, interrupt_at, weights
 from tests.helpers.paths import PROJECT
 from tests.helpers.stores import small_store
@@ -22,28 +22,30 @@ CODER = CoderConfig(inputs=SIDE, targets=SIDE, kind="sae", arch="topk", k=16, la
 
 
 def test_the_constants_are_those_of_the_fit() -> None:
-    fitted = fit_laws(read_optima(TABLE))
+    fitted = fit_rules(read_optima(TABLE))
     assert fitted.keys() == {("adam", "sae"), ("muon", "sae"), ("muon", "transcoder")}
-    for group, law in fitted.items():
-        code = LAWS[cast(tuple[Optimizer, Family], group)]
+    for group, rule in fitted.items():
+        code = RULES[cast(tuple[Optimizer, Family], group)]
         for name in FACTORS:
-            assert getattr(code, name) == pytest.approx(law.exponents[name], abs=0.006)
-        assert {"mp", "topk"} <= law.constants.keys()
-        for arch, constant in law.constants.items():
+            assert getattr(code, name) == pytest.approx(rule.exponents[name], abs=0.006)
+        assert {"mp", "topk"} <= rule.constants.keys()
+        for arch, constant in rule.constants.items():
             assert code.constants[arch] == pytest.approx(constant, rel=0.01)
 
 
-def test_the_law_costs_little_on_every_search_of_the_fit() -> None:
+def test_the_rule_costs_little_on_every_search_of_the_fit() -> None:
     optima = read_optima(TABLE)
-    laws = fit_laws(optima)
-    assert all(sum(o.group == group for o in optima) >= 16 for group in laws)
-    costs = [o.cost(laws[o.group].log_lr(o)) for o in optima if o.group in laws and not o.is_nested]
+    rules = fit_rules(optima)
+    assert all(sum(o.group == group for o in optima) >= 16 for group in rules)
+    costs = [
+        o.cost(rules[o.group].log_lr(o)) for o in optima if o.group in rules and not o.is_nested
+    ]
     assert max(costs) < 0.03
 
 
-@pytest.mark.parametrize(("optimizer", "family"), list(LAWS))
+@pytest.mark.parametrize(("optimizer", "family"), list(RULES))
 def test_the_rate_is_a_product_of_powers(optimizer: Optimizer, family: Family) -> None:
-    law = LAWS[optimizer, family]
+    rule = RULES[optimizer, family]
 
     def rate(width: int = 256, rows: int = 1024, steps: int = 1000, **changes: object) -> float:
         settings = {"optimizer": optimizer, "kind": family, **changes}
@@ -51,11 +53,11 @@ def test_the_rate_is_a_product_of_powers(optimizer: Optimizer, family: Family) -
         return learning_rate(coder, width, rows, steps).value
 
     close = {"rel": 0.06}  # two digits of each rate
-    assert rate(steps=8000) / rate() == pytest.approx(8**law.steps, **close)
-    assert rate(rows=4096) / rate() == pytest.approx(4**law.batch_rows, **close)
-    assert rate(latents=16384) / rate() == pytest.approx(8**law.latents, **close)
-    assert rate(k=64) / rate() == pytest.approx(4**law.k_linear, **close)
-    assert rate(k=64, arch="mp") / rate(arch="mp") == pytest.approx(4**law.k_pursuit, **close)
+    assert rate(steps=8000) / rate() == pytest.approx(8**rule.steps, **close)
+    assert rate(rows=4096) / rate() == pytest.approx(4**rule.batch_rows, **close)
+    assert rate(latents=16384) / rate() == pytest.approx(8**rule.latents, **close)
+    assert rate(k=64) / rate() == pytest.approx(4**rule.k_linear, **close)
+    assert rate(k=64, arch="mp") / rate(arch="mp") == pytest.approx(4**rule.k_pursuit, **close)
     assert rate(width=1024) / rate() == pytest.approx(1 / 2, **close)
 
 
@@ -85,6 +87,6 @@ def test_a_continued_run_keeps_its_rate(
         assert f"lr {rate['value']:.2g}: {rate['reason']}" in printed
     with pytest.raises(KeyboardInterrupt):
         fit(config(store, stopped), on_step=interrupt_at(12))
-    monkeypatch.setattr(module, "LAWS", {})
+    monkeypatch.setattr(module, "RULES", {})
     fit(config(store, stopped))
     assert all((weights(stopped)[n] == tensor).all() for n, tensor in weights(whole).items())

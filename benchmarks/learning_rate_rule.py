@@ -1,7 +1,7 @@
-"""Laws of the best learning rate, fitted to the table of `benchmarks.learning_rates`.
+"""Rules of the best learning rate, fitted to the table of `benchmarks.learning_rates`.
 
-`python -m benchmarks.learning_rate_law docs/data/learning_rates.csv --figure FILE.png`
-prints the constants of `mptrain.training.learning_rate`, how far the law is from each optimum, and
+`python -m benchmarks.learning_rate_rule docs/data/learning_rates.csv --figure FILE.png`
+prints the constants of `mptrain.training.learning_rate`, how far the rule is from each optimum, and
 what that costs in FVU, and draws the figure.
 """
 
@@ -25,7 +25,7 @@ from mptrain.training.learning_rate import REFERENCE, family_of
 
 FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip")
 (
-    "what the law is a power of; K has another exponent for pursuits than for linear encoders; "
+    "what the rule is a power of; K has another exponent for pursuits than for linear encoders; "
     "without_skip is e for transcoders without a skip and 1 for others"
 )
 PUBLISHED: Mapping[str, Sequence[tuple[str, Callable[[float], float], str]]] = {
@@ -59,7 +59,7 @@ class Optimum:
 
     @property
     def group(self) -> tuple[str, str]:
-        """Optimizer and family, which share a law."""
+        """Optimizer and family, which share a rule."""
         return self.setting["optimizer"], family_of(cast(Kind, self.setting["kind"]))
 
     @property
@@ -76,7 +76,7 @@ class Optimum:
         return " ".join([*words, *sizes])
 
     def features(self) -> list[float]:
-        """Logarithms of what the law depends on, relative to the reference."""
+        """Logarithms of what the rule depends on, relative to the reference."""
         logs = {name: math.log(float(self.setting[name]) / REFERENCE[name]) for name in _COLUMNS}
         is_pursuit = ARCHITECTURES[self.arch].is_pursuit
         logs |= {"k_pursuit": logs["k"] * is_pursuit, "k_linear": logs["k"] * (not is_pursuit)}
@@ -85,7 +85,7 @@ class Optimum:
 
     @property
     def scaled(self) -> float:
-        """`log_lr` without the effect of the input's width, which the law takes as 1 / sqrt."""
+        """`log_lr` without the effect of the input's width, which the rule takes as 1 / sqrt."""
         return self.log_lr + 0.5 * math.log(float(self.setting["width"]) / REFERENCE["width"])
 
     def cost(self, log_lr: float) -> float:
@@ -115,7 +115,7 @@ def optimum_of(rows: Sequence[Mapping[str, str]]) -> Optimum | None:
 
 
 @dataclass(frozen=True)
-class Law:
+class FittedRule:
     """`lr = constant[arch] * product of factor ** exponent`, all relative to the reference."""
 
     exponents: Mapping[str, float]
@@ -129,8 +129,8 @@ class Law:
         return value - 0.5 * math.log(float(optimum.setting["width"]) / REFERENCE["width"])
 
 
-def fit_law(optima: Sequence[Optimum]) -> Law:
-    """Least squares in logarithms, weighted by curvature: the law of the least mean cost.
+def fit_rule(optima: Sequence[Optimum]) -> FittedRule:
+    """Least squares in logarithms, weighted by curvature: the rule of the least mean cost.
 
     Exponents are shared by all architectures, and each has a constant.
     """
@@ -146,45 +146,49 @@ def fit_law(optima: Sequence[Optimum]) -> Law:
     constants = {
         arch: math.exp(value) for arch, value in zip(archs, solution[len(FACTORS) :], strict=True)
     }
-    return Law(exponents, constants)
+    return FittedRule(exponents, constants)
 
 
-def fit_laws(optima: Sequence[Optimum]) -> dict[tuple[str, str], Law]:
-    """A law for each optimizer and family of coders that has searches of every factor."""
+def fit_rules(optima: Sequence[Optimum]) -> dict[tuple[str, str], FittedRule]:
+    """A rule for each optimizer and family of coders that has searches of every factor."""
     groups: dict[tuple[str, str], list[Optimum]] = defaultdict(list)
     for optimum in optima:
         groups[optimum.group].append(optimum)
-    laws = {
-        group: fit_law([optimum for optimum in own if not optimum.is_nested])
+    rules = {
+        group: fit_rule([optimum for optimum in own if not optimum.is_nested])
         for group, own in groups.items()
         if all(len({o.setting[name] for o in own}) > 1 for name in _COLUMNS)
     }
-    return dict(sorted(laws.items()))
+    return dict(sorted(rules.items()))
 
 
-def draw(optima: Sequence[Optimum], laws: Mapping[tuple[str, str], Law], path: Path) -> None:
-    """Draw each best rate over the rate of the law, and the rates of published rules."""
-    figure = Figure((4.4 * len(laws), 4.2), layout="constrained")
-    for ax, (group, law) in zip(
-        figure.subplots(1, len(laws), squeeze=False)[0], laws.items(), strict=True
+def draw(
+    optima: Sequence[Optimum], rules: Mapping[tuple[str, str], FittedRule], path: Path
+) -> None:
+    """Draw each best rate over the rate of the rule, and the rates of published rules."""
+    figure = Figure((4.4 * len(rules), 4.2), layout="constrained")
+    for ax, (group, rule) in zip(
+        figure.subplots(1, len(rules), squeeze=False)[0], rules.items(), strict=True
     ):
-        _draw_group(ax, group, [o for o in optima if o.group == group], law)
+        _draw_group(ax, group, [o for o in optima if o.group == group], rule)
     figure.savefig(path, dpi=150)
 
 
-def _draw_group(ax: Axes, group: tuple[str, str], optima: Sequence[Optimum], law: Law) -> None:
-    for arch in law.constants:
+def _draw_group(
+    ax: Axes, group: tuple[str, str], optima: Sequence[Optimum], rule: FittedRule
+) -> None:
+    for arch in rule.constants:
         own = [optimum for optimum in optima if optimum.arch == arch]
-        x = [math.exp(law.log_lr(optimum)) for optimum in own]
+        x = [math.exp(rule.log_lr(optimum)) for optimum in own]
         y = [math.exp(optimum.log_lr) for optimum in own]
         architecture = ARCHITECTURES[arch]
         ax.loglog(x, y, "o", color=architecture.color, label=architecture.label, markersize=5)
-    ends = [math.exp(edge(map(law.log_lr, optima))) for edge in (min, max)]
+    ends = [math.exp(edge(map(rule.log_lr, optima))) for edge in (min, max)]
     ax.loglog(ends, ends, color="#444444", linewidth=0.8, label="rule")
-    by_law = [math.exp(law.log_lr(optimum)) for optimum in optima]
-    for name, rule, marker in PUBLISHED[group[0]]:
-        rates = [rule(float(optimum.setting["latents"])) for optimum in optima]
-        ax.loglog(by_law, rates, marker, color="#9a9a9a", label=name, markersize=5)
+    by_rule = [math.exp(rule.log_lr(optimum)) for optimum in optima]
+    for name, published, marker in PUBLISHED[group[0]]:
+        rates = [published(float(optimum.setting["latents"])) for optimum in optima]
+        ax.loglog(by_rule, rates, marker, color="#9a9a9a", label=name, markersize=5)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -200,30 +204,30 @@ def main(
     figure: Annotated[Path, typer.Option(help="figure to write (PNG)")],
     check: Annotated[Path | None, typer.Option(help="table of settings outside the fit")] = None,
 ) -> None:
-    """Fit the laws, and print their constants and their errors."""
+    """Fit the rules, and print their constants and their errors."""
     optima = read_optima(table)
-    laws = fit_laws(optima)
-    for group, law in laws.items():
-        exponents = ", ".join(f"{name} {value:.3f}" for name, value in law.exponents.items())
+    rules = fit_rules(optima)
+    for group, rule in rules.items():
+        exponents = ", ".join(f"{name} {value:.3f}" for name, value in rule.exponents.items())
         typer.echo(f"{' '.join(group)}: exponents {exponents}")
-        for arch, value in law.constants.items():
+        for arch, value in rule.constants.items():
             typer.echo(f"  {arch:12s} {value:.4g}")
     for optimum in optima:
-        if optimum.group in laws and optimum.arch in laws[optimum.group].constants:
-            typer.echo(_compared(optimum, laws[optimum.group]))
+        if optimum.group in rules and optimum.arch in rules[optimum.group].constants:
+            typer.echo(_compared(optimum, rules[optimum.group]))
         else:
             rate = math.exp(optimum.log_lr)
             typer.echo(f"{optimum.description}: best {rate:.4g}")
-    draw(optima, laws, figure)
+    draw(optima, rules, figure)
     for optimum in read_optima(check) if check else ():
-        typer.echo(f"outside the fit: {_compared(optimum, laws[optimum.group])}")
+        typer.echo(f"outside the fit: {_compared(optimum, rules[optimum.group])}")
 
 
-def _compared(optimum: Optimum, law: Law) -> str:
-    """One optimum beside the law, and what the law costs there."""
-    by_law = law.log_lr(optimum)
-    rates = f"best {math.exp(optimum.log_lr):.4g}, law {math.exp(by_law):.4g}"
-    return f"{optimum.description}: {rates}, FVU +{optimum.cost(by_law):.1%}"
+def _compared(optimum: Optimum, rule: FittedRule) -> str:
+    """One optimum beside the rule, and what the rule costs there."""
+    by_rule = rule.log_lr(optimum)
+    rates = f"best {math.exp(optimum.log_lr):.4g}, rule {math.exp(by_rule):.4g}"
+    return f"{optimum.description}: {rates}, FVU +{optimum.cost(by_rule):.1%}"
 
 
 if __name__ == "__main__":
