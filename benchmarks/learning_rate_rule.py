@@ -25,7 +25,8 @@ from mptrain.training.learning_rate import REFERENCE, family_of
 
 FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip")
 (
-    "what the rule is a power of; K has another exponent for pursuits than for linear encoders; "
+    "what the rule is a power of; K has another exponent for pursuits than for linear encoders, "
+    "where it counts only above 16; "
     "without_skip is e for transcoders without a skip and 1 for others"
 )
 PUBLISHED: Mapping[str, Sequence[tuple[str, Callable[[float], float], str]]] = {
@@ -79,7 +80,8 @@ class Optimum:
         """Logarithms of what the rule depends on, relative to the reference."""
         logs = {name: math.log(float(self.setting[name]) / REFERENCE[name]) for name in _COLUMNS}
         is_pursuit = ARCHITECTURES[self.arch].is_pursuit
-        logs |= {"k_pursuit": logs["k"] * is_pursuit, "k_linear": logs["k"] * (not is_pursuit)}
+        logs["k_pursuit"] = logs["k"] if is_pursuit else 0.0
+        logs["k_linear"] = 0.0 if is_pursuit else max(logs["k"], 0.0)
         logs["without_skip"] = float(self.setting["kind"] == "transcoder")
         return [logs[name] for name in FACTORS]
 
@@ -95,12 +97,17 @@ class Optimum:
 
 def read_optima(table: Path) -> list[Optimum]:
     """The optimum of each coder of the table; none where the best rate is at an edge."""
+    optima = (optimum_of(rows) for rows in coders_of(table))
+    return [optimum for optimum in optima if optimum is not None]
+
+
+def coders_of(table: Path) -> list[list[dict[str, str]]]:
+    """The rows of each coder of the table."""
     coders: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
     names = ("store", "hookpoint", "kind", "arch", "nested", "optimizer", *_COLUMNS, "seed")
     for row in read_rows(table):
         coders[tuple(row[name] for name in names)].append(row)
-    optima = (optimum_of(rows) for rows in coders.values())
-    return [optimum for optimum in optima if optimum is not None]
+    return list(coders.values())
 
 
 def optimum_of(rows: Sequence[Mapping[str, str]]) -> Optimum | None:
@@ -219,8 +226,8 @@ def main(
             rate = math.exp(optimum.log_lr)
             typer.echo(f"{optimum.description}: best {rate:.4g}")
     draw(optima, rules, figure)
-    for optimum in read_optima(check) if check else ():
-        typer.echo(f"outside the fit: {_compared(optimum, rules[optimum.group])}")
+    for rows in coders_of(check) if check else ():
+        typer.echo(f"outside the fit: {_checked(rows, rules)}")
 
 
 def _compared(optimum: Optimum, rule: FittedRule) -> str:
@@ -228,6 +235,22 @@ def _compared(optimum: Optimum, rule: FittedRule) -> str:
     by_rule = rule.log_lr(optimum)
     rates = f"best {math.exp(optimum.log_lr):.4g}, rule {math.exp(by_rule):.4g}"
     return f"{optimum.description}: {rates}, FVU +{optimum.cost(by_rule):.1%}"
+
+
+def _checked(rows: Sequence[Mapping[str, str]], rules: Mapping[tuple[str, str], FittedRule]) -> str:
+    """The rule on one coder: how far its FVU is above the best that was tried.
+
+    The FVU at the rate of the rule is interpolated between the rates that were tried.
+    """
+    setting = Optimum(setting=rows[0], log_lr=math.nan, curvature=math.nan)
+    by_rule = rules[setting.group].log_lr(setting)
+    points = sorted((math.log(float(row["lr"])), float(row["fvu"])) for row in rows)
+    rates, fvus = zip(*points, strict=True)
+    best_rate, best_fvu = min(points, key=lambda point: point[1])
+    cost = float(np.interp(by_rule, rates, fvus)) / best_fvu - 1
+    text = f"best of those tried {math.exp(best_rate):.4g}, rule {math.exp(by_rule):.4g}"
+    outside = "" if rates[0] <= by_rule <= rates[-1] else ", outside the rates that were tried"
+    return f"{setting.description}: {text}, FVU +{cost:.1%}{outside}"
 
 
 if __name__ == "__main__":

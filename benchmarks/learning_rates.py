@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.csv_table import append_rows, read_rows
+from mpcache.errors import UsageError
 from mptrain.config.architectures import Arch
 from mptrain.config.coder_grid import FitConfig
 from mptrain.config.coder_settings import Optimizer
@@ -24,6 +25,8 @@ from mptrain.data.loader import open_store
 from mptrain.tuning.tune import TunedSetting, tune
 
 ARCHS: tuple[Arch, ...] = ("mp", "topk")
+LAYERS = {"smollm2": "layers.15", "gemma": "layers.9"}
+"of other models, by the name of the store"
 MAX_NORM = 10.0
 (
     "times the median norm, for rows of models other than the demo's: a few rows of SmolLM2 have "
@@ -110,8 +113,6 @@ def settings() -> Iterator[Setting]:
         yield replace(base, seed=seed)
     for steps in (125, 2000):
         yield replace(base, steps=steps, archs=("batch-topk", "batch-mp"))
-    yield replace(base, batch_rows=64, steps=8000)
-    yield replace(base, optimizer="adam", latents=4096, k=64, batch_rows=1024, steps=1000)
 
 
 def checks(store: str) -> Iterator[Setting]:
@@ -128,8 +129,10 @@ def checks(store: str) -> Iterator[Setting]:
         yield replace(base, batch_rows=64, steps=8000, archs=ARCHS)
         yield replace(skip, latents=8192, steps=250)
         yield replace(skip, batch_rows=64, steps=8000)
+    elif store not in LAYERS:
+        raise UsageError(f"checks are of a store named demo, {', '.join(LAYERS)}, got {store}")
     else:
-        layer = {"smollm2": "layers.15", "gemma": "layers.9"}[store]
+        layer = LAYERS[store]
         yield replace(base, hookpoint=layer, steps=250, archs=ARCHS)
         yield replace(skip, hookpoint=f"{layer}.mlp", steps=250, archs=ARCHS)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 
-HOW_TO_INSTALL = "pip install -e '.[peers]', then pip install --no-deps overcomplete"
+HOW_TO_INSTALL = "make peers, which creates .venv-peers"
 
 
 def import_quietly(module: str) -> ModuleType:

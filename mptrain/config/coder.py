@@ -19,6 +19,7 @@ DEFAULT_SCHEDULES: Mapping[Optimizer, Schedule] = {
 DEFAULT_WARMUP_SHARES: Mapping[Optimizer, float] = {"adam": 0.1, "muon": 0.02, "signsgd": 0.02}
 DEFAULT_DEAD_SHARE = 1 / 64
 "of the rows of a run"
+LEAST_DEAD_BATCHES = 4
 _SHORTLIST = ("shortlist_size", "shortlist_refresh")
 
 
@@ -110,9 +111,19 @@ class CoderConfig(CoderSettings):
         share = self.warmup_share
         return DEFAULT_WARMUP_SHARES[self.resolved_optimizer] if share is None else share
 
-    def resolved_dead_rows(self, run_rows: int) -> int:
+    def resolved_dead_rows(self, run_rows: int, batch_rows: int) -> int:
         """The rows after which a latent counts as dead, in a run of `run_rows` rows."""
-        return self.dead_rows or max(1, round(DEFAULT_DEAD_SHARE * run_rows))
+        default = max(round(DEFAULT_DEAD_SHARE * run_rows), LEAST_DEAD_BATCHES * batch_rows)
+        return self.dead_rows or default
+
+    def resolved_settings(self, run_rows: int, batch_rows: int) -> dict[str, Any]:
+        """Settings that have a default of their own for each coder, as they are in a run."""
+        return {
+            "optimizer": self.resolved_optimizer,
+            "schedule": self.resolved_schedule,
+            "warmup_share": self.resolved_warmup_share,
+            "dead_rows": self.resolved_dead_rows(run_rows, batch_rows),
+        }
 
     @property
     def name(self) -> str:

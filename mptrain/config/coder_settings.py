@@ -158,7 +158,7 @@ class LossSettings:
     dead_rows: int | None = None
     (
         "a latent counts as dead if it was not active in this many rows in succession; default: "
-        "1/64 of the rows of the run"
+        "1/64 of the rows of the run, at least 4 batches; rows that filters leave out do not count"
     )
 
 

@@ -194,13 +194,13 @@ class RunConfig(DataSettings, ReadCacheSettings, EvaluationSettings, RunSettings
             for c in self.coders()
             if c.architecture.needs_k
             and c.auxk_alpha
-            and c.resolved_dead_rows(self.rows) > rows_before_last_step
+            and c.dead_rows is not None
+            and c.dead_rows > rows_before_last_step
         ]
         if late:
             warnings.append(
-                f"latents of {late[0].name} count as dead after "
-                f"{late[0].resolved_dead_rows(self.rows):,} rows, but the run trains on "
-                f"{self.rows:,} rows only, so no dead latent will be revived; "
+                f"latents of {late[0].name} count as dead after {late[0].dead_rows:,} rows, but "
+                f"the run trains on {self.rows:,} rows only, so no dead latent will be revived; "
                 f"{_how_to_revive(rows_before_last_step)}"
             )
         return warnings

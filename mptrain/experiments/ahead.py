@@ -46,5 +46,5 @@ def _in_words(shares: Sequence[float | None], quantity: str) -> str:
         return "never"
     low, high = f"{100 * min(known):.0f}", f"{100 * max(known):.0f}"
     percent = low if low == high else f"{low} to {high}"
-    text = f"from {percent} % of its {quantity} on" if max(known) else "from the start"
+    text = "from the start" if percent == "0" else f"from {percent} % of its {quantity} on"
     return text if len(shares) == 1 else f"{text} in {len(known)} of {len(shares)} panels"

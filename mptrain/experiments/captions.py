@@ -177,9 +177,13 @@ def _ends(plan: FigurePlan, shown: Sequence[TrainedCoder], coders: CodersByName)
         if verdict.variant == line.variant.name
     ]
     if mp := [verdict for verdict in verdicts if verdict.seeds_ahead_by_rows is not None]:
+        # a panel counts if all of its seeds are ahead
         yield describe_lead(
-            [verdict.ahead_from_rows_share for verdict in mp],
-            [verdict.ahead_from_seconds_share for verdict in mp],
+            [v.ahead_from_rows_share if v.seeds_ahead_by_rows == v.seeds else None for v in mp],
+            [
+                v.ahead_from_seconds_share if v.seeds_ahead_by_seconds == v.seeds else None
+                for v in mp
+            ],
         )
 
 

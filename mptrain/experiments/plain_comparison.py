@@ -24,7 +24,7 @@ class PlainComparison:
     seeds_ahead_by_rows: int | None = None
     (
         "seeds whose validation FVU stays below that of the plain coder of the same seed, at equal "
-        "rows, until the end"
+        "rows, until the end; seeds that diverged are not compared"
     )
     ahead_from_rows_share: float | None = None
     "mean share of the rows from which those seeds stay below; 0: from the first validation on"
@@ -45,11 +45,13 @@ def compare_with_plain(
     fvu = sum(float(end.validation_fvu or 0) for end in ends) / len(ends)
     curves = [curve for coder in seeds if (curve := validations(coder))]
     passed = [after for curve in curves if (after := _first_below(curve, fvu)) is not None]
-    plain = {coder.config.seed: validations(coder) for coder in plain_seeds}
+    plain = {coder.config.seed: validations(coder) for coder in plain_seeds if not diverged(coder)}
     pairs = [
         (curve, other)
         for coder in seeds
-        if (curve := validations(coder)) and (other := plain.get(coder.config.seed))
+        if not diverged(coder)
+        and (curve := validations(coder))
+        and (other := plain.get(coder.config.seed))
     ]
     by_rows = [ahead_from(rows_curve(curve), rows_curve(other)) for curve, other in pairs]
     by_seconds = [ahead_from(seconds_curve(curve), seconds_curve(other)) for curve, other in pairs]
@@ -59,9 +61,9 @@ def compare_with_plain(
         fvu_at_plain_seconds=mean([fvu_at(seconds_curve(curve), seconds) for curve in curves]),
         seeds_below_plain=len(passed),
         below_plain_after_seconds=mean(passed),
-        seeds_ahead_by_rows=len(rows_shares),
+        seeds_ahead_by_rows=len(rows_shares) if pairs else None,
         ahead_from_rows_share=mean(rows_shares),
-        seeds_ahead_by_seconds=len(seconds_shares),
+        seeds_ahead_by_seconds=len(seconds_shares) if pairs else None,
         ahead_from_seconds_share=mean(seconds_shares),
     )
 
@@ -79,6 +81,11 @@ def seconds_curve(records: Sequence[Record]) -> Curve:
 def mean(values: Sequence[float]) -> float | None:
     """Mean over seeds; None without a value."""
     return sum(values) / len(values) if values else None
+
+
+def diverged(coder: TrainedCoder) -> bool:
+    """Whether a coder of a finished run diverged."""
+    return coder.result is not None and bool(coder.result["diverged"])
 
 
 def _first_below(curve: Sequence[Record], fvu: float) -> float | None:

@@ -200,10 +200,13 @@ def caption(panels: Sequence[Sequence[ValidationCurve]]) -> str:
 def _lead(curves: Sequence[ValidationCurve]) -> tuple[float | None, float | None] | None:
     """The shares of rows and of train time from which MP stays below TopK in a panel.
 
-    Both are means over seeds. None where a seed has several curves of an architecture: which of
-    them to compare would be a guess.
+    Both are means over seeds, None where a seed does not stay below. The result is None where a
+    seed has several curves of an architecture: which of them to compare would be a guess.
     """
-    by_key = {(curve.coder.arch, curve.coder.seed): curve.finite_records for curve in curves}
+    by_key = {
+        (curve.coder.arch, curve.coder.seed): [] if curve.diverged else curve.finite_records
+        for curve in curves
+    }
     pairs = [
         (records, other)
         for (arch, seed), records in by_key.items()
@@ -213,10 +216,12 @@ def _lead(curves: Sequence[ValidationCurve]) -> tuple[float | None, float | None
         return None
     by_rows = [ahead_from(rows_curve(mp), rows_curve(topk)) for mp, topk in pairs]
     by_seconds = [ahead_from(seconds_curve(mp), seconds_curve(topk)) for mp, topk in pairs]
-    return (
-        mean([share for share in by_rows if share is not None]),
-        mean([share for share in by_seconds if share is not None]),
-    )
+    return _mean_of_all(by_rows), _mean_of_all(by_seconds)
+
+
+def _mean_of_all(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return mean(known) if len(known) == len(shares) else None
 
 
 def _read_curve(run: Path, coder: CoderConfig, records: Sequence[Record]) -> ValidationCurve:

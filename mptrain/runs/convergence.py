@@ -1,6 +1,6 @@
 """Whether a coder was still improving at the end of its training.
 
-Within a stretch of a run, held-out FVU over rows is close to a power@@rule. Its slope at the end is
+Within a stretch of a run, held-out FVU over rows is close to a power law. Its slope at the end is
 no measure of what more rows would gain: while the learning rate falls to 0, FVU falls too, and a
 run of twice the length does not gain that fall a second time. So the gain is extrapolated from the
 middle of the run. docs/training.md compares it with runs of twice the length.
@@ -101,13 +101,14 @@ def describe_convergence(coders: Sequence[Convergence | None]) -> str | None:
     gains = [coder.gain_of_doubling for coder in known if coder.still_falling]
     if not gains:
         return (
-            f"No coder was still falling: twice the rows would lower FVU by at most "
-            f"{FALLING_ABOVE:.0%}, extrapolated from the middle of the run"
+            f"None of the {len(known)} coders with enough validations was still falling: twice the "
+            f"rows would lower FVU by at most {FALLING_ABOVE:.0%}, extrapolated from the middle of "
+            "the run"
         )
     low, high = f"{100 * min(gains):.2g}", f"{100 * max(gains):.2g}"
     amount = low if low == high else f"{low} to {high}"
     return (
-        f"Still falling: {len(gains)} of {len(coders)} coders; twice the rows would lower FVU by "
+        f"Still falling: {len(gains)} of {len(known)} coders; twice the rows would lower FVU by "
         f"about {amount} %, extrapolated from the middle of the run"
     )
 

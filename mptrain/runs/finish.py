@@ -76,6 +76,8 @@ def _save(
     if training_pass.processes.saves_coders and coder is not None and not coder_run.diverged:
         run = training_pass.run
         filters = training_pass.filters.of(coder_run.sides).as_json()
-        trained = {**run.provenance, **filters, **result.to_json()}
+        settings = coder_run.config.resolved_settings(config.rows, config.batch_rows)
+        resolved = {"lr": coder_run.trainer.optimizers.peak_lr, **settings}
+        trained = {**run.provenance, **filters, **result.to_json(), "resolved": resolved}
         save_coder(run.folder / "coders" / coder_run.config.name, coder, trained)
     return result

@@ -41,6 +41,8 @@ class RunManifest:
     'numbers of the store\'s parts that the run reads, as "0-3, 5"; None: a run of an old version'
     learning_rates: Mapping[str, Mapping[str, Any]] | None = None
     "peak learning rate of each coder, with its reason; None: a run of an old version"
+    resolved: Mapping[str, Mapping[str, Any]] | None = None
+    "settings of each coder whose default depends on the coder; None: a run of an old version"
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -89,12 +91,15 @@ def recorded_coders(run: Path) -> tuple[CoderConfig, ...]:
     """
     entries = read_manifest(run).coders
     try:
-        return tuple(coder_config_from_json(entry) for entry in entries)
+        coders = tuple(coder_config_from_json(entry) for entry in entries)
     except TypeError as error:
         raise UsageError(
             f"{run} has settings that this version of mptrain does not know ({error}); use the "
             "version that began the run"
         ) from None
+    if [entry["name"] for entry in entries] != [coder.name for coder in coders]:
+        raise _other_defaults_error(run)
+    return coders
 
 
 def recorded_parts(config: RunConfig) -> set[int] | None:
@@ -115,18 +120,29 @@ def recorded_learning_rates(config: RunConfig) -> dict[str, LearningRate] | None
     A continued run keeps its rates, also where another version has another rule.
 
     Raises:
-        UsageError: the run was begun by a version that did not record its rates.
+        UsageError: the run was begun by a version with other defaults.
     """
     run = Path(config.run)
     if not (run / "config.json").exists():
         return None
-    rates = read_manifest(run).learning_rates
-    if rates is None and any(coder.lr is None for coder in config.coders()):
-        raise UsageError(
-            f"{run} was begun by a version of mptrain with another default lr; start a new run "
-            "with another --run"
-        )
-    return None if rates is None else {name: LearningRate(**rate) for name, rate in rates.items()}
+    manifest = read_manifest(run)
+    if manifest.learning_rates is None or manifest.resolved != _resolved_settings(config):
+        raise _other_defaults_error(run)
+    return {name: LearningRate(**rate) for name, rate in manifest.learning_rates.items()}
+
+
+def _resolved_settings(config: RunConfig) -> dict[str, Any]:
+    return {
+        coder.name: coder.resolved_settings(config.rows, config.batch_rows)
+        for coder in config.coders()
+    }
+
+
+def _other_defaults_error(run: Path) -> UsageError:
+    return UsageError(
+        f"{run} was begun by a version of mptrain with other defaults; use that version, or start "
+        "a new run with another --run"
+    )
 
 
 def open_run(
@@ -155,6 +171,7 @@ def open_run(
         order_digest=order_digest,
         parts=format_ranges(parts),
         learning_rates={name: asdict(rate) for name, rate in rates.items()},
+        resolved=_resolved_settings(config),
     )
     file = folder / "config.json"
     if not file.exists():

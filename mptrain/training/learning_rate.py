@@ -36,7 +36,7 @@ class RateRule:
     "exponent; the others too"
     k_pursuit: float
     k_linear: float
-    "of K, for encoders that are no pursuit"
+    "of K where it is above 16, for encoders that are no pursuit"
     batch_rows: float
     steps: float
     without_skip: float = 0.0
@@ -84,8 +84,9 @@ def learning_rate(
     for name, size in sizes.items():
         value *= (size / REFERENCE[name]) ** getattr(rule, name)
     if config.k is not None:
-        exponent = rule.k_pursuit if config.architecture.is_pursuit else rule.k_linear
-        value *= (config.k / REFERENCE["k"]) ** exponent
+        ratio = config.k / REFERENCE["k"]
+        is_pursuit = config.architecture.is_pursuit
+        value *= ratio**rule.k_pursuit if is_pursuit else max(ratio, 1.0) ** rule.k_linear
     if config.kind == "transcoder":
         value *= math.exp(rule.without_skip)
     label = ARCHITECTURES[config.arch].label
@@ -108,16 +109,54 @@ def _constants(
     return {**constants, **others}
 
 
+def _signsgd() -> RateRule:
+    return RateRule(
+        _constants(0.0179, 0.0103),
+        latents=-0.5,
+        k_pursuit=0.0,
+        k_linear=0.0,
+        batch_rows=0.0,
+        steps=0.0,
+    )
+
+
 RULES: dict[tuple[Optimizer, Family], RateRule] = {
-    ("adam", "sae"): RateRule(_constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467),
+    # fitted to searches of every factor; SAEs with muon without an auxiliary loss
+    ("adam", "sae"): RateRule(
+        _constants(0.01718, 0.00921, {"batch-mp": 0.01751, "batch-topk": 0.01073}),
+        latents=-0.155,
+        k_pursuit=-0.021,
+        k_linear=0.449,
+        batch_rows=0.255,
+        steps=-0.349,
+    ),
+    ("muon", "sae"): RateRule(
+        _constants(0.01912, 0.009638),
+        latents=-0.33,
+        k_pursuit=-0.173,
+        k_linear=0.17,
+        batch_rows=0.235,
+        steps=-0.458,
+    ),
     ("muon", "transcoder"): RateRule(
-        _constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467
+        _constants(0.01539, 0.01205),
+        latents=-0.219,
+        k_pursuit=0.041,
+        k_linear=-0.084,
+        batch_rows=0.352,
+        steps=-0.315,
+        without_skip=0.187,
     ),
-    ("muon", "sae"): RateRule(_constants(0.019, 0.00999), -0.34, -0.175, 0.173, 0.257, -0.467),
+    # constants of three rates each; exponents of SAEs
     ("adam", "transcoder"): RateRule(
-        _constants(0.0169, 0.0077), -0.34, -0.175, 0.173, 0.257, -0.467
+        _constants(0.0102, 0.0082),
+        latents=-0.155,
+        k_pursuit=-0.021,
+        k_linear=0.449,
+        batch_rows=0.255,
+        steps=-0.349,
     ),
-    # the rule of sparsify, 5e-3 / sqrt(latents / 2^14), which has no factor for the width
-    ("signsgd", "sae"): RateRule(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
-    ("signsgd", "transcoder"): RateRule(_constants(0.02, 0.02), -0.5, 0.0, 0.0, 0.0, 0.0),
+    # constants of a search each; exponents of sparsify
+    ("signsgd", "sae"): _signsgd(),
+    ("signsgd", "transcoder"): _signsgd(),
 }

@@ -48,7 +48,7 @@ class Optimizers:
         peak_lr: float,
     ) -> None:
         self.steps_done = 0
-        self._peak_lr = peak_lr
+        self.peak_lr = peak_lr
         self.steps = steps
         self._config = config
         self._optimizers = optimizers
@@ -59,7 +59,7 @@ class Optimizers:
         """Learning rate of the next train step."""
         config = self._config
         plan = (config.resolved_warmup_share, config.resolved_schedule, config.decay_share)
-        return self._peak_lr * lr_factor(self.steps_done, self.steps, *plan)
+        return self.peak_lr * lr_factor(self.steps_done, self.steps, *plan)
 
     def step_(self) -> None:
         """Update every parameter by its gradient, and drop the gradients."""

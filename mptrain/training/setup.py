@@ -102,7 +102,7 @@ def make_coder_run(
     coder.to(device)
     optimizers = make_optimizers(coder, config, train_steps(run), lr)
     variances = float(variance_E.sum()), float(variance_D.sum())
-    dead_rows = config.resolved_dead_rows(run.rows)
+    dead_rows = config.resolved_dead_rows(run.rows, run.batch_rows)
     trainer = CoderTrainer(coder, optimizers, *variances, scale, processes, dead_rows=dead_rows)
     return CoderRun(config=config, trainer=trainer)
 

@@ -62,7 +62,7 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> CoderTrainer:
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())
     optimizers, dead_rows = (
         optimizers_of(coder, config, steps),
-        config.resolved_dead_rows(64 * steps),
+        config.resolved_dead_rows(64 * steps, 64),
     )
     return CoderTrainer(coder, optimizers, *variances, scale, dead_rows=dead_rows)
 

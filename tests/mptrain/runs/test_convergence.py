@@ -53,7 +53,7 @@ def known(convergence: Convergence | None) -> Convergence:
 def test_a_power_law_gives_its_exponent(
     scale: float, exponent: float, every: int, validations: int
 ) -> None:
-    """signsgd has the same rate for every length: its gain is that of the power@@rule itself."""
+    """signsgd has the same rate for every length: its gain is that of the power law itself."""
     rows = range(every, every * validations + 1, every)
     convergence = known(convergence_of(power_law(scale, exponent, rows), 0.0))
     assert (convergence.slope, convergence.middle_slope) == pytest.approx(
@@ -165,10 +165,12 @@ def test_a_sentence_names_the_range_of_gains() -> None:
     )
     assert describe_convergence([None]) is None
     assert (
-        "Still falling: 2 of 4 coders; twice the rows would lower FVU by about 6.7 to 29 %"
+        "Still falling: 2 of 3 coders; twice the rows would lower FVU by about 6.7 to 29 %"
         in str(describe_convergence([falling, None, other, still]))
     )
-    assert "No coder was still falling" in str(describe_convergence([still, None]))
+    assert "None of the 1 coders with enough validations was still falling" in str(
+        describe_convergence([still, None])
+    )
 
 
 def test_results_have_the_slope_of_the_curve_also_after_an_interruption(

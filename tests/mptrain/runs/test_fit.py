@@ -108,7 +108,7 @@ def test_company_changes_no_bit(store: str, tmp_path: Path) -> None:
         {"window_rows": 32},
         {"lr": (0.01,)},
         {"warmup_share": 0.5},
-        {"optimizer": "adam"},
+        {"optimizer": "signsgd"},
         {"batch_rows": 32},
         {"rows": 64 * 20},
         {"skip_positions": 3},

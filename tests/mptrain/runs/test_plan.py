@@ -87,7 +87,7 @@ def test_the_estimate_of_a_step_is_near_what_it_takes(changes: dict[str, Any]) -
     coder = Coder(coder_config, width, width)
     zero_D = torch.zeros(width)
     coder.initialise_(zero_D, zero_D, torch.Generator().manual_seed(0))
-    variances, dead_rows = (float(width), float(width)), coder_config.resolved_dead_rows(10**6)
+    variances, dead_rows = (float(width), float(width)), coder_config.resolved_dead_rows(10**6, 1)
     optimizers = optimizers_of(coder, coder_config, 9)
     trainer = CoderTrainer(coder, optimizers, *variances, dead_rows=dead_rows)
     x_BD, y_BE = torch.randn(rows, width), torch.randn(rows, width)

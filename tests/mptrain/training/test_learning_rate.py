@@ -57,6 +57,7 @@ def test_the_rate_is_a_product_of_powers(optimizer: Optimizer, family: Family) -
     assert rate(rows=4096) / rate() == pytest.approx(4**rule.batch_rows, **close)
     assert rate(latents=16384) / rate() == pytest.approx(8**rule.latents, **close)
     assert rate(k=64) / rate() == pytest.approx(4**rule.k_linear, **close)
+    assert rate(k=4) == rate()
     assert rate(k=64, arch="mp") / rate(arch="mp") == pytest.approx(4**rule.k_pursuit, **close)
     assert rate(width=1024) / rate() == pytest.approx(1 / 2, **close)
 
