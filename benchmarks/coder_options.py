@@ -27,9 +27,11 @@ _SIDES = {
     "sae": ("layers.3:output",) * 2,
     "skip-transcoder": ("layers.3.mlp:input", "layers.3.mlp:output"),
 }
-_RATES: dict[Arch, tuple[float, ...]] = {  # around the best rates of 250 steps
-    "topk": (4e-3, 8e-3, 1.6e-2),
-    "mp": (8e-3, 1.6e-2, 3.2e-2),
+_RATES: dict[tuple[Arch, int], tuple[float, ...]] = {  # of an architecture and a number of steps
+    ("topk", 250): (8e-3, 1.6e-2, 3.2e-2),
+    ("mp", 250): (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
+    ("topk", 1000): (4e-3, 8e-3, 1.6e-2),
+    ("mp", 1000): (8e-3, 1.6e-2, 3.2e-2),
 }
 _NO_AUXK = {"auxk_alpha": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,7 +103,7 @@ def trainings() -> Iterator[Training]:
 
 
 def _each(kind: Kind, arch: Arch, steps: int, variants: Sequence[str]) -> Iterator[Training]:
-    for variant, lr in itertools.product(variants, _RATES[arch]):
+    for variant, lr in itertools.product(variants, _RATES[arch, steps]):
         changes = VARIANTS[variant]
         yield Training(variant=variant, kind=kind, arch=arch, steps=steps, lr=lr, changes=changes)
 

@@ -59,14 +59,15 @@ def fitted(store: Path, run: Path) -> dict[str, Tensor]:
     config = FitConfig(
         store=str(store), run=str(run), hookpoints=("layers.0",), kind=("sae",),
         arch=("mp", "topk"), k=(2,), expansion=(2,), rows=256, batch_rows=32, window_rows=64,
-        eval_rows=32, save_every=10**6, device="cpu", lr=(_LR,),
+        eval_rows=32, save_every=10**6, device="cpu", lr=(_LR,), optimizer="muon",
+        warmup_share=0.02, auxk_alpha=1 / 32, dead_rows=10**6,
     )  # fmt: skip
     try:
         fit(config)
     finally:
         torch.set_num_threads(threads)
     files = sorted((run / "coders").glob("*/coder.safetensors"))
-    named = {file.parent.name.removesuffix(f"-lr{_LR:g}"): file for file in files}
+    named = {file.parent.name.partition("-lr")[0]: file for file in files}
     return {f"{coder}/{name}": w for coder, f in named.items() for name, w in load_file(f).items()}
 
 

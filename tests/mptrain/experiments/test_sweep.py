@@ -92,7 +92,7 @@ def test_the_caption_says_what_is_shown(finished_sweep):
     page = (folder / "run" / "figures" / "fvu" / "figure.md").read_text()
     for phrase in (
         "tiny on random letters; trained on 384 rows in batches of 64",
-        "32 latents, muon, lr 0.01",
+        "32 latents, adam, lr 0.01",
         "2 seeds: line their mean, band from lowest to highest",
         "FVU on 256 held-out rows",
         "Train time is that of the coder's own train steps; waiting for data took",
