@@ -44,14 +44,11 @@ _COLUMNS = ("latents", "k", "batch_rows", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimum:
-    """The best rate of a coder: the lowest point of a parabola through the best three rates."""
+class SearchedCoder:
+    """A coder whose rate was searched."""
 
     setting: Mapping[str, str]
-    log_lr: float
-    "natural logarithm of the best rate"
-    curvature: float
-    "second derivative of ln FVU by ln rate at the best rate"
+    "a row of the table"
 
     @property
     def arch(self) -> Arch:
@@ -84,6 +81,16 @@ class Optimum:
         logs["k_linear"] = 0.0 if is_pursuit else max(logs["k"], 0.0)
         logs["without_skip"] = float(self.setting["kind"] == "transcoder")
         return [logs[name] for name in FACTORS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimum(SearchedCoder):
+    """The best rate of a coder: the lowest point of a parabola through the best three rates."""
+
+    log_lr: float
+    "natural logarithm of the best rate"
+    curvature: float
+    "second derivative of ln FVU by ln rate at the best rate"
 
     @property
     def scaled(self) -> float:
@@ -128,12 +135,13 @@ class FittedRule:
     exponents: Mapping[str, float]
     constants: Mapping[Arch, float]
 
-    def log_lr(self, optimum: Optimum) -> float:
-        value = math.log(self.constants[optimum.arch])
+    def log_lr(self, coder: SearchedCoder) -> float:
+        """Natural logarithm of the rate of a coder."""
+        value = math.log(self.constants[coder.arch])
         value += sum(
-            self.exponents[name] * x for name, x in zip(FACTORS, optimum.features(), strict=True)
+            self.exponents[name] * x for name, x in zip(FACTORS, coder.features(), strict=True)
         )
-        return value - 0.5 * math.log(float(optimum.setting["width"]) / REFERENCE["width"])
+        return value - 0.5 * math.log(float(coder.setting["width"]) / REFERENCE["width"])
 
 
 def fit_rule(optima: Sequence[Optimum]) -> FittedRule:
@@ -242,15 +250,15 @@ def _checked(rows: Sequence[Mapping[str, str]], rules: Mapping[tuple[str, str], 
 
     The FVU at the rate of the rule is interpolated between the rates that were tried.
     """
-    setting = Optimum(setting=rows[0], log_lr=math.nan, curvature=math.nan)
-    by_rule = rules[setting.group].log_lr(setting)
+    coder = SearchedCoder(setting=rows[0])
+    by_rule = rules[coder.group].log_lr(coder)
     points = sorted((math.log(float(row["lr"])), float(row["fvu"])) for row in rows)
     rates, fvus = zip(*points, strict=True)
     best_rate, best_fvu = min(points, key=lambda point: point[1])
     cost = float(np.interp(by_rule, rates, fvus)) / best_fvu - 1
     text = f"best of those tried {math.exp(best_rate):.4g}, rule {math.exp(by_rule):.4g}"
     outside = "" if rates[0] <= by_rule <= rates[-1] else ", outside the rates that were tried"
-    return f"{setting.description}: {text}, FVU +{cost:.1%}{outside}"
+    return f"{coder.description}: {text}, FVU +{cost:.1%}{outside}"
 
 
 if __name__ == "__main__":

@@ -45,16 +45,15 @@ def compare_with_plain(
     fvu = sum(float(end.validation_fvu or 0) for end in ends) / len(ends)
     curves = [curve for coder in seeds if (curve := validations(coder))]
     passed = [after for curve in curves if (after := _first_below(curve, fvu)) is not None]
-    plain = {coder.config.seed: validations(coder) for coder in plain_seeds if not diverged(coder)}
+    plain = {coder.config.seed: validations(coder) for coder in plain_seeds if not coder.diverged}
     pairs = [
         (curve, other)
         for coder in seeds
-        if not diverged(coder)
+        if not coder.diverged
         and (curve := validations(coder))
         and (other := plain.get(coder.config.seed))
     ]
-    by_rows = [ahead_from(rows_curve(curve), rows_curve(other)) for curve, other in pairs]
-    by_seconds = [ahead_from(seconds_curve(curve), seconds_curve(other)) for curve, other in pairs]
+    by_rows, by_seconds = shares_ahead(pairs)
     rows_shares = [share for share in by_rows if share is not None]
     seconds_shares = [share for share in by_seconds if share is not None]
     return PlainComparison(
@@ -68,7 +67,19 @@ def compare_with_plain(
     )
 
 
-def rows_curve(records: Sequence[Record]) -> Curve:
+def shares_ahead(
+    pairs: Sequence[tuple[Sequence[Record], Sequence[Record]]],
+) -> tuple[list[float | None], list[float | None]]:
+    """The shares of rows, and of train time, from which each first coder stays below its partner.
+
+    Each coder is given by its finite validations. None where it does not stay below.
+    """
+    by_rows = [ahead_from(_rows_curve(own), _rows_curve(other)) for own, other in pairs]
+    by_seconds = [ahead_from(seconds_curve(own), seconds_curve(other)) for own, other in pairs]
+    return by_rows, by_seconds
+
+
+def _rows_curve(records: Sequence[Record]) -> Curve:
     """FVU of validations over rows."""
     return [(float(r.rows), float(r.validation_fvu or 0)) for r in records]
 
@@ -81,11 +92,6 @@ def seconds_curve(records: Sequence[Record]) -> Curve:
 def mean(values: Sequence[float]) -> float | None:
     """Mean over seeds; None without a value."""
     return sum(values) / len(values) if values else None
-
-
-def diverged(coder: TrainedCoder) -> bool:
-    """Whether a coder of a finished run diverged."""
-    return coder.result is not None and bool(coder.result["diverged"])
 
 
 def _first_below(curve: Sequence[Record], fvu: float) -> float | None:

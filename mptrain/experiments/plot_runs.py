@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mpcache.errors import UsageError
 from mptrain.config.coder import CoderConfig
 from mptrain.data.atomic_files import explain_write_errors, json_safe
-from mptrain.experiments.ahead import Curve, ahead_from, describe_lead
+from mptrain.experiments.ahead import Curve, describe_lead
 from mptrain.experiments.drawing import (
     DASHES,
     DrawnLine,
@@ -24,7 +24,7 @@ from mptrain.experiments.drawing import (
     save_figure,
     time_axis,
 )
-from mptrain.experiments.plain_comparison import mean, rows_curve, seconds_curve
+from mptrain.experiments.plain_comparison import mean, seconds_curve, shares_ahead
 from mptrain.experiments.tables import write_table
 from mptrain.runs.convergence import Convergence, convergence_of, describe_convergence
 from mptrain.runs.metrics_file import Record, read_records
@@ -214,8 +214,7 @@ def _lead(curves: Sequence[ValidationCurve]) -> tuple[float | None, float | None
     ]
     if len(by_key) < len(curves) or not pairs:
         return None
-    by_rows = [ahead_from(rows_curve(mp), rows_curve(topk)) for mp, topk in pairs]
-    by_seconds = [ahead_from(seconds_curve(mp), seconds_curve(topk)) for mp, topk in pairs]
+    by_rows, by_seconds = shares_ahead(pairs)
     return _mean_of_all(by_rows), _mean_of_all(by_seconds)
 
 

@@ -74,6 +74,11 @@ class TrainedCoder:
         return self.config.latents_of(description["input_widths"][0])
 
     @property
+    def diverged(self) -> bool:
+        """Whether its run has finished and it diverged."""
+        return self.result is not None and bool(self.result["diverged"])
+
+    @property
     def convergence(self) -> Convergence | None:
         """How its FVU fell in the end, as far as it is trained; from the records of any version."""
         return convergence_of(self.records, rule_of(self.config).steps)

@@ -91,7 +91,7 @@ def _seed_figures(
         panel=panel.name,
         variant=line.variant.name,
         seeds=len(seeds),
-        diverged=sum(c.result is not None and c.result["diverged"] for c in seeds),
+        diverged=sum(coder.diverged for coder in seeds),
         fvu=mean(fvus),
         fvu_low=min(fvus, default=None),
         fvu_high=max(fvus, default=None),

@@ -5,7 +5,7 @@ docs/learning-rates.md has the searches, the fit and what the rule costs on othe
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -109,54 +109,49 @@ def _constants(
     return {**constants, **others}
 
 
-def _signsgd() -> RateRule:
-    return RateRule(
-        _constants(0.0179, 0.0103),
-        latents=-0.5,
-        k_pursuit=0.0,
-        k_linear=0.0,
-        batch_rows=0.0,
-        steps=0.0,
-    )
-
-
+# fitted to searches of every factor
+_ADAM_SAE = RateRule(
+    _constants(0.01718, 0.00921, {"batch-mp": 0.01751, "batch-topk": 0.01073}),
+    latents=-0.155,
+    k_pursuit=-0.021,
+    k_linear=0.449,
+    batch_rows=0.255,
+    steps=-0.349,
+)
+# the same, without an auxiliary loss
+_MUON_SAE = RateRule(
+    _constants(0.01912, 0.009638),
+    latents=-0.33,
+    k_pursuit=-0.173,
+    k_linear=0.17,
+    batch_rows=0.235,
+    steps=-0.458,
+)
+_MUON_TRANSCODER = RateRule(
+    _constants(0.01539, 0.01205),
+    latents=-0.219,
+    k_pursuit=0.041,
+    k_linear=-0.084,
+    batch_rows=0.352,
+    steps=-0.315,
+    without_skip=0.187,
+)
+# constants of three rates each; exponents of SAEs
+_ADAM_TRANSCODER = replace(_ADAM_SAE, constants=_constants(0.0102, 0.0082))
+# constants of a search each; exponents of sparsify
+_SIGNSGD = RateRule(
+    _constants(0.0179, 0.0103),
+    latents=-0.5,
+    k_pursuit=0.0,
+    k_linear=0.0,
+    batch_rows=0.0,
+    steps=0.0,
+)
 RULES: dict[tuple[Optimizer, Family], RateRule] = {
-    # fitted to searches of every factor; SAEs with muon without an auxiliary loss
-    ("adam", "sae"): RateRule(
-        _constants(0.01718, 0.00921, {"batch-mp": 0.01751, "batch-topk": 0.01073}),
-        latents=-0.155,
-        k_pursuit=-0.021,
-        k_linear=0.449,
-        batch_rows=0.255,
-        steps=-0.349,
-    ),
-    ("muon", "sae"): RateRule(
-        _constants(0.01912, 0.009638),
-        latents=-0.33,
-        k_pursuit=-0.173,
-        k_linear=0.17,
-        batch_rows=0.235,
-        steps=-0.458,
-    ),
-    ("muon", "transcoder"): RateRule(
-        _constants(0.01539, 0.01205),
-        latents=-0.219,
-        k_pursuit=0.041,
-        k_linear=-0.084,
-        batch_rows=0.352,
-        steps=-0.315,
-        without_skip=0.187,
-    ),
-    # constants of three rates each; exponents of SAEs
-    ("adam", "transcoder"): RateRule(
-        _constants(0.0102, 0.0082),
-        latents=-0.155,
-        k_pursuit=-0.021,
-        k_linear=0.449,
-        batch_rows=0.255,
-        steps=-0.349,
-    ),
-    # constants of a search each; exponents of sparsify
-    ("signsgd", "sae"): _signsgd(),
-    ("signsgd", "transcoder"): _signsgd(),
+    ("adam", "sae"): _ADAM_SAE,
+    ("adam", "transcoder"): _ADAM_TRANSCODER,
+    ("muon", "sae"): _MUON_SAE,
+    ("muon", "transcoder"): _MUON_TRANSCODER,
+    ("signsgd", "sae"): _SIGNSGD,
+    ("signsgd", "transcoder"): _SIGNSGD,
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mptrain.runs.fit import fit
 from mptrain.runs.metrics_file import Record, read_records
 from mptrain.runs.results import CoderResult
 from mptrain.training.learning_rate import rule_of
+from mptrain.training.setup import CoderRun
 from tests.helpers.fits import config, interrupt_at, spoil
 from tests.helpers.records import RECORD
 from tests.helpers.stores import small_store
@@ -209,7 +211,7 @@ def test_results_of_an_earlier_version_are_read(store: str, tmp_path: Path) -> N
 
 
 def test_a_diverged_coder_has_no_slope(store: str, tmp_path: Path) -> None:
-    def on_step(step: int, coder_runs: list) -> None:  # type: ignore[type-arg]
+    def on_step(step: int, coder_runs: Sequence[CoderRun]) -> None:
         if step == 24:
             spoil(coder_runs[0])
 
