@@ -23,11 +23,12 @@ from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.sides import Kind
 from mptrain.training.learning_rate import REFERENCE, family_of
 
-FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip")
+FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip", "unscaled")
 (
     "what the rule is a power of; K has another exponent for pursuits than for linear encoders, "
-    "where it counts only above 16; "
-    "without_skip is e for transcoders without a skip and 1 for others"
+    "where it counts only above 16; without_skip is e for transcoders without a skip and 1 for "
+    "others; unscaled is e for transcoders of rows as they are, whose best rate depends on the "
+    "scales of input and target, and 1 for others"
 )
 PUBLISHED: Mapping[str, Sequence[tuple[str, Callable[[float], float], str]]] = {
     "adam": (
@@ -70,6 +71,7 @@ class SearchedCoder:
         """The setting in a line."""
         names = ("arch", "kind", "optimizer", "store", "hookpoint")
         words = [*(self.setting[name] for name in names), *(["nested"] * self.is_nested)]
+        words += ["unscaled"] * (self.setting["normalise"] == "False")
         sizes = [f"{name} {self.setting[name]}" for name in (*_COLUMNS, "seed")]
         return " ".join([*words, *sizes])
 
@@ -80,6 +82,8 @@ class SearchedCoder:
         logs["k_pursuit"] = logs["k"] if is_pursuit else 0.0
         logs["k_linear"] = 0.0 if is_pursuit else max(logs["k"], 0.0)
         logs["without_skip"] = float(self.setting["kind"] == "transcoder")
+        is_unscaled = self.setting["normalise"] == "False"
+        logs["unscaled"] = float(is_unscaled and self.setting["kind"] != "sae")
         return [logs[name] for name in FACTORS]
 
 
@@ -111,7 +115,17 @@ def read_optima(table: Path) -> list[Optimum]:
 def coders_of(table: Path) -> list[list[dict[str, str]]]:
     """The rows of each coder of the table."""
     coders: dict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
-    names = ("store", "hookpoint", "kind", "arch", "nested", "optimizer", *_COLUMNS, "seed")
+    names = (
+        "store",
+        "hookpoint",
+        "kind",
+        "arch",
+        "nested",
+        "normalise",
+        "optimizer",
+        *_COLUMNS,
+        "seed",
+    )
     for row in read_rows(table):
         coders[tuple(row[name] for name in names)].append(row)
     return list(coders.values())

@@ -47,6 +47,7 @@ class Setting:
     steps: int = 500
     seed: int = 0
     nested: bool = False
+    normalise: bool = True
     archs: tuple[Arch, ...] = ARCHS
 
     @property
@@ -64,6 +65,7 @@ class RateRow:
     kind: str
     arch: str
     nested: bool
+    normalise: bool
     optimizer: str
     width: int
     "of the input"
@@ -86,9 +88,10 @@ class RateRow:
 def settings() -> Iterator[Setting]:
     """The design: each factor alone around one base, from important to less so.
 
-    The base is small, so that a factor of 4 on either side of it is still quick.
+    The base is small, so that a factor of 4 on either side of it is still quick. Most searches are
+    of rows as they are; those of scaled rows tell what scaling changes.
     """
-    base = Setting()
+    base = Setting(normalise=False)
     skip = replace(base, hookpoint="layers.3.mlp", kind="skip-transcoder", optimizer="muon")
     changes: list[dict[str, Any]] = [
         *({"steps": steps} for steps in (125, 2000)),
@@ -113,6 +116,19 @@ def settings() -> Iterator[Setting]:
         yield replace(base, seed=seed)
     for steps in (125, 2000):
         yield replace(base, steps=steps, archs=("batch-topk", "batch-mp"))
+    yield Setting()
+    scaled = replace(skip, normalise=True)
+    yield scaled
+    for change in (
+        {"steps": 125},
+        {"k": 64},
+        {"batch_rows": 64},
+        {"latents": 4096},
+        {"steps": 2000},
+    ):
+        yield replace(scaled, **change)
+    yield replace(scaled, kind="transcoder")
+    yield replace(scaled, optimizer="adam")
 
 
 def checks(store: str) -> Iterator[Setting]:
@@ -161,6 +177,7 @@ def fit_config(setting: Setting, store: Path, run: Path) -> FitConfig:
         latents=(setting.latents,),
         optimizer=setting.optimizer,
         nested=setting.nested,
+        normalise=setting.normalise,
         seed=(setting.seed,),
         rows=rows,
         batch_rows=setting.batch_rows,

@@ -55,22 +55,25 @@ class Setting:
 def coders() -> Iterator[Setting]:
     """Each coder that is compared, at its tool's default rate, in runs of 1000 steps.
 
-    JumpReLU takes scaled rows in both tools: its bandwidths are for such rows.
+    Ours take scaled rows, as by default. SAELens' JumpReLU takes them too, because its bandwidth
+    is for such rows, and its TopK once more, to show what scaling does there.
     """
     transcoder: dict[str, Any] = {"kind": "skip-transcoder", "hookpoint": "layers.3.mlp"}
-    yield Setting(tool="mptrain", arch="mp")
-    yield Setting(tool="mptrain", arch="topk")
+    ours = Setting(tool="mptrain", arch="mp", normalise=True)
+    yield ours
+    yield replace(ours, arch="topk")
     yield Setting(tool="eai-sparsify", arch="topk")
     yield Setting(tool="sae-lens", arch="topk")
-    yield Setting(tool="mptrain", arch="mp", **transcoder)
-    yield Setting(tool="mptrain", arch="topk", **transcoder)
+    yield Setting(tool="sae-lens", arch="topk", normalise=True)
+    yield replace(ours, **transcoder)
+    yield replace(ours, arch="topk", **transcoder)
     yield Setting(tool="eai-sparsify", arch="topk", **transcoder)
     for arch in ("batch-topk", "matryoshka"):
-        yield Setting(tool="mptrain", arch=arch)
+        yield replace(ours, arch=arch)
         yield Setting(tool="sae-lens", arch=arch)
     yield Setting(tool="sae-lens", arch="mp")
-    for tool in ("mptrain", "sae-lens"):
-        yield Setting(tool=tool, arch="jumprelu", normalise=True)
+    yield replace(ours, arch="jumprelu")
+    yield Setting(tool="sae-lens", arch="jumprelu", normalise=True)
 
 
 def chosen(settings: Sequence[Setting], words: Sequence[str]) -> list[Setting]:

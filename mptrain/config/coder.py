@@ -309,7 +309,12 @@ def _combination_errors(config: CoderConfig) -> Iterator[str]:
     if config.shrink > 0:
         if config.select != "positive":
             yield f"shrink needs select=positive, got select={config.select}; remove one of them"
-        yield from _conflicts(config, "shrink", ("codes", "normalise"))
+        yield from _conflicts(config, "shrink", ("codes",))
+        if config.normalise:
+            yield (
+                "shrink is in units of unscaled rows and needs normalise=False, got "
+                "normalise=True; use --no-normalise"
+            )
     if config.codes != "mp":
         if config.backend not in ("auto", "direct"):
             yield (

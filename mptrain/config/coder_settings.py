@@ -53,8 +53,8 @@ class OptimizerSettings:
         "initial biases: the mean of all train rows, or the geometric median of 16384 train rows "
         "that no filter (such as --skip-positions) excludes"
     )
-    normalise: bool = False
-    "scale rows to a mean square of about 1 for training; the saved coder takes unscaled rows"
+    normalise: bool = True
+    "scale rows to a mean variance of 1 for training; the saved coder takes unscaled rows"
 
 
 @dataclass(frozen=True, kw_only=True)

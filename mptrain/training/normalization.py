@@ -1,7 +1,5 @@
 """Scale rows to the size that learning rates are made for, and coders back to unscaled rows.
 
-Factors are powers of two, so that scaling is exact in both directions.
-
 B rows in a batch, D input width, E target width.
 """
 
@@ -30,17 +28,17 @@ class Scale(NamedTuple):
 IDENTITY = Scale(1.0, 1.0)
 
 
-def scale_of(config: CoderConfig, input_square: float, target_square: float) -> Scale:
-    """Return the factors of `normalise`, from the mean squares of an input and a target value.
+def scale_of(config: CoderConfig, input_variance: float, target_variance: float) -> Scale:
+    """Return the factors of `normalise`, from the mean variance of a dimension of input and target.
 
-    Scaled mean squares are between 1/2 and 2. Where one dictionary both subtracts from the input
-    and predicts the target, both have the factor of the input.
+    Scaled rows have a mean variance of 1. Where one dictionary both subtracts from the input and
+    predicts the target, both have the factor of the input.
     """
     if not config.normalise:
         return IDENTITY
-    source = _power_of_two(input_square)
+    source = _factor(input_variance)
     has_one_factor = config.subtract == "predicting"
-    return Scale(source, source if has_one_factor else _power_of_two(target_square))
+    return Scale(source, source if has_one_factor else _factor(target_variance))
 
 
 def for_unscaled_rows(tensors: Mapping[str, Tensor], scale: Scale) -> dict[str, Tensor]:
@@ -64,8 +62,8 @@ def for_unscaled_rows(tensors: Mapping[str, Tensor], scale: Scale) -> dict[str, 
     }
 
 
-def _power_of_two(square: float) -> float:
-    return 1.0 if square == 0 else 2.0 ** -round(math.log2(square) / 2)
+def _factor(variance: float) -> float:
+    return 1.0 if variance == 0 else 1 / math.sqrt(variance)
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

@@ -90,7 +90,7 @@ def make_coder_run(
     scale = IDENTITY
     if config.normalise or config.start == "median":
         x_ND, y_NE = _sample(filters.of(sides), store, sides)
-        scale = scale_of(config, _mean_square(x_ND), _mean_square(y_NE))
+        scale = scale_of(config, _variance(x_ND), _variance(y_NE))
     if config.start == "median":
         mean_D, mean_E = geometric_median(x_ND), geometric_median(y_NE)
     coder = Coder(config, len(mean_D), len(mean_E))
@@ -132,9 +132,9 @@ def make_loader(
     )
 
 
-def _mean_square(x_ND: Tensor) -> float:
-    """Return the mean square of a value; 0 without rows."""
-    return float(x_ND.square().mean(dtype=torch.float64)) if len(x_ND) else 0.0
+def _variance(x_ND: Tensor) -> float:
+    """Return the mean of the variances of the dimensions; 0 without rows."""
+    return float(x_ND.double().var(dim=0, correction=0).mean()) if len(x_ND) else 0.0
 
 
 def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def test_words_choose_tools_and_architectures() -> None:
     assert {s.tool for s in chosen(settings, ["sae-lens"])} == {"sae-lens"}
     assert [s.coder for s in chosen(settings, ["eai-sparsify", "sae"])] == ["eai-sparsify topk sae"]
     two = chosen(settings, ["sae-lens", "topk", "mp"])
-    assert sorted(s.arch for s in two) == ["mp", "topk"]
+    assert sorted(s.arch for s in two) == ["mp", "topk", "topk"]
     with pytest.raises(UsageError, match=r"only must be one of .*topk, got 'saelens'"):
         chosen(settings, ["saelens"])
 

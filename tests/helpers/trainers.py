@@ -26,6 +26,7 @@ BASE = CoderConfig(
     lr=5e-2,
     optimizer="muon",
     dead_rows=1_000_000,
+    normalise=False,
 )
 TRANSCODER = replace(BASE, kind="transcoder")
 
@@ -56,7 +57,7 @@ def make_learner(config: CoderConfig, steps: int = STEPS) -> CoderTrainer:
     x_BD, y_BE = rows_of(config, 2000, 0)
     coder = Coder(config, D, y_BE.shape[1])
     generator = torch.Generator().manual_seed(config.seed)
-    scale = scale_of(config, float(x_BD.square().mean()), float(y_BE.square().mean()))
+    scale = scale_of(config, float(x_BD.var(0).mean()), float(y_BE.var(0).mean()))
     start = geometric_median if config.start == "median" else lambda rows: rows.mean(0)
     coder.initialise_(scale.input * start(x_BD), scale.target * start(y_BE), generator)
     variances = float(y_BE.var(0).sum()), float(x_BD.var(0).sum())

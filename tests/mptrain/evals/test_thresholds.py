@@ -79,7 +79,7 @@ def test_held_out_l0_is_near_k_however_long_a_training_is(
                 {"optimizer": "adam"},
                 {"nested": True},
                 {"k_factor": 2.0, "k_decay_share": 0.5},
-                {"normalise": True},
+                {"normalise": False},
                 {"select": "magnitude", "arch": ("batch-mp",)},
             )
         ),

@@ -84,7 +84,7 @@ def test_learns_and_changes_the_training() -> None:
     [
         ({"select": "signed"}, "shrink needs select=positive, got select=signed"),
         ({"codes": "gp"}, "codes cannot be combined with shrink"),
-        ({"normalise": True}, "normalise cannot be combined with shrink"),
+        ({"normalise": True}, "needs normalise=False, got normalise=True; use --no-normalise"),
         ({"shrink": -1.0}, "shrink must be at least 0 and finite"),
         ({"arch": "topk"}, "shrink has no effect on kind=sae with arch=topk"),
     ],

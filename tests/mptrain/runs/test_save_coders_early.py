@@ -34,7 +34,7 @@ def stopped(store: str, run: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "signsgd"])
 def test_coders_of_a_stopped_run(store: str, tmp_path: Path, optimizer: str) -> None:
     """Saved coders are the validated ones; the run continues to the bits of an undisturbed run."""
-    changes = {"optimizer": optimizer, "normalise": True}
+    changes = {"optimizer": optimizer}
     fit(config(store, tmp_path / "whole", **GRID, **changes))
     stopped(store, tmp_path / "run", **changes)
     saved = save_coders(str(tmp_path / "run"), {})

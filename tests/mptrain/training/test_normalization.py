@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from mptrain.coders.checkpoint import load_coder, save_coder
 from mptrain.coders.coder import Coder
@@ -36,8 +37,8 @@ CONFIGS += [
 
 def scaled_learner(config: CoderConfig) -> CoderTrainer:
     """A coder in training whose inputs are a thousand times as large as its targets."""
-    squares = planted(2000, 0).square().mean()
-    scale = scale_of(config, 1e6 * float(squares), float(squares))
+    variance = planted(2000, 0).var(0).mean()
+    scale = scale_of(config, 1e6 * float(variance), float(variance))
     assert scale.input < scale.target / 8 or config.kind == "sae" or scale.input == scale.target
     x_BD, y_BE = rows_of(config, 2000, 0)
     x_BD = 1000 * x_BD
@@ -62,7 +63,7 @@ def batch_of(config: CoderConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_the_saved_coder_gives_the_same_for_rows_as_they_are(config: CoderConfig, tmp_path: Path):
-    """Bit for bit; a coder that is loaded or built again is not scaled twice."""
+    """Except for rounding; a coder that is loaded or built again is not scaled twice."""
     trainer = scaled_learner(config)
     x_BD, _ = batch_of(config, 99)
     inside = replace_weights(trainer)
@@ -75,8 +76,10 @@ def test_the_saved_coder_gives_the_same_for_rows_as_they_are(config: CoderConfig
         with torch.no_grad():
             code = coder.encode(x_BD)
             assert torch.equal(code.idx_BK, expected.idx_BK)
-            assert torch.equal(code.val_BK * trainer.scale.input, expected.val_BK)
-            assert torch.equal(coder.predict(code, x_BD) * trainer.scale.target, predicted_BE)
+            values_BK = code.val_BK * trainer.scale.input
+            assert_close(values_BK, expected.val_BK, rtol=1e-4, atol=1e-5)
+            scaled_BE = coder.predict(code, x_BD) * trainer.scale.target
+            assert_close(scaled_BE, predicted_BE, rtol=1e-4, atol=1e-5)
         for name in coder.unit_norm:
             assert torch.equal(coder.get_parameter(name), inside.get_parameter(name))
 
@@ -103,13 +106,13 @@ def test_losses_are_shares_of_the_variance_at_any_scale():
         )
         result = trainer.step(x_BD, x_BD)
         losses.append((float(result.loss), float(result.fvu)))
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9))
-def test_scaled_rows_have_a_mean_square_of_about_one(input_square: float, target_square: float):
-    scale = scale_of(replace(NORMAL, kind="transcoder"), input_square, target_square)
-    assert 0.5 <= input_square * scale.input**2 <= 2.0001
-    assert 0.5 <= target_square * scale.target**2 <= 2.0001
-    assert scale_of(BASE, input_square, target_square) == (1, 1)
+def test_scaled_rows_have_a_variance_of_one(input_variance: float, target_variance: float):
+    scale = scale_of(replace(NORMAL, kind="transcoder"), input_variance, target_variance)
+    assert input_variance * scale.input**2 == pytest.approx(1)
+    assert target_variance * scale.target**2 == pytest.approx(1)
+    assert scale_of(BASE, input_variance, target_variance) == (1, 1)
     assert scale_of(NORMAL, 0.0, 0.0) == (1, 1)
