@@ -119,14 +119,10 @@ def settings() -> Iterator[Setting]:
     yield Setting()
     scaled = replace(skip, normalise=True)
     yield scaled
-    for change in (
-        {"steps": 125},
-        {"k": 64},
-        {"batch_rows": 64},
-        {"latents": 4096},
-        {"steps": 2000},
-    ):
-        yield replace(scaled, **change)
+    for change in changes:
+        if change in ({"steps": 125}, {"steps": 2000}, {"latents": 4096}, {"k": 64}):
+            yield replace(scaled, **change)
+    yield replace(scaled, batch_rows=64)
     yield replace(scaled, kind="transcoder")
     yield replace(scaled, optimizer="adam")
 
