@@ -23,12 +23,11 @@ from mptrain.config.architectures import ARCHITECTURES, Arch
 from mptrain.config.sides import Kind
 from mptrain.training.learning_rate import REFERENCE, family_of
 
-FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip", "unscaled")
+FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip")
 (
     "what the rule is a power of; K has another exponent for pursuits than for linear encoders, "
     "where it counts only above 16; without_skip is e for transcoders without a skip and 1 for "
-    "others; unscaled is e for transcoders of rows as they are, whose best rate depends on the "
-    "scales of input and target, and 1 for others"
+    "others"
 )
 PUBLISHED: Mapping[str, Sequence[tuple[str, Callable[[float], float], str]]] = {
     "adam": (
@@ -82,8 +81,6 @@ class SearchedCoder:
         logs["k_pursuit"] = logs["k"] if is_pursuit else 0.0
         logs["k_linear"] = 0.0 if is_pursuit else max(logs["k"], 0.0)
         logs["without_skip"] = float(self.setting["kind"] == "transcoder")
-        is_unscaled = self.setting["normalise"] == "False"
-        logs["unscaled"] = float(is_unscaled and self.setting["kind"] != "sae")
         return [logs[name] for name in FACTORS]
 
 

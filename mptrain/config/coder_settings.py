@@ -54,7 +54,7 @@ class OptimizerSettings:
         "that no filter (such as --skip-positions) excludes"
     )
     normalise: bool = True
-    "scale rows to a mean variance of 1 for training; the saved coder takes unscaled rows"
+    "scale rows to one variance for training; the saved coder takes unscaled rows"
 
 
 @dataclass(frozen=True, kw_only=True)

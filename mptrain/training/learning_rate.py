@@ -128,7 +128,7 @@ _MUON_SAE = RateRule(
     steps=-0.458,
 )
 _MUON_TRANSCODER = RateRule(
-    _constants(0.0082, 0.0064),
+    _constants(0.01539, 0.01205),
     latents=-0.219,
     k_pursuit=0.041,
     k_linear=-0.084,

@@ -26,19 +26,26 @@ class Scale(NamedTuple):
 
 
 IDENTITY = Scale(1.0, 1.0)
+TARGET_DEVIATION = 2.0
+(
+    "standard deviation of the scaled targets of a transcoder; its encoder wants twice the rate of "
+    "its decoder, relative to the scales of input and target (docs/learning-rates.md)"
+)
 
 
 def scale_of(config: CoderConfig, input_variance: float, target_variance: float) -> Scale:
     """Return the factors of `normalise`, from the mean variance of a dimension of input and target.
 
-    Scaled rows have a mean variance of 1. Where one dictionary both subtracts from the input and
-    predicts the target, both have the factor of the input.
+    Scaled inputs have a mean variance of 1, scaled targets of a transcoder one of
+    `TARGET_DEVIATION ** 2`. Where one dictionary both subtracts from the input and predicts the
+    target, both have the factor of the input.
     """
     if not config.normalise:
         return IDENTITY
     source = _factor(input_variance)
-    has_one_factor = config.subtract == "predicting"
-    return Scale(source, source if has_one_factor else _factor(target_variance))
+    if config.kind == "sae" or config.subtract == "predicting":
+        return Scale(source, source)
+    return Scale(source, TARGET_DEVIATION * _factor(target_variance))
 
 
 def for_unscaled_rows(tensors: Mapping[str, Tensor], scale: Scale) -> dict[str, Tensor]:

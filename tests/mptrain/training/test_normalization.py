@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from mptrain.coders.checkpoint import load_coder, save_coder
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
-from mptrain.training.normalization import scale_of
+from mptrain.training.normalization import TARGET_DEVIATION, scale_of
 from mptrain.training.train_step import CoderTrainer
 from tests.helpers.trainers import BASE, D, optimizers_of, planted, rows_of
 
@@ -110,9 +110,11 @@ def test_losses_are_shares_of_the_variance_at_any_scale():
 
 
 @given(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9))
-def test_scaled_rows_have_a_variance_of_one(input_variance: float, target_variance: float):
+def test_scaled_rows_have_one_variance(input_variance: float, target_variance: float):
     scale = scale_of(replace(NORMAL, kind="transcoder"), input_variance, target_variance)
     assert input_variance * scale.input**2 == pytest.approx(1)
-    assert target_variance * scale.target**2 == pytest.approx(1)
+    assert target_variance * scale.target**2 == pytest.approx(TARGET_DEVIATION**2)
+    own = scale_of(NORMAL, input_variance, input_variance)
+    assert own.input == own.target == scale.input
     assert scale_of(BASE, input_variance, target_variance) == (1, 1)
     assert scale_of(NORMAL, 0.0, 0.0) == (1, 1)
