@@ -27,6 +27,7 @@ from mptrain.data.loader import Batch, Loader, Store, open_store
 from mptrain.data.window_plans import endless_plans
 from mptrain.kernels.device import resolve_device
 from mptrain.training.setup import learning_rates, make_coder_run
+from mptrain.training.train_sample import TrainSample
 
 _MIXING_BATCH_ROWS = 4096
 _MIXING_BATCHES = 100
@@ -244,8 +245,9 @@ def _measure_training(
     coders, device = run.coders(), resolve_device(config.device)
     filters = make_filters(run, store, all_sides(coders))
     rates = learning_rates(run, store)
+    sample = TrainSample(filters, store)
     coder_runs = [
-        make_coder_run(coder, run, filters, store, device, rates[coder.name].value)
+        make_coder_run(coder, run, sample, store, device, rates[coder.name].value)
         for coder in coders
     ]
     waited: deque[float] = deque(maxlen=config.repeats)

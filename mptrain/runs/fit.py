@@ -26,6 +26,7 @@ from mptrain.runs.train_loop import OnStep, TrainLoop
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup, join_process_group
 from mptrain.training.learning_rate import GIVEN, LearningRate
 from mptrain.training.setup import learning_rates, make_coder_run, make_loader
+from mptrain.training.train_sample import TrainSample
 
 
 def fit(
@@ -123,8 +124,9 @@ def _open_pass(
     own_coders = processes.own_coders(coders)
     sides = all_sides(own_coders or coders)
     filters = make_filters(config, store, sides)
+    sample = TrainSample(filters, store)
     coder_runs = [
-        make_coder_run(coder, config, filters, store, device, rates[coder.name].value, processes)
+        make_coder_run(coder, config, sample, store, device, rates[coder.name].value, processes)
         for coder in own_coders
     ]
     open_loader = partial(make_loader, config, store, filters=filters, device=device)

@@ -35,6 +35,7 @@ from mptrain.training.setup import (
     make_loader,
     train_steps,
 )
+from mptrain.training.train_sample import TrainSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,9 @@ def save_coders(run: str, changes: Mapping[str, Any]) -> list[SavedCoder]:
     check_same_run(config, store.fingerprint)
     filters, device = make_filters(config, store, sides), resolve_device(config.device)
     rates = recorded_learning_rates(config) or learning_rates(config, store)
+    sample = TrainSample(filters, store)
     coder_runs = [
-        make_coder_run(coder, config, filters, store, device, rates[coder.name].value)
+        make_coder_run(coder, config, sample, store, device, rates[coder.name].value)
         for coder in coders
     ]
     restore_state_(state, tensors, coder_runs)

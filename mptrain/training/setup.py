@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
@@ -17,13 +16,11 @@ from mptrain.data.filters import Filters
 from mptrain.data.loader import Loader, Split, Store
 from mptrain.data.window_plans import WHOLE_STREAM, StreamShare
 from mptrain.training.distributed import SINGLE_PROCESS, ProcessGroup
-from mptrain.training.geometric_median import geometric_median
 from mptrain.training.learning_rate import LearningRate, learning_rate
 from mptrain.training.normalization import IDENTITY, scale_of
 from mptrain.training.optimizers import make_optimizers
+from mptrain.training.train_sample import TrainSample
 from mptrain.training.train_step import CoderTrainer
-
-_SAMPLE_ROWS = 16_384  # train rows that are read for a geometric median or a scale
 
 
 @dataclass(kw_only=True)
@@ -69,7 +66,7 @@ def learning_rates(run: RunConfig, store: Store) -> dict[str, LearningRate]:
 def make_coder_run(
     config: CoderConfig,
     run: RunConfig,
-    filters: Filters,
+    sample: TrainSample,
     store: Store,
     device: torch.device,
     lr: float,
@@ -88,11 +85,10 @@ def make_coder_run(
         store.acts.moments(*side, "train") for side in sides
     )
     scale = IDENTITY
-    if config.normalise or config.start == "median":
-        x_ND, y_NE = _sample(filters.of(sides), store, sides)
-        scale = scale_of(config, _variance(x_ND), _variance(y_NE))
+    if config.normalise:
+        scale = scale_of(config, *sample.variances(sides))
     if config.start == "median":
-        mean_D, mean_E = geometric_median(x_ND), geometric_median(y_NE)
+        mean_D, mean_E = sample.medians(sides)
     coder = Coder(config, len(mean_D), len(mean_E))
     coder.initialise_(
         scale.input * mean_D.float(),
@@ -130,26 +126,3 @@ def make_loader(
         device=device,
         share=share,
     )
-
-
-def _variance(x_ND: Tensor) -> float:
-    """Return the mean of the variances of the dimensions; 0 without rows."""
-    return float(x_ND.double().var(dim=0, correction=0).mean()) if len(x_ND) else 0.0
-
-
-def _sample(filters: Filters, store: Store, sides: tuple[Side, Side]) -> tuple[Tensor, Tensor]:
-    """Return filtered train rows; they do not depend on the other coders of the run."""
-    cpu = torch.device("cpu")  # the same start on every device
-    with Loader(
-        store,
-        sides,
-        "train",
-        batch_rows=_SAMPLE_ROWS,
-        seed=0,
-        device=cpu,
-        row_fields=filters.row_fields,
-    ) as loader:
-        batch = next(loader.one_pass(_SAMPLE_ROWS))
-    kept_N = filters.kept(batch, sides)
-    x_ND, y_NE = (batch.values[side][kept_N].float() for side in sides)
-    return x_ND, y_NE

@@ -21,6 +21,7 @@ from mptrain.evals.evaluate import evaluate, evaluate_coder
 from mptrain.runs.fit import fit
 from mptrain.training.normalization import TARGET_DEVIATION
 from mptrain.training.setup import make_coder_run
+from mptrain.training.train_sample import TrainSample
 from tests.helpers.stores import small_store
 
 IN, OUT = ("layers.1.mlp", "input"), ("layers.1.mlp", "output")
@@ -146,8 +147,9 @@ def test_rows_are_scaled_by_those_that_are_taken(
     run = config(store, skip_positions=3)
     filters = make_filters(run, store, [IN, OUT])
     for coder_config in run.coders():
+        sample = TrainSample(filters, store)
         scale = make_coder_run(
-            coder_config, run, filters, store, torch.device("cpu"), 0.01
+            coder_config, run, sample, store, torch.device("cpu"), 0.01
         ).trainer.scale
         for side, factor in zip(coder_config.sides, scale, strict=True):
             batch = all_rows(store, filters, (side,))
