@@ -128,13 +128,13 @@ _MUON_SAE = RateRule(
     steps=-0.458,
 )
 _MUON_TRANSCODER = RateRule(
-    _constants(0.01539, 0.01205),
-    latents=-0.219,
-    k_pursuit=0.041,
-    k_linear=-0.084,
+    _constants(0.01544, 0.01198),
+    latents=-0.217,
+    k_pursuit=0.04,
+    k_linear=-0.08,
     batch_rows=0.352,
-    steps=-0.315,
-    without_skip=0.187,
+    steps=-0.313,
+    without_skip=0.191,
 )
 # constants of three rates each; exponents of SAEs
 _ADAM_TRANSCODER = replace(_ADAM_SAE, constants=_constants(0.0102, 0.0082))
