@@ -60,7 +60,7 @@ def fitted(store: Path, run: Path) -> dict[str, Tensor]:
         store=str(store), run=str(run), hookpoints=("layers.0",), kind=("sae",),
         arch=("mp", "topk"), k=(2,), expansion=(2,), rows=256, batch_rows=32, window_rows=64,
         eval_rows=32, save_every=10**6, device="cpu", lr=(_LR,), optimizer="muon",
-        warmup_share=0.02, auxk_alpha=1 / 32, dead_rows=10**6,
+        warmup_share=0.02, auxk_alpha=1 / 32, dead_rows=10**6, normalise=False,
     )  # fmt: skip
     try:
         fit(config)
