@@ -89,8 +89,8 @@ def settings() -> Iterator[Setting]:
     """The design: each factor alone around one base, from important to less so.
 
     The base is small, so that a factor of 4 on either side of it is still quick. Most searches are
-    of rows as they are, where the targets of the transcoders have twice the deviation of their
-    inputs, as scaled rows have.
+    of rows as they are, where the targets of the transcoders have about twice the deviation of
+    their inputs, as scaled rows have.
     """
     base = Setting(normalise=False)
     skip = replace(base, hookpoint="layers.3.mlp", kind="skip-transcoder", optimizer="muon")

@@ -9,7 +9,7 @@ from typing import Any
 from mpcache.errors import UsageError
 from mptrain.config.architectures import ARCHITECTURES, Arch, Architecture, architectures_with
 from mptrain.config.coder_settings import CoderSettings, Optimizer, Schedule
-from mptrain.config.sides import Kind, Side, parse_side, sides_name
+from mptrain.config.sides import Kind, Side, Sides, parse_side, sides_name
 
 DEFAULT_SCHEDULES: Mapping[Optimizer, Schedule] = {
     "adam": "linear",
@@ -81,7 +81,7 @@ class CoderConfig(CoderSettings):
         return parse_side(self.targets[0])
 
     @property
-    def sides(self) -> tuple[Side, Side]:
+    def sides(self) -> Sides:
         """Input and target."""
         return self.input, self.target
 

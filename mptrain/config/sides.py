@@ -7,6 +7,8 @@ from mpcache.errors import UsageError
 Kind = Literal["sae", "transcoder", "skip-transcoder"]
 Side = tuple[str, str]
 """(hookpoint, "input" or "output")"""
+Sides = tuple[Side, Side]
+"what a coder reads, and what it predicts"
 
 
 class CoderSides(TypedDict):

@@ -14,14 +14,12 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mptrain.coders.coder import Coder, coder_from_tensors
-from mptrain.config.sides import Side
+from mptrain.config.sides import Sides
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Batch
 
 THRESHOLD_ROWS = 16_384  # train rows that decide, of those that the filters leave
 MOST_ROWS_READ = 8 * THRESHOLD_ROWS  # in search of them
-
-Sides = tuple[Side, Side]
 
 
 def coder_at_k(coder: Coder, k: int) -> Coder:

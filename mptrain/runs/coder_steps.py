@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mptrain.config.sides import Side
+from mptrain.config.sides import Side, Sides
 from mptrain.data.batches import Batch
 from mptrain.runs.pass_context import TrainingPass
 from mptrain.training.setup import CoderRun
@@ -45,7 +45,7 @@ class CoderSteps:
 
     def _rows_per_coder(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Input and target rows of each coder; coders with the same sides share their rows."""
-        by_sides: dict[tuple[Side, Side], tuple[Tensor, Tensor]] = {}
+        by_sides: dict[Sides, tuple[Tensor, Tensor]] = {}
         for run in self._pass.coder_runs:
             if run.sides not in by_sides:
                 by_sides[run.sides] = self._filtered(batch, *run.sides)

@@ -11,7 +11,7 @@ import torch
 from mptrain.coders.coder import Coder
 from mptrain.config.coder import CoderConfig
 from mptrain.config.run import RunConfig
-from mptrain.config.sides import Side
+from mptrain.config.sides import Side, Sides
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Loader, Split, Store
 from mptrain.data.window_plans import WHOLE_STREAM, StreamShare
@@ -39,7 +39,7 @@ class CoderRun:
     diverged: bool = False
 
     @property
-    def sides(self) -> tuple[Side, Side]:
+    def sides(self) -> Sides:
         return self.config.sides
 
     @property

@@ -7,15 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mptrain.config.sides import Side
+from mptrain.config.sides import Sides
 from mptrain.data.filters import Filters
 from mptrain.data.loader import Loader, Store
 from mptrain.training.geometric_median import geometric_median
 
 SAMPLE_ROWS = 16_384
-
-Sides = tuple[Side, Side]
-"input and target"
 
 
 class TrainSample:
