@@ -29,7 +29,7 @@ FIT := --arch mp,topk --k 16 --expansion 8 --rows 256k --batch-rows 1024 --eval-
        --eval-rows 8192 --save-every 50
 
 # `make reproduce SET='coder.expansion=32 data.rows=8_000_000'` changes what the files say.
-TWINS := smollm2-demo llama-demo
+EXPERIMENTS := smollm2-demo llama-demo long-demo
 SMALL := collect.rows=2048 collect.part_rows=1024 data.rows=1024 data.batch_rows=128 evaluation.eval_every=4 \
          evaluation.eval_rows=512 coder.expansion=2
 
@@ -52,14 +52,14 @@ demo: install
 	$(BIN)/mptrain plot $(DEMO)/sae $(DEMO)/sst --out $(DEMO)/fvu \
 	    --title 'demo language model: 2048 latents, 256 000 rows'
 
-# The twins of the original experiments. Stop or kill it: the same command goes on.
+# The twins of the original experiments, and longer runs. Stop or kill it: the same command goes on.
 reproduce: install
-	for twin in $(TWINS); do \
-	    $(BIN)/mptrain sweep data/experiments/$$twin.toml $(SET:%=--set %) || exit; \
+	for name in $(EXPERIMENTS); do \
+	    $(BIN)/mptrain sweep data/experiments/$$name.toml $(SET:%=--set %) || exit; \
 	done
 
-# The same figures of a few rows and small coders, in minutes; `-j2` makes both twins at once.
-reproduce-smoke: $(TWINS:%=smoke-%)
+# The same figures of a few rows and small coders, in minutes; `-j2` makes two experiments at once.
+reproduce-smoke: $(EXPERIMENTS:%=smoke-%)
 smoke-%: install
 	OMP_NUM_THREADS=1 $(BIN)/mptrain sweep data/experiments/$*.toml $(SMALL:%=--set %) \
 	    --set folder=reproduce-smoke/$* --set root=reproduce-smoke/stores-$*

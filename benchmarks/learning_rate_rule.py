@@ -20,15 +20,20 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.csv_table import read_rows
 from mptrain.config.architectures import ARCHITECTURES, Arch
+from mptrain.config.coder_settings import Optimizer
 from mptrain.config.sides import Kind
-from mptrain.training.learning_rate import REFERENCE, family_of
-
-FACTORS = ("latents", "k_pursuit", "k_linear", "batch_rows", "steps", "without_skip")
-(
-    "what the rule is a power of; K has another exponent for pursuits than for linear encoders, "
-    "where it counts only above 16; without_skip is e for transcoders without a skip and 1 for "
-    "others"
+from mptrain.training.learning_rate import (
+    REFERENCE,
+    RuleKey,
+    counted_k,
+    encoder_class,
+    family_of,
 )
+
+FACTORS = ("latents", "k", "batch_rows", "steps", "without_skip")
+("what the rule is a power of; without_skip is e for transcoders without a skip and 1 for others")
+NEAR = 2.1
+"rates within this factor of the best one determine the optimum"
 PUBLISHED: Mapping[str, Sequence[tuple[str, Callable[[float], float], str]]] = {
     "adam": (
         ("2e-4 / sqrt(latents / 2^14)", lambda latents: 2e-4 * (latents / 2**14) ** -0.5, "x"),
@@ -56,9 +61,10 @@ class SearchedCoder:
         return cast(Arch, self.setting["arch"])
 
     @property
-    def group(self) -> tuple[str, str]:
-        """Optimizer and family, which share a rule."""
-        return self.setting["optimizer"], family_of(cast(Kind, self.setting["kind"]))
+    def group(self) -> RuleKey:
+        """The coders that share a rule."""
+        family = family_of(cast(Kind, self.setting["kind"]))
+        return cast(Optimizer, self.setting["optimizer"]), family, encoder_class(self.arch)
 
     @property
     def is_nested(self) -> bool:
@@ -76,17 +82,16 @@ class SearchedCoder:
 
     def features(self) -> list[float]:
         """Logarithms of what the rule depends on, relative to the reference."""
-        logs = {name: math.log(float(self.setting[name]) / REFERENCE[name]) for name in _COLUMNS}
-        is_pursuit = ARCHITECTURES[self.arch].is_pursuit
-        logs["k_pursuit"] = logs["k"] if is_pursuit else 0.0
-        logs["k_linear"] = 0.0 if is_pursuit else max(logs["k"], 0.0)
+        sizes = {name: float(self.setting[name]) for name in _COLUMNS}
+        sizes["k"] = counted_k(int(self.setting["k"]), encoder_class(self.arch))
+        logs = {name: math.log(size / REFERENCE[name]) for name, size in sizes.items()}
         logs["without_skip"] = float(self.setting["kind"] == "transcoder")
         return [logs[name] for name in FACTORS]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum(SearchedCoder):
-    """The best rate of a coder: the lowest point of a parabola through the best three rates."""
+    """The best rate of a coder: the lowest point of a parabola through the rates near the best."""
 
     log_lr: float
     "natural logarithm of the best rate"
@@ -134,7 +139,7 @@ def optimum_of(rows: Sequence[Mapping[str, str]]) -> Optimum | None:
     best = min(range(len(points)), key=lambda i: points[i][1])
     if best in (0, len(points) - 1) or not math.isfinite(points[best + 1][1]):
         return None
-    x, y = zip(*points[best - 1 : best + 2], strict=True)
+    x, y = np.array([p for p in points if abs(p[0] - points[best][0]) < math.log(NEAR)]).T
     a, b, _ = np.polyfit(x, y, 2)
     return Optimum(setting=rows[0], log_lr=-b / (2 * a), curvature=2 * a)
 
@@ -175,9 +180,9 @@ def fit_rule(optima: Sequence[Optimum]) -> FittedRule:
     return FittedRule(exponents, constants)
 
 
-def fit_rules(optima: Sequence[Optimum]) -> dict[tuple[str, str], FittedRule]:
-    """A rule for each optimizer and family of coders that has searches of every factor."""
-    groups: dict[tuple[str, str], list[Optimum]] = defaultdict(list)
+def fit_rules(optima: Sequence[Optimum]) -> dict[RuleKey, FittedRule]:
+    """A rule for each group of coders that has searches of every factor."""
+    groups: dict[RuleKey, list[Optimum]] = defaultdict(list)
     for optimum in optima:
         groups[optimum.group].append(optimum)
     rules = {
@@ -188,21 +193,17 @@ def fit_rules(optima: Sequence[Optimum]) -> dict[tuple[str, str], FittedRule]:
     return dict(sorted(rules.items()))
 
 
-def draw(
-    optima: Sequence[Optimum], rules: Mapping[tuple[str, str], FittedRule], path: Path
-) -> None:
+def draw(optima: Sequence[Optimum], rules: Mapping[RuleKey, FittedRule], path: Path) -> None:
     """Draw each best rate over the rate of the rule, and the rates of published rules."""
-    figure = Figure((4.4 * len(rules), 4.2), layout="constrained")
-    for ax, (group, rule) in zip(
-        figure.subplots(1, len(rules), squeeze=False)[0], rules.items(), strict=True
-    ):
+    columns = math.ceil(len(rules) / 2)
+    figure = Figure((4.4 * columns, 8.4), layout="constrained")
+    axes = figure.subplots(2, columns, squeeze=False).T.flatten()
+    for ax, (group, rule) in zip(axes, rules.items(), strict=False):
         _draw_group(ax, group, [o for o in optima if o.group == group], rule)
     figure.savefig(path, dpi=150)
 
 
-def _draw_group(
-    ax: Axes, group: tuple[str, str], optima: Sequence[Optimum], rule: FittedRule
-) -> None:
+def _draw_group(ax: Axes, group: RuleKey, optima: Sequence[Optimum], rule: FittedRule) -> None:
     for arch in rule.constants:
         own = [optimum for optimum in optima if optimum.arch == arch]
         x = [math.exp(rule.log_lr(optimum)) for optimum in own]
@@ -219,7 +220,7 @@ def _draw_group(
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
-    ax.set_title(f"{group[0]}, {group[1]}", fontsize=9)
+    ax.set_title(", ".join(group), fontsize=9)
     ax.set_xlabel("peak learning rate by the rule")
     ax.set_ylabel("best peak learning rate")
     ax.legend(frameon=False, fontsize=7)
@@ -256,7 +257,7 @@ def _compared(optimum: Optimum, rule: FittedRule) -> str:
     return f"{optimum.description}: {rates}, FVU +{optimum.cost(by_rule):.1%}"
 
 
-def _checked(rows: Sequence[Mapping[str, str]], rules: Mapping[tuple[str, str], FittedRule]) -> str:
+def _checked(rows: Sequence[Mapping[str, str]], rules: Mapping[RuleKey, FittedRule]) -> str:
     """The rule on one coder: how far its FVU is above the best that was tried.
 
     The FVU at the rate of the rule is interpolated between the rates that were tried.

@@ -88,36 +88,42 @@ class RateRow:
 def settings() -> Iterator[Setting]:
     """The design: each factor alone around one base, from important to less so.
 
-    The base is small, so that a factor of 4 on either side of it is still quick. Most searches are
-    of rows as they are, where the targets of the transcoders have about twice the deviation of
-    their inputs, as scaled rows have.
+    The base is small, so that a factor of 4 on either side of it is still quick. Searches with
+    `normalise=False` are of rows as they are, where the targets of the transcoders have about twice
+    the deviation of their inputs, as scaled rows have.
     """
-    base = Setting(normalise=False)
-    skip = replace(base, hookpoint="layers.3.mlp", kind="skip-transcoder", optimizer="muon")
+    unscaled = Setting(normalise=False)
+    mp, topk = replace(unscaled, archs=("mp",)), Setting(archs=("topk",))
+    skip = replace(unscaled, hookpoint="layers.3.mlp", kind="skip-transcoder", optimizer="muon")
     changes: list[dict[str, Any]] = [
         *({"steps": steps} for steps in (125, 2000)),
         *({"latents": latents} for latents in (512, 4096)),
         *({"k": k} for k in (4, 64)),
         *({"batch_rows": batch_rows} for batch_rows in (64, 1024)),
     ]
-    for own in (base, skip):
+    for own in (mp, topk, skip):
         yield own
         for change in changes:
             yield replace(own, **change)
-    yield replace(base, archs=("batch-topk", "batch-mp"))
-    yield replace(base, nested=True, archs=("batch-topk",))
+    demo: dict[str, Any] = {"latents": 2048, "batch_rows": 1024, "steps": 250}
+    for hookpoint in ("layers.3", "layers.5", "layers.3.mlp"):
+        yield replace(topk, hookpoint=hookpoint, **demo)
+    for hookpoint in ("layers.3", "layers.3.mlp"):
+        yield Setting(hookpoint=hookpoint, archs=("mp",), **demo)
+    yield replace(skip, normalise=True, **demo)
+    for steps in (125, 500, 2000):
+        yield replace(topk, steps=steps, archs=("batch-topk",))
+        yield replace(mp, steps=steps, archs=("batch-mp",))
+    yield replace(topk, nested=True, archs=("batch-topk",))
     yield replace(skip, kind="transcoder")
-    yield replace(base, hookpoint="layers.5")
-    yield replace(base, hookpoint="layers.3.mlp")
-    yield replace(base, optimizer="muon")
+    for own in (mp, topk):
+        yield replace(own, hookpoint="layers.5")
+        for seed in (1, 2):
+            yield replace(own, seed=seed)
+    yield replace(unscaled, optimizer="muon")
     yield replace(skip, optimizer="adam")
     for steps in (125, 500, 2000):
-        yield replace(base, optimizer="signsgd", steps=steps)
-    for seed in (1, 2):
-        yield replace(base, seed=seed)
-    for steps in (125, 2000):
-        yield replace(base, steps=steps, archs=("batch-topk", "batch-mp"))
-    yield Setting()
+        yield replace(unscaled, optimizer="signsgd", steps=steps)
     yield replace(skip, normalise=True)
 
 

@@ -6,7 +6,6 @@ docs/learning-rates.md has the searches, the fit and what the rule costs on othe
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal
 
 from mptrain.config.architectures import ARCHITECTURES, Arch
@@ -22,21 +21,23 @@ GIVEN = "given"
 
 Family = Literal["sae", "transcoder"]
 "the kinds of coders that share a rule; skip transcoders are transcoders"
+EncoderClass = Literal["pursuit", "linear"]
+"the architectures that share a rule"
+RuleKey = tuple[Optimizer, Family, EncoderClass]
 
 
 @dataclass(frozen=True)
 class RateRule:
     """`lr = constant * sqrt(256 / width) * product of (x / reference) ** exponent`.
 
-    For transcoders without a skip, it is also times `exp(without_skip)`.
+    For transcoders without a skip, it is also times `exp(without_skip)`. For linear encoders, a K
+    below 16 counts as 16.
     """
 
     constants: Mapping[Arch, float]
     latents: float
     "exponent; the others too"
-    k_pursuit: float
-    k_linear: float
-    "of K where it is above 16, for encoders that are no pursuit"
+    k: float
     batch_rows: float
     steps: float
     without_skip: float = 0.0
@@ -53,12 +54,22 @@ class LearningRate:
 
 def rule_of(config: CoderConfig) -> RateRule:
     """Return the rule of the rate of such coders."""
-    return RULES[config.resolved_optimizer, family_of(config.kind)]
+    return RULES[config.resolved_optimizer, family_of(config.kind), encoder_class(config.arch)]
 
 
 def family_of(kind: Kind) -> Family:
     """Return which coders share the rule of this kind."""
     return "sae" if kind == "sae" else "transcoder"
+
+
+def encoder_class(arch: Arch) -> EncoderClass:
+    """Return which architectures share the rule of this one."""
+    return "pursuit" if ARCHITECTURES[arch].is_pursuit else "linear"
+
+
+def counted_k(k: int, encoder: EncoderClass) -> int:
+    """Return the K that a rule takes a power of."""
+    return k if encoder == "pursuit" else max(k, REFERENCE["k"])
 
 
 def learning_rate(
@@ -84,9 +95,7 @@ def learning_rate(
     for name, size in sizes.items():
         value *= (size / REFERENCE[name]) ** getattr(rule, name)
     if config.k is not None:
-        ratio = config.k / REFERENCE["k"]
-        is_pursuit = config.architecture.is_pursuit
-        value *= ratio**rule.k_pursuit if is_pursuit else max(ratio, 1.0) ** rule.k_linear
+        value *= (counted_k(config.k, encoder_class(config.arch)) / REFERENCE["k"]) ** rule.k
     if config.kind == "transcoder":
         value *= math.exp(rule.without_skip)
     label = ARCHITECTURES[config.arch].label
@@ -98,60 +107,66 @@ def learning_rate(
     return LearningRate(float(f"{value:.2g}"), reason)
 
 
-def _constants(
-    mp: float, topk: float, others: Mapping[Arch, float] = MappingProxyType({})
-) -> dict[Arch, float]:
-    """The constant of each architecture; those without their own take that of mp or of topk."""
-    constants = {
-        name: mp if architecture.is_pursuit else topk
-        for name, architecture in ARCHITECTURES.items()
-    }
-    return {**constants, **others}
+def _constants(constant: float, others: Mapping[Arch, float] | None = None) -> dict[Arch, float]:
+    """The constant of each architecture; those of `others` have their own."""
+    return {**dict.fromkeys(ARCHITECTURES, constant), **(others or {})}
 
 
 # fitted to searches of every factor
-_ADAM_SAE = RateRule(
-    _constants(0.01718, 0.00921, {"batch-mp": 0.01751, "batch-topk": 0.01073}),
-    latents=-0.155,
-    k_pursuit=-0.021,
-    k_linear=0.449,
-    batch_rows=0.255,
-    steps=-0.349,
+_ADAM_SAE_PURSUIT = RateRule(
+    _constants(0.01741, {"batch-mp": 0.01751}),
+    latents=-0.219,
+    k=-0.025,
+    batch_rows=0.276,
+    steps=-0.4,
+)
+_ADAM_SAE_LINEAR = RateRule(
+    _constants(0.00852, {"batch-topk": 0.00922}),
+    latents=-0.195,
+    k=0.459,
+    batch_rows=0.152,
+    steps=-0.302,
 )
 # the same, without an auxiliary loss
-_MUON_SAE = RateRule(
-    _constants(0.01912, 0.009638),
-    latents=-0.33,
-    k_pursuit=-0.173,
-    k_linear=0.17,
-    batch_rows=0.235,
-    steps=-0.458,
+_MUON_SAE_PURSUIT = RateRule(
+    _constants(0.0193), latents=-0.332, k=-0.173, batch_rows=0.308, steps=-0.468
 )
-_MUON_TRANSCODER = RateRule(
-    _constants(0.01544, 0.01198),
-    latents=-0.217,
-    k_pursuit=0.04,
-    k_linear=-0.08,
-    batch_rows=0.352,
-    steps=-0.313,
-    without_skip=0.191,
+_MUON_SAE_LINEAR = RateRule(
+    _constants(0.009625), latents=-0.331, k=0.171, batch_rows=0.208, steps=-0.454
+)
+_MUON_TRANSCODER_PURSUIT = RateRule(
+    _constants(0.01569),
+    latents=-0.225,
+    k=0.037,
+    batch_rows=0.393,
+    steps=-0.353,
+    without_skip=0.154,
+)
+_MUON_TRANSCODER_LINEAR = RateRule(
+    _constants(0.01185),
+    latents=-0.205,
+    k=-0.072,
+    batch_rows=0.339,
+    steps=-0.296,
+    without_skip=0.207,
 )
 # constants of three rates each; exponents of SAEs
-_ADAM_TRANSCODER = replace(_ADAM_SAE, constants=_constants(0.0102, 0.0082))
+_ADAM_TRANSCODER_PURSUIT = replace(_ADAM_SAE_PURSUIT, constants=_constants(0.0102))
+_ADAM_TRANSCODER_LINEAR = replace(_ADAM_SAE_LINEAR, constants=_constants(0.0082))
 # constants of a search each; exponents of sparsify
-_SIGNSGD = RateRule(
-    _constants(0.0179, 0.0103),
-    latents=-0.5,
-    k_pursuit=0.0,
-    k_linear=0.0,
-    batch_rows=0.0,
-    steps=0.0,
-)
-RULES: dict[tuple[Optimizer, Family], RateRule] = {
-    ("adam", "sae"): _ADAM_SAE,
-    ("adam", "transcoder"): _ADAM_TRANSCODER,
-    ("muon", "sae"): _MUON_SAE,
-    ("muon", "transcoder"): _MUON_TRANSCODER,
-    ("signsgd", "sae"): _SIGNSGD,
-    ("signsgd", "transcoder"): _SIGNSGD,
+_SIGNSGD_PURSUIT = RateRule(_constants(0.0179), latents=-0.5, k=0.0, batch_rows=0.0, steps=0.0)
+_SIGNSGD_LINEAR = replace(_SIGNSGD_PURSUIT, constants=_constants(0.0103))
+RULES: dict[RuleKey, RateRule] = {
+    ("adam", "sae", "pursuit"): _ADAM_SAE_PURSUIT,
+    ("adam", "sae", "linear"): _ADAM_SAE_LINEAR,
+    ("adam", "transcoder", "pursuit"): _ADAM_TRANSCODER_PURSUIT,
+    ("adam", "transcoder", "linear"): _ADAM_TRANSCODER_LINEAR,
+    ("muon", "sae", "pursuit"): _MUON_SAE_PURSUIT,
+    ("muon", "sae", "linear"): _MUON_SAE_LINEAR,
+    ("muon", "transcoder", "pursuit"): _MUON_TRANSCODER_PURSUIT,
+    ("muon", "transcoder", "linear"): _MUON_TRANSCODER_LINEAR,
+    ("signsgd", "sae", "pursuit"): _SIGNSGD_PURSUIT,
+    ("signsgd", "sae", "linear"): _SIGNSGD_LINEAR,
+    ("signsgd", "transcoder", "pursuit"): _SIGNSGD_PURSUIT,
+    ("signsgd", "transcoder", "linear"): _SIGNSGD_LINEAR,
 }

@@ -7,31 +7,33 @@ import math
 from collections.abc import Mapping
 
 FARTHEST = 12
-"positions that are tried on each side of the start at most"
-_STEPS_BEYOND = 2  # positions that are trained in one round beyond a best value at an edge
+"strides that are tried on each side of the start at most"
+_STRIDES_BEYOND = 2  # strides that are trained in one round beyond a best value at an edge
 
 
-def next_positions(fvu: Mapping[int, float]) -> tuple[int, ...]:
+def next_positions(fvu: Mapping[int, float], stride: int = 1) -> tuple[int, ...]:
     """Positions to train next, in order; empty where the search is over.
 
-    The first round is -1, 0 and 1. As long as the best value is at an edge of what was trained, a
-    round adds two positions beyond it. Ties count as best on the inner side, so that a setting
-    without effect ends the search.
+    The first round is the start and a stride to each side. As long as the best value is at an edge
+    of what was trained, a round adds two strides beyond it. Then the neighbours of the best
+    position are trained. Ties count as best on the inner side, so that a setting without effect
+    ends the search.
 
     Args:
         fvu: FVU by position; infinite or NaN where the coder diverged.
+        stride: positions from one value to the next until the best is between two others.
     """
     if not fvu:
-        return (-1, 0, 1)
+        return (-stride, 0, stride)
     low, high = min(fvu), max(fvu)
     best = best_position(fvu)
     if best is None or best == low:  # all diverged
-        beyond = range(low - _STEPS_BEYOND, low)
+        wanted = range(low - _STRIDES_BEYOND * stride, low, stride)
     elif best == high:
-        beyond = range(high + 1, high + 1 + _STEPS_BEYOND)
+        wanted = range(high + stride, high + stride * _STRIDES_BEYOND + 1, stride)
     else:
-        return ()
-    return tuple(position for position in beyond if abs(position) <= FARTHEST)
+        return tuple(position for position in (best - 1, best + 1) if position not in fvu)
+    return tuple(position for position in wanted if abs(position) <= FARTHEST * stride)
 
 
 def best_position(fvu: Mapping[int, float]) -> int | None:

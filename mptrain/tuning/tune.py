@@ -31,8 +31,14 @@ from mptrain.training.learning_rate import learning_rate
 from mptrain.training.setup import train_steps
 from mptrain.tuning.bracket import best_position, is_at_edge, next_positions, value_at
 
-FACTORS = {"lr": 2.0, "auxk_alpha": 4.0, "sparsity_weight": 2.0, "bandwidth": 2.0}
-"settings that can be tuned, and the factor between two values that are tried"
+FACTORS = {
+    "lr": math.sqrt(2),
+    "auxk_alpha": 2.0,
+    "sparsity_weight": math.sqrt(2),
+    "bandwidth": math.sqrt(2),
+}
+"settings that can be tuned, and the factor between the best value and its neighbours"
+_STRIDE = 2  # a search begins with values that are this power of the factor apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +102,9 @@ def tune(
 
     The first pass over the store trains each coder at its own value of the first setting (given
     or default), at half and at twice that value (a quarter and four times for `auxk_alpha`). While
-    the best value is at an edge, another pass trains two values beyond it. Later settings are
-    searched at the best values of the earlier ones.
+    the best value is at an edge, another pass trains two values beyond it. The last pass trains two
+    values between the best one and its neighbours. Later settings are searched at the best values
+    of the earlier ones.
 
     Example:
         >>> from mptrain import FitConfig, tune
@@ -162,11 +169,11 @@ class _Search:
 
     def wanted(self) -> list[CoderConfig]:
         """The coders to train in the next round; none where the search is over."""
-        return [self._coder_at(position) for position in next_positions(self._fvus())]
+        return [self._coder_at(position) for position in next_positions(self._fvus(), _STRIDE)]
 
     def add_(self, outcomes: Mapping[str, "_Outcome"], number: int) -> None:
         """Add a round's outcomes, by the name of the coder."""
-        for position in next_positions(self._fvus()):
+        for position in next_positions(self._fvus(), _STRIDE):
             coder = self._coder_at(position)
             self._trials[position] = Trial(
                 setting=self.setting,

@@ -114,7 +114,7 @@ def test_seeds_and_long_runs_take_the_best_rate() -> None:
     assert [(r.seed, r.lr) for r in rows] == [(0, 0.008), (1, 0.008), (2, 0.008)]
     default, scaled = in_long_runs(best, trainings)
     assert (default.lr, default.steps, default.batch_rows) == (3e-4, 12_000, 112)
-    rule = RULES["adam", "sae"]
+    rule = RULES["adam", "sae", "linear"]
     factor = 12**rule.steps * (112 / 256) ** rule.batch_rows
     assert scaled.lr == scaled_rate(0.008, best, default) == pytest.approx(0.008 * factor, rel=0.01)
 

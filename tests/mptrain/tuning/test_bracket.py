@@ -14,11 +14,11 @@ from mptrain.tuning.bracket import (
 )
 
 
-def search(fvu_at: dict[int, float]) -> tuple[dict[int, float], int]:
+def search(fvu_at: dict[int, float], stride: int = 1) -> tuple[dict[int, float], int]:
     """What a search trains, and in how many rounds."""
     trained: dict[int, float] = {}
     rounds = 0
-    while wanted := next_positions(trained):
+    while wanted := next_positions(trained, stride):
         assert not trained.keys() & set(wanted), "no value is trained twice"
         trained |= {position: fvu_at[position] for position in wanted}
         rounds += 1
@@ -44,6 +44,18 @@ def test_the_optimum_of_a_valley_is_found(optimum: int, steps: list[float], dive
     assert {optimum - 1, optimum + 1} <= trained.keys()
     assert not is_at_edge(optimum, trained)
     assert rounds <= 1 + math.ceil(abs(optimum) / 2), "two values a round"
+
+
+@given(st.integers(-2 * FARTHEST + 2, 2 * FARTHEST - 2), st.floats(0.1, 10))
+def test_strides_find_the_optimum_of_a_valley_too(optimum: int, slope: float) -> None:
+    """Between values that are two apart, where both sides rise alike or one much faster."""
+    positions = range(-2 * FARTHEST, 2 * FARTHEST + 1)
+    fvu = {p: 1 + (p - optimum if p > optimum else slope * (optimum - p)) for p in positions}
+    trained, rounds = search(fvu, stride=2)
+    assert best_position(trained) == optimum
+    assert {optimum - 1, optimum + 1} <= trained.keys()
+    assert rounds <= 3 + abs(optimum) // 4, "two strides a round, and a last round between them"
+    assert len(trained) <= 3 + 2 * (rounds - 1)
 
 
 def test_a_setting_without_effect_ends_the_search() -> None:

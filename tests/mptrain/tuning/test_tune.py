@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,13 @@ def test_each_coder_has_its_own_search(tuned: tuple[Path, list[TunedSetting]]) -
         assert getattr(search.coder, search.setting) == search.best.value
         assert search.best.choice_fvu == min(trial.choice_fvu for trial in search.trials)
         assert search.at_edge == (search.best in (search.trials[0], search.trials[-1]))
-        factor = {"lr": 2, "auxk_alpha": 4}[search.setting]
-        ratios = {round(b / a, 3) for a, b in itertools.pairwise(values)}
-        assert ratios == {factor}
+        factor = {"lr": math.sqrt(2), "auxk_alpha": 2}[search.setting]
+        best = values.index(search.best.value)
+        steps = [math.log(high / low, factor) for low, high in itertools.pairwise(values)]
+        assert steps == pytest.approx([round(step) for step in steps], abs=1e-4)
+        assert {round(step) for step in steps} <= {1, 2}
+        if not search.at_edge:
+            assert steps[best - 1 : best + 1] == pytest.approx([1, 1], abs=1e-4)
     rates = {s.coder.name.split("-auxk")[0]: s.best.value for s in searches if s.setting == "lr"}
     later = [s.coder for s in searches if s.setting == "auxk_alpha"]
     assert [coder.lr for coder in later] == list(rates.values())
