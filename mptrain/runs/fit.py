@@ -1,6 +1,7 @@
 """Train a grid of coders in one pass over a store, or in several passes where memory is short."""
 
 import sys
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +14,7 @@ from mptrain.config.coder import all_sides
 from mptrain.config.run import RunConfig
 from mptrain.data.filters import make_filters
 from mptrain.data.loader import Store
+from mptrain.data.outliers import outlier_warnings
 from mptrain.data.preflight import check_variance, open_trainable_store
 from mptrain.kernels.device import resolve_device
 from mptrain.runs.loggers import check_installed
@@ -90,7 +92,11 @@ def _fit(
     if plan.epochs > 1 and not quiet:
         rows = f"{config.rows:,} rows are {plan.epochs:.3g} epochs of the {plan.train_rows:,}"
         tqdm.write(f"{rows} train rows in {store.storage}", file=sys.stderr)
-    check_variance(store, all_sides(config.coders()))
+    sides = all_sides(config.coders())
+    check_variance(store, sides)
+    if processes.is_first:
+        for warning in outlier_warnings(store, make_filters(config, store, sides), sides):
+            warnings.warn(warning, RuntimeWarning, stacklevel=2)
     rates = recorded_learning_rates(config) or learning_rates(config, store)
     if not quiet:
         _print_rates(rates)

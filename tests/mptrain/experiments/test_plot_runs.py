@@ -130,8 +130,7 @@ def test_the_end_of_each_curve_is_in_the_table_and_in_the_caption(tmp_path):
     low, high = (f"{100 * gain:.2g}" for gain in sorted(gains.values()))
     text = caption([[curve for run in runs for curve in read_curves(run)]])
     assert text.startswith(
-        "Still falling: 2 of 2 coders; twice the rows would lower FVU by about "
-        f"{low} to {high} %"
+        f"Still falling: 2 of 2 coders; twice the rows would lower FVU by about {low} to {high} %"
     )
     # by time, MP is below TopK's last FVU from .9 * n ** -.5 < 20 ** -.5 on: step 17 of 20
     assert text.endswith(
