@@ -31,8 +31,8 @@ def outlier_warnings(store: Store, filters: Filters, sides: Sequence[Side]) -> I
         if squares_share > DOMINANT_SHARE:
             yield (
                 f"{':'.join(side)}: {100 * rows_share:.2g} % of the rows have more than "
-                f"{OUTLIER_NORM:g} times the median norm and {100 * squares_share:.3g} % of the sum "
-                "of squares, so that FVU says little of the other rows; "
+                f"{OUTLIER_NORM:g} times the median norm and {100 * squares_share:.3g} % of the "
+                "sum of squares, so that FVU says little of the other rows; "
                 f"{_remedy(store, filters, side)} leaves them out"
             )
 
