@@ -15,9 +15,17 @@ from mptrain.config.sides import Kind
 
 REFERENCE = {"width": 256, "latents": 1024, "k": 16, "batch_rows": 256, "steps": 500}
 "the setting at which a rule has its constants"
+SEARCHED = {
+    "width": (256, 640),
+    "latents": (512, 8192),
+    "k": (4, 64),
+    "batch_rows": (64, 1024),
+    "steps": (125, 2000),
+}
+"least and largest sizes of the searches, by which the rules were fitted or checked"
+_SIZE_NAMES = {"width": "width", "latents": "latents", "k": "K", "batch_rows": "rows a step"}
 GIVEN = "given"
 "reason of a rate that the config has"
-
 
 Family = Literal["sae", "transcoder"]
 "the kinds of coders that share a rule; skip transcoders are transcoders"
@@ -90,11 +98,12 @@ def learning_rate(
         return LearningRate(config.lr, GIVEN)
     rule = rule_of(config)
     latents = config.latents_of(input_width)
-    sizes = {"latents": latents, "batch_rows": batch_rows, "steps": steps}
+    sizes = {"width": input_width, "latents": latents, "batch_rows": batch_rows, "steps": steps}
     value = rule.constants[config.arch] * math.sqrt(REFERENCE["width"] / input_width)
-    for name, size in sizes.items():
-        value *= (size / REFERENCE[name]) ** getattr(rule, name)
+    for name in ("latents", "batch_rows", "steps"):
+        value *= (sizes[name] / REFERENCE[name]) ** getattr(rule, name)
     if config.k is not None:
+        sizes["k"] = config.k
         value *= (counted_k(config.k, encoder_class(config.arch)) / REFERENCE["k"]) ** rule.k
     if config.kind == "transcoder":
         value *= math.exp(rule.without_skip)
@@ -102,9 +111,19 @@ def learning_rate(
     k = "" if config.k is None else f"K {config.k}, "
     reason = (
         f"rule for {label}, {config.kind}, {config.resolved_optimizer}, {latents:,} latents, {k}"
-        f"{batch_rows:,} rows a step, {steps:,} steps"
+        f"{batch_rows:,} rows a step, {steps:,} steps{_extrapolation(sizes)}"
     )
     return LearningRate(float(f"{value:.2g}"), reason)
+
+
+def _extrapolation(sizes: Mapping[str, int]) -> str:
+    """Which sizes no search had, as the end of a reason."""
+    beyond = [
+        _SIZE_NAMES.get(name, name)
+        for name, (least, most) in SEARCHED.items()
+        if name in sizes and not least <= sizes[name] <= most
+    ]
+    return f"; extrapolated in {', '.join(beyond)}" if beyond else ""
 
 
 def _constants(constant: float, others: Mapping[Arch, float] | None = None) -> dict[Arch, float]:
@@ -112,7 +131,8 @@ def _constants(constant: float, others: Mapping[Arch, float] | None = None) -> d
     return {**dict.fromkeys(ARCHITECTURES, constant), **(others or {})}
 
 
-# fitted to searches of every factor
+# fitted to searches of every factor; jumprelu, whose thresholds have a long way from their start,
+# has the constant of a search (docs/data/trainers.csv)
 _ADAM_SAE_PURSUIT = RateRule(
     _constants(0.01741, {"batch-mp": 0.01751}),
     latents=-0.219,
@@ -121,7 +141,7 @@ _ADAM_SAE_PURSUIT = RateRule(
     steps=-0.4,
 )
 _ADAM_SAE_LINEAR = RateRule(
-    _constants(0.00852, {"batch-topk": 0.00922}),
+    _constants(0.00852, {"batch-topk": 0.00922, "jumprelu": 0.035}),
     latents=-0.195,
     k=0.459,
     batch_rows=0.152,

@@ -78,6 +78,12 @@ def test_the_reason_names_what_the_rule_depends_on() -> None:
     )
 
 
+def test_the_reason_names_sizes_that_no_search_had() -> None:
+    reason = learning_rate(CODER, 4096, 1024, 100_000).reason
+    assert reason.endswith("100,000 steps; extrapolated in width, steps")
+    assert "extrapolated" not in learning_rate(CODER, 576, 64, 125).reason
+
+
 def test_a_continued_run_keeps_its_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
