@@ -108,7 +108,9 @@ def settings() -> Iterator[Setting]:
     demo: dict[str, Any] = {"latents": 2048, "batch_rows": 1024, "steps": 250}
     for hookpoint in ("layers.3", "layers.5", "layers.3.mlp"):
         yield replace(topk, hookpoint=hookpoint, **demo)
+    yield replace(topk, k=32)
     for hookpoint in ("layers.3", "layers.3.mlp"):
+        yield replace(topk, hookpoint=hookpoint, k=32, **demo)
         yield Setting(hookpoint=hookpoint, archs=("mp",), **demo)
     yield replace(skip, normalise=True, **demo)
     for steps in (125, 500, 2000):
